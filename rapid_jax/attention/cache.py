@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache is two things: an immutable prefix (the document) and a small tail (what is being generated).
+
+Keys and values of one layer are stored head-major, [B, K, S, H]: a decoding step then reads them as they lie.
+`layers` holds one `KV` a layer: a tuple of them (unrolled layout) or one with a leading layer axis (stacked).
+"""
+
+from dataclasses import dataclass, replace
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KV:
+    """Rotated keys and values of one layer, or of all with a leading layer axis."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+
+
+Layers: TypeAlias = tuple[KV, ...] | KV
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Prefix:
+    """Keys and values of a prompt, written once by chunked prefill, then only read.
+
+    Slots past a row's prompt are empty (position -1). `used` bounds the slots any row uses.
+    """
+
+    layers: Layers
+    pos_BS: jax.Array  # int32, position of each slot, -1 = empty
+    used: jax.Array  # int32 scalar
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Tail:
+    """Keys and values after the prefix. Rolling back is setting `length_B`: what lies beyond is unreachable.
+
+    slots      0 1 2 3 4 5 ...
+    tokens     a b c x y .      length 3: x and y are still there, but empty to every query, and are overwritten next
+    position   p p+1 ...        where p = start_B
+    """
+
+    layers: Layers
+    start_B: jax.Array  # int32, position of slot 0
+    length_B: jax.Array  # int32, slots in use
+
+    def rolled_back(self, length_B: jax.Array) -> "Tail":
+        """The same tail with only the first `length_B` slots in use."""
+        return replace(self, length_B=length_B)
+
+    def slot_positions(self, extra: int = 0) -> jax.Array:
+        """int32 [B, S]: the position of each slot, -1 beyond the length plus `extra` slots about to be written."""
+        slots = jnp.arange(capacity(self.layers), dtype=jnp.int32)
+        inside = slots[None] < self.length_B[:, None] + extra
+        return jnp.where(inside, self.start_B[:, None] + slots[None], -1)
+
+
+def capacity(layers: Layers) -> int:
+    """How many slots a row has."""
+    return (layers[0] if isinstance(layers, tuple) else layers).k_BKSH.shape[-2]
+
+
+def empty_layers(
+    *, num_layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: jnp.dtype, stacked: bool
+) -> Layers:
+    """Zeroed keys and values for every layer."""
+    shape = (batch, kv_heads, slots, head_dim)
+    if stacked:
+        return KV(jnp.zeros((num_layers, *shape), dtype), jnp.zeros((num_layers, *shape), dtype))
+    return tuple(KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers))
+
+
+def write(kv: KV, k_BKTH: jax.Array, v_BKTH: jax.Array, slot_B: jax.Array) -> KV:
+    """`kv` with T new slots of each row from `slot_B` on; the caller has made sure that they fit."""
+    k_BKTH, v_BKTH = k_BKTH.astype(kv.k_BKSH.dtype), v_BKTH.astype(kv.v_BKSH.dtype)
+    if kv.k_BKSH.shape[0] == 1:  # a plain slice update: in place on every backend, where a batched one is a scatter
+        at = (0, 0, slot_B[0], 0)
+        return KV(lax.dynamic_update_slice(kv.k_BKSH, k_BKTH, at), lax.dynamic_update_slice(kv.v_BKSH, v_BKTH, at))
+    update = jax.vmap(lambda old_KSH, new_KTH, slot: lax.dynamic_update_slice(old_KSH, new_KTH, (0, slot, 0)))
+    return KV(update(kv.k_BKSH, k_BKTH, slot_B), update(kv.v_BKSH, v_BKTH, slot_B))

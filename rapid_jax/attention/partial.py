@@ -1,0 +1,151 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention algebra: un-normalised attention over a block of keys, and how blocks add up.
+
+Letters here: B batch, K kv heads, R query rows of one kv head (its query heads at every query position, time-major),
+S key slots, H head dim. Queries are folded to [B, K, R, H] once, so that grouped-query attention is one batched matrix
+product and each key is read once.
+
+Masks are positions: a row at position p sees a slot at position s exactly when 0 <= s <= p and their branch tags
+agree (tag 0 agrees with every tag). An empty slot, a padded query, a rolled-back token all have position -1.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Partial:
+    """Attention over some of the keys, before division by the softmax sum. All float32.
+
+    A row that has seen no key has max -inf, sum 0 and out 0: the identity of `merge`.
+    """
+
+    out_BKRH: jax.Array  # sum over seen slots of exp(score - max) * value
+    max_BKR: jax.Array  # the largest score seen
+    sum_BKR: jax.Array  # sum over seen slots of exp(score - max)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Rows:
+    """Folded queries with what decides which slots they see."""
+
+    q_BKRH: jax.Array
+    pos_BR: jax.Array  # int32, -1 sees nothing
+    branch_BR: jax.Array | None = None  # int32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Slots:
+    """Keys and values with what decides who sees them."""
+
+    k_BKSH: jax.Array
+    v_BKSH: jax.Array
+    pos_BS: jax.Array  # int32, -1 = empty
+    branch_BS: jax.Array | None = None  # int32
+
+
+def fold(q_BTNH: jax.Array, pos_BT: jax.Array, kv_heads: int, branch_BT: jax.Array | None = None) -> Rows:
+    """Queries [B, T, N, H] as rows of their kv heads."""
+    B, T, N, H = q_BTNH.shape
+    group = N // kv_heads
+    q_BKRH = q_BTNH.reshape(B, T, kv_heads, group, H).swapaxes(1, 2).reshape(B, kv_heads, T * group, H)
+    branch_BR = None if branch_BT is None else jnp.repeat(branch_BT, group, axis=1)
+    return Rows(q_BKRH, jnp.repeat(pos_BT, group, axis=1), branch_BR)
+
+
+def unfold(out_BKRH: jax.Array, time: int) -> jax.Array:
+    """The inverse of `fold` for outputs: [B, T, N, H]."""
+    B, K, R, H = out_BKRH.shape
+    return out_BKRH.reshape(B, K, time, R // time, H).swapaxes(1, 2).reshape(B, time, K * (R // time), H)
+
+
+def nothing_seen(rows: Rows) -> Partial:
+    """The identity of `merge`."""
+    shape = rows.q_BKRH.shape
+    return Partial(
+        jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], -jnp.inf, jnp.float32), jnp.zeros(shape[:-1], jnp.float32)
+    )
+
+
+def _visible(rows: Rows, slots: Slots) -> jax.Array:
+    """bool [B, 1, R, S], for one block of slots only."""
+    seen = (slots.pos_BS[:, None, :] >= 0) & (slots.pos_BS[:, None, :] <= rows.pos_BR[:, :, None])
+    if rows.branch_BR is not None and slots.branch_BS is not None:
+        mine, theirs = rows.branch_BR[:, :, None], slots.branch_BS[:, None, :]
+        seen &= (mine == theirs) | (theirs == 0) | (mine == 0)
+    return seen[:, None]
+
+
+def attend_block(rows: Rows, slots: Slots, *, scale: float) -> Partial:
+    """Attention of the rows over one block of slots, un-normalised: exp(scale q.k - max) v."""
+    precision = lax.Precision.HIGHEST if rows.q_BKRH.dtype == jnp.float32 else None
+    score = jnp.einsum(
+        "BKRH,BKSH->BKRS", rows.q_BKRH, slots.k_BKSH, precision=precision, preferred_element_type=jnp.float32
+    )
+    score = jnp.where(_visible(rows, slots), score * scale, -jnp.inf)
+    peak = jnp.max(score, axis=-1)
+    weight = jnp.exp(score - jnp.where(peak == -jnp.inf, 0.0, peak)[..., None])
+    out_BKRH = jnp.einsum(
+        "BKRS,BKSH->BKRH",
+        weight.astype(slots.v_BKSH.dtype),
+        slots.v_BKSH,
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )
+    return Partial(out_BKRH, peak, jnp.sum(weight, axis=-1))
+
+
+def merge(a: Partial, b: Partial) -> Partial:
+    """Attention over the keys of both. Associative and commutative up to rounding."""
+    peak = jnp.maximum(a.max_BKR, b.max_BKR)
+    finite = jnp.where(peak == -jnp.inf, 0.0, peak)
+    wa, wb = jnp.exp(a.max_BKR - finite), jnp.exp(b.max_BKR - finite)
+    return Partial(a.out_BKRH * wa[..., None] + b.out_BKRH * wb[..., None], peak, a.sum_BKR * wa + b.sum_BKR * wb)
+
+
+def finish(partial: Partial, dtype: jnp.dtype) -> jax.Array:
+    """softmax(scores) @ values, [B, K, R, H]; a row that saw nothing is 0."""
+    total = jnp.where(partial.sum_BKR == 0, 1.0, partial.sum_BKR)
+    return (partial.out_BKRH / total[..., None]).astype(dtype)
+
+
+def _block_of(slots: Slots, start: jax.Array | int, size: int) -> Slots:
+    return Slots(
+        lax.dynamic_slice_in_dim(slots.k_BKSH, start, size, axis=2),
+        lax.dynamic_slice_in_dim(slots.v_BKSH, start, size, axis=2),
+        lax.dynamic_slice_in_dim(slots.pos_BS, start, size, axis=1),
+        None if slots.branch_BS is None else lax.dynamic_slice_in_dim(slots.branch_BS, start, size, axis=1),
+    )
+
+
+def attend_blockwise(rows: Rows, slots: Slots, *, scale: float, block: int, used: jax.Array | None = None) -> Partial:
+    """`attend_block` over slots of any number, holding the scores of one block at a time.
+
+    `used`, where given, says that slots from that index on are empty: their blocks are not visited. It makes the
+    number of visits depend on data, which reverse-mode differentiation cannot follow; without it the result is
+    differentiable, and the backward pass recomputes each block's scores.
+    """
+    size = slots.pos_BS.shape[1]
+    if size <= block:
+        return attend_block(rows, slots, scale=scale)
+    whole, rest = divmod(size, block)
+
+    def visit(index: jax.Array, partial: Partial) -> Partial:
+        return merge(partial, attend_block(rows, _block_of(slots, index * block, block), scale=scale))
+
+    partial = nothing_seen(rows)
+    if used is not None:
+        blocks = jnp.minimum((used + block - 1) // block, whole)
+        partial = lax.fori_loop(0, blocks, visit, partial)
+    else:
+        step = jax.checkpoint(lambda partial, index: (visit(index, partial), None))
+        partial, _ = lax.scan(step, partial, jnp.arange(whole))
+    if rest:
+        partial = merge(partial, attend_block(rows, _block_of(slots, whole * block, rest), scale=scale))
+    return partial

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Llama-like decoder in Flax NNX: parameters only. What attends to what is an argument.
+
+One definition, two layouts of the same weights. `stacked`: every layer's weights in one array with a leading layer
+axis, run by `lax.scan`; the compiled program does not grow with depth (training, prefill on a pod). `unrolled`: one
+array a layer, run by a Python loop; a decoding step then reads each weight once, where a scan on a GPU or a CPU first
+copies the layer out of the stack.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rapid_jax.model.config import ModelConfig
+from rapid_jax.model.rope import inverse_frequencies, rotate, rotation
+
+Layout: TypeAlias = Literal["stacked", "unrolled"]
+# (q_BTNH, k_BTKH, v_BTKH, layer) -> (out_BTNH, kept): `layer` is this layer's slice of what the caller passed, `kept`
+# whatever the caller wants back of it. q and k are already rotated.
+Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+
+
+def _parameter(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> nnx.Param:
+    return nnx.Param((jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5).astype(dtype))
+
+
+def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in float32, result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    return weight_D * normed.astype(x.dtype)
+
+
+def _project(spec: str, x: jax.Array, weight: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
+    """einsum accumulated in float32; float32 weights are multiplied in full float32 on every backend."""
+    precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    out = jnp.einsum(spec, x, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+    return out if bias is None else out + bias[...]
+
+
+class Block(nnx.Module):
+    """One layer, or with `stack=(L,)` all L of them, each array with a leading layer axis."""
+
+    def __init__(self, config: ModelConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs):
+        D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
+        N, K = config.num_heads, config.num_kv_heads
+        self.norm_eps = config.norm_eps
+        self.attention_norm_D = nnx.Param(jnp.ones((*stack, D), dtype))
+        self.q_DNH = _parameter(rngs, (*stack, D, N, H), D, dtype)
+        self.k_DKH = _parameter(rngs, (*stack, D, K, H), D, dtype)
+        self.v_DKH = _parameter(rngs, (*stack, D, K, H), D, dtype)
+        self.o_NHD = _parameter(rngs, (*stack, N, H, D), N * H, dtype)
+        self.q_bias_NH = nnx.Param(jnp.zeros((*stack, N, H), dtype)) if config.qkv_bias else None
+        self.k_bias_KH = nnx.Param(jnp.zeros((*stack, K, H), dtype)) if config.qkv_bias else None
+        self.v_bias_KH = nnx.Param(jnp.zeros((*stack, K, H), dtype)) if config.qkv_bias else None
+        self.mlp_norm_D = nnx.Param(jnp.ones((*stack, D), dtype))
+        self.gate_DF = _parameter(rngs, (*stack, D, F), D, dtype)
+        self.up_DF = _parameter(rngs, (*stack, D, F), D, dtype)
+        self.down_FD = _parameter(rngs, (*stack, F, D), F, dtype)
+
+    def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):
+        """(x after this layer, what `attend` kept)."""
+        h = rms_norm(x_BTD, self.attention_norm_D[...], self.norm_eps)
+        q_BTNH = rotate(_project("BTD,DNH->BTNH", h, self.q_DNH[...], self.q_bias_NH), cos, sin)
+        k_BTKH = rotate(_project("BTD,DKH->BTKH", h, self.k_DKH[...], self.k_bias_KH), cos, sin)
+        v_BTKH = _project("BTD,DKH->BTKH", h, self.v_DKH[...], self.v_bias_KH)
+        attended_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH, layer)
+        x_BTD = x_BTD + _project("BTNH,NHD->BTD", attended_BTNH, self.o_NHD[...])
+        h = rms_norm(x_BTD, self.mlp_norm_D[...], self.norm_eps)
+        gated = jax.nn.silu(_project("BTD,DF->BTF", h, self.gate_DF[...])) * _project("BTD,DF->BTF", h, self.up_DF[...])
+        return x_BTD + _project("BTF,FD->BTD", gated, self.down_FD[...]), kept
+
+
+class Decoder(nnx.Module):
+    """Token ids to hidden states to logits."""
+
+    def __init__(self, config: ModelConfig, *, layout: Layout, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.config = config
+        self.layout = layout
+        V, D = config.vocab_size, config.hidden_size
+        self.embed_VD = nnx.Param(jax.random.normal(rngs.params(), (V, D), jnp.float32).astype(dtype) * 0.02)
+        if layout == "stacked":
+            self.blocks = Block(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
+        else:
+            self.blocks = nnx.List([Block(config, stack=(), dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+        self.norm_D = nnx.Param(jnp.ones((D,), dtype))
+        self.head_DV = None if config.tie_embeddings else _parameter(rngs, (D, V), D, dtype)
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """The input of the first layer, [B, T, D]."""
+        return self.embed_VD[...][tokens_BT]
+
+    def rotation(self, pos_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(cos, sin) for queries and keys at these positions."""
+        inv_freq, factor = inverse_frequencies(self.config.rope, self.config.head_dim)
+        return rotation(pos_BT, inv_freq, factor)
+
+    def hidden(self, tokens_BT: jax.Array, pos_BT: jax.Array, attend: Attend, layers: Any = None):
+        """(final-norm hidden states [B, T, D], what `attend` kept of every layer).
+
+        `layers` is None or holds one item a layer: a tuple in the unrolled layout, a pytree of arrays with a leading
+        layer axis in the stacked one. The kept items come back in the same form.
+        """
+        x_BTD = self.embed(tokens_BT)
+        cos, sin = self.rotation(pos_BT)
+        if self.layout == "stacked":
+            graph, stacked = nnx.split(self.blocks)
+
+            def one_layer(x_BTD, item):
+                weights, layer = item
+                return nnx.merge(graph, weights)(x_BTD, cos, sin, attend, layer)
+
+            x_BTD, kept = jax.lax.scan(one_layer, x_BTD, (stacked, layers))
+        else:
+            collected = []
+            for index, block in enumerate(self.blocks):
+                x_BTD, item = block(x_BTD, cos, sin, attend, None if layers is None else layers[index])
+                collected.append(item)
+            kept = tuple(collected)
+        return self.final_norm(x_BTD), kept
+
+    def final_norm(self, x_BTD: jax.Array) -> jax.Array:
+        """The last layer's output, normalised: what `logits` takes."""
+        return rms_norm(x_BTD, self.norm_D[...], self.config.norm_eps)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V]; take the rows you need first, V is large."""
+        if self.head_DV is None:
+            weight, spec = self.embed_VD[...], "BTD,VD->BTV"
+        else:
+            weight, spec = self.head_DV[...], "BTD,DV->BTV"
+        precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+        return jnp.einsum(spec, hidden_BTD, weight, precision=precision, preferred_element_type=jnp.float32)

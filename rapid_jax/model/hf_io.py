@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face checkpoint folders: safetensors in and out, streamed, with errors that name the file and the tensor."""
+
+import json
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rapid_jax.model import safetensors_file
+from rapid_jax.model.config import ModelConfig, from_hf, to_hf
+from rapid_jax.model.decoder import Decoder, Layout
+from rapid_jax.model.hf_names import EMBEDDING, HEAD, Weight, weights
+from rapid_jax.model.placement import build, stored_arrays
+from rapid_jax.runtime.axes import PARAM, Table
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import replace_folder
+
+ExportDtype = Literal["bfloat16", "float32"]
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_SHARD_BYTES = 5_000_000_000  # the hub's and transformers' usual limit
+
+
+class HfCheckpoint:
+    """A checkpoint folder whose tensors were found to be all there, of the right shapes and not cut short."""
+
+    def __init__(self, folder: Path, config: ModelConfig | None = None):
+        self.folder = folder
+        self.config = from_hf(read_json(folder / "config.json")) if config is None else config
+        self._tensors = _tensors(folder)
+        _check_complete(folder, self.config, self._tensors)
+
+    @property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files, in order of their names."""
+        return sorted({tensor.file for tensor in self._tensors.values()})
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the token embedding, which is what the whole checkpoint is usually stored in."""
+        return jnp.dtype({"F32": "float32", "F16": "float16"}.get(self._tensors[EMBEDDING].dtype_name, "bfloat16"))
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor, in its own dtype and the checkpoint's order of axes."""
+        array = safetensors_file.read(self._tensors[key])
+        if key == EMBEDDING and self.config.tie_embeddings and HEAD in self._tensors:
+            head = self._tensors[HEAD]
+            if not np.array_equal(safetensors_file.read(head), array):
+                raise InputError(f"{head.file}: {HEAD} differs from {EMBEDDING}, but config.json ties them")
+        return array
+
+
+def load_hf(
+    folder: Path,
+    *,
+    layout: Layout,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+    table: Table = PARAM,
+    quiet: bool = False,
+) -> Decoder:
+    """The Decoder of a checkpoint folder, its weights streamed tensor by tensor to the default device or `mesh`."""
+    checkpoint = HfCheckpoint(folder)
+    return build(checkpoint.config, checkpoint.read, layout=layout, dtype=dtype, mesh=mesh, table=table, quiet=quiet)
+
+
+def save_hf(
+    folder: Path,
+    decoder: Decoder,
+    *,
+    dtype: ExportDtype,
+    files: Mapping[str, bytes],
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Writes the decoder as a folder that transformers loads; `files` (tokenizer, chat template) go in as they are.
+
+    Written whole or not at all; a checkpoint already at `folder` is replaced. On several hosts every one must call it:
+    arrays are gathered, and the first host writes.
+    """
+    arrays = stored_arrays(decoder, jnp.dtype(dtype))
+    if jax.process_index() == 0:
+        write_checkpoint(folder, decoder.config, arrays, dtype=dtype, files=files, shard_bytes=shard_bytes)
+    else:
+        for _ in arrays:
+            pass
+
+
+def write_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    arrays: Iterable[tuple[Weight, np.ndarray]],
+    *,
+    dtype: ExportDtype,
+    files: Mapping[str, bytes],
+    shard_bytes: int = _SHARD_BYTES,
+) -> None:
+    """Writes `arrays`, which come in the order of `weights(config)` and are taken one at a time, as a folder.
+
+    Raises InputError when `folder` holds something other than a checkpoint, or when the disk does not take it; nothing
+    is left half-written.
+    """
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
+        raise InputError(f"{folder}: expected a new name, an empty folder or a checkpoint to replace")
+    stored = jnp.dtype(dtype)
+    shards = _shards(config, stored, shard_bytes)
+    stream = (array for _, array in arrays)
+    try:
+        with replace_folder(folder) as temporary:
+            _write_json(temporary / "config.json", to_hf(config) | {"torch_dtype": dtype})
+            for name, content in files.items():
+                (temporary / name).write_bytes(content)
+            for name, shapes in shards.items():
+                safetensors_file.write(temporary / name, shapes, stored, islice(stream, len(shapes)))
+            if len(shards) > 1:
+                _write_json(temporary / _INDEX, _index(config, stored, shards))
+    except OSError as error:
+        raise InputError(f"{folder}: could not be written: {error.strerror}; nothing was left there") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises InputError when there is no file, or it is something else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object")
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _tensors(folder: Path) -> dict[str, safetensors_file.Tensor]:
+    if (folder / _INDEX).is_file():
+        index = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(index, dict):
+            raise InputError(f"{folder / _INDEX}: expected a key weight_map that says which tensor is in which file")
+        files = {}
+        for name in sorted(set(index.values())):
+            if Path(name).name != name:
+                raise InputError(f"{folder / _INDEX}: {name!r} is not the name of a file in this folder")
+            if not (folder / name).is_file():
+                raise InputError(f"{folder / name}: no such file, but {_INDEX} names it")
+            files[name] = safetensors_file.tensors_in(folder / name)
+        for key, name in index.items():
+            if key not in files[name]:
+                raise InputError(f"{folder / name}: has no tensor {key}, but {_INDEX} says so")
+        return {key: files[name][key] for key, name in index.items()}
+    if (folder / _SINGLE).is_file():
+        return safetensors_file.tensors_in(folder / _SINGLE)
+    if any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder / _INDEX}: no such file, and the weights are in several files")
+    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
+        raise InputError(f"{folder}: pickled weights (.bin, .pt) are not read: they can run code; save as safetensors")
+    raise InputError(f"{folder}: expected {_SINGLE} or {_INDEX}")
+
+
+def _check_complete(folder: Path, config: ModelConfig, tensors: Mapping[str, safetensors_file.Tensor]) -> None:
+    expected = {weight.key: weight.stored_shape for weight in weights(config)}
+    missing = [key for key in expected if key not in tensors]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"{folder}: tensor {missing[0]} is missing{more}")
+    for key, tensor in tensors.items():
+        if key not in expected:
+            # Old Llama checkpoints store the rotary frequencies, which follow from config.json.
+            if not key.endswith("rotary_emb.inv_freq") and not (key == HEAD and config.tie_embeddings):
+                raise InputError(f"{tensor.file}: tensor {key} is not part of a {config.family} decoder")
+        elif tensor.shape != expected[key]:
+            raise InputError(f"{tensor.file}: {key} has shape {list(tensor.shape)}, expected {list(expected[key])}")
+
+
+def _shards(config: ModelConfig, dtype: np.dtype, limit: int) -> dict[str, dict[str, tuple[int, ...]]]:
+    """File name -> tensors in it; as many in a file as fit below the limit, at least one."""
+    groups: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for weight in weights(config):
+        size = int(np.prod(weight.stored_shape)) * dtype.itemsize
+        if groups[-1] and filled + size > limit:
+            groups.append({})
+            filled = 0
+        groups[-1][weight.key] = weight.stored_shape
+        filled += size
+    if len(groups) == 1:
+        return {_SINGLE: groups[0]}
+    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, start=1)}
+
+
+def _index(config: ModelConfig, dtype: np.dtype, shards: Mapping[str, Iterable[str]]) -> dict[str, Any]:
+    total = sum(int(np.prod(weight.stored_shape)) * dtype.itemsize for weight in weights(config))
+    return {
+        "metadata": {"total_size": total},
+        "weight_map": {key: name for name, keys in shards.items() for key in keys},
+    }

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which array of a Hugging Face checkpoint is which parameter of the Decoder, and in which order of axes.
+
+A checkpoint stores a linear layer as [out, in] with heads flattened into one axis. Each weight below names the axes of
+the stored array by their letters with heads unflattened; ours are the letters in the parameter's own name. Going from
+one to the other is: reshape to the stored letters, transpose to ours. All three families use these names.
+"""
+
+import math
+from dataclasses import dataclass
+
+from rapid_jax.model.config import ModelConfig
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One array of a checkpoint and the parameter that holds it.
+
+    In the stacked layout the parameter at `path` holds every layer, this one as row `layer`.
+    """
+
+    key: str  # in the checkpoint: model.layers.3.self_attn.q_proj.weight
+    name: str  # in its module: q_DNH
+    stored_axes: str  # of the checkpoint's array with heads unflattened: NHD
+    layer: int | None  # None outside the layers
+    sizes: tuple[tuple[str, int], ...]  # letter -> size
+
+    @property
+    def axes(self) -> str:
+        """The letters of our parameter, without the layer axis."""
+        return self.name.rsplit("_", 1)[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of our parameter, without the layer axis."""
+        return tuple(dict(self.sizes)[letter] for letter in self.axes)
+
+    @property
+    def unflattened_shape(self) -> tuple[int, ...]:
+        """Of the checkpoint's array seen with `stored_axes`."""
+        return tuple(dict(self.sizes)[letter] for letter in self.stored_axes)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Of the checkpoint's array as it lies in the file: a bias is flat, a weight has two axes."""
+        shape = self.unflattened_shape
+        if "_bias_" in self.name:
+            return (math.prod(shape),)
+        # Heads are the first two letters of q, k and v, and the last two of o.
+        if len(shape) == 3:
+            return (shape[0], shape[1] * shape[2]) if self.name.startswith("o_") else (shape[0] * shape[1], shape[2])
+        return shape
+
+    @property
+    def to_ours(self) -> tuple[int, ...]:
+        """The transposition from `stored_axes` to `axes`."""
+        return tuple(self.stored_axes.index(letter) for letter in self.axes)
+
+    @property
+    def to_stored(self) -> tuple[int, ...]:
+        """The transposition from `axes` to `stored_axes`."""
+        return tuple(self.axes.index(letter) for letter in self.stored_axes)
+
+    def path(self, layout: str) -> Path:
+        """Where the parameter is in the Decoder's state."""
+        if self.layer is None:
+            return (self.name,)
+        return ("blocks", self.name) if layout == "stacked" else ("blocks", self.layer, self.name)
+
+
+_BLOCK = (
+    ("input_layernorm.weight", "attention_norm_D", "D"),
+    ("self_attn.q_proj.weight", "q_DNH", "NHD"),
+    ("self_attn.k_proj.weight", "k_DKH", "KHD"),
+    ("self_attn.v_proj.weight", "v_DKH", "KHD"),
+    ("self_attn.o_proj.weight", "o_NHD", "DNH"),
+    ("post_attention_layernorm.weight", "mlp_norm_D", "D"),
+    ("mlp.gate_proj.weight", "gate_DF", "FD"),
+    ("mlp.up_proj.weight", "up_DF", "FD"),
+    ("mlp.down_proj.weight", "down_FD", "DF"),
+)
+_BIASES = (
+    ("self_attn.q_proj.bias", "q_bias_NH", "NH"),
+    ("self_attn.k_proj.bias", "k_bias_KH", "KH"),
+    ("self_attn.v_proj.bias", "v_bias_KH", "KH"),
+)
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+
+
+def weights(config: ModelConfig) -> tuple[Weight, ...]:
+    """Every array of this architecture's checkpoint, in the order of the forward pass."""
+    sizes = tuple(
+        {
+            "V": config.vocab_size,
+            "D": config.hidden_size,
+            "N": config.num_heads,
+            "K": config.num_kv_heads,
+            "H": config.head_dim,
+            "F": config.intermediate_size,
+        }.items()
+    )
+    found = [Weight(EMBEDDING, "embed_VD", "VD", None, sizes)]
+    block = _BLOCK + (_BIASES if config.qkv_bias else ())
+    for layer in range(config.num_layers):
+        found += [Weight(f"model.layers.{layer}.{key}", name, axes, layer, sizes) for key, name, axes in block]
+    found.append(Weight("model.norm.weight", "norm_D", "D", None, sizes))
+    if not config.tie_embeddings:
+        found.append(Weight(HEAD, "head_DV", "VD", None, sizes))
+    return tuple(found)

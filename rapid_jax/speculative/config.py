@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What decides the tokens, apart from the two models and their prompts."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from rapid_jax.runtime.errors import InputError
+
+Mode: TypeAlias = Literal["rapid", "lossless", "phat", "target", "retrieval"]
+Guard: TypeAlias = Literal["code", "paper", "none"]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a distribution is made of logits, in this order: repetition penalty, temperature, top-k, top-p, min-p."""
+
+    temperature: float = 1.0  # 0 = greedy
+    top_k: int = 0  # 0 = off
+    top_p: float = 1.0  # 1 = off
+    min_p: float = 0.0  # 0 = off
+    repetition_penalty: float = 1.0  # 1 = off
+    penalize: Literal["generated", "all"] = "generated"  # all = each model's own prompt too, as transformers does
+    max_new_tokens: int = 256
+    seed: int = 0
+
+    def __post_init__(self):
+        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
+        _require(finite and self.temperature >= 0, f"temperature must be a number >= 0, got {self.temperature}")
+        _require(self.top_k >= 0, f"top_k must be >= 0 (0 = off), got {self.top_k}")
+        _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
+        _require(0 <= self.min_p < 1, f"min_p must be in [0, 1), got {self.min_p}")
+        _require(self.repetition_penalty > 0, f"repetition_penalty must be > 0, got {self.repetition_penalty}")
+        _require(self.max_new_tokens >= 1, f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
+        _require(0 <= self.seed < 2**32, f"seed must be in [0, 2^32), got {self.seed}")
+
+
+@dataclass(frozen=True)
+class SpeculationConfig:
+    """How tokens are drafted and what is accepted (RAPID, arXiv 2502.20330).
+
+    mode
+      rapid      the paper's rule as its released code runs it; with eta > 0 NOT the target's distribution
+      lossless   eta = 0: exactly the target's distribution, whatever the drafter
+      phat       exactly the enriched distribution p-hat (residual max(p_hat - q, 0))
+      target     the target alone on the whole document
+      retrieval  the drafter's prompt alone, answered by the target
+    """
+
+    mode: Mode = "rapid"
+    eta: float = 10.0  # transfer strength, Eq. 6
+    gamma: int | Literal["auto"] = 10  # drafted tokens a round
+    guard: Guard = "code"  # which tokens the drafter may move: released code, Eq. 9, or all
+    alpha: float = 0.1  # of the guard
+    confidence_stop: float = 0.0  # stop drafting after a token the drafter gave less than this; 0 = off
+    lookup: Literal["off", "auto", "on"] = "auto"  # level 0: drafts copied from text already read
+    lookup_width: int = 6  # tokens copied at once
+    lookup_match: int = 3  # tokens that must agree before a copy is proposed
+    rounds_per_read: int = 4  # rounds on the device between two looks of the host
+
+    def __post_init__(self):
+        _require(math.isfinite(self.eta) and self.eta >= 0, f"eta must be a number >= 0, got {self.eta}")
+        auto = self.gamma == "auto"
+        _require(auto or 0 <= int(self.gamma) <= 64, f"gamma must be auto or 0 to 64, got {self.gamma}")
+        _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
+        _require(0 <= self.confidence_stop < 1, f"confidence_stop must be in [0, 1), got {self.confidence_stop}")
+        _require(1 <= self.lookup_width <= 32, f"lookup_width must be 1 to 32, got {self.lookup_width}")
+        _require(1 <= self.lookup_match <= 16, f"lookup_match must be 1 to 16, got {self.lookup_match}")
+        _require(self.rounds_per_read >= 1, f"rounds_per_read must be >= 1, got {self.rounds_per_read}")
+
+    @property
+    def effective_eta(self) -> float:
+        """eta where the mode uses it, else 0."""
+        return self.eta if self.mode in ("rapid", "phat") else 0.0

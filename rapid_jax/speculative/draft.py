@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draft tokens from the drafter's distribution q, one at a time or several where level 0 guessed them."""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rapid_jax.attention.cache import Tail
+from rapid_jax.attention.verbs import attend_prefix_tail
+from rapid_jax.speculative.accept import leading_agreement
+from rapid_jax.speculative.lookup import propose
+from rapid_jax.speculative.sampling import (
+    Draw,
+    Knobs,
+    Law,
+    draw,
+    position_keys,
+    seen_after,
+    seen_before_each,
+    warped,
+)
+from rapid_jax.speculative.state import Origin, Plan, Side, State, known_tokens, put, window
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Draft:
+    """Up to G drafted tokens a row, each drawn from the row of q that stands beside it."""
+
+    tokens_BG: jax.Array  # int32
+    log_q_BGV: jax.Array  # float32; V is 1 and the values mean nothing under a greedy law
+    origin_BG: jax.Array  # int8
+    length_B: jax.Array  # int32
+    copied_B: jax.Array  # int32, tokens that level 0 proposed
+    copied_accepted_B: jax.Array  # int32
+    steps: jax.Array  # int32 scalar, forward passes
+
+    @classmethod
+    def empty(cls, batch: int, slots: int, law: Law, vocabulary: int) -> "Draft":
+        """Nothing drafted, room for `slots` tokens."""
+        row = jnp.zeros(batch, jnp.int32)
+        return cls(
+            jnp.zeros((batch, slots), jnp.int32),
+            jnp.zeros((batch, slots, 1 if law.greedy else vocabulary), jnp.float32),
+            jnp.full((batch, slots), Origin.DRAFT, jnp.int8),
+            row,
+            row,
+            row,
+            jnp.int32(0),
+        )
+
+
+def read(side: Side, tail: Tail, tokens_BT: jax.Array, plan: Plan, *, rows: int) -> tuple[jax.Array, Tail]:
+    """(float32 logits after each of the last `rows` tokens [B, rows, V], the tail with all tokens written)."""
+    T = tokens_BT.shape[1]
+    pos_BT = (tail.start_B + tail.length_B)[:, None] + jnp.arange(T, dtype=jnp.int32)
+    attend = attend_prefix_tail(side.prefix, tail, pos_BT, block=plan.block)
+    if isinstance(tail.layers, tuple) and isinstance(side.prefix.layers, tuple):
+        layers = tuple(zip(side.prefix.layers, tail.layers, strict=True))
+    else:
+        layers = (side.prefix.layers, tail.layers)
+    hidden_BTD, kept = side.decoder.hidden(tokens_BT, pos_BT, attend, layers)
+    logits = side.decoder.logits(hidden_BTD[:, T - rows :])[..., : plan.vocabulary]
+    return logits, Tail(kept, tail.start_B, tail.length_B + T)
+
+
+def caught_up(side: Side, state: State, tail: Tail, plan: Plan) -> Tail:
+    """The drafter's tail with every token but the last two, as drafting wants it.
+
+    Longer ones are rolled back. Shorter ones, after rounds without the drafter, read what they missed.
+    """
+    wanted_B = side.prompt_B + state.count_B - 2 - tail.start_B
+    width = 32
+
+    def step(tail: Tail) -> Tail:
+        start_B = side.recent_BR.shape[1] + tail.start_B + tail.length_B - side.prompt_B
+        tokens_BT = window(jnp.pad(known_tokens(side, state), ((0, 0), (0, width))), start_B, width)
+        _, longer = read(side, tail, tokens_BT, plan, rows=1)
+        return longer.rolled_back(jnp.minimum(longer.length_B, wanted_B))
+
+    tail = tail.rolled_back(jnp.minimum(tail.length_B, wanted_B))
+    return lax.while_loop(lambda tail: jnp.any(tail.length_B < wanted_B), step, tail) if plan.catch_up else tail
+
+
+def _unsure(z_BGV: jax.Array, tokens_BG: jax.Array, law: Law, knobs: Knobs) -> jax.Array:
+    """bool [B, G]: tokens that the drafter gave less than the confidence asked for."""
+    if not law.confidence_stop:
+        return jnp.zeros(tokens_BG.shape, bool)
+    q_BGV = jax.nn.softmax(z_BGV, axis=-1)
+    return jnp.take_along_axis(q_BGV, tokens_BG[..., None], axis=-1)[..., 0] < knobs.confidence_stop
+
+
+def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs, plan: Plan) -> tuple[Draft, Tail]:
+    """Drafts and the drafter's tail: gamma steps, or fewer once every row drew a stop token or an unsure one.
+
+    The first step feeds the last two tokens of the sequence: after a full accept the cache lacks both.
+    """
+    batch = state.count_B.shape[0]
+
+    def step(index, carry, tokens_BT):
+        draft, tail, seen_BV, open_B = carry
+        logits, tail = read(side, tail, tokens_BT, plan, rows=1)
+        z_BGV = warped(logits, law, knobs, None if seen_BV is None else seen_BV[:, None])
+        token_B1 = draw(position_keys(state.key_B, Draw.DRAFT, state.count_B + index, 1), z_BGV, law)
+        log_q_BGV = draft.log_q_BGV
+        if not law.greedy:
+            log_q_BGV = lax.dynamic_update_slice_in_dim(log_q_BGV, jax.nn.log_softmax(z_BGV, axis=-1), index, axis=1)
+        draft = replace(
+            draft,
+            tokens_BG=lax.dynamic_update_slice_in_dim(draft.tokens_BG, token_B1, index, axis=1),
+            log_q_BGV=log_q_BGV,
+            length_B=draft.length_B + open_B,
+            steps=draft.steps + 1,
+        )
+        open_B &= ~(law.is_stop(token_B1) | _unsure(z_BGV, token_B1, law, knobs))[:, 0]
+        return draft, tail, seen_after(seen_BV, token_B1, jnp.ones(batch, jnp.int32)), open_B
+
+    draft = Draft.empty(batch, plan.gamma, law, plan.vocabulary)
+    last_two = window(known_tokens(side, state), side.recent_BR.shape[1] + state.count_B - 2, 2)
+    carry = step(jnp.int32(0), (draft, tail, state.draft_seen_BV, ~state.done_B), last_two)
+
+    def more(item):
+        index, (_, _, _, open_B) = item
+        return (index < plan.gamma) & jnp.any(open_B)
+
+    def next_step(item):
+        index, carry = item
+        return index + 1, step(index, carry, lax.dynamic_slice_in_dim(carry[0].tokens_BG, index - 1, 1, axis=1))
+
+    _, (draft, tail, _, _) = lax.while_loop(more, next_step, (jnp.int32(1), carry))
+    return draft, tail
+
+
+def copies_for(known: jax.Array, end_B: jax.Array, reach: int, text_BM: jax.Array, plan: Plan):
+    """(copied tokens [B, copies], how many count [B], the last `reach` tokens before `end_B`).
+
+    Copied from the text or from what was said since the prompt; `known` holds prompt tokens up to slot `reach`.
+    """
+    slots = jnp.arange(known.shape[1])
+    said = jnp.where((slots >= reach) & (slots < end_B[:, None]), known, -1)
+    recent_BR = window(known, end_B - reach, reach)
+    text = jnp.concatenate([text_BM, said], axis=1)
+    copied_BW, count_B = propose(text, recent_BR, width=plan.copies, least=plan.match)
+    return copied_BW, count_B, recent_BR
+
+
+def draft_with_copies(
+    side: Side, state: State, tail: Tail, text_BM: jax.Array, law: Law, knobs: Knobs, plan: Plan
+) -> tuple[Draft, Tail]:
+    """Drafts and the drafter's tail: each step also reads copied tokens and keeps those that it would have drawn.
+
+    The drafts are those of `draft_stepwise`, from the same random numbers; only the passes are fewer. Every pass feeds
+    the last two tokens of the sequence, then the copies.
+    """
+    batch, width = state.count_B.shape[0], plan.copies
+    reach = side.recent_BR.shape[1]
+    room = plan.gamma + width + 1
+    known = jnp.pad(known_tokens(side, state), ((0, 0), (0, room)))
+    index = jnp.arange(width + 1)
+
+    def step(item):
+        draft, tail, seen_BV, open_B = item
+        at_B = draft.length_B
+        sequence = put(known, draft.tokens_BG, reach + state.count_B)
+        copied_BW, count_B, recent_BR = copies_for(sequence, reach + state.count_B + at_B, reach, text_BM, plan)
+        fed_BT = jnp.concatenate([recent_BR[:, -2:], copied_BW], axis=1)
+        logits, longer = read(side, tail, fed_BT, plan, rows=width + 1)
+        z_BGV = warped(logits, law, knobs, seen_before_each(seen_BV, copied_BW))
+        keys_BG = position_keys(state.key_B, Draw.DRAFT, state.count_B + at_B, width + 1)
+        drawn_BG = draw(keys_BG, z_BGV, law)
+        n_B = leading_agreement(copied_BW, drawn_BG, count_B)
+        ends_BG = (law.is_stop(drawn_BG) | _unsure(z_BGV, drawn_BG, law, knobs)) & (index <= n_B[:, None])
+        ended_B = jnp.any(ends_BG, axis=1)
+        taken_B = jnp.where(ended_B, jnp.argmax(ends_BG, axis=1), n_B) + 1
+        taken_B = jnp.where(open_B, jnp.minimum(taken_B, plan.gamma - at_B), 0)
+        log_q_BGV = draft.log_q_BGV
+        if not law.greedy:  # a closed row writes past its own drafts, where nothing is read
+            log_q_BGV = put(log_q_BGV, jax.nn.log_softmax(z_BGV, axis=-1), at_B)
+        origin_BG = jnp.where(index < n_B[:, None], Origin.LOOKUP, Origin.DRAFT).astype(jnp.int8)
+        draft = Draft(
+            put(draft.tokens_BG, drawn_BG, at_B),
+            log_q_BGV,
+            put(draft.origin_BG, origin_BG, at_B),
+            at_B + taken_B,
+            draft.copied_B + count_B * open_B,
+            draft.copied_accepted_B + n_B * open_B,
+            draft.steps + 1,
+        )
+        open_B &= ~ended_B & (draft.length_B < plan.gamma)
+        return draft, longer.rolled_back(tail.length_B + taken_B), seen_after(seen_BV, drawn_BG, taken_B), open_B
+
+    start = (Draft.empty(batch, room, law, plan.vocabulary), tail, state.draft_seen_BV, ~state.done_B)
+    draft, tail, _, _ = lax.while_loop(lambda item: jnp.any(item[3]), step, start)
+    kept = {name: getattr(draft, name)[:, : plan.gamma] for name in ("tokens_BG", "log_q_BGV", "origin_BG")}
+    return replace(draft, **kept), tail

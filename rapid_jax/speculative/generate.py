@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From two prefilled prompts to tokens: the host's part of speculation."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rapid_jax.attention.cache import Prefix, Tail
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.loop import run_rounds
+from rapid_jax.speculative.prefill import bucket, extend, new_tail
+from rapid_jax.speculative.sampling import Knobs, Law
+from rapid_jax.speculative.schedule import GAMMAS, CopyGate, Observation, gamma_schedule
+from rapid_jax.speculative.state import Counts, Plan, Side, State
+
+RECENT = 8  # prompt tokens kept at hand: what a drafter re-reads, what level 0 matches
+EXTEND_WIDTH = 32  # prompt tokens after the prefix read at once
+
+# (row, new tokens, their origins) -> whether the row should stop
+OnTokens = Callable[[int, list[int], list[int]], bool]
+
+
+@dataclass(frozen=True)
+class Prompted:
+    """A model and one prompt a row, of which the prefix holds the first tokens."""
+
+    decoder: Decoder
+    prompts: Sequence[Sequence[int]]
+    prefix: Prefix
+    cached: Sequence[int]  # tokens of each prompt that the prefix holds; at most all but the last (drafter: last two)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What was generated; lists have one item a row."""
+
+    tokens: list[list[int]]
+    origins: list[list[int]]
+    finish_reasons: list[str]  # stop: a stop token; length: the limit; interrupted: the caller said so
+    drafted: list[int]
+    accepted: list[int]
+    rounds: list[int]
+    copied: list[int]
+    copied_accepted: list[int]
+    draft_steps: int
+    target_steps: int
+    gammas: dict[int, int]  # rounds run with each gamma
+    seconds: float
+
+
+def _side(prompted: Prompted, *, uncached: int, reserve: int, block: int) -> tuple[Side, Tail]:
+    """The model ready for rounds: every prompt token but the last `uncached` is in its prefix or its tail."""
+    suffixes = []
+    for prompt, cached in zip(prompted.prompts, prompted.cached, strict=True):
+        if len(prompt) - uncached < cached:
+            raise InputError(f"expected at most {len(prompt) - uncached} cached prompt tokens, got {cached}")
+        suffixes.append(prompt[cached : len(prompt) - uncached])
+    longest = max(len(suffix) for suffix in suffixes)
+    slots = bucket(-(-longest // EXTEND_WIDTH) * EXTEND_WIDTH + reserve, 32)
+    dtype = jax.tree.leaves(prompted.prefix.layers)[0].dtype
+    tail = new_tail(prompted.decoder, list(prompted.cached), slots, dtype)
+    if longest:
+        tail = extend(prompted.decoder, prompted.prefix, tail, suffixes, width=EXTEND_WIDTH, block_size=block)
+    recent = np.full((len(suffixes), RECENT), -1, np.int32)
+    for row, prompt in enumerate(prompted.prompts):
+        last = list(prompt[-RECENT:])
+        recent[row, RECENT - len(last) :] = last
+    lengths = jnp.asarray([len(prompt) for prompt in prompted.prompts], jnp.int32)
+    return Side(prompted.decoder, prompted.prefix, jnp.asarray(recent), lengths), tail
+
+
+def _text(texts: Sequence[Sequence[int]], match: int) -> jax.Array:
+    longest = max((len(text) for text in texts), default=0)
+    slots = bucket(longest + match, 512)
+    text_BM = np.full((len(texts), slots), -1, np.int32)
+    for row, text in enumerate(texts):
+        text_BM[row, : len(text)] = text
+    return jnp.asarray(text_BM)
+
+
+def _seen(prompted: Prompted | None, vocabulary: int, sampling: SamplingConfig) -> jax.Array | None:
+    if prompted is None or sampling.repetition_penalty == 1:
+        return None
+    seen_BV = np.zeros((len(prompted.prompts), vocabulary), bool)
+    if sampling.penalize == "all":
+        for row, prompt in enumerate(prompted.prompts):
+            seen_BV[row, list(prompt)] = True
+    return jnp.asarray(seen_BV)
+
+
+class _Rounds:
+    """The running state of one `generate` call, and what the host learns of it between calls of the device."""
+
+    def __init__(self, target, drafter, text_BM, state, knobs, law, speculation, plan):
+        self.target, self.drafter, self.text_BM, self.state = target, drafter, text_BM, state
+        self.knobs, self.law, self.plan = knobs, law, plan
+        self.schedule = gamma_schedule(speculation, drafter is not None)
+        self.gate = CopyGate(gain=1.0 if speculation.lookup == "auto" else float("inf"))
+        self.may_copy = speculation.lookup != "off"
+        # Copies that no drafter reads are verified against p itself: right where the law is p's own.
+        self.target_may_copy = law.greedy or speculation.effective_eta == 0
+        self.gammas: dict[int, int] = {}
+        self.host = self._read()
+
+    def _read(self) -> dict[str, np.ndarray]:
+        state = self.state
+        fetched = {"emitted": state.emitted_BO, "origin": state.origin_BO, "count": state.count_B, "done": state.done_B}
+        return jax.device_get(fetched | {"counts": state.counts})
+
+    def advance(self) -> None:
+        """One call of the device: some rounds of one plan."""
+        gamma, rounds = self.schedule.choose()
+        copying = self.may_copy and self.gate.is_open() and (gamma > 0 or self.target_may_copy)
+        plan = replace(self.plan, gamma=gamma, copies=self.plan.copies if copying else 0)
+        programs, start = run_rounds._cache_size(), time.perf_counter()
+        self.state = run_rounds(
+            self.target,
+            self.drafter,
+            self.text_BM,
+            self.state,
+            self.knobs,
+            jnp.int32(rounds),
+            law=self.law,
+            plan=plan,
+        )
+        before, self.host = self.host, self._read()
+        seconds = time.perf_counter() - start if run_rounds._cache_size() == programs else None
+        old, new = before["counts"], self.host["counts"]
+        delta = jax.tree.map(lambda a, b: int(np.sum(b - a)), old, new)
+        emitted = int(np.sum(self.host["count"] - before["count"]))
+        seen = Observation(
+            seconds=seconds,
+            rounds=delta.rounds,
+            row_rounds=delta.round_B,
+            accepted=delta.accepted_B,
+            rejections=delta.rejected_B,
+            copied_accepted=delta.copied_accepted_B,
+            copy_steps=len(old.round_B) * (delta.draft_steps if gamma else delta.rounds) if copying else 0,
+            emitted=emitted,
+        )
+        self.schedule.observe(gamma, seen)
+        self.gate.observe(seen, copying)
+        self.gammas[gamma] = self.gammas.get(gamma, 0) + delta.rounds
+
+    def stop_row(self, row: int) -> None:
+        """Nothing more of this row."""
+        self.state = replace(self.state, done_B=self.state.done_B.at[row].set(True))
+
+
+def generate(
+    target: Prompted,
+    drafter: Prompted | None,
+    *,
+    speculation: SpeculationConfig,
+    sampling: SamplingConfig,
+    stops: Sequence[int],
+    texts: Sequence[Sequence[int]] = (),
+    seeds: Sequence[int] | None = None,
+    block: int = 8192,
+    on_tokens: OnTokens | None = None,
+) -> Generation:
+    """Tokens for every row until a stop token, the length limit or the caller's word.
+
+    With a fixed gamma, row b's tokens depend on its own prompts and `seeds[b]` (default: the seed of the settings for
+    every row), not on the rest of the batch. gamma = auto goes by the clock: the law is the same, the tokens need not
+    be, except at temperature 0. `texts` is what level 0 may copy from, as token ids: document, then retrieved text. The
+    two models may differ in padded vocabulary; only the ids that both have are used.
+    """
+    batch = len(target.prompts)
+    started = time.perf_counter()
+    gammas = GAMMAS if speculation.gamma == "auto" else (int(speculation.gamma),)
+    widest = max(*gammas, speculation.lookup_width) + 1
+    vocabulary = min(side.decoder.config.vocab_size for side in (target, drafter) if side is not None)
+    reserve = sampling.max_new_tokens + 2 * widest + 2
+    target_side, target_tail = _side(target, uncached=1, reserve=reserve, block=block)
+    drafter_side, draft_tail = None, None
+    if drafter is not None:
+        drafter_side, draft_tail = _side(drafter, uncached=2, reserve=reserve + 32, block=block)
+    slots = bucket(sampling.max_new_tokens + widest + 1, 32)
+    seeds = [sampling.seed] * batch if seeds is None else seeds
+    state = State(
+        target_tail=target_tail,
+        draft_tail=draft_tail,
+        emitted_BO=jnp.zeros((batch, slots), jnp.int32),
+        origin_BO=jnp.zeros((batch, slots), jnp.int8),
+        count_B=jnp.zeros(batch, jnp.int32),
+        limit_B=jnp.full(batch, sampling.max_new_tokens, jnp.int32),
+        done_B=jnp.zeros(batch, bool),
+        key_B=jnp.stack([jax.random.key(seed) for seed in seeds]),
+        target_seen_BV=_seen(target, vocabulary, sampling),
+        draft_seen_BV=_seen(drafter, vocabulary, sampling),
+        counts=Counts.zero(batch),
+    )
+    plan = Plan(0, speculation.lookup_width, speculation.lookup_match, block, vocabulary, speculation.gamma == "auto")
+    rounds = _Rounds(
+        target_side,
+        drafter_side,
+        _text(texts or [[]] * batch, speculation.lookup_match),
+        state,
+        Knobs.of(sampling, speculation),
+        Law.of(sampling, speculation, stops),
+        speculation,
+        plan,
+    )
+    told, interrupted = [0] * batch, [False] * batch
+    while not rounds.host["done"].all():
+        rounds.advance()
+        for row in range(batch):
+            count = int(rounds.host["count"][row])
+            if interrupted[row] or count == told[row] or on_tokens is None:
+                continue
+            span = slice(told[row], count)
+            told[row] = count
+            if on_tokens(row, rounds.host["emitted"][row, span].tolist(), rounds.host["origin"][row, span].tolist()):
+                interrupted[row] = True
+                rounds.stop_row(row)
+        if all(done or stopped for done, stopped in zip(rounds.host["done"], interrupted, strict=True)):
+            break
+    return _generation(rounds, interrupted, time.perf_counter() - started)
+
+
+def _generation(rounds: _Rounds, interrupted: list[bool], seconds: float) -> Generation:
+    host, counts = rounds.host, rounds.host["counts"]
+    lengths = host["count"].tolist()
+    tokens = [row[:length].tolist() for row, length in zip(host["emitted"], lengths, strict=True)]
+    stops = set(rounds.law.stops)
+    reasons = [
+        "stop" if row and row[-1] in stops else "interrupted" if cut else "length"
+        for row, cut in zip(tokens, interrupted, strict=True)
+    ]
+    return Generation(
+        tokens=tokens,
+        origins=[row[:length].tolist() for row, length in zip(host["origin"], lengths, strict=True)],
+        finish_reasons=reasons,
+        drafted=counts.drafted_B.tolist(),
+        accepted=counts.accepted_B.tolist(),
+        rounds=counts.round_B.tolist(),
+        copied=counts.copied_B.tolist(),
+        copied_accepted=counts.copied_accepted_B.tolist(),
+        draft_steps=int(counts.draft_steps),
+        target_steps=int(counts.rounds),
+        gammas=rounds.gammas,
+        seconds=seconds,
+    )

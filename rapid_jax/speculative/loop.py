@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The draft-verify round as one program, and rounds in a loop on the device.
+
+Round: gamma drafts from the drafter, one forward of gamma + 1 tokens through the target, accept, resample, roll both
+caches back by moving their lengths. The host starts several rounds at a time and reads tokens between.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rapid_jax.attention.cache import Tail
+from rapid_jax.speculative.accept import leading_agreement, verify
+from rapid_jax.speculative.draft import Draft, caught_up, copies_for, draft_stepwise, draft_with_copies, read
+from rapid_jax.speculative.sampling import (
+    Draw,
+    Knobs,
+    Law,
+    draw,
+    position_keys,
+    seen_after,
+    seen_before_each,
+    warped,
+)
+from rapid_jax.speculative.state import Origin, Plan, Side, State, known_tokens, put, window
+
+
+@partial(jax.jit, static_argnames=("law", "plan"), donate_argnames="state")
+def run_rounds(
+    target: Side,
+    drafter: Side | None,
+    text_BM: jax.Array,
+    state: State,
+    knobs: Knobs,
+    rounds: jax.Array,
+    *,
+    law: Law,
+    plan: Plan,
+) -> State:
+    """The state after `rounds` rounds, or fewer when every row is done. The given state is used up."""
+
+    def one(item):
+        index, state = item
+        return index + 1, one_round(target, drafter, text_BM, state, knobs, law, plan)
+
+    def more(item):
+        index, state = item
+        return (index < rounds) & ~jnp.all(state.done_B)
+
+    return lax.while_loop(more, one, (jnp.int32(0), state))[1]
+
+
+def one_round(
+    target: Side, drafter: Side | None, text_BM: jax.Array, state: State, knobs: Knobs, law: Law, plan: Plan
+) -> State:
+    """The state after one round; each row that is not done has 1 to (drafts + 1) tokens more."""
+    draft_tail = state.draft_tail
+    if plan.gamma == 0:
+        draft = _copies_alone(target, state, text_BM, law, plan)
+    elif drafter is None or draft_tail is None:
+        raise ValueError(f"gamma {plan.gamma} needs a drafter")
+    elif plan.copies:
+        tail = caught_up(drafter, state, draft_tail, plan)
+        draft, draft_tail = draft_with_copies(drafter, state, tail, text_BM, law, knobs, plan)
+    else:
+        tail = caught_up(drafter, state, draft_tail, plan)
+        draft, draft_tail = draft_stepwise(drafter, state, tail, law, knobs, plan)
+
+    last_B1 = window(known_tokens(target, state), target.recent_BR.shape[1] + state.count_B - 1, 1)
+    fed_BT = jnp.concatenate([last_B1, draft.tokens_BG], axis=1)
+    T = fed_BT.shape[1]
+    logits, target_tail = read(target, state.target_tail, fed_BT, plan, rows=T)
+    z_BGV = warped(logits, law, knobs, seen_before_each(state.target_seen_BV, draft.tokens_BG))
+    token_keys_BG = position_keys(state.key_B, Draw.TOKEN, state.count_B, T)
+    if plan.gamma:
+        accept_keys_BG = position_keys(state.key_B, Draw.ACCEPT, state.count_B, T - 1)
+        keys = (accept_keys_BG, token_keys_BG)
+        n_B, token_B = verify(keys, draft.tokens_BG, draft.log_q_BGV, draft.length_B, z_BGV, law, knobs)
+    else:
+        drawn_BG = draw(token_keys_BG, z_BGV, law)
+        n_B = leading_agreement(draft.tokens_BG, drawn_BG, draft.length_B)
+        token_B = jnp.take_along_axis(drawn_BG, n_B[:, None], axis=1)[:, 0]
+    return _committed(state, draft, n_B, token_B, law, plan, (target_tail, draft_tail))
+
+
+def _copies_alone(target: Side, state: State, text_BM: jax.Array, law: Law, plan: Plan) -> Draft:
+    """Copied tokens as drafts for the target itself."""
+    draft = Draft.empty(state.count_B.shape[0], plan.copies, law, 1)
+    if not plan.copies:
+        return draft
+    reach = target.recent_BR.shape[1]
+    copied_BW, count_B, _ = copies_for(known_tokens(target, state), reach + state.count_B, reach, text_BM, plan)
+    origin_BG = jnp.full_like(draft.origin_BG, Origin.LOOKUP)
+    return replace(draft, tokens_BG=copied_BW, origin_BG=origin_BG, length_B=count_B, copied_B=count_B)
+
+
+def _committed(
+    state: State,
+    draft: Draft,
+    n_B: jax.Array,
+    token_B: jax.Array,
+    law: Law,
+    plan: Plan,
+    tails: tuple[Tail, Tail | None],
+) -> State:
+    """The state with the accepted drafts and the token after them, cut at a stop token and at the row's limit."""
+    target_tail, draft_tail = tails
+    index = jnp.arange(draft.tokens_BG.shape[1] + 1)
+    accepted = index < n_B[:, None]
+    fresh_BG = jnp.where(accepted, jnp.pad(draft.tokens_BG, ((0, 0), (0, 1))), token_B[:, None])
+    last = jnp.where(n_B < draft.length_B, Origin.CORRECTION, Origin.BONUS).astype(jnp.int8)
+    origin_BG = jnp.where(accepted, jnp.pad(draft.origin_BG, ((0, 0), (0, 1))), last[:, None])
+    is_stop = law.is_stop(fresh_BG) & (index <= n_B[:, None])
+    stopped_B = jnp.any(is_stop, axis=1)
+    taken_B = jnp.where(stopped_B, jnp.argmax(is_stop, axis=1), n_B) + 1
+    room_B = state.limit_B - state.count_B
+    live_B = ~state.done_B
+    taken_B = jnp.where(live_B, jnp.minimum(taken_B, room_B), 0)
+    count_B = state.count_B + taken_B
+    verified_B = jnp.minimum(draft.length_B, room_B) * live_B
+    accepted_B = jnp.minimum(n_B, verified_B)
+    copied_accepted_B = draft.copied_accepted_B if plan.gamma else accepted_B
+    counts = state.counts
+    return replace(
+        state,
+        target_tail=target_tail.rolled_back(state.target_tail.length_B + taken_B),
+        draft_tail=draft_tail,
+        emitted_BO=put(state.emitted_BO, fresh_BG, state.count_B),
+        origin_BO=put(state.origin_BO, origin_BG, state.count_B),
+        count_B=count_B,
+        done_B=state.done_B | stopped_B & (taken_B > jnp.argmax(is_stop, axis=1)) | (count_B >= state.limit_B),
+        target_seen_BV=seen_after(state.target_seen_BV, fresh_BG, taken_B),
+        draft_seen_BV=seen_after(state.draft_seen_BV, fresh_BG, taken_B),
+        counts=replace(
+            counts,
+            drafted_B=counts.drafted_B + verified_B,
+            accepted_B=counts.accepted_B + accepted_B,
+            rejected_B=counts.rejected_B + (n_B < verified_B),
+            copied_B=counts.copied_B + draft.copied_B * live_B,
+            copied_accepted_B=counts.copied_accepted_B + copied_accepted_B * live_B,
+            draft_steps=counts.draft_steps + draft.steps,
+            rounds=counts.rounds + 1,
+            round_B=counts.round_B + live_B,
+        ),
+    )

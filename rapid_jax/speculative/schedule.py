@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many tokens to draft next, and whether to copy: decided by the host between reads of the device."""
+
+from dataclasses import dataclass, field
+
+from rapid_jax.speculative.config import SpeculationConfig
+
+GAMMAS = (0, 2, 5, 10)  # what gamma = auto chooses from
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one call of the device program did, summed over rows."""
+
+    seconds: float | None  # None where the call also compiled
+    rounds: int  # forward passes of the target
+    row_rounds: int  # the same, counted once a live row
+    accepted: int
+    rejections: int  # rounds of a row that ended before the last draft
+    copied_accepted: int
+    copy_steps: int  # forward passes that read copies
+    emitted: int
+
+
+@dataclass
+class CopyGate:
+    """Level 0 stays on while a pass that reads copies yields enough of them, and is tried again now and then."""
+
+    least_gain: float = 0.5  # accepted copies a pass; what the wider pass must earn
+    wait: int = 32  # emitted tokens before the next trial, doubled by each that fails
+    gain: float = 1.0
+    idle: int = 0
+
+    def is_open(self) -> bool:
+        """Whether the next rounds should copy."""
+        return self.gain >= self.least_gain or self.idle >= self.wait
+
+    def observe(self, seen: Observation, copied: bool) -> None:
+        """Takes in what a call did."""
+        if not copied:
+            self.idle += seen.emitted
+            return
+        if self.idle >= self.wait:  # a trial counts for itself, not against old failures
+            self.gain, self.idle, self.wait = self.least_gain, 0, 2 * self.wait
+        if seen.copy_steps:
+            self.gain = 0.5 * self.gain + 0.5 * seen.copied_accepted / seen.copy_steps
+
+
+@dataclass
+class FixedGamma:
+    """Always the same gamma."""
+
+    gamma: int
+    rounds_per_read: int
+
+    def choose(self) -> tuple[int, int]:
+        """(gamma, rounds) of the next call."""
+        return self.gamma, self.rounds_per_read
+
+    def observe(self, gamma: int, seen: Observation) -> None:
+        """Nothing to learn."""
+
+
+@dataclass
+class AutoGamma:
+    """The gamma with the most expected tokens a second, from measured round times and the acceptance seen lately.
+
+    With a the chance that a draft is accepted, gamma drafts give (1 - a^(gamma + 1)) / (1 - a) tokens a round. A gamma
+    not yet run is costed from those that were: c(gamma) = c(0) + gamma d. While gamma is 0 nothing is learnt of a, so a
+    short draft is tried again after ever longer waits.
+    """
+
+    rounds_per_read: int
+    gammas: tuple[int, ...] = GAMMAS
+    seconds: dict[int, float] = field(default_factory=dict)  # of one round, by gamma
+    accepted: float = 2.0  # discounted counts, starting from a weak belief in a = 2/3
+    rejected: float = 1.0
+    wait: int = 64  # emitted tokens before the next trial
+    idle: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """The current estimate of a."""
+        return min(self.accepted / (self.accepted + self.rejected), 0.999)
+
+    def round_seconds(self, gamma: int) -> float | None:
+        """Measured, else extrapolated from gamma = 0 and the measured one nearest to it; None if that cannot be."""
+        if gamma in self.seconds:
+            return self.seconds[gamma]
+        known = [other for other in self.seconds if other > 0]
+        if 0 not in self.seconds or not known:
+            return None
+        nearest = min(known, key=lambda other: abs(other - gamma))
+        step = max((self.seconds[nearest] - self.seconds[0]) / nearest, 0.05 * self.seconds[0])
+        return self.seconds[0] + gamma * step
+
+    def tokens_per_second(self, gamma: int) -> float:
+        """Expected, at the current acceptance; 0 if the cost is not known."""
+        cost = self.round_seconds(gamma)
+        a = self.acceptance
+        return (1 - a ** (gamma + 1)) / (1 - a) / cost if cost else 0.0
+
+    def choose(self) -> tuple[int, int]:
+        """(gamma, rounds) of the next call."""
+        shortest = min(gamma for gamma in self.gammas if gamma > 0)
+        for first in (shortest, 0):
+            if first not in self.seconds:
+                return first, 1
+        best = max(self.gammas, key=self.tokens_per_second)
+        if best == 0 and self.idle >= self.wait:
+            return shortest, 1
+        return best, 1 if best not in self.seconds else self.rounds_per_read * (2 if best == 0 else 1)
+
+    def observe(self, gamma: int, seen: Observation) -> None:
+        """Takes in what a call did."""
+        if seen.seconds is not None and seen.rounds:
+            now = seen.seconds / seen.rounds
+            self.seconds[gamma] = now if gamma not in self.seconds else 0.7 * self.seconds[gamma] + 0.3 * now
+        if gamma == 0:
+            self.idle += seen.emitted
+            return
+        keep = 0.9**seen.row_rounds
+        self.accepted = self.accepted * keep + seen.accepted
+        self.rejected = self.rejected * keep + seen.rejections
+        if self.idle:
+            self.wait, self.idle = 4 * self.wait, 0
+        if self.tokens_per_second(gamma) > self.tokens_per_second(0) > 0:
+            self.wait = 64
+
+
+def gamma_schedule(config: SpeculationConfig, has_drafter: bool) -> FixedGamma | AutoGamma:
+    """What the configuration asks for; without a drafter nothing is drafted."""
+    if not has_drafter:
+        return FixedGamma(0, config.rounds_per_read)
+    if config.gamma == "auto":
+        return AutoGamma(config.rounds_per_read)
+    return FixedGamma(int(config.gamma), config.rounds_per_read)

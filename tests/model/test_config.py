@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""config.json read and written: both generations' spellings, and what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+import transformers
+
+from rapid_jax.model.config import ModelConfig, Rope, from_hf, to_hf
+from rapid_jax.runtime.errors import InputError
+from tests.model.conftest import FAMILIES, LLAMA3, SIZES, YARN
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 100,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
+QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reads_what_transformers_writes_and_transformers_reads_what_is_written(name, tmp_path):
+    kind, special = FAMILIES[name]
+    theirs = getattr(transformers, kind)(**SIZES | special, eos_token_id=[7, 9])
+    theirs.architectures = [kind.replace("Config", "ForCausalLM")]
+    theirs.save_pretrained(tmp_path)
+    ours = from_hf(json.loads((tmp_path / "config.json").read_text()))
+    written = to_hf(ours)
+    assert from_hf(written) == ours
+    assert json.loads(json.dumps(written)) == written
+
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    back = transformers.AutoConfig.from_pretrained(tmp_path)
+    assert type(back) is type(theirs)
+    assert back.rope_parameters == theirs.rope_parameters
+    ignored = {"transformers_version", "dtype", "rope_parameters", "layer_types", "max_window_layers", "head_dim"}
+    kept = {key: value for key, value in theirs.to_dict().items() if key not in ignored}
+    assert {key: back.to_dict()[key] for key in kept} == kept
+
+
+def test_older_spelling_of_rope_equals_the_newer():
+    older = LLAMA | {"rope_theta": 5e5, "rope_scaling": LLAMA3}
+    newer = LLAMA | {"rope_parameters": LLAMA3 | {"rope_theta": 5e5}}
+    assert from_hf(older) == from_hf(newer)
+    assert from_hf(older).rope == Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
+
+
+def test_defaults_are_those_of_the_first_llama_checkpoints():
+    config = from_hf(LLAMA | {"head_dim": None})
+    assert (config.rope, config.num_kv_heads, config.head_dim) == (Rope(10000.0), 4, 8)
+    assert not config.tie_embeddings and not config.qkv_bias
+    assert from_hf(QWEN2).qkv_bias
+    assert from_hf(MISTRAL | {"sliding_window": None, "head_dim": 16}).head_dim == 16
+
+
+def test_unknown_keys_are_carried_through_and_the_config_stays_hashable():
+    given = LLAMA | {"initializer_range": 0.02, "eos_token_id": [1, 2], "my_own_key": {"b": 1, "a": None}}
+    config = from_hf(given)
+    assert config.carried_keys() == {"initializer_range": 0.02, "eos_token_id": [1, 2], "my_own_key": {"b": 1, "a": None}}
+    assert to_hf(config)["my_own_key"] == {"b": 1, "a": None}
+    assert hash(config) == hash(from_hf(dict(reversed(given.items()))))
+
+
+def test_an_override_of_the_rope_base_is_exported():
+    config = from_hf(LLAMA)
+    config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, theta=2.5e7))
+    assert to_hf(config)["rope_theta"] == 2.5e7
+
+
+@pytest.mark.parametrize(
+    ("given", "word"),
+    [
+        (LLAMA | {"model_type": "gemma3"}, "gemma3"),
+        (LLAMA | {"architectures": ["LlavaForConditionalGeneration"]}, "LlavaForConditionalGeneration"),
+        (LLAMA | {"hidden_act": "gelu"}, "gelu"),
+        (LLAMA | {"attention_bias": True}, "attention_bias"),
+        (LLAMA | {"mlp_bias": True}, "mlp_bias"),
+        (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
+        (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor"),
+        (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        (LLAMA | {"hidden_size": 30}, "hidden_size 30"),
+        (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        (LLAMA | {"vocab_size": "100"}, "vocab_size"),
+        ({key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}, "rms_norm_eps"),
+        ({key: value for key, value in MISTRAL.items() if key != "num_key_value_heads"}, "num_key_value_heads"),
+        (MISTRAL, "sliding_window 4096"),
+        (MISTRAL | {"sliding_window": 1024}, "sliding_window 1024"),
+        (QWEN2 | {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}, "sliding_window 512"),
+    ],
+)
+def test_what_would_change_a_number_is_refused_by_name(given, word):
+    if word == "sliding_window 4096":
+        given = given | {"max_position_embeddings": 8192}
+    with pytest.raises(InputError, match=word) as caught:
+        from_hf(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_window_that_never_closes_is_accepted_and_exported_as_none():
+    assert to_hf(from_hf(MISTRAL | {"sliding_window": 4096}))["sliding_window"] is None
+    inactive = {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 2}
+    assert to_hf(from_hf(QWEN2 | inactive))["use_sliding_window"] is False
+    assert from_hf(QWEN2 | {"use_sliding_window": False, "sliding_window": 512, "max_window_layers": 0})
+
+
+def test_yarn_defaults_are_transformers_own():
+    rope = from_hf(LLAMA | {"rope_scaling": YARN}).rope
+    assert (rope.beta_fast, rope.beta_slow, rope.truncate, rope.attention_factor) == (32.0, 1.0, True, None)
+    assert isinstance(from_hf(LLAMA), ModelConfig)

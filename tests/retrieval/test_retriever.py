@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Document and question in, selection out; the second question pays only for itself."""
+
+import logging
+
+import numpy as np
+import pytest
+
+from rapid_jax.retrieval.config import RetrievalConfig
+from rapid_jax.retrieval.retriever import Retriever
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest
+
+CONFIG = RetrievalConfig(chunk_tokens=16, min_tokens=48, compression=24)
+TREE = RetrievalConfig(chunk_tokens=16, min_tokens=48, compression=24, index="tree")
+SUBJECTS = ["apple", "bridge", "candle", "desert", "engine", "forest", "garden", "harbour"]
+
+
+class WordCounter:
+    """Unit vectors of hashed word counts; remembers what it was asked to embed."""
+
+    fingerprint = "words"
+
+    def __init__(self):
+        self.calls: list[list[str]] = []
+
+    def embed(self, texts, progress_label=None):
+        self.calls.append(list(texts))
+        vectors_NE = np.full((len(texts), 512), 1e-3, np.float32)
+        for row, text in enumerate(texts):
+            for word in text.lower().split():
+                vectors_NE[row, int(digest(word.strip(".?"))[:8], 16) % 512] += 1
+        return vectors_NE / np.linalg.norm(vectors_NE, axis=1, keepdims=True)
+
+
+@pytest.fixture
+def document():
+    """Forty paragraphs of twelve words; the subjects return every eight paragraphs."""
+    return "\n\n".join(f"{SUBJECTS[i % 8]} number {i} " + f"{SUBJECTS[i % 8]} " * 8 + "end." for i in range(40))
+
+
+def ask(retriever, document, query, spans, length_tokens=500):
+    return retriever.retrieve(document, query, spans, length_tokens)
+
+
+def test_the_chunks_of_the_subject_come_in_document_order(document, word_spans):
+    selection = ask(Retriever(WordCounter(), CONFIG), document, "Where is the candle?", word_spans)
+    assert selection.kept == 3  # 48 tokens of 16
+    assert selection.considered == 40
+    assert all(chunk.text.startswith("candle") for chunk in selection.chunks)
+    assert [chunk.start for chunk in selection.chunks] == sorted(chunk.start for chunk in selection.chunks)
+    assert all(document[chunk.start : chunk.end] == chunk.text for chunk in selection.chunks)
+    assert selection.text == "\n\n".join(chunk.text.strip() for chunk in selection.chunks)
+    assert selection.seconds > 0
+    assert not selection.fallback
+
+
+def test_the_length_of_the_prompt_decides_the_number(document, word_spans):
+    retriever = Retriever(WordCounter(), CONFIG)
+    assert ask(retriever, document, "candle", word_spans, length_tokens=16 * 24 * 5).kept == 5
+    assert ask(retriever, document, "candle", word_spans, length_tokens=20).kept == 2
+
+
+def test_a_question_about_nothing_falls_back_to_one_chunk(document, word_spans):
+    selection = ask(Retriever(WordCounter(), CONFIG), document, "Who painted the ceiling?", word_spans)
+    assert (selection.kept, selection.fallback) == (1, True)
+
+
+def test_a_second_question_embeds_only_itself(document, word_spans):
+    embedder = WordCounter()
+    calls = []
+    retriever = Retriever(embedder, CONFIG)
+
+    def spans(text):
+        calls.append(text)
+        return word_spans(text)
+
+    first = ask(retriever, document, "candle", spans)
+    second = ask(retriever, document, "garden", spans)
+    assert [len(call) for call in embedder.calls] == [40, 1, 1]
+    assert calls == [document]
+    assert first.text != second.text
+    ask(retriever, document + " more", "garden", spans)
+    assert len(calls) == 2
+
+
+def test_only_the_last_documents_are_remembered(document, word_spans):
+    embedder = WordCounter()
+    retriever = Retriever(embedder, CONFIG, remember=2)
+    for ending in ("a", "b", "a", "c", "a", "b"):
+        ask(retriever, document + ending, "candle", word_spans)
+    assert [len(call) > 1 for call in embedder.calls] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+@pytest.mark.parametrize("config", [CONFIG, TREE])
+def test_another_process_reads_vectors_and_index_from_disk(document, word_spans, tmp_path, config, monkeypatch):
+    first = ask(Retriever(WordCounter(), config, tmp_path), document, "candle", word_spans)
+    assert len(list((tmp_path / "embeddings").iterdir())) == 1
+    assert (tmp_path / "indices").exists() == (config is TREE)
+    if config is TREE:
+        monkeypatch.setattr("rapid_jax.retrieval.index._build_tree", None)
+    embedder = WordCounter()
+    second = ask(Retriever(embedder, config, tmp_path), document, "candle", word_spans)
+    assert embedder.calls == [["candle"]]
+    assert second.chunks == first.chunks
+    assert second.scores == first.scores
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "indices"])
+def test_damaged_files_are_reported_and_made_again(document, word_spans, tmp_path, caplog, kind):
+    first = ask(Retriever(WordCounter(), TREE, tmp_path), document, "candle", word_spans)
+    path = next(path for path in (tmp_path / kind).rglob("*.npy"))
+    path.write_bytes(path.read_bytes()[:-60])
+    with caplog.at_level(logging.WARNING):
+        second = ask(Retriever(WordCounter(), TREE, tmp_path), document, "candle", word_spans)
+    assert "unusable and will be made again" in caplog.text
+    assert second.chunks == first.chunks
+    caplog.clear()
+    embedder = WordCounter()
+    ask(Retriever(embedder, TREE, tmp_path), document, "candle", word_spans)
+    assert caplog.text == ""
+    assert embedder.calls == [["candle"]]
+
+
+def test_a_cache_that_cannot_be_written_only_warns(document, word_spans, tmp_path, caplog):
+    (tmp_path / "file").write_text("not a folder")
+    selection = ask(Retriever(WordCounter(), TREE, tmp_path / "file"), document, "candle", word_spans)
+    assert selection.kept == 3
+    assert caplog.text.count("could not be cached") == 2
+
+
+@pytest.mark.parametrize(
+    ("document", "query", "message"),
+    [
+        ("", "why?", "a document with text"),
+        ("text", " \n", "a question with text"),
+        ("te\ud800xt", "why?", "a document in valid Unicode, got half a character at 2"),
+        ("text", "why\udcff?", "a question in valid Unicode"),
+    ],
+)
+def test_input_that_cannot_be_used(document, query, message, word_spans):
+    with pytest.raises(InputError, match=message):
+        ask(Retriever(WordCounter(), CONFIG), document, query, word_spans)
+
+
+def test_minilm_finds_the_needle(minilm, word_spans):
+    filler = "The committee discussed the budget of the coming year and the repair of the roof. " * 6
+    weather = "Rain is expected in the north, and the wind will turn to the west in the evening. " * 6
+    needle = "The magic number of the lighthouse keeper is 4711; nobody else knows it. "
+    paragraphs = [filler, weather] * 6
+    paragraphs[7] = needle * 2 + weather
+    config = RetrievalConfig(chunk_tokens=128, min_tokens=256)
+    retriever = Retriever(minilm, config, quiet=True)
+    selection = ask(retriever, "\n\n".join(paragraphs), "What is the lighthouse keeper's magic number?", word_spans)
+    assert "4711" in selection.text
+    assert selection.kept <= 2

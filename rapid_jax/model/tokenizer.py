@@ -71,6 +71,10 @@ class Tokenizer:
         """The id of a token spelt exactly so, or None."""
         return self._backend.token_to_id(token)
 
+    def token_of(self, token_id: int) -> str | None:
+        """How the vocabulary spells an id, or None."""
+        return self._backend.id_to_token(token_id)
+
     def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
         """Token ids. Special tokens spelt out in the text become their ids.
 
@@ -84,8 +88,8 @@ class Tokenizer:
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Of each token of `encode(text)`, the characters text[start:end] that it stands for.
 
-        Tokens that share one character have the same span; whether a span takes in the space before a word is the
-        tokenizer's habit.
+        A character that several tokens make up is in the span of each. Whether a span takes in the space before a word
+        is the tokenizer's habit.
         """
         return self._backend.encode(text, add_special_tokens=False).offsets
 

@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, fields
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from rapid_jax.runtime.axes import Table, letters_of, spec_of
 from rapid_jax.runtime.errors import InputError
@@ -44,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     return jax.make_mesh(sizes, names, axis_types=(AxisType.Auto,) * len(names), devices=devices)
 
 
-def sharding_of(mesh: Mesh, name: str, shape: Sequence[int], table: Table) -> NamedSharding:
+def sharding_of(mesh: Mesh | AbstractMesh, name: str, shape: Sequence[int], table: Table) -> NamedSharding:
     """Where an array of this name and shape lies: each axis split as `table` says for its letter.
 
     Raises InputError when a mesh axis does not divide the array's axis.

@@ -23,6 +23,8 @@ from rapid_jax.speculative.sampling import (
 )
 from rapid_jax.speculative.state import Origin, Plan, Side, State, known_tokens, put, window
 
+CATCH_UP = 32  # tokens read at once by a drafter that missed rounds
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -72,11 +74,10 @@ def caught_up(side: Side, state: State, tail: Tail, plan: Plan) -> Tail:
     Longer ones are rolled back. Shorter ones, after rounds without the drafter, read what they missed.
     """
     wanted_B = side.prompt_B + state.count_B - 2 - tail.start_B
-    width = 32
 
     def step(tail: Tail) -> Tail:
         start_B = side.recent_BR.shape[1] + tail.start_B + tail.length_B - side.prompt_B
-        tokens_BT = window(jnp.pad(known_tokens(side, state), ((0, 0), (0, width))), start_B, width)
+        tokens_BT = window(jnp.pad(known_tokens(side, state), ((0, 0), (0, CATCH_UP))), start_B, CATCH_UP)
         _, longer = read(side, tail, tokens_BT, plan, rows=1)
         return longer.rolled_back(jnp.minimum(longer.length_B, wanted_B))
 

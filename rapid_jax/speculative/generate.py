@@ -4,6 +4,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from rapid_jax.attention.cache import Prefix, Tail
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.draft import CATCH_UP
 from rapid_jax.speculative.loop import run_rounds
 from rapid_jax.speculative.prefill import bucket, extend, new_tail
 from rapid_jax.speculative.sampling import Knobs, Law
@@ -51,7 +53,8 @@ class Generation:
     draft_steps: int
     target_steps: int
     gammas: dict[int, int]  # rounds run with each gamma
-    seconds: float
+    prepare_seconds: float  # prompt tokens after the prefixes, and compiling what was not compiled yet
+    decode_seconds: float  # the rounds
 
 
 def _side(prompted: Prompted, *, uncached: int, reserve: int, block: int) -> tuple[Side, Tail]:
@@ -97,60 +100,107 @@ def _seen(prompted: Prompted | None, vocabulary: int, sampling: SamplingConfig) 
 class _Rounds:
     """The running state of one `generate` call, and what the host learns of it between calls of the device."""
 
-    def __init__(self, target, drafter, text_BM, state, knobs, law, speculation, plan):
-        self.target, self.drafter, self.text_BM, self.state = target, drafter, text_BM, state
-        self.knobs, self.law, self.plan = knobs, law, plan
-        self.schedule = gamma_schedule(speculation, drafter is not None)
-        self.gate = CopyGate(gain=1.0 if speculation.lookup == "auto" else float("inf"))
-        self.may_copy = speculation.lookup != "off"
-        # Copies that no drafter reads are verified against p itself: right where the law is p's own.
-        self.target_may_copy = law.greedy or speculation.effective_eta == 0
+    def __init__(self, sides: tuple[Side, Side | None], text_BM, state: State, law: Law, knobs: Knobs, plan: Plan):
+        self.sides, self.text_BM, self.state = sides, text_BM, state
+        self.law, self.knobs, self.plan = law, knobs, plan
         self.gammas: dict[int, int] = {}
+        self.compile_seconds = 0.0
+        self.interrupted = [False] * text_BM.shape[0]
+        self._told = [0] * text_BM.shape[0]
+        self._compiled: set[Plan] = set()
         self.host = self._read()
 
-    def _read(self) -> dict[str, np.ndarray]:
+    def _read(self) -> dict[str, Any]:
         state = self.state
-        fetched = {"emitted": state.emitted_BO, "origin": state.origin_BO, "count": state.count_B, "done": state.done_B}
-        return jax.device_get(fetched | {"counts": state.counts})
-
-    def advance(self) -> None:
-        """One call of the device: some rounds of one plan."""
-        gamma, rounds = self.schedule.choose()
-        copying = self.may_copy and self.gate.is_open() and (gamma > 0 or self.target_may_copy)
-        plan = replace(self.plan, gamma=gamma, copies=self.plan.copies if copying else 0)
-        programs, start = run_rounds._cache_size(), time.perf_counter()
-        self.state = run_rounds(
-            self.target,
-            self.drafter,
-            self.text_BM,
-            self.state,
-            self.knobs,
-            jnp.int32(rounds),
-            law=self.law,
-            plan=plan,
+        return jax.device_get(
+            {
+                "emitted": state.emitted_BO,
+                "origin": state.origin_BO,
+                "count": state.count_B,
+                "done": state.done_B,
+                "counts": state.counts,
+            }
         )
+
+    def _call(self, plan: Plan, rounds: int) -> None:
+        self.state = run_rounds(
+            *self.sides, self.text_BM, self.state, self.knobs, jnp.int32(rounds), law=self.law, plan=plan
+        )
+
+    def run(self, speculation: SpeculationConfig, on_tokens: OnTokens | None) -> None:
+        """Calls of the device until every row is done."""
+        schedule = gamma_schedule(speculation, self.sides[1] is not None)
+        gate = CopyGate(gain=1.0 if speculation.lookup == "auto" else float("inf"))
+        # Copies that no drafter reads are verified against p itself: right where the law is p's own.
+        target_may_copy = self.law.greedy or speculation.effective_eta == 0
+        while not all(done or cut for done, cut in zip(self.host["done"], self.interrupted, strict=True)):
+            gamma, rounds = schedule.choose()
+            copying = speculation.lookup != "off" and gate.is_open() and (gamma > 0 or target_may_copy)
+            seen = self._advance(replace(self.plan, gamma=gamma, copies=self.plan.copies * copying), rounds)
+            schedule.observe(gamma, seen)
+            gate.observe(seen, copying)
+            if on_tokens is not None:
+                self._tell(on_tokens)
+
+    def _advance(self, plan: Plan, rounds: int) -> Observation:
+        """What `rounds` rounds of a plan did; a plan new to this run is first compiled, by zero rounds of it."""
+        start = time.perf_counter()
+        if plan not in self._compiled:
+            self._call(plan, 0)
+            jax.block_until_ready(self.state)
+            self._compiled.add(plan)
+            self.compile_seconds += time.perf_counter() - start
+            start = time.perf_counter()
+        self._call(plan, rounds)
         before, self.host = self.host, self._read()
-        seconds = time.perf_counter() - start if run_rounds._cache_size() == programs else None
-        old, new = before["counts"], self.host["counts"]
-        delta = jax.tree.map(lambda a, b: int(np.sum(b - a)), old, new)
-        emitted = int(np.sum(self.host["count"] - before["count"]))
-        seen = Observation(
-            seconds=seconds,
+        delta = jax.tree.map(lambda old, new: int(np.sum(new - old)), before["counts"], self.host["counts"])
+        self.gammas[plan.gamma] = self.gammas.get(plan.gamma, 0) + delta.rounds
+        passes = delta.draft_steps if plan.gamma else delta.rounds
+        return Observation(
+            seconds=time.perf_counter() - start,
             rounds=delta.rounds,
             row_rounds=delta.round_B,
             accepted=delta.accepted_B,
             rejections=delta.rejected_B,
             copied_accepted=delta.copied_accepted_B,
-            copy_steps=len(old.round_B) * (delta.draft_steps if gamma else delta.rounds) if copying else 0,
-            emitted=emitted,
+            copy_steps=passes * self.text_BM.shape[0] if plan.copies else 0,
+            emitted=int(np.sum(self.host["count"] - before["count"])),
         )
-        self.schedule.observe(gamma, seen)
-        self.gate.observe(seen, copying)
-        self.gammas[gamma] = self.gammas.get(gamma, 0) + delta.rounds
 
-    def stop_row(self, row: int) -> None:
-        """Nothing more of this row."""
-        self.state = replace(self.state, done_B=self.state.done_B.at[row].set(True))
+    def _tell(self, on_tokens: OnTokens) -> None:
+        for row, count in enumerate(self.host["count"].tolist()):
+            if self.interrupted[row] or count == self._told[row]:
+                continue
+            span = slice(self._told[row], count)
+            self._told[row] = count
+            emitted, origin = self.host["emitted"][row, span].tolist(), self.host["origin"][row, span].tolist()
+            if on_tokens(row, emitted, origin):
+                self.interrupted[row] = True
+                self.state = replace(self.state, done_B=self.state.done_B.at[row].set(True))
+
+    def generation(self, prepare_seconds: float, decode_seconds: float) -> Generation:
+        """Everything emitted, and how."""
+        counts, lengths = self.host["counts"], self.host["count"].tolist()
+        tokens = [row[:length].tolist() for row, length in zip(self.host["emitted"], lengths, strict=True)]
+        reasons = [
+            "stop" if row and row[-1] in self.law.stops else "interrupted" if cut else "length"
+            for row, cut in zip(tokens, self.interrupted, strict=True)
+        ]
+        return Generation(
+            tokens=tokens,
+            origins=[row[:length].tolist() for row, length in zip(self.host["origin"], lengths, strict=True)],
+            finish_reasons=reasons,
+            drafted=counts.drafted_B.tolist(),
+            accepted=counts.accepted_B.tolist(),
+            rounds=counts.round_B.tolist(),
+            copied=counts.copied_B.tolist(),
+            copied_accepted=counts.copied_accepted_B.tolist(),
+            draft_steps=int(counts.draft_steps),
+            target_steps=int(counts.rounds),
+            gammas=self.gammas,
+            prepare_seconds=prepare_seconds + self.compile_seconds,
+            decode_seconds=decode_seconds - self.compile_seconds,
+        )
 
 
 def generate(
@@ -172,18 +222,17 @@ def generate(
     be, except at temperature 0. `texts` is what level 0 may copy from, as token ids: document, then retrieved text. The
     two models may differ in padded vocabulary; only the ids that both have are used.
     """
+    start = time.perf_counter()
     batch = len(target.prompts)
-    started = time.perf_counter()
     gammas = GAMMAS if speculation.gamma == "auto" else (int(speculation.gamma),)
     widest = max(*gammas, speculation.lookup_width) + 1
     vocabulary = min(side.decoder.config.vocab_size for side in (target, drafter) if side is not None)
-    reserve = sampling.max_new_tokens + 2 * widest + 2
+    reserve = sampling.max_new_tokens + 2 * widest + CATCH_UP
     target_side, target_tail = _side(target, uncached=1, reserve=reserve, block=block)
     drafter_side, draft_tail = None, None
     if drafter is not None:
-        drafter_side, draft_tail = _side(drafter, uncached=2, reserve=reserve + 32, block=block)
-    slots = bucket(sampling.max_new_tokens + widest + 1, 32)
-    seeds = [sampling.seed] * batch if seeds is None else seeds
+        drafter_side, draft_tail = _side(drafter, uncached=2, reserve=reserve, block=block)
+    slots = bucket(sampling.max_new_tokens + widest, 32)
     state = State(
         target_tail=target_tail,
         draft_tail=draft_tail,
@@ -192,59 +241,15 @@ def generate(
         count_B=jnp.zeros(batch, jnp.int32),
         limit_B=jnp.full(batch, sampling.max_new_tokens, jnp.int32),
         done_B=jnp.zeros(batch, bool),
-        key_B=jnp.stack([jax.random.key(seed) for seed in seeds]),
+        key_B=jnp.stack([jax.random.key(seed) for seed in seeds or [sampling.seed] * batch]),
         target_seen_BV=_seen(target, vocabulary, sampling),
         draft_seen_BV=_seen(drafter, vocabulary, sampling),
         counts=Counts.zero(batch),
     )
     plan = Plan(0, speculation.lookup_width, speculation.lookup_match, block, vocabulary, speculation.gamma == "auto")
-    rounds = _Rounds(
-        target_side,
-        drafter_side,
-        _text(texts or [[]] * batch, speculation.lookup_match),
-        state,
-        Knobs.of(sampling, speculation),
-        Law.of(sampling, speculation, stops),
-        speculation,
-        plan,
-    )
-    told, interrupted = [0] * batch, [False] * batch
-    while not rounds.host["done"].all():
-        rounds.advance()
-        for row in range(batch):
-            count = int(rounds.host["count"][row])
-            if interrupted[row] or count == told[row] or on_tokens is None:
-                continue
-            span = slice(told[row], count)
-            told[row] = count
-            if on_tokens(row, rounds.host["emitted"][row, span].tolist(), rounds.host["origin"][row, span].tolist()):
-                interrupted[row] = True
-                rounds.stop_row(row)
-        if all(done or stopped for done, stopped in zip(rounds.host["done"], interrupted, strict=True)):
-            break
-    return _generation(rounds, interrupted, time.perf_counter() - started)
-
-
-def _generation(rounds: _Rounds, interrupted: list[bool], seconds: float) -> Generation:
-    host, counts = rounds.host, rounds.host["counts"]
-    lengths = host["count"].tolist()
-    tokens = [row[:length].tolist() for row, length in zip(host["emitted"], lengths, strict=True)]
-    stops = set(rounds.law.stops)
-    reasons = [
-        "stop" if row and row[-1] in stops else "interrupted" if cut else "length"
-        for row, cut in zip(tokens, interrupted, strict=True)
-    ]
-    return Generation(
-        tokens=tokens,
-        origins=[row[:length].tolist() for row, length in zip(host["origin"], lengths, strict=True)],
-        finish_reasons=reasons,
-        drafted=counts.drafted_B.tolist(),
-        accepted=counts.accepted_B.tolist(),
-        rounds=counts.round_B.tolist(),
-        copied=counts.copied_B.tolist(),
-        copied_accepted=counts.copied_accepted_B.tolist(),
-        draft_steps=int(counts.draft_steps),
-        target_steps=int(counts.rounds),
-        gammas=rounds.gammas,
-        seconds=seconds,
-    )
+    text_BM = _text(texts or [[]] * batch, speculation.lookup_match)
+    law, knobs = Law.of(sampling, speculation, stops), Knobs.of(sampling, speculation)
+    rounds = _Rounds((target_side, drafter_side), text_BM, state, law, knobs, plan)
+    ready = time.perf_counter()
+    rounds.run(speculation, on_tokens)
+    return rounds.generation(ready - start, time.perf_counter() - ready)

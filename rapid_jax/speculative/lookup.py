@@ -14,13 +14,14 @@ def propose(text_BM: jax.Array, recent_BR: jax.Array, *, width: int, least: int)
     """(tokens [B, width] that followed the best earlier occurrence of the recent tokens, how many of them count [B]).
 
     `text_BM` ends a row's part with -1 where there is nothing; -1 matches nothing and ends a copy. `recent_BR` are the
-    last R tokens, of which at least `least` must agree. A copy of nothing has count 0.
+    last R tokens (-1 before the first), of which at least `least` must agree. A copy of nothing has count 0.
     """
     M, R = text_BM.shape[1], recent_BR.shape[1]
     padded = jnp.pad(text_BM, ((0, 0), (R, width)), constant_values=-1)
     agree, matched_BM = jnp.ones(text_BM.shape, bool), jnp.zeros(text_BM.shape, jnp.int32)
     for back in range(1, R + 1):  # slot m continues a match of `back` tokens if text[m - back] == recent[-back]
-        agree &= padded[:, R - back : R - back + M] == recent_BR[:, R - back, None]
+        wanted_B1 = recent_BR[:, R - back, None]
+        agree &= (padded[:, R - back : R - back + M] == wanted_B1) & (wanted_B1 >= 0)
         matched_BM += agree
     matched_BM = jnp.where(text_BM >= 0, matched_BM, 0)
     best_B = M - 1 - jnp.argmax(matched_BM[:, ::-1], axis=1)

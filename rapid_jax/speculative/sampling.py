@@ -27,14 +27,15 @@ class Law:
 
     @classmethod
     def of(cls, sampling: SamplingConfig, speculation: SpeculationConfig, stops: Sequence[int]) -> "Law":
-        """The law that these settings ask for."""
+        """The law that these settings ask for. What a greedy law ignores is the same in every one."""
+        sampled = sampling.temperature > 0
         return cls(
-            greedy=sampling.temperature == 0,
-            guard=speculation.guard,
-            exact_phat=speculation.mode == "phat",
-            top_k=sampling.top_k,
-            nucleus=sampling.top_p < 1,
-            min_p=sampling.min_p > 0,
+            greedy=not sampled,
+            guard=speculation.guard if sampled else "none",
+            exact_phat=sampled and speculation.mode == "phat",
+            top_k=sampling.top_k if sampled else 0,
+            nucleus=sampled and sampling.top_p < 1,
+            min_p=sampled and sampling.min_p > 0,
             penalty=sampling.repetition_penalty != 1,
             confidence_stop=speculation.confidence_stop > 0,
             stops=tuple(sorted(set(stops))),

@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from rapid_jax.speculative.config import SpeculationConfig
 
 GAMMAS = (0, 2, 5, 10)  # what gamma = auto chooses from
+TRIAL = 2  # rounds that a first look takes; after one alone, a single unlucky draft would decide
 
 
 @dataclass(frozen=True)
 class Observation:
     """What one call of the device program did, summed over rows."""
 
-    seconds: float | None  # None where the call also compiled
+    seconds: float
     rounds: int  # forward passes of the target
     row_rounds: int  # the same, counted once a live row
     accepted: int
@@ -27,9 +28,13 @@ class CopyGate:
     """Level 0 stays on while a pass that reads copies yields enough of them, and is tried again now and then."""
 
     least_gain: float = 0.5  # accepted copies a pass; what the wider pass must earn
-    wait: int = 32  # emitted tokens before the next trial, doubled by each that fails
+    first_wait: int = 32  # emitted tokens before the next trial; doubled by each that fails
     gain: float = 1.0
-    idle: int = 0
+    idle: int = 0  # tokens emitted since the gate closed
+    wait: int = field(init=False)
+
+    def __post_init__(self):
+        self.wait = self.first_wait
 
     def is_open(self) -> bool:
         """Whether the next rounds should copy."""
@@ -39,11 +44,13 @@ class CopyGate:
         """Takes in what a call did."""
         if not copied:
             self.idle += seen.emitted
-            return
-        if self.idle >= self.wait:  # a trial counts for itself, not against old failures
-            self.gain, self.idle, self.wait = self.least_gain, 0, 2 * self.wait
-        if seen.copy_steps:
-            self.gain = 0.5 * self.gain + 0.5 * seen.copied_accepted / seen.copy_steps
+        elif seen.copy_steps:
+            gain = seen.copied_accepted / seen.copy_steps
+            if self.gain >= self.least_gain:
+                self.gain = 0.5 * self.gain + 0.5 * gain
+            else:  # a trial counts for itself, not against old failures
+                self.gain, self.idle = gain, 0
+                self.wait = self.first_wait if gain >= self.least_gain else 2 * self.wait
 
 
 @dataclass
@@ -67,16 +74,23 @@ class AutoGamma:
 
     With a the chance that a draft is accepted, gamma drafts give (1 - a^(gamma + 1)) / (1 - a) tokens a round. A gamma
     not yet run is costed from those that were: c(gamma) = c(0) + gamma d. While gamma is 0 nothing is learnt of a, so a
-    short draft is tried again after ever longer waits.
+    short draft is tried again: after `first_wait` rounds, and twice as many after every trial that fails. A drafter
+    that is never worth its time so costs two rounds at first and then a few of every hundred. A plain round is timed
+    again after as many rounds of drafting.
     """
 
     rounds_per_read: int
     gammas: tuple[int, ...] = GAMMAS
+    first_wait: int = 64
     seconds: dict[int, float] = field(default_factory=dict)  # of one round, by gamma
-    accepted: float = 2.0  # discounted counts, starting from a weak belief in a = 2/3
-    rejected: float = 1.0
-    wait: int = 64  # emitted tokens before the next trial
-    idle: int = 0
+    accepted: float = 1.0  # discounted counts, starting from a weak belief in a = 2/3
+    rejected: float = 0.5
+    idle: int = 0  # rounds since the last draft
+    drafting: int = 0  # rounds since the last plain one
+    wait: int = field(init=False)
+
+    def __post_init__(self):
+        self.wait = self.first_wait
 
     @property
     def acceptance(self) -> float:
@@ -105,27 +119,43 @@ class AutoGamma:
         shortest = min(gamma for gamma in self.gammas if gamma > 0)
         for first in (shortest, 0):
             if first not in self.seconds:
-                return first, 1
+                return first, TRIAL
         best = max(self.gammas, key=self.tokens_per_second)
-        if best == 0 and self.idle >= self.wait:
-            return shortest, 1
-        return best, 1 if best not in self.seconds else self.rounds_per_read * (2 if best == 0 else 1)
+        if best == 0:
+            return (shortest, TRIAL) if self.idle >= self.wait else (0, 2 * self.rounds_per_read)
+        if self.drafting >= self.first_wait:
+            return 0, TRIAL
+        return best, self.rounds_per_read if best in self.seconds else TRIAL
 
     def observe(self, gamma: int, seen: Observation) -> None:
         """Takes in what a call did."""
-        if seen.seconds is not None and seen.rounds:
-            now = seen.seconds / seen.rounds
-            self.seconds[gamma] = now if gamma not in self.seconds else 0.7 * self.seconds[gamma] + 0.3 * now
-        if gamma == 0:
-            self.idle += seen.emitted
+        if not seen.rounds:
             return
+        self._observe_time(gamma, seen.seconds / seen.rounds)
+        if gamma == 0:
+            self.idle, self.drafting = self.idle + seen.rounds, 0
+            return
+        is_trial = self.idle >= self.wait
+        if is_trial:  # it counts for itself, not against old failures
+            self.accepted, self.rejected = 1.0, 0.5
         keep = 0.9**seen.row_rounds
         self.accepted = self.accepted * keep + seen.accepted
         self.rejected = self.rejected * keep + seen.rejections
-        if self.idle:
-            self.wait, self.idle = 4 * self.wait, 0
-        if self.tokens_per_second(gamma) > self.tokens_per_second(0) > 0:
-            self.wait = 64
+        self.idle, self.drafting = 0, self.drafting + seen.rounds
+        if self.tokens_per_second(gamma) > self.tokens_per_second(0):
+            self.wait = self.first_wait
+        elif is_trial:
+            self.wait *= 2
+
+    def _observe_time(self, gamma: int, now: float) -> None:
+        known = self.seconds.get(gamma)
+        if gamma and self.idle:  # the drafter first read what it had missed: no more than a bound
+            if known is not None:
+                self.seconds[gamma] = min(known, now)
+        elif known is None or 1.5 * now < known:  # the first, or the one before it was a hiccup of the machine
+            self.seconds[gamma] = now
+        else:
+            self.seconds[gamma] = 0.7 * known + 0.3 * min(now, 1.5 * known)
 
 
 def gamma_schedule(config: SpeculationConfig, has_drafter: bool) -> FixedGamma | AutoGamma:

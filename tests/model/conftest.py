@@ -3,6 +3,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from flax import nnx
 from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.decoder import Decoder
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "vocab_size": 101,
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -39,7 +40,12 @@ FAMILIES = {
     "llama": ("LlamaConfig", {"rope_theta": 10000.0, "max_position_embeddings": 32768}),
     "llama3": (
         "LlamaConfig",
-        {"rope_theta": 500000.0, "rope_scaling": LLAMA3, "max_position_embeddings": 131072, "tie_word_embeddings": True},
+        {
+            "rope_theta": 500000.0,
+            "rope_scaling": LLAMA3,
+            "max_position_embeddings": 131072,
+            "tie_word_embeddings": True,
+        },
     ),
     "llama-linear": (
         "LlamaConfig",

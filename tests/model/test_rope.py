@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary frequencies and angles against transformers' own."""
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,14 +52,15 @@ CASES = {
 def both(case):
     """((our frequencies, factor), (transformers' frequencies, factor), their configuration)."""
     head_dim, theta, scaling = CASES[case]
-    theirs = LlamaConfig(
-        hidden_size=2 * head_dim,
-        num_attention_heads=2,
-        max_position_embeddings=131072,
-        rope_theta=theta,
-        rope_scaling=None if scaling is None else dict(scaling),
-    )
-    kind = theirs.rope_parameters["rope_type"]
+    settings: dict[str, Any] = {
+        "hidden_size": 2 * head_dim,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 131072,
+        "rope_theta": theta,
+        "rope_scaling": None if scaling is None else dict(scaling),
+    }
+    theirs = LlamaConfig(**settings)
+    kind = theirs.to_dict()["rope_parameters"]["rope_type"]
     init = LlamaRotaryEmbedding.compute_default_rope_parameters if kind == "default" else ROPE_INIT_FUNCTIONS[kind]
     inv_freq, factor = init(theirs)
     ours = from_hf(theirs.to_dict() | {"architectures": ["LlamaForCausalLM"]})

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `rapid`: answer a question about a document, convert a checkpoint.
+
+Standard output carries the answer and nothing else; progress, what was retrieved and the summary go to standard error.
+Exit status: 0 done, 2 input that cannot be used (one line says why), 130 interrupted, 141 nobody reads the output.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rapid_jax import __version__
+from rapid_jax.config import RapidConfig
+from rapid_jax.documents import STDIN, read_document
+from rapid_jax.runtime import settings
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import default_cache_dir
+
+if TYPE_CHECKING:
+    from rapid_jax.answer import Answer
+    from rapid_jax.retrieval.select import Selection
+
+INTERRUPTED, UNREAD = 130, 141
+# Option -> the setting that it stands for; those of `_TEXTS` are text whatever they look like.
+_OPTIONS = {
+    "model": "models.target",
+    "drafter": "models.drafter",
+    "mode": "speculation.mode",
+    "temperature": "sampling.temperature",
+    "eta": "speculation.eta",
+    "gamma": "speculation.gamma",
+    "max_new_tokens": "sampling.max_new_tokens",
+    "seed": "sampling.seed",
+}
+_TEXTS = ("model", "drafter", "mode")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; wrong usage leaves by argparse's SystemExit(2)."""
+    options = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="rapid: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its number
+    try:
+        options.run(options)
+        sys.stdout.flush()
+        return 0
+    except InputError as error:
+        return _fail(str(error))
+    except KeyboardInterrupt:
+        _say("rapid: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain about the closed pipe then.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{place}{error.strerror or error}")
+
+
+def _fail(message: str) -> int:
+    _say(f"rapid: {' '.join(message.splitlines())}")
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="rapid", description="RAPID: long-context answers, drafted by retrieval.")
+    parser.add_argument("--version", action="version", version=f"rapid {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    answer = commands.add_parser("answer", help="answer a question about a document", allow_abbrev=False)
+    answer.set_defaults(run=_answer)
+    answer.add_argument("--document", required=True, metavar="FILE|-", help="text, PDF or HTML; - is standard input")
+    answer.add_argument("--question", required=True, metavar="TEXT")
+    answer.add_argument("--config", metavar="FILE", help="settings to start from, as configs/rapid/*.yaml")
+    answer.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
+    )
+    answer.add_argument("--model", metavar="DIR|FILE.gguf|smollm2", help="the long-context target")
+    answer.add_argument("--drafter", metavar="same|DIR|FILE.gguf", help="reads the retrieved text; same: the target")
+    answer.add_argument("--mode", metavar="rapid|lossless|phat|target|retrieval", help="how the answer is made")
+    answer.add_argument("--temperature", metavar="T", help="0 is greedy")
+    answer.add_argument("--eta", metavar="E", help="how strongly the drafter's distribution pulls the target's")
+    answer.add_argument("--gamma", metavar="N|auto", help="tokens drafted a round")
+    answer.add_argument("--max-new-tokens", metavar="N")
+    answer.add_argument("--seed", metavar="S")
+    answer.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
+    answer.add_argument("--trace", metavar="FILE.html", help="write where each token came from, and FILE.yaml")
+    answer.add_argument("--compare", action="store_true", help="answer in modes target and retrieval as well")
+    answer.add_argument("--save-config", metavar="FILE", help="write the settings that ran")
+    answer.add_argument("--quiet", action="store_true", help="print the answer alone; warnings still show")
+    convert = commands.add_parser("convert", help="write a checkpoint as a Hugging Face folder", allow_abbrev=False)
+    convert.set_defaults(run=_convert)
+    convert.add_argument("source", metavar="IN", help="checkpoint folder, .gguf file, or smollm2")
+    convert.add_argument("target", metavar="OUT", help="folder that does not exist yet, or is empty")
+    convert.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16", help="auto loses nothing")
+    convert.add_argument("--quiet", action="store_true", help="no progress")
+    return parser
+
+
+def _answer(options: argparse.Namespace) -> None:
+    config = _config(options)
+    document = read_document(options.document)
+    if not options.question.strip():
+        raise InputError("--question: expected a question, got an empty one")
+    trace = _trace_paths(options)
+    for path in (*trace, *([Path(options.save_config)] if options.save_config else [])):
+        _check_writable(path)
+    if options.save_config:
+        _save(config, Path(options.save_config))
+    _prepare_jax(config)
+
+    from rapid_jax.compare import baselines
+    from rapid_jax.rapid import Rapid
+    from rapid_jax.trace import write_trace
+
+    rapid = Rapid(config, quiet=options.quiet)
+    answer = rapid.answer(
+        document,
+        options.question,
+        on_text=None if options.json else _print_piece,
+        on_retrieved=None if options.quiet else _tell_retrieved,
+    )
+    if not options.json:
+        print(flush=True)
+    if not options.quiet:
+        _tell_summary(answer, config)
+    others = list(baselines(rapid, document, options.question)) if options.compare else []
+    if trace:
+        write_trace(trace[0], answer, rapid.target.tokenizer, options.question, config)
+        _save(config, trace[1])
+    _report([answer, *others], options)
+
+
+def _report(answers: Sequence["Answer"], options: argparse.Namespace) -> None:
+    """The JSON object, and the table where modes were compared."""
+    from rapid_jax.compare import row, table
+
+    if options.json:
+        compared = {"compare": [row(answer) for answer in answers]} if options.compare else {}
+        print(json.dumps(answers[0].to_json() | compared))
+    elif options.compare:
+        width = shutil.get_terminal_size((120, 0)).columns
+        _say(f"\n{table(answers, width)}\nprefill s: the document is prefilled once for all (reused: it was there)")
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from rapid_jax.model.convert import convert
+
+    convert(options.source, Path(options.target), options.dtype, quiet=options.quiet)
+    if not options.quiet:
+        _say(f"written: {options.target}")
+
+
+def _config(options: argparse.Namespace) -> RapidConfig:
+    """The settings file or the defaults, --set over it, and the named options over that."""
+    named = {key: getattr(options, name) for name, key in _OPTIONS.items()}
+    texts = {_OPTIONS[name] for name in _TEXTS}
+    overrides = [
+        f"{key}={json.dumps(value, ensure_ascii=False) if key in texts else value}"
+        for key, value in named.items()
+        if value is not None
+    ]
+    overrides = [*options.set, *overrides]
+    if options.config is None:
+        return settings.defaults(RapidConfig, overrides)
+    return settings.load(RapidConfig, Path(options.config), overrides)
+
+
+def _trace_paths(options: argparse.Namespace) -> tuple[Path, ...]:
+    """(page, settings beside it), or nothing; never a file that this run reads."""
+    if not options.trace:
+        return ()
+    page = Path(options.trace)
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise InputError(f"--trace: expected a name that ends in .html, got {options.trace}")
+    paths = (page, page.with_suffix(".yaml"))
+    read = [Path(name) for name in (options.document, options.config) if name and name != STDIN]
+    for path in paths:
+        if path.resolve() in [other.resolve() for other in read]:
+            raise InputError(f"--trace {options.trace}: would write over {path}, which this run reads")
+    return paths
+
+
+def _check_writable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"{path}: cannot be written: no folder {path.parent}")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written: {'it is a folder' if path.is_dir() else 'no permission'}")
+
+
+def _save(config: RapidConfig, path: Path) -> None:
+    try:
+        settings.save(config, path)
+    except OSError as error:
+        raise InputError(f"{path}: the settings cannot be written: {error.strerror}") from error
+
+
+def _prepare_jax(config: RapidConfig) -> None:
+    """What must be set before jax is imported; what the user's environment says already stands.
+
+    Compiled programs are kept between runs, and the backends log errors only.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "2")
+    if config.cache.programs:
+        cache = Path(config.cache.folder).expanduser() if config.cache.folder else default_cache_dir()
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "programs"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _tell_retrieved(selection: "Selection") -> None:
+    note = "; none reached the threshold, the best one is kept" if selection.fallback else ""
+    _say(
+        f"retrieved {selection.kept} of {selection.considered} chunks, {selection.tokens} tokens, "
+        f"in {selection.seconds:.1f} s{note}"
+    )
+    for chunk, score in zip(selection.chunks, selection.scores, strict=True):
+        _say(f"  {score:.3f}  [{chunk.start}:{chunk.end}]  {' '.join(chunk.text.split())[:70]}")
+
+
+def _tell_summary(answer: "Answer", config: RapidConfig) -> None:
+    seconds, acceptance = answer.seconds, answer.acceptance_rate
+    _say("")
+    if answer.document_tokens > answer.target_tokens:
+        _say(
+            f"the document has {answer.document_tokens} tokens and was cut (models.too_long = "
+            f"{config.models.too_long}) to fit a prompt of {answer.target_tokens}"
+        )
+    accepted = "" if acceptance is None else f", {acceptance:.0%} of the drafts accepted"
+    _say(
+        f"{answer.mode}, eta {answer.eta:g}, gamma {answer.gamma}: {len(answer.token_ids)} tokens "
+        f"({answer.finish_reason}) at {answer.tokens_per_second:.1f} tokens/s, "
+        f"{answer.tokens_per_round:.2f} a round{accepted}"
+    )
+    reused = "prefill (document reused)" if answer.prefix_reused else "prefill"
+    _say(
+        f"seconds: load {seconds['load']:.1f}, retrieval {seconds['retrieval']:.1f}, "
+        f"{reused} {seconds['prefill']:.1f}, decode {seconds['decode']:.1f}"
+    )

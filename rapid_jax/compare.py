@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One question answered three ways: by RAPID, from the whole document alone, from the retrieved text alone."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from rapid_jax.answer import Answer
+from rapid_jax.rapid import Rapid
+from rapid_jax.speculative.config import Mode
+
+BASELINES: tuple[Mode, ...] = ("target", "retrieval")
+_HEADINGS = ("mode", "tokens/s", "acceptance", "tokens/round", "prefill s", "decode s", "answer")
+
+
+def baselines(rapid: Rapid, document: str, question: str) -> Iterator[Answer]:
+    """The answers of the modes that `rapid` was not configured for: same models, sampling and document prefill."""
+    config = rapid.config
+    for mode in BASELINES:
+        if mode != config.speculation.mode:
+            other = rapid.with_config(replace(config, speculation=replace(config.speculation, mode=mode)))
+            yield other.answer(document, question)
+
+
+def row(answer: Answer) -> dict:
+    """What is compared, by the names of `Answer.to_json`."""
+    every = answer.to_json()
+    names = ("mode", "tokens_per_second", "acceptance_rate", "tokens_per_round", "prefix_reused", "seconds", "answer")
+    return {name: every[name] for name in names}
+
+
+def table(answers: Sequence[Answer], width: int) -> str:
+    """Aligned columns, a line an answer, each cut at `width` characters.
+
+    The document is prefilled once: where an answer found that done, its prefill says "reused", and the seconds are
+    those of the rest (the question, the drafter's prompt, and compiling).
+    """
+    lines = [_HEADINGS, *(_cells(answer) for answer in answers)]
+    sizes = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
+    sizes[-1] = max(width - sum(sizes[:-1]) - 2 * len(sizes[:-1]), 16)
+    return "\n".join(_aligned(line, sizes) for line in lines)
+
+
+def _cells(answer: Answer) -> tuple[str, ...]:
+    acceptance = answer.acceptance_rate
+    prefill = f"{answer.seconds['prefill']:.1f}"
+    return (
+        answer.mode,
+        f"{answer.tokens_per_second:.1f}",
+        "-" if acceptance is None else f"{acceptance:.0%}",
+        f"{answer.tokens_per_round:.2f}",
+        f"reused + {prefill}" if answer.prefix_reused else prefill,
+        f"{answer.seconds['decode']:.1f}",
+        " ".join(answer.text.split()),
+    )
+
+
+def _aligned(cells: Sequence[str], sizes: Sequence[int]) -> str:
+    """The mode and the answer to the left, numbers to the right."""
+    mode, *numbers, answer = cells
+    room = sizes[-1]
+    shown = answer if len(answer) <= room else answer[: room - 3].rstrip() + "..."
+    figures = (number.rjust(size) for number, size in zip(numbers, sizes[1:-1], strict=True))
+    return "  ".join([mode.ljust(sizes[0]), *figures, shown])

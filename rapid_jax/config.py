@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that a run of RAPID can be told: one dataclass a section of the YAML file."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rapid_jax.retrieval.config import RetrievalConfig
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+
+
+@dataclass(frozen=True)
+class ModelsConfig:
+    """Which models, and how they are laid out."""
+
+    target: str = "smollm2"  # a Hugging Face folder, a .gguf file, or the name smollm2
+    drafter: str = "same"  # same = the target's own weights, no second copy; else as target
+    encoder: str = "minilm"  # embeds chunks: a Hugging Face folder, or the name minilm
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, else bfloat16
+    layout: Literal["unrolled", "stacked"] = "unrolled"  # unrolled decodes faster on CPU and GPU
+    max_context: int | None = None  # tokens of prompt and answer; null = what the checkpoint was trained for
+    too_long: Literal["error", "middle", "head"] = "error"  # middle: the middle is cut out, as in the paper
+
+    def __post_init__(self):
+        if self.max_context is not None and self.max_context < 1:
+            raise InputError(f"models.max_context: expected at least 1, got {self.max_context}")
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """What the models are asked, as one user message; {document} and {question} are filled in."""
+
+    target: str = (
+        "Please read the following text and answer the question below.\n\n<text>\n{document}\n</text>\n\n{question}"
+    )
+    drafter: str = (
+        "Please read the following retrieved text chunks and answer the question below.\n\n"
+        "<text>\n{document}\n</text>\n\n{question}"
+    )
+    system: str | None = None  # null = what the chat template puts there
+
+    def __post_init__(self):
+        for name in ("target", "drafter"):
+            template: str = getattr(self, name)
+            if template.count("{document}") != 1 or template.count("{question}") != 1:
+                raise InputError(f"prompts.{name}: expected {{document}} and {{question}} once each")
+            if template.index("{document}") > template.index("{question}"):
+                raise InputError(f"prompts.{name}: expected {{document}} before {{question}}")
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the work is cut up. Changes speed and memory, not the answer."""
+
+    prefill_chunk: int = 512  # prompt tokens computed at once
+    attention_block: int = 16384  # cache slots attended at once while decoding
+
+    def __post_init__(self):
+        for name in ("prefill_chunk", "attention_block"):
+            if getattr(self, name) < 16:
+                raise InputError(f"compute.{name}: expected at least 16, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What is kept on disk between runs: prefilled documents, chunk embeddings, compiled programs."""
+
+    folder: str | None = None  # null = $RAPID_JAX_CACHE, else ~/.cache/rapid_jax
+    prefix_gib: float = 20.0  # prefilled documents, least recently used go first; 0 = keep none
+    embeddings: bool = True
+    programs: bool = True
+
+    def __post_init__(self):
+        if not (math.isfinite(self.prefix_gib) and self.prefix_gib >= 0):
+            raise InputError(f"cache.prefix_gib: expected a number >= 0, got {self.prefix_gib}")
+
+
+@dataclass(frozen=True)
+class RapidConfig:
+    """One run."""
+
+    models: ModelsConfig = field(default_factory=ModelsConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    stop: tuple[str, ...] = ()  # texts that end the answer, not part of it
+    prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)

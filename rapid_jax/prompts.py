@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two prompts: the whole document for the target, the retrieved text for the drafter."""
+
+from dataclasses import dataclass
+
+from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.runtime.errors import InputError
+
+_MARK = "\N{REFERENCE MARK}document\N{REFERENCE MARK}"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a prompt; those of `head` depend on the document alone, those of `tail` on the question."""
+
+    head: list[int]  # template up to the document, and the document
+    tail: list[int]  # the question, and the template to the end
+
+    @property
+    def tokens(self) -> list[int]:
+        """The whole prompt."""
+        return self.head + self.tail
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A prompt with its document left out: what stands before and after it, as token ids."""
+
+    tokenizer: Tokenizer
+    before: list[int]
+    after: list[int]
+
+    @property
+    def size(self) -> int:
+        """Tokens around the document."""
+        return len(self.before) + len(self.after)
+
+    def around(self, document: str) -> Prompt:
+        """The prompt with the document in place. Tokens never span the document's edges."""
+        return Prompt(self.before + self.tokenizer.encode(document), self.after)
+
+
+def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None) -> Frame:
+    """The user message `template` in the checkpoint's chat template, ready for a document."""
+    if not question.strip():
+        raise InputError("expected a question, got an empty one")
+    message = template.replace("{document}", _MARK).replace("{question}", question)
+    messages = [{"role": "user", "content": message}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    before, mark, after = tokenizer.chat(messages).partition(_MARK)
+    if not mark:
+        raise InputError("the checkpoint's chat template dropped the user's message")
+    return Frame(tokenizer, tokenizer.encode(before, add_special_tokens=True), tokenizer.encode(after))
+
+
+def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, step: int) -> tuple[str, int]:
+    """(the part of the document that fits into `room` tokens, the tokens of the whole document).
+
+    `too_long` says what becomes of a longer one: error, head (its beginning is kept) or middle (its middle is cut out:
+    the first and the last half of the room, as in the paper's evaluation). A cut leaves a multiple of `step` tokens
+    where it can: questions of different lengths then see the same text, and its prefill serves them all.
+    """
+    if not document.strip():
+        raise InputError("expected a document with text in it, got an empty one")
+    if room < 1:
+        raise InputError(f"no room for a document: {1 - room} tokens too many around it; raise models.max_context")
+    spans = tokenizer.spans(document)
+    if len(spans) <= room:
+        return document, len(spans)
+    if too_long == "error":
+        raise InputError(
+            f"the document is too long: expected at most {room} tokens (models.max_context less the prompt around it "
+            f"and the answer), got {len(spans)}; models.too_long=middle or head cuts it"
+        )
+    # Cut text does not always tokenise to the tokens it had: give way until it fits.
+    most = room - room % step if room >= step > 0 else room
+    for keep in range(most, 0, -max(most // 64, 1)):
+        if too_long == "head":
+            text = document[: spans[keep - 1][1]]
+        else:
+            first, last = keep - keep // 2, keep // 2
+            text = document[: spans[first - 1][1]] + (document[spans[-last][0] :] if last else "")
+        if len(tokenizer.encode(text)) <= room:
+            return text, len(spans)
+    raise InputError(f"no part of the document fits into {room} tokens")

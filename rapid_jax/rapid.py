@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""RAPID end to end: Rapid(config).answer(document, question).
+
+A drafter reads the retrieved chunks, a target reads the whole document; the drafter drafts, the target verifies, and
+the target's distribution is moved towards the drafter's (arXiv 2502.20330).
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+
+import jax
+
+from rapid_jax.answer import Answer, OnText, Transcript
+from rapid_jax.attention.cache import Prefix
+from rapid_jax.config import RapidConfig
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
+from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.prompts import Frame, Prompt, frame, visible_text
+from rapid_jax.retrieval.embed import Embedder
+from rapid_jax.retrieval.encoder_io import encoder_folder, read_config
+from rapid_jax.retrieval.retriever import Retriever
+from rapid_jax.retrieval.select import Selection
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import default_cache_dir, digest
+from rapid_jax.runtime.progress import progress
+from rapid_jax.speculative.config import Mode
+from rapid_jax.speculative.generate import Generation, Prompted, generate
+from rapid_jax.speculative.prefill import prefill
+from rapid_jax.speculative.prefix_store import PrefixStore
+
+_DRAFTING: tuple[Mode, ...] = ("rapid", "lossless", "phat")
+
+
+class Rapid:
+    """Loaded models and caches; answers any number of questions.
+
+    Models are loaded when first needed: retrieval's encoder not at all in mode target, a second drafter only where one
+    is configured. The last document's prefill stays in memory.
+    """
+
+    def __init__(self, config: RapidConfig, *, quiet: bool = False):
+        self.config = config
+        self._quiet = quiet
+        self._cache = Path(config.cache.folder).expanduser() if config.cache.folder else default_cache_dir()
+        self._last_prefix: tuple[str, Prefix] | None = None
+        self._unsaved: tuple[str, Prefix] | None = None  # to be stored once the answer is out
+
+    @cached_property
+    def target(self) -> LoadedModel:
+        """The long-context model."""
+        self._check_models()
+        return self._load(self.config.models.target)
+
+    @cached_property
+    def drafter(self) -> LoadedModel:
+        """The model that reads the retrieved text; the target itself unless another is configured."""
+        if self.config.models.drafter == "same":
+            return self.target
+        drafter = self._load(self.config.models.drafter)
+        _check_vocabularies(self.target.tokenizer, drafter.tokenizer, self.config.models.drafter)
+        return drafter
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """Chunks of a document by similarity with a question."""
+        embedder = Embedder(self.config.models.encoder, batch_size=self.config.retrieval.batch_size)
+        folder = self._cache if self.config.cache.embeddings else None
+        return Retriever(embedder, self.config.retrieval, folder, quiet=self._quiet)
+
+    @cached_property
+    def _prefixes(self) -> PrefixStore | None:
+        limit = int(self.config.cache.prefix_gib * 2**30)
+        return PrefixStore(self._cache / "prefixes", limit, quiet=self._quiet) if limit else None
+
+    @cached_property
+    def _token_spans(self):
+        return self.target.tokenizer.spans
+
+    def _check_models(self) -> None:
+        """Raises InputError for what can be found wrong with the models before any weights are read."""
+        models, mode = self.config.models, self.config.speculation.mode
+        if mode != "target":
+            read_config(encoder_folder(models.encoder), None)
+        if mode in _DRAFTING and models.drafter != "same":
+            target, drafter = (open_checkpoint(source)[1] for source in (models.target, models.drafter))
+            _check_vocabularies(target, drafter, models.drafter)
+
+    def _load(self, source: str) -> LoadedModel:
+        models = self.config.models
+        return load_model(source, layout=models.layout, dtype=models.dtype, quiet=self._quiet)
+
+    def answer(
+        self,
+        document: str,
+        question: str,
+        *,
+        on_text: OnText | None = None,
+        on_retrieved: Callable[[Selection], None] | None = None,
+    ) -> Answer:
+        """The answer to one question; `on_text` gets it piece by piece, `on_retrieved` the chunks before that."""
+        start = time.perf_counter()
+        config, mode = self.config, self.config.speculation.mode
+        target, drafter = self.target, self.drafter if mode in _DRAFTING else self.target
+        retriever = self.retriever if mode != "target" else None
+        loaded = time.perf_counter()
+
+        long_frame = frame(target.tokenizer, config.prompts.target, question, config.prompts.system)
+        text, document_tokens = self._visible(document, long_frame)
+        long_prompt = long_frame.around(text)
+        selection, short_prompt = None, None
+        if retriever is not None:
+            selection = retriever.retrieve(text, question, self._token_spans, len(long_prompt.tokens))
+            if on_retrieved is not None:
+                on_retrieved(selection)
+            short_frame = frame(drafter.tokenizer, config.prompts.drafter, question, config.prompts.system)
+            short_prompt = short_frame.around(selection.text)
+        retrieved = time.perf_counter()
+
+        transcript = Transcript(target.tokenizer, config.stop, on_text)
+        generation, reused, prefill_seconds = self._generate(transcript, long_prompt, short_prompt)
+        transcript.finish()
+        self._save_prefix()
+        reason = generation.finish_reasons[0]
+        first_token_at = transcript.first_token_at or time.perf_counter()
+        return Answer(
+            text=transcript.text,
+            token_ids=transcript.token_ids,
+            origins=transcript.origins,
+            finish_reason="stop" if reason == "interrupted" else reason,
+            mode=mode,
+            eta=config.speculation.effective_eta,
+            gamma=config.speculation.gamma if short_prompt and mode != "retrieval" else 0,
+            generation=generation,
+            selection=selection,
+            target_tokens=len((short_prompt if short_prompt and mode == "retrieval" else long_prompt).tokens),
+            draft_tokens=len(short_prompt.tokens) if short_prompt and mode != "retrieval" else 0,
+            document_tokens=document_tokens,
+            prefix_reused=reused,
+            seconds={
+                "load": loaded - start,
+                "retrieval": retrieved - loaded,
+                "prefill": prefill_seconds + generation.prepare_seconds,
+                "first_token": first_token_at - loaded,
+                "decode": generation.decode_seconds,
+            },
+        )
+
+    def with_config(self, config: RapidConfig) -> "Rapid":
+        """The same loaded models under other settings of retrieval, speculation, sampling, prompts or stop texts."""
+        if replace(config.models, max_context=None) != replace(self.config.models, max_context=None):
+            raise ValueError("with_config keeps the models: models.* must be the same")
+        other = Rapid(config, quiet=self._quiet)
+        for name in ("target", "drafter", "_token_spans"):
+            if name in self.__dict__:
+                other.__dict__[name] = self.__dict__[name]
+        if "retriever" in self.__dict__ and config.retrieval == self.config.retrieval:
+            other.__dict__["retriever"] = self.__dict__["retriever"]
+        other._last_prefix = self._last_prefix
+        return other
+
+    def _visible(self, document: str, around: Frame) -> tuple[str, int]:
+        """(what the target reads of the document, the tokens of the whole document)."""
+        most, too_long = self.config.models.max_context or self.target.config.max_positions, self.config.models.too_long
+        room = most - around.size - self.config.sampling.max_new_tokens
+        return visible_text(document, room, self.target.tokenizer, too_long, step=most // 32)
+
+    def _generate(self, transcript: Transcript, long: Prompt, short: Prompt | None) -> tuple[Generation, bool, float]:
+        """(what was generated, whether the document's prefill was reused, seconds of prefilling)."""
+        config, start = self.config, time.perf_counter()
+        mode, reused = config.speculation.mode, False
+        drafted, texts = None, [long.head]
+        if mode == "retrieval" and short is not None:
+            prefix = self._prefilled(self.target.decoder, short.tokens[:-1], "prefill")
+            prompted = Prompted(self.target.decoder, [short.tokens], prefix, [len(short.tokens) - 1])
+            texts = [short.tokens]
+        else:
+            prefix, reused = self._document_prefix(long.head)
+            prompted = Prompted(self.target.decoder, [long.tokens], prefix, [len(long.head)])
+            if mode != "target" and short is not None:
+                short_prefix = self._prefilled(self.drafter.decoder, short.tokens[:-2], "prefill (drafter)")
+                drafted = Prompted(self.drafter.decoder, [short.tokens], short_prefix, [len(short.tokens) - 2])
+                texts = [long.head + short.tokens]
+        prefill_seconds = time.perf_counter() - start
+        generation = generate(
+            prompted,
+            drafted,
+            speculation=config.speculation,
+            sampling=config.sampling,
+            stops=self.target.tokenizer.stop_ids,
+            texts=texts,
+            block=config.compute.attention_block,
+            on_tokens=transcript.on_tokens,
+        )
+        return generation, reused, prefill_seconds
+
+    def _prefilled(self, decoder: Decoder, tokens: list[int], label: str) -> Prefix:
+        dtype = decoder.embed_VD[...].dtype
+        with progress(label, len(tokens), "tokens", quiet=self._quiet) as report:
+            return prefill(decoder, [tokens], chunk=self.config.compute.prefill_chunk, dtype=dtype, progress=report)
+
+    def _document_prefix(self, head: list[int]) -> tuple[Prefix, bool]:
+        """(the target's prefix for these tokens, whether it was there already): from memory, from disk, or new."""
+        decoder, chunk = self.target.decoder, self.config.compute.prefill_chunk
+        dtype = decoder.embed_VD[...].dtype
+        known = digest(",".join(map(str, head)), str(chunk))
+        if self._last_prefix is not None and self._last_prefix[0] == known:
+            return self._last_prefix[1], True
+        self._last_prefix = prefix = None  # frees the last document's before the new one is made
+        store, key = self._prefixes, ""
+        if store is not None:
+            arithmetic = f"{self.target.config!r} on {jax.default_backend()}"
+            key = store.key(self.target.weights_hash, [head], arithmetic=arithmetic, dtype=dtype, chunk=chunk)
+            prefix = store.load(key, layout=self.config.models.layout)
+        reused = prefix is not None
+        if prefix is None:
+            prefix = self._prefilled(decoder, head, "prefill")
+            self._unsaved = (key, prefix)
+        self._last_prefix = (known, prefix)
+        return prefix, reused
+
+    def _save_prefix(self) -> None:
+        """Stores what was prefilled anew: many gigabytes of a long document, and the answer need not wait for them."""
+        unsaved, self._unsaved = self._unsaved, None
+        if unsaved is not None and self._prefixes is not None:
+            self._prefixes.save(*unsaved)
+
+
+def _check_vocabularies(target: Tokenizer, drafter: Tokenizer, source: str) -> None:
+    """Raises InputError unless both tokenizers give every id the same meaning; `source` names the drafter."""
+    if target.fingerprint == drafter.fingerprint:
+        return
+    for token_id in range(min(target.vocab_size, drafter.vocab_size)):
+        ours, theirs = target.token_of(token_id), drafter.token_of(token_id)
+        if ours != theirs:
+            raise InputError(
+                f"the drafter must have the target's vocabulary: expected token {token_id} to be {ours!r}, "
+                f"got {theirs!r} in {source}"
+            )
+    if target.vocab_size != drafter.vocab_size:
+        raise InputError(
+            f"the drafter must have the target's vocabulary: expected {target.vocab_size} tokens, "
+            f"got {drafter.vocab_size} in {source}"
+        )

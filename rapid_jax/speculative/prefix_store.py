@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents' keys and values on disk: a second question on a document skips its prefill.
+
+    folder/<key>/checkpoint/      one prefix (runtime.checkpoint), its layers in parts of about 1 GiB
+    folder/<key>/lock             held shared by who reads, exclusively by who writes or removes
+    folder/.<key>.<random>/       being written or removed
+
+The key is a hash of all that decides the numbers, so an entry is never out of date; what is damaged is reported,
+removed and made again. The time of an entry's folder is when it was last used. A lock goes with its process: what a
+killed one left behind is known by its free lock, and the next save removes it.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rapid_jax.attention.cache import KV, Layers, Prefix, capacity
+from rapid_jax.model.decoder import Layout
+from rapid_jax.runtime import checkpoint
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.progress import progress
+
+_log = logging.getLogger(__name__)
+_PART_BYTES = 1 << 30  # of layers that are on the host at a time
+_YOUNG_S = 60.0  # a folder is made an instant before its lock is taken
+# Nothing else is ever removed, whatever folder a user has chosen for the store.
+_ENTRY = re.compile(r"[0-9a-f]{64}")
+_ASIDE = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}")
+
+
+class PrefixStore:
+    """Prefixes under a folder, at most `max_bytes` of them: the least recently used go first.
+
+    A stored prefix is read back exactly (its empty slots as zeros) or not at all. Neither damage nor a full disk stops
+    an answer: both are one warning. Any number of processes may share a folder.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int, *, quiet: bool = False):
+        if max_bytes < 0:
+            raise InputError(f"a prefix store needs a size of at least 0 bytes, got {max_bytes}")
+        self.folder, self.max_bytes, self._quiet = folder, max_bytes, quiet
+
+    @staticmethod
+    def key(
+        weights_hash: str, prompts: Sequence[Sequence[int]], *, arithmetic: str, dtype: jnp.dtype, chunk: int
+    ) -> str:
+        """The name of the prefix that `prefill` makes of these prompts with these weights.
+
+        `arithmetic` is whatever else decides its numbers: the architecture with its rope (`repr` of a ModelConfig), the
+        attention kernel, the precision of products.
+        """
+        rows = [np.asarray(prompt, np.int32).tobytes() for prompt in prompts]
+        return digest("prefix-1", weights_hash, arithmetic, jnp.dtype(dtype).name, str(chunk), *rows)
+
+    def load(self, key: str, *, layout: Layout) -> Prefix | None:
+        """The prefix stored under the key, on the default device; None if there is none, or none to be trusted."""
+        folder = self.folder / key
+        with _lock(folder, fcntl.LOCK_SH) as held:
+            if held is None:
+                return None
+            try:
+                prefix = self._read(folder, key, layout)
+            except (checkpoint.DamagedCheckpoint, OSError) as error:
+                _log.warning("stored document in %s is unusable and will be computed again: %s", folder, error)
+                if _taken(folder, held, fcntl.LOCK_EX | fcntl.LOCK_NB):
+                    _remove(folder)
+                return None
+        with contextlib.suppress(OSError):  # a folder that may only be read is no less useful
+            os.utime(folder)
+        return prefix
+
+    def save(self, key: str, prefix: Prefix) -> None:
+        """Stores the prefix, whole or not at all; returns when it is on disk.
+
+        One that is there already stays, and one larger than `max_bytes` is not written.
+        """
+        folder = self.folder / key
+        if folder.is_dir():
+            return
+        size = _used_bytes(prefix)
+        if size > self.max_bytes:
+            _log.warning("document not stored in %s: it has %d bytes, of %d allowed", folder, size, self.max_bytes)
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._clean()
+            self._evict(size)
+            self._write(folder, key, prefix)
+            self._evict(0, newest=folder)
+        except (OSError, InputError) as error:
+            if not folder.is_dir():  # there: another process stored the same prefix first
+                _log.warning("document could not be stored in %s: %s", folder, error)
+
+    def _write(self, folder: Path, key: str, prefix: Prefix) -> None:
+        used, count = int(prefix.used), _layer_count(prefix.layers)
+        per_part = max(1, _PART_BYTES * count // _used_bytes(prefix))
+        slots = prefix.pos_BS.shape[1]
+        note = {"key": key, "used": used, "slots": slots, "layers": count, "layers_per_part": per_part}
+        temporary = _aside(folder)
+        temporary.mkdir()
+        try:
+            with (
+                _lock(temporary, fcntl.LOCK_EX),
+                checkpoint.write(temporary / "checkpoint", note) as writer,
+                progress("storing the document's cache", count, "layers", quiet=self._quiet) as report,
+            ):
+                writer.add("positions", {"pos_BS": prefix.pos_BS})
+                for part in _parts(count, per_part):
+                    writer.add(_item(part), {f"{layer}": _host(prefix, layer, used) for layer in part})
+                    report.advance(len(part))
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    def _read(self, folder: Path, key: str, layout: Layout) -> Prefix:
+        stored = checkpoint.read(folder / "checkpoint")
+        if stored.note.get("key") != key:
+            raise checkpoint.DamagedCheckpoint(f"{folder}: it holds another document, {stored.note.get('key')!r}")
+        count = stored.note["layers"]
+        pos_BS = jnp.asarray(stored.restore("positions")["pos_BS"])
+        layers: list[KV] = []
+        stack: KV | None = None
+        with progress("reading the document's cache", count, "layers", quiet=self._quiet) as report:
+            for part in _parts(count, stored.note["layers_per_part"]):
+                arrays = stored.restore(_item(part))
+                for layer in part:
+                    kv = _placed(arrays.pop(f"{layer}.k_BKSH"), arrays.pop(f"{layer}.v_BKSH"), stored.note["slots"])
+                    if layout == "unrolled":
+                        layers.append(kv)
+                    else:
+                        stack = _with_layer(_empty_stack(count, kv) if stack is None else stack, kv, layer)
+                report.advance(len(part))
+        return Prefix(tuple(layers) if stack is None else stack, pos_BS, jnp.asarray(stored.note["used"], jnp.int32))
+
+    def _clean(self) -> None:
+        """Removes what killed processes left half written or half removed."""
+        for path in self._children(_ASIDE):
+            with contextlib.suppress(OSError):  # another process was faster
+                if time.time() - path.stat().st_mtime < _YOUNG_S:
+                    continue
+                with _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
+                    if held is not None:
+                        shutil.rmtree(path, ignore_errors=True)
+
+    def _evict(self, room: int, newest: Path | None = None) -> None:
+        """Removes entries, the least recently used first and `newest` last, until `room` more bytes may be stored.
+
+        One that is being read stays.
+        """
+        entries = []
+        for path in self._children(_ENTRY):
+            with contextlib.suppress(OSError):  # another process has just removed it
+                entries.append((path == newest, path.stat().st_mtime_ns, path, _bytes_in(path)))
+        total = sum(size for *_, size in entries)
+        for is_newest, _, path, size in sorted(entries):
+            if total + room <= self.max_bytes:
+                break
+            with _lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
+                if held is None or (is_newest and size <= self.max_bytes):
+                    continue
+                _remove(path)
+                total -= size
+            if is_newest:
+                _log.warning("document not kept in %s: it has %d bytes, of %d allowed", path, size, self.max_bytes)
+
+    def _children(self, names: re.Pattern) -> list[Path]:
+        return [path for path in self.folder.iterdir() if names.fullmatch(path.name)]
+
+
+def _parts(count: int, per_part: int) -> list[range]:
+    return [range(first, min(first + per_part, count)) for first in range(0, count, per_part)]
+
+
+def _item(part: range) -> str:
+    return f"layers-{part.start}"
+
+
+def _layer_count(layers: Layers) -> int:
+    return len(layers) if isinstance(layers, tuple) else layers.k_BKSH.shape[0]
+
+
+def _used_bytes(prefix: Prefix) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(prefix.layers)) // capacity(prefix.layers) * int(prefix.used)
+
+
+@partial(jax.jit, static_argnames="used")
+def _used_slots(layers: KV, layer: jax.Array | None, *, used: int) -> KV:
+    def cut(array):
+        if layer is not None:
+            array = lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)
+        return lax.slice_in_dim(array, 0, used, axis=2)
+
+    return jax.tree.map(cut, layers)
+
+
+def _host(prefix: Prefix, layer: int, used: int) -> dict[str, np.ndarray]:
+    """The used slots of a layer: cut on the device, so that only they travel, and no copy stays with the prefix."""
+    if isinstance(prefix.layers, tuple):
+        kv = _used_slots(prefix.layers[layer], None, used=used)
+    else:
+        kv = _used_slots(prefix.layers, jnp.asarray(layer), used=used)
+    return {"k_BKSH": np.asarray(kv.k_BKSH), "v_BKSH": np.asarray(kv.v_BKSH)}
+
+
+def _placed(k_BKSH: np.ndarray, v_BKSH: np.ndarray, slots: int) -> KV:
+    """One layer on the default device with all its slots.
+
+    Uncommitted, as what `prefill` makes: a committed array would have every program of decoding compiled again.
+    """
+
+    def placed(array_BKSH):
+        batch, heads, used, head_dim = array_BKSH.shape
+        if used < slots:
+            padded_BKSH = np.zeros((batch, heads, slots, head_dim), array_BKSH.dtype)
+            padded_BKSH[:, :, :used] = array_BKSH
+            array_BKSH = padded_BKSH
+        return jax.device_put(array_BKSH)
+
+    return KV(placed(k_BKSH), placed(v_BKSH))
+
+
+def _empty_stack(count: int, kv: KV) -> KV:
+    return jax.tree.map(lambda array: jnp.zeros((count, *array.shape), array.dtype), kv)
+
+
+@partial(jax.jit, donate_argnames="stack")
+def _with_layer(stack: KV, kv: KV, layer: int) -> KV:
+    return jax.tree.map(partial(lax.dynamic_update_index_in_dim, index=layer, axis=0), stack, kv)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
+
+
+def _remove(folder: Path) -> None:
+    """Takes an entry, whose lock is held exclusively, away at once, then deletes it."""
+    aside = _aside(folder)
+    with contextlib.suppress(OSError):  # a folder that may only be read, or another process was faster
+        folder.rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@contextlib.contextmanager
+def _lock(folder: Path, how: int) -> Iterator[int | None]:
+    """Yields the lock of a folder of the store, held as asked until the end; None if the folder is gone or in use."""
+    held = None
+    # The second way is for a folder that may only be read.
+    for flags in (os.O_RDWR | os.O_CREAT, os.O_RDONLY):
+        with contextlib.suppress(OSError):
+            held = os.open(folder / "lock", flags | os.O_CLOEXEC, 0o666)
+            break
+    try:
+        yield held if held is not None and _taken(folder, held, how) else None
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _taken(folder: Path, held: int, how: int) -> bool:
+    """Takes or changes the lock; False if it is not to be had, or no longer this folder's."""
+    try:
+        fcntl.flock(held, how)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks: what they prevent is rare, and checksums find it
+        pass
+    try:
+        return os.fstat(held).st_ino == os.stat(folder / "lock").st_ino
+    except FileNotFoundError:
+        return False

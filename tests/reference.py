@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ten-line truths that the fast paths are tested against. Plain, slow, and float64 where it is numpy."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+import numpy as np
+import scipy.stats
+
+
+def dense_attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS, *, xp: Any = np):
+    """softmax(q k / sqrt(H)) v with every score at once; a query that sees nothing gets 0."""
+    group = q_BTNH.shape[2] // k_BSKH.shape[2]
+    k_BSNH, v_BSNH = xp.repeat(k_BSKH, group, axis=2), xp.repeat(v_BSKH, group, axis=2)
+    score = xp.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * q_BTNH.shape[-1] ** -0.5
+    seen = visible_BTS[:, None]
+    score = xp.where(seen, score, -1e30)
+    weight = xp.where(seen, xp.exp(score - xp.max(score, axis=-1, keepdims=True)), 0.0)
+    weight = weight / xp.maximum(xp.sum(weight, axis=-1, keepdims=True), 1e-30)
+    return xp.einsum("BNTS,BSNH->BTNH", weight, v_BSNH)
+
+
+def visible(q_pos_BT, kv_pos_BS, q_branch_BT=None, kv_branch_BS=None) -> np.ndarray:
+    """bool [B, T, S]: 0 <= key position <= query position, and branch tags equal or one of them 0."""
+    q, kv = np.asarray(q_pos_BT)[:, :, None], np.asarray(kv_pos_BS)[:, None, :]
+    seen = (kv >= 0) & (kv <= q)
+    if q_branch_BT is not None:
+        mine, theirs = np.asarray(q_branch_BT)[:, :, None], np.asarray(kv_branch_BS)[:, None, :]
+        seen &= (mine == theirs) | (mine == 0) | (theirs == 0)
+    return seen
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    weight = np.exp(z - np.max(z, axis=-1, keepdims=True))
+    return weight / weight.sum(axis=-1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class OneStep:
+    """What happens to one drafted position, in float64."""
+
+    p: np.ndarray
+    p_hat: np.ndarray
+    kept: np.ndarray  # m: probability that a token is drafted and accepted
+    residual: np.ndarray  # distribution of the token after a rejection, or p where a rejection cannot happen
+    law: np.ndarray  # of the emitted token
+
+    @property
+    def acceptance(self) -> float:
+        return float(self.kept.sum())
+
+
+def one_step(z, q, *, eta: float, guard: str, alpha: float = 0.1, exact_phat: bool = False) -> OneStep:
+    """RAPID's rule for one drafted position: z is already divided by the temperature and filtered."""
+    z, q = np.asarray(z, np.float64), np.asarray(q, np.float64)
+    p = softmax(z)
+    shift = np.where(q >= alpha * q.max(), q - p, 0.0) if guard == "code" else q - p
+    p_hat = softmax(z + eta * shift)
+    if guard == "paper":
+        p_hat = np.where(p_hat < alpha * p_hat.max(), p, p_hat)
+        p_hat = p_hat / p_hat.sum() if exact_phat else p_hat
+    m = np.minimum(q, p_hat)
+    left = np.maximum(p_hat - q, 0.0) if exact_phat else np.maximum(p - m, 0.0)
+    residual = left / left.sum() if left.sum() > 1e-15 else p
+    return OneStep(p, p_hat, m, residual, m + (1 - m.sum()) * residual)
+
+
+def sequence_law(
+    rows: Callable[[tuple[int, ...]], OneStep],
+    q_rows: Callable[[tuple[int, ...]], np.ndarray],
+    *,
+    vocabulary: int,
+    length: int,
+    gamma: int,
+    confidence_stop: float = 0.0,
+) -> np.ndarray:
+    """The exact law of the first `length` tokens of rounds of `gamma` drafts, [vocabulary] * length.
+
+    `open` drafts are left in the round: an accepted draft goes on, a rejection starts the next round, and with none
+    left comes the bonus from p and then the next round.
+    """
+    law = np.zeros((vocabulary,) * length)
+
+    def walk(said: tuple[int, ...], left: int, chance: float) -> None:
+        if len(said) == length:
+            law[said] += chance
+            return
+        step, q = rows(said), q_rows(said)
+        for token in range(vocabulary):
+            if left == 0:
+                walk((*said, token), gamma, chance * step.p[token])
+                continue
+            after = 0 if q[token] < confidence_stop else left - 1
+            walk((*said, token), after, chance * step.kept[token])
+            walk((*said, token), gamma, chance * (1 - step.acceptance) * step.residual[token])
+
+    walk((), gamma, 1.0)
+    return law
+
+
+def all_sequences(vocabulary: int, length: int) -> np.ndarray:
+    """Every sequence, [vocabulary ** length, length], in the order of `ndarray.ravel` of a law."""
+    return np.array(list(product(range(vocabulary), repeat=length)), np.int32)
+
+
+def chi_square_p(counts: np.ndarray, law: np.ndarray) -> float:
+    """The chance of counts at least this far from the law; 0 where something impossible happened.
+
+    Outcomes expected fewer than 5 times are counted as one.
+    """
+    counts, expected = np.ravel(counts).astype(np.float64), np.ravel(law) / np.sum(law) * np.sum(counts)
+    if np.any(counts[expected < 1e-9 * counts.sum()] > 0):
+        return 0.0
+    rare = expected < 5
+    counts = np.append(counts[~rare], counts[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    used = expected > 0
+    statistic = np.sum((counts[used] - expected[used]) ** 2 / expected[used])
+    return float(scipy.stats.chi2.sf(statistic, max(used.sum() - 1, 1)))
+
+
+def greedy(
+    next_logits: Callable[[Sequence[int]], np.ndarray],
+    prompt: Sequence[int],
+    count: int,
+    *,
+    stops: Sequence[int] = (),
+    penalty: float = 1.0,
+    seen: Sequence[int] = (),
+) -> list[int]:
+    """The argmax, token by token, each from the logits after the whole sequence."""
+    said: list[int] = []
+    while len(said) < count and not (said and said[-1] in stops):
+        logits = np.array(next_logits([*prompt, *said]), np.float32)
+        for token in {*seen, *said}:
+            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+        said.append(int(np.argmax(logits)))
+    return said

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts around a document, and what is left of a document that is too long."""
+
+import pytest
+
+from rapid_jax.config import ModelsConfig, PromptsConfig
+from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.prompts import frame, visible_text
+from rapid_jax.runtime.errors import InputError
+from tests.tiny_models import tokenizer_files, words
+
+TEMPLATE = "Read this:\n{document}\nand say: {question}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(tokenizer_files(["the text and the question w1 w2 w3"]))
+
+
+def test_a_prompt_is_the_chat_text_with_document_and_question_in_place(tokenizer):
+    prompt = frame(tokenizer, TEMPLATE, "Who {document}?", "Be brief.").around("The text.")
+    text = tokenizer.decode(prompt.tokens, skip_special_tokens=False)
+    assert text == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+        "<|im_start|>user\nRead this:\nThe text.\nand say: Who {document}?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert tokenizer.decode(prompt.head, skip_special_tokens=False).endswith("Read this:\nThe text.")
+
+
+def test_the_head_depends_on_the_document_alone(tokenizer):
+    first, second = (frame(tokenizer, TEMPLATE, question, None).around("The text.") for question in ("Who?", "Why so?"))
+    assert first.head == second.head and first.tail != second.tail
+    around = frame(tokenizer, TEMPLATE, "Who?", None)
+    assert around.size == len(first.tokens) - len(tokenizer.encode("The text."))
+
+
+@pytest.mark.parametrize("question", ["", " \n"])
+def test_an_empty_question_is_refused(question, tokenizer):
+    with pytest.raises(InputError, match="expected a question"):
+        frame(tokenizer, TEMPLATE, question, None)
+
+
+def test_a_chat_template_that_drops_the_message_is_refused():
+    files = tokenizer_files(["x"]) | {"chat_template.jinja": b"{{ 'Hello' }}"}
+    with pytest.raises(InputError, match="dropped the user's message"):
+        frame(Tokenizer(files), TEMPLATE, "Who?", None)
+
+
+@pytest.mark.parametrize("too_long", ["error", "head", "middle"])
+def test_a_document_that_fits_is_left_alone(too_long, tokenizer):
+    document = words(60)
+    size = len(tokenizer.encode(document))
+    assert visible_text(document, size, tokenizer, too_long, step=64) == (document, size)
+
+
+def test_a_document_that_does_not_fit_is_refused_with_both_numbers(tokenizer):
+    document = words(60)
+    size = len(tokenizer.encode(document))
+    with pytest.raises(InputError, match=f"at most {size - 1} tokens .*, got {size}; models.too_long"):
+        visible_text(document, size - 1, tokenizer, "error", step=1)
+
+
+def test_head_keeps_the_beginning_and_middle_both_ends(tokenizer):
+    document = words(200)
+    size = len(tokenizer.encode(document))
+    head, whole = visible_text(document, 100, tokenizer, "head", step=1)
+    assert whole == size and document.startswith(head) and len(tokenizer.encode(head)) == 100
+    middle, whole = visible_text(document, 101, tokenizer, "middle", step=1)
+    ends = [token_id for token_id in tokenizer.encode(document)]
+    assert whole == size
+    assert tokenizer.decode(ends[:51]) + tokenizer.decode(ends[-50:]) == middle
+
+
+def test_what_is_kept_does_not_move_with_the_length_of_the_question(tokenizer):
+    document = words(400)
+    for too_long in ("head", "middle"):
+        texts = {visible_text(document, room, tokenizer, too_long, step=64)[0] for room in range(128, 192)}
+        assert len(texts) == 1
+        assert len(tokenizer.encode(texts.pop())) <= 128
+
+
+def test_a_cut_through_a_character_of_several_tokens_still_fits(tokenizer):
+    document = "\U0001f600\u65e5\u672c" * 40
+    for room in range(1, 40):
+        try:
+            text, _ = visible_text(document, room, tokenizer, "head", step=1)
+        except InputError as error:
+            assert "no part of the document fits" in str(error) and room < 4
+            continue
+        assert text and document.startswith(text) and len(tokenizer.encode(text)) <= room
+
+
+def test_no_room_and_no_text_are_refused(tokenizer):
+    with pytest.raises(InputError, match="no room for a document: 4 tokens too many"):
+        visible_text("text", -3, tokenizer, "head", step=1)
+    with pytest.raises(InputError, match="got an empty one"):
+        visible_text(" \n", 100, tokenizer, "head", step=1)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"target": "{document} alone"},
+        {"drafter": "{question} then {document}"},
+        {"target": "{document} {document} {question}"},
+    ],
+)
+def test_a_template_without_its_places_is_refused(settings):
+    with pytest.raises(InputError, match=rf"prompts\.{next(iter(settings))}"):
+        PromptsConfig(**settings)
+
+
+def test_the_context_size_is_positive():
+    with pytest.raises(InputError, match=r"models\.max_context: expected at least 1, got 0"):
+        ModelsConfig(max_context=0)

@@ -82,15 +82,20 @@ def _visible(rows: Rows, slots: Slots) -> jax.Array:
     return seen[:, None]
 
 
-def attend_block(rows: Rows, slots: Slots, *, scale: float) -> Partial:
-    """Attention of the rows over one block of slots, un-normalised: exp(scale q.k - max) v."""
+def attend_block(rows: Rows, slots: Slots, *, scale: float, masked: bool = True) -> Partial:
+    """Attention of the rows over one block of slots, un-normalised: exp(scale q.k - max) v.
+
+    `masked=False` is for a block of which every row sees every slot.
+    """
     precision = lax.Precision.HIGHEST if rows.q_BKRH.dtype == jnp.float32 else None
     score = jnp.einsum(
         "BKRH,BKSH->BKRS", rows.q_BKRH, slots.k_BKSH, precision=precision, preferred_element_type=jnp.float32
     )
-    score = jnp.where(_visible(rows, slots), score * scale, -jnp.inf)
+    if masked:
+        score = jnp.where(_visible(rows, slots), score, -jnp.inf)
     peak = jnp.max(score, axis=-1)
-    weight = jnp.exp(score - jnp.where(peak == -jnp.inf, 0.0, peak)[..., None])
+    finite = jnp.where(peak == -jnp.inf, 0.0, peak) if masked else peak
+    weight = jnp.exp((score - finite[..., None]) * scale)
     out_BKRH = jnp.einsum(
         "BKRS,BKSH->BKRH",
         weight.astype(slots.v_BKSH.dtype),
@@ -98,7 +103,7 @@ def attend_block(rows: Rows, slots: Slots, *, scale: float) -> Partial:
         precision=precision,
         preferred_element_type=jnp.float32,
     )
-    return Partial(out_BKRH, peak, jnp.sum(weight, axis=-1))
+    return Partial(out_BKRH, peak * scale, jnp.sum(weight, axis=-1))
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -124,28 +129,73 @@ def _block_of(slots: Slots, start: jax.Array | int, size: int) -> Slots:
     )
 
 
-def attend_blockwise(rows: Rows, slots: Slots, *, scale: float, block: int, used: jax.Array | None = None) -> Partial:
+def _attend_what_is_seen(partial: Partial, rows: Rows, slots: Slots, *, scale: float) -> Partial:
+    """`partial` with a block added: not visited if no row sees any of it, without a mask if every row sees it all."""
+    filled = slots.pos_BS >= 0
+    first = jnp.min(jnp.where(filled, slots.pos_BS, jnp.iinfo(jnp.int32).max))
+    seen_by_some = jnp.max(rows.pos_BR) >= first
+    seen_by_all = jnp.all(filled) & (jnp.min(rows.pos_BR) >= jnp.max(slots.pos_BS))
+    if rows.branch_BR is not None and slots.branch_BS is not None:
+        seen_by_all &= jnp.all(slots.branch_BS == 0)
+
+    def add(masked: bool):
+        return lambda: merge(partial, attend_block(rows, slots, scale=scale, masked=masked))
+
+    return lax.switch(seen_by_some.astype(jnp.int32) + seen_by_all, (lambda: partial, add(True), add(False)))
+
+
+def attend_blockwise(
+    rows: Rows, slots: Slots, *, scale: float, block: int, used: jax.Array | None = None, skip: bool = False
+) -> Partial:
     """`attend_block` over slots of any number, holding the scores of one block at a time.
 
     `used`, where given, says that slots from that index on are empty: their blocks are not visited. It makes the
     number of visits depend on data, which reverse-mode differentiation cannot follow; without it the result is
-    differentiable, and the backward pass recomputes each block's scores.
+    differentiable, and the backward pass recomputes each block's scores. `skip` looks at the positions of each block
+    first and leaves out what nobody sees; worth it when there are many rows.
     """
     size = slots.pos_BS.shape[1]
-    if size <= block:
+    if size <= block and not skip:
         return attend_block(rows, slots, scale=scale)
+    block = min(block, size)
     whole, rest = divmod(size, block)
 
-    def visit(index: jax.Array, partial: Partial) -> Partial:
-        return merge(partial, attend_block(rows, _block_of(slots, index * block, block), scale=scale))
+    def add(partial: Partial, start: jax.Array | int, count: int) -> Partial:
+        part = _block_of(slots, start, count)
+        if skip:
+            return _attend_what_is_seen(partial, rows, part, scale=scale)
+        return merge(partial, attend_block(rows, part, scale=scale))
 
     partial = nothing_seen(rows)
     if used is not None:
         blocks = jnp.minimum((used + block - 1) // block, whole)
-        partial = lax.fori_loop(0, blocks, visit, partial)
+        partial = lax.fori_loop(0, blocks, lambda index, partial: add(partial, index * block, block), partial)
     else:
-        step = jax.checkpoint(lambda partial, index: (visit(index, partial), None))
+        step = jax.checkpoint(lambda partial, index: (add(partial, index * block, block), None))
         partial, _ = lax.scan(step, partial, jnp.arange(whole))
-    if rest:
-        partial = merge(partial, attend_block(rows, _block_of(slots, whole * block, rest), scale=scale))
-    return partial
+    return add(partial, whole * block, rest) if rest else partial
+
+
+def attend_tiled(rows: Rows, slots: Slots, *, scale: float, tile: int) -> Partial:
+    """`attend_blockwise` of `tile` rows at a time over blocks of as many positions, leaving out what nobody sees.
+
+    For a sequence over itself: half of its blocks lie in the future of the rows that would look at them.
+    """
+    R, S = rows.pos_BR.shape[1], slots.pos_BS.shape[1]
+    count = R // tile
+    block = max(tile * S // R, 1)
+    if count < 2 or R % tile:
+        return attend_blockwise(rows, slots, scale=scale, block=min(block, S), skip=True)
+
+    def tiles(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, tile, *x.shape[axis + 1 :]), axis, 0)
+
+    branch = None if rows.branch_BR is None else tiles(rows.branch_BR, 1)
+    cut = Rows(tiles(rows.q_BKRH, 2), tiles(rows.pos_BR, 1), branch)
+    partial = lax.map(lambda part: attend_blockwise(part, slots, scale=scale, block=block, skip=True), cut)
+
+    def joined(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*x.shape[:2], R, *x.shape[4:])
+
+    return jax.tree.map(joined, partial)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from rapid_jax.attention.cache import KV, Prefix, Tail, write
-from rapid_jax.attention.partial import Slots, attend_blockwise, finish, fold, merge, unfold
+from rapid_jax.attention.partial import Slots, attend_blockwise, attend_tiled, finish, fold, merge, unfold
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -21,7 +21,8 @@ def attend_self(pos_BT: jax.Array, *, block: int, branch_BT: jax.Array | None = 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer):
         rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], branch_BT)
         slots = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT, branch_BT)
-        partial = attend_blockwise(rows, slots, scale=q_BTNH.shape[-1] ** -0.5, block=block)
+        tile = block * q_BTNH.shape[2] // k_BTKH.shape[2]
+        partial = attend_tiled(rows, slots, scale=q_BTNH.shape[-1] ** -0.5, tile=tile)
         return unfold(finish(partial, q_BTNH.dtype), q_BTNH.shape[1]), None
 
     return attend
@@ -40,7 +41,7 @@ def attend_chunk(pos_BT: jax.Array, written: Prefix, *, block: int) -> Attend:
         chunk = KV(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
         near = Slots(chunk.k_BKSH, chunk.v_BKSH, pos_BT)
         partial = merge(
-            attend_blockwise(rows, far, scale=scale, block=block, used=written.used),
+            attend_blockwise(rows, far, scale=scale, block=block, used=written.used, skip=True),
             attend_blockwise(rows, near, scale=scale, block=block),
         )
         return unfold(finish(partial, q_BTNH.dtype), q_BTNH.shape[1]), chunk

@@ -222,9 +222,10 @@ def _restore_args(ocp: Any, leaf: Any) -> "ocp.RestoreArgs":
 
 @contextlib.contextmanager
 def _orbax() -> Iterator[Any]:
-    """Orbax, imported when first used (it takes 2 s), for one thread at a time, and silent: what it logs, it raises too.
+    """Orbax, imported when first used (it takes 2 s), for one thread at a time, and silent.
 
-    A write that fails leaves others under way, whose errors asyncio and the interpreter report once nobody waits.
+    What it logs as an error, it raises too. A write that fails leaves others under way, whose errors asyncio and the
+    interpreter report once nobody waits for them.
     """
     import orbax.checkpoint as ocp
 

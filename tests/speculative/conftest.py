@@ -47,7 +47,7 @@ class Questions:
 @pytest.fixture(scope="session")
 def questions() -> Questions:
     weights = Weights.lively(VOCABULARY)
-    target, drafter = weights.decoder(), weights.perturbed(0.2).decoder()
+    target, drafter = weights.decoder(), weights.perturbed(0.1).decoder()
     prompts = _random_prompts(0, (33, 20, 27))
     answers = [greedy(next_logits(target), prompt, LIMIT) for prompt in prompts]
     assert all(len(set(answer)) > 5 for answer in answers), "the model was meant to be lively"

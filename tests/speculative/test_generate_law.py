@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole short answers as a distribution: thousands of seeds as rows, against the law by enumeration.
+
+Target and drafter are different models with different prompts over five tokens; the law is that of rounds in which
+drafts are accepted, corrected and followed by a bonus, in float64.
+"""
+
+from functools import cache
+
+import numpy as np
+import pytest
+
+from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.generate import generate
+from tests.reference import all_sequences, chi_square_p, one_step, sequence_law, softmax
+from tests.speculative.models import Weights, logits_of, prompted
+
+VOCABULARY, LENGTH, ROWS = 5, 3, 4096
+TEMPERATURE = 0.9
+PROMPT, DRAFT_PROMPT = [0, 3, 1, 4, 2, 2], [3, 1, 1, 2]
+
+
+class Pair:
+    """The two models, and each one's distribution after every sequence of up to LENGTH - 1 tokens."""
+
+    def __init__(self):
+        weights = Weights.lively(VOCABULARY, sharpness=1.2)
+        self.target, self.drafter = weights.decoder(), weights.perturbed(0.3).decoder()
+        self.z = self._rows(self.target, PROMPT)
+        self.zq = self._rows(self.drafter, DRAFT_PROMPT)
+
+    def _rows(self, decoder, prompt) -> dict[tuple[int, ...], np.ndarray]:
+        said = all_sequences(VOCABULARY, LENGTH)
+        sequences = np.concatenate([np.tile(prompt, (len(said), 1)), said], axis=1)
+        logits = logits_of(decoder, sequences)[:, len(prompt) - 1 :].astype(np.float64) / TEMPERATURE
+        return {tuple(row[:n].tolist()): z[n] for row, z in zip(said, logits, strict=True) for n in range(LENGTH)}
+
+    def law(self, speculation: SpeculationConfig) -> np.ndarray:
+        def step(said):
+            return one_step(
+                self.z[said],
+                softmax(self.zq[said]),
+                eta=speculation.effective_eta,
+                guard=speculation.guard,
+                exact_phat=speculation.mode == "phat",
+            )
+
+        return sequence_law(
+            cache(step),
+            lambda said: softmax(self.zq[said]),
+            vocabulary=VOCABULARY,
+            length=LENGTH,
+            gamma=int(speculation.gamma),
+            confidence_stop=speculation.confidence_stop,
+        )
+
+    def target_law(self) -> np.ndarray:
+        law = np.zeros((VOCABULARY,) * LENGTH)
+        for said in all_sequences(VOCABULARY, LENGTH).tolist():
+            law[tuple(said)] = np.prod([softmax(self.z[tuple(said[:n])])[said[n]] for n in range(LENGTH)])
+        return law
+
+    def counts(self, speculation: SpeculationConfig, seed: int = 0) -> np.ndarray:
+        got = generate(
+            prompted(self.target, [PROMPT] * ROWS),
+            prompted(self.drafter, [DRAFT_PROMPT] * ROWS),
+            speculation=speculation,
+            sampling=SamplingConfig(temperature=TEMPERATURE, max_new_tokens=LENGTH),
+            stops=(),
+            texts=[[*PROMPT, *np.random.default_rng(0).integers(0, VOCABULARY, 40).tolist()]] * ROWS,
+            seeds=range(seed, seed + ROWS),
+        )
+        if speculation.lookup == "on":
+            assert 0 < sum(got.copied_accepted) < sum(got.copied)
+        if speculation.gamma:
+            assert 0.2 < sum(got.accepted) / sum(got.drafted) < 0.95
+        counts = np.zeros((VOCABULARY,) * LENGTH)
+        np.add.at(counts, tuple(np.array(got.tokens).T), 1)
+        return counts
+
+
+@pytest.fixture(scope="module")
+def pair() -> Pair:
+    return Pair()
+
+
+def speculation_of(mode: str, **more) -> SpeculationConfig:
+    settings = {"eta": 4.0, "gamma": 2, "lookup": "off", "lookup_match": 1, "lookup_width": 2, "guard": "none"}
+    return SpeculationConfig(mode=mode, **settings | more)  # pyright: ignore[reportArgumentType]
+
+
+LAWS = {
+    "lossless": speculation_of("lossless"),
+    "lossless with copies": speculation_of("lossless", lookup="on"),
+    "lossless by copies alone": speculation_of("lossless", lookup="on", gamma=0),
+    "lossless with short drafts": speculation_of("lossless", confidence_stop=0.3),
+    "rapid": speculation_of("rapid"),
+    "rapid with copies": speculation_of("rapid", lookup="on"),
+    "rapid with short drafts": speculation_of("rapid", confidence_stop=0.3),
+    "phat": speculation_of("phat"),
+}
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_answers_follow_their_law(pair, name):
+    speculation = LAWS[name]
+    law = pair.law(speculation)
+    assert law.sum() == pytest.approx(1, abs=1e-12)
+    if speculation.mode == "lossless":
+        np.testing.assert_allclose(law, pair.target_law(), atol=1e-12)
+    assert chi_square_p(pair.counts(speculation), law) > 1e-4
+
+
+def test_the_laws_differ_and_the_test_would_notice(pair):
+    """With eta above 0 the law is not the target's: what is drawn under one is refused by the other."""
+    rapid, phat, short = (pair.law(LAWS[name]) for name in ("rapid", "phat", "rapid with short drafts"))
+    target = pair.target_law()
+    assert min(np.abs(a - b).sum() for a, b in ((rapid, target), (phat, target), (rapid, phat))) > 0.05
+    assert np.abs(rapid - short).sum() > 0.01
+    counts = pair.counts(LAWS["rapid"])
+    assert chi_square_p(counts, target) < 1e-6
+    assert chi_square_p(counts, phat) < 1e-6

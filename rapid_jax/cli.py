@@ -45,7 +45,7 @@ _TEXTS = ("model", "drafter", "mode")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; wrong usage leaves by argparse's SystemExit(2)."""
-    options = _parser().parse_args(argv)
+    options = parser().parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="rapid: %(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its number
@@ -73,10 +73,11 @@ def _fail(message: str) -> int:
     return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="rapid", description="RAPID: long-context answers, drafted by retrieval.")
-    parser.add_argument("--version", action="version", version=f"rapid {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    rapid = argparse.ArgumentParser(prog="rapid", description="RAPID: long-context answers, drafted by retrieval.")
+    rapid.add_argument("--version", action="version", version=f"rapid {__version__}")
+    commands = rapid.add_subparsers(required=True, metavar="COMMAND")
     answer = commands.add_parser("answer", help="answer a question about a document", allow_abbrev=False)
     answer.set_defaults(run=_answer)
     answer.add_argument("--document", required=True, metavar="FILE|-", help="text, PDF or HTML; - is standard input")
@@ -104,11 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument("target", metavar="OUT", help="folder that does not exist yet, or is empty")
     convert.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16", help="auto loses nothing")
     convert.add_argument("--quiet", action="store_true", help="no progress")
-    return parser
+    return rapid
 
 
 def _answer(options: argparse.Namespace) -> None:
-    config = _config(options)
+    config = config_of(options)
     document = read_document(options.document)
     if not options.question.strip():
         raise InputError("--question: expected a question, got an empty one")
@@ -161,7 +162,7 @@ def _convert(options: argparse.Namespace) -> None:
         _say(f"written: {options.target}")
 
 
-def _config(options: argparse.Namespace) -> RapidConfig:
+def config_of(options: argparse.Namespace) -> RapidConfig:
     """The settings file or the defaults, --set over it, and the named options over that."""
     named = {key: getattr(options, name) for name, key in _OPTIONS.items()}
     texts = {_OPTIONS[name] for name in _TEXTS}

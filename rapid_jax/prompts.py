@@ -54,12 +54,11 @@ def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None
     return Frame(tokenizer, tokenizer.encode(before, add_special_tokens=True), tokenizer.encode(after))
 
 
-def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, step: int) -> tuple[str, int]:
+def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, keep: int) -> tuple[str, int]:
     """(the part of the document that fits into `room` tokens, the tokens of the whole document).
 
     `too_long` says what becomes of a longer one: error, head (its beginning is kept) or middle (its middle is cut out:
-    the first and the last half of the room, as in the paper's evaluation). A cut leaves a multiple of `step` tokens
-    where it can: questions of different lengths then see the same text, and its prefill serves them all.
+    the first and the last half, as in the paper's evaluation). A cut keeps `keep` tokens, at most `room`.
     """
     if not document.strip():
         raise InputError("expected a document with text in it, got an empty one")
@@ -74,12 +73,12 @@ def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, 
             f"and the answer), got {len(spans)}; models.too_long=middle or head cuts it"
         )
     # Cut text does not always tokenise to the tokens it had: give way until it fits.
-    most = room - room % step if room >= step > 0 else room
-    for keep in range(most, 0, -max(most // 64, 1)):
+    most = min(keep, room)
+    for size in range(most, 0, -max(most // 64, 1)):
         if too_long == "head":
-            text = document[: spans[keep - 1][1]]
+            text = document[: spans[size - 1][1]]
         else:
-            first, last = keep - keep // 2, keep // 2
+            first, last = size - size // 2, size // 2
             text = document[: spans[first - 1][1]] + (document[spans[-last][0] :] if last else "")
         if len(tokenizer.encode(text)) <= room:
             return text, len(spans)

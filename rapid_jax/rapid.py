@@ -19,7 +19,7 @@ from rapid_jax.config import RapidConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
 from rapid_jax.model.tokenizer import Tokenizer
-from rapid_jax.prompts import Frame, Prompt, frame, visible_text
+from rapid_jax.prompts import Prompt, frame, visible_text
 from rapid_jax.retrieval.embed import Embedder
 from rapid_jax.retrieval.encoder_io import encoder_folder, read_config
 from rapid_jax.retrieval.retriever import Retriever
@@ -109,7 +109,7 @@ class Rapid:
         loaded = time.perf_counter()
 
         long_frame = frame(target.tokenizer, config.prompts.target, question, config.prompts.system)
-        text, document_tokens = self._visible(document, long_frame)
+        text, document_tokens = self._visible(document, long_frame.size)
         long_prompt = long_frame.around(text)
         selection, short_prompt = None, None
         if retriever is not None:
@@ -162,11 +162,18 @@ class Rapid:
         other._last_prefix = self._last_prefix
         return other
 
-    def _visible(self, document: str, around: Frame) -> tuple[str, int]:
-        """(what the target reads of the document, the tokens of the whole document)."""
-        most, too_long = self.config.models.max_context or self.target.config.max_positions, self.config.models.too_long
-        room = most - around.size - self.config.sampling.max_new_tokens
-        return visible_text(document, room, self.target.tokenizer, too_long, step=most // 32)
+    def _visible(self, document: str, around: int) -> tuple[str, int]:
+        """(what the target reads of the document, the tokens of the whole document); `around` are the prompt's others.
+
+        What is cut depends on the question only where it takes more than 1/32 of the context: one prefill serves the
+        questions that are shorter.
+        """
+        config, target = self.config, self.target
+        most = config.models.max_context or target.config.max_positions
+        left = most - config.sampling.max_new_tokens
+        usual = frame(target.tokenizer, config.prompts.target, "?", config.prompts.system).size + most // 32
+        keep = left - max(around, usual) if left > usual else left - around
+        return visible_text(document, left - around, target.tokenizer, config.models.too_long, keep)
 
     def _generate(self, transcript: Transcript, long: Prompt, short: Prompt | None) -> tuple[Generation, bool, float]:
         """(what was generated, whether the document's prefill was reused, seconds of prefilling)."""

@@ -19,7 +19,8 @@ ATTENTION = RUNTIME | {"rapid_jax.attention"}
 MODEL = ATTENTION | {"rapid_jax.model"}
 RETRIEVAL = MODEL | {"rapid_jax.retrieval"}
 SPECULATIVE = MODEL | {"rapid_jax.speculative"}
-FACADE = RETRIEVAL | SPECULATIVE | {"rapid_jax.rapid"}
+FACADE_PARTS = {"rapid_jax.config", "rapid_jax.prompts", "rapid_jax.answer"}
+FACADE = RETRIEVAL | SPECULATIVE | FACADE_PARTS | {"rapid_jax.rapid"}
 TOOLS = {"rapid_jax.evaluate", "rapid_jax.bench", "rapid_jax.plan"}
 
 # part -> the parts it may import besides itself; `rapid_jax` is the package's __init__, which every part may import.
@@ -30,11 +31,17 @@ MAY_IMPORT = {
     "rapid_jax.model": ATTENTION,
     "rapid_jax.retrieval": MODEL,
     "rapid_jax.speculative": MODEL,
+    "rapid_jax.config": RETRIEVAL | SPECULATIVE,
+    "rapid_jax.prompts": MODEL,
+    "rapid_jax.answer": RETRIEVAL | SPECULATIVE,
     "rapid_jax.rapid": FACADE,
+    "rapid_jax.documents": RUNTIME,
+    "rapid_jax.trace": RETRIEVAL | SPECULATIVE | FACADE_PARTS,
+    "rapid_jax.compare": FACADE,
     "rapid_jax.evaluate": FACADE,
     "rapid_jax.bench": FACADE,
     "rapid_jax.plan": FACADE,
-    "rapid_jax.cli": FACADE | TOOLS,
+    "rapid_jax.cli": FACADE | TOOLS | {"rapid_jax.documents", "rapid_jax.trace", "rapid_jax.compare"},
     "rapid_jax.__main__": {"rapid_jax.cli"},
     "longpo_jax": SPECULATIVE,
 }

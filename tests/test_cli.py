@@ -202,6 +202,8 @@ def test_a_long_document_is_cut_where_that_is_asked_for(rapid, tmp_path):
         assert f"(models.too_long = {cut})" in rapid(*given, document=tmp_path / "long.txt")[2]
         other = result(rapid, *given, document=tmp_path / "long.txt", question="w1 w2 w3 w4 w5 w6?")
         assert other["prefix_reused"]
+        long = result(rapid, *given, document=tmp_path / "long.txt", question=words(200))
+        assert not long["prefix_reused"] and long["target_tokens"] < MAX_POSITIONS
 
 
 def test_the_document_may_come_from_standard_input(rapid, folder, monkeypatch):
@@ -391,14 +393,15 @@ def in_process(*arguments: str | Path, **options) -> subprocess.Popen:
 
 def test_a_reader_that_goes_away_is_no_traceback(folder):
     given = ["--config", folder / "run.yaml", "--document", folder / "document.txt", "--question", QUESTION]
-    process = in_process(*given, "--quiet")
-    assert process.stdout and process.stderr
-    process.stdout.close()
-    assert (process.stderr.read(), process.wait()) == ("", 141)
+    with in_process(*given, "--quiet") as process:
+        assert process.stdout and process.stderr
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
 
 
 def test_help_and_bad_settings_need_no_jax(folder):
-    program = "import sys; from rapid_jax.cli import main; status = main(sys.argv[1:]); sys.exit(status + 10 * ('jax' in sys.modules))"
+    program = "import sys; from rapid_jax.cli import main; sys.exit(main(sys.argv[1:]) + 10 * ('jax' in sys.modules))"
     given = ["answer", "--document", str(folder / "document.txt"), "--question", "x", "--mode", "fast"]
     assert subprocess.run([sys.executable, "-c", program, *given], capture_output=True, check=False).returncode == 2
 

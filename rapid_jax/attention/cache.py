@@ -63,6 +63,13 @@ class Tail:
         return jnp.where(inside, self.start_B[:, None] + slots[None], -1)
 
 
+def each_layer(layers: Layers) -> tuple[KV, ...]:
+    """The layers one by one; only the unrolled layout has them so."""
+    if isinstance(layers, KV):
+        raise ValueError("expected one KV a layer, got a stack of them")
+    return layers
+
+
 def capacity(layers: Layers) -> int:
     """How many slots a row has."""
     return (layers[0] if isinstance(layers, tuple) else layers).k_BKSH.shape[-2]

@@ -83,7 +83,7 @@ class Decoder(nnx.Module):
         V, D = config.vocab_size, config.hidden_size
         self.embed_VD = nnx.Param(jax.random.normal(rngs.params(), (V, D), jnp.float32).astype(dtype) * 0.02)
         if layout == "stacked":
-            self.blocks = Block(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
+            self.blocks: Block | nnx.List[Block] = Block(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
         else:
             self.blocks = nnx.List([Block(config, stack=(), dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
         self.norm_D = nnx.Param(jnp.ones((D,), dtype))
@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
         """
         x_BTD = self.embed(tokens_BT)
         cos, sin = self.rotation(pos_BT)
-        if self.layout == "stacked":
+        if isinstance(self.blocks, Block):
             graph, stacked = nnx.split(self.blocks)
 
             def one_layer(x_BTD, item):

@@ -2,6 +2,7 @@
 """From a document and a question to the chunks that the drafter reads; what belongs to the document is made once."""
 
 import dataclasses
+import functools
 import logging
 import threading
 import time
@@ -27,7 +28,7 @@ _log = logging.getLogger(__name__)
 class TextEmbedder(Protocol):
     """What retrieval asks of an encoder; `Embedder` is one."""
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Equal for equal vectors of equal texts."""
         ...

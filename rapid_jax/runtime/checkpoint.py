@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -74,7 +75,7 @@ class Writer:
             except ValueError as error:  # TensorStore's type for every error, a full disk too
                 failure = _one_line(error)
             if failure:
-                gc.collect()  # here, where it is silent: Orbax drops its other writes, which then complain one by one
+                _let_go()
         if failure:
             raise OSError(failure)
         self.items[item] = {
@@ -249,6 +250,13 @@ def _orbax() -> Iterator[Any]:
                 logger.removeFilter(is_kept)
 
 
+def _let_go() -> None:
+    """Waits, where it is silent, for the writes that Orbax leaves under way when one has failed."""
+    for _ in range(5):
+        gc.collect()
+        time.sleep(0.1)
+
+
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(str(error).partition("[tensorstore_spec=")[0].split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"  # TensorStore puts the cause last

@@ -189,8 +189,11 @@ def draft_with_copies(
             draft.copied_accepted_B + n_B * open_B,
             draft.steps + 1,
         )
-        open_B &= ~ended_B & (draft.length_B < plan.gamma)
-        return draft, longer.rolled_back(tail.length_B + taken_B), seen_after(seen_BV, drawn_BG, taken_B), open_B
+        still_B = open_B & ~ended_B & (draft.length_B < plan.gamma)
+        # A row that goes on reads its last two drafts again. One that is finished keeps the last but one: after a full
+        # accept it is no longer among the last two of the sequence.
+        tail = longer.rolled_back(tail.length_B + taken_B + (open_B & ~still_B))
+        return draft, tail, seen_after(seen_BV, drawn_BG, taken_B), still_B
 
     start = (Draft.empty(batch, room, law, plan.vocabulary), tail, state.draft_seen_BV, ~state.done_B)
     draft, tail, _, _ = lax.while_loop(lambda item: jnp.any(item[3]), step, start)

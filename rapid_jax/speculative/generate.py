@@ -241,7 +241,7 @@ def generate(
         count_B=jnp.zeros(batch, jnp.int32),
         limit_B=jnp.full(batch, sampling.max_new_tokens, jnp.int32),
         done_B=jnp.zeros(batch, bool),
-        key_B=jnp.stack([jax.random.key(seed) for seed in seeds or [sampling.seed] * batch]),
+        key_B=jax.vmap(jax.random.key)(jnp.asarray(seeds or [sampling.seed] * batch, jnp.uint32)),
         target_seen_BV=_seen(target, vocabulary, sampling),
         draft_seen_BV=_seen(drafter, vocabulary, sampling),
         counts=Counts.zero(batch),

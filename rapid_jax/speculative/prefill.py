@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rapid_jax.attention.cache import KV, Prefix, Tail, empty_layers
+from rapid_jax.attention.cache import KV, Prefix, Tail, each_layer, empty_layers
 from rapid_jax.attention.verbs import attend_chunk, attend_prefix_tail
 from rapid_jax.model.decoder import Block, Decoder
 from rapid_jax.runtime.errors import InputError
@@ -102,16 +102,16 @@ def prefill(
         span = slice(index * chunk, (index + 1) * chunk)
         tokens_BT, pos_BT = jnp.asarray(tokens_BS[:, span]), jnp.asarray(pos_BS[:, span])
         seen_BS = jnp.where(jnp.arange(slots) < used, all_pos_BS, -1)
-        if isinstance(layers, tuple):
+        if isinstance(decoder.blocks, Block):
+            new = _chunk_stacked(decoder, tokens_BT, layers, seen_BS, used, pos_BT, block_size=chunk)
+            layers = _written(layers, new, used)
+        else:
             x_BTD, cos, sin = _embedded(decoder, tokens_BT, pos_BT)
             done = []
-            for block, kv in zip(decoder.blocks, layers, strict=True):
+            for block, kv in zip(decoder.blocks, each_layer(layers), strict=True):
                 x_BTD, new = _chunk_layer(block, x_BTD, cos, sin, kv, seen_BS, used, pos_BT, block_size=chunk)
                 done.append(_written(kv, new, used))
             layers = tuple(done)
-        else:
-            new = _chunk_stacked(decoder, tokens_BT, layers, seen_BS, used, pos_BT, block_size=chunk)
-            layers = _written(layers, new, used)
         jax.block_until_ready(layers)
         if progress is not None:
             progress.advance(min(chunk, longest - index * chunk))
@@ -146,15 +146,16 @@ def extend(
     for start in range(0, tokens.shape[1], width):
         tokens_BT = jnp.asarray(tokens[:, start : start + width])
         pos_BT = (tail.start_B + tail.length_B)[:, None] + jnp.arange(width, dtype=jnp.int32)
-        if isinstance(tail.layers, tuple):
+        if isinstance(decoder.blocks, Block):
+            outline = replace(tail, layers=())
+            layers = _tail_stacked(decoder, tokens_BT, prefix, outline, tail.layers, pos_BT, block_size=block_size)
+        else:
             x_BTD, cos, sin = _embedded(decoder, tokens_BT, pos_BT)
             outline, done = (replace(prefix, layers=()), replace(tail, layers=())), []
-            for block, far, near in zip(decoder.blocks, prefix.layers, tail.layers, strict=True):
+            caches = zip(each_layer(prefix.layers), each_layer(tail.layers), strict=True)
+            for block, (far, near) in zip(decoder.blocks, caches, strict=True):
                 x_BTD, near = _tail_layer(block, x_BTD, cos, sin, far, near, *outline, pos_BT, block_size=block_size)
                 done.append(near)
             layers = tuple(done)
-        else:
-            outline = replace(tail, layers=())
-            layers = _tail_stacked(decoder, tokens_BT, prefix, outline, tail.layers, pos_BT, block_size=block_size)
         tail = Tail(layers, tail.start_B, first_B + jnp.minimum(lengths, start + width))
     return tail

@@ -22,6 +22,7 @@ from rapid_jax.attention.partial import (
     nothing_seen,
     unfold,
 )
+from rapid_jax.attention.verbs import attend_self
 from tests.reference import dense_attention, visible
 
 
@@ -80,11 +81,11 @@ def slots_of(a: Arrays, span: slice = slice(None)) -> Slots:
     return Slots(a.k_BSKH[:, span].swapaxes(1, 2), a.v_BSKH[:, span].swapaxes(1, 2), a.kv_pos_BS[:, span], branch)
 
 
-@functools.partial(jax.jit, static_argnames="block")
-def blockwise(a: Arrays, block: int, used: jax.Array | None = None) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("block", "skip"))
+def blockwise(a: Arrays, block: int, used: jax.Array | None = None, skip: bool = False) -> jax.Array:
     q_BTNH = a.q_BTNH
     rows = fold(q_BTNH, a.q_pos_BT, a.k_BSKH.shape[2], a.q_branch_BT)
-    partial = attend_blockwise(rows, slots_of(a), scale=q_BTNH.shape[-1] ** -0.5, block=block, used=used)
+    partial = attend_blockwise(rows, slots_of(a), scale=q_BTNH.shape[-1] ** -0.5, block=block, used=used, skip=skip)
     return unfold(finish(partial, q_BTNH.dtype), q_BTNH.shape[1])
 
 
@@ -92,15 +93,17 @@ def blockwise(a: Arrays, block: int, used: jax.Array | None = None) -> jax.Array
 def test_blockwise_is_dense_attention(case):
     a = arrays_of(case)
     truth = dense_attention(a.q_BTNH, a.k_BSKH, a.v_BSKH, a.seen_BTS)
-    for block in (case.block, case.slots):
-        np.testing.assert_allclose(blockwise(a, block), truth, atol=1e-5)
+    for block, skip in ((case.block, False), (case.block, True), (case.slots, False)):
+        np.testing.assert_allclose(blockwise(a, block, skip=skip), truth, atol=1e-5)
     assert not a.seen_BTS.any(axis=-1)[:, :2].any(), "the first two queries were meant to see nothing"
     assert not np.any(truth[:, :2]) and np.all(np.any(truth[:, 2:], axis=(2, 3)) == a.seen_BTS.any(axis=-1)[:, 2:])
     np.testing.assert_array_equal(blockwise(a, case.block)[:, :2], 0.0)
 
 
-@pytest.mark.parametrize("name", ["grouped heads", "block does not divide", "branches"])
-def test_gradients_are_those_of_dense_attention(name):
+@pytest.mark.parametrize(
+    ("name", "skip"), [("grouped heads", False), ("block does not divide", True), ("branches", False)]
+)
+def test_gradients_are_those_of_dense_attention(name, skip):
     case = CASES[name]
     a = arrays_of(case)
     weight = jnp.asarray(np.random.default_rng(9).normal(size=a.q_BTNH.shape), jnp.float32)
@@ -109,7 +112,7 @@ def test_gradients_are_those_of_dense_attention(name):
         return lambda q, k, v: jnp.sum(weight * attention(q, k, v))
 
     def ours(q, k, v):
-        return blockwise(replace(a, q_BTNH=q, k_BSKH=k, v_BSKH=v), case.block)
+        return blockwise(replace(a, q_BTNH=q, k_BSKH=k, v_BSKH=v), case.block, skip=skip)
 
     def truth(q, k, v):
         return dense_attention(q, k, v, seen_BTS, xp=jnp)
@@ -135,6 +138,47 @@ def test_used_bounds_what_is_visited():
     # Blocks beyond `used` are not read at all: NaN there changes nothing.
     poisoned = replace(emptied, k_BSKH=a.k_BSKH.at[:, 24:32].set(jnp.nan))
     np.testing.assert_allclose(blockwise(poisoned, case.block, jnp.int32(used)), truth, atol=1e-6)
+
+
+def test_blocks_that_nobody_sees_are_left_out_and_blocks_that_all_see_need_no_mask():
+    """Keys of the unseen block are NaN; between the others stand one seen whole and one seen in part."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, size, 2, 4)), jnp.float32) for size in (6, 12, 12))
+    q_pos, kv_pos = jnp.arange(4, 10)[None], jnp.asarray([[0, 1, 2, 3, 4, 5, -1, 7, 20, 21, 22, -1]])
+    a = Arrays(q, k, v, q_pos, kv_pos, None, None)
+    truth = dense_attention(q, k, v, a.seen_BTS)
+    poisoned = replace(a, k_BSKH=k.at[:, 8:].set(jnp.nan), v_BSKH=v.at[:, 8:].set(jnp.nan))
+    np.testing.assert_allclose(blockwise(poisoned, 4, skip=True), truth, atol=1e-5)
+
+
+@pytest.mark.parametrize(("time", "branches"), [(16, False), (18, False), (16, True)])
+def test_a_sequence_over_itself_in_tiles(time, branches):
+    """Four positions a tile where they divide the sequence; forward and gradients, with a padded end in one row."""
+    rng = np.random.default_rng(time)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, time, heads, 8)), jnp.float32) for heads in (4, 2, 2))
+    pos_BT = np.stack([np.arange(time), np.where(np.arange(time) < 11, np.arange(time), -1)])
+    branch_BT = np.where(np.arange(time) < 5, 0, rng.integers(1, 3, (2, time))) if branches else None
+    seen_BTS = visible(pos_BT, pos_BT, branch_BT, branch_BT)
+    weight = jnp.asarray(rng.normal(size=q.shape), jnp.float32)
+
+    def ours(q, k, v):
+        tags = None if branch_BT is None else jnp.asarray(branch_BT)
+        return attend_self(jnp.asarray(pos_BT), block=4, branch_BT=tags)(q, k, v, None)[0]
+
+    def truth(q, k, v):
+        return dense_attention(q, k, v, seen_BTS, xp=jnp)
+
+    def gradients(attention):
+        def weighed(*qkv):
+            out = attention(*qkv)
+            return jnp.sum(weight * out), out
+
+        return jax.jit(jax.grad(weighed, (0, 1, 2), has_aux=True))(q, k, v)
+
+    (got, out), (want, expected) = gradients(ours), gradients(truth)
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+    for name, g, w in zip("qkv", got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-4, err_msg=name)
 
 
 def parts_of(a: Arrays, cuts: list[int]) -> list[Partial]:
@@ -201,10 +245,13 @@ def test_no_array_holds_every_query_and_every_key():
     def forward(q, k, v):
         return blockwise(replace(a, q_BTNH=q, k_BSKH=k, v_BSKH=v), block).sum()
 
+    def skipping(q, k, v):
+        return blockwise(replace(a, q_BTNH=q, k_BSKH=k, v_BSKH=v), block, skip=True).sum()
+
     def bounded(q, k, v):
         return blockwise(replace(a, q_BTNH=q, k_BSKH=k, v_BSKH=v), block, jnp.int32(S)).sum()
 
-    for program in (forward, bounded, jax.grad(forward, (0, 1, 2))):
+    for program in (forward, skipping, bounded, jax.grad(forward, (0, 1, 2)), jax.grad(skipping, (0, 1, 2))):
         sizes = [int(np.prod(shape)) for shape in arrays_in(jax.make_jaxpr(program)(q, kv, kv).jaxpr)]
         assert T * block in sizes, "the walk missed the scores of a block"
         assert max(sizes) < T * S / 4

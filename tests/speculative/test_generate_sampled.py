@@ -152,10 +152,12 @@ def test_a_second_question_compiles_nothing(questions, answer):
             stops=(questions.stop,),
             texts=[[1, 2, 3]] * 3,
         )
+        assert [function._cache_size() for function in functions] == before
+        assert compiled == [0]
+        jax.jit(lambda x: x * 3 + 1)(np.ones(3))
+        assert compiled == [1]  # the count counts
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
-    assert [function._cache_size() for function in functions] == before
-    assert compiled == [0]
 
 
 def test_what_does_not_fit_is_refused(questions):

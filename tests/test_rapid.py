@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The facade as a library: one object, many questions, the same models under other settings."""
+
+from dataclasses import replace
+
+import pytest
+
+from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, PromptsConfig, RapidConfig
+from rapid_jax.rapid import Rapid
+from rapid_jax.retrieval.config import RetrievalConfig
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from tests.retrieval import encoders
+from tests.tiny_models import save_decoder, words
+
+QUESTION = "w12 w34 w56?"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> RapidConfig:
+    folder = tmp_path_factory.mktemp("tiny")
+    target, encoder = save_decoder(folder / "model"), encoders.save(folder / "encoder", "bert")
+    return RapidConfig(
+        models=ModelsConfig(target=str(target), encoder=str(encoder)),
+        retrieval=RetrievalConfig(chunk_tokens=64, min_tokens=128),
+        speculation=SpeculationConfig(gamma=3),
+        sampling=SamplingConfig(temperature=0.0, max_new_tokens=16),
+        compute=ComputeConfig(prefill_chunk=128),
+        cache=CacheConfig(folder=str(folder / "cache"), prefix_gib=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def rapid(config) -> Rapid:
+    return Rapid(config, quiet=True)
+
+
+def under(rapid: Rapid, **speculation) -> Rapid:
+    config = rapid.config
+    return rapid.with_config(replace(config, speculation=replace(config.speculation, **speculation)))
+
+
+def test_text_is_told_in_order_after_what_was_retrieved(rapid):
+    told: list = []
+    answer = rapid.answer(words(200), QUESTION, on_text=told.append, on_retrieved=told.append)
+    assert told[0] == answer.selection
+    assert "".join(told[1:]) == answer.text
+    assert (
+        len(answer.token_ids)
+        == len(answer.origins)
+        == sum(answer.generation.gammas.values()) + sum(answer.generation.accepted)
+    )
+    assert answer.draft_tokens < answer.target_tokens
+    assert answer.seconds["first_token"] <= answer.seconds["prefill"] + answer.seconds["decode"] + 60
+
+
+def test_the_last_documents_prefill_stays_in_memory(rapid):
+    first = rapid.answer(words(200, seed=1), QUESTION)
+    again = rapid.answer(words(200, seed=1), "w1?")
+    other = rapid.answer(words(200, seed=2), QUESTION)
+    assert [answer.prefix_reused for answer in (first, again, other)] == [False, True, False]
+
+
+def test_another_configuration_shares_models_and_prefill_and_changes_the_rest(rapid):
+    document = words(200, seed=3)
+    first = rapid.answer(document, QUESTION)
+    other = under(rapid, mode="target")
+    assert other.target is rapid.target
+    answer = other.answer(document, QUESTION)
+    assert answer.prefix_reused and answer.token_ids == first.token_ids
+    assert (answer.mode, answer.gamma, answer.draft_tokens, answer.selection) == ("target", 0, 0, None)
+    with pytest.raises(ValueError, match="the models"):
+        rapid.with_config(replace(rapid.config, models=replace(rapid.config.models, target="other")))
+
+
+def test_retrieval_alone_answers_as_the_target_does_from_the_retrieved_text(rapid, config):
+    retrieved = under(rapid, mode="retrieval").answer(words(200), QUESTION)
+    assert retrieved.selection is not None and retrieved.gamma == 0
+    prompts = PromptsConfig(target=config.prompts.drafter)
+    plain = under(rapid, mode="target").with_config(
+        replace(config, prompts=prompts, speculation=SpeculationConfig(mode="target"))
+    )
+    expected = plain.answer(retrieved.selection.text, QUESTION)
+    assert retrieved.token_ids == expected.token_ids
+    assert retrieved.target_tokens == expected.target_tokens
+
+
+def test_the_drafter_reads_the_retrieved_text_in_its_own_prompt(rapid):
+    """A drafter that reads all that the target reads, in the same words, is the target: every draft is accepted."""
+    config = replace(
+        rapid.config,
+        retrieval=replace(rapid.config.retrieval, min_tokens=4096, threshold=-1.0),
+        prompts=PromptsConfig(drafter=rapid.config.prompts.target),
+    )
+    document = "w1 w2 w3 w4 w5 w6 w7 w8 w9."
+    answer = rapid.with_config(config).answer(document, QUESTION)
+    assert answer.draft_tokens == answer.target_tokens
+    assert answer.acceptance_rate == 1.0
+
+
+def test_a_drafter_of_another_vocabulary_is_refused_whenever_it_is_first_needed(rapid, config, tmp_path):
+    save_decoder(tmp_path / "drafter", corpus=["quite another text about other things"])
+    models = replace(config.models, drafter=str(tmp_path / "drafter"))
+    alone = Rapid(replace(config, models=models, speculation=SpeculationConfig(mode="target")), quiet=True)
+    assert alone.answer(words(50), QUESTION).token_ids
+    with pytest.raises(InputError, match=r"the drafter must have the target's vocabulary: expected token \d+"):
+        under(alone, mode="rapid").answer(words(50), QUESTION)
+
+
+def test_the_encoder_is_looked_for_before_weights_are_read(config, monkeypatch):
+    monkeypatch.setattr("rapid_jax.rapid.load_model", None)
+    models = replace(config.models, encoder="absent")
+    with pytest.raises(InputError, match="encoder: expected 'minilm' or a Hugging Face folder"):
+        Rapid(replace(config, models=models), quiet=True).answer(words(50), QUESTION)
+
+
+def test_a_stored_prefill_gives_the_same_answer_in_the_other_layout(config, tmp_path):
+    kept = replace(
+        config, cache=CacheConfig(folder=str(tmp_path), prefix_gib=1), speculation=SpeculationConfig(mode="target")
+    )
+    first = Rapid(kept, quiet=True).answer(words(200), QUESTION)
+    stacked = replace(kept, models=replace(kept.models, layout="stacked"))
+    second = Rapid(stacked, quiet=True).answer(words(200), QUESTION)
+    assert (first.prefix_reused, second.prefix_reused) == (False, True)
+    assert first.token_ids == second.token_ids
+    other_chunk = replace(kept, compute=replace(kept.compute, prefill_chunk=64))
+    assert not Rapid(other_chunk, quiet=True).answer(words(200), QUESTION).prefix_reused
+
+
+def test_the_answer_does_not_wait_for_the_disk(config, tmp_path, monkeypatch):
+    kept = replace(
+        config, cache=CacheConfig(folder=str(tmp_path), prefix_gib=1), speculation=SpeculationConfig(mode="target")
+    )
+    told: list[str] = []
+    monkeypatch.setattr("rapid_jax.speculative.prefix_store.PrefixStore.save", lambda *given: told.append("saved"))
+    answer = Rapid(kept, quiet=True).answer(words(100), QUESTION, on_text=told.append)
+    assert told[-1] == "saved" and "".join(told[:-1]) == answer.text

@@ -30,7 +30,7 @@ class Answer:
     draft_tokens: int  # of the drafter's prompt
     document_tokens: int  # of the whole document, also where it was cut
     prefix_reused: bool  # the document was not prefilled anew
-    seconds: dict[str, float] = field(default_factory=dict)  # load, retrieval, prefill, first_token, decode
+    seconds: dict[str, float] = field(default_factory=dict)  # load, retrieval, prefill, compile, first_token, decode
 
     @property
     def tokens_per_second(self) -> float:

@@ -151,7 +151,7 @@ def _report(answers: Sequence["Answer"], options: argparse.Namespace) -> None:
         print(json.dumps(answers[0].to_json() | compared))
     elif options.compare:
         width = shutil.get_terminal_size((120, 0)).columns
-        _say(f"\n{table(answers, width)}\nprefill s: the document is prefilled once for all (reused: it was there)")
+        _say(f"\nthe document is prefilled once for all modes (reused: it was there already)\n{table(answers, width)}")
 
 
 def _convert(options: argparse.Namespace) -> None:

@@ -13,11 +13,14 @@ _HEADINGS = ("mode", "tokens/s", "acceptance", "tokens/round", "prefill s", "dec
 
 
 def baselines(rapid: Rapid, document: str, question: str) -> Iterator[Answer]:
-    """The answers of the modes that `rapid` was not configured for: same models, sampling and document prefill."""
+    """The answers of the modes that `rapid` was not configured for: same models, sampling and document prefill.
+
+    They decode a token at a time: level 0 is off, as it is in what the paper compares with.
+    """
     config = rapid.config
     for mode in BASELINES:
         if mode != config.speculation.mode:
-            other = rapid.with_config(replace(config, speculation=replace(config.speculation, mode=mode)))
+            other = rapid.with_config(replace(config, speculation=replace(config.speculation, mode=mode, lookup="off")))
             yield other.answer(document, question)
 
 
@@ -32,7 +35,7 @@ def table(answers: Sequence[Answer], width: int) -> str:
     """Aligned columns, a line an answer, each cut at `width` characters.
 
     The document is prefilled once: where an answer found that done, its prefill says "reused", and the seconds are
-    those of the rest (the question, the drafter's prompt, and compiling).
+    those of the rest (the question and the drafter's prompt).
     """
     lines = [_HEADINGS, *(_cells(answer) for answer in answers)]
     sizes = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]

@@ -144,6 +144,7 @@ class Rapid:
                 "load": loaded - start,
                 "retrieval": retrieved - loaded,
                 "prefill": prefill_seconds + generation.prepare_seconds,
+                "compile": generation.compile_seconds,
                 "first_token": first_token_at - loaded,
                 "decode": generation.decode_seconds,
             },

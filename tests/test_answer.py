@@ -92,6 +92,7 @@ def generation(**changed) -> Generation:
         "target_steps": 2,
         "gammas": {4: 2},
         "prepare_seconds": 0.5,
+        "compile_seconds": 0.25,
         "decode_seconds": 1.5,
     }
     return Generation(**values | changed)

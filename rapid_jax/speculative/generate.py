@@ -53,7 +53,8 @@ class Generation:
     draft_steps: int
     target_steps: int
     gammas: dict[int, int]  # rounds run with each gamma
-    prepare_seconds: float  # prompt tokens after the prefixes, and compiling what was not compiled yet
+    prepare_seconds: float  # prompt tokens after the prefixes
+    compile_seconds: float  # compiling the rounds, where they were not compiled yet
     decode_seconds: float  # the rounds
 
 
@@ -198,7 +199,8 @@ class _Rounds:
             draft_steps=int(counts.draft_steps),
             target_steps=int(counts.rounds),
             gammas=self.gammas,
-            prepare_seconds=prepare_seconds + self.compile_seconds,
+            prepare_seconds=prepare_seconds,
+            compile_seconds=self.compile_seconds,
             decode_seconds=decode_seconds - self.compile_seconds,
         )
 

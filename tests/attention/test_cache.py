@@ -2,6 +2,7 @@
 """Prefix and tail: what is written is what is read, and a rollback is one length."""
 
 from dataclasses import fields
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from tests.reference import dense_attention, visible
 N, K, H = 4, 2, 8
 
 
-def tokens(seed: int, batch: int, time: int):
+def tokens(seed: int, batch: int, time: int) -> tuple[Any, ...]:
     """Queries, keys and values [B, T, heads, H] of some tokens."""
     rng = np.random.default_rng(seed)
     return tuple(rng.normal(size=(batch, time, heads, H)).astype(np.float32) for heads in (N, K, K))
@@ -89,7 +90,8 @@ def test_the_tail_after_any_writes_and_rollbacks_is_a_fresh_computation(batch):
     prompt_B, step, slots = np.array([11, 5])[:batch], 3, 40
     _, k_BSKH, v_BSKH = tokens(1, batch, 11)
     pos_BS = jnp.asarray(np.where(np.arange(11) < prompt_B[:, None], np.arange(11), -1))
-    prefix = Prefix((KV(k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2)),), pos_BS, jnp.int32(11))
+    document = KV(k_BSKH.swapaxes(1, 2), v_BSKH.swapaxes(1, 2))
+    prefix = Prefix((document,), pos_BS, jnp.int32(11))
     tail = Tail((empty(batch, slots),), jnp.asarray(prompt_B), jnp.zeros(batch, jnp.int32))
     kept_k, kept_v = ([np.zeros((0, K, H), np.float32)] * batch for _ in range(2))
 
@@ -97,7 +99,7 @@ def test_the_tail_after_any_writes_and_rollbacks_is_a_fresh_computation(batch):
     def attend(tail, q_BTNH, k_BTKH, v_BTKH):
         pos_BT = (tail.start_B + tail.length_B)[:, None] + jnp.arange(step)
         call = attend_prefix_tail(prefix, tail, pos_BT, block=16)
-        return call(q_BTNH, k_BTKH, v_BTKH, (prefix.layers[0], tail.layers[0]))
+        return call(q_BTNH, k_BTKH, v_BTKH, (document, tail.layers[0]))
 
     rolled_back = 0
     for turn in range(8):

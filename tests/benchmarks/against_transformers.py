@@ -45,7 +45,8 @@ def main() -> None:
 
     def run_ours(prompt: list[int]) -> tuple[float, float, list[int]]:
         start = time.perf_counter()
-        prefix = jax.block_until_ready(prefill(ours.decoder, [prompt[:-1]], chunk=512, dtype="float32"))
+        prefix = prefill(ours.decoder, [prompt[:-1]], chunk=512, dtype=jax.numpy.dtype("float32"))
+        jax.block_until_ready(prefix)
         read = time.perf_counter() - start
         prompted = Prompted(ours.decoder, [prompt], prefix, [len(prompt) - 1])
         made = generate(prompted, None, speculation=plain, sampling=sampling, stops=[])

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from rapid_jax.speculative.accept import augment, leading_accepts, leading_agreement, residual, verify
-from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.config import Guard, SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.sampling import Draw, Knobs, Law, position_keys, warped
 from tests.reference import one_step, softmax
 
@@ -53,7 +53,7 @@ Z3, ZQ3 = np.array([2.0, 1, 0, -1]), np.array([1.0, 2, 0, -1])
 
 
 @functools.partial(jax.jit, static_argnames=("guard", "exact_phat"))
-def rule(z_V, q_V, eta, guard="none", exact_phat=False):
+def rule(z_V, q_V, eta, guard: Guard = "none", exact_phat: bool = False):
     """(p_hat, residual normalised, law of the token, acceptance) by the functions under test."""
     p_hat_V = jnp.exp(augment(z_V, jnp.log(q_V), eta=eta, alpha=jnp.asarray(0.1, z_V.dtype), guard=guard))
     p_V = jax.nn.softmax(z_V)

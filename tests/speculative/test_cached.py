@@ -50,7 +50,7 @@ def check_tail(decoder, tail, sequences, lengths) -> None:
 @pytest.mark.parametrize("lookup", ["off", "on"])
 def test_caches_after_random_accepts_and_rejections(questions, answer, last_state, lookup):
     speculation = SpeculationConfig(eta=3.0, gamma=3, lookup=lookup)
-    got = answer(speculation, WARM, stops=(), texts=questions.greedy)
+    got = answer(speculation, WARM, texts=questions.greedy)
     assert 0 < sum(got.accepted) < sum(got.drafted)
     ends = {origin for row in got.origins for origin in row}
     assert {Origin.DRAFT, Origin.CORRECTION} <= ends

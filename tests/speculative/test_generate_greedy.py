@@ -6,7 +6,7 @@ import importlib
 import numpy as np
 import pytest
 
-from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.config import Mode, SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import generate
 from rapid_jax.speculative.schedule import AutoGamma, Observation
 from rapid_jax.speculative.state import Origin
@@ -24,7 +24,8 @@ generate_module = importlib.import_module("rapid_jax.speculative.generate")
 def test_every_mode_is_greedy_decoding_of_the_target(questions, answer, gamma, lookup):
     """Rows of different prompts, which end at different times."""
     assert len({len(row) for row in questions.until_stop()}) == 3
-    for mode, eta in (("rapid", 10.0), ("rapid", 500.0), ("lossless", 0.0), ("phat", 10.0)):
+    modes: list[tuple[Mode, float]] = [("rapid", 10.0), ("rapid", 500.0), ("lossless", 0.0), ("phat", 10.0)]
+    for mode, eta in modes:
         speculation = SpeculationConfig(mode=mode, eta=eta, gamma=gamma, lookup=lookup, guard="paper")
         got = answer(speculation, GREEDY, texts=questions.greedy)
         assert got.tokens == questions.until_stop(), (mode, eta)
@@ -32,7 +33,7 @@ def test_every_mode_is_greedy_decoding_of_the_target(questions, answer, gamma, l
             assert 0 < sum(got.accepted) < sum(got.drafted)
         if lookup == "on":
             assert sum(got.copied_accepted) > 0
-    assert got.finish_reasons == ["stop" if questions.stop in row else "length" for row in questions.until_stop()]
+        assert got.finish_reasons == ["stop" if questions.stop in row else "length" for row in questions.until_stop()]
 
 
 @pytest.mark.parametrize(("gamma", "lookup"), [(0, "off"), (3, "on")])

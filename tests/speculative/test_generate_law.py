@@ -15,7 +15,7 @@ from rapid_jax.speculative.generate import generate
 from tests.reference import all_sequences, chi_square_p, one_step, sequence_law, softmax
 from tests.speculative.models import Weights, logits_of, prompted
 
-VOCABULARY, LENGTH, ROWS = 5, 3, 4096
+VOCABULARY, LENGTH, ROWS = 5, 3, 3072
 TEMPERATURE = 0.9
 PROMPT, DRAFT_PROMPT = [0, 3, 1, 4, 2, 2], [3, 1, 1, 2]
 

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From logits to tokens: equal to transformers' processors, and drawn as often as the distribution says."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,7 +52,7 @@ def ours(logits: np.ndarray, history: np.ndarray, config: SamplingConfig) -> np.
 
 def theirs(logits: np.ndarray, history: np.ndarray, config: SamplingConfig) -> np.ndarray:
     """transformers' processors in the order in which its `generate` applies them."""
-    processors = [transformers.RepetitionPenaltyLogitsProcessor(config.repetition_penalty)]
+    processors: list[Any] = [transformers.RepetitionPenaltyLogitsProcessor(config.repetition_penalty)]
     processors.append(transformers.TemperatureLogitsWarper(config.temperature))
     if config.top_k:
         processors.append(transformers.TopKLogitsWarper(config.top_k))
@@ -78,7 +80,7 @@ def test_filters_are_those_of_transformers(settings):
 
 def test_order_is_penalty_temperature_filters():
     """The nucleus is of the tempered distribution, and the penalty comes before the temperature divides."""
-    logits, history = np.log(np.float32([[0.5, 0.3, 0.15, 0.05]])), np.array([[0]])
+    logits, history = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32)), np.array([[0]])
     hot = ours(logits, history, SamplingConfig(temperature=4.0, top_p=0.6))
     cold = ours(logits, history, SamplingConfig(temperature=0.25, top_p=0.6))
     assert np.isfinite(hot).sum() == 3 and np.isfinite(cold).sum() == 1
@@ -108,8 +110,9 @@ def test_settings_that_greedy_ignores_compile_nothing_anew():
     assert Law.of(other, SpeculationConfig(mode="phat", guard="paper"), (1, 3)) == plain
     assert plain.stops == (1, 3)
     warm = [
-        Law.of(SamplingConfig(temperature=t, seed=s), SpeculationConfig(mode=mode, eta=eta), ())
-        for t, s, mode, eta in ((1, 0, "rapid", 10), (0.1, 7, "lossless", 0), (2, 1, "rapid", 50))
+        Law.of(SamplingConfig(temperature=1, seed=0), SpeculationConfig(mode="rapid", eta=10), ()),
+        Law.of(SamplingConfig(temperature=0.1, seed=7), SpeculationConfig(mode="lossless", eta=0), ()),
+        Law.of(SamplingConfig(temperature=2, seed=1), SpeculationConfig(mode="rapid", eta=50), ()),
     ]
     assert len(set(warm)) == 1
 
@@ -127,8 +130,9 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
 def test_every_purpose_and_position_has_a_key_of_its_own():
     rows = jax.random.split(jax.random.key(0), 3)
     at = jnp.asarray([0, 5, 9])
-    data = [np.asarray(jax.random.key_data(position_keys(rows, purpose, at, 6))).reshape(-1, 2) for purpose in Draw]
-    assert len(np.unique(np.concatenate(data), axis=0)) == len(Draw) * 3 * 6
+    purposes = (Draw.DRAFT, Draw.ACCEPT, Draw.TOKEN)
+    data = [np.asarray(jax.random.key_data(position_keys(rows, use, at, 6))).reshape(-1, 2) for use in purposes]
+    assert len(np.unique(np.concatenate(data), axis=0)) == 3 * 3 * 6
 
 
 def test_a_key_depends_on_the_position_and_not_on_where_the_round_began():
@@ -142,9 +146,9 @@ def test_what_was_seen_before_each_token_and_after_some():
     seen = jnp.asarray([[False, True, False, False]])
     tokens = jnp.asarray([[3, 3, 0]])
     want = [[0, 1, 0, 0], [0, 1, 0, 1], [0, 1, 0, 1], [1, 1, 0, 1]]
-    np.testing.assert_array_equal(seen_before_each(seen, tokens)[0], np.array(want, bool))
+    np.testing.assert_array_equal(seen_before_each(seen, tokens), np.array([want], bool))
     for taken in range(4):
-        np.testing.assert_array_equal(seen_after(seen, tokens, jnp.asarray([taken]))[0], np.array(want[taken], bool))
+        np.testing.assert_array_equal(seen_after(seen, tokens, jnp.asarray([taken])), np.array([want[taken]], bool))
     assert seen_before_each(None, tokens) is None and seen_after(None, tokens, jnp.asarray([1])) is None
 
 

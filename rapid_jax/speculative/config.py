@@ -47,7 +47,7 @@ class SpeculationConfig:
     mode
       rapid      the paper's rule as its released code runs it; with eta > 0 NOT the target's distribution
       lossless   eta = 0: exactly the target's distribution, whatever the drafter
-      phat       exactly the enriched distribution p-hat (residual max(p_hat - q, 0))
+      phat       at drafted positions exactly the enriched p-hat (residual max(p_hat - q, 0)), p elsewhere
       target     the target alone on the whole document
       retrieval  the drafter's prompt alone, answered by the target
     """
@@ -64,7 +64,7 @@ class SpeculationConfig:
     rounds_per_read: int = 4  # rounds on the device between two looks of the host
 
     def __post_init__(self):
-        _require(math.isfinite(self.eta) and self.eta >= 0, f"eta must be a number >= 0, got {self.eta}")
+        _require(0 <= self.eta <= 1e6, f"eta must be a number from 0 to 1e6, got {self.eta}")
         auto = self.gamma == "auto"
         _require(auto or 0 <= int(self.gamma) <= 64, f"gamma must be auto or 0 to 64, got {self.gamma}")
         _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")

@@ -66,6 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for it
+            raise
+        return _fail("out of memory: the models and the document's cache do not fit; a lower models.max_context may")
 
 
 def _fail(message: str) -> int:
@@ -254,5 +258,5 @@ def _tell_summary(answer: "Answer", config: RapidConfig) -> None:
     reused = "prefill (document reused)" if answer.prefix_reused else "prefill"
     _say(
         f"seconds: load {seconds['load']:.1f}, retrieval {seconds['retrieval']:.1f}, "
-        f"{reused} {seconds['prefill']:.1f}, decode {seconds['decode']:.1f}"
+        f"{reused} {seconds['prefill']:.1f}, compile {seconds['compile']:.1f}, decode {seconds['decode']:.1f}"
     )

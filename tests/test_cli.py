@@ -285,7 +285,7 @@ def test_conversion_writes_a_folder_that_answers_the_same(rapid, folder, tmp_pat
         (["--temperature", "nan"], ["expected a number, got 'nan'"]),
         (["--temperature", ".inf"], ["temperature must be a number >= 0, got inf"]),
         (["--temperature", "-1"], ["temperature must be a number >= 0"]),
-        (["--eta", "-1"], ["eta must be a number >= 0"]),
+        (["--eta", "-1"], ["eta must be a number from 0"]),
         (["--gamma", "65"], ["gamma must be auto or 0 to 64"]),
         (["--gamma", "often"], ["a whole number or 'auto', got 'often'"]),
         (["--max-new-tokens", "0"], ["max_new_tokens must be >= 1"]),
@@ -362,6 +362,15 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(rapid, tmp_path, monkeypatch
     assert status == 2 and out.strip()
     assert err == f"rapid: {tmp_path / 'answer.html'}: the trace cannot be written: No space left on device\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 byte")])
+def test_too_little_memory_is_one_line_and_status_2(rapid, monkeypatch, error):
+    def starve(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("rapid_jax.rapid.Rapid.answer", starve)
+    refused(rapid(), "out of memory")
 
 
 def test_an_interrupt_is_one_line_and_status_130(rapid, monkeypatch):

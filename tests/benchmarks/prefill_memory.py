@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Peak memory of one long prefill with SmolLM2 in float32, as the operating system counts the process.
 
-    python -m tests.benchmarks.prefill_memory [--tokens 32768]
+python -m tests.benchmarks.prefill_memory [--tokens 32768]
 """
 
 import argparse

@@ -74,9 +74,9 @@ class AutoGamma:
 
     With a the chance that a draft is accepted, gamma drafts give (1 - a^(gamma + 1)) / (1 - a) tokens a round. A gamma
     not yet run is costed from those that were: c(gamma) = c(0) + gamma d. While gamma is 0 nothing is learnt of a, so a
-    short draft is tried again: after `first_wait` rounds, and after every trial that fails twice as many, or four times
-    where hardly a draft was accepted. A drafter that is never worth its time so costs two rounds at first and then ever
-    fewer of a hundred. A plain round is timed again after as many rounds of drafting.
+    short draft is tried again: after `first_wait` rounds, and twice as many after every trial that fails. A drafter
+    that is never worth its time so costs two rounds at first and then a few of every hundred. A plain round is timed
+    again after as many rounds of drafting.
     """
 
     rounds_per_read: int
@@ -145,7 +145,7 @@ class AutoGamma:
         if self.tokens_per_second(gamma) > self.tokens_per_second(0):
             self.wait = self.first_wait
         elif is_trial:
-            self.wait *= 4 if self.acceptance < 0.3 else 2  # hopeless, or perhaps unlucky
+            self.wait *= 2
 
     def _observe_time(self, gamma: int, now: float) -> None:
         known = self.seconds.get(gamma)

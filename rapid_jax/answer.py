@@ -34,8 +34,8 @@ class Answer:
 
     @property
     def tokens_per_second(self) -> float:
-        """Emitted tokens over decoding time."""
-        return len(self.token_ids) / self.seconds["decode"] if self.seconds["decode"] else 0.0
+        """Generated tokens over decoding time, those after a stop text included."""
+        return len(self.generation.tokens[0]) / self.seconds["decode"] if self.seconds["decode"] else 0.0
 
     @property
     def acceptance_rate(self) -> float | None:
@@ -45,8 +45,8 @@ class Answer:
 
     @property
     def tokens_per_round(self) -> float:
-        """Emitted tokens over forward passes of the target."""
-        return len(self.token_ids) / max(self.generation.target_steps, 1)
+        """Generated tokens over forward passes of the target."""
+        return len(self.generation.tokens[0]) / max(self.generation.target_steps, 1)
 
     def to_json(self) -> dict:
         """What `rapid answer --json` prints."""

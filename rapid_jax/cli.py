@@ -118,8 +118,9 @@ def _answer(options: argparse.Namespace) -> None:
     if not options.question.strip():
         raise InputError("--question: expected a question, got an empty one")
     trace = _trace_paths(options)
-    for path in (*trace, *([Path(options.save_config)] if options.save_config else [])):
-        _check_writable(path)
+    for option, path in [("--trace", path) for path in trace] + [("--save-config", options.save_config)]:
+        if path:
+            _check_output(option, Path(path), options)
     if options.save_config:
         _save(config, Path(options.save_config))
     _prepare_jax(config)
@@ -182,18 +183,21 @@ def config_of(options: argparse.Namespace) -> RapidConfig:
 
 
 def _trace_paths(options: argparse.Namespace) -> tuple[Path, ...]:
-    """(page, settings beside it), or nothing; never a file that this run reads."""
+    """(page, settings beside it), or nothing."""
     if not options.trace:
         return ()
     page = Path(options.trace)
     if page.suffix.lower() not in (".html", ".htm"):
         raise InputError(f"--trace: expected a name that ends in .html, got {options.trace}")
-    paths = (page, page.with_suffix(".yaml"))
+    return page, page.with_suffix(".yaml")
+
+
+def _check_output(option: str, path: Path, options: argparse.Namespace) -> None:
+    """Raises InputError for a file that cannot be written, or that this run reads."""
     read = [Path(name) for name in (options.document, options.config) if name and name != STDIN]
-    for path in paths:
-        if path.resolve() in [other.resolve() for other in read]:
-            raise InputError(f"--trace {options.trace}: would write over {path}, which this run reads")
-    return paths
+    if path.resolve() in [other.resolve() for other in read]:
+        raise InputError(f"{option}: would write over {path}, which this run reads")
+    _check_writable(path)
 
 
 def _check_writable(path: Path) -> None:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
 
-_MARK = "\N{REFERENCE MARK}document\N{REFERENCE MARK}"
+_DOCUMENT = "\N{REFERENCE MARK}document\N{REFERENCE MARK}"
+_QUESTION = "\N{REFERENCE MARK}question\N{REFERENCE MARK}"
 
 
 @dataclass(frozen=True)
@@ -37,21 +38,26 @@ class Frame:
 
     def around(self, document: str) -> Prompt:
         """The prompt with the document in place. Tokens never span the document's edges."""
-        return Prompt(self.before + self.tokenizer.encode(document), self.after)
+        return Prompt(self.before + self.tokenizer.encode_quoted(document), self.after)
 
 
 def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None) -> Frame:
-    """The user message `template` in the checkpoint's chat template, ready for a document."""
+    """The user message `template` in the checkpoint's chat template, ready for a document.
+
+    The question and the document are quoted: a special token spelt out in them does not end the user's turn.
+    """
     if not question.strip():
         raise InputError("expected a question, got an empty one")
-    message = template.replace("{document}", _MARK).replace("{question}", question)
+    message = template.replace("{document}", _DOCUMENT).replace("{question}", _QUESTION)
     messages = [{"role": "user", "content": message}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    before, mark, after = tokenizer.chat(messages).partition(_MARK)
-    if not mark:
+    before, document_mark, rest = tokenizer.chat(messages).partition(_DOCUMENT)
+    between, question_mark, end = rest.partition(_QUESTION)
+    if not document_mark or not question_mark:
         raise InputError("the checkpoint's chat template dropped the user's message")
-    return Frame(tokenizer, tokenizer.encode(before, add_special_tokens=True), tokenizer.encode(after))
+    after = tokenizer.encode(between) + tokenizer.encode_quoted(question) + tokenizer.encode(end)
+    return Frame(tokenizer, tokenizer.encode(before, add_special_tokens=True), after)
 
 
 def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, keep: int) -> tuple[str, int]:
@@ -80,6 +86,6 @@ def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, 
         else:
             first, last = size - size // 2, size // 2
             text = document[: spans[first - 1][1]] + (document[spans[-last][0] :] if last else "")
-        if len(tokenizer.encode(text)) <= room:
+        if len(tokenizer.encode_quoted(text)) <= room:
             return text, len(spans)
     raise InputError(f"no part of the document fits into {room} tokens")

@@ -118,12 +118,15 @@ class Rapid:
                 on_retrieved(selection)
             short_frame = frame(drafter.tokenizer, config.prompts.drafter, question, config.prompts.system)
             short_prompt = short_frame.around(selection.text)
+            self._check_fits(drafter, len(short_prompt.tokens))
         retrieved = time.perf_counter()
 
         transcript = Transcript(target.tokenizer, config.stop, on_text)
-        generation, reused, prefill_seconds = self._generate(transcript, long_prompt, short_prompt)
-        transcript.finish()
-        self._save_prefix()
+        try:
+            generation, reused, prefill_seconds = self._generate(transcript, long_prompt, short_prompt)
+            transcript.finish()
+        finally:  # whoever interrupts the answer keeps the prefill
+            self._save_prefix()
         reason = generation.finish_reasons[0]
         first_token_at = transcript.first_token_at or time.perf_counter()
         return Answer(
@@ -170,11 +173,24 @@ class Rapid:
         questions that are shorter.
         """
         config, target = self.config, self.target
-        most = config.models.max_context or target.config.max_positions
+        most = config.models.max_context or target.config.context_size
+        if most > target.config.context_size:
+            raise InputError(
+                f"models.max_context: expected at most the {target.config.context_size} positions that {target.source} "
+                f"was made for, got {most}; a longer context needs rope scaling in the checkpoint's config.json"
+            )
         left = most - config.sampling.max_new_tokens
         usual = frame(target.tokenizer, config.prompts.target, "?", config.prompts.system).size + most // 32
         keep = left - max(around, usual) if left > usual else left - around
         return visible_text(document, left - around, target.tokenizer, config.models.too_long, keep)
+
+    def _check_fits(self, drafter: LoadedModel, prompt_tokens: int) -> None:
+        needed = prompt_tokens + self.config.sampling.max_new_tokens
+        if needed > drafter.config.context_size:
+            raise InputError(
+                f"the drafter's prompt is too long: expected at most {drafter.config.context_size} positions, got "
+                f"{needed} with the answer; lower retrieval.min_tokens or retrieval.max_chunks"
+            )
 
     def _generate(self, transcript: Transcript, long: Prompt, short: Prompt | None) -> tuple[Generation, bool, float]:
         """(what was generated, whether the document's prefill was reused, seconds of prefilling)."""

@@ -47,8 +47,9 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch, tmp_path):
     """What main sets for jax where the user has not is undone after the test."""
-    for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL"):
         monkeypatch.setenv(name, os.environ.get(name, "2"))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
 
 
@@ -348,6 +349,7 @@ def test_a_trace_never_replaces_what_the_run_reads(rapid, folder, tmp_path):
     refused(outcome, "would write over", "run.yaml")
     page = tmp_path / "page.html"
     refused(rapid("--trace", page, document=page), "would write over", "page.html")
+    refused(rapid("--save-config", page, document=page), "would write over", "page.html")
     assert (tmp_path / "run.yaml").read_text() == before and page.read_text() == "<p>w1 w2 w3"
 
 

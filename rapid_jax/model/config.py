@@ -69,6 +69,14 @@ class ModelConfig:
     # keys, as text, so that a config stays hashable. An export writes them back.
     carried: str = field(default="{}", repr=False)
 
+    @property
+    def context_size(self) -> int:
+        """Positions that the model was made for; yarn stretches what a checkpoint states as its maximum."""
+        rope = self.rope
+        if rope.scaling != "yarn" or rope.factor is None or rope.original_max_positions is None:
+            return self.max_positions
+        return max(self.max_positions, int(rope.factor * rope.original_max_positions))
+
     def carried_keys(self) -> dict[str, Any]:
         """The keys of config.json that no field here stands for, such as `eos_token_id`."""
         return json.loads(self.carried)

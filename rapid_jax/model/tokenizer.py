@@ -85,13 +85,17 @@ class Tokenizer:
         already = bos is not None and text.startswith(bos)
         return self._backend.encode(text, add_special_tokens=add_special_tokens and not already).ids
 
+    def encode_quoted(self, text: str) -> list[int]:
+        """Token ids of somebody else's words: a special token spelt out in them stays text and controls nothing."""
+        return self._quoting.encode(text, add_special_tokens=False).ids
+
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Of each token of `encode(text)`, the characters text[start:end] that it stands for.
+        """Of each token of `encode_quoted(text)`, the characters text[start:end] that it stands for.
 
         A character that several tokens make up is in the span of each. Whether a span takes in the space before a word
         is the tokenizer's habit.
         """
-        return self._backend.encode(text, add_special_tokens=False).offsets
+        return self._quoting.encode(text, add_special_tokens=False).offsets
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of the ids, spaces as the tokens have them; bytes that are not UTF-8 become U+FFFD."""
@@ -112,6 +116,12 @@ class Tokenizer:
     def special_ids(self) -> frozenset[int]:
         """Ids that `decode` leaves out."""
         return frozenset(id for id, token in self._backend.get_added_tokens_decoder().items() if token.special)
+
+    @cached_property
+    def _quoting(self) -> tokenizers.Tokenizer:
+        copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     @cached_property
     def _render(self):

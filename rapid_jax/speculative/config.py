@@ -54,7 +54,9 @@ class SpeculationConfig:
 
     mode: Mode = "rapid"
     eta: float = 10.0  # transfer strength, Eq. 6
-    gamma: int | Literal["auto"] = 10  # drafted tokens a round
+    gamma: int | Literal["auto"] = (
+        10  # drafted tokens a round; auto: by the clock, its rounds of 0 are the target's own
+    )
     guard: Guard = "code"  # which tokens the drafter may move: released code, Eq. 9, or all
     alpha: float = 0.1  # of the guard
     confidence_stop: float = 0.0  # stop drafting after a token the drafter gave less than this; 0 = off
@@ -70,7 +72,7 @@ class SpeculationConfig:
         _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
         _require(0 <= self.confidence_stop < 1, f"confidence_stop must be in [0, 1), got {self.confidence_stop}")
         _require(1 <= self.lookup_width <= 32, f"lookup_width must be 1 to 32, got {self.lookup_width}")
-        _require(1 <= self.lookup_match <= 16, f"lookup_match must be 1 to 16, got {self.lookup_match}")
+        _require(1 <= self.lookup_match <= 8, f"lookup_match must be 1 to 8, got {self.lookup_match}")
         _require(self.rounds_per_read >= 1, f"rounds_per_read must be >= 1, got {self.rounds_per_read}")
 
     @property

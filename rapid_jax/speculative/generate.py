@@ -136,6 +136,7 @@ class _Rounds:
         target_may_copy = self.law.greedy or speculation.effective_eta == 0
         while not all(done or cut for done, cut in zip(self.host["done"], self.interrupted, strict=True)):
             gamma, rounds = schedule.choose()
+            rounds = rounds if self.gammas else 1  # the first tokens are not to wait for more
             copying = speculation.lookup != "off" and gate.is_open() and (gamma > 0 or target_may_copy)
             seen = self._advance(replace(self.plan, gamma=gamma, copies=self.plan.copies * copying), rounds)
             schedule.observe(gamma, seen)
@@ -252,6 +253,7 @@ def generate(
     text_BM = _text(texts or [[]] * batch, speculation.lookup_match)
     law, knobs = Law.of(sampling, speculation, stops), Knobs.of(sampling, speculation)
     rounds = _Rounds((target_side, drafter_side), text_BM, state, law, knobs, plan)
+    jax.block_until_ready((target_tail, draft_tail))
     ready = time.perf_counter()
     rounds.run(speculation, on_tokens)
     return rounds.generation(ready - start, time.perf_counter() - ready)

@@ -121,7 +121,7 @@ def _committed(
     taken_B = jnp.where(live_B, jnp.minimum(taken_B, room_B), 0)
     count_B = state.count_B + taken_B
     verified_B = jnp.minimum(draft.length_B, room_B) * live_B
-    accepted_B = jnp.minimum(n_B, verified_B)
+    accepted_B = jnp.minimum(jnp.minimum(n_B, verified_B), taken_B)
     copied_accepted_B = draft.copied_accepted_B if plan.gamma else accepted_B
     counts = state.counts
     return replace(

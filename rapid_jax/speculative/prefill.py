@@ -19,6 +19,8 @@ from rapid_jax.model.decoder import Block, Decoder
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.progress import Progress
 
+LARGEST_BLOCK = 1024  # slots attended at once, however large a chunk is
+
 
 def bucket(count: int, least: int = 1) -> int:
     """The smallest size of a short ladder (8 steps an octave, multiples of `least`) that holds `count`.
@@ -87,6 +89,7 @@ def prefill(
         raise InputError("prefill needs at least one token in every prompt, got an empty prompt")
     longest = max(len(prompt) for prompt in prompts)
     chunk = min(chunk, bucket(longest))
+    block = min(chunk, LARGEST_BLOCK)
     chunks = -(-longest // chunk)
     slots = bucket(chunks * chunk, chunk)
     tokens_BS = np.zeros((len(prompts), chunks * chunk), np.int32)
@@ -103,13 +106,13 @@ def prefill(
         tokens_BT, pos_BT = jnp.asarray(tokens_BS[:, span]), jnp.asarray(pos_BS[:, span])
         seen_BS = jnp.where(jnp.arange(slots) < used, all_pos_BS, -1)
         if isinstance(decoder.blocks, Block):
-            new = _chunk_stacked(decoder, tokens_BT, layers, seen_BS, used, pos_BT, block_size=chunk)
+            new = _chunk_stacked(decoder, tokens_BT, layers, seen_BS, used, pos_BT, block_size=block)
             layers = _written(layers, new, used)
         else:
             x_BTD, cos, sin = _embedded(decoder, tokens_BT, pos_BT)
             done = []
-            for block, kv in zip(decoder.blocks, each_layer(layers), strict=True):
-                x_BTD, new = _chunk_layer(block, x_BTD, cos, sin, kv, seen_BS, used, pos_BT, block_size=chunk)
+            for layer, kv in zip(decoder.blocks, each_layer(layers), strict=True):
+                x_BTD, new = _chunk_layer(layer, x_BTD, cos, sin, kv, seen_BS, used, pos_BT, block_size=block)
                 done.append(_written(kv, new, used))
             layers = tuple(done)
         jax.block_until_ready(layers)

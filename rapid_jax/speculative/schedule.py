@@ -85,6 +85,7 @@ class AutoGamma:
     seconds: dict[int, float] = field(default_factory=dict)  # of one round, by gamma
     accepted: float = 1.0  # discounted counts, starting from a weak belief in a = 2/3
     rejected: float = 0.5
+    plain: float = 1.0  # tokens of a plain round lately; more than one where level 0 copies
     idle: int = 0  # rounds since the last draft
     drafting: int = 0  # rounds since the last plain one
     wait: int = field(init=False)
@@ -112,7 +113,8 @@ class AutoGamma:
         """Expected, at the current acceptance; 0 if the cost is not known."""
         cost = self.round_seconds(gamma)
         a = self.acceptance
-        return (1 - a ** (gamma + 1)) / (1 - a) / cost if cost else 0.0
+        tokens = (1 - a ** (gamma + 1)) / (1 - a) if gamma else self.plain
+        return tokens / cost if cost else 0.0
 
     def choose(self) -> tuple[int, int]:
         """(gamma, rounds) of the next call."""
@@ -133,6 +135,7 @@ class AutoGamma:
             return
         self._observe_time(gamma, seen.seconds / seen.rounds)
         if gamma == 0:
+            self.plain = 0.7 * self.plain + 0.3 * seen.emitted / max(seen.row_rounds, 1)
             self.idle, self.drafting = self.idle + seen.rounds, 0
             return
         is_trial = self.idle >= self.wait

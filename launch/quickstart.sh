@@ -4,7 +4,7 @@
 #
 # Makes the environment (once), writes Python's own language reference to a file (it comes with every Python), and asks
 # SmolLM2-135M about its first 8K tokens: by RAPID, from those tokens alone, and from what MiniLM retrieves of them alone.
-# Ends with a table of the three. A second run starts at once: prefill, embeddings and compiled programs are kept in
+# Ends with a table of the three. A second run takes seconds: prefill, embeddings and compiled programs are kept in
 # ~/.cache/rapid_jax. RAPID_EXTRAS=cuda13 adds a GPU.
 set -euo pipefail
 

@@ -47,5 +47,4 @@ def convert(
 
 
 def _lossless(checkpoint: HfCheckpoint | GgufCheckpoint) -> ExportDtype:
-    stores_bfloat16 = isinstance(checkpoint, HfCheckpoint) and checkpoint.dtype == jnp.bfloat16
-    return "bfloat16" if stores_bfloat16 else "float32"
+    return "bfloat16" if isinstance(checkpoint, HfCheckpoint) and checkpoint.is_bfloat16 else "float32"

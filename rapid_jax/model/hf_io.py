@@ -42,9 +42,9 @@ class HfCheckpoint:
         return sorted({tensor.file for tensor in self._tensors.values()})
 
     @property
-    def dtype(self) -> np.dtype:
-        """Of the token embedding, which is what the whole checkpoint is usually stored in."""
-        return jnp.dtype({"F32": "float32", "F16": "float16"}.get(self._tensors[EMBEDDING].dtype_name, "bfloat16"))
+    def is_bfloat16(self) -> bool:
+        """Whether every tensor is stored in bfloat16."""
+        return all(tensor.dtype_name == "BF16" for tensor in self._tensors.values())
 
     def read(self, key: str) -> np.ndarray:
         """One tensor, in its own dtype and the checkpoint's order of axes."""

@@ -221,9 +221,10 @@ def generate(
     """Tokens for every row until a stop token, the length limit or the caller's word.
 
     With a fixed gamma, row b's tokens depend on its own prompts and `seeds[b]` (default: the seed of the settings for
-    every row), not on the rest of the batch. gamma = auto goes by the clock: the law is the same, the tokens need not
-    be, except at temperature 0. `texts` is what level 0 may copy from, as token ids: document, then retrieved text. The
-    two models may differ in padded vocabulary; only the ids that both have are used.
+    every row), not on the rest of the batch. gamma = auto goes by the clock: the tokens need not be the same again
+    except at temperature 0, and its rounds without drafts are the target's own law whatever eta is. `texts` is what
+    level 0 may copy from, as token ids: document, then retrieved text. The two models may differ in padded vocabulary;
+    only the ids that both have are used.
     """
     start = time.perf_counter()
     batch = len(target.prompts)

@@ -26,19 +26,18 @@ QUESTIONS = {
     "import": "How does the import statement find and bind a module?",
     "lambda": "What is the difference between a lambda expression and a function definition?",
 }
-LENGTHS = (6000, 6500, 7000, 7300, 7600)  # tokens of each document, about
+LENGTHS = (6200, 6600, 7000, 7300, 7600)  # tokens of each document, about
 
 
 def document(topic: str, tokens: int, count) -> str:
-    """The topic, then others in alphabetical order after it, up to the length."""
+    """The topic, then others in alphabetical order after it, those that still fit into the length."""
     names = sorted(topics)
     start = names.index(topic)
     text = ""
     for name in names[start:] + names[:start]:
         longer = f"{text}\n\n{topics[name].strip()}" if text else topics[name].strip()
-        if count(longer) > tokens:
-            break
-        text = longer
+        if count(longer) <= tokens:
+            text = longer
     return text
 
 

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -96,6 +97,17 @@ def test_convert_writes_everything_a_loader_needs(dtype, stored, tiny, tmp_path)
         convert(tmp_path / "out", tmp_path / "again", quiet=True)  # "auto" keeps what is stored
         name = "model.safetensors"
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_one_float32_tensor_among_bfloat16_is_not_rounded(tiny, tmp_path):
+    convert(tiny, tmp_path / "half", "bfloat16", quiet=True)
+    path = tmp_path / "half" / "model.safetensors"
+    tensors = safetensors.torch.load_file(path)
+    tensors["model.norm.weight"] = torch.full_like(tensors["model.norm.weight"], 1.001, dtype=torch.float32)
+    safetensors.torch.save_file(tensors, path)
+    convert(tmp_path / "half", tmp_path / "out", quiet=True)
+    out = safetensors.torch.load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(out[name], tensor.float()) for name, tensor in tensors.items())
 
 
 def test_convert_never_writes_over_anything(tiny, tmp_path):

@@ -126,7 +126,7 @@ def test_question_chunks_times_and_settings_are_on_the_page(tmp_path, tokenizer)
     assert (
         "1 of 4 chunks" in text and "characters 3&ndash;9" in text and "0.500" in text and "<pre>chunk.</pre>" in text
     )
-    assert "75%" in text and "0.7 tokens/s" in text and "1.5 s" in text
+    assert "75%" in text and "2.0 tokens/s" in text and "1.5 s" in text
     assert "speculation:\n  mode: rapid" in text
     assert "prefers-color-scheme: dark" in text
     traced(tmp_path, tokenizer, tokenizer.encode("a"), [0], "a", selection=None, mode="target")

@@ -5,8 +5,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 
 
@@ -55,6 +57,8 @@ class ComputeConfig:
 
     prefill_chunk: int = 512  # prompt tokens computed at once
     attention_block: int = 16384  # cache slots attended at once while decoding
+    kernel: KernelName = "auto"  # of prefill: splash on TPUs, cudnn on GPUs, else xla
+    context: Over = "ring"  # how keys and values reach the queries of other devices during prefill
 
     def __post_init__(self):
         for name in ("prefill_chunk", "attention_block"):
@@ -86,5 +90,23 @@ class RapidConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     stop: tuple[str, ...] = ()  # texts that end the answer, not part of it
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # of the target, and of a drafter that has none of its own
+    drafter_mesh: MeshConfig | None = None  # devices of the drafter alone, after those of the target
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self):
+        if self.drafter_mesh is not None and self.models.drafter == "same":
+            raise InputError("drafter_mesh is for a drafter with weights of its own, got models.drafter = same")
+        for name, mesh in (("mesh", self.mesh), ("drafter_mesh", self.drafter_mesh)):
+            if mesh is None:
+                continue
+            if mesh.data > 1:
+                raise InputError(
+                    f"{name}.data: one question at a time has no batch to split, expected 1, got {mesh.data}"
+                )
+            if mesh.context > 1 and self.compute.prefill_chunk % (2 * mesh.context):
+                raise InputError(
+                    f"compute.prefill_chunk: expected a multiple of {2 * mesh.context} (2 x {name}.context), "
+                    f"got {self.compute.prefill_chunk}"
+                )

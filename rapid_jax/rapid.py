@@ -8,10 +8,11 @@ the target's distribution is moved towards the drafter's (arXiv 2502.20330).
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from rapid_jax.answer import Answer, OnText, Transcript
 from rapid_jax.attention.cache import Prefix
@@ -26,6 +27,8 @@ from rapid_jax.retrieval.retriever import Retriever
 from rapid_jax.retrieval.select import Selection
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import default_cache_dir, digest
+from rapid_jax.runtime.mesh import make_meshes
+from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.runtime.progress import progress
 from rapid_jax.speculative.config import Mode
 from rapid_jax.speculative.generate import Generation, Prompted, generate
@@ -53,14 +56,14 @@ class Rapid:
     def target(self) -> LoadedModel:
         """The long-context model."""
         self._check_models()
-        return self._load(self.config.models.target)
+        return self._load(self.config.models.target, self._meshes[0], self.config.mesh)
 
     @cached_property
     def drafter(self) -> LoadedModel:
         """The model that reads the retrieved text; the target itself unless another is configured."""
         if self.config.models.drafter == "same":
             return self.target
-        drafter = self._load(self.config.models.drafter)
+        drafter = self._load(self.config.models.drafter, self._meshes[1], self.config.drafter_mesh or self.config.mesh)
         _check_vocabularies(self.target.tokenizer, drafter.tokenizer, self.config.models.drafter)
         return drafter
 
@@ -74,7 +77,10 @@ class Rapid:
     @cached_property
     def _prefixes(self) -> PrefixStore | None:
         limit = int(self.config.cache.prefix_gib * 2**30)
-        return PrefixStore(self._cache / "prefixes", limit, quiet=self._quiet) if limit else None
+        if jax.process_count() > 1:
+            limit = 0  # every process would have to find the same entry
+        heads, place = self.target.config.num_kv_heads, self._cache / "prefixes"
+        return PrefixStore(place, limit, mesh=self._meshes[0], kv_heads=heads, quiet=self._quiet) if limit else None
 
     @cached_property
     def _token_spans(self):
@@ -89,9 +95,15 @@ class Rapid:
             target, drafter = (open_checkpoint(source)[1] for source in (models.target, models.drafter))
             _check_vocabularies(target, drafter, models.drafter)
 
-    def _load(self, source: str) -> LoadedModel:
-        models = self.config.models
-        return load_model(source, layout=models.layout, dtype=models.dtype, quiet=self._quiet)
+    @cached_property
+    def _meshes(self) -> tuple[Mesh | None, Mesh | None]:
+        """The target's devices and the drafter's; None is the default device."""
+        return make_meshes(self.config.mesh, self.config.drafter_mesh)
+
+    def _load(self, source: str, mesh: Mesh | None, config: MeshConfig) -> LoadedModel:
+        models, copied = self.config.models, config.replicate_kv
+        how = {"layout": models.layout, "dtype": models.dtype, "quiet": self._quiet}
+        return load_model(source, mesh=mesh, replicate_kv=copied, **how)
 
     def answer(
         self,
@@ -158,7 +170,7 @@ class Rapid:
         if replace(config.models, max_context=None) != replace(self.config.models, max_context=None):
             raise ValueError("with_config keeps the models: models.* must be the same")
         other = Rapid(config, quiet=self._quiet)
-        for name in ("target", "drafter", "_token_spans"):
+        for name in ("target", "drafter", "_token_spans", "_meshes"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         if "retriever" in self.__dict__ and config.retrieval == self.config.retrieval:
@@ -202,12 +214,18 @@ class Rapid:
             prompted = Prompted(self.target.decoder, [short.tokens], prefix, [len(short.tokens) - 1])
             texts = [short.tokens]
         else:
+            drafting, short_prefix = mode != "target" and short is not None, None
+            if drafting and self._meshes[0] != self._meshes[1]:
+                # On devices of its own: under way while the target reads the document.
+                short_prefix = self._prefilled(self.drafter.decoder, short.tokens[:-2], None)
             prefix, reused = self._document_prefix(long.head)
             prompted = Prompted(self.target.decoder, [long.tokens], prefix, [len(long.head)])
-            if mode != "target" and short is not None:
-                short_prefix = self._prefilled(self.drafter.decoder, short.tokens[:-2], "prefill (drafter)")
+            if drafting:
+                if short_prefix is None:
+                    short_prefix = self._prefilled(self.drafter.decoder, short.tokens[:-2], "prefill (drafter)")
                 drafted = Prompted(self.drafter.decoder, [short.tokens], short_prefix, [len(short.tokens) - 2])
                 texts = [long.head + short.tokens]
+        jax.block_until_ready((prompted.prefix, None if drafted is None else drafted.prefix))
         prefill_seconds = time.perf_counter() - start
         generation = generate(
             prompted,
@@ -221,10 +239,15 @@ class Rapid:
         )
         return generation, reused, prefill_seconds
 
-    def _prefilled(self, decoder: Decoder, tokens: list[int], label: str) -> Prefix:
-        dtype = decoder.embed_VD[...].dtype
+    def _prefilled(self, decoder: Decoder, tokens: list[int], label: str | None) -> Prefix:
+        """The prefix of one prompt; without a label it is only under way."""
+        compute = self.config.compute
+        run = partial(prefill, decoder, [tokens], chunk=compute.prefill_chunk, dtype=decoder.embed_VD[...].dtype)
+        run = partial(run, kernel=compute.kernel, over=compute.context)
+        if label is None:
+            return run()
         with progress(label, len(tokens), "tokens", quiet=self._quiet) as report:
-            return prefill(decoder, [tokens], chunk=self.config.compute.prefill_chunk, dtype=dtype, progress=report)
+            return run(progress=report)
 
     def _document_prefix(self, head: list[int]) -> tuple[Prefix, bool]:
         """(the target's prefix for these tokens, whether it was there already): from memory, from disk, or new."""

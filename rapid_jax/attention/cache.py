@@ -11,6 +11,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Sharding
 
 
 @jax.tree_util.register_dataclass
@@ -76,13 +77,25 @@ def capacity(layers: Layers) -> int:
 
 
 def empty_layers(
-    *, num_layers: int, batch: int, kv_heads: int, slots: int, head_dim: int, dtype: jnp.dtype, stacked: bool
+    *,
+    num_layers: int,
+    batch: int,
+    kv_heads: int,
+    slots: int,
+    head_dim: int,
+    dtype: jnp.dtype,
+    stacked: bool,
+    sharding: Sharding | None = None,
 ) -> Layers:
-    """Zeroed keys and values for every layer."""
+    """Zeroed keys and values for every layer; `sharding` says how one array of them lies."""
     shape = (batch, kv_heads, slots, head_dim)
+
+    def zeros(*shape: int) -> jax.Array:
+        return jnp.zeros(shape, dtype, device=sharding)
+
     if stacked:
-        return KV(jnp.zeros((num_layers, *shape), dtype), jnp.zeros((num_layers, *shape), dtype))
-    return tuple(KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers))
+        return KV(zeros(num_layers, *shape), zeros(num_layers, *shape))
+    return tuple(KV(zeros(*shape), zeros(*shape)) for _ in range(num_layers))
 
 
 def write(kv: KV, k_BKTH: jax.Array, v_BKTH: jax.Array, slot_B: jax.Array) -> KV:

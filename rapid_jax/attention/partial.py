@@ -9,7 +9,7 @@ Masks are positions: a row at position p sees a slot at position s exactly when 
 agree (tag 0 agrees with every tag). An empty slot, a padded query, a rolled-back token all have position -1.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class Rows:
     q_BKRH: jax.Array
     pos_BR: jax.Array  # int32, -1 sees nothing
     branch_BR: jax.Array | None = None  # int32
+    group: int = field(default=1, metadata={"static": True})  # rows of each query position
 
 
 @jax.tree_util.register_dataclass
@@ -56,7 +57,7 @@ def fold(q_BTNH: jax.Array, pos_BT: jax.Array, kv_heads: int, branch_BT: jax.Arr
     group = N // kv_heads
     q_BKRH = q_BTNH.reshape(B, T, kv_heads, group, H).swapaxes(1, 2).reshape(B, kv_heads, T * group, H)
     branch_BR = None if branch_BT is None else jnp.repeat(branch_BT, group, axis=1)
-    return Rows(q_BKRH, jnp.repeat(pos_BT, group, axis=1), branch_BR)
+    return Rows(q_BKRH, jnp.repeat(pos_BT, group, axis=1), branch_BR, group)
 
 
 def unfold(out_BKRH: jax.Array, time: int) -> jax.Array:
@@ -73,7 +74,7 @@ def nothing_seen(rows: Rows) -> Partial:
     )
 
 
-def _visible(rows: Rows, slots: Slots) -> jax.Array:
+def visible(rows: Rows, slots: Slots) -> jax.Array:
     """bool [B, 1, R, S], for one block of slots only."""
     seen = (slots.pos_BS[:, None, :] >= 0) & (slots.pos_BS[:, None, :] <= rows.pos_BR[:, :, None])
     if rows.branch_BR is not None and slots.branch_BS is not None:
@@ -92,7 +93,7 @@ def attend_block(rows: Rows, slots: Slots, *, scale: float, masked: bool = True)
         "BKRH,BKSH->BKRS", rows.q_BKRH, slots.k_BKSH, precision=precision, preferred_element_type=jnp.float32
     )
     if masked:
-        score = jnp.where(_visible(rows, slots), score, -jnp.inf)
+        score = jnp.where(visible(rows, slots), score, -jnp.inf)
     peak = jnp.max(score, axis=-1)
     finite = jnp.where(peak == -jnp.inf, 0.0, peak) if masked else peak
     weight = jnp.exp((score - finite[..., None]) * scale)
@@ -120,7 +121,13 @@ def finish(partial: Partial, dtype: jnp.dtype) -> jax.Array:
     return (partial.out_BKRH / total[..., None]).astype(dtype)
 
 
-def _block_of(slots: Slots, start: jax.Array | int, size: int) -> Slots:
+def log_sum(partial: Partial) -> jax.Array:
+    """float32 [B, K, R]: log of the softmax sum, -inf for a row that saw nothing."""
+    return partial.max_BKR + jnp.log(partial.sum_BKR)
+
+
+def block_of(slots: Slots, start: jax.Array | int, size: int) -> Slots:
+    """`size` slots from `start` on."""
     return Slots(
         lax.dynamic_slice_in_dim(slots.k_BKSH, start, size, axis=2),
         lax.dynamic_slice_in_dim(slots.v_BKSH, start, size, axis=2),
@@ -129,19 +136,29 @@ def _block_of(slots: Slots, start: jax.Array | int, size: int) -> Slots:
     )
 
 
+def seen_by_some(rows: Rows, slots: Slots) -> jax.Array:
+    """bool scalar: False only if no row sees any of the slots. Branch tags are not looked at."""
+    first = jnp.min(jnp.where(slots.pos_BS >= 0, slots.pos_BS, jnp.iinfo(jnp.int32).max))
+    return jnp.max(rows.pos_BR) >= first
+
+
+def seen_by_all(rows: Rows, slots: Slots) -> jax.Array:
+    """bool scalar: True only if every row sees every slot."""
+    every = jnp.all(slots.pos_BS >= 0) & (jnp.min(rows.pos_BR) >= jnp.max(slots.pos_BS))
+    if rows.branch_BR is not None and slots.branch_BS is not None:
+        every &= jnp.all(slots.branch_BS == 0)
+    return every
+
+
 def _attend_what_is_seen(partial: Partial, rows: Rows, slots: Slots, *, scale: float) -> Partial:
     """`partial` with a block added: not visited if no row sees any of it, without a mask if every row sees it all."""
-    filled = slots.pos_BS >= 0
-    first = jnp.min(jnp.where(filled, slots.pos_BS, jnp.iinfo(jnp.int32).max))
-    seen_by_some = jnp.max(rows.pos_BR) >= first
-    seen_by_all = jnp.all(filled) & (jnp.min(rows.pos_BR) >= jnp.max(slots.pos_BS))
-    if rows.branch_BR is not None and slots.branch_BS is not None:
-        seen_by_all &= jnp.all(slots.branch_BS == 0)
+    some = seen_by_some(rows, slots)
+    every = some & seen_by_all(rows, slots)
 
     def add(masked: bool):
         return lambda: merge(partial, attend_block(rows, slots, scale=scale, masked=masked))
 
-    return lax.switch(seen_by_some.astype(jnp.int32) + seen_by_all, (lambda: partial, add(True), add(False)))
+    return lax.switch(some.astype(jnp.int32) + every, (lambda: partial, add(True), add(False)))
 
 
 def attend_blockwise(
@@ -161,7 +178,7 @@ def attend_blockwise(
     whole, rest = divmod(size, block)
 
     def add(partial: Partial, start: jax.Array | int, count: int) -> Partial:
-        part = _block_of(slots, start, count)
+        part = block_of(slots, start, count)
         if skip:
             return _attend_what_is_seen(partial, rows, part, scale=scale)
         return merge(partial, attend_block(rows, part, scale=scale))
@@ -176,26 +193,60 @@ def attend_blockwise(
     return add(partial, whole * block, rest) if rest else partial
 
 
-def attend_tiled(rows: Rows, slots: Slots, *, scale: float, tile: int) -> Partial:
-    """`attend_blockwise` of `tile` rows at a time over blocks of as many positions, leaving out what nobody sees.
+def attend_tiled(rows: Rows, slots: Slots, *, scale: float, tile: int, block: int) -> Partial:
+    """`attend_blockwise` of `tile` rows at a time, leaving out what nobody sees.
 
-    For a sequence over itself: half of its blocks lie in the future of the rows that would look at them.
+    For many rows: half of a sequence's blocks lie in the future of the rows that would look at them.
     """
-    R, S = rows.pos_BR.shape[1], slots.pos_BS.shape[1]
-    count = R // tile
-    block = max(tile * S // R, 1)
-    if count < 2 or R % tile:
-        return attend_blockwise(rows, slots, scale=scale, block=min(block, S), skip=True)
+    R, block = rows.pos_BR.shape[1], min(block, slots.pos_BS.shape[1])
+    if tile >= R:
+        return attend_blockwise(rows, slots, scale=scale, block=block, skip=True)
+    rows = padded_rows(rows, tile)
+    count = rows.pos_BR.shape[1] // tile
 
-    def tiles(x: jax.Array, axis: int) -> jax.Array:
-        return jnp.moveaxis(x.reshape(*x.shape[:axis], count, tile, *x.shape[axis + 1 :]), axis, 0)
-
-    branch = None if rows.branch_BR is None else tiles(rows.branch_BR, 1)
-    cut = Rows(tiles(rows.q_BKRH, 2), tiles(rows.pos_BR, 1), branch)
-    partial = lax.map(lambda part: attend_blockwise(part, slots, scale=scale, block=block, skip=True), cut)
+    def attend(index: jax.Array) -> Partial:
+        return attend_blockwise(rows_of(rows, index * tile, tile), slots, scale=scale, block=block, skip=True)
 
     def joined(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 2)
-        return x.reshape(*x.shape[:2], R, *x.shape[4:])
+        return x.reshape(*x.shape[:2], count * tile, *x.shape[4:])[:, :, :R]
 
-    return jax.tree.map(joined, partial)
+    return jax.tree.map(joined, lax.map(attend, jnp.arange(count)))
+
+
+def rows_of(rows: Rows, start: jax.Array | int, size: int) -> Rows:
+    """`size` rows from `start` on."""
+    return replace(
+        rows,
+        q_BKRH=lax.dynamic_slice_in_dim(rows.q_BKRH, start, size, axis=2),
+        pos_BR=lax.dynamic_slice_in_dim(rows.pos_BR, start, size, axis=1),
+        branch_BR=None if rows.branch_BR is None else lax.dynamic_slice_in_dim(rows.branch_BR, start, size, axis=1),
+    )
+
+
+def padded_rows(rows: Rows, multiple: int) -> Rows:
+    """The rows, and rows that see nothing up to a multiple of `multiple`."""
+    extra = -rows.pos_BR.shape[1] % multiple
+    if not extra:
+        return rows
+    wide, flat = ((0, 0), (0, 0), (0, extra), (0, 0)), ((0, 0), (0, extra))
+    return replace(
+        rows,
+        q_BKRH=jnp.pad(rows.q_BKRH, wide),
+        pos_BR=jnp.pad(rows.pos_BR, flat, constant_values=-1),
+        branch_BR=None if rows.branch_BR is None else jnp.pad(rows.branch_BR, flat),
+    )
+
+
+def padded_slots(slots: Slots, multiple: int) -> Slots:
+    """The slots, and empty ones up to a multiple of `multiple`."""
+    extra = -slots.pos_BS.shape[1] % multiple
+    if not extra:
+        return slots
+    wide, flat = ((0, 0), (0, 0), (0, extra), (0, 0)), ((0, 0), (0, extra))
+    return Slots(
+        jnp.pad(slots.k_BKSH, wide),
+        jnp.pad(slots.v_BKSH, wide),
+        jnp.pad(slots.pos_BS, flat, constant_values=-1),
+        None if slots.branch_BS is None else jnp.pad(slots.branch_BS, flat),
+    )

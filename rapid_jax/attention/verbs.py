@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a decoder layer may do with its queries, keys and values: three short compositions of the algebra.
 
-Each returns an `attend(q_BTNH, k_BTKH, v_BTKH, layer) -> (out_BTNH, kept)` for `Decoder.hidden`.
+Each returns an `attend(q_BTNH, k_BTKH, v_BTKH, layer) -> (out_BTNH, kept)` for `Decoder.hidden`. On a mesh the time
+axis of queries and of the prefix is split over `context`, heads over `model`; a tail is whole on every context device.
 """
 
 from collections.abc import Callable
@@ -10,63 +11,106 @@ from typing import Any
 import jax
 
 from rapid_jax.attention.cache import KV, Prefix, Tail, write
-from rapid_jax.attention.partial import Slots, attend_blockwise, attend_tiled, finish, fold, merge, unfold
+from rapid_jax.attention.partial import Slots, attend_blockwise, finish, fold, merge, unfold
+from rapid_jax.attention.ring import attend_visitors, merged_over, ring_attention
+from rapid_jax.attention.strategy import Strategy
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
-def attend_self(pos_BT: jax.Array, *, block: int, branch_BT: jax.Array | None = None) -> Attend:
-    """Causal attention of a sequence over itself; nothing is kept. Differentiable."""
+def attend_self(pos_BT: jax.Array, strategy: Strategy, *, branch_BT: jax.Array | None = None, runs: int = 0) -> Attend:
+    """Causal attention of a sequence over itself; nothing is kept. Differentiable.
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, layer):
+    `runs` is what `Kernel` is promised of each device's positions: 2 for the zigzag order without branches.
+    """
+    kernel = strategy.chosen_kernel()
+    tags = () if branch_BT is None else (branch_BT,)
+
+    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, *tags):
+        branch_BT = tags[0] if tags else None
         rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], branch_BT)
         slots = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT, branch_BT)
-        tile = block * q_BTNH.shape[2] // k_BTKH.shape[2]
-        partial = attend_tiled(rows, slots, scale=q_BTNH.shape[-1] ** -0.5, tile=tile)
-        return unfold(finish(partial, q_BTNH.dtype), q_BTNH.shape[1]), None
+        scale = q_BTNH.shape[-1] ** -0.5
+        out_BKRH = ring_attention(rows, slots, kernel=kernel, scale=scale, runs=runs, hops=strategy.hops)
+        return (unfold(out_BKRH, q_BTNH.shape[1]),)
+
+    names = ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "branch_BT")
+    call = strategy.per_device(local, names[: 4 + len(tags)], ("out_BTNH",))
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, layer):
+        k_BTKH, v_BTKH = strategy.with_copies(k_BTKH), strategy.with_copies(v_BTKH)
+        return call(q_BTNH, k_BTKH, v_BTKH, pos_BT, *tags)[0], None
 
     return attend
 
 
-def attend_chunk(pos_BT: jax.Array, written: Prefix, *, block: int) -> Attend:
+def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Attend:
     """A prompt's next chunk over the prefix written so far and over itself; `layer` is the prefix's KV.
 
-    Kept: the chunk's own KV, to be written into the prefix by the caller once for all layers.
+    The chunk is in zigzag order over the context axis. Kept: the chunk's own KV, to be written into the prefix by the
+    caller once for all layers (`prefix.py: written`).
     """
+    kernel = strategy.chosen_kernel()
+    used = written.used // strategy.context
+    runs = 1 if strategy.context == 1 else 2
+
+    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, far_k_BKSH, far_v_BKSH, far_pos_BS):
+        scale = q_BTNH.shape[-1] ** -0.5
+        near = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT)
+
+        def visit(rows, visitor: tuple[Slots, Slots]):
+            far, near = visitor
+            return merge(
+                kernel.forward(rows, far, scale=scale, runs=1, used=used),
+                kernel.forward(rows, near, scale=scale, runs=runs),
+            )
+
+        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2])
+        home = (Slots(far_k_BKSH, far_v_BKSH, far_pos_BS), near)
+        partial = attend_visitors(rows, home, visit, strategy.hops)
+        return unfold(finish(partial, q_BTNH.dtype), q_BTNH.shape[1]), near.k_BKSH, near.v_BKSH
+
+    names = ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "far_k_BKSH", "far_v_BKSH", "far_pos_BS")
+    call = strategy.per_device(local, names, ("out_BTNH", "k_BKSH", "v_BKSH"))
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer: KV):
-        scale = q_BTNH.shape[-1] ** -0.5
-        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2])
-        far = Slots(layer.k_BKSH, layer.v_BKSH, written.pos_BS)
-        chunk = KV(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
-        near = Slots(chunk.k_BKSH, chunk.v_BKSH, pos_BT)
-        partial = merge(
-            attend_blockwise(rows, far, scale=scale, block=block, used=written.used, skip=True),
-            attend_blockwise(rows, near, scale=scale, block=block),
-        )
-        return unfold(finish(partial, q_BTNH.dtype), q_BTNH.shape[1]), chunk
+        k_BTKH, v_BTKH = strategy.with_copies(k_BTKH), strategy.with_copies(v_BTKH)
+        out_BTNH, *chunk = call(q_BTNH, k_BTKH, v_BTKH, pos_BT, layer.k_BKSH, layer.v_BKSH, written.pos_BS)
+        return out_BTNH, KV(*chunk)
 
     return attend
 
 
-def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BT: jax.Array, *, block: int) -> Attend:
+def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: Strategy) -> Attend:
     """A few new tokens over the prefix and the tail, themselves included; `layer` is (prefix KV, tail KV).
 
-    Kept: the tail's KV with the new tokens written from slot `length_B` on. The tail's length is the caller's to move.
+    Every device attends to its own part of the prefix, and the parts are summed: no key or value moves. Kept: the
+    tail's KV with the new tokens written from slot `length_B` on. The tail's length is the caller's to move.
     """
-    tail_pos_BS = tail.slot_positions(extra=pos_BT.shape[1])
+    block = strategy.block
+    tail_pos_BG = tail.slot_positions(extra=pos_BG.shape[1])
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, layer: tuple[KV, KV]):
-        far_kv, near_kv = layer
-        scale = q_BTNH.shape[-1] ** -0.5
-        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2])
-        near_kv = write(near_kv, k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), tail.length_B)
-        far = Slots(far_kv.k_BKSH, far_kv.v_BKSH, prefix.pos_BS)
-        near = Slots(near_kv.k_BKSH, near_kv.v_BKSH, tail_pos_BS)
-        partial = merge(
-            attend_blockwise(rows, far, scale=scale, block=block),
-            attend_blockwise(rows, near, scale=scale, block=block),
-        )
-        return unfold(finish(partial, q_BTNH.dtype), q_BTNH.shape[1]), near_kv
+    def local(q_BGNH, k_BGKH, v_BGKH, pos_BG, far_k_BKSH, far_v_BKSH, far_pos_BS, *near):
+        near_k_BKGH, near_v_BKGH, near_pos_BG, slot_B = near
+        scale = q_BGNH.shape[-1] ** -0.5
+        rows = fold(q_BGNH, pos_BG, k_BGKH.shape[2])
+        near_kv = write(KV(near_k_BKGH, near_v_BKGH), k_BGKH.swapaxes(1, 2), v_BGKH.swapaxes(1, 2), slot_B)
+        partial = attend_blockwise(rows, Slots(far_k_BKSH, far_v_BKSH, far_pos_BS), scale=scale, block=block)
+        if strategy.hops.axis is not None:
+            partial = merged_over(partial, strategy.hops.axis)
+        own = Slots(near_kv.k_BKSH, near_kv.v_BKSH, near_pos_BG)
+        partial = merge(partial, attend_blockwise(rows, own, scale=scale, block=block))
+        return unfold(finish(partial, q_BGNH.dtype), q_BGNH.shape[1]), near_kv.k_BKSH, near_kv.v_BKSH
+
+    names = ("q_BGNH", "k_BGKH", "v_BGKH", "pos_BG", "far_k_BKSH", "far_v_BKSH", "far_pos_BS")
+    names += ("near_k_BKGH", "near_v_BKGH", "near_pos_BG", "slot_B")
+    call = strategy.per_device(local, names, ("out_BGNH", "k_BKGH", "v_BKGH"))
+
+    def attend(q_BGNH, k_BGKH, v_BGKH, layer: tuple[KV, KV]):
+        far, near = layer
+        k_BGKH, v_BGKH = strategy.with_copies(k_BGKH), strategy.with_copies(v_BGKH)
+        fixed = (far.k_BKSH, far.v_BKSH, prefix.pos_BS, near.k_BKSH, near.v_BKSH, tail_pos_BG, tail.length_B)
+        out_BGNH, *tail_kv = call(q_BGNH, k_BGKH, v_BGKH, pos_BG, *fixed)
+        return out_BGNH, KV(*tail_kv)
 
     return attend

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.rope import inverse_frequencies, rotate, rotation
@@ -77,9 +78,12 @@ class Block(nnx.Module):
 class Decoder(nnx.Module):
     """Token ids to hidden states to logits."""
 
-    def __init__(self, config: ModelConfig, *, layout: Layout, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, config: ModelConfig, *, layout: Layout, dtype: jnp.dtype, rngs: nnx.Rngs, mesh: Mesh | None = None
+    ):
         self.config = config
         self.layout = layout
+        self.mesh = mesh  # that the parameters lie on; None: one device
         V, D = config.vocab_size, config.hidden_size
         self.embed_VD = nnx.Param(jax.random.normal(rngs.params(), (V, D), jnp.float32).astype(dtype) * 0.02)
         if layout == "stacked":

@@ -51,10 +51,14 @@ def build(
     which mesh axis each letter is split over.
     """
     rngs = cast(nnx.Rngs, _OneKey())
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: Decoder(config, layout=layout, dtype=dtype, rngs=rngs)))
+    graph, abstract = nnx.split(
+        nnx.eval_shape(lambda: Decoder(config, layout=layout, dtype=dtype, rngs=rngs, mesh=mesh))
+    )
     leaves: dict[Any, Any] = dict(nnx.to_flat_state(abstract))
     filled: dict[Path, jax.Array] = {}
     every = weights(config)
+    for weight in every:  # what cannot be split is said before anything is read
+        _sharding(mesh, weight.name, weight.axes, weight.shape, table)
     with progress("loading weights", len(every), "arrays", quiet=quiet) as report:
         for weight in every:
             path, stored = weight.path(layout), read(weight.key).reshape(weight.unflattened_shape)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The letters that array names end in, and the mesh axis that each is split over.
 
-    B batch          T query time     S key time        G the few tokens of a decode step
+    B batch          T query time     S key time        G the few tokens of a decode step, or of a tail
     L layer          D embed          N query heads     K kv heads         H head dim
     F ffn            V vocab          E encoder embedding
 

@@ -11,6 +11,7 @@ from rapid_jax.attention.cache import Tail
 from rapid_jax.attention.verbs import attend_prefix_tail
 from rapid_jax.speculative.accept import leading_agreement
 from rapid_jax.speculative.lookup import propose
+from rapid_jax.speculative.prefill import serving
 from rapid_jax.speculative.sampling import (
     Draw,
     Knobs,
@@ -58,7 +59,7 @@ def read(side: Side, tail: Tail, tokens_BT: jax.Array, plan: Plan, *, rows: int)
     """(float32 logits after each of the last `rows` tokens [B, rows, V], the tail with all tokens written)."""
     T = tokens_BT.shape[1]
     pos_BT = (tail.start_B + tail.length_B)[:, None] + jnp.arange(T, dtype=jnp.int32)
-    attend = attend_prefix_tail(side.prefix, tail, pos_BT, block=plan.block)
+    attend = attend_prefix_tail(side.prefix, tail, pos_BT, serving(side.decoder, plan.block))
     if isinstance(tail.layers, tuple) and isinstance(side.prefix.layers, tuple):
         layers = tuple(zip(side.prefix.layers, tail.layers, strict=True))
     else:

@@ -13,6 +13,8 @@ import numpy as np
 from rapid_jax.attention.cache import Prefix, Tail
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh import agreed, replicated
+from rapid_jax.speculative.apart import run_rounds_apart
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import CATCH_UP
 from rapid_jax.speculative.loop import run_rounds
@@ -75,35 +77,39 @@ def _side(prompted: Prompted, *, uncached: int, reserve: int, block: int) -> tup
     for row, prompt in enumerate(prompted.prompts):
         last = list(prompt[-RECENT:])
         recent[row, RECENT - len(last) :] = last
-    lengths = jnp.asarray([len(prompt) for prompt in prompted.prompts], jnp.int32)
-    return Side(prompted.decoder, prompted.prefix, jnp.asarray(recent), lengths), tail
+    lengths = np.asarray([len(prompt) for prompt in prompted.prompts], np.int32)
+    return Side(prompted.decoder, prompted.prefix, *replicated(prompted.decoder.mesh, (recent, lengths))), tail
 
 
-def _text(texts: Sequence[Sequence[int]], match: int) -> jax.Array:
+def _text(texts: Sequence[Sequence[int]], match: int) -> np.ndarray:
     longest = max((len(text) for text in texts), default=0)
     slots = bucket(longest + match, 512)
     text_BM = np.full((len(texts), slots), -1, np.int32)
     for row, text in enumerate(texts):
         text_BM[row, : len(text)] = text
-    return jnp.asarray(text_BM)
+    return text_BM
 
 
-def _seen(prompted: Prompted | None, vocabulary: int, sampling: SamplingConfig) -> jax.Array | None:
+def _seen(prompted: Prompted | None, vocabulary: int, sampling: SamplingConfig) -> np.ndarray | None:
     if prompted is None or sampling.repetition_penalty == 1:
         return None
     seen_BV = np.zeros((len(prompted.prompts), vocabulary), bool)
     if sampling.penalize == "all":
         for row, prompt in enumerate(prompted.prompts):
             seen_BV[row, list(prompt)] = True
-    return jnp.asarray(seen_BV)
+    return seen_BV
 
 
 class _Rounds:
     """The running state of one `generate` call, and what the host learns of it between calls of the device."""
 
-    def __init__(self, sides: tuple[Side, Side | None], text_BM, state: State, law: Law, knobs: Knobs, plan: Plan):
-        self.sides, self.text_BM, self.state = sides, text_BM, state
-        self.law, self.knobs, self.plan = law, knobs, plan
+    def __init__(
+        self, sides: tuple[Side, Side | None], text_BM: np.ndarray, state: State, law: Law, knobs: Knobs, plan: Plan
+    ):
+        self.sides, self.state, self.law, self.plan = sides, state, law, plan
+        self.meshes = [side.decoder.mesh for side in sides if side is not None]
+        self.texts = [replicated(mesh, text_BM) for mesh in self.meshes]
+        self.knobs = [replicated(mesh, knobs) for mesh in self.meshes]
         self.gammas: dict[int, int] = {}
         self.compile_seconds = 0.0
         self.interrupted = [False] * text_BM.shape[0]
@@ -124,9 +130,26 @@ class _Rounds:
         )
 
     def _call(self, plan: Plan, rounds: int) -> None:
+        target, drafter = self.sides
+        if drafter is not None and self.meshes[0] != self.meshes[1]:
+            sides, texts, knobs = (target, drafter), tuple(self.texts), tuple(self.knobs)
+            self.state = run_rounds_apart(sides, texts, self.state, knobs, rounds, law=self.law, plan=plan)
+            return
+        count = replicated(self.meshes[0], np.int32(rounds))
         self.state = run_rounds(
-            *self.sides, self.text_BM, self.state, self.knobs, jnp.int32(rounds), law=self.law, plan=plan
+            target, drafter, self.texts[0], self.state, self.knobs[0], count, law=self.law, plan=plan
         )
+
+    def _compile(self, plan: Plan) -> None:
+        """Runs rounds of the plan that change nothing: none of them, or one with every row done."""
+        if len(set(self.meshes)) == 1:
+            return self._call(plan, 0)
+        self._set_done([True] * len(self.interrupted))
+        self._call(plan, 1)
+        self._set_done(self.host["done"].tolist())
+
+    def _set_done(self, done: Sequence[bool]) -> None:
+        self.state = replace(self.state, done_B=replicated(self.meshes[0], np.asarray(done)))
 
     def run(self, speculation: SpeculationConfig, on_tokens: OnTokens | None) -> None:
         """Calls of the device until every row is done."""
@@ -148,7 +171,7 @@ class _Rounds:
         """What `rounds` rounds of a plan did; a plan new to this run is first compiled, by zero rounds of it."""
         start = time.perf_counter()
         if plan not in self._compiled:
-            self._call(plan, 0)
+            self._compile(plan)
             jax.block_until_ready(self.state)
             self._compiled.add(plan)
             self.compile_seconds += time.perf_counter() - start
@@ -159,13 +182,13 @@ class _Rounds:
         self.gammas[plan.gamma] = self.gammas.get(plan.gamma, 0) + delta.rounds
         passes = delta.draft_steps if plan.gamma else delta.rounds
         return Observation(
-            seconds=time.perf_counter() - start,
+            seconds=agreed(time.perf_counter() - start),
             rounds=delta.rounds,
             row_rounds=delta.round_B,
             accepted=delta.accepted_B,
             rejections=delta.rejected_B,
             copied_accepted=delta.copied_accepted_B,
-            copy_steps=passes * self.text_BM.shape[0] if plan.copies else 0,
+            copy_steps=passes * len(self.interrupted) if plan.copies else 0,
             emitted=int(np.sum(self.host["count"] - before["count"])),
         )
 
@@ -178,7 +201,7 @@ class _Rounds:
             emitted, origin = self.host["emitted"][row, span].tolist(), self.host["origin"][row, span].tolist()
             if on_tokens(row, emitted, origin):
                 self.interrupted[row] = True
-                self.state = replace(self.state, done_B=self.state.done_B.at[row].set(True))
+                self._set_done([done or cut for done, cut in zip(self.host["done"], self.interrupted, strict=True)])
 
     def generation(self, prepare_seconds: float, decode_seconds: float) -> Generation:
         """Everything emitted, and how."""
@@ -237,19 +260,19 @@ def generate(
     if drafter is not None:
         drafter_side, draft_tail = _side(drafter, uncached=2, reserve=reserve, block=block)
     slots = bucket(sampling.max_new_tokens + widest, 32)
-    state = State(
-        target_tail=target_tail,
-        draft_tail=draft_tail,
-        emitted_BO=jnp.zeros((batch, slots), jnp.int32),
-        origin_BO=jnp.zeros((batch, slots), jnp.int8),
-        count_B=jnp.zeros(batch, jnp.int32),
-        limit_B=jnp.full(batch, sampling.max_new_tokens, jnp.int32),
-        done_B=jnp.zeros(batch, bool),
-        key_B=jax.vmap(jax.random.key)(jnp.asarray(seeds or [sampling.seed] * batch, jnp.uint32)),
-        target_seen_BV=_seen(target, vocabulary, sampling),
-        draft_seen_BV=_seen(drafter, vocabulary, sampling),
-        counts=Counts.zero(batch),
-    )
+    start_state = {
+        "emitted_BO": np.zeros((batch, slots), np.int32),
+        "origin_BO": np.zeros((batch, slots), np.int8),
+        "count_B": np.zeros(batch, np.int32),
+        "limit_B": np.full(batch, sampling.max_new_tokens, np.int32),
+        "done_B": np.zeros(batch, bool),
+        "key_B": jax.vmap(jax.random.key)(jnp.asarray(seeds or [sampling.seed] * batch, jnp.uint32)),
+        "target_seen_BV": _seen(target, vocabulary, sampling),
+        "draft_seen_BV": _seen(drafter, vocabulary, sampling),
+        "counts": Counts.zero(batch),
+    }
+    placed_state = replicated(target.decoder.mesh, start_state)
+    state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state)
     plan = Plan(0, speculation.lookup_width, speculation.lookup_match, block, vocabulary, speculation.gamma == "auto")
     text_BM = _text(texts or [[]] * batch, speculation.lookup_match)
     law, knobs = Law.of(sampling, speculation, stops), Knobs.of(sampling, speculation)

@@ -2,7 +2,8 @@
 """The draft-verify round as one program, and rounds in a loop on the device.
 
 Round: gamma drafts from the drafter, one forward of gamma + 1 tokens through the target, accept, resample, roll both
-caches back by moving their lengths. The host starts several rounds at a time and reads tokens between.
+caches back by moving their lengths. The host starts several rounds at a time and reads tokens between. `apart.py` runs
+the two halves of a round on devices of their own.
 """
 
 from dataclasses import replace
@@ -57,18 +58,27 @@ def one_round(
     target: Side, drafter: Side | None, text_BM: jax.Array, state: State, knobs: Knobs, law: Law, plan: Plan
 ) -> State:
     """The state after one round; each row that is not done has 1 to (drafts + 1) tokens more."""
-    draft_tail = state.draft_tail
     if plan.gamma == 0:
-        draft = _copies_alone(target, state, text_BM, law, plan)
-    elif drafter is None or draft_tail is None:
+        draft, draft_tail = copies_alone(target, state, text_BM, law, plan), state.draft_tail
+    elif drafter is None or state.draft_tail is None:
         raise ValueError(f"gamma {plan.gamma} needs a drafter")
-    elif plan.copies:
-        tail = caught_up(drafter, state, draft_tail, plan)
-        draft, draft_tail = draft_with_copies(drafter, state, tail, text_BM, law, knobs, plan)
     else:
-        tail = caught_up(drafter, state, draft_tail, plan)
-        draft, draft_tail = draft_stepwise(drafter, state, tail, law, knobs, plan)
+        draft, draft_tail = drafted(drafter, state, state.draft_tail, text_BM, knobs, law, plan)
+    return replace(verified(target, state, draft, knobs, law, plan), draft_tail=draft_tail)
 
+
+def drafted(
+    drafter: Side, state: State, tail: Tail, text_BM: jax.Array, knobs: Knobs, law: Law, plan: Plan
+) -> tuple[Draft, Tail]:
+    """The drafter's half of a round: (drafts, its tail)."""
+    tail = caught_up(drafter, state, tail, plan)
+    if plan.copies:
+        return draft_with_copies(drafter, state, tail, text_BM, law, knobs, plan)
+    return draft_stepwise(drafter, state, tail, law, knobs, plan)
+
+
+def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, plan: Plan) -> State:
+    """The target's half of a round: the state with what it accepted of the drafts and the token after them."""
     last_B1 = window(known_tokens(target, state), target.recent_BR.shape[1] + state.count_B - 1, 1)
     fed_BT = jnp.concatenate([last_B1, draft.tokens_BG], axis=1)
     T = fed_BT.shape[1]
@@ -83,10 +93,10 @@ def one_round(
         drawn_BG = draw(token_keys_BG, z_BGV, law)
         n_B = leading_agreement(draft.tokens_BG, drawn_BG, draft.length_B)
         token_B = jnp.take_along_axis(drawn_BG, n_B[:, None], axis=1)[:, 0]
-    return _committed(state, draft, n_B, token_B, law, plan, (target_tail, draft_tail))
+    return _committed(state, draft, n_B, token_B, law, plan, target_tail)
 
 
-def _copies_alone(target: Side, state: State, text_BM: jax.Array, law: Law, plan: Plan) -> Draft:
+def copies_alone(target: Side, state: State, text_BM: jax.Array, law: Law, plan: Plan) -> Draft:
     """Copied tokens as drafts for the target itself."""
     draft = Draft.empty(state.count_B.shape[0], plan.copies, law, 1)
     if not plan.copies:
@@ -104,10 +114,9 @@ def _committed(
     token_B: jax.Array,
     law: Law,
     plan: Plan,
-    tails: tuple[Tail, Tail | None],
+    target_tail: Tail,
 ) -> State:
     """The state with the accepted drafts and the token after them, cut at a stop token and at the row's limit."""
-    target_tail, draft_tail = tails
     index = jnp.arange(draft.tokens_BG.shape[1] + 1)
     accepted = index < n_B[:, None]
     fresh_BG = jnp.where(accepted, jnp.pad(draft.tokens_BG, ((0, 0), (0, 1))), token_B[:, None])
@@ -127,7 +136,6 @@ def _committed(
     return replace(
         state,
         target_tail=target_tail.rolled_back(state.target_tail.length_B + taken_B),
-        draft_tail=draft_tail,
         emitted_BO=put(state.emitted_BO, fresh_BG, state.count_B),
         origin_BO=put(state.origin_BO, origin_BG, state.count_B),
         count_B=count_B,
@@ -141,8 +149,8 @@ def _committed(
             rejected_B=counts.rejected_B + (n_B < verified_B),
             copied_B=counts.copied_B + draft.copied_B * live_B,
             copied_accepted_B=counts.copied_accepted_B + copied_accepted_B * live_B,
-            draft_steps=counts.draft_steps + draft.steps,
-            rounds=counts.rounds + 1,
+            draft_steps=counts.draft_steps + draft.steps * jnp.any(live_B),
+            rounds=counts.rounds + jnp.any(live_B),
             round_B=counts.round_B + live_B,
         ),
     )

@@ -19,20 +19,30 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax.sharding import Mesh
 
-from rapid_jax.attention.cache import KV, Layers, Prefix, capacity
+from rapid_jax.attention.cache import KV, Prefix, capacity
+from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.decoder import Layout
 from rapid_jax.runtime import checkpoint
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.mesh import placed, replicated
 from rapid_jax.runtime.progress import progress
+from rapid_jax.speculative.prefix_arrays import (
+    empty_stack,
+    layer_count,
+    slots_in_order,
+    slots_on,
+    to_devices,
+    to_host,
+    with_layer,
+)
 
 _log = logging.getLogger(__name__)
 _PART_BYTES = 1 << 30  # of layers that are on the host at a time
@@ -45,14 +55,24 @@ _ASIDE = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}")
 class PrefixStore:
     """Prefixes under a folder, at most `max_bytes` of them: the least recently used go first.
 
-    A stored prefix is read back exactly (its empty slots as zeros) or not at all. Neither damage nor a full disk stops
-    an answer: both are one warning. Any number of processes may share a folder.
+    A stored prefix is read back exactly (its empty slots as zeros), on whatever mesh, or not at all. Neither damage nor
+    a full disk stops an answer: both are one warning. Any number of processes may share a folder.
     """
 
-    def __init__(self, folder: Path, max_bytes: int, *, quiet: bool = False):
+    def __init__(
+        self,
+        folder: Path,
+        max_bytes: int,
+        *,
+        mesh: Mesh | None = None,
+        kv_heads: int | None = None,
+        quiet: bool = False,
+    ):
+        """`mesh` is where prefixes are wanted; `kv_heads` the checkpoint's, where a mesh holds copies of them."""
         if max_bytes < 0:
             raise InputError(f"a prefix store needs a size of at least 0 bytes, got {max_bytes}")
         self.folder, self.max_bytes, self._quiet = folder, max_bytes, quiet
+        self._mesh, self._kv_heads = mesh, kv_heads
 
     @staticmethod
     def key(
@@ -67,7 +87,7 @@ class PrefixStore:
         return digest("prefix-1", weights_hash, arithmetic, jnp.dtype(dtype).name, str(chunk), *rows)
 
     def load(self, key: str, *, layout: Layout) -> Prefix | None:
-        """The prefix stored under the key, on the default device; None if there is none, or none to be trusted."""
+        """The prefix stored under the key, on the store's mesh; None if there is none, or none to be trusted."""
         folder = self.folder / key
         with _lock(folder, fcntl.LOCK_SH) as held:
             if held is None:
@@ -91,7 +111,7 @@ class PrefixStore:
         folder = self.folder / key
         if folder.is_dir():
             return
-        size = _used_bytes(prefix)
+        size = self._used_bytes(prefix)
         if size > self.max_bytes:
             _log.warning("document not stored in %s: it has %d bytes, of %d allowed", folder, size, self.max_bytes)
             return
@@ -106,9 +126,11 @@ class PrefixStore:
                 _log.warning("document could not be stored in %s: %s", folder, error)
 
     def _write(self, folder: Path, key: str, prefix: Prefix) -> None:
-        used, count = int(prefix.used), _layer_count(prefix.layers)
-        per_part = max(1, _PART_BYTES * count // _used_bytes(prefix))
-        slots = prefix.pos_BS.shape[1]
+        used, count = int(prefix.used), layer_count(prefix.layers)
+        per_part = max(1, _PART_BYTES * count // self._used_bytes(prefix))
+        slots, order, copies = prefix.pos_BS.shape[1], slots_in_order(prefix), self._copies(prefix)
+        pos_BS = np.full(prefix.pos_BS.shape, -1, np.int32)
+        pos_BS[:, :used] = np.asarray(prefix.pos_BS)[:, order]
         note = {"key": key, "used": used, "slots": slots, "layers": count, "layers_per_part": per_part}
         temporary = _aside(folder)
         temporary.mkdir()
@@ -118,9 +140,9 @@ class PrefixStore:
                 checkpoint.write(temporary / "checkpoint", note) as writer,
                 progress("storing the document's cache", count, "layers", quiet=self._quiet) as report,
             ):
-                writer.add("positions", {"pos_BS": prefix.pos_BS})
+                writer.add("positions", {"pos_BS": pos_BS})
                 for part in _parts(count, per_part):
-                    writer.add(_item(part), {f"{layer}": _host(prefix, layer, used) for layer in part})
+                    writer.add(_item(part), {f"{layer}": to_host(prefix, layer, order, copies) for layer in part})
                     report.advance(len(part))
             temporary.rename(folder)
         finally:
@@ -130,21 +152,32 @@ class PrefixStore:
         stored = checkpoint.read(folder / "checkpoint")
         if stored.note.get("key") != key:
             raise checkpoint.DamagedCheckpoint(f"{folder}: it holds another document, {stored.note.get('key')!r}")
-        count = stored.note["layers"]
-        pos_BS = jnp.asarray(stored.restore("positions")["pos_BS"])
+        count, slots = stored.note["layers"], slots_on(self._mesh, stored.note["slots"])
+        pos_BS = stored.restore("positions")["pos_BS"]
+        pos_BS = np.pad(pos_BS, ((0, 0), (0, slots - pos_BS.shape[1])), constant_values=-1)
         layers: list[KV] = []
         stack: KV | None = None
         with progress("reading the document's cache", count, "layers", quiet=self._quiet) as report:
             for part in _parts(count, stored.note["layers_per_part"]):
                 arrays = stored.restore(_item(part))
                 for layer in part:
-                    kv = _placed(arrays.pop(f"{layer}.k_BKSH"), arrays.pop(f"{layer}.v_BKSH"), stored.note["slots"])
+                    kv = to_devices(arrays.pop(f"{layer}.k_BKSH"), arrays.pop(f"{layer}.v_BKSH"), slots, self._mesh)
                     if layout == "unrolled":
                         layers.append(kv)
                     else:
-                        stack = _with_layer(_empty_stack(count, kv) if stack is None else stack, kv, layer)
+                        stack = with_layer(empty_stack(count, kv) if stack is None else stack, kv, layer)
                 report.advance(len(part))
-        return Prefix(tuple(layers) if stack is None else stack, pos_BS, jnp.asarray(stored.note["used"], jnp.int32))
+        spec = Strategy(block=1, mesh=self._mesh, batch=("data",)).spec("pos_BS")
+        used = replicated(self._mesh, np.int32(stored.note["used"]))
+        return Prefix(tuple(layers) if stack is None else stack, placed(self._mesh, spec, pos_BS), used)
+
+    def _copies(self, prefix: Prefix) -> int:
+        held = jax.tree.leaves(prefix.layers)[0].shape[-3]
+        return held // (self._kv_heads or held)
+
+    def _used_bytes(self, prefix: Prefix) -> int:
+        every = sum(leaf.nbytes for leaf in jax.tree.leaves(prefix.layers))
+        return every // self._copies(prefix) // capacity(prefix.layers) * int(prefix.used)
 
     def _clean(self) -> None:
         """Removes what killed processes left half written or half removed."""
@@ -187,59 +220,6 @@ def _parts(count: int, per_part: int) -> list[range]:
 
 def _item(part: range) -> str:
     return f"layers-{part.start}"
-
-
-def _layer_count(layers: Layers) -> int:
-    return len(layers) if isinstance(layers, tuple) else layers.k_BKSH.shape[0]
-
-
-def _used_bytes(prefix: Prefix) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(prefix.layers)) // capacity(prefix.layers) * int(prefix.used)
-
-
-@partial(jax.jit, static_argnames="used")
-def _used_slots(layers: KV, layer: jax.Array | None, *, used: int) -> KV:
-    def cut(array):
-        if layer is not None:
-            array = lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)
-        return lax.slice_in_dim(array, 0, used, axis=2)
-
-    return jax.tree.map(cut, layers)
-
-
-def _host(prefix: Prefix, layer: int, used: int) -> dict[str, np.ndarray]:
-    """The used slots of a layer: cut on the device, so that only they travel, and no copy stays with the prefix."""
-    if isinstance(prefix.layers, tuple):
-        kv = _used_slots(prefix.layers[layer], None, used=used)
-    else:
-        kv = _used_slots(prefix.layers, jnp.asarray(layer), used=used)
-    return {"k_BKSH": np.asarray(kv.k_BKSH), "v_BKSH": np.asarray(kv.v_BKSH)}
-
-
-def _placed(k_BKSH: np.ndarray, v_BKSH: np.ndarray, slots: int) -> KV:
-    """One layer on the default device with all its slots.
-
-    Uncommitted, as what `prefill` makes: a committed array would have every program of decoding compiled again.
-    """
-
-    def placed(array_BKSH):
-        batch, heads, used, head_dim = array_BKSH.shape
-        if used < slots:
-            padded_BKSH = np.zeros((batch, heads, slots, head_dim), array_BKSH.dtype)
-            padded_BKSH[:, :, :used] = array_BKSH
-            array_BKSH = padded_BKSH
-        return jax.device_put(array_BKSH)
-
-    return KV(placed(k_BKSH), placed(v_BKSH))
-
-
-def _empty_stack(count: int, kv: KV) -> KV:
-    return jax.tree.map(lambda array: jnp.zeros((count, *array.shape), array.dtype), kv)
-
-
-@partial(jax.jit, donate_argnames="stack")
-def _with_layer(stack: KV, kv: KV, layer: int) -> KV:
-    return jax.tree.map(partial(lax.dynamic_update_index_in_dim, index=layer, axis=0), stack, kv)
 
 
 def _aside(folder: Path) -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rapid_jax.attention.cache import KV, Prefix, Tail, capacity, empty_layers, write
+from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_chunk, attend_prefix_tail, attend_self
 from tests.reference import dense_attention, visible
 
@@ -70,13 +71,13 @@ def test_chunks_one_after_another_are_one_shot_causal_attention():
     chunk, total = 6, 18
     q_BTNH, k_BTKH, v_BTKH = tokens(3, 2, total)
     pos_BT = jnp.asarray(np.stack([np.arange(total), np.where(np.arange(total) < 8, np.arange(total), -1)]))
-    truth, kept = attend_self(pos_BT, block=32)(q_BTNH, k_BTKH, v_BTKH, None)
+    truth, kept = attend_self(pos_BT, Strategy(block=32))(q_BTNH, k_BTKH, v_BTKH, None)
     assert kept is None
     np.testing.assert_allclose(truth, dense_attention(q_BTNH, k_BTKH, v_BTKH, visible(pos_BT, pos_BT)), atol=1e-5)
     kv, pos_BS = empty(2, 24), jnp.full((2, 24), -1)
     for start in range(0, total, chunk):
         part = slice(start, start + chunk)
-        attend = attend_chunk(pos_BT[:, part], Prefix((kv,), pos_BS, jnp.int32(start)), block=chunk)
+        attend = attend_chunk(pos_BT[:, part], Prefix((kv,), pos_BS, jnp.int32(start)), Strategy(block=chunk))
         out_BTNH, fresh = attend(q_BTNH[:, part], k_BTKH[:, part], v_BTKH[:, part], kv)
         np.testing.assert_allclose(out_BTNH, truth[:, part], atol=1e-5)
         kv = write(kv, fresh.k_BKSH, fresh.v_BKSH, jnp.full(2, start))
@@ -98,7 +99,7 @@ def test_the_tail_after_any_writes_and_rollbacks_is_a_fresh_computation(batch):
     @jax.jit
     def attend(tail, q_BTNH, k_BTKH, v_BTKH):
         pos_BT = (tail.start_B + tail.length_B)[:, None] + jnp.arange(step)
-        call = attend_prefix_tail(prefix, tail, pos_BT, block=16)
+        call = attend_prefix_tail(prefix, tail, pos_BT, Strategy(block=16))
         return call(q_BTNH, k_BTKH, v_BTKH, (document, tail.layers[0]))
 
     rolled_back = 0

@@ -22,6 +22,7 @@ from rapid_jax.attention.partial import (
     nothing_seen,
     unfold,
 )
+from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_self
 from tests.reference import dense_attention, visible
 
@@ -165,7 +166,7 @@ def test_a_sequence_over_itself_in_tiles(time, branches):
 
     def ours(q, k, v):
         tags = None if branch_BT is None else jnp.asarray(branch_BT)
-        return attend_self(jnp.asarray(pos_BT), block=4, branch_BT=tags)(q, k, v, None)[0]
+        return attend_self(jnp.asarray(pos_BT), Strategy(block=4), branch_BT=tags)(q, k, v, None)[0]
 
     def truth(q, k, v):
         return dense_attention(q, k, v, seen_BTS, xp=jnp)

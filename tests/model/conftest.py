@@ -13,6 +13,7 @@ import torch
 import transformers
 from flax import nnx
 
+from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.decoder import Decoder
 
@@ -114,7 +115,7 @@ def forward_of(decoder: Decoder) -> Callable[[np.ndarray, np.ndarray], np.ndarra
     @jax.jit
     def forward(state, tokens_BT, pos_BT):
         decoder = nnx.merge(graph, state)
-        hidden_BTD, _ = decoder.hidden(tokens_BT, pos_BT, attend_self(pos_BT, block=256))
+        hidden_BTD, _ = decoder.hidden(tokens_BT, pos_BT, attend_self(pos_BT, Strategy(block=256)))
         return decoder.logits(hidden_BTD)
 
     return lambda tokens_BT, pos_BT: np.asarray(forward(state, jnp.asarray(tokens_BT), jnp.asarray(pos_BT)))

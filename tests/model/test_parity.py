@@ -8,6 +8,7 @@ import pytest
 import torch
 from flax import nnx
 
+from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.hf_io import load_hf
 from tests.model.conftest import FAMILIES, forward_of, our_logits, tokens_at, torch_logits
@@ -66,7 +67,7 @@ def test_gradients_of_both_layouts_equal_torch(checkpoint):
     tokens, pos = jnp.asarray(tokens_BT), jnp.asarray(pos_BT)
 
     def loss(decoder):
-        hidden_BTD, _ = decoder.hidden(tokens, pos, attend_self(pos, block=16))
+        hidden_BTD, _ = decoder.hidden(tokens, pos, attend_self(pos, Strategy(block=16)))
         return jnp.mean(jax.nn.logsumexp(decoder.logits(hidden_BTD), axis=-1))
 
     gradients = {}

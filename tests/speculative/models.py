@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.config import ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.hf_names import EMBEDDING, HEAD, weights
 from rapid_jax.model.placement import build
+from rapid_jax.runtime.axes import PARAM, Table
 from rapid_jax.speculative.generate import Prompted
 from rapid_jax.speculative.prefill import prefill
 
@@ -77,14 +80,21 @@ class Weights:
         arrays[HEAD] = np.concatenate([arrays[HEAD], np.tile(row_D.astype(np.float32), (extra, 1))])
         return Weights(replace(self.config, vocab_size=vocabulary), arrays)
 
-    def decoder(self, layout: Layout = "unrolled", dtype: jnp.dtype = jnp.float32) -> Decoder:
-        return build(self.config, lambda key: self.arrays[key], layout=layout, dtype=dtype, quiet=True)
+    def decoder(
+        self,
+        layout: Layout = "unrolled",
+        dtype: jnp.dtype = jnp.float32,
+        mesh: Mesh | None = None,
+        table: Table = PARAM,
+    ) -> Decoder:
+        read = self.arrays.__getitem__
+        return build(self.config, read, layout=layout, dtype=dtype, mesh=mesh, table=table, quiet=True)
 
 
 @jax.jit
 def _forward(decoder: Decoder, tokens_BT: jax.Array) -> jax.Array:
     pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    hidden_BTD, _ = decoder.hidden(tokens_BT, pos_BT, attend_self(pos_BT, block=1024))
+    hidden_BTD, _ = decoder.hidden(tokens_BT, pos_BT, attend_self(pos_BT, Strategy(block=1024)))
     return decoder.logits(hidden_BTD)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from rapid_jax.attention.cache import KV, capacity
+from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.errors import InputError
@@ -35,7 +36,7 @@ def prompts_of(*lengths: int) -> list[list[int]]:
 @jax.jit
 def _all_keys_and_values(decoder: Decoder, tokens_BT):
     pos_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
-    plain = attend_self(pos_BT, block=64)
+    plain = attend_self(pos_BT, Strategy(block=64))
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer):
         return plain(q_BTNH, k_BTKH, v_BTKH, layer)[0], (k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))

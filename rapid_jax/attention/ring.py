@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a sequence that is spread over a mesh axis: each device keeps its queries and sees all keys in turn.
+
+Ring attention (arXiv 2310.01889). Keys and values go round the ring; every device adds what its own queries see of the
+visitors. In the backward pass they go round once more and their gradients travel with them, one hop behind, so that
+nothing is kept per hop. What sees what is told by the positions that travel along: any order of tokens is right, and
+the zigzag order (`order.py`) makes the work equal.
+
+Everything here runs inside `shard_map`, or with axis None on a sequence that is whole.
+
+    hop      device 0   device 1   device 2   device 3        the visitor's gradients, one hop behind
+    0        0          1          2          3
+    1        3          0          1          2               3          0          1          2
+    2        2          3          0          1               ...
+    3        1          2          3          0
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rapid_jax.attention.config import Over
+from rapid_jax.attention.kernels import Cotangent, Kernel
+from rapid_jax.attention.partial import Partial, Rows, Slots, finish, log_sum, merge
+
+
+@dataclass(frozen=True)
+class Hops:
+    """How keys and values reach a device's queries. Static.
+
+    over ring        from neighbour to neighbour, n - 1 times; memory for one visitor
+    over all_gather  all at once, before anything is computed; memory for all of them
+    """
+
+    axis: str | None  # mesh axis; None: they are all here
+    over: Over = "ring"
+
+
+def attend_visitors(rows: Rows, home: Any, attend: Callable[[Rows, Any], Partial], hops: Hops) -> Partial:
+    """The sum of `attend(rows, visitor)` over every device's `home`, a pytree of arrays."""
+    count = 1 if hops.axis is None else lax.axis_size(hops.axis)
+    if count == 1:
+        return attend(rows, home)
+    if hops.over == "all_gather":
+        others = jax.tree.map(lambda x: lax.all_gather(x, hops.axis), home)
+
+        def visit(total: Partial | None, index) -> Partial:
+            partial = attend(rows, jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), others))
+            return partial if total is None else merge(total, partial)
+
+        return lax.fori_loop(1, count, lambda index, total: visit(total, index), visit(None, 0))
+
+    def hop(carry, _):
+        visitor, total = carry
+        coming = _shifted(visitor, hops.axis)  # under way while the visitor is attended
+        return (coming, merge(total, attend(rows, visitor))), None
+
+    first = _shifted(home, hops.axis)
+    carry, _ = lax.scan(hop, (first, attend(rows, home)), length=count - 2)
+    last, total = carry
+    return merge(total, attend(rows, last))
+
+
+@dataclass(frozen=True)
+class _Static:
+    kernel: Kernel
+    scale: float
+    runs: int
+    hops: Hops
+
+
+def ring_attention(rows: Rows, slots: Slots, *, kernel: Kernel, scale: float, runs: int = 0, hops: Hops) -> jax.Array:
+    """softmax(scale q.k) v of every row over the slots of all devices, [B, K, R, H] in the queries' dtype.
+
+    Differentiable in q, k and v. `runs` as in `Kernel`. A row that sees nothing is 0, and so are its gradients.
+    """
+    return _attention(rows, slots, _Static(kernel, scale, runs, hops))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _attention(rows: Rows, slots: Slots, static: _Static) -> jax.Array:
+    return _forward(rows, slots, static)[0]
+
+
+def _forward(rows: Rows, slots: Slots, static: _Static):
+    def attend(rows: Rows, visitor: Slots) -> Partial:
+        return static.kernel.forward(rows, visitor, scale=static.scale, runs=static.runs)
+
+    total = attend_visitors(rows, slots, attend, static.hops)
+    out_BKRH = finish(total, rows.q_BKRH.dtype)
+    return out_BKRH, (rows, slots, out_BKRH, log_sum(total))
+
+
+def _backward(static: _Static, residuals, d_out_BKRH: jax.Array):
+    rows, slots, out_BKRH, log_sum_BKR = residuals
+    delta_BKR = jnp.sum(out_BKRH.astype(jnp.float32) * d_out_BKRH.astype(jnp.float32), axis=-1)
+    cotangent = Cotangent(out_BKRH, d_out_BKRH.astype(rows.q_BKRH.dtype), delta_BKR, log_sum_BKR)
+
+    def gradients(visitor: Slots):
+        return static.kernel.backward(rows, visitor, cotangent, scale=static.scale, runs=static.runs)
+
+    dq, dk, dv = _gradients_of_visitors(slots, gradients, static.hops)
+    return (
+        Rows(dq.astype(rows.q_BKRH.dtype), None, None, rows.group),  # type: ignore[arg-type]
+        Slots(dk.astype(slots.k_BKSH.dtype), dv.astype(slots.v_BKSH.dtype), None, None),  # type: ignore[arg-type]
+    )
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _gradients_of_visitors(home: Slots, gradients: Callable[[Slots], Any], hops: Hops):
+    """(dq over all visitors, dk and dv of `home` over all devices' queries), float32."""
+    count = 1 if hops.axis is None else lax.axis_size(hops.axis)
+    if count == 1:
+        return gradients(home)
+    if hops.over == "all_gather":
+        return _gradients_of_gathered(home, gradients, hops.axis, count)
+
+    def hop(carry, _):
+        visitor, dq, (dk, dv) = carry
+        coming = _shifted(visitor, hops.axis)
+        dk, dv = _shifted((dk, dv), hops.axis)  # what the devices before this one gave, while this one computes
+        more_q, more_k, more_v = gradients(visitor)
+        return (coming, dq + more_q, (dk + more_k, dv + more_v)), None
+
+    first = _shifted(home, hops.axis)
+    dq, dk, dv = gradients(home)
+    (last, dq, (dk, dv)), _ = lax.scan(hop, (first, dq, (dk, dv)), length=count - 2)
+    dk, dv = _shifted((dk, dv), hops.axis)
+    more_q, more_k, more_v = gradients(last)
+    dk, dv = _shifted((dk + more_k, dv + more_v), hops.axis)  # home
+    return dq + more_q, dk, dv
+
+
+def _gradients_of_gathered(home: Slots, gradients: Callable[[Slots], Any], axis: str | None, count: int):
+    others = jax.tree.map(lambda x: lax.all_gather(x, axis), home)
+
+    def visit(dq, index):
+        visitor = jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), others)
+        more_q, dk, dv = gradients(visitor)
+        return dq + more_q, (dk, dv)
+
+    shape = jax.eval_shape(lambda: gradients(home)[0])
+    dq, (dk, dv) = lax.scan(visit, jnp.zeros(shape.shape, shape.dtype), jnp.arange(count))
+    return dq, *(lax.psum_scatter(x, axis, scatter_dimension=0) for x in (dk, dv))
+
+
+def _shifted(tree: Any, axis: str | None) -> Any:
+    """What the device before this one has."""
+    count = lax.axis_size(axis)
+    return jax.tree.map(lambda x: lax.ppermute(x, axis, [(i, (i + 1) % count) for i in range(count)]), tree)
+
+
+def merged_over(partial: Partial, axis: str) -> Partial:
+    """The sum of every device's partial of the same rows: three small tensors are reduced, no key or value moves."""
+    peak = lax.pmax(partial.max_BKR, axis)
+    weight = jnp.exp(partial.max_BKR - jnp.where(peak == -jnp.inf, 0.0, peak))
+    out_BKRH, sum_BKR = lax.psum((partial.out_BKRH * weight[..., None], partial.sum_BKR * weight), axis)
+    return replace(partial, out_BKRH=out_BKRH, max_BKR=peak, sum_BKR=sum_BKR)

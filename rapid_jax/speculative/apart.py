@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds whose drafter and target live on devices of their own: a large drafter beside a small target, say.
+
+The two halves of a round are two programs. Between them only what is small moves: the drafts with their distributions
+one way, the tokens so far the other. Everything is started without waiting for it.
+"""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+
+from rapid_jax.attention.cache import Tail
+from rapid_jax.runtime.mesh import moved
+from rapid_jax.speculative.draft import Draft
+from rapid_jax.speculative.loop import copies_alone, drafted, verified
+from rapid_jax.speculative.sampling import Knobs, Law
+from rapid_jax.speculative.state import Plan, Side, State
+
+
+@partial(jax.jit, static_argnames=("law", "plan"), donate_argnames="tail")
+def _drafted(drafter: Side, state: State, tail: Tail, text_BM, knobs: Knobs, *, law: Law, plan: Plan):
+    return drafted(drafter, state, tail, text_BM, knobs, law, plan)
+
+
+@partial(jax.jit, static_argnames=("law", "plan"), donate_argnames="state")
+def _verified(target: Side, state: State, draft: Draft | None, text_BM, knobs: Knobs, *, law: Law, plan: Plan) -> State:
+    if draft is None:
+        draft = copies_alone(target, state, text_BM, law, plan)
+    return verified(target, state, draft, knobs, law, plan)
+
+
+def run_rounds_apart(
+    sides: tuple[Side, Side],
+    texts: tuple[jax.Array, jax.Array],
+    state: State,
+    knobs: tuple[Knobs, Knobs],
+    rounds: int,
+    *,
+    law: Law,
+    plan: Plan,
+) -> State:
+    """`run_rounds` with the first of each pair on the target's devices and the second on the drafter's.
+
+    A round after every row is done changes nothing. The given state is used up; its tails stay on their own devices.
+    """
+    target, drafter = sides
+    draft_tail = state.draft_tail
+    state = replace(state, draft_tail=None)
+    for _ in range(rounds):
+        draft = None
+        if plan.gamma:
+            outline = replace(state, target_tail=replace(state.target_tail, layers=()), target_seen_BV=None)
+            known = moved(outline, drafter.decoder.mesh)
+            draft, draft_tail = _drafted(drafter, known, draft_tail, texts[1], knobs[1], law=law, plan=plan)
+            draft = moved(draft, target.decoder.mesh)
+        state = _verified(target, state, draft, texts[0], knobs[0], law=law, plan=plan)
+    return replace(state, draft_tail=draft_tail)

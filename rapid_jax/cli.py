@@ -21,6 +21,7 @@ from rapid_jax import __version__
 from rapid_jax.config import RapidConfig
 from rapid_jax.documents import STDIN, read_document
 from rapid_jax.runtime import settings
+from rapid_jax.runtime.distributed import start
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import default_cache_dir
 
@@ -121,10 +122,17 @@ def _answer(options: argparse.Namespace) -> None:
     for option, path in [("--trace", path) for path in trace] + [("--save-config", options.save_config)]:
         if path:
             _check_output(option, Path(path), options)
-    if options.save_config:
-        _save(config, Path(options.save_config))
     _prepare_jax(config)
+    with start() as run:
+        options.quiet |= not run.leads  # every process computes the answer, one tells it
+        if options.save_config and run.leads:
+            _save(config, Path(options.save_config))
+        _answer_with(config, document, options, trace, leads=run.leads)
 
+
+def _answer_with(
+    config: RapidConfig, document: str, options: argparse.Namespace, trace: tuple[Path, ...], *, leads: bool
+) -> None:
     from rapid_jax.compare import baselines
     from rapid_jax.rapid import Rapid
     from rapid_jax.trace import write_trace
@@ -133,18 +141,19 @@ def _answer(options: argparse.Namespace) -> None:
     answer = rapid.answer(
         document,
         options.question,
-        on_text=None if options.json else _print_piece,
+        on_text=_print_piece if leads and not options.json else None,
         on_retrieved=None if options.quiet else _tell_retrieved,
     )
-    if not options.json:
+    if leads and not options.json:
         print(flush=True)
     if not options.quiet:
         _tell_summary(answer, config)
     others = list(baselines(rapid, document, options.question)) if options.compare else []
-    if trace:
+    if leads and trace:
         write_trace(trace[0], answer, rapid.target.tokenizer, options.question, config)
         _save(config, trace[1])
-    _report([answer, *others], options)
+    if leads:
+        _report([answer, *others], options)
 
 
 def _report(answers: Sequence["Answer"], options: argparse.Namespace) -> None:

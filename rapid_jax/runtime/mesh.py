@@ -81,6 +81,11 @@ def replicated(mesh: Mesh | None, tree: Any) -> Any:
     return placed(mesh, PartitionSpec(), tree)
 
 
+def whole(mesh: Mesh | None, tree: Any) -> Any:
+    """Inside a program: the arrays of a tree, told to be whole on every device of the mesh."""
+    return tree if mesh is None else jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, PartitionSpec()))
+
+
 def moved(tree: Any, mesh: Mesh | None) -> Any:
     """Small replicated arrays from one mesh to another, or to the default device, whatever hosts the two span.
 

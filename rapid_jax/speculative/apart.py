@@ -11,7 +11,7 @@ from functools import partial
 import jax
 
 from rapid_jax.attention.cache import Tail
-from rapid_jax.runtime.mesh import moved
+from rapid_jax.runtime.mesh import moved, whole
 from rapid_jax.speculative.draft import Draft
 from rapid_jax.speculative.loop import copies_alone, drafted, verified
 from rapid_jax.speculative.sampling import Knobs, Law
@@ -20,7 +20,8 @@ from rapid_jax.speculative.state import Plan, Side, State
 
 @partial(jax.jit, static_argnames=("law", "plan"), donate_argnames="tail")
 def _drafted(drafter: Side, state: State, tail: Tail, text_BM, knobs: Knobs, *, law: Law, plan: Plan):
-    return drafted(drafter, state, tail, text_BM, knobs, law, plan)
+    draft, tail = drafted(drafter, state, tail, text_BM, knobs, law, plan)
+    return whole(drafter.decoder.mesh, draft), tail
 
 
 @partial(jax.jit, static_argnames=("law", "plan"), donate_argnames="state")

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rapid_jax.attention.cache import Prefix, Tail
@@ -16,15 +15,12 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import agreed, replicated
 from rapid_jax.speculative.apart import run_rounds_apart
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
-from rapid_jax.speculative.draft import CATCH_UP
 from rapid_jax.speculative.loop import run_rounds
-from rapid_jax.speculative.prefill import bucket, extend, new_tail
+from rapid_jax.speculative.prefill import extend, new_tail
 from rapid_jax.speculative.sampling import Knobs, Law
-from rapid_jax.speculative.schedule import GAMMAS, CopyGate, Observation, gamma_schedule
-from rapid_jax.speculative.state import Counts, Plan, Side, State
-
-RECENT = 8  # prompt tokens kept at hand: what a drafter re-reads, what level 0 matches
-EXTEND_WIDTH = 32  # prompt tokens after the prefix read at once
+from rapid_jax.speculative.schedule import CopyGate, Observation, gamma_schedule
+from rapid_jax.speculative.start import EXTEND_WIDTH, RECENT, Sizes, plan_of, start_state, text_slots
+from rapid_jax.speculative.state import Plan, Side, State
 
 # (row, new tokens, their origins) -> whether the row should stop
 OnTokens = Callable[[int, list[int], list[int]], bool]
@@ -60,7 +56,7 @@ class Generation:
     decode_seconds: float  # the rounds
 
 
-def _side(prompted: Prompted, *, uncached: int, reserve: int, block: int) -> tuple[Side, Tail]:
+def _side(prompted: Prompted, *, uncached: int, sizes: Sizes, block: int) -> tuple[Side, Tail]:
     """The model ready for rounds: every prompt token but the last `uncached` is in its prefix or its tail."""
     suffixes = []
     for prompt, cached in zip(prompted.prompts, prompted.cached, strict=True):
@@ -68,9 +64,8 @@ def _side(prompted: Prompted, *, uncached: int, reserve: int, block: int) -> tup
             raise InputError(f"expected at most {len(prompt) - uncached} cached prompt tokens, got {cached}")
         suffixes.append(prompt[cached : len(prompt) - uncached])
     longest = max(len(suffix) for suffix in suffixes)
-    slots = bucket(-(-longest // EXTEND_WIDTH) * EXTEND_WIDTH + reserve, 32)
     dtype = jax.tree.leaves(prompted.prefix.layers)[0].dtype
-    tail = new_tail(prompted.decoder, list(prompted.cached), slots, dtype)
+    tail = new_tail(prompted.decoder, list(prompted.cached), sizes.tail(longest), dtype)
     if longest:
         tail = extend(prompted.decoder, prompted.prefix, tail, suffixes, width=EXTEND_WIDTH, block_size=block)
     recent = np.full((len(suffixes), RECENT), -1, np.int32)
@@ -83,8 +78,7 @@ def _side(prompted: Prompted, *, uncached: int, reserve: int, block: int) -> tup
 
 def _text(texts: Sequence[Sequence[int]], match: int) -> np.ndarray:
     longest = max((len(text) for text in texts), default=0)
-    slots = bucket(longest + match, 512)
-    text_BM = np.full((len(texts), slots), -1, np.int32)
+    text_BM = np.full((len(texts), text_slots(longest, match)), -1, np.int32)
     for row, text in enumerate(texts):
         text_BM[row, : len(text)] = text
     return text_BM
@@ -251,29 +245,17 @@ def generate(
     """
     start = time.perf_counter()
     batch = len(target.prompts)
-    gammas = GAMMAS if speculation.gamma == "auto" else (int(speculation.gamma),)
-    widest = max(*gammas, speculation.lookup_width) + 1
+    sizes = Sizes.of(speculation, sampling)
     vocabulary = min(side.decoder.config.vocab_size for side in (target, drafter) if side is not None)
-    reserve = sampling.max_new_tokens + 2 * widest + CATCH_UP
-    target_side, target_tail = _side(target, uncached=1, reserve=reserve, block=block)
+    target_side, target_tail = _side(target, uncached=1, sizes=sizes, block=block)
     drafter_side, draft_tail = None, None
     if drafter is not None:
-        drafter_side, draft_tail = _side(drafter, uncached=2, reserve=reserve, block=block)
-    slots = bucket(sampling.max_new_tokens + widest, 32)
-    start_state = {
-        "emitted_BO": np.zeros((batch, slots), np.int32),
-        "origin_BO": np.zeros((batch, slots), np.int8),
-        "count_B": np.zeros(batch, np.int32),
-        "limit_B": np.full(batch, sampling.max_new_tokens, np.int32),
-        "done_B": np.zeros(batch, bool),
-        "key_B": jax.vmap(jax.random.key)(jnp.asarray(seeds or [sampling.seed] * batch, jnp.uint32)),
-        "target_seen_BV": _seen(target, vocabulary, sampling),
-        "draft_seen_BV": _seen(drafter, vocabulary, sampling),
-        "counts": Counts.zero(batch),
-    }
-    placed_state = replicated(target.decoder.mesh, start_state)
+        drafter_side, draft_tail = _side(drafter, uncached=2, sizes=sizes, block=block)
+    seen = _seen(target, vocabulary, sampling), _seen(drafter, vocabulary, sampling)
+    host_state = start_state(seeds or [sampling.seed] * batch, sizes, sampling.max_new_tokens, seen)
+    placed_state = replicated(target.decoder.mesh, host_state)
     state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state)
-    plan = Plan(0, speculation.lookup_width, speculation.lookup_match, block, vocabulary, speculation.gamma == "auto")
+    plan = plan_of(speculation, block=block, vocabulary=vocabulary)
     text_BM = _text(texts or [[]] * batch, speculation.lookup_match)
     law, knobs = Law.of(sampling, speculation, stops), Knobs.of(sampling, speculation)
     rounds = _Rounds((target_side, drafter_side), text_BM, state, law, knobs, plan)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rapid_jax.attention.cache import Tail
+from rapid_jax.runtime.mesh import whole
 from rapid_jax.speculative.accept import leading_agreement, verify
 from rapid_jax.speculative.draft import Draft, caught_up, copies_for, draft_stepwise, draft_with_copies, read
 from rapid_jax.speculative.sampling import (
@@ -78,7 +79,7 @@ def drafted(
 
 
 def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, plan: Plan) -> State:
-    """The target's half of a round: the state with what it accepted of the drafts and the token after them."""
+    """The target's half of a round: the state, less the drafter's tail, with the accepted drafts and a token more."""
     last_B1 = window(known_tokens(target, state), target.recent_BR.shape[1] + state.count_B - 1, 1)
     fed_BT = jnp.concatenate([last_B1, draft.tokens_BG], axis=1)
     T = fed_BT.shape[1]
@@ -93,7 +94,10 @@ def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, p
         drawn_BG = draw(token_keys_BG, z_BGV, law)
         n_B = leading_agreement(draft.tokens_BG, drawn_BG, draft.length_B)
         token_B = jnp.take_along_axis(drawn_BG, n_B[:, None], axis=1)[:, 0]
-    return _committed(state, draft, n_B, token_B, law, plan, target_tail)
+    outline = replace(state, target_tail=replace(state.target_tail, layers=()), draft_tail=None)
+    # Whole on every device: the host reads it, and of several hosts each reads its own copy.
+    state = whole(target.decoder.mesh, _committed(outline, draft, n_B, token_B, law, plan))
+    return replace(state, target_tail=replace(state.target_tail, layers=target_tail.layers))
 
 
 def copies_alone(target: Side, state: State, text_BM: jax.Array, law: Law, plan: Plan) -> Draft:
@@ -114,9 +118,8 @@ def _committed(
     token_B: jax.Array,
     law: Law,
     plan: Plan,
-    target_tail: Tail,
 ) -> State:
-    """The state with the accepted drafts and the token after them, cut at a stop token and at the row's limit."""
+    """The state, but for what the tails hold, with the accepted drafts and the token after them, cut at a stop token and at the row's limit."""
     index = jnp.arange(draft.tokens_BG.shape[1] + 1)
     accepted = index < n_B[:, None]
     fresh_BG = jnp.where(accepted, jnp.pad(draft.tokens_BG, ((0, 0), (0, 1))), token_B[:, None])
@@ -135,7 +138,7 @@ def _committed(
     counts = state.counts
     return replace(
         state,
-        target_tail=target_tail.rolled_back(state.target_tail.length_B + taken_B),
+        target_tail=state.target_tail.rolled_back(state.target_tail.length_B + taken_B),
         emitted_BO=put(state.emitted_BO, fresh_BG, state.count_B),
         origin_BO=put(state.origin_BO, origin_BG, state.count_B),
         count_B=count_B,

@@ -45,8 +45,6 @@ def serving(decoder: Decoder, block: int, kernel: KernelName = "auto", over: Ove
 def empty_cache(decoder: Decoder, batch: int, slots: int, dtype: jnp.dtype, *, letter: str) -> Layers:
     """Zeroed keys and values on the decoder's devices; `letter` is S for a prefix, G for a tail."""
     config, strategy = decoder.config, serving(decoder, block=1)
-    stacked = decoder.layout == "stacked"
-    spec = strategy.spec(f"kv_{'L' * stacked}BK{letter}H")
     return empty_layers(
         num_layers=config.num_layers,
         batch=batch,
@@ -54,9 +52,17 @@ def empty_cache(decoder: Decoder, batch: int, slots: int, dtype: jnp.dtype, *, l
         slots=slots,
         head_dim=config.head_dim,
         dtype=dtype,
-        stacked=stacked,
-        sharding=None if decoder.mesh is None else NamedSharding(decoder.mesh, spec),
+        stacked=decoder.layout == "stacked",
+        sharding=cache_sharding(decoder, letter),
     )
+
+
+def cache_sharding(decoder: Decoder, letter: str) -> NamedSharding | None:
+    """How the keys or values of a cache lie on the decoder's devices."""
+    if decoder.mesh is None:
+        return None
+    name = f"kv_{'L' * (decoder.layout == 'stacked')}BK{letter}H"
+    return NamedSharding(decoder.mesh, serving(decoder, block=1).spec(name))
 
 
 def new_tail(decoder: Decoder, start_B: Sequence[int], slots: int, dtype: jnp.dtype) -> Tail:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run of rounds starts from: the sizes of its arrays and the state before the first token, still on the host."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.draft import CATCH_UP
+from rapid_jax.speculative.prefill import bucket
+from rapid_jax.speculative.schedule import GAMMAS
+from rapid_jax.speculative.state import Counts, Plan
+
+RECENT = 8  # prompt tokens kept at hand: what a drafter re-reads, what level 0 matches
+EXTEND_WIDTH = 32  # prompt tokens after the prefix read at once
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many slots the arrays of a run have."""
+
+    reserve: int  # of a tail, behind the prompt tokens that it holds
+    output: int  # for emitted tokens
+
+    @classmethod
+    def of(cls, speculation: SpeculationConfig, sampling: SamplingConfig) -> "Sizes":
+        """What these settings may need at most."""
+        widest = max(*gammas_of(speculation), speculation.lookup_width) + 1
+        new = sampling.max_new_tokens
+        return cls(new + 2 * widest + CATCH_UP, bucket(new + widest, 32))
+
+    def tail(self, longest: int) -> int:
+        """Slots of a tail that holds up to `longest` prompt tokens of a row."""
+        return bucket(-(-longest // EXTEND_WIDTH) * EXTEND_WIDTH + self.reserve, 32)
+
+
+def gammas_of(speculation: SpeculationConfig) -> tuple[int, ...]:
+    """The gammas that rounds may have."""
+    return GAMMAS if speculation.gamma == "auto" else (int(speculation.gamma),)
+
+
+def text_slots(longest: int, match: int) -> int:
+    """Slots of the text that level 0 copies from, whose longest row has `longest` tokens."""
+    return bucket(longest + match, 512)
+
+
+def plan_of(speculation: SpeculationConfig, *, block: int, vocabulary: int) -> Plan:
+    """The plan of plain decoding, with the copies that rounds may have."""
+    auto = speculation.gamma == "auto"
+    return Plan(0, speculation.lookup_width, speculation.lookup_match, block, vocabulary, auto)
+
+
+def start_state(
+    seeds: Sequence[int], sizes: Sizes, limit: int, seen: tuple[np.ndarray | None, np.ndarray | None]
+) -> dict[str, Any]:
+    """The fields of `State` but the tails, one row a seed; `seen` are the target's and the drafter's."""
+    batch = len(seeds)
+    return {
+        "emitted_BO": np.zeros((batch, sizes.output), np.int32),
+        "origin_BO": np.zeros((batch, sizes.output), np.int8),
+        "count_B": np.zeros(batch, np.int32),
+        "limit_B": np.full(batch, limit, np.int32),
+        "done_B": np.zeros(batch, bool),
+        "key_B": jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)),
+        "target_seen_BV": seen[0],
+        "draft_seen_BV": seen[1],
+        "counts": Counts.zero(batch),
+    }

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes on this machine as one run: the same answer as one process, and no process outlives the other."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rapid_jax.runtime.distributed import LOST_PEER, Seat
+from rapid_jax.runtime.errors import InputError
+from tests.retrieval import encoders
+from tests.tiny_models import save_decoder, words
+
+ROOT = Path(__file__).resolve().parents[1]
+OWN_MESH = ("data=1", "fsdp=1", "context=2", "model=2", "replicate_kv=false")
+WAIT_S = 240  # a busy machine compiles slowly
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def environment(devices: int, seat: tuple[int, int, int] | None = None) -> dict[str, str]:
+    names = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "PYTHONUNBUFFERED": "1"}
+    if seat is not None:
+        port, count, index = map(str, seat)
+        names |= {
+            "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+            "JAX_NUM_PROCESSES": count,
+            "JAX_PROCESS_ID": index,
+        }
+    return names
+
+
+def spawn(command: list[str], names: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *command], env=names, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+@pytest.fixture(scope="module")
+def question(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "book.txt").write_text(words(400))
+    target, encoder = save_decoder(folder / "model"), encoders.save(folder / "encoder", "bert")
+    settings = {
+        "models.target": target,
+        "models.encoder": encoder,
+        "retrieval.chunk_tokens": 64,
+        "retrieval.min_tokens": 128,
+        "compute.prefill_chunk": 128,
+        "sampling.temperature": 0.8,
+        "sampling.seed": 3,
+        "cache.folder": folder / "cache",
+        "cache.programs": "false",
+    }
+    command = ["-m", "rapid_jax", "answer", "--document", str(folder / "book.txt"), "--question", "w12 w34?"]
+    for key, value in settings.items():
+        command += ["--set", f"{key}={value}"]
+    return command
+
+
+def meshed(question: list[str], *settings: str) -> list[str]:
+    return question + [word for setting in settings for word in ("--set", setting)]
+
+
+def finished(process: subprocess.Popen) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=WAIT_S)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("mesh", "more"),
+    [
+        # gamma goes by the clock, which two processes must agree on; only greedy answers are the same again
+        (["mesh.context=4", "mesh.model=2"], ["speculation.gamma=auto", "sampling.temperature=0.0"]),
+        # the drafter's devices are others of both processes
+        (
+            ["mesh.context=4", *(f"drafter_mesh.{key}" for key in OWN_MESH)],
+            ["speculation.gamma=3", "models.drafter=TARGET"],
+        ),
+    ],
+    ids=["one mesh", "the drafter apart"],
+)
+def test_two_processes_answer_as_one_does(question, mesh, more):
+    target = question[question.index("--set") + 1].partition("=")[2]
+    more = [setting.replace("TARGET", target) for setting in (*more, "sampling.max_new_tokens=24")]
+    code, answer, err = finished(spawn(meshed(question, *more), environment(1)))
+    assert code == 0 and len(answer) > 20, err
+    port = free_port()
+    pair = [spawn(meshed(question, *mesh, *more), environment(4, (port, 2, index))) for index in (0, 1)]
+    results = [finished(process) for process in pair]
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    assert results[0][1] == answer
+    assert results[1][1] == "" and "retrieved" not in results[1][2]
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_takes_the_other_with_it(question, killed):
+    port = free_port()
+    command = meshed(question, "mesh.context=8", "sampling.max_new_tokens=500")
+    pair = [spawn(meshed(command), environment(4, (port, 2, index))) for index in (0, 1)]
+    assert pair[0].stderr is not None
+    for line in pair[0].stderr:  # models are loaded, and the run is in its prefill or beyond
+        if "retrieved" in line:
+            break
+    pair[killed].send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    code, _, err = finished(pair[1 - killed])
+    assert time.monotonic() - start < 60
+    assert code == LOST_PEER
+    assert f"rapid: process {killed} of 2 has ended, and process {1 - killed} cannot go on without it" in err
+    finished(pair[killed])
+
+
+PROGRAM = """
+import sys
+from rapid_jax.runtime import distributed
+from rapid_jax.runtime.errors import InputError
+try:
+    distributed.start(patience=float(sys.argv[1]))
+except InputError as error:
+    sys.exit(f"{error}")
+"""
+
+
+def test_who_is_missing_is_named():
+    port = free_port()
+    names = [environment(1, (port, 4, index)) for index in (0, 2)]
+    first, third = (spawn(["-c", PROGRAM, "8"], name) for name in names)
+    code, _, err = finished(first)
+    assert code == 1 and err.strip() == f"expected 4 processes at port {port} within 8 s, got 2: missing 1, 3"
+    code, _, err = finished(third)
+    assert code == 1
+    assert err.strip() == f"process 2: the 4 processes of this run did not meet at 127.0.0.1:{port} within 8 s"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({"JAX_NUM_PROCESSES": "2"}, "together, JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID not set"),
+        ({"address": "8476"}, "JAX_COORDINATOR_ADDRESS: expected HOST:PORT, got '8476'"),
+        ({"index": "2"}, "JAX_PROCESS_ID: expected a number below JAX_NUM_PROCESSES = 2, got '2'"),
+        ({"TPU_WORKER_HOSTNAMES": "10.0.0.1,10.0.0.2"}, "one of 2 of a TPU slice"),
+    ],
+)
+def test_an_environment_that_makes_no_sense_is_one_line(names, message):
+    if {"address", "index"} & names.keys():
+        names = {
+            "JAX_COORDINATOR_ADDRESS": names.get("address", "10.0.0.1:8476"),
+            "JAX_NUM_PROCESSES": "2",
+            "JAX_PROCESS_ID": names.get("index", "0"),
+        }
+    with pytest.raises(InputError, match=message):
+        Seat.of(names)
+
+
+def test_the_environment_of_one_process_is_none_and_of_more_is_a_seat():
+    assert Seat.of({}) is None and Seat.of({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
+    names = {"JAX_COORDINATOR_ADDRESS": "[::1]:8476", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    assert Seat.of(names) == Seat("::1", 8476, 2, 1)

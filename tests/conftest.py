@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 # Before any test imports jax: a TPU or GPU plugin that is installed but has no device is slow and noisy to probe.
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # meshes are tested on devices that share this machine's cores
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 # Tests compare with transformers' models built from a config: nothing is to be looked up on the network.

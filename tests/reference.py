@@ -22,6 +22,25 @@ def dense_attention(q_BTNH, k_BSKH, v_BSKH, visible_BTS, *, xp: Any = np):
     return xp.einsum("BNTS,BSNH->BTNH", weight, v_BSNH)
 
 
+def dense_gradients(q_BTNH, k_BSKH, v_BSKH, visible_BTS, d_out_BTNH):
+    """The gradients of `dense_attention` at q, k and v, written out: with p the weights and dp = d_out v^T,
+
+    ds = p (dp - sum_s p dp), dq = ds k / sqrt(H), dk = ds^T q / sqrt(H), dv = p^T d_out; k and v sum over their group.
+    """
+    B, S, K, H = k_BSKH.shape
+    group = q_BTNH.shape[2] // K
+    k_BSNH, v_BSNH = np.repeat(k_BSKH, group, axis=2), np.repeat(v_BSKH, group, axis=2)
+    score = np.einsum("BTNH,BSNH->BNTS", q_BTNH, k_BSNH) * H**-0.5
+    score = np.where(visible_BTS[:, None], score, -1e30)
+    p = np.where(visible_BTS[:, None], np.exp(score - score.max(axis=-1, keepdims=True)), 0.0)
+    p /= np.maximum(p.sum(axis=-1, keepdims=True), 1e-30)
+    dp = np.einsum("BTNH,BSNH->BNTS", d_out_BTNH, v_BSNH)
+    ds = p * (dp - (p * dp).sum(axis=-1, keepdims=True)) * H**-0.5
+    dk, dv = np.einsum("BNTS,BTNH->BSNH", ds, q_BTNH), np.einsum("BNTS,BTNH->BSNH", p, d_out_BTNH)
+    grouped = (B, S, K, group, H)
+    return np.einsum("BNTS,BSNH->BTNH", ds, k_BSNH), dk.reshape(grouped).sum(axis=3), dv.reshape(grouped).sum(axis=3)
+
+
 def visible(q_pos_BT, kv_pos_BS, q_branch_BT=None, kv_branch_BS=None) -> np.ndarray:
     """bool [B, T, S]: 0 <= key position <= query position, and branch tags equal or one of them 0."""
     q, kv = np.asarray(q_pos_BT)[:, :, None], np.asarray(kv_pos_BS)[:, None, :]

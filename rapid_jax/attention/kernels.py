@@ -35,7 +35,7 @@ class Kernel(Protocol):
     """One device's attention of rows over slots; what sees what is told by positions and branch tags alone.
 
     `runs` promises how positions lie: rows and slots are that many equal runs of ascending positions, the later run
-    behind the earlier (the zigzag order has 2); empty slots come last in a run. 0 promises nothing.
+    behind the earlier (the zigzag order has 2), and no empty slot comes before a filled one. 0 promises nothing.
     """
 
     def forward(

@@ -9,6 +9,7 @@ from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, PromptsCo
 from rapid_jax.rapid import Rapid
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
@@ -135,3 +136,49 @@ def test_the_answer_does_not_wait_for_the_disk(config, tmp_path, monkeypatch):
     monkeypatch.setattr("rapid_jax.speculative.prefix_store.PrefixStore.save", lambda *given: told.append("saved"))
     answer = Rapid(kept, quiet=True).answer(words(100), QUESTION, on_text=told.append)
     assert told[-1] == "saved" and "".join(told[:-1]) == answer.text
+
+
+def test_a_mesh_gives_the_answer_of_one_device_and_shares_its_stored_prefill(config, tmp_path):
+    """One device stores the document's prefill; two meshes answer from it, and each from its own too."""
+    sampled = replace(config.sampling, temperature=0.8, seed=3)
+    kept = replace(config.cache, folder=str(tmp_path), prefix_gib=1.0)
+    base = replace(config, sampling=sampled, cache=kept)
+    document = words(300, seed=5)
+    first = Rapid(base, quiet=True).answer(document, QUESTION)
+    assert not first.prefix_reused and len(set(first.token_ids)) > 4
+    for mesh in (MeshConfig(context=4, model=2), MeshConfig(model=4, replicate_kv=True)):
+        again = Rapid(replace(base, mesh=mesh), quiet=True).answer(document, QUESTION)
+        assert again.prefix_reused and again.token_ids == first.token_ids
+        alone = Rapid(replace(base, mesh=mesh, cache=config.cache), quiet=True).answer(document, QUESTION)
+        assert not alone.prefix_reused and alone.token_ids == first.token_ids
+
+
+def test_a_drafter_on_its_own_devices_gives_the_same_answer(config, tmp_path):
+    """The drafter reads its prompt while the target reads the document: its prefill is not waited for."""
+    drafter = save_decoder(tmp_path / "drafter", seed=1)
+    settings = replace(
+        config,
+        models=replace(config.models, drafter=str(drafter)),
+        sampling=replace(config.sampling, temperature=0.8, seed=3),
+    )
+    one = Rapid(settings, quiet=True).answer(words(300), QUESTION)
+    apart = Rapid(replace(settings, mesh=MeshConfig(context=4), drafter_mesh=MeshConfig(model=2)), quiet=True)
+    assert apart.answer(words(300), QUESTION).token_ids == one.token_ids
+    devices = [
+        {shard.device for shard in model.decoder.norm_D[...].addressable_shards}
+        for model in (apart.target, apart.drafter)
+    ]
+    assert [len(each) for each in devices] == [4, 2] and not devices[0] & devices[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mesh": MeshConfig(data=2)}, "mesh.data: one question at a time has no batch to split, expected 1, got 2"),
+        ({"mesh": MeshConfig(context=3)}, r"prefill_chunk: expected a multiple of 6 \(2 x mesh.context\), got 128"),
+        ({"drafter_mesh": MeshConfig()}, "drafter_mesh is for a drafter with weights of its own"),
+    ],
+)
+def test_meshes_that_cannot_be_are_said_with_the_settings(config, settings, message):
+    with pytest.raises(InputError, match=message):
+        replace(config, **settings)

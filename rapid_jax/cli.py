@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `rapid`: answer a question about a document, convert a checkpoint.
+"""The command `rapid`: answer a question about a document, plan a run on a TPU slice, convert a checkpoint.
 
 Standard output carries the answer and nothing else; progress, what was retrieved and the summary go to standard error.
-Exit status: 0 done, 2 input that cannot be used (one line says why), 130 interrupted, 141 nobody reads the output.
+Exit status: 0 done, 2 input that cannot be used (one line says why), 3 a plan that does not fit, 75 another process of
+the run has ended, 130 interrupted, 141 nobody reads the output.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from rapid_jax import __version__
 from rapid_jax.config import RapidConfig
 from rapid_jax.documents import STDIN, read_document
+from rapid_jax.plan import command
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.distributed import start
 from rapid_jax.runtime.errors import InputError
@@ -51,9 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its number
     try:
-        options.run(options)
+        status = options.run(options)
         sys.stdout.flush()
-        return 0
+        return status or 0
     except InputError as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -104,6 +106,9 @@ def parser() -> argparse.ArgumentParser:
     answer.add_argument("--compare", action="store_true", help="answer in modes target and retrieval as well")
     answer.add_argument("--save-config", metavar="FILE", help="write the settings that ran")
     answer.add_argument("--quiet", action="store_true", help="print the answer alone; warnings still show")
+    plan = commands.add_parser("plan", help="what a run needs of a TPU slice, without hardware", allow_abbrev=False)
+    plan.set_defaults(run=command.run)
+    command.add_arguments(plan)
     convert = commands.add_parser("convert", help="write a checkpoint as a Hugging Face folder", allow_abbrev=False)
     convert.set_defaults(run=_convert)
     convert.add_argument("source", metavar="IN", help="checkpoint folder, .gguf file, or smollm2")

@@ -5,7 +5,7 @@ An array goes to the devices in the checkpoint's own order of axes, each device 
 there: transposing a large array in host memory is several times slower than reading it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -50,11 +50,7 @@ def build(
     Peak memory is the model and about one array. `read` must return arrays of the checkpoint's shapes; `table` says
     which mesh axis each letter is split over.
     """
-    rngs = cast(nnx.Rngs, _OneKey())
-    graph, abstract = nnx.split(
-        nnx.eval_shape(lambda: Decoder(config, layout=layout, dtype=dtype, rngs=rngs, mesh=mesh))
-    )
-    leaves: dict[Any, Any] = dict(nnx.to_flat_state(abstract))
+    graph, leaves = _outline(config, layout, dtype, mesh)
     filled: dict[Path, jax.Array] = {}
     every = weights(config)
     for weight in every:  # what cannot be split is said before anything is read
@@ -63,9 +59,9 @@ def build(
         for weight in every:
             path, stored = weight.path(layout), read(weight.key).reshape(weight.unflattened_shape)
             if layout == "stacked" and weight.layer is not None:
-                sharding = _sharding(mesh, weight.name, weight.axes, weight.shape, table, stacked=config.num_layers)
+                shape, sharding = _lying(config, weight, layout, mesh, table)
                 if path not in filled:
-                    filled[path] = _zeros((config.num_layers, *weight.shape), dtype, sharding)
+                    filled[path] = _zeros(shape, dtype, sharding)
                 placed = _placed(weight, stored, mesh, table)
                 filled[path] = _with_row(filled[path], placed, weight.layer, weight.to_ours, sharding)
             elif mesh is None and jax.default_backend() == "cpu":
@@ -78,6 +74,29 @@ def build(
             # Dispatch is asynchronous: without the wait, every array would be read before the first is turned.
             filled[path].block_until_ready()
             report.advance(1)
+    return _merged(graph, leaves, filled)
+
+
+def abstract(
+    config: ModelConfig, *, layout: Layout, dtype: jnp.dtype, mesh: Mesh | None = None, table: Table = PARAM
+) -> Decoder:
+    """The Decoder that `build` would give, with the shape of each parameter and where it lies in its place."""
+    graph, leaves = _outline(config, layout, dtype, mesh)
+    shapes = {}
+    for weight in weights(config):
+        shape, sharding = _lying(config, weight, layout, mesh, table)
+        shapes[weight.path(layout)] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    return _merged(graph, leaves, shapes)
+
+
+def _outline(config: ModelConfig, layout: Layout, dtype: jnp.dtype, mesh: Mesh | None) -> tuple[Any, dict[Any, Any]]:
+    """(the Decoder's structure, its parameters by path, without values)."""
+    rngs = cast(nnx.Rngs, _OneKey())
+    graph, empty = nnx.split(nnx.eval_shape(lambda: Decoder(config, layout=layout, dtype=dtype, rngs=rngs, mesh=mesh)))
+    return graph, dict(nnx.to_flat_state(empty))
+
+
+def _merged(graph: Any, leaves: dict[Any, Any], filled: Mapping[Path, Any]) -> Decoder:
     if filled.keys() != leaves.keys():
         raise ValueError(f"parameters without a checkpoint key: {sorted(map(str, filled.keys() ^ leaves.keys()))}")
     state = nnx.from_flat_state([(path, leaf.replace(filled[path])) for path, leaf in leaves.items()])
@@ -120,6 +139,15 @@ def _sharding(
     if stacked is not None:
         axes, shape = f"L{axes}", (stacked, *shape)
     return sharding_of(mesh, f"{stem}_{axes}", shape, table)
+
+
+def _lying(
+    config: ModelConfig, weight: Weight, layout: Layout, mesh: Mesh | None, table: Table
+) -> tuple[tuple[int, ...], NamedSharding | None]:
+    """(shape of the parameter that holds the weight, where it lies)."""
+    stacked = config.num_layers if layout == "stacked" and weight.layer is not None else None
+    shape = weight.shape if stacked is None else (stacked, *weight.shape)
+    return shape, _sharding(mesh, weight.name, weight.axes, weight.shape, table, stacked=stacked)
 
 
 def _laid(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:

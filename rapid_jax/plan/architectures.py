@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The architecture of a model that need not be there: from its folder's config.json, or the published one by name."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from rapid_jax.model.config import ModelConfig, from_hf
+from rapid_jax.runtime.errors import InputError
+
+_LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 5e5,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+}
+# As in the folders' own cards for more than 32,768 positions.
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+_QWEN: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 152064,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 131072,
+    "rope_scaling": _YARN,
+}
+_MISTRAL: dict[str, Any] = {
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e7,
+    "max_position_embeddings": 524288,
+    "sliding_window": None,
+}
+
+
+def _sizes(hidden: int, ffn: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    sizes = {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "num_attention_heads": heads}
+    return sizes | more
+
+
+# The published config.json of each, as far as it shapes a program.
+SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "llama-3.1-8b": _LLAMA | _sizes(4096, 14336, 32, 32),
+        "llama-3.1-70b": _LLAMA | _sizes(8192, 28672, 80, 64),
+        "qwen2.5-7b": _QWEN | _sizes(3584, 18944, 28, 28, num_key_value_heads=4),
+        "qwen2.5-72b": _QWEN | _sizes(8192, 29568, 80, 64, num_key_value_heads=8),
+        "mistral-7b": _MISTRAL | _sizes(4096, 14336, 32, 32),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A model's sizes, and where they are from."""
+
+    config: ModelConfig
+    said_by: str
+
+    def cut_to(self, layers: int | None) -> "Architecture":
+        """The same with only so many layers; None: all of them."""
+        if layers is None or layers >= self.config.num_layers:
+            return self
+        kept = dataclasses.replace(self.config, num_layers=layers)
+        return Architecture(kept, f"{self.said_by}, {layers} of its {self.config.num_layers} layers")
+
+
+def architecture_of(source: str, shape: str | None = None) -> Architecture:
+    """The architecture of a model by its `shape`'s name, else its folder's config.json, else its folder's name.
+
+    Weights are not looked at and need not be there. Raises InputError when nothing says what the architecture is.
+    """
+    if shape is not None:
+        if shape not in SHAPES:
+            raise InputError(f"unknown shape {shape!r}: expected one of {', '.join(SHAPES)}")
+        return Architecture(from_hf(SHAPES[shape]), f"the shape {shape}")
+    file = Path(source).expanduser() / "config.json"
+    if file.is_file():
+        try:
+            read = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(f"{file}: expected JSON: {error}") from error
+        return Architecture(from_hf(read), str(file))
+    plain = re.sub(r"[^a-z0-9]+", "", Path(source).name.lower())
+    for name in SHAPES:
+        if plain.startswith(re.sub(r"[^a-z0-9]+", "", name)):
+            return Architecture(from_hf(SHAPES[name]), f"the published {name}, since there is no {file}")
+    raise InputError(f"{source}: no {file}, and no known shape by that name: name one of {', '.join(SHAPES)}")

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a forward pass does on one device, counted from the architecture: the least that it can take.
+
+Of the compiled program this cannot be read: its own cost analysis counts the body of every loop once.
+"""
+
+from dataclasses import dataclass
+
+from rapid_jax.model.config import ModelConfig
+from rapid_jax.runtime.mesh_config import MeshConfig
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of one device."""
+
+    flops: float = 0.0
+    hbm_bytes: float = 0.0  # read, weights and cache alone
+
+    def __add__(self, other: "Work") -> "Work":
+        return Work(self.flops + other.flops, self.hbm_bytes + other.hbm_bytes)
+
+    def times(self, count: int) -> "Work":
+        """The same `count` times."""
+        return Work(self.flops * count, self.hbm_bytes * count)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward pass of a model over `tokens` tokens that see `seen` slots before them and half of one another."""
+
+    tokens: int
+    seen: int
+    rows: int  # logits
+
+
+def matrices(config: ModelConfig) -> int:
+    """Weights of all layers that are multiplied with every token."""
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    return config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+
+
+def work_of(config: ModelConfig, mesh: MeshConfig, run: Pass, itemsize: int, *, split_tokens: bool) -> Work:
+    """The work of a pass on one device.
+
+    `split_tokens`: tokens are split over the context axis (prefill); else every context device has all of them, and
+    its own part of the slots.
+    """
+    head = config.hidden_size * config.vocab_size
+    share = run.tokens / (mesh.context if split_tokens else 1)
+    pairs = run.tokens * (run.seen + run.tokens / 2) / mesh.context
+    width = config.num_layers * config.num_heads * config.head_dim
+    flops = (2 * matrices(config) * share + 2 * head * run.rows + 4 * width * pairs) / mesh.model
+    weights = (matrices(config) + head * (run.rows > 0)) / (mesh.model * mesh.fsdp)
+    kv_heads = max(config.num_kv_heads, mesh.model) / mesh.model
+    slots = run.seen if split_tokens else run.seen / mesh.context
+    cache = 2 * config.num_layers * kv_heads * config.head_dim * slots
+    return Work(flops, itemsize * (weights + cache))

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs of a run, with shapes in place of arrays: what `generate` and `prefill` would compile, and no more."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rapid_jax.attention.cache import Layers, Prefix, Tail, each_layer
+from rapid_jax.config import RapidConfig
+from rapid_jax.model.decoder import Block, Decoder
+from rapid_jax.model.placement import abstract
+from rapid_jax.plan.architectures import Architecture
+from rapid_jax.plan.cost import Pass, Work, work_of
+from rapid_jax.retrieval.config import chunk_count
+from rapid_jax.runtime.axes import PARAM, Table
+from rapid_jax.runtime.mesh import make_mesh, make_meshes
+from rapid_jax.runtime.mesh_config import MeshConfig
+from rapid_jax.speculative import apart, prefill
+from rapid_jax.speculative.draft import Draft
+from rapid_jax.speculative.loop import run_rounds
+from rapid_jax.speculative.sampling import Knobs, Law
+from rapid_jax.speculative.start import RECENT, Sizes, gammas_of, plan_of, start_state, text_slots
+from rapid_jax.speculative.state import Plan, Side, State
+
+QUESTION = 256  # tokens assumed for the question and the template's end, behind the document
+
+
+@dataclass(frozen=True)
+class Program:
+    """One compiled program of a run, and what surrounds it. `resident` are trees of `jax.ShapeDtypeStruct` by kind."""
+
+    name: str
+    lower: Callable[[], Any]  # the jax.stages.Lowered
+    resident: Mapping[str, Any]  # in memory while it runs, its arguments among them; each array once
+    work: Work  # of one device, one call: the costliest
+    total: Work  # of all calls
+    calls: int = 1
+    loops: tuple[int, ...] = ()  # how often a loop of unknown length runs, by nesting, outermost first
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A model on its devices with one prompt."""
+
+    decoder: Decoder
+    mesh: Mesh
+    sizes: MeshConfig
+    dtype: jnp.dtype
+    prompt: int  # tokens in the prefix
+    layout: prefill.Layout
+
+    def whole(self, tree: Any) -> Any:
+        """Shapes that are the same on every device."""
+        sharding = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    def int32(self, *shape: int, name: str = "") -> Any:
+        """Integers that lie as their name says."""
+        spec = prefill.serving(self.decoder, block=1).spec(name)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, spec))
+
+    def cache(self, slots: int, letter: str) -> Layers:
+        """Keys and values."""
+        made = jax.eval_shape(lambda: prefill.empty_cache(self.decoder, 1, slots, self.dtype, letter=letter))
+        sharding = prefill.cache_sharding(self.decoder, letter)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), made)
+
+    def prefix(self) -> Prefix:
+        """The prompt's keys and values."""
+        slots = self.layout.slots
+        return Prefix(self.cache(slots, "S"), self.int32(1, slots, name="pos_BS"), self.int32())
+
+    def tail(self, sizes: Sizes, suffix: int) -> Tail:
+        """Of a run whose prompt has `suffix` tokens behind the prefix."""
+        return Tail(self.cache(sizes.tail(suffix), "G"), self.int32(1), self.int32(1))
+
+    def side(self) -> Side:
+        """What a round reads."""
+        return Side(self.decoder, self.prefix(), self.int32(1, RECENT), self.int32(1))
+
+    def work(self, run: Pass, *, split_tokens: bool = False) -> Work:
+        """Of one device."""
+        item = jnp.dtype(self.dtype).itemsize
+        return work_of(self.decoder.config, self.sizes, run, item, split_tokens=split_tokens)
+
+
+def programs_of(
+    config: RapidConfig, devices: tuple[Any, ...], target: Architecture, drafter: Architecture | None, context: int
+) -> list[Program]:
+    """The programs of one question on a document that fills `context` positions, the answer included.
+
+    `drafter` None: the target's own weights, or no drafter. The prompts are as long as they can be: the target's all
+    but the answer, the drafter's what retrieval gives it. Raises InputError for what a run would refuse.
+    """
+    mode = config.speculation.mode
+    first, second = make_meshes(config.mesh, config.drafter_mesh, devices)
+    first = first or make_mesh(config.mesh, devices[:1])
+    short = chunk_count(context, config.retrieval) * config.retrieval.chunk_tokens + QUESTION
+    long = short if mode == "retrieval" else max(context - config.sampling.max_new_tokens - QUESTION, 1)
+    ours = _model(config, target, first, config.mesh, long)
+    if mode in ("target", "retrieval"):
+        theirs = None
+    elif drafter is None:
+        theirs = replace(ours, prompt=short - 2, layout=_layout(config, config.mesh, short - 2))
+    else:
+        theirs = _model(config, drafter, second or first, config.drafter_mesh or config.mesh, short - 2)
+    alone = theirs is None or theirs.decoder is ours.decoder
+    together = theirs is not None and theirs.mesh == ours.mesh
+    beside = [] if alone or not together or theirs is None else [theirs.decoder]
+    found = [_prefill(config, ours, "prefill", beside)]
+    if not alone and theirs is not None:
+        others = [ours.decoder, ours.prefix()] if together else []
+        found.append(_prefill(config, theirs, "drafter prefill", others))
+    if theirs is not None and not together:
+        return found + _halves(config, ours, theirs)
+    return [*found, _round(config, ours, theirs)]
+
+
+def _layout(config: RapidConfig, mesh: MeshConfig, prompt: int) -> prefill.Layout:
+    return prefill.Layout.of(prompt, config.compute.prefill_chunk, mesh.context)
+
+
+def _model(config: RapidConfig, architecture: Architecture, mesh: Mesh, sizes: MeshConfig, prompt: int) -> _Model:
+    table: Table = {**PARAM, "K": None} if sizes.replicate_kv else PARAM
+    dtype = jnp.dtype("bfloat16" if config.models.dtype == "auto" else config.models.dtype)
+    decoder = abstract(architecture.config, layout=config.models.layout, dtype=dtype, mesh=mesh, table=table)
+    return _Model(decoder, mesh, sizes, dtype, prompt, _layout(config, sizes, prompt))
+
+
+def _prefill(config: RapidConfig, model: _Model, name: str, others: list[Any]) -> Program:
+    """One chunk of a prompt: the last, which sees all before it. `others` is what else its devices hold."""
+    layout, compute = model.layout, config.compute
+    block = min(layout.chunk, prefill.LARGEST_BLOCK)
+    strategy = prefill.serving(model.decoder, block, compute.kernel, compute.context)
+    prefix = model.prefix()
+    tokens_BT, used = model.int32(1, layout.chunk, name="tokens_BT"), model.int32()
+    passes = [Pass(layout.chunk, index * layout.chunk, 0) for index in range(layout.chunks)]
+    works = [model.work(run, split_tokens=True) for run in passes]
+    stacked = isinstance(model.decoder.blocks, Block)
+    parts = 1 if stacked else model.decoder.config.num_layers
+
+    def lower():
+        if stacked:
+            arguments = (model.decoder, tokens_BT, prefix.layers, prefix.pos_BS, used, tokens_BT)
+            return prefill._chunk_stacked.lower(*arguments, strategy=strategy)
+        config = model.decoder.config
+        spec = NamedSharding(model.mesh, strategy.spec("x_BTD"))
+        x_BTD = jax.ShapeDtypeStruct((1, layout.chunk, config.hidden_size), model.dtype, sharding=spec)
+        angle = jax.ShapeDtypeStruct((1, layout.chunk, config.head_dim // 2), jnp.float32, sharding=spec)
+        arguments = (x_BTD, angle, angle, each_layer(prefix.layers)[0], prefix.pos_BS, used, tokens_BT)
+        return prefill._chunk_layer.lower(model.decoder.blocks[0], *arguments, strategy=strategy)  # type: ignore[index]
+
+    resident = _by_kind(model.decoder, prefix, *others, other=(tokens_BT, tokens_BT, used))
+    one = Work(works[-1].flops / parts, works[-1].hbm_bytes / parts)
+    total = Work(math.fsum(work.flops for work in works), math.fsum(work.hbm_bytes for work in works))
+    return Program(name, lower, resident, one, total, layout.chunks * parts)
+
+
+def _by_kind(*parts: Any, other: Any) -> dict[str, Any]:
+    """Decoders are weights, prefixes and tails are cache."""
+    return {
+        "weights": [part for part in parts if isinstance(part, Decoder)],
+        "cache": [part for part in parts if not isinstance(part, Decoder)],
+        "other": other,
+    }
+
+
+@dataclass(frozen=True)
+class _Rounds:
+    """What the rounds of a run share."""
+
+    law: Law
+    knobs: Knobs
+    plan: Plan
+    sizes: Sizes
+    state: dict[str, Any]
+    text: int
+
+
+def _rounds(config: RapidConfig, target: _Model, drafter: _Model | None) -> _Rounds:
+    speculation, sampling = config.speculation, config.sampling
+    models = [target] if drafter is None else [target, drafter]
+    vocabulary = min(model.decoder.config.vocab_size for model in models)
+    gamma = 0 if drafter is None else max(gammas_of(speculation))
+    law = Law.of(sampling, speculation, (vocabulary - 1,))
+    plan = plan_of(speculation, block=config.compute.attention_block, vocabulary=vocabulary)
+    copying = speculation.lookup != "off" and (gamma > 0 or law.greedy or speculation.effective_eta == 0)
+    plan = replace(plan, gamma=gamma, copies=plan.copies * copying)
+    sizes = Sizes.of(speculation, sampling)
+    seen = jax.ShapeDtypeStruct((1, vocabulary), bool) if law.penalty else None
+    state = start_state([0], sizes, sampling.max_new_tokens, (seen, seen if drafter is not None else None))  # type: ignore[arg-type]
+    text = text_slots(sum(model.prompt for model in models) + 2, speculation.lookup_match)
+    return _Rounds(law, Knobs.of(sampling, speculation), plan, sizes, state, text)
+
+
+def _passes(rounds: _Rounds, target: _Model, drafter: _Model | None) -> tuple[Work, Work]:
+    """(the drafts of a round one by one, their verification)."""
+    gamma, copies = rounds.plan.gamma, rounds.plan.copies
+    fed = gamma + 1 if gamma else copies + 1
+    verified = target.work(Pass(fed, target.prompt, fed))
+    if drafter is None or not gamma:
+        return Work(), verified
+    steps = [2 + copies] * gamma if copies else [2] + [1] * (gamma - 1)
+    works = (drafter.work(Pass(fed, drafter.prompt, copies + 1)) for fed in steps)
+    return sum(works, Work()), verified
+
+
+def _round(config: RapidConfig, target: _Model, drafter: _Model | None) -> Program:
+    """Draft and verify in one program."""
+    rounds = _rounds(config, target, drafter)
+    sides = target.side(), None if drafter is None else drafter.side()
+    tails = target.tail(rounds.sizes, QUESTION), None if drafter is None else drafter.tail(rounds.sizes, 0)
+    state = State(target_tail=tails[0], draft_tail=tails[1], **target.whole(rounds.state))
+    text, knobs = target.int32(1, rounds.text), target.whole(rounds.knobs)
+    drafted, verified = _passes(rounds, target, drafter)
+
+    def lower():
+        arguments = (*sides, text, state, knobs, target.int32())
+        return run_rounds.lower(*arguments, law=rounds.law, plan=rounds.plan)
+
+    decoders = [target.decoder]
+    if drafter is not None and drafter.decoder is not target.decoder:
+        decoders.append(drafter.decoder)
+    caches = [x for x in (*(side.prefix for side in sides if side is not None), *tails) if x is not None]
+    rest = replace(state, target_tail=None, draft_tail=None)  # type: ignore[arg-type]
+    resident = _by_kind(*decoders, *caches, other=(text, rest, knobs))
+    work = drafted + verified
+    return Program("round", lower, resident, work, work, loops=(1, _draft_loop(rounds.plan)))
+
+
+def _draft_loop(plan: Plan) -> int:
+    """How often the loop of the drafter's steps runs; without copies the first step is outside of it."""
+    return max(plan.gamma - (plan.copies == 0), 1)
+
+
+def _halves(config: RapidConfig, target: _Model, drafter: _Model) -> list[Program]:
+    """Draft and verify on devices of their own."""
+    rounds = _rounds(config, target, drafter)
+    tail, near = drafter.tail(rounds.sizes, 0), target.tail(rounds.sizes, QUESTION)
+    state = State(target_tail=near, draft_tail=None, **target.whole(rounds.state))
+    outline = replace(state, target_tail=replace(near, layers=()), target_seen_BV=None)
+    known, knobs = drafter.whole(outline), rounds.knobs
+    texts = [model.int32(1, rounds.text) for model in (target, drafter)]
+    side, law, plan = drafter.side(), rounds.law, rounds.plan
+    drafted, verified = _passes(rounds, target, drafter)
+
+    def lower_draft():
+        arguments = (side, known, tail, texts[1], drafter.whole(knobs))
+        return apart._drafted.lower(*arguments, law=law, plan=plan)
+
+    def lower_verify():
+        shapes = jax.eval_shape(lambda: Draft.empty(1, plan.gamma, law, plan.vocabulary))
+        draft = target.whole(shapes) if plan.gamma else None
+        arguments = (target.side(), state, draft, texts[0], target.whole(knobs))
+        return apart._verified.lower(*arguments, law=law, plan=plan)
+
+    theirs = _by_kind(drafter.decoder, side.prefix, tail, other=(texts[1], known, drafter.whole(knobs)))
+    rest = replace(state, target_tail=None)  # type: ignore[arg-type]
+    ours = _by_kind(target.decoder, target.prefix(), near, other=(texts[0], rest, target.whole(knobs)))
+    return [
+        Program("draft", lower_draft, theirs, drafted, drafted, loops=(_draft_loop(plan),)),
+        Program("verify", lower_verify, ours, verified, verified),
+    ]

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is planned is what runs: the same programs with arrays of the same shapes in the same places."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rapid_jax.config import ComputeConfig, ModelsConfig, RapidConfig
+from rapid_jax.plan import programs
+from rapid_jax.plan.architectures import Architecture
+from rapid_jax.plan.cost import Pass, work_of
+from rapid_jax.plan.programs import QUESTION, programs_of
+from rapid_jax.plan.report import tiled_bytes
+from rapid_jax.retrieval.config import RetrievalConfig
+from rapid_jax.runtime.mesh import make_meshes
+from rapid_jax.runtime.mesh_config import MeshConfig
+from rapid_jax.speculative import apart, generate, prefill
+from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from tests.speculative.models import Weights, config_of
+
+VOCABULARY, CONTEXT, NEW = 64, 512, 16
+LONG, SHORT = CONTEXT - NEW - QUESTION, 64 + QUESTION
+SETTINGS = {
+    "sampled": (
+        SpeculationConfig(gamma=3, lookup="on"),
+        SamplingConfig(temperature=0.7, top_k=5, repetition_penalty=1.1, max_new_tokens=NEW),
+    ),
+    "greedy": (SpeculationConfig(gamma=2, lookup="off"), SamplingConfig(temperature=0.0, max_new_tokens=NEW)),
+}
+
+
+class Spy:
+    """A jitted function that remembers what it was called with, and what it was lowered with."""
+
+    def __init__(self, real):
+        self.real, self.ran, self.planned = real, [], []
+
+    def __call__(self, *args, **static):
+        self.ran.append(
+            (jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), args), static)
+        )
+        return self.real(*args, **static)
+
+    def lower(self, *args, **static):
+        self.planned.append((args, static))
+
+
+def config_for(settings: str, mesh: MeshConfig, layout="stacked", drafter_mesh=None) -> RapidConfig:
+    speculation, sampling = SETTINGS[settings]
+    drafter = "other" if drafter_mesh else "same"
+    return RapidConfig(
+        models=ModelsConfig(target="none", drafter=drafter, dtype="float32", layout=layout, max_context=CONTEXT),
+        retrieval=RetrievalConfig(chunk_tokens=32, compression=8, min_tokens=64),
+        speculation=speculation,
+        sampling=sampling,
+        mesh=mesh,
+        drafter_mesh=drafter_mesh,
+        compute=ComputeConfig(prefill_chunk=64, attention_block=128, kernel="xla"),
+    )
+
+
+def run(config: RapidConfig) -> None:
+    """The prompts that a plan assumes, answered."""
+    rng = np.random.default_rng(0)
+    weights, meshes = Weights.lively(VOCABULARY), make_meshes(config.mesh, config.drafter_mesh)
+    target = weights.decoder(config.models.layout, mesh=meshes[0])
+    drafter = target if config.drafter_mesh is None else weights.decoder(config.models.layout, mesh=meshes[1])
+
+    def prompted(decoder, length: int, cached: int) -> generate.Prompted:
+        tokens = rng.integers(0, VOCABULARY, length).tolist()
+        compute = {"chunk": config.compute.prefill_chunk, "dtype": jnp.dtype("float32"), "kernel": "xla"}
+        return generate.Prompted(decoder, [tokens], prefill.prefill(decoder, [tokens[:cached]], **compute), [cached])
+
+    long, short = prompted(target, LONG + QUESTION, LONG), prompted(drafter, SHORT, SHORT - 2)
+    generate.generate(
+        long,
+        short,
+        speculation=config.speculation,
+        sampling=config.sampling,
+        stops=(VOCABULARY - 1,),
+        texts=[[*long.prompts[0][:LONG], *short.prompts[0]]],
+        block=config.compute.attention_block,
+    )
+
+
+def planned(config: RapidConfig) -> list[programs.Program]:
+    architecture = Architecture(config_of(VOCABULARY), "the test")
+    drafter = None if config.drafter_mesh is None else architecture
+    found = programs_of(config, tuple(jax.devices()), architecture, drafter, CONTEXT)
+    for program in found:
+        program.lower()
+    return found
+
+
+def check(spy: Spy) -> None:
+    """Every planned call was one of those that ran, with arrays that lie alike."""
+    for args, static in spy.planned:
+        matching = [
+            ran for ran, other in spy.ran if other == static and jax.tree.structure(ran) == jax.tree.structure(args)
+        ]
+        places = [[(x.shape, x.dtype) for x in jax.tree.leaves(ran)] for ran in matching]
+        assert [(x.shape, x.dtype) for x in jax.tree.leaves(args)] in places
+        ran = matching[places.index([(x.shape, x.dtype) for x in jax.tree.leaves(args)])]
+        for mine, theirs in zip(jax.tree.leaves(args), jax.tree.leaves(ran), strict=True):
+            assert mine.sharding.is_equivalent_to(theirs.sharding, len(mine.shape))
+
+
+@pytest.mark.parametrize(("settings", "layout"), [("sampled", "stacked"), ("greedy", "unrolled")])
+def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str):
+    rounds, stacked, layers = Spy(generate.run_rounds), Spy(prefill._chunk_stacked), Spy(prefill._chunk_layer)
+    monkeypatch.setattr(generate, "run_rounds", rounds)
+    monkeypatch.setattr(programs, "run_rounds", rounds)
+    monkeypatch.setattr(prefill, "_chunk_stacked", stacked)
+    monkeypatch.setattr(prefill, "_chunk_layer", layers)
+    config = config_for(settings, MeshConfig(context=2, model=2), layout)
+    run(config)
+    assert [program.name for program in planned(config)] == ["prefill", "round"]
+    for spy in (rounds, stacked if layout == "stacked" else layers):
+        assert len(spy.planned) == 1
+        check(spy)
+
+
+def test_the_halves_of_a_round_apart_are_those_that_run(monkeypatch):
+    draft, verify = Spy(apart._drafted), Spy(apart._verified)
+    monkeypatch.setattr(apart, "_drafted", draft)
+    monkeypatch.setattr(apart, "_verified", verify)
+    config = config_for("sampled", MeshConfig(context=2, model=2), drafter_mesh=MeshConfig(model=2))
+    run(config)
+    assert [program.name for program in planned(config)] == ["prefill", "drafter prefill", "draft", "verify"]
+    check(draft)
+    check(verify)
+
+
+@pytest.mark.parametrize(("mode", "names"), [("target", ["prefill", "round"]), ("retrieval", ["prefill", "round"])])
+def test_modes_without_a_drafter(mode, names):
+    speculation = SpeculationConfig(mode=mode, gamma=3)
+    config = RapidConfig(
+        speculation=speculation, mesh=MeshConfig(model=2), compute=ComputeConfig(prefill_chunk=64, kernel="xla")
+    )
+    found = programs_of(config, tuple(jax.devices()), Architecture(config_of(VOCABULARY), "the test"), None, CONTEXT)
+    assert [program.name for program in found] == names
+    assert found[-1].lower().as_text()
+
+
+def test_work_of_a_pass_by_hand():
+    config, mesh = config_of(VOCABULARY), MeshConfig(context=2, model=2)
+    layer = 32 * (2 * 32 + 2 * 16) + 3 * 32 * 48
+    work = work_of(config, mesh, Pass(8, 100, 8), 2, split_tokens=False)
+    assert work.flops == (2 * 2 * layer * 8 + 2 * 32 * VOCABULARY * 8 + 4 * 2 * 32 * 8 * 104 / 2) / 2
+    assert work.hbm_bytes == 2 * ((2 * layer + 32 * VOCABULARY) / 2 + 2 * 2 * 1 * 8 * 50)
+    assert work_of(config, mesh, Pass(8, 100, 0), 2, split_tokens=True).flops < work.flops
+
+
+def test_bytes_are_those_of_whole_tiles():
+    def array(*shape: int, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    assert tiled_bytes([array(16, 128), array(16, 256)]) == 16 * 384 * 2
+    assert tiled_bytes(array(16, 64)) == 16 * 128 * 2  # half of every lane is empty
+    assert tiled_bytes(array(3, 5, 4, 128)) == 3 * 5 * 4 * 128 * 2
+    assert tiled_bytes(array(7, dtype=jnp.int32)) == 128 * 4

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs of whole runs: each fits its chip, keys and values stay where they are, transfers run under kernels."""
+
+import argparse
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from rapid_jax.config import RapidConfig
+from rapid_jax.plan import command
+from rapid_jax.plan.architectures import architecture_of
+from rapid_jax.plan.hlo import gathered_kv, schedule, under_kernels
+from rapid_jax.plan.programs import programs_of
+from rapid_jax.plan.report import Result, examined
+from rapid_jax.plan.topologies import GIB, topology_of
+from rapid_jax.runtime import settings
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "rapid"
+HEAD_DIM = 128
+
+
+def planned(name: str, topology: str, program: str) -> tuple[Result, int]:
+    """(the program's plan, a device's share of the document's slots), at full depth: the layers are scanned."""
+    config = settings.load(RapidConfig, CONFIGS / f"{name}.yaml")
+    devices, context = topology_of(topology), config.models.max_context
+    assert context is not None
+    programs = programs_of(config, devices.devices, architecture_of(config.models.target), None, context)
+    (found,) = [item for item in programs if item.name == program]
+    return examined(found, devices), context // config.mesh.context
+
+
+# The most GiB that a chip may need: what was planned, and a tenth.
+@pytest.mark.parametrize(
+    ("name", "topology", "program", "most"),
+    [
+        ("llama31_8b_128k_v5p_2x2x1", "v5p:2x2x1", "prefill", 9.1),
+        ("llama31_8b_128k_v5p_2x2x1", "v5p:2x2x1", "round", 10.0),
+        ("llama31_8b_128k_v6e_4x4", "v6e:4x4", "prefill", 3.7),
+        ("llama31_8b_128k_v6e_4x4", "v6e:4x4", "round", 3.8),
+        ("llama31_8b_512k_v5p_4x4x4", "v5p:4x4x4", "prefill", 3.7),
+        ("llama31_8b_512k_v5p_4x4x4", "v5p:4x4x4", "round", 3.9),
+        ("llama31_70b_128k_v5p_4x4x4", "v5p:4x4x4", "round", 15.5),
+    ],
+)
+def test_a_program_fits_and_no_key_or_value_is_gathered(name: str, topology: str, program: str, most: float):
+    result, slots = planned(name, topology, program)
+    assert result.text
+    assert result.fits
+    assert result.bytes_per_chip["peak"] < most * GIB
+    assert gathered_kv(result.text, slots=slots, head_dim=HEAD_DIM) == []
+    # Nor is a matrix of weights, or the table of embeddings.
+    gathers = result.collectives.get("all-gather", {"count": 0, "bytes": 0})
+    assert gathers["bytes"] <= gathers["count"] * 8 * 2**20
+    assert "all-to-all" not in result.collectives
+    loops = schedule(result.text)
+    if program == "prefill" and result.chips > 16:  # more than two devices share the document: hops in a loop
+        hops = [events for events in loops.values() if sum(event.kind == "kernel" for event in events) == 2]
+        assert hops
+        assert all(map(under_kernels, hops))
+
+
+SLICES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\n# Plan: " in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", SLICES, ids=lambda path: path.stem)
+def test_the_settings_of_a_slice_can_be_split_over_it(path: Path, monkeypatch):
+    monkeypatch.chdir(CONFIGS.parents[1])
+    text = path.read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    (words,) = re.findall(r"^# Plan: +rapid plan (.+)$", text, re.MULTILINE)
+    options = parser.parse_args(shlex.split(words))
+    config, slice_ = settings.load(RapidConfig, path), topology_of(options.topology)
+    assert settings.load(RapidConfig, Path(options.config)) == config
+    wanted = config.mesh.devices + (config.drafter_mesh.devices if config.drafter_mesh else 0)
+    assert wanted == len(slice_.devices)
+    models = command._architectures(config, options)
+    context = config.models.max_context
+    assert context is not None
+    programs = programs_of(config, slice_.devices, *models, context)
+    said = re.findall(r"^# +([a-z ]+): [\d.]+ GiB", text, re.MULTILINE)
+    assert said == [program.name for program in programs]
+
+
+def test_there_are_settings_for_slices():
+    assert len(SLICES) >= 10

@@ -214,17 +214,16 @@ class Rapid:
             prompted = Prompted(self.target.decoder, [short.tokens], prefix, [len(short.tokens) - 1])
             texts = [short.tokens]
         else:
-            drafting, short_prefix = mode != "target" and short is not None, None
-            if drafting and self._meshes[0] != self._meshes[1]:
-                # On devices of its own: under way while the target reads the document.
-                short_prefix = self._prefilled(self.drafter.decoder, short.tokens[:-2], None)
+            drafts = short if mode != "target" else None
+            apart = drafts is not None and self._meshes[0] != self._meshes[1]
+            # On devices of its own the drafter reads while the target reads the document: nothing waits for it here.
+            short_prefix = self._drafter_prefix(drafts, wait=False) if drafts is not None and apart else None
             prefix, reused = self._document_prefix(long.head)
             prompted = Prompted(self.target.decoder, [long.tokens], prefix, [len(long.head)])
-            if drafting:
-                if short_prefix is None:
-                    short_prefix = self._prefilled(self.drafter.decoder, short.tokens[:-2], "prefill (drafter)")
-                drafted = Prompted(self.drafter.decoder, [short.tokens], short_prefix, [len(short.tokens) - 2])
-                texts = [long.head + short.tokens]
+            if drafts is not None:
+                short_prefix = short_prefix or self._drafter_prefix(drafts, wait=True)
+                drafted = Prompted(self.drafter.decoder, [drafts.tokens], short_prefix, [len(drafts.tokens) - 2])
+                texts = [long.head + drafts.tokens]
         jax.block_until_ready((prompted.prefix, None if drafted is None else drafted.prefix))
         prefill_seconds = time.perf_counter() - start
         generation = generate(
@@ -238,6 +237,9 @@ class Rapid:
             on_tokens=transcript.on_tokens,
         )
         return generation, reused, prefill_seconds
+
+    def _drafter_prefix(self, prompt: Prompt, *, wait: bool) -> Prefix:
+        return self._prefilled(self.drafter.decoder, prompt.tokens[:-2], "prefill (drafter)" if wait else None)
 
     def _prefilled(self, decoder: Decoder, tokens: list[int], label: str | None) -> Prefix:
         """The prefix of one prompt; without a label it is only under way."""

@@ -119,7 +119,10 @@ def _committed(
     law: Law,
     plan: Plan,
 ) -> State:
-    """The state, but for what the tails hold, with the accepted drafts and the token after them, cut at a stop token and at the row's limit."""
+    """The state with the accepted drafts and the token after them, cut at a stop token and at the row's limit.
+
+    The tails' lengths are moved; what they hold is the caller's.
+    """
     index = jnp.arange(draft.tokens_BG.shape[1] + 1)
     accepted = index < n_B[:, None]
     fresh_BG = jnp.where(accepted, jnp.pad(draft.tokens_BG, ((0, 0), (0, 1))), token_B[:, None])

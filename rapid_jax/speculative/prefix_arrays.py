@@ -48,7 +48,8 @@ def to_host(prefix: Prefix, layer: int, order: np.ndarray, copies: int) -> dict[
 
 def _mesh_of(prefix: Prefix) -> Mesh | None:
     sharding = jax.tree.leaves(prefix.layers)[0].sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 @partial(jax.jit, static_argnames=("used", "copies", "mesh"))

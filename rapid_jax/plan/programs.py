@@ -22,7 +22,7 @@ from rapid_jax.runtime.mesh import make_mesh, make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative import apart, prefill
 from rapid_jax.speculative.draft import Draft
-from rapid_jax.speculative.loop import run_rounds
+from rapid_jax.speculative.loop import run_rounds_on_tpu
 from rapid_jax.speculative.sampling import Knobs, Law
 from rapid_jax.speculative.start import RECENT, Sizes, gammas_of, plan_of, start_state, text_slots
 from rapid_jax.speculative.state import Plan, Side, State
@@ -220,8 +220,10 @@ def _round(config: RapidConfig, target: _Model, drafter: _Model | None) -> Progr
     drafted, verified = _passes(rounds, target, drafter)
 
     def lower():
-        arguments = (*sides, text, state, knobs, target.int32())
-        return run_rounds.lower(*arguments, law=rounds.law, plan=rounds.plan)
+        target_side, drafter_side = sides
+        beside = None if drafter_side is None else drafter_side.beside(target_side)
+        arguments = (target_side, beside, text, state, knobs, target.int32())
+        return run_rounds_on_tpu.lower(*arguments, law=rounds.law, plan=rounds.plan)
 
     decoders = [target.decoder]
     if drafter is not None and drafter.decoder is not target.decoder:
@@ -251,13 +253,13 @@ def _halves(config: RapidConfig, target: _Model, drafter: _Model) -> list[Progra
 
     def lower_draft():
         arguments = (side, known, tail, texts[1], drafter.whole(knobs))
-        return apart._drafted.lower(*arguments, law=law, plan=plan)
+        return apart._drafted_on_tpu.lower(*arguments, law=law, plan=plan)
 
     def lower_verify():
         shapes = jax.eval_shape(lambda: Draft.empty(1, plan.gamma, law, plan.vocabulary))
         draft = target.whole(shapes) if plan.gamma else None
         arguments = (target.side(), state, draft, texts[0], target.whole(knobs))
-        return apart._verified.lower(*arguments, law=law, plan=plan)
+        return apart._verified_on_tpu.lower(*arguments, law=law, plan=plan)
 
     theirs = _by_kind(drafter.decoder, side.prefix, tail, other=(texts[1], known, drafter.whole(knobs)))
     rest = replace(state, target_tail=None)  # type: ignore[arg-type]

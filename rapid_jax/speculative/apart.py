@@ -11,24 +11,29 @@ from functools import partial
 import jax
 
 from rapid_jax.attention.cache import Tail
+from rapid_jax.attention.kernels import platform_of
 from rapid_jax.runtime.mesh import moved, whole
 from rapid_jax.speculative.draft import Draft
-from rapid_jax.speculative.loop import copies_alone, drafted, verified
+from rapid_jax.speculative.loop import TPU_OPTIONS, copies_alone, drafted, verified
 from rapid_jax.speculative.sampling import Knobs, Law
 from rapid_jax.speculative.state import Plan, Side, State
 
 
-@partial(jax.jit, static_argnames=("law", "plan"), donate_argnames="tail")
-def _drafted(drafter: Side, state: State, tail: Tail, text_BM, knobs: Knobs, *, law: Law, plan: Plan):
+def _draft(drafter: Side, state: State, tail: Tail, text_BM, knobs: Knobs, *, law: Law, plan: Plan):
     draft, tail = drafted(drafter, state, tail, text_BM, knobs, law, plan)
     return whole(drafter.decoder.mesh, draft), tail
 
 
-@partial(jax.jit, static_argnames=("law", "plan"), donate_argnames="state")
-def _verified(target: Side, state: State, draft: Draft | None, text_BM, knobs: Knobs, *, law: Law, plan: Plan) -> State:
+def _verify(target: Side, state: State, draft: Draft | None, text_BM, knobs: Knobs, *, law: Law, plan: Plan) -> State:
     if draft is None:
         draft = copies_alone(target, state, text_BM, law, plan)
     return verified(target, state, draft, knobs, law, plan)
+
+
+_draft_jit = partial(jax.jit, _draft, static_argnames=("law", "plan"), donate_argnames="tail")
+_verify_jit = partial(jax.jit, _verify, static_argnames=("law", "plan"), donate_argnames="state")
+_drafted, _drafted_on_tpu = _draft_jit(), _draft_jit(compiler_options=dict(TPU_OPTIONS))
+_verified, _verified_on_tpu = _verify_jit(), _verify_jit(compiler_options=dict(TPU_OPTIONS))
 
 
 def run_rounds_apart(
@@ -46,6 +51,8 @@ def run_rounds_apart(
     A round after every row is done changes nothing. The given state is used up; its tails stay on their own devices.
     """
     target, drafter = sides
+    tpu = platform_of(target.decoder.mesh) == "tpu"
+    draft_half, target_half = (_drafted_on_tpu, _verified_on_tpu) if tpu else (_drafted, _verified)
     draft_tail = state.draft_tail
     state = replace(state, draft_tail=None)
     for _ in range(rounds):
@@ -53,7 +60,7 @@ def run_rounds_apart(
         if plan.gamma:
             outline = replace(state, target_tail=replace(state.target_tail, layers=()), target_seen_BV=None)
             known = moved(outline, drafter.decoder.mesh)
-            draft, draft_tail = _drafted(drafter, known, draft_tail, texts[1], knobs[1], law=law, plan=plan)
+            draft, draft_tail = draft_half(drafter, known, draft_tail, texts[1], knobs[1], law=law, plan=plan)
             draft = moved(draft, target.decoder.mesh)
-        state = _verified(target, state, draft, texts[0], knobs[0], law=law, plan=plan)
+        state = target_half(target, state, draft, texts[0], knobs[0], law=law, plan=plan)
     return replace(state, draft_tail=draft_tail)

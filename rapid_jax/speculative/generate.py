@@ -10,12 +10,13 @@ import jax
 import numpy as np
 
 from rapid_jax.attention.cache import Prefix, Tail
+from rapid_jax.attention.kernels import platform_of
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import agreed, replicated
 from rapid_jax.speculative.apart import run_rounds_apart
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
-from rapid_jax.speculative.loop import run_rounds
+from rapid_jax.speculative.loop import run_rounds, run_rounds_on_tpu
 from rapid_jax.speculative.prefill import extend, new_tail
 from rapid_jax.speculative.sampling import Knobs, Law
 from rapid_jax.speculative.schedule import CopyGate, Observation, gamma_schedule
@@ -130,9 +131,9 @@ class _Rounds:
             self.state = run_rounds_apart(sides, texts, self.state, knobs, rounds, law=self.law, plan=plan)
             return
         count = replicated(self.meshes[0], np.int32(rounds))
-        self.state = run_rounds(
-            target, drafter, self.texts[0], self.state, self.knobs[0], count, law=self.law, plan=plan
-        )
+        program = run_rounds_on_tpu if platform_of(self.meshes[0]) == "tpu" else run_rounds
+        beside = None if drafter is None else drafter.beside(target)
+        self.state = program(target, beside, self.texts[0], self.state, self.knobs[0], count, law=self.law, plan=plan)
 
     def _compile(self, plan: Plan) -> None:
         """Runs rounds of the plan that change nothing: none of them, or one with every row done."""

@@ -8,6 +8,7 @@ the two halves of a round on devices of their own.
 
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,11 @@ from rapid_jax.speculative.sampling import (
 )
 from rapid_jax.speculative.state import Origin, Plan, Side, State, known_tokens, put, window
 
+# Without this option the TPU compiler comes to no end on some rounds (libtpu 0.0.42.1; plain temperature with copies).
+TPU_OPTIONS = MappingProxyType({"xla_disable_hlo_passes": "while-loop-invariant-code-motion"})
 
-@partial(jax.jit, static_argnames=("law", "plan"), donate_argnames="state")
-def run_rounds(
+
+def _run_rounds(
     target: Side,
     drafter: Side | None,
     text_BM: jax.Array,
@@ -42,7 +45,11 @@ def run_rounds(
     law: Law,
     plan: Plan,
 ) -> State:
-    """The state after `rounds` rounds, or fewer when every row is done. The given state is used up."""
+    """The state after `rounds` rounds, or fewer when every row is done. The given state is used up.
+
+    The drafter comes as `Side.beside` makes it.
+    """
+    drafter = None if drafter is None else drafter.with_decoder_of(target)
 
     def one(item):
         index, state = item
@@ -53,6 +60,10 @@ def run_rounds(
         return (index < rounds) & ~jnp.all(state.done_B)
 
     return lax.while_loop(more, one, (jnp.int32(0), state))[1]
+
+
+_jit = partial(jax.jit, static_argnames=("law", "plan"), donate_argnames="state")
+run_rounds, run_rounds_on_tpu = _jit(_run_rounds), _jit(_run_rounds, compiler_options=dict(TPU_OPTIONS))
 
 
 def one_round(

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a round reads and what it changes."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import IntEnum
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,14 @@ class Side:
     prefix: Prefix
     recent_BR: jax.Array  # int32, the last R tokens of its prompt
     prompt_B: jax.Array  # int32, tokens of its prompt
+
+    def beside(self, other: "Side") -> "Side":
+        """Without a decoder if it is the other's: what a program is given twice it also copies twice."""
+        return replace(self, decoder=cast(Decoder, None)) if self.decoder is other.decoder else self
+
+    def with_decoder_of(self, other: "Side") -> "Side":
+        """The inverse of `beside`."""
+        return replace(self, decoder=other.decoder) if self.decoder is None else self
 
 
 @jax.tree_util.register_dataclass

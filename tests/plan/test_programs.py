@@ -110,7 +110,7 @@ def check(spy: Spy) -> None:
 def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str):
     rounds, stacked, layers = Spy(generate.run_rounds), Spy(prefill._chunk_stacked), Spy(prefill._chunk_layer)
     monkeypatch.setattr(generate, "run_rounds", rounds)
-    monkeypatch.setattr(programs, "run_rounds", rounds)
+    monkeypatch.setattr(programs, "run_rounds_on_tpu", rounds)
     monkeypatch.setattr(prefill, "_chunk_stacked", stacked)
     monkeypatch.setattr(prefill, "_chunk_layer", layers)
     config = config_for(settings, MeshConfig(context=2, model=2), layout)
@@ -123,8 +123,9 @@ def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str):
 
 def test_the_halves_of_a_round_apart_are_those_that_run(monkeypatch):
     draft, verify = Spy(apart._drafted), Spy(apart._verified)
-    monkeypatch.setattr(apart, "_drafted", draft)
-    monkeypatch.setattr(apart, "_verified", verify)
+    for suffix in ("", "_on_tpu"):
+        monkeypatch.setattr(apart, f"_drafted{suffix}", draft)
+        monkeypatch.setattr(apart, f"_verified{suffix}", verify)
     config = config_for("sampled", MeshConfig(context=2, model=2), drafter_mesh=MeshConfig(model=2))
     run(config)
     assert [program.name for program in planned(config)] == ["prefill", "drafter prefill", "draft", "verify"]

@@ -58,7 +58,8 @@ def test_a_program_fits_and_no_key_or_value_is_gathered(name: str, topology: str
     if program == "prefill" and result.chips > 16:  # more than two devices share the document: hops in a loop
         hops = [events for events in loops.values() if sum(event.kind == "kernel" for event in events) == 2]
         assert hops
-        assert all(map(under_kernels, hops))
+        # The prefix's keys and values; those of the chunk itself, a sixteenth of them, may come after.
+        assert all(under_kernels(events, 4 * 2**20) for events in hops)
 
 
 SLICES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\n# Plan: " in path.read_text(encoding="utf-8")]

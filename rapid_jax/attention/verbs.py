@@ -9,7 +9,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from rapid_jax.attention.cache import KV, Prefix, Tail, write
 from rapid_jax.attention.partial import Slots, attend_blockwise, finish, fold, merge, unfold
@@ -56,21 +55,18 @@ def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Atte
     runs = 1 if strategy.context == 1 else 2
 
     def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, far_k_BKSH, far_v_BKSH, far_pos_BS):
-        scale, far_slots = q_BTNH.shape[-1] ** -0.5, far_pos_BS.shape[1]
-        near = KV(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2))
+        scale = q_BTNH.shape[-1] ** -0.5
+        near = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT)
 
-        def visit(rows, visitor):
-            far_k_BKSH, far_v_BKSH, near_kv, pos_BS = visitor
-            far = Slots(far_k_BKSH, far_v_BKSH, pos_BS[:, :far_slots])
+        def visit(rows, visitor: tuple[Slots, Slots]):
+            far, near = visitor
             return merge(
                 kernel.forward(rows, far, scale=scale, runs=1, used=used),
-                kernel.forward(rows, Slots(near_kv[0], near_kv[1], pos_BS[:, far_slots:]), scale=scale, runs=runs),
+                kernel.forward(rows, near, scale=scale, runs=runs),
             )
 
         rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2])
-        # Four arrays: XLA's scheduler starts no more of them ahead of the kernels.
-        both_pos_BS = jnp.concatenate([far_pos_BS, pos_BT], axis=1)
-        home = (far_k_BKSH, far_v_BKSH, jnp.stack([near.k_BKSH, near.v_BKSH]), both_pos_BS)
+        home = (Slots(far_k_BKSH, far_v_BKSH, far_pos_BS), near)
         partial = attend_visitors(rows, home, visit, strategy.hops)
         return unfold(finish(partial, q_BTNH.dtype), q_BTNH.shape[1]), near.k_BKSH, near.v_BKSH
 

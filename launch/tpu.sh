@@ -8,7 +8,7 @@
 #   setup NAME    copies the files that git tracks to ~/rapid_jax on every worker and runs launch/host_setup.sh tpu on
 #                 all of them at once; what follows -- are more extras
 #   run NAME -- PROGRAM ...   starts PROGRAM on every worker, detached, in ~/rapid_jax with .venv/bin on PATH;
-#                 --restarts N: again when it exits with 75 (it saved, or lost a peer), N times at most;
+#                 --restarts N: again when it exits with 75 (it saved, or lost a peer) or is killed, N times;
 #                 --coordinator HOST:PORT, or :PORT (default: worker 0, port 8476)
 #   tail NAME     follows the last run's log of every worker; --lines N (20), --no-follow, --worker I
 #   stop NAME     ends the run: SIGTERM, after --grace S seconds (60) SIGKILL

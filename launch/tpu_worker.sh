@@ -131,7 +131,8 @@ supervise() { # NUMBER COUNT COORDINATOR RESTARTS COMMAND [argument ...]; the le
         status=0
         env -- "$@" || status=$? # env: a program, not a function or builtin of this shell; NAME=value may come first
         note "ended with exit status $status"
-        [[ $status == "$TEMPFAIL" && -z $stopping ]] || break
+        # 128 and more: killed or aborted, which is what the others, ending with 75, have lost.
+        if [[ -n $stopping ]] || ((status != TEMPFAIL && status < 128)); then break; fi
         if ((restarted == restarts)); then
             note "no restart: $restarted of $restarts are used"
             break

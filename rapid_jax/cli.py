@@ -23,7 +23,7 @@ from rapid_jax.config import RapidConfig
 from rapid_jax.documents import STDIN, read_document
 from rapid_jax.plan import command
 from rapid_jax.runtime import settings
-from rapid_jax.runtime.distributed import start
+from rapid_jax.runtime.distributed import INTERRUPTED, meet
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import default_cache_dir
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from rapid_jax.answer import Answer
     from rapid_jax.retrieval.select import Selection
 
-INTERRUPTED, UNREAD = 130, 141
+UNREAD = 141
 # Option -> the setting that it stands for; those of `_TEXTS` are text whatever they look like.
 _OPTIONS = {
     "model": "models.target",
@@ -119,19 +119,23 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _answer(options: argparse.Namespace) -> None:
-    config = config_of(options)
-    document = read_document(options.document)
-    if not options.question.strip():
-        raise InputError("--question: expected a question, got an empty one")
-    trace = _trace_paths(options)
-    for option, path in [("--trace", path) for path in trace] + [("--save-config", options.save_config)]:
-        if path:
-            _check_output(option, Path(path), options)
-    _prepare_jax(config)
-    with start() as run:
+    with meet() as run:  # before anything can go wrong here alone
+        config = config_of(options)
+        if run.count > 1 and options.document == STDIN:
+            raise InputError("--document -: several processes read a file each, expected one that all of them have")
+        document = read_document(options.document)
+        if not options.question.strip():
+            raise InputError("--question: expected a question, got an empty one")
+        trace = _trace_paths(options)
         options.quiet |= not run.leads  # every process computes the answer, one tells it
-        if options.save_config and run.leads:
-            _save(config, Path(options.save_config))
+        if run.leads:
+            for option, path in [("--trace", path) for path in trace] + [("--save-config", options.save_config)]:
+                if path:
+                    _check_output(option, Path(path), options)
+            if options.save_config:
+                _save(config, Path(options.save_config))
+        _prepare_jax(config)
+        run.start_jax()
         _answer_with(config, document, options, trace, leads=run.leads)
 
 

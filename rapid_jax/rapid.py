@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from rapid_jax.answer import Answer, OnText, Transcript
 from rapid_jax.attention.cache import Prefix
+from rapid_jax.attention.kernels import kernel_of, platform_of
 from rapid_jax.config import RapidConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
@@ -27,7 +28,7 @@ from rapid_jax.retrieval.retriever import Retriever
 from rapid_jax.retrieval.select import Selection
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import default_cache_dir, digest
-from rapid_jax.runtime.mesh import make_meshes
+from rapid_jax.runtime.mesh import check_agreed, make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.runtime.progress import progress
 from rapid_jax.speculative.config import Mode
@@ -102,8 +103,8 @@ class Rapid:
 
     def _load(self, source: str, mesh: Mesh | None, config: MeshConfig) -> LoadedModel:
         models, copied = self.config.models, config.replicate_kv
-        how = {"layout": models.layout, "dtype": models.dtype, "quiet": self._quiet}
-        return load_model(source, mesh=mesh, replicate_kv=copied, **how)
+        how = {"layout": models.layout, "dtype": models.dtype, "quiet": self._quiet, "replicate_kv": copied}
+        return load_model(source, mesh=mesh, **how)
 
     def answer(
         self,
@@ -132,7 +133,7 @@ class Rapid:
             short_prompt = short_frame.around(selection.text)
             self._check_fits(drafter, len(short_prompt.tokens))
         retrieved = time.perf_counter()
-
+        check_agreed("prompts and settings", long_prompt, short_prompt, config.speculation, config.sampling)
         transcript = Transcript(target.tokenizer, config.stop, on_text)
         try:
             generation, reused, prefill_seconds = self._generate(transcript, long_prompt, short_prompt)
@@ -169,6 +170,8 @@ class Rapid:
         """The same loaded models under other settings of retrieval, speculation, sampling, prompts or stop texts."""
         if replace(config.models, max_context=None) != replace(self.config.models, max_context=None):
             raise ValueError("with_config keeps the models: models.* must be the same")
+        if (config.mesh, config.drafter_mesh) != (self.config.mesh, self.config.drafter_mesh):
+            raise ValueError("with_config keeps the models where they are: mesh and drafter_mesh must be the same")
         other = Rapid(config, quiet=self._quiet)
         for name in ("target", "drafter", "_token_spans", "_meshes"):
             if name in self.__dict__:
@@ -255,13 +258,14 @@ class Rapid:
         """(the target's prefix for these tokens, whether it was there already): from memory, from disk, or new."""
         decoder, chunk = self.target.decoder, self.config.compute.prefill_chunk
         dtype = decoder.embed_VD[...].dtype
-        known = digest(",".join(map(str, head)), str(chunk))
+        kernel = kernel_of(self.config.compute.kernel, platform_of(decoder.mesh), 1)
+        known = digest(",".join(map(str, head)), str(chunk), type(kernel).__name__)
         if self._last_prefix is not None and self._last_prefix[0] == known:
             return self._last_prefix[1], True
         self._last_prefix = prefix = None  # frees the last document's before the new one is made
         store, key = self._prefixes, ""
         if store is not None:
-            arithmetic = f"{self.target.config!r} on {jax.default_backend()}"
+            arithmetic = f"{self.target.config!r} on {jax.default_backend()} by {type(kernel).__name__}"
             key = store.key(self.target.weights_hash, [head], arithmetic=arithmetic, dtype=dtype, chunk=chunk)
             prefix = store.load(key, layout=self.config.models.layout)
         reused = prefix is not None

@@ -563,6 +563,13 @@ def test_a_run_outlives_the_connection_that_started_it(make_slice: Callable[...,
     assert int(demo.log(0).splitlines()[2]) == leader == os.getsid(leader) != os.getsid(0)
 
 
+def test_a_killed_program_starts_again_with_its_peers(make_slice: Callable[..., Slice]):
+    demo = make_slice(2).set_up()
+    demo.run("--restarts", "1", "--", "bash", "-c", "kill -9 $$")
+    for log in demo.ended():
+        assert log.count("starts:") == 2 and log.count("ended with exit status 137") == 2
+
+
 RESTARTED = 'echo x >>tries; if (($(wc -l <tries) < 3)); then exit 75; fi; exit "$0"'
 
 

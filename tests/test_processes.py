@@ -106,7 +106,7 @@ def test_two_processes_answer_as_one_does(question, mesh, more):
 def test_a_killed_process_takes_the_other_with_it(question, killed):
     port = free_port()
     command = meshed(question, "mesh.context=8", "sampling.max_new_tokens=500")
-    pair = [spawn(meshed(command), environment(4, (port, 2, index))) for index in (0, 1)]
+    pair = [spawn(command, environment(4, (port, 2, index))) for index in (0, 1)]
     assert pair[0].stderr is not None
     for line in pair[0].stderr:  # models are loaded, and the run is in its prefill or beyond
         if "retrieved" in line:
@@ -115,31 +115,110 @@ def test_a_killed_process_takes_the_other_with_it(question, killed):
     start = time.monotonic()
     code, _, err = finished(pair[1 - killed])
     assert time.monotonic() - start < 60
-    assert code == LOST_PEER
-    assert f"rapid: process {killed} of 2 has ended, and process {1 - killed} cannot go on without it" in err
+    assert code == LOST_PEER and f"rapid: process {killed} of 2 has ended without a word" in err
     finished(pair[killed])
 
 
-PROGRAM = """
-import sys
+def test_processes_that_read_different_documents_say_so(question, tmp_path):
+    """Only once the prompts are made: before, nothing here needs the other."""
+    (tmp_path / "other.txt").write_text(words(400, seed=9))
+    other = [str(tmp_path / "other.txt") if word.endswith("book.txt") else word for word in question]
+    port = free_port()
+    pair = [
+        spawn(meshed(command, "mesh.context=8"), environment(4, (port, 2, index)))
+        for index, command in enumerate((question, other))
+    ]
+    for code, out, err in map(finished, pair):
+        assert (code, out) == (2, "")
+        assert "expected the same prompts and settings on all 2 processes, got others on 1 than on 0" in err
+
+
+MEETING = """
+import os, signal, sys, time
 from rapid_jax.runtime import distributed
 from rapid_jax.runtime.errors import InputError
+patience, what = sys.argv[1:]
 try:
-    distributed.start(patience=float(sys.argv[1]))
+    with distributed.meet(patience=float(patience)) as run:
+        print("met", flush=True)
+        if "jax" in what:
+            run.start_jax()
+            import jax
+            print(jax.process_count(), jax.device_count(), flush=True)
+        if "bad" in what:
+            raise InputError("no such file")
+        if "broken" in what:
+            raise RuntimeError("a fault")
+        if "interrupted" in what:
+            signal.raise_signal(signal.SIGINT)
+        if "waits" in what:
+            time.sleep(200)
 except InputError as error:
     sys.exit(f"{error}")
 """
 
 
+def meeting(port: int, *seats: tuple[int, str], count: int, patience: float = 60, host: str = "127.0.0.1"):
+    names = [environment(2, (port, count, index)) for index, _ in seats]
+    for name in names:
+        name["JAX_COORDINATOR_ADDRESS"] = f"{host}:{port}"
+    return [spawn(["-c", MEETING, str(patience), what], name) for name, (_, what) in zip(names, seats, strict=True)]
+
+
 def test_who_is_missing_is_named():
     port = free_port()
-    names = [environment(1, (port, 4, index)) for index in (0, 2)]
-    first, third = (spawn(["-c", PROGRAM, "8"], name) for name in names)
+    first, third = meeting(port, (0, ""), (2, ""), count=4, patience=8)
     code, _, err = finished(first)
     assert code == 1 and err.strip() == f"expected 4 processes at port {port} within 8 s, got 2: missing 1, 3"
     code, _, err = finished(third)
     assert code == 1
     assert err.strip() == f"process 2: the 4 processes of this run did not meet at 127.0.0.1:{port} within 8 s"
+
+
+@pytest.mark.parametrize(
+    ("what", "own", "theirs", "said"),
+    [
+        ("bad", 2, 2, "process 2 of 3 has ended: no such file"),
+        ("broken", 1, LOST_PEER, "process 2 of 3 has failed"),
+        ("interrupted", 130, LOST_PEER, "process 2 of 3 was interrupted"),
+    ],
+)
+def test_the_reason_of_one_reaches_all_at_once(what, own, theirs, said):
+    """Process 2 is known to process 0 alone, which tells process 1."""
+    start = time.monotonic()
+    every = meeting(free_port(), (0, "waits"), (1, "waits"), (2, what), count=3)
+    *others, (code, _, err) = map(finished, every)
+    assert time.monotonic() - start < 60
+    assert code == own and {"bad": "rapid: no such file", "broken": "RuntimeError: a fault"}.get(what, "rapid: ") in err
+    assert [(code, err.strip()) for code, _, err in others] == [(theirs, f"rapid: {said}")] * 2
+
+
+def test_strangers_and_processes_that_come_twice_do_not_disturb_the_meeting():
+    port = free_port()
+    (first,) = meeting(port, (0, ""), count=2)
+    held = []
+    for word in (b"", b"GET / HTTP/1.1\r\n\r\n", b"1 2\n", b"1 3\n"):  # the third is a process 1 that is then killed
+        while True:
+            try:
+                held.append(socket.create_connection(("127.0.0.1", port), timeout=5))
+                break
+            except OSError:
+                time.sleep(0.1)
+        held[-1].sendall(word)
+        held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # closing resets
+        if word == b"1 3\n":
+            assert held[-1].recv(100) == b"no process 0 is one of 2, got process 1 of 3\n"
+        held[-1].close()
+        if word == b"1 2\n":
+            time.sleep(0.1)
+    assert first.poll() is None
+    (second,) = meeting(port, (1, ""), count=2)
+    assert [finished(process)[:2] for process in (first, second)] == [(0, "met\n")] * 2
+
+
+def test_an_address_of_the_newer_kind():
+    pair = meeting(free_port(), (0, "jax"), (1, "jax"), count=2, host="[::1]")
+    assert [finished(process)[:2] for process in pair] == [(0, "met\n2 4\n")] * 2
 
 
 @pytest.mark.parametrize(

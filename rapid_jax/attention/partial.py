@@ -193,19 +193,22 @@ def attend_blockwise(
     return add(partial, whole * block, rest) if rest else partial
 
 
-def attend_tiled(rows: Rows, slots: Slots, *, scale: float, tile: int, block: int) -> Partial:
+def attend_tiled(
+    rows: Rows, slots: Slots, *, scale: float, tile: int, block: int, used: jax.Array | None = None
+) -> Partial:
     """`attend_blockwise` of `tile` rows at a time, leaving out what nobody sees.
 
     For many rows: half of a sequence's blocks lie in the future of the rows that would look at them.
     """
     R, block = rows.pos_BR.shape[1], min(block, slots.pos_BS.shape[1])
     if tile >= R:
-        return attend_blockwise(rows, slots, scale=scale, block=block, skip=True)
+        return attend_blockwise(rows, slots, scale=scale, block=block, used=used, skip=True)
     rows = padded_rows(rows, tile)
     count = rows.pos_BR.shape[1] // tile
 
     def attend(index: jax.Array) -> Partial:
-        return attend_blockwise(rows_of(rows, index * tile, tile), slots, scale=scale, block=block, skip=True)
+        part = rows_of(rows, index * tile, tile)
+        return attend_blockwise(part, slots, scale=scale, block=block, used=used, skip=True)
 
     def joined(x: jax.Array) -> jax.Array:
         x = jnp.moveaxis(x, 0, 2)

@@ -47,8 +47,8 @@ def attend_self(pos_BT: jax.Array, strategy: Strategy, *, branch_BT: jax.Array |
 def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Attend:
     """A prompt's next chunk over the prefix written so far and over itself; `layer` is the prefix's KV.
 
-    The chunk is in zigzag order over the context axis. Kept: the chunk's own KV, to be written into the prefix by the
-    caller once for all layers (`prefix.py: written`).
+    The chunk is in zigzag order over the context axis. Kept: the chunk's own KV, for the caller to write into the
+    prefix.
     """
     kernel = strategy.chosen_kernel()
     used = written.used // strategy.context

@@ -16,7 +16,6 @@ from rapid_jax.attention.partial import (
     Partial,
     Rows,
     Slots,
-    attend_blockwise,
     attend_tiled,
     block_of,
     padded_rows,
@@ -38,9 +37,7 @@ class Xla:
     ) -> Partial:
         """Attention of the rows over the slots."""
         del runs
-        if used is not None:
-            return attend_blockwise(rows, slots, scale=scale, block=self.block, used=used, skip=True)
-        return attend_tiled(rows, slots, scale=scale, tile=self.block * rows.group, block=self.block)
+        return attend_tiled(rows, slots, scale=scale, tile=self.block * rows.group, block=self.block, used=used)
 
     def backward(self, rows: Rows, slots: Slots, cotangent: Cotangent, *, scale: float, runs: int = 0) -> Gradients:
         """Loops over the blocks of slots, and for each over the tiles of rows that see some of it."""

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.hf_names import Path, Weight, weights
@@ -53,7 +54,8 @@ def build(
     graph, leaves = _outline(config, layout, dtype, mesh)
     filled: dict[Path, jax.Array] = {}
     every = weights(config)
-    for weight in every:  # what cannot be split is said before anything is read
+    Strategy(block=1, mesh=mesh).kv_heads(config.num_kv_heads)  # what cannot be split is said before anything is read
+    for weight in every:
         _sharding(mesh, weight.name, weight.axes, weight.shape, table)
     with progress("loading weights", len(every), "arrays", quiet=quiet) as report:
         for weight in every:

@@ -75,6 +75,8 @@ class Architecture:
 
     def cut_to(self, layers: int | None) -> "Architecture":
         """The same with only so many layers; None: all of them."""
+        if layers is not None and layers < 1:
+            raise InputError(f"--layers: expected at least 1, got {layers}")
         if layers is None or layers >= self.config.num_layers:
             return self
         kept = dataclasses.replace(self.config, num_layers=layers)

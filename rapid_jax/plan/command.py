@@ -65,7 +65,7 @@ def _architectures(config: RapidConfig, options: argparse.Namespace) -> tuple[Ar
 
 
 def _context(config: RapidConfig, target: Architecture, given: int | None) -> int:
-    context = given or config.models.max_context or target.config.context_size
+    context = given if given is not None else config.models.max_context or target.config.context_size
     if context <= config.sampling.max_new_tokens:
         least = config.sampling.max_new_tokens
         raise InputError(f"--context: expected more than the {least} tokens of the answer, got {context}")

@@ -12,6 +12,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -19,8 +20,10 @@ from rapid_jax.runtime.errors import InputError
 
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 LOST_PEER = 75  # exit status EX_TEMPFAIL: the run may be started again
-_GOODBYE, _GO = b"bye\n", b"go\n"
-_GRACE_S = 3.0
+INTERRUPTED = 130
+_GOODBYE, _GO, _NO = "bye", "go", "no"
+_GRACE_S = 1.0  # for news of a process whose end made something here fail
+_GREETING_S = 3.0  # for a word from whoever connects
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Seat:
         if missing:
             raise InputError(f"expected {', '.join((ADDRESS, COUNT, INDEX))} together, {', '.join(missing)} not set")
         host, _, port = given[ADDRESS].rpartition(":")
-        if not host or not port.isdigit():
+        if not host or not port.isdigit() or not 0 < int(port) < 65536:
             raise InputError(f"{ADDRESS}: expected HOST:PORT, got {given[ADDRESS]!r}")
         if not (given[COUNT].isdigit() and given[INDEX].isdigit() and int(given[INDEX]) < int(given[COUNT])):
             raise InputError(f"{INDEX}: expected a number below {COUNT} = {given[COUNT]}, got {given[INDEX]!r}")
@@ -56,63 +59,88 @@ class Seat:
 
 
 class Run:
-    """This process among those of its run, as a context: when it is left, the others are told goodbye and why.
+    """This process among those of its run, as a context in which all its work is done.
 
-    When another process ends without that, this one says so and ends with status 75 at once: JAX would abort it, or its
-    main thread waits for a device that will never answer. One that ends because of an InputError takes the others with
-    it too, with its own reason and status 2.
+    Left without an error, it tells the others goodbye. Left with one, it tells them why and ends at once, and so do
+    they, each with one line: status 2 for an InputError, else 75. When a process ends without a word, the others end
+    with status 75: JAX would abort them, or their main thread waits for a device that will never answer.
     """
 
     def __init__(self, seat: Seat | None = None, peers: Mapping[int, socket.socket] | None = None):
         self.leads = seat is None or seat.index == 0
-        self._seat, self._peers = seat, dict(peers or {})
+        self.count = 1 if seat is None else seat.count
+        self._seat, self._peers, self._over = seat, dict(peers or {}), False
         for index, connection in self._peers.items():
             threading.Thread(target=self._listen, args=(index, connection), daemon=True).start()
+
+    def start_jax(self) -> None:
+        """Has JAX join the processes, for the devices of all; nothing for a process alone."""
+        if self._seat is None:
+            return
+        _keep_standard_output()
+
+        import jax
+
+        seat = self._seat
+        host = f"[{seat.host}]" if ":" in seat.host else seat.host
+        jax.distributed.initialize(f"{host}:{seat.port}", seat.count, seat.index)
 
     def __enter__(self) -> "Run":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        if kind is None or issubclass(kind, InputError):
-            word = _GOODBYE if kind is None else f"{error}\n".encode()
-            for connection in self._peers.values():
-                with contextlib.suppress(OSError):
-                    connection.sendall(word)
-        elif self._peers and issubclass(kind, Exception):
-            time.sleep(_GRACE_S)  # if the reason is a process that has ended, the listener says it better
+        if self._seat is None or not self._peers:
+            return
+        if error is None:
+            self._over = True
+            self._tell(_GOODBYE)
+            return
+        me = f"process {self._seat.index} of {self._seat.count}"
+        if isinstance(error, InputError):
+            self._tell(f"2 {me} has ended: {error}")
+            self._end(2, str(error))
+        if isinstance(error, KeyboardInterrupt):
+            self._tell(f"{LOST_PEER} {me} was interrupted")
+            self._end(INTERRUPTED, "interrupted")
+        time.sleep(_GRACE_S)  # if the reason is a process that has ended, the listener says it better
+        self._tell(f"{LOST_PEER} {me} has failed")
+        traceback.print_exception(error)
+        self._end(1, f"{me} has failed")
+
+    def _tell(self, word: str) -> None:
+        line = " ".join(word.split()) + "\n"
+        for connection in self._peers.values():
+            with contextlib.suppress(OSError):
+                connection.sendall(line.encode())
 
     def _listen(self, index: int, connection: socket.socket) -> None:
-        said = b""
-        with contextlib.suppress(OSError):
-            while more := connection.recv(4096):
-                said += more
-        if said == _GOODBYE or self._seat is None:
+        word = _line_from(connection)
+        if word == _GOODBYE or self._over or self._seat is None:
             return
-        others = f"rapid: process {index} of {self._seat.count} has ended"
-        if said:
-            time.sleep(_GRACE_S)  # most often this process finds the same
-            os.write(2, f"{others}: {said.decode().strip()}\n".encode())
-            os._exit(2)
-        os.write(2, f"{others}, and process {self._seat.index} cannot go on without it\n".encode())
-        os._exit(LOST_PEER)
+        code, _, reason = word.partition(" ")
+        if not code.isdigit():
+            code, reason = str(LOST_PEER), f"process {index} of {self._seat.count} has ended without a word"
+        if self.leads:  # the others know this process alone
+            self._tell(f"{code} {reason}")
+        self._end(int(code), reason)
+
+    def _end(self, status: int, reason: str) -> None:
+        """Without JAX's own farewell, which waits for minutes for processes that are gone."""
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+        os.write(2, f"rapid: {' '.join(reason.split())}\n".encode())
+        os._exit(status)
 
 
-def start(*, patience: float = 300.0) -> Run:
-    """Joins the processes that the environment names; returns at once in a process alone.
+def meet(*, patience: float = 300.0) -> Run:
+    """Joins the processes that the environment names; returns at once in a process alone. Needs no jax.
 
     Raises InputError, naming who is missing, if not all come within `patience` seconds.
     """
     seat = Seat.of(os.environ)
     if seat is None:
         return Run()
-    peers = _gather(seat, patience) if seat.index == 0 else _join(seat, patience)
-
-    _keep_standard_output()
-
-    import jax
-
-    jax.distributed.initialize(f"{seat.host}:{seat.port}", seat.count, seat.index, initialization_timeout=int(patience))
-    return Run(seat, peers)
+    return Run(seat, _gather(seat, patience) if seat.index == 0 else _join(seat, patience))
 
 
 def _keep_standard_output() -> None:
@@ -127,29 +155,54 @@ def _gather(seat: Seat, patience: float) -> dict[int, socket.socket]:
     """The first process: waits for all the others, then lets them go on at once."""
     peers: dict[int, socket.socket] = {}
     deadline = time.monotonic() + patience
-    with socket.create_server(("", seat.port), family=_family(seat.host), backlog=seat.count) as server:
-        while len(peers) < seat.count - 1:
-            server.settimeout(max(deadline - time.monotonic(), 0.01))
-            try:
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    both = socket.has_dualstack_ipv6()
+    with socket.create_server(("", seat.port), family=family, backlog=seat.count, dualstack_ipv6=both) as server:
+        while True:
+            peers = {index: connection for index, connection in peers.items() if _is_there(connection)}
+            if len(peers) == seat.count - 1:
+                break
+            server.settimeout(min(max(deadline - time.monotonic(), 0.01), 1.0))
+            with contextlib.suppress(OSError):
                 connection, _ = server.accept()
-                connection.settimeout(10)
-                word = connection.recv(16)
-            except TimeoutError:
+                index = _welcome(connection, seat)
+                if index is not None:
+                    peers[index] = connection  # the newest: one that was started again has left the older behind
+            if time.monotonic() > deadline:
                 missing = sorted(set(range(1, seat.count)) - peers.keys())
-                if time.monotonic() < deadline:
-                    continue  # somebody knocked and said nothing
                 raise InputError(
                     f"expected {seat.count} processes at port {seat.port} within {patience:.0f} s, got "
                     f"{len(peers) + 1}: missing {', '.join(map(str, missing))}"
-                ) from None
-            if word.strip().isdigit() and 0 < int(word) < seat.count and int(word) not in peers:
-                peers[int(word)] = connection
-            else:
-                connection.close()
+                )
     for connection in peers.values():
-        connection.sendall(_GO)
-        _keep_alive(connection)
+        with contextlib.suppress(OSError):  # who has just ended is noticed by its listener
+            connection.sendall(f"{_GO}\n".encode())
+            _keep_alive(connection)
     return peers
+
+
+def _welcome(connection: socket.socket, seat: Seat) -> int | None:
+    """Which process has connected; None for a stranger, who is turned away."""
+    connection.settimeout(_GREETING_S)
+    with contextlib.suppress(OSError):
+        words = _line_from(connection).split()
+        if len(words) == 2 and all(word.isdigit() for word in words):
+            index, count = map(int, words)
+            if count == seat.count and 0 < index < count:
+                return index
+            connection.sendall(f"{_NO} process 0 is one of {seat.count}, got process {index} of {count}\n".encode())
+    connection.close()
+    return None
+
+
+def _is_there(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1, socket.MSG_PEEK) != b""
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
 
 
 def _join(seat: Seat, patience: float) -> dict[int, socket.socket]:
@@ -158,13 +211,17 @@ def _join(seat: Seat, patience: float) -> dict[int, socket.socket]:
     while True:
         try:
             connection = socket.create_connection((seat.host, seat.port), timeout=5)
-            connection.sendall(f"{seat.index}\n".encode())
-            connection.settimeout(
-                max(deadline - time.monotonic(), 1) + 5
-            )  # the first process knows more of who is late
-            if connection.recv(16) == _GO:
+            connection.sendall(f"{seat.index} {seat.count}\n".encode())
+            connection.settimeout(max(deadline - time.monotonic(), 1) + 5)  # the first process knows better who is late
+            word, _, reason = _line_from(connection).partition(" ")
+            if word == _GO:
                 _keep_alive(connection)
                 return {0: connection}
+            connection.close()
+            if word == _NO:
+                raise InputError(f"{seat.host}:{seat.port}: {reason}")
+        except socket.gaierror as error:
+            raise InputError(f"{ADDRESS}: no host {seat.host}: {error.strerror}") from error
         except OSError:
             pass
         if time.monotonic() > deadline:
@@ -175,8 +232,15 @@ def _join(seat: Seat, patience: float) -> dict[int, socket.socket]:
         time.sleep(0.2)
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.getaddrinfo(host, None)[0][0]
+def _line_from(connection: socket.socket) -> str:
+    """What comes before a newline, and no more of it; empty if the connection ends first."""
+    said = b""
+    with contextlib.suppress(OSError):
+        while (more := connection.recv(1)) and more != b"\n":
+            said += more
+        if more:
+            return said.decode(errors="replace")
+    return ""
 
 
 def _keep_alive(connection: socket.socket) -> None:

@@ -2,7 +2,7 @@
 """Rounds whose drafter and target live on devices of their own: a large drafter beside a small target, say.
 
 The two halves of a round are two programs. Between them only what is small moves: the drafts with their distributions
-one way, the tokens so far the other. Everything is started without waiting for it.
+one way, the tokens so far the other. In one process everything is started without waiting for it.
 """
 
 from dataclasses import replace

@@ -141,7 +141,10 @@ class _Rounds:
             return self._call(plan, 0)
         self._set_done([True] * len(self.interrupted))
         self._call(plan, 1)
-        self._set_done(self.host["done"].tolist())
+        self._set_done(self._ended())
+
+    def _ended(self) -> list[bool]:
+        return [bool(done) or cut for done, cut in zip(self.host["done"], self.interrupted, strict=True)]
 
     def _set_done(self, done: Sequence[bool]) -> None:
         self.state = replace(self.state, done_B=replicated(self.meshes[0], np.asarray(done)))
@@ -152,7 +155,7 @@ class _Rounds:
         gate = CopyGate(gain=1.0 if speculation.lookup == "auto" else float("inf"))
         # Copies that no drafter reads are verified against p itself: right where the law is p's own.
         target_may_copy = self.law.greedy or speculation.effective_eta == 0
-        while not all(done or cut for done, cut in zip(self.host["done"], self.interrupted, strict=True)):
+        while not all(self._ended()):
             gamma, rounds = schedule.choose()
             rounds = rounds if self.gammas else 1  # the first tokens are not to wait for more
             copying = speculation.lookup != "off" and gate.is_open() and (gamma > 0 or target_may_copy)
@@ -196,7 +199,7 @@ class _Rounds:
             emitted, origin = self.host["emitted"][row, span].tolist(), self.host["origin"][row, span].tolist()
             if on_tokens(row, emitted, origin):
                 self.interrupted[row] = True
-                self._set_done([done or cut for done, cut in zip(self.host["done"], self.interrupted, strict=True)])
+                self._set_done(self._ended())
 
     def generation(self, prepare_seconds: float, decode_seconds: float) -> Generation:
         """Everything emitted, and how."""

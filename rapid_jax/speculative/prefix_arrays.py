@@ -42,7 +42,7 @@ def to_host(prefix: Prefix, layer: int, order: np.ndarray, copies: int) -> dict[
     else:
         index = jnp.asarray(layer)
     in_place = None if np.array_equal(order, np.arange(order.size)) else placed(mesh, PartitionSpec(), order)
-    cut = _cut(kv, index, in_place, used=order.size, copies=copies, mesh=mesh)
+    cut = _cut(kv, index, in_place, used=order.size, copies=copies)
     return {"k_BKSH": np.asarray(cut.k_BKSH), "v_BKSH": np.asarray(cut.v_BKSH)}
 
 
@@ -52,14 +52,13 @@ def _mesh_of(prefix: Prefix) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
-@partial(jax.jit, static_argnames=("used", "copies", "mesh"))
-def _cut(kv: KV, layer: jax.Array | None, order, *, used: int, copies: int, mesh: Mesh | None) -> KV:
+@partial(jax.jit, static_argnames=("used", "copies"))
+def _cut(kv: KV, layer: jax.Array | None, order, *, used: int, copies: int) -> KV:
     def cut(array):
         if layer is not None:
             array = lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)
         array = array[:, ::copies]
-        array = lax.slice_in_dim(array, 0, used, axis=2) if order is None else jnp.take(array, order, axis=2)
-        return array if mesh is None else lax.with_sharding_constraint(array, NamedSharding(mesh, PartitionSpec()))
+        return lax.slice_in_dim(array, 0, used, axis=2) if order is None else jnp.take(array, order, axis=2)
 
     return jax.tree.map(cut, kv)
 

@@ -121,7 +121,9 @@ class PrefixStore:
             self._evict(size)
             self._write(folder, key, prefix)
             self._evict(0, newest=folder)
-        except (OSError, InputError) as error:
+        except (OSError, InputError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word: out of memory
+                raise
             if not folder.is_dir():  # there: another process stored the same prefix first
                 _log.warning("document could not be stored in %s: %s", folder, error)
 

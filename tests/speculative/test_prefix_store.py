@@ -339,3 +339,14 @@ def test_nothing_that_is_not_the_stores_own_is_ever_removed(tmp_path: Path):
 def test_a_store_has_a_size():
     with pytest.raises(InputError, match="at least 0 bytes, got -1"):
         PrefixStore(Path("anywhere"), -1)
+
+
+def test_a_device_without_room_to_cut_the_prefix_is_a_warning(tmp_path: Path, monkeypatch, caplog):
+    def full(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory allocating 1 byte")
+
+    monkeypatch.setattr(prefix_store, "to_host", full)
+    PrefixStore(tmp_path, LARGE, quiet=True).save(key_of(), prefix_of("unrolled"))
+    (warning,) = warnings_of(caplog)
+    assert "could not be stored" in warning and "RESOURCE_EXHAUSTED" in warning
+    assert names(tmp_path) == []

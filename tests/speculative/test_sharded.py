@@ -77,6 +77,24 @@ def test_a_drafter_on_devices_of_its_own(questions, drafter_weights, answer, on_
     assert got.target_steps == want.target_steps
 
 
+def test_an_interrupted_row_stays_so_when_another_program_is_compiled(questions, drafter_weights, answer):
+    """gamma auto runs several programs; apart, each is compiled by a round in which every row is said to be done."""
+    here, there = make_meshes(MeshConfig(context=2), MeshConfig(context=2))
+    target = decoder_on(questions.weights, MeshConfig(), mesh=here)
+    drafter = decoder_on(drafter_weights, MeshConfig(), mesh=there)
+    told: list[int] = []
+
+    def stop_the_first(row: int, tokens: list[int], origins: list[int]) -> bool:
+        told.extend([row] * len(tokens))
+        return row == 0 and told.count(0) >= 2
+
+    speculation = SpeculationConfig(gamma="auto", lookup="off", rounds_per_read=1)
+    sampling = SPECULATIONS["greedy"][1]
+    got = answer(speculation, sampling, rows=[0, 1], target=target, drafter=drafter, stops=(), on_tokens=stop_the_first)
+    assert got.finish_reasons == ["interrupted", "length"]
+    assert len(got.tokens[0]) < LIMIT == len(got.tokens[1]) and len(got.gammas) > 1
+
+
 def test_a_batch_split_over_data(questions, drafter_weights, answer):
     speculation, sampling = SPECULATIONS["sampled"]
     seeds = [3, 4, 5, 6]

@@ -16,6 +16,22 @@ from rapid_jax.runtime.mesh_config import MeshConfig
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 524288, 32, 8, 128
 
 
+def test_keys_and_values_that_are_gathered_are_found():
+    """What no program may do is what over="all_gather" does."""
+    mesh = make_mesh(MeshConfig(context=4), topology_of("v5p:2x2x1").devices)
+    strategy = Strategy(block=1024, mesh=mesh, kernel="splash", over="all_gather")
+
+    def given(letters: str, *shape: int, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, strategy.spec(letters)))
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, pos_BT):
+        return attend_self(pos_BT, strategy, runs=2)(q_BTNH, k_BTKH, v_BTKH, None)[0]
+
+    q_BTNH, kv_BTKH = (given("x_BTNH", 1, 16384, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS))
+    compiled = jax.jit(attend).lower(q_BTNH, kv_BTKH, kv_BTKH, given("x_BT", 1, 16384, dtype=jnp.int32)).compile()
+    assert len(gathered_kv(compiled.as_text(), slots=4096, head_dim=HEAD_DIM)) >= 2
+
+
 # Chips, and the most GiB a chip may need: a layer's q, k, v and their gradients, two visitors and their gradients.
 @pytest.mark.parametrize(("name", "chips", "most"), [("v5p:4x4x4", 64, 1.2), ("v5p:4x4x8", 128, 0.6)])
 def test_transfers_run_under_the_kernels_and_memory_is_a_share_of_the_sequence(name: str, chips: int, most: float):

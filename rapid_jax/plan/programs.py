@@ -52,7 +52,7 @@ class _Model:
     sizes: MeshConfig
     dtype: jnp.dtype
     prompt: int  # tokens in the prefix
-    layout: prefill.Layout
+    layout: prefill.ChunkLayout
 
     def whole(self, tree: Any) -> Any:
         """Shapes that are the same on every device."""
@@ -121,8 +121,8 @@ def programs_of(
     return [*found, _round(config, ours, theirs)]
 
 
-def _layout(config: RapidConfig, mesh: MeshConfig, prompt: int) -> prefill.Layout:
-    return prefill.Layout.of(prompt, config.compute.prefill_chunk, mesh.context)
+def _layout(config: RapidConfig, mesh: MeshConfig, prompt: int) -> prefill.ChunkLayout:
+    return prefill.ChunkLayout.of(prompt, config.compute.prefill_chunk, mesh.context)
 
 
 def _model(config: RapidConfig, architecture: Architecture, mesh: Mesh, sizes: MeshConfig, prompt: int) -> _Model:

@@ -111,7 +111,7 @@ def _embedded(decoder: Decoder, tokens_BT, pos_BT):
 
 
 @dataclass(frozen=True)
-class Layout:
+class ChunkLayout:
     """Where the tokens of prompts go: chunks in zigzag order over the context devices, one behind the other on each.
 
     2 devices, 2 chunks of 8 tokens   device 0: 0 1 6 7  8 9 14 15   device 1: 2 3 4 5  10 11 12 13
@@ -123,7 +123,7 @@ class Layout:
     devices: int  # along the context axis
 
     @classmethod
-    def of(cls, longest: int, chunk: int, devices: int) -> "Layout":
+    def of(cls, longest: int, chunk: int, devices: int) -> "ChunkLayout":
         """The layout for prompts of up to `longest` tokens, `chunk` at a time."""
         unit = 1 if devices == 1 else 2 * devices
         if chunk % unit:
@@ -168,7 +168,7 @@ def prefill(
         raise InputError("prefill needs at least one token in every prompt, got an empty prompt")
     longest = max(len(prompt) for prompt in prompts)
     devices = 1 if decoder.mesh is None else decoder.mesh.shape["context"]
-    layout = Layout.of(longest, chunk, devices)
+    layout = ChunkLayout.of(longest, chunk, devices)
     strategy = serving(decoder, min(layout.chunk, LARGEST_BLOCK), kernel, over)
     tokens = layout.chunked(prompts, 0)
     positions = layout.chunked([range(len(prompt)) for prompt in prompts], -1)

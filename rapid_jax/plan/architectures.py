@@ -84,7 +84,7 @@ class Architecture:
 
 
 def architecture_of(source: str, shape: str | None = None) -> Architecture:
-    """The architecture of a model by its `shape`'s name, else its folder's config.json, else its folder's name.
+    """The architecture of a model by its `shape`'s name, else by its own file, else its folder's name.
 
     Weights are not looked at and need not be there. Raises InputError when nothing says what the architecture is.
     """
@@ -92,6 +92,10 @@ def architecture_of(source: str, shape: str | None = None) -> Architecture:
         if shape not in SHAPES:
             raise InputError(f"unknown shape {shape!r}: expected one of {', '.join(SHAPES)}")
         return Architecture(from_hf(SHAPES[shape]), f"the shape {shape}")
+    if source == "smollm2" or source.endswith(".gguf"):
+        from rapid_jax.model.load import open_checkpoint
+
+        return Architecture(open_checkpoint(source)[0].config, "its own file")
     file = Path(source).expanduser() / "config.json"
     if file.is_file():
         try:

@@ -2,12 +2,14 @@
 """The programs of whole runs: each fits its chip, keys and values stay where they are, transfers run under kernels."""
 
 import argparse
+import json
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
+from rapid_jax.cli import main
 from rapid_jax.config import RapidConfig
 from rapid_jax.plan import command
 from rapid_jax.plan.architectures import architecture_of
@@ -90,6 +92,21 @@ def test_the_settings_of_a_slice_can_be_split_over_it(path: Path, monkeypatch):
     programs = programs_of(config, slice_.devices, *models, context)
     said = re.findall(r"^# +([a-z ]+): [\d.]+ GiB", text, re.MULTILINE)
     assert said == [program.name for program in programs]
+
+
+@pytest.mark.parametrize("name", ["quickstart", "lossless"])
+def test_the_small_settings_are_planned_whole_by_the_command(name: str, capfd):
+    """In the stacked layout, which compiles faster; the architecture is read from the model's own file."""
+    arguments = ["--topology", "v5e:2x2", "--set", "models.layout=stacked", "--set", "models.target=smollm2", "--json"]
+    assert main(["plan", "--config", str(CONFIGS / f"{name}.yaml"), *arguments]) == 0
+    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [item["program"] for item in found] == ["prefill", "round"]
+    for item in found:
+        assert item["fits"] and item["topology"] == "v5e:2x2" and item["chips"] == 4
+        kinds = item["bytes_per_chip"]
+        assert 0.25 < kinds["weights"] / GIB < 0.4  # 135M parameters of 2 bytes, in whole tiles
+        assert kinds["peak"] < 2 * GIB < item["hbm_bytes"]
+        assert item["flops_per_chip"] > 0 and item["roofline_seconds"] > 0
 
 
 def test_there_are_settings_for_slices():

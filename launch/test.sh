@@ -31,6 +31,6 @@ step pyright "$BIN/pyright" --project .pyrightconfig.json --pythonpath "$BIN/pyt
 
 # pytest comes last, so that the last line of the output is its own summary.
 status=0
-"$BIN/python" -m pytest --numprocesses "$(nproc)" --maxprocesses 4 --dist loadfile "$@" || status=$?
+"$BIN/python" -m pytest --numprocesses "$(nproc)" --maxprocesses 4 --dist worksteal "$@" || status=$?
 [[ ${#failed[@]} -eq 0 ]] || exit 1
 exit "$status"

@@ -151,8 +151,10 @@ def test_what_does_not_divide_is_said_before_anything_is_read(questions):
     weights = replace(questions.weights, arrays=type("Arrays", (dict,), {"__getitem__": lambda s, k: read.append(k)})())
     with pytest.raises(InputError, match="axis K of size 2 cannot be split over model = 4"):
         decoder_on(weights, MeshConfig(model=4))
-    with pytest.raises(InputError, match="V of size 24 cannot be split over model = 5"):
+    with pytest.raises(InputError, match="2 kv heads cannot be shared out over model = 5"):
         decoder_on(weights, MeshConfig(model=5))
+    with pytest.raises(InputError, match="D of size 32 cannot be split over fsdp = 5"):
+        decoder_on(weights, MeshConfig(fsdp=5))
     assert read == []
     decoder = decoder_on(questions.weights, MeshConfig(context=8))
     with pytest.raises(InputError, match=r"multiple of 16 \(2 x context 8\), got 24"):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.attention.kernels import Kernel, kernel_of, platform_of
@@ -45,12 +45,6 @@ class Strategy:
     def spec(self, name: str) -> PartitionSpec:
         """How an activation of this name lies on the mesh; a scalar's name is empty."""
         return PartitionSpec() if not name else spec_of(name, {**ACT, "B": self.batch})
-
-    def laid(self, x: jax.Array, name: str) -> jax.Array:
-        """`x`, told to lie as its name says."""
-        if self.mesh is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, self.spec(name)))
 
     def per_device(self, function: Callable, names: tuple[str, ...], results: tuple[str, ...]) -> Callable:
         """`function` of each device's own parts; its arguments and results lie as their names say."""

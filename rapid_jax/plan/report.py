@@ -51,7 +51,7 @@ def examined(program: Program, topology: Topology) -> Result:
         compiled = program.lower().compile()
         memory = compiled.memory_analysis()
         made = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-        # The compiler counts an array twice that is passed twice, as the target's weights to its own drafter.
+        # Beyond the arguments, which are counted from `resident`: with what lies beside them on the chip.
         added = max(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, 0)
         text = compiled.as_text()
         found = collectives(text, program.loops)

@@ -83,8 +83,7 @@ def gradients(mesh, dtype, length: int, over: str = "ring"):
     order = zigzag(length, devices)
     strategy = Strategy(block=1024, mesh=mesh, over=over)  # type: ignore[arg-type]
     q, k, v, cotangent = (
-        strategy.laid(x[:, order], "x_BTNH") if mesh is None else jax.device_put(x[:, order], _lies(strategy))
-        for x in (q, k, v, cotangent)
+        x[:, order] if mesh is None else jax.device_put(x[:, order], _lies(strategy)) for x in (q, k, v, cotangent)
     )
     pos_BT = jnp.asarray(order[None])
 

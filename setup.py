@@ -46,12 +46,15 @@ EXTRAS = {
     "cuda13": jax("[cuda13]"),
     "documents": DOCUMENTS,
     # scann 1.4.2 is built for TensorFlow 2.20 and does not load beside 2.21.
-    "data": [
+    "longpo": [
         "seqio>=0.0.20,<0.1",
         "tensorflow>=2.20,<2.21",
         "tensorflow-text>=2.20,<2.21",
         "tensorflow-datasets>=4.9.9,<5",
         "clu>=0.0.12,<0.1",
+        "zstandard>=0.23,<1",
+        "matplotlib>=3.9,<4",
+        "tensorboardX>=2.6.2,<3",
     ],
     "test": [
         *DOCUMENTS,
@@ -77,7 +80,7 @@ setup(
     python_requires=">=3.11,<3.14",
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["rapid=rapid_jax.cli:main"]},
+    entry_points={"console_scripts": ["rapid=rapid_jax.cli:main", "longpo=longpo_jax.cli:main"]},
     classifiers=[
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",

@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "rapid_jax.plan": FACADE,
     "rapid_jax.cli": FACADE | TOOLS | {"rapid_jax.documents", "rapid_jax.trace", "rapid_jax.compare"},
     "rapid_jax.__main__": {"rapid_jax.cli"},
-    "longpo_jax": SPECULATIVE,
+    "longpo_jax": SPECULATIVE | {"rapid_jax.plan"},
 }
 # package -> the only files that may import it, inside a function or not
 ONLY_IN = {

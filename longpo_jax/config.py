@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that a run of LongPO can be told: one dataclass a section of the YAML file. Imports no jax."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rapid_jax.attention.config import KernelName, Over
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh_config import MeshConfig
+
+Objective = Literal["longpo", "dpo", "sft", "solopo"]
+Remat = Literal["none", "layer", "attention"]
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The model that is taught, and that generates its own data."""
+
+    source: str = "smollm2"  # a Hugging Face folder, a .gguf file, or the name smollm2
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto: float32 on a CPU, else bfloat16
+    rope_theta: float | None = None  # of the policy: trained and exported with it; null = the checkpoint's own
+    reference_rope_theta: float | None = None  # of the frozen reference, on short contexts; null = the checkpoint's own
+    generation_rope_theta: float | None = None  # of the answers from whole documents; null = as rope_theta
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """Which documents."""
+
+    sources: tuple[str, ...] = ()  # DOMAIN=FOLDER or DOMAIN=GLOB of .txt, .md, .tex, .jsonl, each also .gz or .zst
+    weights: tuple[float, ...] = ()  # of the domains while training, in order; empty: by how many pairs each has
+    text_key: str = "text"  # where a JSONL line keeps its text; a line may also be a bare string
+    min_tokens: int = 65536  # of a document
+    max_tokens: int = 131072
+    longer: Literal["drop", "split"] = "drop"  # split: into consecutive documents of at most max_tokens, at paragraphs
+    documents: int | None = None  # at most so many, after shuffling; null = all
+
+    def __post_init__(self):
+        _require(1 <= self.min_tokens <= self.max_tokens, "expected 1 <= min_tokens <= max_tokens")
+        for source in self.sources:
+            domain, equals, place = source.partition("=")
+            _require(bool(domain and equals and place), f"sources: expected DOMAIN=FOLDER or DOMAIN=GLOB, got {source!r}")
+        domains = {source.partition("=")[0] for source in self.sources}
+        _require(len(self.weights) in (0, len(domains)), f"weights: expected {len(domains)}, got {len(self.weights)}")
+        _require(all(math.isfinite(weight) and weight > 0 for weight in self.weights), "weights: expected numbers > 0")
+        _require(self.documents is None or self.documents >= 1, "documents: expected at least 1")
+
+
+@dataclass(frozen=True)
+class ExcerptsConfig:
+    """The short contexts that are cut out of a document."""
+
+    min_tokens: int = 16384
+    max_tokens: int = 30000
+    split: Literal["auto", "paragraphs", "sections"] = "auto"  # auto: LaTeX sections where there are any
+    per_document: int = 4  # excerpts, one turn each, drawn at random and kept in the document's order
+
+    def __post_init__(self):
+        _require(1 <= self.min_tokens <= self.max_tokens, "expected 1 <= min_tokens <= max_tokens")
+        _require(self.per_document >= 1, "per_document: expected at least 1")
+
+
+@dataclass(frozen=True)
+class InstructConfig:
+    """The questions that the model proposes about an excerpt."""
+
+    questions: int = 4  # asked for; one of them is drawn
+    at_least: int = 4  # found in the model's words, else the excerpt is dropped
+    temperature: float = 0.7
+    top_p: float = 0.9
+    max_new_tokens: int = 1024
+
+    def __post_init__(self):
+        _require(1 <= self.at_least <= self.questions <= 16, "expected 1 <= at_least <= questions <= 16")
+
+
+@dataclass(frozen=True)
+class PairsConfig:
+    """The answers: chosen from the excerpt, rejected from the whole document."""
+
+    temperature: float = 0.0  # 0 = greedy, as the paper says; its code has 1
+    top_p: float = 1.0
+    max_new_tokens: int = 1024
+    max_context: int = 131072  # tokens of a prompt on a whole document and its answer; longer ones lose their middle
+    repetition_penalty: float = 1.0  # 1 = off; greedy small models loop without one
+    speculation: Literal["off", "lossless"] = "off"  # lossless: RAPID drafts the long answer from the excerpt
+    gamma: int = 5  # tokens drafted a round
+    batch: int = 4  # prompts of about equal length generated at once; a document's questions always are
+    repeats_chosen: float = 0.90  # share of words that occur more than once, above which an answer is dropped
+    repeats_rejected: float = 0.95
+    min_words: int = 2  # words of 3 letters or more that an answer has at least
+    shard_pairs: int = 64  # documents a file
+
+    def __post_init__(self):
+        for name in ("max_new_tokens", "max_context", "batch", "shard_pairs", "gamma"):
+            _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
+        _require(self.max_context > self.max_new_tokens, "max_context: expected more than max_new_tokens")
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is minimised (arXiv 2502.13922, Eq. 12 and 14): nll_weight * NLL + preference_weight * preference loss."""
+
+    name: Objective = "longpo"
+    beta: float = 0.1
+    preference_weight: float = 0.01  # the paper's lambda
+    nll_weight: float = 1.0
+    nll: Literal["full", "response"] = "full"  # full: the whole chosen sequence, the document included
+    alpha: float = 3.0  # solopo: weight of the short-to-long reward alignment
+
+    def __post_init__(self):
+        for name in ("beta", "preference_weight", "nll_weight", "alpha"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"{name}: expected a number >= 0, got {value}")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optax's adamw, or rmsprop as torch computes it."""
+
+    name: Literal["adamw", "rmsprop"] = "adamw"
+    learning_rate: float = 5e-7
+    warmup_ratio: float = 0.1  # of all steps, linear from 0
+    schedule: Literal["cosine", "constant"] = "cosine"  # after the warmup; cosine: to 0
+    b1: float = 0.9  # adamw
+    b2: float = 0.99  # adamw
+    eps: float = 1e-8
+    decay: float = 0.99  # rmsprop
+    weight_decay: float = 0.0  # adamw
+    clip_norm: float | None = 1.0  # of the gradient of all weights; null = off
+    weights_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights that are updated
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self):
+        _require(math.isfinite(self.learning_rate) and self.learning_rate > 0, "learning_rate: expected a number > 0")
+        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio: expected 0 to 1")
+        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 <= self.decay < 1, "b1, b2, decay: expected 0 to below 1")
+        _require(self.eps > 0 and self.weight_decay >= 0, "expected eps > 0 and weight_decay >= 0")
+        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm: expected a number > 0, or null")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    lengths: tuple[int, ...] = (65536, 98304, 133120)  # rows are padded to the first of these that holds them
+    tail: int = 4096  # further slots of a row, for its rejected turns
+    rows_per_step: int = 8  # rows (documents) an update; over data * fsdp devices, the rest accumulated
+    epochs: int = 1
+    max_steps: int | None = None  # stop earlier; the schedule is that of all steps of this run
+    remat: Remat = "attention"  # kept of a layer: none: all; layer: its input; attention: that and attention's output
+    offload: bool = False  # the layers' inputs wait in the host's memory (GPUs and TPUs)
+    logits_chunk: int = 1024  # tokens of a device whose logits exist at once
+    attention_block: int = 512  # slots attended at once by plain XLA
+    log_every: int = 1
+    save_every: int = 50
+    keep: int = 2  # newest checkpoints
+    keep_every: int | None = None  # and those of steps that are multiples of this
+    tensorboard: bool = False
+    wandb: str | None = None  # project name; needs the package wandb
+
+    def __post_init__(self):
+        _require(len(self.lengths) > 0 and list(self.lengths) == sorted(set(self.lengths)), "lengths: expected to rise")
+        for name in ("tail", "rows_per_step", "epochs", "logits_chunk", "attention_block", "log_every", "save_every"):
+            _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
+        _require(self.keep >= 1, f"keep: expected at least 1, got {self.keep}")
+        _require(self.max_steps is None or self.max_steps >= 1, "max_steps: expected at least 1, or null")
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """How the model's own answers are computed."""
+
+    layout: Literal["unrolled", "stacked"] = "unrolled"  # unrolled decodes faster on CPU and GPU
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    prefill_chunk: int = 512
+    attention_block: int = 16384
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How attention is computed."""
+
+    kernel: KernelName = "auto"  # splash on TPUs, cudnn on GPUs, else xla
+    context: Over = "ring"  # how keys and values reach the queries of other devices
+    programs: bool = True  # keep compiled programs in $RAPID_JAX_CACHE, else ~/.cache/rapid_jax
+
+
+@dataclass(frozen=True)
+class LongPOConfig:
+    """One run: all of its stages, in one folder."""
+
+    run: str = "runs/longpo"  # folder that everything is written to
+    seed: int = 42
+    model: PolicyConfig = field(default_factory=PolicyConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    excerpts: ExcerptsConfig = field(default_factory=ExcerptsConfig)
+    instruct: InstructConfig = field(default_factory=InstructConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    generation: GenerationConfig = field(default_factory=GenerationConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # of training and of the reference
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    rounds: tuple[str, ...] = ()  # of `longpo rounds`: for each round, KEY=VALUE settings that differ, split by spaces
+
+    def __post_init__(self):
+        mesh, train = self.mesh, self.train
+        rows, pieces = mesh.data * mesh.fsdp, 2 * mesh.context if mesh.context > 1 else 1
+        _require(
+            train.rows_per_step % rows == 0,
+            f"train.rows_per_step: expected a multiple of {rows} (mesh data x fsdp), got {train.rows_per_step}",
+        )
+        for name, size in (*(("lengths", length) for length in train.lengths), ("tail", train.tail)):
+            _require(
+                size % pieces == 0, f"train.{name}: expected multiples of {pieces} (2 x mesh.context), got {size}"
+            )
+        _require(0 <= self.seed < 2**32, f"seed must be in [0, 2^32), got {self.seed}")

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A dialogue about a document as token ids, in which every token of an answer is known by count, not by search.
+
+    shared      template, document, first instruction, up to where the first answer starts
+    branch      answer 1, end, template, instruction 2, up to answer 2, answer 2, end, ...
+
+A special token that is spelt out in a document, a question or an answer stays text. Tokens never span the edge between
+the template and what is put into it: an answer's tokens follow its prompt's as they did when it was generated.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from longpo_jax.records import Answer
+from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.runtime.errors import InputError
+
+_MARK = "\N{REFERENCE MARK}"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What follows the shared part. The last token of all is the last answer's end token, where the template has one."""
+
+    tokens: list[int]
+    turns: list[int]  # of each token the turn, from 1, whose answer it belongs to (the end token too); 0: none
+
+
+class Dialogue:
+    """Some turns of a user who asks and a model that answers, with the context and the answers left out."""
+
+    def __init__(self, tokenizer: Tokenizer, instructions: Sequence[str]):
+        self._tokenizer = tokenizer
+        marked = [f"{_MARK}context{_MARK}\n\n{_MARK}question0{_MARK}"]
+        marked += [f"{_MARK}question{index}{_MARK}" for index in range(1, len(instructions))]
+        answers = [f"{_MARK}answer{index}{_MARK}" for index in range(len(instructions))]
+        before, rest = self._split(self._rendered(marked[:1], []), f"{_MARK}context{_MARK}")
+        gap, end = self._split(rest, f"{_MARK}question0{_MARK}")
+        quoted = tokenizer.encode_quoted
+        self.before = tokenizer.encode(before, add_special_tokens=True)  # the template up to the context
+        self.first = tokenizer.encode(gap) + quoted(instructions[0]) + tokenizer.encode(end)  # to the first answer
+        self.between = []  # from behind each answer to the next one
+        for index in range(1, len(instructions)):
+            _, behind = self._split(self._rendered(marked[: index + 1], answers[:index]), answers[index - 1])
+            head, end = self._split(behind, marked[index])
+            self.between.append(tokenizer.encode(head) + quoted(instructions[index]) + tokenizer.encode(end))
+        _, closing = self._split(self._rendered(marked, answers), answers[-1])
+        self.between.append(self._ended(tokenizer.encode(closing)))
+
+    def shared(self, context: str) -> list[int]:
+        """What both branches follow."""
+        return self.before + self._tokenizer.encode_quoted(context) + self.first
+
+    def branch(self, answers: Sequence[Answer]) -> Branch:
+        """The turns with these answers. The end token of one that was cut short is there, but not the answer's."""
+        tokens: list[int] = []
+        turns: list[int] = []
+        for turn, (answer, after) in enumerate(zip(answers, self.between, strict=True), start=1):
+            said = self._tokenizer.encode_quoted(answer.text)
+            ended = len(self._ended(after)) if answer.finished else 0
+            tokens += said + after
+            turns += [turn] * (len(said) + ended) + [0] * (len(after) - ended)
+        return Branch(tokens, turns)
+
+    def _rendered(self, users: Sequence[str], answers: Sequence[str]) -> str:
+        messages = []
+        for index, user in enumerate(users):
+            messages.append({"role": "user", "content": user})
+            messages += [{"role": "assistant", "content": answer} for answer in answers[index : index + 1]]
+        return self._tokenizer.chat(messages, add_generation_prompt=len(answers) < len(users))
+
+    def _split(self, text: str, mark: str) -> tuple[str, str]:
+        before, found, after = text.partition(mark)
+        if not found:
+            raise InputError("the checkpoint's chat template dropped a message of the dialogue")
+        return before, after
+
+    def _ended(self, tokens: list[int]) -> list[int]:
+        """Up to the end token, nothing if there is none."""
+        stops = [index for index, token in enumerate(tokens) if token in self._tokenizer.stop_ids]
+        return tokens[: stops[0] + 1] if stops else []

@@ -45,7 +45,9 @@ class CorpusConfig:
         _require(1 <= self.min_tokens <= self.max_tokens, "expected 1 <= min_tokens <= max_tokens")
         for source in self.sources:
             domain, equals, place = source.partition("=")
-            _require(bool(domain and equals and place), f"sources: expected DOMAIN=FOLDER or DOMAIN=GLOB, got {source!r}")
+            _require(
+                bool(domain and equals and place), f"sources: expected DOMAIN=FOLDER or DOMAIN=GLOB, got {source!r}"
+            )
         domains = {source.partition("=")[0] for source in self.sources}
         _require(len(self.weights) in (0, len(domains)), f"weights: expected {len(domains)}, got {len(self.weights)}")
         _require(all(math.isfinite(weight) and weight > 0 for weight in self.weights), "weights: expected numbers > 0")
@@ -219,7 +221,5 @@ class LongPOConfig:
             f"train.rows_per_step: expected a multiple of {rows} (mesh data x fsdp), got {train.rows_per_step}",
         )
         for name, size in (*(("lengths", length) for length in train.lengths), ("tail", train.tail)):
-            _require(
-                size % pieces == 0, f"train.{name}: expected multiples of {pieces} (2 x mesh.context), got {size}"
-            )
+            _require(size % pieces == 0, f"train.{name}: expected multiples of {pieces} (2 x mesh.context), got {size}")
         _require(0 <= self.seed < 2**32, f"seed must be in [0, 2^32), got {self.seed}")

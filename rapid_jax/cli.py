@@ -7,13 +7,9 @@ the run has ended, 130 interrupted, 141 nobody reads the output.
 """
 
 import argparse
-import contextlib
-import io
 import json
-import logging
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,15 +19,14 @@ from rapid_jax.config import RapidConfig
 from rapid_jax.documents import STDIN, read_document
 from rapid_jax.plan import command
 from rapid_jax.runtime import settings
-from rapid_jax.runtime.distributed import INTERRUPTED, meet
+from rapid_jax.runtime.command_line import prepare_jax, say, status_of
+from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import default_cache_dir
 
 if TYPE_CHECKING:
     from rapid_jax.answer import Answer
     from rapid_jax.retrieval.select import Selection
 
-UNREAD = 141
 # Option -> the setting that it stands for; those of `_TEXTS` are text whatever they look like.
 _OPTIONS = {
     "model": "models.target",
@@ -49,35 +44,11 @@ _TEXTS = ("model", "drafter", "mode")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; wrong usage leaves by argparse's SystemExit(2)."""
     options = parser().parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="rapid: %(message)s")
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its number
-    try:
-        status = options.run(options)
-        sys.stdout.flush()
-        return status or 0
-    except InputError as error:
-        return _fail(str(error))
-    except KeyboardInterrupt:
-        _say("rapid: interrupted")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # Python flushes once more when it ends, and would complain about the closed pipe then.
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return UNREAD
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{place}{error.strerror or error}")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for it
-            raise
-        return _fail("out of memory: the models and the document's cache do not fit; a lower models.max_context may")
-
-
-def _fail(message: str) -> int:
-    _say(f"rapid: {' '.join(message.splitlines())}")
-    return 2
+    return status_of(
+        lambda: options.run(options),
+        "rapid",
+        out_of_memory="the models and the document's cache do not fit; a lower models.max_context may",
+    )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -134,7 +105,8 @@ def _answer(options: argparse.Namespace) -> None:
                     _check_output(option, Path(path), options)
             if options.save_config:
                 _save(config, Path(options.save_config))
-        _prepare_jax(config)
+        folder = Path(config.cache.folder).expanduser() if config.cache.folder else None
+        prepare_jax(programs=config.cache.programs, cache=folder)
         run.start_jax()
         _answer_with(config, document, options, trace, leads=run.leads)
 
@@ -174,7 +146,7 @@ def _report(answers: Sequence["Answer"], options: argparse.Namespace) -> None:
         print(json.dumps(answers[0].to_json() | compared))
     elif options.compare:
         width = shutil.get_terminal_size((120, 0)).columns
-        _say(f"\nthe document is prefilled once for all modes (reused: it was there already)\n{table(answers, width)}")
+        say(f"\nthe document is prefilled once for all modes (reused: it was there already)\n{table(answers, width)}")
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -182,7 +154,7 @@ def _convert(options: argparse.Namespace) -> None:
 
     convert(options.source, Path(options.target), options.dtype, quiet=options.quiet)
     if not options.quiet:
-        _say(f"written: {options.target}")
+        say(f"written: {options.target}")
 
 
 def config_of(options: argparse.Namespace) -> RapidConfig:
@@ -232,53 +204,36 @@ def _save(config: RapidConfig, path: Path) -> None:
         raise InputError(f"{path}: the settings cannot be written: {error.strerror}") from error
 
 
-def _prepare_jax(config: RapidConfig) -> None:
-    """What must be set before jax is imported; what the user's environment says already stands.
-
-    Compiled programs are kept between runs, and the backends log errors only.
-    """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "2")
-    if config.cache.programs:
-        cache = Path(config.cache.folder).expanduser() if config.cache.folder else default_cache_dir()
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "programs"))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
-
-
 def _print_piece(text: str) -> None:
     print(text, end="", flush=True)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 def _tell_retrieved(selection: "Selection") -> None:
     note = "; none reached the threshold, the best one is kept" if selection.fallback else ""
-    _say(
+    say(
         f"retrieved {selection.kept} of {selection.considered} chunks, {selection.tokens} tokens, "
         f"in {selection.seconds:.1f} s{note}"
     )
     for chunk, score in zip(selection.chunks, selection.scores, strict=True):
-        _say(f"  {score:.3f}  [{chunk.start}:{chunk.end}]  {' '.join(chunk.text.split())[:70]}")
+        say(f"  {score:.3f}  [{chunk.start}:{chunk.end}]  {' '.join(chunk.text.split())[:70]}")
 
 
 def _tell_summary(answer: "Answer", config: RapidConfig) -> None:
     seconds, acceptance = answer.seconds, answer.acceptance_rate
-    _say("")
+    say("")
     if answer.document_tokens > answer.target_tokens:
-        _say(
+        say(
             f"the document has {answer.document_tokens} tokens and was cut (models.too_long = "
             f"{config.models.too_long}) to fit a prompt of {answer.target_tokens}"
         )
     accepted = "" if acceptance is None else f", {acceptance:.0%} of the drafts accepted"
-    _say(
+    say(
         f"{answer.mode}, eta {answer.eta:g}, gamma {answer.gamma}: {len(answer.token_ids)} tokens "
         f"({answer.finish_reason}) at {answer.tokens_per_second:.1f} tokens/s, "
         f"{answer.tokens_per_round:.2f} a round{accepted}"
     )
     reused = "prefill (document reused)" if answer.prefix_reused else "prefill"
-    _say(
+    say(
         f"seconds: load {seconds['load']:.1f}, retrieval {seconds['retrieval']:.1f}, "
         f"{reused} {seconds['prefill']:.1f}, compile {seconds['compile']:.1f}, decode {seconds['decode']:.1f}"
     )

@@ -38,6 +38,7 @@ class Rows:
     pos_BR: jax.Array  # int32, -1 sees nothing
     branch_BR: jax.Array | None = None  # int32
     group: int = field(default=1, metadata={"static": True})  # rows of each query position
+    reach_BR: jax.Array | None = None  # int32, of `Forked` alone: the last position of the trunk that the row sees
 
 
 @jax.tree_util.register_dataclass

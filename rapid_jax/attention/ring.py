@@ -23,10 +23,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from rapid_jax.attention.config import Over
 from rapid_jax.attention.kernels import Cotangent, Kernel
 from rapid_jax.attention.partial import Partial, Rows, Slots, finish, log_sum, merge
+
+
+ATTENDED = "attended"  # by this name `jax.checkpoint` policies know what attention gives
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,9 @@ def _forward(rows: Rows, slots: Slots, static: _Static):
         return static.kernel.forward(rows, visitor, scale=static.scale, runs=static.runs)
 
     total = attend_visitors(rows, slots, attend, static.hops)
-    out_BKRH = finish(total, rows.q_BKRH.dtype)
-    return out_BKRH, (rows, slots, out_BKRH, log_sum(total))
+    # Named: a remat policy that keeps both spares the backward pass a second forward pass of the kernels.
+    out_BKRH = checkpoint_name(finish(total, rows.q_BKRH.dtype), ATTENDED)
+    return out_BKRH, (rows, slots, out_BKRH, checkpoint_name(log_sum(total), ATTENDED))
 
 
 def _backward(static: _Static, residuals, d_out_BKRH: jax.Array):

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoder layer may do with its queries, keys and values: three short compositions of the algebra.
+"""What a decoder layer may do with its queries, keys and values: short compositions of the algebra.
 
 Each returns an `attend(q_BTNH, k_BTKH, v_BTKH, layer) -> (out_BTNH, kept)` for `Decoder.hidden`. On a mesh the time
 axis of queries and of the prefix is split over `context`, heads over `model`; a tail is whole on every context device.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from rapid_jax.attention.cache import KV, Prefix, Tail, write
+from rapid_jax.attention.forked import Forked
 from rapid_jax.attention.partial import Slots, attend_blockwise, finish, fold, merge, unfold
 from rapid_jax.attention.ring import attend_visitors, merged_over, ring_attention
 from rapid_jax.attention.strategy import Strategy
@@ -40,6 +43,32 @@ def attend_self(pos_BT: jax.Array, strategy: Strategy, *, branch_BT: jax.Array |
     def attend(q_BTNH, k_BTKH, v_BTKH, layer):
         k_BTKH, v_BTKH = strategy.with_copies(k_BTKH), strategy.with_copies(v_BTKH)
         return call(q_BTNH, k_BTKH, v_BTKH, pos_BT, *tags)[0], None
+
+    return attend
+
+
+def attend_fork(pos_BT: jax.Array, reach_B: jax.Array, strategy: Strategy, *, tail: int) -> Attend:
+    """Causal attention of a trunk over itself, and of a tail over the trunk up to `reach_B` and itself. Differentiable.
+
+    The last `tail` places of every context device are the tail, those before are the trunk, each in zigzag order. The
+    same as `attend_self` with branch tags, in kernels that know no tags and leave out what no branch sees.
+    """
+    kernel = strategy.chosen_kernel()
+    runs = 1 if strategy.context == 1 else 2
+
+    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, reach_B):
+        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2])
+        rows = replace(rows, reach_BR=jnp.broadcast_to(reach_B[:, None], rows.pos_BR.shape))
+        slots = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT)
+        scale = q_BTNH.shape[-1] ** -0.5
+        out_BKRH = ring_attention(rows, slots, kernel=Forked(kernel, tail), scale=scale, runs=runs, hops=strategy.hops)
+        return (unfold(out_BKRH, q_BTNH.shape[1]),)
+
+    call = strategy.per_device(local, ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "reach_B"), ("out_BTNH",))
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, layer):
+        k_BTKH, v_BTKH = strategy.with_copies(k_BTKH), strategy.with_copies(v_BTKH)
+        return call(q_BTNH, k_BTKH, v_BTKH, pos_BT, reach_B)[0], None
 
     return attend
 

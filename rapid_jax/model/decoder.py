@@ -22,6 +22,8 @@ Layout: TypeAlias = Literal["stacked", "unrolled"]
 # (q_BTNH, k_BTKH, v_BTKH, layer) -> (out_BTNH, kept): `layer` is this layer's slice of what the caller passed, `kept`
 # whatever the caller wants back of it. q and k are already rotated.
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# A stacked layer's (x_BTD, (its weights, its item)) -> (x_BTD, kept), and one that does the same otherwise.
+Wrap: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 def _parameter(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> nnx.Param:
@@ -102,11 +104,14 @@ class Decoder(nnx.Module):
         inv_freq, factor = inverse_frequencies(self.config.rope, self.config.head_dim)
         return rotation(pos_BT, inv_freq, factor)
 
-    def hidden(self, tokens_BT: jax.Array, pos_BT: jax.Array, attend: Attend, layers: Any = None):
+    def hidden(
+        self, tokens_BT: jax.Array, pos_BT: jax.Array, attend: Attend, layers: Any = None, wrap: Wrap | None = None
+    ):
         """(final-norm hidden states [B, T, D], what `attend` kept of every layer).
 
         `layers` is None or holds one item a layer: a tuple in the unrolled layout, a pytree of arrays with a leading
-        layer axis in the stacked one. The kept items come back in the same form.
+        layer axis in the stacked one. The kept items come back in the same form. `wrap` makes of a stacked layer's
+        function the one that is scanned: what training recomputes, and how weights and activations lie.
         """
         x_BTD = self.embed(tokens_BT)
         cos, sin = self.rotation(pos_BT)
@@ -117,7 +122,7 @@ class Decoder(nnx.Module):
                 weights, layer = item
                 return nnx.merge(graph, weights)(x_BTD, cos, sin, attend, layer)
 
-            x_BTD, kept = jax.lax.scan(one_layer, x_BTD, (stacked, layers))
+            x_BTD, kept = jax.lax.scan(one_layer if wrap is None else wrap(one_layer), x_BTD, (stacked, layers))
         else:
             collected = []
             for index, block in enumerate(self.blocks):
@@ -130,11 +135,14 @@ class Decoder(nnx.Module):
         """The last layer's output, normalised: what `logits` takes."""
         return rms_norm(x_BTD, self.norm_D[...], self.config.norm_eps)
 
+    @property
+    def head(self) -> tuple[jax.Array, str]:
+        """(the weights that make logits of hidden states, their axes): [D, V], or the embedding [V, D] if it is tied."""
+        return (self.embed_VD[...], "VD") if self.head_DV is None else (self.head_DV[...], "DV")
+
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]; take the rows you need first, V is large."""
-        if self.head_DV is None:
-            weight, spec = self.embed_VD[...], "BTD,VD->BTV"
-        else:
-            weight, spec = self.head_DV[...], "BTD,DV->BTV"
+        weight, axes = self.head
+        spec = f"BTD,{axes}->BTV"
         precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
         return jnp.einsum(spec, hidden_BTD, weight, precision=precision, preferred_element_type=jnp.float32)

@@ -57,6 +57,7 @@ def load_model(
     layout: Layout,
     dtype: LoadDtype = "auto",
     mesh: Mesh | None = None,
+    table: Table = PARAM,
     replicate_kv: bool = False,
     rope_theta: float | None = None,
     quiet: bool = False,
@@ -65,13 +66,13 @@ def load_model(
 
     dtype "auto" is float32 on CPUs, which have no bfloat16 arithmetic, and bfloat16 elsewhere. `rope_theta` replaces
     the checkpoint's base: LongPO's policy and its reference differ in it. On a mesh each device reads its part of every
-    array; `replicate_kv` keeps the kv projections whole on every model device, for more of those than kv heads.
+    array, as `table` says; `replicate_kv` keeps the kv projections whole on every model device, for more of those than kv heads.
     """
     checkpoint, tokenizer = open_checkpoint(source)
     config = checkpoint.config
     if rope_theta is not None:
         config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, theta=rope_theta))
-    table: Table = {**PARAM, "K": None} if replicate_kv else PARAM
+    table = {**table, "K": None} if replicate_kv else table
     decoder = build(config, checkpoint.read, layout=layout, dtype=_dtype(dtype), mesh=mesh, table=table, quiet=quiet)
     generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
     if isinstance(checkpoint, HfCheckpoint):

@@ -6,7 +6,7 @@
     F ffn            V vocab          E encoder embedding
 
 `q_BTNH` is [batch, query time, query heads, head dim]; `gate_DF` is [embed, ffn]. These letters are the only sharding
-rule: PARAM for parameters, ACT for everything that flows between them.
+rule: PARAM for parameters (TRAINED while they are trained), ACT for everything that flows between them.
 """
 
 from collections.abc import Mapping
@@ -27,6 +27,8 @@ PARAM: Table = {
     "L": None,
     "E": None,  # encoders are small: whole on every device
 }
+# While training, weights and what the optimizer keeps of them are also split over the devices that share a sequence.
+TRAINED: Table = {**PARAM, "D": ("fsdp", "context")}
 ACT: Table = {
     "B": ("data", "fsdp"),
     "T": "context",

@@ -66,10 +66,10 @@ class Run:
     with status 75: JAX would abort them, or their main thread waits for a device that will never answer.
     """
 
-    def __init__(self, seat: Seat | None = None, peers: Mapping[int, socket.socket] | None = None):
+    def __init__(self, seat: Seat | None = None, peers: Mapping[int, socket.socket] | None = None, name: str = "rapid"):
         self.leads = seat is None or seat.index == 0
         self.count = 1 if seat is None else seat.count
-        self._seat, self._peers, self._over = seat, dict(peers or {}), False
+        self._seat, self._peers, self._over, self._name = seat, dict(peers or {}), False, name
         for index, connection in self._peers.items():
             threading.Thread(target=self._listen, args=(index, connection), daemon=True).start()
 
@@ -128,19 +128,20 @@ class Run:
         """Without JAX's own farewell, which waits for minutes for processes that are gone."""
         with contextlib.suppress(Exception):
             sys.stdout.flush()
-        os.write(2, f"rapid: {' '.join(reason.split())}\n".encode())
+        os.write(2, f"{self._name}: {' '.join(reason.split())}\n".encode())
         os._exit(status)
 
 
-def meet(*, patience: float = 300.0) -> Run:
+def meet(*, name: str = "rapid", patience: float = 300.0) -> Run:
     """Joins the processes that the environment names; returns at once in a process alone. Needs no jax.
 
-    Raises InputError, naming who is missing, if not all come within `patience` seconds.
+    `name` begins this process's last line where another ends it. Raises InputError, naming who is missing, if not all
+    come within `patience` seconds.
     """
     seat = Seat.of(os.environ)
     if seat is None:
         return Run()
-    return Run(seat, _gather(seat, patience) if seat.index == 0 else _join(seat, patience))
+    return Run(seat, _gather(seat, patience) if seat.index == 0 else _join(seat, patience), name)
 
 
 def _keep_standard_output() -> None:

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The objectives: sums of log-probabilities in, a loss out. Pure functions of float arrays [B], one item a document.
+
+LongPO (arXiv 2502.13922, Eq. 12 to 14, in the form that its released code computes):
+
+    r_c = beta (P_c - R_c)      chosen reward: policy on the long context over reference on the SHORT one
+    r_r = beta (P_r - R_r)      rejected reward, its reference on the short context, too
+    L   = nll_weight * NLL + preference_weight * softplus(-(r_c - r_r))
+
+P and R are sums over the answer tokens of all turns: one sigmoid a document. Eq. 13 prints sums of probabilities inside
+the logarithms; a single turn would dominate those, and the released code adds logarithms, as here. The paper has
+preference_weight (lambda) 0.01 and nll_weight 1, the NLL over the whole chosen sequence with the document.
+
+dpo       the same with both references on the LONG context
+sft       the NLL alone
+solopo    preference on the short context, the chosen answer's reward drawn to be the same on the long one
+"""
+
+from collections.abc import Mapping
+from typing import TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+LogProbs: TypeAlias = Mapping[str, jax.Array]
+
+
+def preference(rewards_chosen_B: jax.Array, rewards_rejected_B: jax.Array) -> jax.Array:
+    """[B]: -log sigmoid of the margin, finite for any margin (Bradley-Terry; Eq. 6)."""
+    return jax.nn.softplus(-(rewards_chosen_B - rewards_rejected_B))
+
+
+def objective(
+    name: str,
+    policy: LogProbs,
+    reference: LogProbs,
+    *,
+    beta: float,
+    preference_weight: float,
+    nll_weight: float,
+    alpha: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """(loss [B], metrics [B] by name).
+
+    policy     nll_B, and unless sft: chosen_B, rejected_B; solopo: of the short context, and long_chosen_B
+    reference  chosen_B, rejected_B; solopo: and long_chosen_B. No gradient reaches them.
+    """
+    if name not in ("longpo", "dpo", "sft", "solopo"):
+        raise ValueError(f"unknown objective {name!r}")
+    nll_B = policy["nll_B"]
+    metrics = {"nll": nll_B}
+    loss_B = nll_weight * nll_B
+    if name != "sft":
+        reference = {key: jax.lax.stop_gradient(value) for key, value in reference.items()}
+        chosen_B = beta * (policy["chosen_B"] - reference["chosen_B"])
+        rejected_B = beta * (policy["rejected_B"] - reference["rejected_B"])
+        preference_B = preference(chosen_B, rejected_B)
+        if name == "solopo":
+            long_B = beta * (policy["long_chosen_B"] - reference["long_chosen_B"])
+            metrics["alignment"] = jnp.abs(chosen_B - long_B)
+            preference_B += alpha * metrics["alignment"]
+        loss_B += preference_weight * preference_B
+        metrics |= {
+            "preference": preference_B,
+            "rewards/chosen": chosen_B,
+            "rewards/rejected": rejected_B,
+            "rewards/margins": chosen_B - rejected_B,
+            "rewards/accuracies": (chosen_B > rejected_B).astype(jnp.float32),
+        }
+    return loss_B, metrics | {"loss": loss_B}

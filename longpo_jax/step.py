@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One update of the policy: packed rows through the decoder, the objective, its gradient, the optimizer.
+
+Weights are kept in `optimizer.weights_dtype` and cast to the dtype of the arithmetic for each pass. They are split over
+fsdp and context (the table TRAINED) and gathered layer by layer; rows are split over data and fsdp, a row over context.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+
+from longpo_jax.config import LongPOConfig, ObjectiveConfig, Remat
+from longpo_jax.loss import objective
+from longpo_jax.rows import PLACES, REJECTED, Row, batched
+from rapid_jax.attention.ring import ATTENDED
+from rapid_jax.attention.strategy import Strategy
+from rapid_jax.attention.verbs import attend_fork
+from rapid_jax.model.decoder import Decoder, Wrap
+from rapid_jax.model.logprobs import token_log_probs
+from rapid_jax.runtime.axes import PARAM, spec_of
+from rapid_jax.runtime.mesh import placed
+
+LAYER = "layer_input"
+Batch = Mapping[str, Any]  # PLACES and reach_B; reference_*_B; of solopo also short_PLACES and short_reach_B
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that an update changes."""
+
+    step: jax.Array  # int32, updates made
+    weights: Decoder
+    moments: optax.OptState
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row of training data with what the reference says of it."""
+
+    id: str
+    row: Row
+    short: Row | None  # of solopo: the same answers behind the excerpt
+    references: Mapping[str, float]  # log-probability sums: chosen, rejected; of solopo also long_chosen
+
+
+def row_log_probs(
+    decoder: Decoder,
+    batch: Batch,
+    *,
+    strategy: Strategy,
+    tail: int,
+    logits_chunk: int,
+    nll: str | None = None,
+    wrap: Wrap | None = None,
+) -> dict[str, jax.Array]:
+    """chosen_B and rejected_B, float32: sums of log p(answer tokens) over all turns of a packed row.
+
+    With `nll` also nll_B, the mean of -log p over the chosen sequence: "full" over all of it, the document included,
+    "response" over its answer tokens. Places without a token never count. `tail` places of the row are its tail.
+    """
+    devices = strategy.context
+    attend = attend_fork(batch["pos_BT"], batch["reach_B"], strategy, tail=tail // devices)
+    hidden_BTD, _ = decoder.hidden(batch["tokens_BT"], batch["pos_BT"], attend, wrap=wrap)
+    answers_BT = (batch["turn_BT"] > 0) & (batch["pos_BT"] >= 0)
+    trunk_BT = (batch["branch_BT"] != REJECTED) & (batch["pos_BT"] >= 0)
+    nll_BT = trunk_BT if nll == "full" else trunk_BT & answers_BT
+    counts_BT = answers_BT if nll is None else answers_BT | nll_BT
+    weight, axes = decoder.head
+    log_prob_BT = token_log_probs(hidden_BTD, weight, batch["targets_BT"], counts_BT, axes, logits_chunk, strategy.mesh)
+
+    def total(where_BT: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(where_BT, log_prob_BT, 0.0), axis=1)
+
+    found = {"chosen_B": total(answers_BT & trunk_BT), "rejected_B": total(answers_BT & ~trunk_BT)}
+    if nll is not None:
+        found["nll_B"] = -total(nll_BT) / jnp.maximum(jnp.sum(nll_BT, axis=1), 1)
+    return found
+
+
+def losses(decoder: Decoder, batch: Batch, config: ObjectiveConfig, **how: Any) -> tuple[jax.Array, dict]:
+    """(mean loss of the rows, mean metrics by name); `how` is that of `row_log_probs`, `tail` and `short_tail` apart."""
+    tail, short_tail = how.pop("tail"), how.pop("short_tail")
+    policy = row_log_probs(decoder, batch, tail=tail, nll=config.nll, **how)
+    if config.name == "solopo":
+        long = policy
+        short = {key.removeprefix("short_"): value for key, value in batch.items() if key.startswith("short_")}
+        policy = row_log_probs(decoder, short, tail=short_tail, **how)
+        policy |= {"long_chosen_B": long["chosen_B"], "nll_B": long["nll_B"]}
+    reference = {key.removeprefix("reference_"): x for key, x in batch.items() if key.startswith("reference_")}
+    weights = {name: getattr(config, name) for name in ("beta", "preference_weight", "nll_weight", "alpha")}
+    loss_B, metrics = objective(config.name, policy, reference, **weights)
+    return jnp.mean(loss_B), {name: jnp.mean(value) for name, value in metrics.items()}
+
+
+def wrapping(remat: Remat, *, offload: bool, mesh: Mesh | None) -> Wrap:
+    """What training makes of a layer: its weights whole while it runs, its rows in place, what is kept of it by name."""
+
+    def wrap(layer):
+        def laid(x_BTD, item):
+            weights, rest = item
+            x_BTD = checkpoint_name(_constrained(x_BTD, mesh, "x_BTD"), LAYER)
+            x_BTD, kept = layer(x_BTD, (_gathered(weights, mesh), rest))
+            return _constrained(x_BTD, mesh, "x_BTD"), kept
+
+        if remat == "none":
+            return laid
+        policies, kept = jax.checkpoint_policies, [ATTENDED] if remat == "attention" else []
+        if offload:
+            policy = policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=kept,
+                names_which_can_be_offloaded=[LAYER],
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+        else:
+            policy = policies.save_only_these_names(*kept)
+        return jax.checkpoint(laid, policy=policy, prevent_cse=False)
+
+    return wrap
+
+
+def _constrained(x: jax.Array, mesh: Mesh | None, name: str) -> jax.Array:
+    if mesh is None:
+        return x
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, Strategy(block=1, mesh=mesh).spec(name)))
+
+
+def _gathered(weights: Any, mesh: Mesh | None) -> Any:
+    """A layer's weights split over `model` alone."""
+    if mesh is None:
+        return weights
+    table = {**PARAM, "D": None}
+    if mesh.shape["model"] > 1:
+        kv_heads = next(x.shape[-2] for path, x in _named(weights) if path == "k_DKH")
+        table["K"] = "model" if kv_heads % mesh.shape["model"] == 0 else None
+
+    def gather(path, x):
+        return lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(_name(path), table)))
+
+    return jax.tree.map_with_path(gather, weights)
+
+
+def _named(weights: Any) -> list[tuple[str, Any]]:
+    return [(_name(path), x) for path, x in jax.tree.leaves_with_path(weights)]
+
+
+def _name(path: tuple) -> str:
+    """Of a parameter: the last key that is a name."""
+    words = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
+    return next(word for word in reversed(words) if "_" in word)
+
+
+class Step:
+    """The compiled programs of training, for one configuration and mesh."""
+
+    def __init__(self, config: LongPOConfig, decoder: Decoder, transform: optax.GradientTransformation):
+        self.config, self.mesh, self.transform = config, decoder.mesh, transform
+        train, compute = config.train, config.compute
+        self.strategy = Strategy(train.attention_block, decoder.mesh, compute.kernel, compute.context)
+        self.tail = 0 if config.objective.name in ("sft", "solopo") else train.tail
+        self.dtype = _arithmetic(config.model.dtype)
+        self._wrap = wrapping(train.remat, offload=train.offload, mesh=decoder.mesh)
+        self.gradients = jax.jit(self._gradients, donate_argnames="total")
+        self.updated = jax.jit(self._updated, donate_argnames="state")
+
+    def start(self, decoder: Decoder) -> TrainState:
+        """Before the first update; the decoder's arrays become the state's."""
+        moments = jax.jit(self.transform.init)(nnx.state(decoder, nnx.Param))
+        return TrainState(placed(self.mesh, jax.P(), np.int32(0)), decoder, moments)
+
+    def place(self, samples: Sequence[Sample | None]) -> dict[str, jax.Array]:
+        """The batch of one microbatch, a row for each of data * fsdp devices, on the mesh.
+
+        A row that no device of this process holds may be None. All processes agree on the padded length.
+        """
+        rows = [sample.row for sample in samples if sample is not None]
+        trunk = max(row.trunk for row in rows) if rows else 0
+        shorts = [s.short for s in samples if s is not None and s.short is not None]
+        short = max((row.trunk for row in shorts), default=0)
+        if jax.process_count() > 1:
+            every = multihost_utils.process_allgather(np.asarray([trunk, short], np.int32))
+            trunk, short = (int(size) for size in np.max(every, axis=0))
+        spare = next(s for s in samples if s is not None) if rows else None
+        if spare is None:
+            raise ValueError("a process places a microbatch of which it holds no row")
+        full = [spare if sample is None else sample for sample in samples]
+        devices = self.strategy.context
+        arrays = dict(batched([sample.row for sample in full], trunk=trunk, devices=devices))
+        if short:
+            of_short = batched([s.short for s in full if s.short], trunk=short, devices=devices)
+            arrays |= {f"short_{name}": array for name, array in of_short.items()}
+        for name in full[0].references:
+            values = np.asarray([sample.references[name] for sample in full], np.float32)
+            arrays[f"reference_{name}_B"] = values
+        return {name: placed(self.mesh, self.strategy.spec(name), array) for name, array in arrays.items()}
+
+    def accumulate(self, state: TrainState, total: Any, batch: Batch) -> Any:
+        """`total` (None before the first microbatch of an update) with this one's gradient and metrics added."""
+        if total is None:
+            total = _zeros(state.weights, batch_metrics(self.config.objective.name))
+        return self.gradients(state.weights, total, batch)
+
+    def update(self, state: TrainState, total: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        """(state after one update, means of the metrics, with grad_norm and finite).
+
+        If the gradient is not finite the state comes back as it was. The given state is used up.
+        """
+        return self.updated(state, total)
+
+    def policy(self, weights: Decoder) -> Decoder:
+        """The weights in the dtype of the arithmetic; those outside of the layers split over `model` alone."""
+        decoder = jax.tree.map(lambda x: x.astype(self.dtype), weights)
+        for name in ("embed_VD", "norm_D", "head_DV"):
+            parameter = getattr(decoder, name)
+            if parameter is not None and self.mesh is not None:
+                sharding = NamedSharding(self.mesh, spec_of(name, {**PARAM, "D": None}))
+                parameter[...] = lax.with_sharding_constraint(parameter[...], sharding)
+        return decoder
+
+    def _gradients(self, weights: Decoder, total: Any, batch: Batch) -> Any:
+        graph, state = nnx.split(weights, nnx.Param)
+        how = {"strategy": self.strategy, "logits_chunk": self.config.train.logits_chunk, "wrap": self._wrap}
+        tails = {"tail": self.tail, "short_tail": self.config.train.tail}
+
+        def loss(state):
+            decoder = self.policy(nnx.merge(graph, state))
+            return losses(decoder, batch, self.config.objective, **how, **tails)
+
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state)
+        sums, metric_sums, count = total
+        sums = jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, gradient)
+        return sums, {name: metric_sums[name] + value for name, value in metrics.items()}, count + 1
+
+    def _updated(self, state: TrainState, total: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+        sums, metrics, count = total
+        gradient = jax.tree.map(lambda x: x / count, sums)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        graph, weights = nnx.split(state.weights, nnx.Param)
+        updates, moments = self.transform.update(gradient, state.moments, weights)
+        moved = optax.apply_updates(weights, updates)
+
+        def kept(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+        state = TrainState(
+            kept(state.step + 1, state.step), nnx.merge(graph, kept(moved, weights)), kept(moments, state.moments)
+        )
+        means = {name: value / count for name, value in metrics.items()}
+        return state, means | {"grad_norm": norm, "finite": finite}
+
+
+def batch_metrics(name: str) -> tuple[str, ...]:
+    """The metrics of an objective."""
+    scores = {
+        "nll_B": jnp.zeros(1),
+        "chosen_B": jnp.zeros(1),
+        "rejected_B": jnp.zeros(1),
+        "long_chosen_B": jnp.zeros(1),
+    }
+    weights = {"beta": 1.0, "preference_weight": 1.0, "nll_weight": 1.0, "alpha": 1.0}
+    return tuple(jax.eval_shape(lambda: objective(name, scores, scores, **weights)[1]))
+
+
+@partial(jax.jit, static_argnames="names")
+def _zeros(weights: Decoder, names: tuple[str, ...]) -> Any:
+    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), nnx.state(weights, nnx.Param))
+    return sums, {name: jnp.zeros(()) for name in names}, jnp.zeros(())
+
+
+def _arithmetic(name: str) -> jnp.dtype:
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)

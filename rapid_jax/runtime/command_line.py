@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the command lines share: errors as one line and an exit status, and what JAX is told before it is imported.
+
+Exit status: 2 input that cannot be used, 130 interrupted, 141 nobody reads the output; 75 (another process of the run
+has ended) and 3 (a plan that does not fit) come from elsewhere.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rapid_jax.runtime.distributed import INTERRUPTED
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import default_cache_dir
+
+UNREAD = 141
+
+
+def status_of(work: Callable[[], int | None], name: str, *, out_of_memory: str) -> int:
+    """Does the work of the command `name`; the exit status, after one line on standard error if it is not 0.
+
+    `out_of_memory` says what may help when memory ran out. Errors that are the program's own are raised.
+    """
+    logging.basicConfig(level=logging.WARNING, format=f"{name}: %(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its number
+    try:
+        status = work()
+        sys.stdout.flush()
+        return status or 0
+    except InputError as error:
+        return _fail(name, str(error))
+    except KeyboardInterrupt:
+        say(f"{name}: interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes once more when it ends, and would complain about the closed pipe then.
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(name, f"{place}{error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word for it
+            raise
+        return _fail(name, f"out of memory: {out_of_memory}")
+
+
+def prepare_jax(*, programs: bool, cache: Path | None = None) -> None:
+    """What must be set before jax is imported; what the user's environment says already stands.
+
+    The backends log errors only, and with `programs` compiled programs are kept between runs, in `cache` or the default
+    cache folder.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TPU_MIN_LOG_LEVEL", "2")
+    if programs:
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((cache or default_cache_dir()) / "programs"))
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+def say(text: str) -> None:
+    """A line on standard error."""
+    print(text, file=sys.stderr)
+
+
+def _fail(name: str, message: str) -> int:
+    say(f"{name}: {' '.join(message.splitlines())}")
+    return 2

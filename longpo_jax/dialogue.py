@@ -20,7 +20,7 @@ _MARK = "\N{REFERENCE MARK}"
 
 @dataclass(frozen=True)
 class Branch:
-    """What follows the shared part. The last token of all is the last answer's end token, where the template has one."""
+    """What follows the shared part, up to the end token of the last answer, where the template has one."""
 
     tokens: list[int]
     turns: list[int]  # of each token the turn, from 1, whose answer it belongs to (the end token too); 0: none

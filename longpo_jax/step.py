@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from longpo_jax.config import LongPOConfig, ObjectiveConfig, Remat
 from longpo_jax.loss import objective
-from longpo_jax.rows import PLACES, REJECTED, Row, batched
+from longpo_jax.rows import REJECTED, Row, batched
 from rapid_jax.attention.ring import ATTENDED
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_fork
@@ -90,7 +90,7 @@ def row_log_probs(
 
 
 def losses(decoder: Decoder, batch: Batch, config: ObjectiveConfig, **how: Any) -> tuple[jax.Array, dict]:
-    """(mean loss of the rows, mean metrics by name); `how` is that of `row_log_probs`, `tail` and `short_tail` apart."""
+    """(mean loss of the rows, mean metrics by name); `how` is as in `row_log_probs`, and `short_tail` of short rows."""
     tail, short_tail = how.pop("tail"), how.pop("short_tail")
     policy = row_log_probs(decoder, batch, tail=tail, nll=config.nll, **how)
     if config.name == "solopo":
@@ -105,7 +105,7 @@ def losses(decoder: Decoder, batch: Batch, config: ObjectiveConfig, **how: Any) 
 
 
 def wrapping(remat: Remat, *, offload: bool, mesh: Mesh | None) -> Wrap:
-    """What training makes of a layer: its weights whole while it runs, its rows in place, what is kept of it by name."""
+    """What training makes of a layer: its weights whole while it runs, its rows in place, what is kept by name."""
 
     def wrap(layer):
         def laid(x_BTD, item):

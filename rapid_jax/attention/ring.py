@@ -29,7 +29,6 @@ from rapid_jax.attention.config import Over
 from rapid_jax.attention.kernels import Cotangent, Kernel
 from rapid_jax.attention.partial import Partial, Rows, Slots, finish, log_sum, merge
 
-
 ATTENDED = "attended"  # by this name `jax.checkpoint` policies know what attention gives
 
 

@@ -137,7 +137,7 @@ class Decoder(nnx.Module):
 
     @property
     def head(self) -> tuple[jax.Array, str]:
-        """(the weights that make logits of hidden states, their axes): [D, V], or the embedding [V, D] if it is tied."""
+        """(the weights that make logits of hidden states, their axes): DV, or VD of an embedding that is tied."""
         return (self.embed_VD[...], "VD") if self.head_DV is None else (self.head_DV[...], "DV")
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:

@@ -66,7 +66,8 @@ def load_model(
 
     dtype "auto" is float32 on CPUs, which have no bfloat16 arithmetic, and bfloat16 elsewhere. `rope_theta` replaces
     the checkpoint's base: LongPO's policy and its reference differ in it. On a mesh each device reads its part of every
-    array, as `table` says; `replicate_kv` keeps the kv projections whole on every model device, for more of those than kv heads.
+    array, as `table` says; `replicate_kv` keeps the kv projections whole on every model device, for more of those than
+    kv heads.
     """
     checkpoint, tokenizer = open_checkpoint(source)
     config = checkpoint.config

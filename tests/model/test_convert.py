@@ -43,6 +43,7 @@ def exported_smollm2(smollm2_path, tmp_path_factory):
 def test_smollm2_exported_gives_the_same_logits_in_transformers(exported_smollm2, smollm2_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported_smollm2)
     assert theirs.dtype == torch.float32
+    theirs = theirs.double()
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported_smollm2)
     ours = load_model("smollm2", layout="stacked", dtype="float32", quiet=True)
     messages = [{"role": "user", "content": "Name 3 primary colours, and the year 1984 in Roman numerals."}]
@@ -52,9 +53,10 @@ def test_smollm2_exported_gives_the_same_logits_in_transformers(exported_smollm2
     assert ids == tokenizer(text).input_ids
     tokens_BT, pos_BT = np.array([ids]), np.arange(len(ids))[None]
     expected = torch_logits(theirs.eval(), tokens_BT, pos_BT)
-    # float32 through 30 layers; logits are of order ten
+    # Ours are float32 through 30 layers, theirs float64; a wrong order of heads or frequencies gives errors of order 1.
+    # What a single row's rounding grows to depends on the processor: 4e-6 to 2e-4 of the largest logit were seen.
     np.testing.assert_allclose(
-        our_logits(ours.decoder, tokens_BT, pos_BT), expected, atol=1e-4 * np.abs(expected).max()
+        our_logits(ours.decoder, tokens_BT, pos_BT), expected, atol=5e-4 * np.abs(expected).max()
     )
     assert ours.source == smollm2_path
 

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from longpo_jax.config import LongPOConfig, ObjectiveConfig, Remat
+from longpo_jax.flops import flops_of, tokens_of
 from longpo_jax.loss import objective
 from longpo_jax.rows import REJECTED, Row, batched
 from rapid_jax.attention.ring import ATTENDED
@@ -174,6 +175,8 @@ class Step:
         self._wrap = wrapping(train.remat, offload=train.offload, mesh=decoder.mesh)
         self.gradients = jax.jit(self._gradients, donate_argnames="total")
         self.updated = jax.jit(self._updated, donate_argnames="state")
+        self.tokens = jax.jit(tokens_of)
+        self.flops = jax.jit(partial(flops_of, decoder.config))
 
     def start(self, decoder: Decoder) -> TrainState:
         """Before the first update; the decoder's arrays become the state's."""

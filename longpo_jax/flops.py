@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arithmetic that rows need, whatever a program recomputes: what model FLOPs utilisation is measured by.
+
+Of a matrix product 2 FLOPs a weight and token forward, twice that backward. Of attention 4 H FLOPs a query head and
+seen pair forward, twice that backward.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longpo_jax.rows import REJECTED
+from rapid_jax.model.config import ModelConfig
+
+
+def tokens_of(batch: Mapping[str, Any]) -> jax.Array:
+    """How many places of all rows hold a token, float32."""
+    return sum((jnp.sum(batch[name] >= 0, dtype=jnp.float32) for name in _positions(batch)), jnp.float32(0))
+
+
+def flops_of(config: ModelConfig, batch: Mapping[str, Any]) -> jax.Array:
+    """FLOPs of forward and backward over all rows, float32; every token is taken to make logits."""
+    D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
+    heads = 2 * config.num_heads + 2 * config.num_kv_heads
+    weights = config.num_layers * (D * H * heads + 3 * D * F) + D * V
+    pairs = jnp.float32(0)
+    for name in _positions(batch):
+        prefix = name.removesuffix("pos_BT")
+        filled_BT, tail_BT = batch[name] >= 0, batch[f"{prefix}branch_BT"] == REJECTED
+        trunk_B = jnp.sum(filled_BT & ~tail_BT, axis=1).astype(jnp.float32)
+        tail_B = jnp.sum(filled_BT & tail_BT, axis=1).astype(jnp.float32)
+        shared_B = (batch[f"{prefix}reach_B"] + 1).astype(jnp.float32)
+        pairs += jnp.sum(trunk_B * (trunk_B + 1) / 2 + tail_B * shared_B + tail_B * (tail_B + 1) / 2)
+    attention = 12 * H * config.num_heads * config.num_layers * pairs
+    return 6.0 * weights * tokens_of(batch) + attention
+
+
+def _positions(batch: Mapping[str, Any]) -> list[str]:
+    return [name for name in batch if name.endswith("pos_BT")]

@@ -100,8 +100,13 @@ class PairsConfig:
     shard_pairs: int = 64  # documents a file
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "max_context", "batch", "shard_pairs", "gamma"):
+        for name in ("max_new_tokens", "max_context", "batch", "shard_pairs"):
             _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
+        _require(1 <= self.gamma <= 64, f"gamma: expected 1 to 64, got {self.gamma}")
+        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
+        _require(finite and self.temperature >= 0, f"temperature: expected a number >= 0, got {self.temperature}")
+        _require(self.repetition_penalty > 0, f"repetition_penalty: expected > 0, got {self.repetition_penalty}")
+        _require(0 < self.top_p <= 1, f"top_p: expected above 0 and at most 1, got {self.top_p}")
         _require(self.max_context > self.max_new_tokens, "max_context: expected more than max_new_tokens")
 
 
@@ -183,6 +188,10 @@ class GenerationConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     prefill_chunk: int = 512
     attention_block: int = 16384
+
+    def __post_init__(self):
+        for name in ("prefill_chunk", "attention_block"):
+            _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)

@@ -16,15 +16,14 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
-from longpo_jax.config import LongPOConfig, ObjectiveConfig, Remat
+from longpo_jax.config import LongPOConfig, ObjectiveConfig
 from longpo_jax.flops import flops_of, tokens_of
 from longpo_jax.loss import objective
+from longpo_jax.remat import wrapping
 from longpo_jax.rows import REJECTED, Row, batched
-from rapid_jax.attention.ring import ATTENDED
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_fork
 from rapid_jax.model.decoder import Decoder, Wrap
@@ -32,7 +31,6 @@ from rapid_jax.model.logprobs import token_log_probs
 from rapid_jax.runtime.axes import PARAM, spec_of
 from rapid_jax.runtime.mesh import placed
 
-LAYER = "layer_input"
 Batch = Mapping[str, Any]  # PLACES and reach_B; reference_*_B; of solopo also short_PLACES and short_reach_B
 
 
@@ -103,64 +101,6 @@ def losses(decoder: Decoder, batch: Batch, config: ObjectiveConfig, **how: Any) 
     weights = {name: getattr(config, name) for name in ("beta", "preference_weight", "nll_weight", "alpha")}
     loss_B, metrics = objective(config.name, policy, reference, **weights)
     return jnp.mean(loss_B), {name: jnp.mean(value) for name, value in metrics.items()}
-
-
-def wrapping(remat: Remat, *, offload: bool, mesh: Mesh | None) -> Wrap:
-    """What training makes of a layer: its weights whole while it runs, its rows in place, what is kept by name."""
-
-    def wrap(layer):
-        def laid(x_BTD, item):
-            weights, rest = item
-            x_BTD = checkpoint_name(_constrained(x_BTD, mesh, "x_BTD"), LAYER)
-            x_BTD, kept = layer(x_BTD, (_gathered(weights, mesh), rest))
-            return _constrained(x_BTD, mesh, "x_BTD"), kept
-
-        if remat == "none":
-            return laid
-        policies, kept = jax.checkpoint_policies, [ATTENDED] if remat == "attention" else []
-        if offload:
-            policy = policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=kept,
-                names_which_can_be_offloaded=[LAYER],
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
-        else:
-            policy = policies.save_only_these_names(*kept)
-        return jax.checkpoint(laid, policy=policy, prevent_cse=False)
-
-    return wrap
-
-
-def _constrained(x: jax.Array, mesh: Mesh | None, name: str) -> jax.Array:
-    if mesh is None:
-        return x
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, Strategy(block=1, mesh=mesh).spec(name)))
-
-
-def _gathered(weights: Any, mesh: Mesh | None) -> Any:
-    """A layer's weights split over `model` alone."""
-    if mesh is None:
-        return weights
-    table = {**PARAM, "D": None}
-    if mesh.shape["model"] > 1:
-        kv_heads = next(x.shape[-2] for path, x in _named(weights) if path == "k_DKH")
-        table["K"] = "model" if kv_heads % mesh.shape["model"] == 0 else None
-
-    def gather(path, x):
-        return lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(_name(path), table)))
-
-    return jax.tree.map_with_path(gather, weights)
-
-
-def _named(weights: Any) -> list[tuple[str, Any]]:
-    return [(_name(path), x) for path, x in jax.tree.leaves_with_path(weights)]
-
-
-def _name(path: tuple) -> str:
-    """Of a parameter: the last key that is a name."""
-    words = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-    return next(word for word in reversed(words) if "_" in word)
 
 
 class Step:

@@ -55,6 +55,8 @@ def attend_fork(pos_BT: jax.Array, reach_B: jax.Array, strategy: Strategy, *, ta
     """
     kernel = strategy.chosen_kernel()
     runs = 1 if strategy.context == 1 else 2
+    if tail == 0:
+        return attend_self(pos_BT, strategy, runs=runs)
 
     def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, reach_B):
         rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2])

@@ -91,7 +91,7 @@ class Run:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if self._seat is None or not self._peers:
             return
-        if error is None:
+        if error is None or isinstance(error, SystemExit):  # all of them have agreed to leave
             self._over = True
             self._tell(_GOODBYE)
             return

@@ -52,6 +52,11 @@ def defaults(cls: type[T], overrides: Sequence[str] = ()) -> T:
     return _assemble(cls, _default_tree(cls), "default settings", overrides)
 
 
+def changed(settings: T, overrides: Sequence[str], source: str) -> T:
+    """`settings`, which are called `source`, with `overrides` put over them. Raises InputError as `load` does."""
+    return _assemble(type(settings), _tree_of(settings), source, overrides)
+
+
 def dump(settings: "DataclassInstance") -> str:
     """YAML text with every field of `settings`, which `load` reads back to an equal instance."""
     return strict_yaml.emit(_tree_of(settings))

@@ -1,0 +1,299 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints of training: Orbax's CheckpointManager, with a note of where the run was and a list of what was written.
+
+    FOLDER/<step>/weights, moments   arrays by name, each device's part written by it, readable on any mesh
+    FOLDER/<step>/note               JSON: schema, step, rows, tokens, what decides the run, type and shape of every array
+    FOLDER/<step>/files.json         size of every file
+
+Orbax writes beside the training and gives the folder its name last; the list is written just before. A folder that has
+no list, or whose files have other sizes, is not used. Values carry no checksum: a flipped bit in one is not found.
+"""
+
+import contextlib
+import gc
+import json
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from longpo_jax.step import TrainState
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.runtime.command_line import say
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh import agreed, placed
+
+SCHEMA = 1
+_FILES = "files.json"
+_NONE = -1
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that is whole; `note` is what `save` was given, with step, schema and arrays."""
+
+    folder: Path
+    note: Mapping[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Updates made when it was written."""
+        return self.note["step"]
+
+
+def newest(folder: Path) -> Found | None:
+    """The newest checkpoint in `folder` that is whole, on every process the same; None if nothing was ever saved.
+
+    Says on standard error which newer ones are not. Raises InputError if there are some and none is whole, or the
+    newest is of another schema. `folder` is one that all processes see.
+    """
+    step = int(agreed(_newest_step(folder) if jax.process_index() == 0 else _NONE))
+    if step == _NONE:
+        return None
+    found = Found(folder / str(step), json.loads((folder / str(step) / "note" / "metadata").read_bytes()))
+    if found.note.get("schema") != SCHEMA:
+        raise InputError(f"{found.folder}: expected a checkpoint of schema {SCHEMA}, got {found.note.get('schema')}")
+    return found
+
+
+def restore_weights(found: Found, target: Decoder) -> Decoder:
+    """The weights of a checkpoint as a Decoder that lies as `target` does, whose arrays may be abstract.
+
+    Raises InputError if they are those of another model.
+    """
+    graph, state = nnx.split(target, nnx.Param)
+    return nnx.merge(graph, _restored(found, {"weights": state})["weights"])
+
+
+def restore(found: Found, target: TrainState) -> TrainState:
+    """The state of a checkpoint, which lies as `target` does; the arrays of `target` are given up for it.
+
+    Raises InputError if it is that of another model or optimizer.
+    """
+    graph, weights = nnx.split(target.weights, nnx.Param)
+    trees = {"weights": weights, "moments": target.moments}
+    shapes = jax.tree.map(_outline, trees)
+    for leaf in jax.tree.leaves(trees):
+        leaf.delete()
+    got = _restored(found, shapes)
+    step = placed(target.weights.mesh, jax.P(), np.int32(found.step))
+    return TrainState(step, nnx.merge(graph, got["weights"]), got["moments"])
+
+
+class Checkpoints:
+    """Writes the checkpoints of a run; a context, which leaves none half-written. All processes call everything."""
+
+    def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None):
+        self.folder, self._keep, self._keep_every = folder, keep, keep_every
+        self._saving, self._exit = _NONE, contextlib.ExitStack()
+
+    def __enter__(self) -> "Checkpoints":
+        ocp = self._exit.enter_context(_quiet_orbax())
+        policies = ocp.checkpoint_managers.preservation_policy
+        kept = [policies.LatestN(self._keep)]
+        if self._keep_every is not None:
+            kept.append(policies.EveryNSteps(self._keep_every))
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            cleanup_tmp_directories=True,
+            async_options=ocp.options.AsyncOptions(post_finalization_callback=self._list),
+        )
+        arrays = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
+        moments = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_compression=False)
+        handlers = {"weights": arrays, "moments": moments, "note": ocp.JsonCheckpointHandler()}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._ocp = ocp
+        self._manager = ocp.CheckpointManager(self.folder.absolute(), item_handlers=handlers, options=options)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+                self._manager.close()
+        finally:
+            self._exit.close()
+
+    def save(self, state: TrainState, note: Mapping[str, Any]) -> Path:
+        """Starts to write the state, in place of a checkpoint of its step; where it will be. Its arrays may then change.
+
+        Waits for the write before. Raises InputError if the disk has no room or refuses either of them: what was
+        written earlier stays.
+        """
+        self.wait()
+        step, args = int(state.step), self._ocp.args
+        trees = {"weights": _named(nnx.state(state.weights, nnx.Param)), "moments": _named(state.moments)}
+        shapes = {item: {name: _kind(x) for name, x in tree.items()} for item, tree in trees.items()}
+        self._check_room(step, sum(x.nbytes for tree in trees.values() for x in tree.values()))
+        with self._refusals(step):
+            if step in self._manager.all_steps():
+                self._manager.delete(step)
+            self._saving = step
+            self._manager.save(
+                step,
+                args=args.Composite(
+                    **{item: args.PyTreeSave(tree) for item, tree in trees.items()},
+                    note=args.JsonSave({**note, "schema": SCHEMA, "step": step, "arrays": shapes}),
+                ),
+                force=True,
+            )
+        return self.folder / str(step)
+
+    def wait(self) -> None:
+        """Until what is being written is there. Raises InputError as `save` does."""
+        if self._saving != _NONE:
+            with self._refusals(self._saving):
+                self._manager.wait_until_finished()
+            self._saving = _NONE
+
+    def _list(self) -> None:
+        """Called by Orbax, on the first process, when all is written and the folder still has a temporary name."""
+        for folder in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
+            (folder / _FILES).write_text(json.dumps(_sizes(folder)), encoding="utf-8")
+
+    def _check_room(self, step: int, needed: int) -> None:
+        free = agreed(shutil.disk_usage(self.folder).free)
+        if needed > free:
+            raise InputError(self._unsaved(step, f"it needs {needed} bytes, {free:.0f} are free"))
+
+    @contextlib.contextmanager
+    def _refusals(self, step: int) -> Iterator[None]:
+        failure = None
+        try:
+            yield
+        except (OSError, ValueError) as error:  # ValueError: TensorStore's type for every error, a full disk too
+            failure = self._unsaved(step, _one_line(error))
+        if failure is not None:
+            for _ in range(5):  # until the writes that Orbax leaves under way have ended, where they are not heard
+                gc.collect()
+                time.sleep(0.1)
+            raise InputError(failure)
+
+    def _unsaved(self, step: int, reason: str) -> str:
+        return f"{self.folder}: step {step} could not be saved, earlier checkpoints stay: {reason}"
+
+
+def _newest_step(folder: Path) -> int:
+    """The newest step whose checkpoint is whole; says which are not."""
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()] if folder.is_dir() else []
+    faults = []
+    for step in sorted(steps, reverse=True):
+        fault = _fault(folder / str(step))
+        if fault is None:
+            for line in faults:
+                say(f"{line}; going on from step {step}")
+            return step
+        faults.append(f"{folder / str(step)} is not whole: {fault}")
+    if faults:
+        raise InputError(f"expected a checkpoint that is whole, got none: {'; '.join(faults)}")
+    return _NONE
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, if anything is."""
+    try:
+        expected = json.loads((folder / _FILES).read_bytes())
+        json.loads((folder / "note" / "metadata").read_bytes())
+    except FileNotFoundError as error:
+        return f"it has no {Path(error.filename).relative_to(folder)}"
+    except (OSError, ValueError) as error:
+        return _one_line(error)
+    got = _sizes(folder)
+    for name, size in expected.items():
+        if got.get(name) != size:
+            return f"{name} has {got[name]} bytes, {size} were written" if name in got else f"it has no {name}"
+    return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    # What Orbax itself notes of a folder is rewritten when it gets its name.
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in paths
+        if path.name not in (_FILES, "_CHECKPOINT_METADATA")
+    }
+
+
+def _restored(found: Found, trees: Mapping[str, Any]) -> dict[str, Any]:
+    """The trees with the arrays of the checkpoint's items in the place of shapes."""
+    with _quiet_orbax() as ocp:
+        return {item: _restored_item(ocp, found, item, tree) for item, tree in trees.items()}
+
+
+def _restored_item(ocp: Any, found: Found, item: str, tree: Any) -> Any:
+    stored, wanted = found.note["arrays"][item], _named(tree)
+    for name in (*wanted, *stored):
+        ours, theirs = _kind(wanted[name]) if name in wanted else "no such array", stored.get(name, "no such array")
+        if ours != theirs:
+            raise InputError(
+                f"{found.folder}: expected a checkpoint of this model and optimizer: of {name} in {item} "
+                f"{ours}, got {theirs}"
+            )
+    how = {name: _restore_args(ocp, leaf) for name, leaf in wanted.items()}
+    failure = None
+    try:
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
+            arrays = checkpointer.restore(
+                (found.folder / item).absolute(), args=ocp.args.PyTreeRestore(restore_args=how)
+            )
+            return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in wanted])
+    except (ValueError, KeyError, OSError) as error:
+        failure = _one_line(error)
+    raise InputError(f"{found.folder}: {item} cannot be read: {failure}: delete it to go on from the one before")
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their path, in the order in which JAX flattens it."""
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _kind(x: Any) -> str:
+    return f"{x.dtype}{list(x.shape)}"
+
+
+def _outline(x: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
+
+
+def _restore_args(ocp: Any, leaf: Any) -> Any:
+    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+
+
+@contextlib.contextmanager
+def _quiet_orbax() -> Iterator[Any]:
+    """Orbax, imported when first used. What it logs as an error it raises, too; what is left of a write that has failed
+    asyncio and the interpreter would report."""
+    import orbax.checkpoint as ocp
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return "orbax" not in record.pathname and "exception was never retrieved" not in record.getMessage()
+
+    def report(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            reported(unraisable)
+
+    loggers = logging.getLogger("absl"), logging.getLogger("asyncio")
+    reported, sys.unraisablehook = sys.unraisablehook, report
+    for logger in loggers:
+        logger.addFilter(is_kept)
+    try:
+        yield ocp
+    finally:
+        sys.unraisablehook = reported
+        for logger in loggers:
+            logger.removeFilter(is_kept)
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).partition("[tensorstore_spec=")[0].split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"  # TensorStore puts the cause last

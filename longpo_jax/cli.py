@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `longpo`: a short-context chat model teaches itself long context, stage by stage or all at once.
+
+Progress and what came of a stage go to standard error; standard output has plans and reports alone.
+Exit status: 0 done, 2 input that cannot be used (one line says why), 3 a plan that does not fit, 75 to be started again
+(the run was told to end and has saved, or another of its processes has ended), 130 interrupted, 141 nobody reads it.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from longpo_jax import plan
+from longpo_jax.config import LongPOConfig
+from longpo_jax.round import rounds_of, run_round, run_rounds, run_stage
+from rapid_jax import __version__
+from rapid_jax.runtime import settings
+from rapid_jax.runtime.command_line import prepare_jax, status_of
+from rapid_jax.runtime.distributed import meet
+
+_HELP = {
+    "pairs": "generate preference pairs from documents",
+    "reference": "the reference's log-probabilities of the answers, on the short contexts",
+    "train": "train on the pairs, or go on training from the newest checkpoint",
+    "export": "write the newest checkpoint as a Hugging Face folder",
+    "round": "the four stages in order",
+    "rounds": "rounds on ever longer documents, each from the last one's export",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status; wrong usage leaves by argparse's SystemExit(2)."""
+    options = parser().parse_args(argv)
+    return status_of(
+        lambda: options.run(options),
+        "longpo",
+        out_of_memory="a larger mesh.fsdp or mesh.context, train.remat=layer, or a smaller train.logits_chunk may help",
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands and their options."""
+    longpo = argparse.ArgumentParser(
+        prog="longpo", description="LongPO: long context from a model's own short answers."
+    )
+    longpo.add_argument("--version", action="version", version=f"longpo {__version__}")
+    commands = longpo.add_subparsers(required=True, metavar="COMMAND")
+    for name, said in _HELP.items():
+        command = commands.add_parser(name, help=said, allow_abbrev=False)
+        command.set_defaults(run=_run, command=name)
+        command.add_argument("--config", required=True, metavar="FILE", help="settings, as configs/longpo/*.yaml")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
+        )
+        command.add_argument("--quiet", action="store_true", help="no progress; warnings still show")
+    planned = commands.add_parser("plan", help="what a run needs of a TPU slice, without hardware", allow_abbrev=False)
+    planned.set_defaults(run=plan.run)
+    plan.add_arguments(planned)
+    report = commands.add_parser("report", help="draw the curves of runs", allow_abbrev=False)
+    report.set_defaults(run=_report)
+    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, a round or its training")
+    report.add_argument("--out", type=Path, metavar="DIR", help="where to write; by default into the first RUN")
+    return longpo
+
+
+def config_of(options: argparse.Namespace) -> LongPOConfig:
+    """The settings file with --set over it; of several rounds, all have been checked."""
+    config = settings.load(LongPOConfig, Path(options.config), options.set)
+    if options.command == "rounds":
+        rounds_of(config)
+    return config
+
+
+def _run(options: argparse.Namespace) -> None:
+    with meet(name="longpo") as run:  # before anything can go wrong here alone
+        config = config_of(options)
+        prepare_jax(programs=config.compute.programs)
+        run.start_jax()
+        told = {"leads": run.leads, "quiet": options.quiet or not run.leads}
+        if options.command == "rounds":
+            run_rounds(config, **told)
+        elif options.command == "round":
+            run_round(config, Path(config.run), **told)
+        else:
+            run_stage(options.command, config, Path(config.run), **told)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from longpo_jax.report import report
+
+    report(options.runs, options.out)

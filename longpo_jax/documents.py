@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Documents from files of text, in an order that depends on the seed, the files' names and their contents alone."""
+
+import hashlib
+import heapq
+import os
+import sys
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import zstandard
+
+from longpo_jax.config import CorpusConfig
+from longpo_jax.excerpts import groups
+from longpo_jax.sources import files_of, texts_of
+from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, as it was read except that lines end in a newline, and its tokens as `Tokenizer.encode_quoted` counts."""
+
+    id: str  # DOMAIN/FILE#INDEX, and .PART of a document that was split; file below the folder of the source
+    domain: str
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class _Entry:
+    id: str
+    domain: str
+    tokens: int
+    offset: int
+    size: int
+
+
+class _Spool:
+    """An unnamed temporary file of texts, closed with the last who holds it."""
+
+    def __init__(self):
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the documents
+        weakref.finalize(self, self._file.close)
+
+    def append(self, text: str) -> tuple[int, int]:
+        """Where it is now: (offset, bytes)."""
+        packed = zstandard.compress(text.encode(), 1)
+        offset = self._file.tell()
+        try:
+            self._file.write(packed)
+            self._file.flush()
+        except OSError as error:
+            where = tempfile.gettempdir()
+            raise InputError(f"{where}: expected room for the documents ($TMPDIR), got: {error.strerror}") from error
+        return offset, len(packed)
+
+    def read(self, offset: int, size: int) -> str:
+        return zstandard.decompress(os.pread(self._file.fileno(), size, offset)).decode()
+
+
+class Documents(Sequence[Document]):
+    """Documents whose texts lie in an unnamed temporary file, compressed; one is in memory while somebody holds it.
+
+    A slice is Documents again, and reads nothing. Any number of threads may read.
+    """
+
+    def __init__(self, spool: _Spool, entries: Sequence[_Entry]):
+        self._spool, self._entries = spool, entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Document: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Documents": ...
+    def __getitem__(self, index: int | slice) -> "Document | Documents":
+        if isinstance(index, slice):
+            return Documents(self._spool, self._entries[index])
+        entry = self._entries[index]
+        return Document(entry.id, entry.domain, self._spool.read(entry.offset, entry.size), entry.tokens)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents to learn from, and how many others were left out, by reason."""
+
+    documents: Documents
+    dropped: Mapping[str, int]
+
+
+def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, seed: int, *, quiet: bool = False) -> Corpus:
+    """The documents of the sources with [min_tokens, max_tokens] tokens, shuffled with the seed, at most `documents`.
+
+    Raises InputError for a source without files, a file that cannot be read, a line that is not JSON with a text (with
+    its number), and if there is no document at all or none in the window.
+    """
+    dropped: Counter[str] = Counter()
+    files = files_of(config.sources, dropped)
+    store = _Store(seed, config.documents)
+    least, most = sys.maxsize, 0
+    for id, domain, text in texts_of(files, config.text_key, quiet=quiet):
+        reason = _unusable(text)
+        if reason is not None:
+            dropped[reason] += 1
+            continue
+        # Whether a document that is split is beyond the limit is known for each of its parts alone.
+        if config.longer == "drop" and store.beyond(id):
+            store.left_out += 1
+            continue
+        tokens = len(tokenizer.encode_quoted(text))
+        least, most = min(least, tokens), max(most, tokens)
+        if tokens > config.max_tokens and config.longer == "split":
+            for part, piece in enumerate(_parts(text, tokenizer, config.max_tokens)):
+                document = Document(f"{id}.{part}", domain, piece, len(tokenizer.encode_quoted(piece)))
+                _keep(document, config, store, dropped, "part")
+        else:
+            _keep(Document(id, domain, text, tokens), config, store, dropped, "document")
+    if store.left_out:
+        dropped["beyond corpus.documents"] = store.left_out
+    if not len(store):
+        raise InputError(_nothing(config, dropped, least, most))
+    return Corpus(store.documents(), dict(dropped))
+
+
+def _keep(document: Document, config: CorpusConfig, store: "_Store", dropped: Counter[str], kind: str) -> None:
+    if document.tokens < config.min_tokens:
+        dropped[f"{kind} too short"] += 1
+    elif document.tokens > config.max_tokens:
+        dropped[f"{kind} too long"] += 1
+    else:
+        store.add(document)
+
+
+def _nothing(config: CorpusConfig, dropped: Mapping[str, int], least: int, most: int) -> str:
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in dropped.items()) or "no lines"
+    if not most:
+        return f"corpus.sources: expected documents, got none with text in it ({reasons})"
+    return (
+        f"corpus: expected documents of {config.min_tokens} to {config.max_tokens} tokens (min_tokens, max_tokens), "
+        f"got none: {reasons}; the documents there have {least} to {most} tokens"
+    )
+
+
+class _Store:
+    """Keeps the documents that come first in the seed's order, without remembering their texts."""
+
+    def __init__(self, seed: int, limit: int | None):
+        self._seed, self._limit = seed, limit
+        self._last_first: list[tuple[int, str, _Entry]] = []  # a heap
+        self._spool = _Spool()
+        self.left_out = 0
+
+    def __len__(self) -> int:
+        return len(self._last_first)
+
+    def _rank(self, id: str) -> int:
+        return int.from_bytes(hashlib.sha256(f"{self._seed} {id}".encode()).digest()[:16])
+
+    def beyond(self, id: str) -> bool:
+        """Whether enough documents are known that come before this one."""
+        return len(self) == self._limit and self._rank(id) > -self._last_first[0][0]
+
+    def add(self, document: Document) -> None:
+        if self.beyond(document.id):
+            self.left_out += 1
+            return
+        if len(self) == self._limit:
+            heapq.heappop(self._last_first)
+            self.left_out += 1
+        entry = _Entry(document.id, document.domain, document.tokens, *self._spool.append(document.text))
+        heapq.heappush(self._last_first, (-self._rank(document.id), document.id, entry))
+
+    def documents(self) -> Documents:
+        return Documents(self._spool, [entry for _, _, entry in sorted(self._last_first, reverse=True)])
+
+
+def _parts(text: str, tokenizer: Tokenizer, limit: int) -> list[str]:
+    """Consecutive parts of at most `limit` tokens each, cut at paragraphs where there are any."""
+    spans, budget = tokenizer.spans(text), limit
+    while True:
+        parts = [text[group.start : group.end] for group in groups(text, spans, "paragraphs", budget)]
+        excess = max(len(tokenizer.encode_quoted(part)) for part in parts) - limit
+        if excess <= 0 or budget == 1:
+            return parts
+        budget = max(1, budget - excess)  # some tokenizers make more tokens of a part alone than it has in the whole
+
+
+def _unusable(text: str) -> str | None:
+    if "\0" in text:
+        return "binary"
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a surrogate: from other bytes, or escaped in JSON
+        return "not UTF-8"
+    return None if text.strip() else "empty"

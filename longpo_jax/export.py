@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage that writes the trained weights as a Hugging Face folder, which is also what the next round starts from."""
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from longpo_jax.checkpoints import Checkpoints
+from longpo_jax.config import LongPOConfig
+from longpo_jax.stages import identity_of, inputs_of, is_done, mark_done
+from rapid_jax.model.config import ModelConfig
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.model.hf_io import save_hf
+from rapid_jax.model.load import open_checkpoint
+from rapid_jax.model.placement import abstract
+from rapid_jax.runtime.axes import TRAINED
+from rapid_jax.runtime.mesh import agreed, make_meshes
+
+
+def run_export(
+    config: LongPOConfig, folder: Path, source: str | None = None, *, leads: bool = True, quiet: bool = False
+) -> None:
+    """Writes the newest checkpoint of `folder`/train to `folder`/export: bfloat16, sharded, whole or not at all.
+
+    Tokenizer, chat template and generation defaults are those of the model that training started from; the rope theta
+    is the one it was trained with, and the context size covers the longest row. All processes gather, one writes.
+    """
+    del quiet
+    place = folder / "export"
+    inputs = inputs_of(config, "export") | {"train": identity_of(folder / "train")}
+    if agreed(leads and is_done(place, inputs)):
+        return
+    checkpoint, tokenizer = open_checkpoint(source or config.model.source)
+    decoder = trained(config, checkpoint.config, folder / "train" / "checkpoints")
+    save_hf(place, decoder, dtype="bfloat16", files=tokenizer.files)
+    if leads:
+        mark_done(place, inputs, {"context_size": decoder.config.context_size, "theta": decoder.config.rope.theta})
+
+
+def trained(config: LongPOConfig, model: ModelConfig, checkpoints: Path) -> Decoder:
+    """The newest weights on the mesh of training; `model` is the architecture that training started from."""
+    rope = model.rope
+    if config.model.rope_theta is not None:
+        rope = dataclasses.replace(rope, theta=config.model.rope_theta)
+    longest = max(model.max_positions, config.train.lengths[-1])
+    model = dataclasses.replace(model, rope=rope, max_positions=longest)
+    dtype, mesh = jnp.dtype(config.optimizer.weights_dtype), make_meshes(config.mesh, None)[0]
+    table = {**TRAINED, "K": None} if config.mesh.replicate_kv else TRAINED
+    store = Checkpoints(checkpoints)
+    try:
+        return store.restore_weights(abstract(model, layout="stacked", dtype=dtype, mesh=mesh, table=table))
+    finally:
+        store.close()

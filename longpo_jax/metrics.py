@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is told of training: JSON lines always, a bar or plain lines, TensorBoard and wandb where asked for."""
+
+import importlib
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rapid_jax.plan.topologies import GENERATIONS
+from rapid_jax.runtime.command_line import say
+from rapid_jax.runtime.errors import InputError
+
+FILE = "metrics.jsonl"
+# Dense bfloat16 FLOP/s of a device, from the makers' data sheets; TPUs are in plan/topologies.py.
+_GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+_TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a device of this kind (`jax.Device.device_kind`); None if it is not known."""
+    for name, peak in _GPU_PEAKS.items():
+        if name in device_kind:
+            return peak
+    generation = GENERATIONS.get(_TPU_KINDS.get(device_kind, ""))
+    return None if generation is None else generation.flops
+
+
+class Metrics:
+    """One run's metrics; of several processes one tells them.
+
+    `resumed` is the number of updates that the run starts from: later lines of an earlier start are cut away, so that
+    the file is that of a run without a break.
+    """
+
+    def __init__(
+        self, folder: Path, *, steps: int, resumed: int, tensorboard: bool, wandb: str | None, leads: bool, quiet: bool
+    ):
+        self._leads, self._steps, self._bar = leads, steps, None
+        self._quiet = quiet
+        self._tensorboard = self._wandb = None
+        if not leads:
+            return
+        if wandb is not None:
+            try:
+                self._wandb = importlib.import_module("wandb")
+            except ImportError as error:
+                raise InputError(
+                    "train.wandb: expected the package wandb, it is not installed: pip install wandb"
+                ) from error
+        self._path = folder / FILE
+        _cut(self._path, resumed)
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._tensorboard = SummaryWriter(logdir=str(folder / "tensorboard"))
+        if self._wandb is not None:
+            self._wandb.init(project=wandb, name=folder.parent.name, dir=str(folder), resume="allow")
+        if not quiet and sys.stderr.isatty():
+            self._bar = tqdm(total=steps, initial=resumed, desc="train", unit=" steps", dynamic_ncols=True)
+
+    def add(self, line: Mapping[str, Any]) -> None:
+        """An update's metrics; `line` has "step", counted from 1, and "seconds_left"."""
+        if not self._leads:
+            return
+        with open(self._path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(name, value, line["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=line["step"])
+        told = _told(line)
+        if self._bar is not None:
+            self._bar.n = line["step"]
+            self._bar.set_postfix_str(told)
+        elif not self._quiet:
+            left = line["seconds_left"]
+            say(f"train: {line['step']}/{self._steps} {told}" + (f", {left:.0f} s left" if left is not None else ""))
+
+    def close(self) -> None:
+        """After the last update."""
+        for writer in (self._bar, self._tensorboard):
+            if writer is not None:
+                writer.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's training, in order. Raises InputError if there are none, or one is damaged."""
+    path = folder / FILE
+    if not path.is_file():
+        raise InputError(f"{path}: expected the metrics of a training run, got no file")
+    found = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            found.append(json.loads(line))
+            found[-1]["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}:{number}: expected a line of metrics, got {line[:40]!r}") from error
+    if not found:
+        raise InputError(f"{path}: expected the metrics of a training run, got an empty file")
+    return found
+
+
+def _cut(path: Path, resumed: int) -> None:
+    """Takes away the lines of updates after `resumed`, and a last line that is not whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end, data = 0, path.read_bytes() if path.exists() else b""
+    for line in data.splitlines(keepends=True):
+        if not line.endswith(b"\n") or json.loads(line)["step"] > resumed:
+            break
+        end += len(line)
+    if path.exists():
+        os.truncate(path, end)
+
+
+def _told(line: Mapping[str, Any]) -> str:
+    names = (("loss", "loss"), ("nll", "nll"), ("rewards/margins", "margin"), ("rewards/accuracies", "accuracy"))
+    words = [f"{short} {line[name]:.4g}" for name, short in names if name in line]
+    if line["tokens_per_second"] is not None:
+        words.append(f"{line['tokens_per_second']:.0f} tokens/s")
+    if line["mfu"] is not None:
+        words.append(f"MFU {line['mfu']:.1%}")
+    return ", ".join(words)

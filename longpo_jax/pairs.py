@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage that makes preference pairs (LongPO, arXiv 2502.13922): documents in, records out.
+
+Of each document: excerpts, a question about each, its answer from the excerpt (chosen), its answer from the whole
+document (rejected). The model that is taught says all of it; that the excerpt's answer is the better one is assumed.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from longpo_jax import instruct
+from longpo_jax.config import LongPOConfig
+from longpo_jax.dialogue import Dialogue
+from longpo_jax.documents import Corpus, Document, read_corpus
+from longpo_jax.excerpts import Excerpt, excerpts_of
+from longpo_jax.filters import reason_to_drop
+from longpo_jax.generator import Generator
+from longpo_jax.records import Answer, Record, Turn, Writer
+from longpo_jax.stages import inputs_of, is_done, mark_done
+from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.runtime.command_line import say
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.mesh import agreed, check_agreed
+from rapid_jax.runtime.progress import progress
+from rapid_jax.speculative.config import SamplingConfig
+
+# What is counted of each document, besides "documents", "pairs", "excerpts", "turns", "chosen_tokens",
+# "rejected_tokens" and "unfinished" (answers cut off at their limit): what was left out, by reason.
+_OF_DOCUMENTS, _OF_TURNS, _OF_TEXT = "documents dropped: ", "turns dropped: ", "text dropped: "
+
+
+def run_pairs(
+    config: LongPOConfig, folder: Path, source: str | None = None, *, leads: bool = True, quiet: bool = False
+) -> None:
+    """Makes the records of `folder`/pairs (records.py) and marks the stage done; goes on where it was interrupted.
+
+    `source` is the model instead of `config.model.source`. Every process of a run computes the same; the one that
+    `leads` reads and writes the folder. Raises InputError for what cannot be used, and if not one pair is left.
+    """
+    folder = folder / "pairs"
+    generator = Generator(config, source, quiet=quiet)
+    inputs = inputs_of(config, "pairs") | generator.identity
+    check_agreed("settings and model", sorted(inputs.items()))
+    if agreed(leads and is_done(folder, inputs)):
+        return
+    maker = PairMaker(config, generator, digest(repr(sorted(inputs.items()))))
+    corpus = read_corpus(config.corpus, generator.tokenizer, config.seed, quiet=quiet)
+    documents = corpus.documents
+    check_agreed("documents", len(documents), documents[0].id, documents[-1].id)
+    writer = Writer(folder, inputs, shard_pairs=config.pairs.shard_pairs) if leads else None
+    finished = int(agreed(0 if writer is None else _resumed(writer, corpus, folder)))
+    with progress("pairs", len(documents) - finished, "documents", quiet=quiet or not leads) as report:
+        for document, record, counts in maker.made(documents, finished):
+            if writer is not None:
+                writer.add(document.id, record, counts)
+            report.advance(1)
+    if writer is None:
+        return
+    summary = _summary(writer.counts, corpus.dropped)
+    if not summary["pairs"]:
+        raise InputError(f"{folder}: expected pairs, got none: {_told(summary)}")
+    mark_done(folder, inputs, summary)
+    if not quiet:
+        say(f"pairs: {_told(summary)}")
+
+
+def _resumed(writer: Writer, corpus: Corpus, folder: Path) -> int:
+    """How many documents are finished. They must be the first ones of the corpus."""
+    count = len(writer.finished)
+    found = corpus.documents[count - 1].id if 0 < count <= len(corpus.documents) else None
+    if count and found != writer.finished[-1]:
+        raise InputError(
+            f"{folder}: document {count} of the corpus was {writer.finished[-1]}, is {found}: the files have changed; "
+            f"choose another run folder, or delete {folder} to start again"
+        )
+    return count
+
+
+@dataclass(frozen=True)
+class _Question:
+    excerpt: Excerpt
+    seed: int
+    opener: str
+    question: str
+    dialogue: Dialogue
+
+
+@dataclass
+class _Work:
+    """What is known of one document so far."""
+
+    document: Document
+    seed: int
+    counts: Counter[str] = field(default_factory=Counter)
+    cut: tuple[int, int] | None = None
+    questions: list[_Question] = field(default_factory=list)
+    chosen: list[Answer] = field(default_factory=list)  # of each question
+
+    def words(self, excerpt: Excerpt) -> str:
+        return self.document.text[excerpt.start : excerpt.end]
+
+
+class PairMaker:
+    """Documents to records; `settings` is the digest that goes into each."""
+
+    def __init__(self, config: LongPOConfig, generator: Generator, settings: str):
+        self._config, self._generator, self._settings = config, generator, settings
+        ask, pairs = config.instruct, config.pairs
+        self._asking = SamplingConfig(temperature=ask.temperature, top_p=ask.top_p, max_new_tokens=ask.max_new_tokens)
+        self._answering = SamplingConfig(
+            temperature=pairs.temperature,
+            top_p=pairs.top_p,
+            repetition_penalty=pairs.repetition_penalty,
+            max_new_tokens=pairs.max_new_tokens,
+        )
+
+    def made(
+        self, documents: Sequence[Document], start: int = 0
+    ) -> Iterator[tuple[Document, Record | None, Mapping[str, int]]]:
+        """(document, its record or None, what was counted) of the documents from `start` on, in their order.
+
+        The short prompts of `pairs.batch` documents are answered together. The groups are the same wherever it starts:
+        so are the batches, and with them every rounding.
+        """
+        size, total = self._config.pairs.batch, len(documents)
+        for first in range(start - start % size, total if start < total else 0, size):
+            group = [self._begun(documents[index]) for index in range(first, min(first + size, total))]
+            self._ask(group)
+            self._choose(group)
+            for work in group[max(start - first, 0) :]:
+                yield work.document, self._finished(work), work.counts
+
+    def _begun(self, document: Document) -> _Work:
+        return _Work(document, _seed(self._config.seed, document.id), Counter(documents=1))
+
+    def _ask(self, group: Sequence[_Work]) -> None:
+        """Excerpts and a question about each."""
+        config, tokenizer = self._config, self._generator.tokenizer
+        asked: list[tuple[_Work, Excerpt, int]] = []
+        for work in group:
+            excerpts, left = excerpts_of(work.document.text, tokenizer, config.excerpts, work.seed)
+            work.counts.update({f"{_OF_TEXT}{reason}": count for reason, count in left.items()})
+            work.counts["excerpts"] += len(excerpts)
+            asked += [(work, excerpt, _seed(work.seed, index)) for index, excerpt in enumerate(excerpts)]
+        request = Dialogue(tokenizer, [instruct.request(config.instruct)])
+        prompts = [request.shared(work.words(excerpt)) for work, excerpt, _ in asked]
+        said = self._generator.answers(prompts, self._asking, [_seed(seed, "ask") for *_, seed in asked])
+        for (work, excerpt, seed), answer in zip(asked, said, strict=True):
+            questions = instruct.parsed(answer.text, config.instruct)
+            if len(questions) < config.instruct.at_least:
+                work.counts[f"{_OF_TURNS}too few questions"] += 1
+                continue
+            opener, question = instruct.drawn(questions, _seed(seed, "draw"))
+            dialogue = Dialogue(tokenizer, [f"{opener} {question}"])
+            work.questions.append(_Question(excerpt, seed, opener, question, dialogue))
+
+    def _choose(self, group: Sequence[_Work]) -> None:
+        """What of each document the model will read, and the answers from the excerpts."""
+        for work in group:
+            self._cut(work)
+        asked = [(work, question) for work in group for question in work.questions]
+        prompts = [self._short(work, question) for work, question in asked]
+        seeds = [_seed(question.seed, "chosen") for _, question in asked]
+        said = self._generator.answers(prompts, self._answering, seeds)
+        for (work, _), answer in zip(asked, said, strict=True):
+            work.chosen.append(answer)
+
+    def _short(self, work: _Work, question: _Question) -> list[int]:
+        return question.dialogue.shared(work.words(question.excerpt))
+
+    def _cut(self, work: _Work) -> None:
+        """Leaves out what is too much of a document, and the questions about an excerpt that is then not all there."""
+        if not work.questions:
+            return
+        pairs = self._config.pairs
+        around = max(len(question.dialogue.before) + len(question.dialogue.first) for question in work.questions)
+        room = pairs.max_context - pairs.max_new_tokens - around
+        work.cut = cut = middle_of(work.document.text, room, self._generator.tokenizer)
+        if cut is not None:
+            whole = [q for q in work.questions if q.excerpt.end <= cut[0] or q.excerpt.start >= cut[1]]
+            work.counts[f"{_OF_TURNS}excerpt cut out"] += len(work.questions) - len(whole)
+            work.questions = whole
+
+    def _finished(self, work: _Work) -> Record | None:
+        """The record with the turns whose answers are of use; None without any."""
+        document, turns = work.document, []
+        settings, text = self._settings, document.text
+        record = Record(document.id, document.domain, text, document.tokens, work.cut, (), work.seed, settings)
+        rejected_answers = self._rejected(work, record.context)
+        for question, chosen, rejected in zip(work.questions, work.chosen, rejected_answers, strict=True):
+            reason = reason_to_drop(chosen.text, rejected.text, self._config.pairs)
+            if reason is not None:
+                work.counts[f"{_OF_TURNS}{reason}"] += 1
+                continue
+            at = question.excerpt
+            spans = (at.start, at.end), (at.first, at.last)
+            turns.append(Turn(*spans, question.opener, question.question, chosen, rejected))
+            work.counts["turns"] += 1
+            work.counts["chosen_tokens"] += chosen.tokens
+            work.counts["rejected_tokens"] += rejected.tokens
+            work.counts["unfinished"] += (not chosen.finished) + (not rejected.finished)
+        if not turns:
+            reason = "no turn left" if work.counts["excerpts"] else "no excerpt"
+            work.counts[f"{_OF_DOCUMENTS}{reason}"] += 1
+            return None
+        work.counts["pairs"] += 1
+        return replace(record, turns=tuple(turns))
+
+    def _rejected(self, work: _Work, context: str) -> list[Answer]:
+        if not work.questions:
+            return []
+        head = work.questions[0].dialogue.before + self._generator.tokenizer.encode_quoted(context)
+        tails = [question.dialogue.first for question in work.questions]
+        seeds = [_seed(question.seed, "rejected") for question in work.questions]
+        drafts = None
+        if self._config.pairs.speculation == "lossless":
+            drafts = [self._short(work, question) for question in work.questions]
+        return self._generator.answers_about(head, tails, self._answering, seeds, drafts=drafts)
+
+
+def middle_of(text: str, room: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The characters in the middle without which the text has at most `room` tokens; None if it has no more anyway."""
+    spans = tokenizer.spans(text)
+    keep = room
+    while len(spans) > room:
+        if keep < 1:
+            return 0, len(text)
+        first, last = keep - keep // 2, keep // 2
+        start = spans[first - 1][1]
+        end = max(start, spans[-last][0]) if last else len(text)
+        tokens = len(tokenizer.encode_quoted(text[:start] + text[end:]))
+        if tokens <= room:
+            return start, end
+        keep -= tokens - room  # a text that was cut need not have the tokens that it had
+    return None
+
+
+def _seed(*parts: object) -> int:
+    """A seed of 32 bits that follows from the parts."""
+    return int(digest(*map(str, parts))[:8], 16)
+
+
+def _summary(counts: Mapping[str, int], unread: Mapping[str, int]) -> dict[str, Any]:
+    """What `done.json` says: documents = pairs + documents_dropped, excerpts = turns + turns_dropped."""
+    turns = max(counts.get("turns", 0), 1)
+    dropped = {
+        name: {key.removeprefix(prefix): count for key, count in sorted(counts.items()) if key.startswith(prefix)}
+        for name, prefix in (
+            ("documents_dropped", _OF_DOCUMENTS),
+            ("turns_dropped", _OF_TURNS),
+            ("text_dropped", _OF_TEXT),
+        )
+    }
+    return {
+        **{name: counts.get(name, 0) for name in ("documents", "pairs", "excerpts", "turns")},
+        "chosen_tokens": counts.get("chosen_tokens", 0) / turns,
+        "rejected_tokens": counts.get("rejected_tokens", 0) / turns,
+        "unfinished": counts.get("unfinished", 0) / (2 * turns),
+        "corpus_dropped": dict(unread),
+        **dropped,
+    }
+
+
+def _told(summary: Mapping[str, Any]) -> str:
+    kinds = ("corpus_dropped", "documents_dropped", "text_dropped", "turns_dropped")
+    left = [f"{reason} {count}" for kind in kinds for reason, count in summary[kind].items()]
+    return (
+        f"{summary['pairs']} pairs with {summary['turns']} turns from {summary['documents']} documents; mean tokens "
+        f"chosen {summary['chosen_tokens']:.0f}, rejected {summary['rejected_tokens']:.0f}, "
+        f"{summary['unfinished']:.0%} unfinished; dropped: {', '.join(left) or 'nothing'}"
+    )

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage that scores answers with the frozen reference: sums of log-probabilities, computed once and kept.
+
+LongPO conditions the reference of both answers on the SHORT context (arXiv 2502.13922, Eq. 12): each turn by itself
+behind its excerpt, with the reference's own rope theta. So no second model is in memory while training.
+
+    longpo    chosen, rejected    of each turn behind its excerpt
+    dpo       chosen, rejected    of all turns behind the document
+    solopo    chosen, rejected    of each turn behind its excerpt; long_chosen of each turn behind the document
+    sft       nothing
+
+    RUN/reference/scores-00000.jsonl    {"id": ..., "chosen": [...], ...}, a line a record of pairs-00000.jsonl
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+
+from longpo_jax.config import LongPOConfig
+from longpo_jax.records import Record, digest_of, read_records
+from longpo_jax.remat import wrapping
+from longpo_jax.rows import batched
+from longpo_jax.samples import Parts, all_turns, one_turn
+from longpo_jax.stages import inputs_of, is_done, mark_done, summary_of
+from longpo_jax.step import row_log_probs
+from rapid_jax.attention.strategy import Strategy
+from rapid_jax.model.hf_io import HfCheckpoint
+from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
+from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.runtime.axes import TRAINED
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest, digest_file, replace_file
+from rapid_jax.runtime.mesh import agreed, make_meshes, placed, whole
+from rapid_jax.runtime.progress import progress
+from rapid_jax.speculative.prefill import bucket
+
+References: TypeAlias = Mapping[str, Sequence[float]]  # by name, an item a turn (dpo: one item)
+
+_LEAST = 64  # places that a device's half of a zigzag part is padded to multiples of
+_TOGETHER = 32  # records between two writes
+
+
+def run_reference(
+    config: LongPOConfig, folder: Path, source: str | None = None, *, leads: bool = True, quiet: bool = False
+) -> None:
+    """Scores the records of `folder`/pairs into `folder`/reference; goes on where it was interrupted.
+
+    `source` is the model instead of `config.model.source`. Every process computes, the one that `leads` writes.
+    """
+    place = folder / "reference"
+    inputs = reference_inputs(config, folder, source)
+    if agreed(leads and is_done(place, inputs)):
+        return
+    records = list(read_records(folder / "pairs"))
+    if config.objective.name != "sft":
+        done = _Scores(place, digest(json.dumps(inputs, sort_keys=True)), leads=leads)
+        left = records[int(agreed(done.count)) :]
+        scorer = Scorer(config, source, quiet=quiet) if left else None
+        with progress("reference", len(left), "documents", quiet=quiet or not leads) as report:
+            for start in range(0, len(left), _TOGETHER):
+                part = left[start : start + _TOGETHER]
+                done.add(scorer.scores(part) if scorer is not None else [])
+                report.advance(len(part))
+    if leads:
+        mark_done(place, inputs, {"records": len(records), "files": _digests(place)})
+
+
+def reference_inputs(config: LongPOConfig, folder: Path, source: str | None = None) -> dict[str, Any]:
+    """What the scores follow from: settings, weights, tokenizer, chat template, and the records."""
+    inputs = inputs_of(config, "reference") | {"pairs": digest_of(folder / "pairs")}
+    if config.objective.name != "sft":
+        checkpoint, tokenizer = open_checkpoint(source or config.model.source)
+        files = checkpoint.weight_files if isinstance(checkpoint, HfCheckpoint) else [checkpoint.path]
+        inputs["model.weights"] = digest(*(digest_file(path) for path in files), repr(checkpoint.config))
+        inputs["model.tokenizer"] = tokenizer.fingerprint
+        inputs["model.template"] = digest(tokenizer.chat([{"role": "user", "content": "?"}]), repr(tokenizer.stop_ids))
+    return inputs
+
+
+def read_references(config: LongPOConfig, folder: Path, source: str | None = None) -> dict[str, References]:
+    """The scores of each record by its id. Raises InputError if there are none, or they are of something else."""
+    place = folder / "reference"
+    if not is_done(place, reference_inputs(config, folder, source)):
+        raise InputError(f"{place}: expected the reference's log-probabilities, got none: run `longpo reference` first")
+    if _digests(place) != summary_of(place)["files"]:
+        raise InputError(
+            f"{place}: expected the files that were written, got others: delete {place} to make them again"
+        )
+    found = {}
+    for path in sorted(place.glob("scores-*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            scores = json.loads(line)
+            found[scores.pop("id")] = scores
+    return found
+
+
+class _Scores:
+    """The scores on disk, in files that are written whole; each is of the same inputs."""
+
+    def __init__(self, place: Path, key: str, *, leads: bool):
+        self._place, self._key, self._leads = place, key, leads
+        self.count = 0
+        self._files = 0
+        owner = place / "inputs.txt"
+        if leads and owner.is_file() and owner.read_text() == key:
+            while (path := self._path(self._files)).is_file():
+                self.count += len(path.read_text(encoding="utf-8").splitlines())
+                self._files += 1
+        elif leads:
+            for path in place.glob("scores-*.jsonl"):
+                path.unlink()
+            with replace_file(owner) as temporary:
+                temporary.write_text(key)
+
+    def _path(self, index: int) -> Path:
+        return self._place / f"scores-{index:05d}.jsonl"
+
+    def add(self, scores: Sequence[Mapping[str, Any]]) -> None:
+        """Of the next records."""
+        if self._leads:
+            with replace_file(self._path(self._files)) as temporary:
+                temporary.write_text("".join(json.dumps(score) + "\n" for score in scores), encoding="utf-8")
+        self._files += 1
+
+
+def _digests(place: Path) -> dict[str, str]:
+    return {path.name: digest_file(path) for path in sorted(place.glob("scores-*.jsonl"))}
+
+
+class Scorer:
+    """The reference on its devices."""
+
+    def __init__(self, config: LongPOConfig, source: str | None = None, *, quiet: bool = False):
+        model = self._model = self._loaded(config, source, quiet)
+        mesh = model.decoder.mesh
+        train, compute = config.train, config.compute
+        self._objective, self._tokenizer = config.objective.name, model.tokenizer
+        self._strategy = Strategy(train.attention_block, mesh, compute.kernel, compute.context)
+        self._rows = config.mesh.data * config.mesh.fsdp
+        call = partial(row_log_probs, strategy=self._strategy, logits_chunk=train.logits_chunk)
+        call = partial(call, wrap=wrapping("none", offload=False, mesh=mesh))
+        # Sums come whole to every device: each process reads all of them.
+        self._call = jax.jit(lambda *given, **how: whole(mesh, call(*given, **how)), static_argnames="tail")
+
+    @staticmethod
+    def _loaded(config: LongPOConfig, source: str | None, quiet: bool) -> LoadedModel:
+        return load_model(
+            source or config.model.source,
+            layout="stacked",
+            dtype=config.model.dtype,
+            mesh=make_meshes(config.mesh, None)[0],
+            table=TRAINED,
+            replicate_kv=config.mesh.replicate_kv,
+            rope_theta=config.model.reference_rope_theta,
+            quiet=quiet,
+        )
+
+    def scores(self, records: Sequence[Record]) -> list[dict[str, Any]]:
+        """Of each record its id and its sums by name."""
+        asked = [(index, *item) for index, record in enumerate(records) for item in self._asked(record)]
+        sums = self.sums([parts for *_, parts in asked])
+        found: list[dict[str, Any]] = [{"id": record.id} for record in records]
+        for (index, names, _), values in zip(asked, sums, strict=True):
+            for name, value in zip(names, values, strict=False):
+                found[index].setdefault(name, []).append(value)
+        return found
+
+    def _asked(self, record: Record) -> Iterator[tuple[tuple[str, ...], Parts]]:
+        """(names of the sums of the chosen and the rejected branch, tokens)."""
+        tokenizer: Tokenizer = self._tokenizer
+        if self._objective == "dpo":
+            yield ("chosen", "rejected"), all_turns(tokenizer, record, record.context, rejected=True)
+            return
+        for turn in record.turns:
+            yield ("chosen", "rejected"), one_turn(tokenizer, turn, record.excerpt_of(turn), rejected=True)
+        if self._objective == "solopo":
+            for turn in record.turns:
+                yield ("long_chosen",), one_turn(tokenizer, turn, record.context, rejected=False)
+
+    def sums(self, parts: Sequence[Parts]) -> list[tuple[float, float]]:
+        """(chosen, rejected) of each, rows of about equal length together."""
+        by_size = sorted(range(len(parts)), key=lambda index: parts[index].size)
+        found: dict[int, tuple[float, float]] = {}
+        for start in range(0, len(by_size), self._rows):
+            group = by_size[start : start + self._rows]
+            rows = [*group, *[group[-1]] * (self._rows - len(group))]
+            chosen_B, rejected_B = self._scored([parts[index] for index in rows])
+            found |= {index: (float(c), float(r)) for index, c, r in zip(group, chosen_B, rejected_B, strict=False)}
+        return [found[index] for index in range(len(parts))]
+
+    def _scored(self, parts: Sequence[Parts]) -> tuple[np.ndarray, np.ndarray]:
+        devices = self._strategy.context
+        least = _LEAST * (2 * devices if devices > 1 else 1)
+        trunk, tail = (max(part.size[axis] for part in parts) for axis in (0, 1))
+        trunk, tail = bucket(trunk, least), bucket(tail, least) if tail else 0
+        arrays = batched([part.packed(trunk, tail) for part in parts], trunk=trunk, devices=devices)
+        spec, mesh = self._strategy.spec, self._strategy.mesh
+        batch = {name: placed(mesh, spec(name), array) for name, array in arrays.items()}
+        out = self._call(self._model.decoder, batch, tail=tail)
+        return np.asarray(out["chosen_B"]), np.asarray(out["rejected_B"])

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A round from documents to a Hugging Face folder, and rounds on ever longer documents (arXiv 2502.13922, 3.3).
+
+Each round starts from the model that the one before has exported: it makes the pairs, it is their reference, and it is
+what is trained. What is done is skipped, so a chain that was interrupted goes on where it stopped.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+from longpo_jax.config import LongPOConfig
+from longpo_jax.stages import STAGES
+from rapid_jax.runtime import settings
+from rapid_jax.runtime.errors import InputError
+
+SETTINGS = "settings.yaml"  # in a round's folder: as they were when a stage last ended well
+
+
+def rounds_of(config: LongPOConfig) -> list[LongPOConfig]:
+    """The settings of each round: those of `config`, its own line of `config.rounds` over them.
+
+    Round r has the folder RUN/round-r and, from the second on, the export of the round before as its model: each is
+    complete, and `longpo round` with it does that round alone. Raises InputError, naming the round, for a setting that
+    does not fit.
+    """
+    if not config.rounds:
+        raise InputError("rounds: expected the settings of one round or more, got none (`longpo round` does one)")
+    found: list[LongPOConfig] = []
+    for number, line in enumerate(config.rounds, start=1):
+        overrides = line.split()
+        for fixed in ("run", "rounds"):
+            if any(override.partition("=")[0] == fixed for override in overrides):
+                raise InputError(f"rounds: round {number}: {fixed} is the same for all rounds, got {line!r}")
+        single = dataclasses.replace(config, run=str(Path(config.run) / f"round-{number}"), rounds=())
+        if found:
+            model = dataclasses.replace(config.model, source=str(Path(found[-1].run) / "export"))
+            single = dataclasses.replace(single, model=model)
+        found.append(settings.changed(single, overrides, f"rounds: round {number}"))
+    return found
+
+
+def run_stage(
+    stage: str,
+    config: LongPOConfig,
+    folder: Path,
+    source: str | None = None,
+    *,
+    leads: bool = True,
+    quiet: bool = False,
+) -> None:
+    """One of `stages.STAGES` of the round in `folder`; skipped if done. `source` stands for config.model.source."""
+    _stage(stage)(config, folder, source, leads=leads, quiet=quiet)
+    if leads:
+        settings.save(config, folder / SETTINGS)
+
+
+def run_round(
+    config: LongPOConfig, folder: Path, source: str | None = None, *, leads: bool = True, quiet: bool = False
+) -> None:
+    """All stages of the round in `folder`, in order; what is done is skipped."""
+    for stage in STAGES:
+        run_stage(stage, config, folder, source, leads=leads, quiet=quiet)
+
+
+def run_rounds(config: LongPOConfig, *, leads: bool = True, quiet: bool = False) -> None:
+    """All rounds, in RUN/round-1, RUN/round-2, ...; their settings are checked before the first starts."""
+    for single in rounds_of(config):
+        run_round(single, Path(single.run), leads=leads, quiet=quiet)
+
+
+def _stage(name: str) -> Callable[..., None]:
+    """Imported when it runs: reading settings needs no jax, and no stage needs the libraries of another."""
+    if name == "pairs":
+        from longpo_jax.pairs import run_pairs as run
+    elif name == "reference":
+        from longpo_jax.reference import run_reference as run
+    elif name == "train":
+        from longpo_jax.train import run_train as run
+    else:
+        from longpo_jax.export import run_export as run
+    return run

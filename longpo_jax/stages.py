@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a stage of a run is done, and with what: `done.json` in its folder, written last. Imports no jax.
+
+A stage that is done with the same inputs is skipped; one that is done with others is refused, never written over.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from longpo_jax.config import LongPOConfig
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest, replace_file
+
+SCHEMA = 1
+STAGES = ("pairs", "reference", "train", "export")  # in the order in which they run; each is a folder of a round
+_FILE = "done.json"
+# Settings that decide what a stage makes, "section.key" or a whole section "section.*". What changes speed, memory or
+# what is told on the way (meshes, kernels, chunk sizes, log_every ...) is not among them.
+_MATTERS = {
+    "pairs": ("seed", "model.*", "corpus.*", "excerpts.*", "instruct.*", "pairs.*"),
+    "reference": ("model.dtype", "model.reference_rope_theta", "objective.name"),
+    "train": (
+        "seed",
+        "model.dtype",
+        "model.rope_theta",
+        "corpus.weights",
+        "objective.*",
+        "optimizer.*",
+        "train.lengths",
+        "train.tail",
+        "train.rows_per_step",
+        "train.epochs",
+        "train.max_steps",
+    ),
+    "export": ("model.rope_theta", "train.lengths"),
+}
+# The source is known by what is in it, which each stage adds; weights of domains matter to training alone.
+_EXCEPT = {"pairs": ("model.source", "corpus.weights", "pairs.batch"), "reference": (), "train": (), "export": ()}
+
+
+def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
+    """The settings that decide what `stage` makes, "section.key" -> value, in the order of the settings file.
+
+    Not among them: model.source, for which a stage adds a digest of the model it has loaded, and what an earlier stage
+    has made, for which it adds `identity_of` that stage's folder.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    matters = {key for key in flat if key in _MATTERS[stage] or f"{key.partition('.')[0]}.*" in _MATTERS[stage]}
+    return {key: value for key, value in flat.items() if key in matters and key not in _EXCEPT[stage]}
+
+
+def is_done(folder: Path, inputs: Mapping[str, Any]) -> bool:
+    """Whether the stage of `folder` is done with these inputs (plain JSON values; a tuple counts as a list).
+
+    Raises InputError, naming the first input that differs, if it is done with others.
+    """
+    done = _read(folder)
+    if done is None:
+        return False
+    expected, got = json.loads(json.dumps(dict(inputs))), done["inputs"]
+    for key in (*expected, *got):
+        if key not in expected or key not in got or expected[key] != got[key]:
+            raise InputError(
+                f"{folder} was made with {_said(got, key)}, expected {_said(expected, key)}: "
+                f"choose another run folder, or delete {folder} to make it again"
+            )
+    return True
+
+
+def mark_done(folder: Path, inputs: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+    """Says that the stage of `folder` is done, with what, and what came of it (plain JSON values). One host does it."""
+    with replace_file(folder / _FILE) as temporary:
+        written = {"schema": SCHEMA, "inputs": dict(inputs), "summary": dict(summary)}
+        temporary.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """What came of a stage. Raises InputError if it is not done."""
+    return _done(folder)["summary"]
+
+
+def identity_of(folder: Path) -> str:
+    """Digest of what a done stage was made with and what came of it. Raises InputError if it is not done."""
+    done = _done(folder)
+    return digest(json.dumps([done["inputs"], done["summary"]], sort_keys=True))
+
+
+def _done(folder: Path) -> dict[str, Any]:
+    done = _read(folder)
+    if done is None:
+        raise InputError(f"{folder}: expected a stage that is done, got none: run `longpo {folder.name}` first")
+    return done
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / _FILE
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise InputError(f"{path}: expected JSON, got {error}") from error
+    if not isinstance(done, dict) or done.get("schema") != SCHEMA:
+        got = done.get("schema") if isinstance(done, dict) else type(done).__name__
+        raise InputError(f"{path}: expected schema {SCHEMA}, got {got}")
+    return done
+
+
+def _said(inputs: Mapping[str, Any], key: str) -> str:
+    text = json.dumps(inputs[key], ensure_ascii=False) if key in inputs else "none"
+    return f"{key} = {text if len(text) <= 60 else text[:57] + '...'}"

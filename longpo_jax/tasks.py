@@ -1,0 +1,335 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training data through seqio: a Task a domain, a Mixture of them, and a FeatureConverter that makes packed rows.
+
+TensorFlow is imported here alone, and sees no device. A Task holds the places of rows (file, offset, turn), not their
+text: shuffling is exact over all of them, what was read before a restart is skipped at no cost, and a row is read,
+tokenised and packed where it is used.
+"""
+
+import contextlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import seqio
+import tensorflow as tf
+
+from longpo_jax.config import LongPOConfig
+from longpo_jax.records import Record, shards_of
+from longpo_jax.reference import References
+from longpo_jax.rows import Row
+from longpo_jax.samples import Parts, one_turn, places_of, policy_parts, rows_of
+from longpo_jax.step import Sample
+from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.speculative.prefill import bucket
+
+for _kind in ("GPU", "TPU"):
+    tf.config.set_visible_devices([], _kind)
+
+_FIELDS = ("tokens", "targets", "pos", "branch", "turn")  # of a Row, each an array of its places
+_AHEAD = 2  # rows that are made while the devices work
+_TEXT = seqio.Feature(seqio.PassThroughVocabulary(size=1), add_eos=False, dtype=tf.string, rank=0)
+
+
+class Vocabulary(seqio.Vocabulary):
+    """A checkpoint's tokenizer for seqio. Special tokens spelt out in a text stay text."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id of the first token of a text, if there is one."""
+        return self._special("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id of the end token."""
+        return self._special("eos_token")
+
+    @property
+    def unk_id(self) -> int | None:
+        """The id for what has none."""
+        return self._special("unk_token")
+
+    @property
+    def _base_vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    def _special(self, name: str) -> int | None:
+        token = self.tokenizer.special_tokens.get(name)
+        return None if token is None else self.tokenizer.id_of(token)
+
+    def _encode(self, s: str) -> list[int]:
+        return self.tokenizer.encode_quoted(s)
+
+    def _decode(self, ids: Any) -> str:
+        return self.tokenizer.decode([int(id) for id in ids])
+
+    def _encode_tf(self, s: Any) -> Any:
+        def encode(text):
+            return np.asarray(self._encode(text.decode()), np.int32)
+
+        ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+        return tf.ensure_shape(ids, [None])
+
+    def _decode_tf(self, ids: Any) -> Any:
+        return tf.numpy_function(lambda ids: self._decode(ids).encode(), [ids], tf.string, stateful=False)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Vocabulary) and other.tokenizer.fingerprint == self.tokenizer.fingerprint
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row comes from: a line of a file of records, and the turn that it is about."""
+
+    file: str
+    offset: int
+    turn: int
+
+    def record(self) -> Record:
+        """Read from the file."""
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return Record.from_json(json.loads(file.readline()), f"{self.file} at {self.offset}")
+
+
+class Rows:
+    """The rows that the records of a folder give: those that fit, by domain, in the order of the records."""
+
+    def __init__(self, config: LongPOConfig, pairs: Path, tokenizer: Tokenizer):
+        self.config, self._tokenizer = config, tokenizer
+        self.places: dict[str, list[Place]] = {}
+        self.too_long: Counter[str] = Counter()  # rows left out, by domain
+        objective, train = config.objective.name, config.train
+        for path in shards_of(pairs):
+            with open(path, "rb") as file:
+                offset = 0
+                for number, line in enumerate(file, start=1):
+                    record = Record.from_json(json.loads(line), f"{path}:{number}")
+                    for turn in rows_of(record, objective):
+                        trunk, tail = places_of(tokenizer, record, objective, turn)
+                        if trunk > train.lengths[-1] or tail > self.tail:
+                            self.too_long[record.domain] += 1
+                        else:
+                            self.places.setdefault(record.domain, []).append(Place(str(path), offset, turn))
+                    offset += len(line)
+        if not self.places:
+            raise InputError(
+                f"{pairs}: expected rows of at most {train.lengths[-1]} + {self.tail} places (train.lengths, "
+                f"train.tail), got none: {sum(self.too_long.values())} are longer"
+            )
+
+    def __len__(self) -> int:
+        return sum(map(len, self.places.values()))
+
+    @property
+    def tail(self) -> int:
+        """Places of a row's tail: none where a row has no rejected branch."""
+        return 0 if self.config.objective.name in ("sft", "solopo") else self.config.train.tail
+
+    def row(self, place: Place) -> tuple[Record, Row, Row | None]:
+        """(record, its long row, its short row) at a place."""
+        record, objective = place.record(), self.config.objective.name
+        parts = policy_parts(self._tokenizer, record, objective, place.turn)
+        trunk = next(length for length in self.config.train.lengths if length >= parts.size[0])
+        row = parts.packed(trunk, self.tail)
+        if objective != "solopo":
+            return record, row, None
+        turn = record.turns[place.turn]
+        return record, row, self._short(one_turn(self._tokenizer, turn, record.excerpt_of(turn), rejected=True))
+
+    def _short(self, parts: Parts) -> Row:
+        devices = self.config.mesh.context
+        trunk = bucket(parts.size[0], 64 * (2 * devices if devices > 1 else 1))
+        return parts.packed(trunk, self.config.train.tail)
+
+    @cached_property
+    def mixture(self) -> Any:
+        """The seqio Mixture: `corpus.weights` of the domains in the order of `corpus.sources`, else by their rows."""
+        order = list(dict.fromkeys(source.partition("=")[0] for source in self.config.corpus.sources))
+        weights = dict(zip(order, self.config.corpus.weights, strict=False))
+        rates = []
+        for domain, places in sorted(self.places.items()):
+            name = f"longpo_{domain}".replace("-", "_")
+            seqio.TaskRegistry.remove(name)
+            lines = [json.dumps(vars(place)) for place in places]
+
+            def read(split, shuffle_files, seed=None, lines=lines):
+                del split, shuffle_files, seed
+                return tf.data.Dataset.from_tensor_slices({"place": lines})
+
+            task = seqio.TaskRegistry.add(
+                name,
+                source=seqio.FunctionDataSource(read, splits=["train"], num_input_examples={"train": len(lines)}),
+                preprocessors=[],
+                output_features={"place": _TEXT},
+                metric_fns=[],
+                shuffle_buffer_size=len(lines),
+            )
+            rates.append((task.name, weights.get(domain, float(len(lines)))))
+        seqio.MixtureRegistry.remove("longpo")
+        # A domain that runs out ends nothing: an epoch without weights has every row once.
+        sample = partial(tf.data.Dataset.sample_from_datasets, stop_on_empty_dataset=False)
+        return seqio.MixtureRegistry.add("longpo", rates, sample_fn=sample)
+
+    def epoch(self, seed: int) -> Any:
+        """A dataset of as many places as there are rows: each once, or by the weights of the domains."""
+        weighted = bool(self.config.corpus.weights)
+        with _quiet():
+            dataset = self.mixture.get_dataset(
+                sequence_length=None,
+                split="train",
+                shuffle=True,
+                seed=seed,
+                num_epochs=None if weighted else 1,
+            )
+        return dataset.take(len(self)).map(lambda item: {"place": item["place"]})
+
+
+class PackedRows(seqio.FeatureConverter):
+    """seqio's step from a task's features to the model's: a place becomes the packed row of what lies there."""
+
+    TASK_FEATURES = {"place": seqio.FeatureConverter.FeatureSpec(dtype=tf.string, rank=0)}  # noqa: RUF012
+    MODEL_FEATURES = {  # noqa: RUF012
+        "id": seqio.FeatureConverter.FeatureSpec(dtype=tf.string, rank=0),
+        "row": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=2),
+        "short": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=2),
+        "reach": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=1),
+    }
+    PACKING_FEATURE_DTYPES = {}  # noqa: RUF012
+
+    def __init__(self, rows: Rows):
+        super().__init__(pack=False)
+        self._rows = rows
+
+    def _convert_features(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
+        del task_feature_lengths
+
+        def read(place: bytes):
+            empty = np.zeros((len(_FIELDS), 0), np.int32)
+            if not place:  # another host's
+                return b"", empty, empty, np.zeros(2, np.int32)
+            record, row, short = self._rows.row(Place(**json.loads(place)))
+            reach = np.asarray([row.reach, -1 if short is None else short.reach], np.int32)
+            return record.id.encode(), _stacked(row), empty if short is None else _stacked(short), reach
+
+        def convert(item):
+            types = (tf.string, tf.int32, tf.int32, tf.int32)
+            name, row, short, reach = tf.numpy_function(read, [item["place"]], types, stateful=False)
+            return {
+                "id": tf.ensure_shape(name, []),
+                "row": tf.ensure_shape(row, [len(_FIELDS), None]),
+                "short": tf.ensure_shape(short, [len(_FIELDS), None]),
+                "reach": tf.ensure_shape(reach, [2]),
+            }
+
+        return ds.map(convert, num_parallel_calls=_AHEAD, deterministic=True)
+
+    def get_model_feature_lengths(self, task_feature_lengths: Mapping[str, int]) -> Mapping[str, int]:
+        """Rows have the length of their bucket: none is the same for all."""
+        del task_feature_lengths
+        return {}
+
+    def __call__(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
+        """The dataset of rows. seqio's own checks are of features that are one sequence each."""
+        return self._convert_features(ds, task_feature_lengths).prefetch(_AHEAD)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without seqio's advice on shuffling sources that it cannot shuffle itself: the buffer here holds all places."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _stacked(row: Row) -> np.ndarray:
+    return np.stack([getattr(row, f"{field}_T") for field in _FIELDS])
+
+
+class Reader:
+    """Rows by position, the same on any number of hosts; a position follows from (seed, records) alone.
+
+    Yields from position `start` on: a Sample, or None where `rows` does not hold position % train.rows_per_step.
+    """
+
+    def __init__(
+        self,
+        config: LongPOConfig,
+        pairs: Path,
+        references: Mapping[str, References],
+        tokenizer: Tokenizer,
+        *,
+        start: int = 0,
+        rows: Collection[int] | None = None,
+    ):
+        self._config, self._references, self._start = config, references, start
+        self._wanted = range(config.train.rows_per_step) if rows is None else rows
+        self.rows = Rows(config, pairs, tokenizer)
+        self._tails = {"row": self.rows.tail, "short": config.train.tail}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def total(self) -> int:
+        """Rows of all epochs."""
+        return len(self) * self._config.train.epochs
+
+    def start_at(self, position: int) -> None:
+        """From where the next iteration yields."""
+        self._start = position
+
+    def __iter__(self) -> Iterator[Sample | None]:
+        for epoch in range(self._start // len(self), self._config.train.epochs):
+            first = max(self._start - epoch * len(self), 0)
+            dataset = self.rows.epoch(self._config.seed + epoch).skip(first)
+            places = dataset.enumerate(epoch * len(self) + first).map(self._hidden)
+            turns = self.rows.epoch(self._config.seed + epoch).skip(first).as_numpy_iterator()
+            for item, place in zip(PackedRows(self.rows)(places, {}).as_numpy_iterator(), turns, strict=True):
+                turn = json.loads(place["place"])["turn"]
+                yield self._sample(item, turn) if item["id"] else None
+
+    def _hidden(self, position: Any, item: Any) -> Any:
+        """Empty where the row is another host's."""
+        index = position % self._config.train.rows_per_step
+        mine = tf.reduce_any(tf.equal(index, tf.constant(sorted(self._wanted), tf.int64)))
+        return {"place": tf.where(mine, item["place"], "")}
+
+    def _sample(self, item: Mapping[str, Any], turn: int) -> Sample:
+        name = item["id"].decode()
+        row, short = (self._row(item, key, index) for index, key in enumerate(("row", "short")))
+        assert row is not None
+        return Sample(name, row, short, self._sums(name, turn))
+
+    def _row(self, item: Mapping[str, Any], key: str, index: int) -> Row | None:
+        if not item[key].size:
+            return None
+        fields = {f"{field}_T": array for field, array in zip(_FIELDS, item[key], strict=True)}
+        return Row(**fields, reach=int(item["reach"][index]), tail=self._tails[key])
+
+    def _sums(self, name: str, turn: int) -> dict[str, float]:
+        """What the reference says of a row: of all its turns together."""
+        objective = self._config.objective.name
+        if objective == "sft":
+            return {}
+        if name not in self._references:
+            raise InputError(f"expected reference log-probabilities of every record, got none of {name!r}")
+        scores = self._references[name]
+        if objective == "solopo":
+            return {key: values[turn] for key, values in scores.items()}
+        return {key: float(np.sum(np.asarray(values, np.float64))) for key, values in scores.items()}

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stage that trains: rows in the data's order, an update for every `rows_per_step`, checkpoints, and restarts.
+
+A run that is killed and started again makes the same updates on the same rows, bit for bit on the same devices. SIGTERM
+(preemption) and SIGINT let the update finish, save, and end with status 75 (start it again) and 130.
+"""
+
+import signal
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from longpo_jax.checkpoints import Checkpoints, check_same
+from longpo_jax.config import LongPOConfig
+from longpo_jax.metrics import Metrics, peak_flops
+from longpo_jax.optimizer import schedule_of, transform_of
+from longpo_jax.records import digest_of
+from longpo_jax.reference import read_references, reference_inputs
+from longpo_jax.stages import inputs_of, is_done, mark_done
+from longpo_jax.step import Sample, Step, TrainState
+from rapid_jax.model.load import LoadedModel, load_model
+from rapid_jax.runtime.axes import TRAINED
+from rapid_jax.runtime.command_line import say
+from rapid_jax.runtime.distributed import INTERRUPTED, LOST_PEER
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.mesh import agreed, check_agreed, make_meshes
+
+
+def run_train(
+    config: LongPOConfig, folder: Path, source: str | None = None, *, leads: bool = True, quiet: bool = False
+) -> None:
+    """Trains on `folder`/pairs with `folder`/reference; goes on from the newest checkpoint in `folder`/train.
+
+    `source` is the model instead of `config.model.source`. All processes train together and see the same folder. Raises
+    InputError for what cannot be used, and for a loss or gradient that is not finite, before any weight is touched;
+    SystemExit with 75 or 130 when told to end.
+    """
+    place = folder / "train"
+    references = read_references(config, folder, source)
+    model = policy_of(config, source, quiet=quiet)
+    inputs = inputs_of(config, "train") | {
+        "pairs": digest_of(folder / "pairs"),
+        "reference": digest(repr(sorted(reference_inputs(config, folder, source).items()))),
+        "model.weights": model.weights_hash,
+    }
+    if agreed(leads and is_done(place, inputs)):
+        return
+    check_agreed("settings, records and model", sorted(inputs.items()))
+    from longpo_jax.tasks import Reader  # TensorFlow
+
+    with _Signals() as signals:
+        loop = _Loop(config, place, model, inputs, signals)
+        reader = Reader(config, folder / "pairs", references, model.tokenizer, rows=loop.held)
+        summary = loop.run(reader, leads=leads, quiet=quiet)
+    if leads:
+        mark_done(place, inputs, summary)
+
+
+def policy_of(config: LongPOConfig, source: str | None = None, *, quiet: bool = False) -> LoadedModel:
+    """The model that is trained, on the mesh of training, in the dtype that weights are kept in."""
+    return load_model(
+        source or config.model.source,
+        layout="stacked",
+        dtype=config.optimizer.weights_dtype,
+        mesh=make_meshes(config.mesh, None)[0],
+        table=TRAINED,
+        replicate_kv=config.mesh.replicate_kv,
+        rope_theta=config.model.rope_theta,
+        quiet=quiet,
+    )
+
+
+def steps_of(config: LongPOConfig, rows: int) -> int:
+    """Updates of a run over `rows` rows in all. Raises InputError if there are too few for one."""
+    steps = rows // config.train.rows_per_step
+    if steps == 0:
+        raise InputError(
+            f"train.rows_per_step: expected at most the {rows} rows there are, got {config.train.rows_per_step}"
+        )
+    return steps if config.train.max_steps is None else min(steps, config.train.max_steps)
+
+
+class _Signals:
+    """Notes SIGTERM and SIGINT while it is entered. All processes of a run agree on what was noted."""
+
+    def __init__(self):
+        self._noted: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "_Signals":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _: object) -> None:
+        if self._noted == number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        self._noted = number
+
+    def agreed(self) -> int | None:
+        """The exit status that one of the processes was asked for; None to go on."""
+        noted = self._noted or 0
+        if jax.process_count() > 1:
+            noted = int(np.max(multihost_utils.process_allgather(np.int32(noted))))
+        return {0: None, signal.SIGINT: INTERRUPTED}.get(noted, LOST_PEER)
+
+
+class _Loop:
+    """Training on its devices."""
+
+    def __init__(
+        self, config: LongPOConfig, place: Path, model: LoadedModel, inputs: dict[str, Any], signals: _Signals
+    ):
+        self._config, self._place, self._inputs, self._signals = config, place, inputs, signals
+        self._model = model
+        self._microbatch = config.mesh.data * config.mesh.fsdp
+        self._devices = jax.devices()[:1] if model.decoder.mesh is None else list(model.decoder.mesh.devices.flat)
+
+    @property
+    def held(self) -> list[int]:
+        """The rows of an update that a device of this process holds a part of."""
+        rows, per = self._config.train.rows_per_step, self._microbatch
+        mesh = self._model.decoder.mesh
+        mine = range(per)
+        if mesh is not None and jax.process_count() > 1:
+            sharding = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
+            parts = sharding.addressable_devices_indices_map((per,)).values()
+            mine = sorted({row for (part,) in parts if part is not None for row in range(per)[part]})
+        return [start + row for start in range(0, rows, per) for row in mine]
+
+    def run(self, reader: Any, *, leads: bool, quiet: bool) -> dict[str, Any]:
+        """Updates until the last; what came of them."""
+        config, train = self._config, self._config.train
+        steps = steps_of(config, reader.total)
+        if reader.rows.too_long and leads:
+            longer = sum(reader.rows.too_long.values())
+            say(f"train: {longer} of {longer + len(reader)} rows are longer than train.lengths or train.tail: left out")
+        step = Step(config, self._model.decoder, transform_of(config.optimizer, steps))
+        checkpoints = Checkpoints(self._place / "checkpoints", train)
+        state = self._restored(checkpoints, step.start(self._model.decoder))
+        first = int(state.step)
+        reader.start_at(first * train.rows_per_step)
+        metrics = Metrics(
+            self._place,
+            steps=steps,
+            resumed=first,
+            tensorboard=train.tensorboard,
+            wandb=train.wandb,
+            leads=leads,
+            quiet=quiet,
+        )
+        clock = _Clock(steps, sum(peak_flops(d.device_kind) or 0.0 for d in self._devices))
+        rate, samples, line = schedule_of(config.optimizer, steps), iter(reader), {}
+        for index in range(first, steps):
+            state, found, ids = self._update(step, state, samples, clock)
+            self._check_finite(found, index, ids)
+            line = {"step": index + 1, "rows": (index + 1) * train.rows_per_step, "learning_rate": float(rate(index))}
+            line |= {name: value for name, value in found.items() if name != "finite"} | clock.read(index + 1)
+            ending = self._signals.agreed()
+            last = index + 1 == steps
+            if last or (index + 1) % train.log_every == 0:
+                metrics.add(line)
+            if last or ending is not None or (index + 1) % train.save_every == 0:
+                checkpoints.save(state, self._note(index + 1))
+            if ending is not None and not last:
+                checkpoints.wait()
+                metrics.close()
+                say(f"longpo: told to end: saved after update {index + 1} of {steps}")
+                raise SystemExit(ending)
+        checkpoints.wait()
+        checkpoints.close()
+        metrics.close()
+        return {
+            "steps": steps,
+            "rows": steps * train.rows_per_step,
+            "too_long": dict(reader.rows.too_long),
+            "last": line,
+        }
+
+    def _restored(self, checkpoints: Checkpoints, state: TrainState) -> TrainState:
+        found = checkpoints.restore(state)
+        if found is None:
+            return state
+        check_same(self._inputs, found[1], self._place)
+        return found[0]
+
+    def _note(self, step: int) -> dict[str, Any]:
+        """Beside the arrays: where the data is, and what all that is drawn follows from."""
+        position = step * self._config.train.rows_per_step
+        return {"inputs": self._inputs, "position": position, "seed": self._config.seed}
+
+    def _update(
+        self, step: Step, state: TrainState, samples: Iterator[Sample | None], clock: "_Clock"
+    ) -> tuple[TrainState, dict[str, float], list[str]]:
+        """(state, metrics, ids of the rows that are here) after one update."""
+        total, ids = None, []
+        for _ in range(0, self._config.train.rows_per_step, self._microbatch):
+            rows = list(islice(samples, self._microbatch))
+            ids += [sample.id for sample in rows if sample is not None]
+            batch = step.place(rows)
+            clock.add(step.tokens(batch), step.flops(batch))
+            total = step.accumulate(state, total, batch)
+        state, found = step.update(state, total)
+        return state, {name: float(value) for name, value in jax.device_get(found).items()}, ids
+
+    def _check_finite(self, found: dict[str, float], index: int, ids: list[str]) -> None:
+        if not found["finite"]:
+            raise InputError(
+                f"update {index + 1}: expected a finite loss and gradient, got loss {found['loss']}, gradient norm "
+                f"{found['grad_norm']} from the documents {', '.join(ids)}; no weight was touched, and "
+                f"{self._place / 'checkpoints'} has what was saved before"
+            )
+
+
+class _Clock:
+    """Tokens and operations since the last look, and the time they took."""
+
+    def __init__(self, steps: int, peak: float):
+        self._steps, self._peak = steps, peak
+        self._tokens = self._flops = 0.0
+        self._start = self._last = time.perf_counter()
+        self._begun: int | None = None  # updates made when the first, which compiles, was over
+
+    def add(self, tokens: jax.Array, flops: jax.Array) -> None:
+        """Of one microbatch."""
+        self._tokens += float(tokens)
+        self._flops += float(flops)
+
+    def read(self, step: int) -> dict[str, float | None]:
+        """tokens, seconds, tokens_per_second, mfu, seconds_left after update `step`.
+
+        The first update compiles: it has a time and no rate.
+        """
+        now = time.perf_counter()
+        seconds, tokens, flops = now - self._last, self._tokens, self._flops
+        self._last, self._tokens, self._flops = now, 0.0, 0.0
+        found: dict[str, float | None] = {"tokens": tokens, "seconds": seconds}
+        if self._begun is None:
+            self._begun, self._start = step, now
+            return found | {"tokens_per_second": None, "mfu": None, "seconds_left": None}
+        left = (now - self._start) / (step - self._begun) * (self._steps - step)
+        mfu = flops / seconds / self._peak if self._peak else None
+        return found | {"tokens_per_second": tokens / seconds, "mfu": mfu, "seconds_left": left}

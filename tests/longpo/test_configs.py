@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The settings files in configs/longpo: complete, strict, and with a command that the command line understands."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from longpo_jax.cli import config_of, parser
+from longpo_jax.config import LongPOConfig
+from longpo_jax.round import rounds_of
+from rapid_jax.runtime import settings
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "configs" / "longpo").glob("*.yaml"))
+
+
+def settings_of(words: list[str]) -> LongPOConfig:
+    return config_of(parser().parse_args(words))
+
+
+def head_of(path: Path) -> str:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    first = next(index for index, line in enumerate(lines) if line.startswith("run:"))
+    return "\n".join(line for line in lines[:first] if line)
+
+
+def corpus_of_the_user(config: LongPOConfig) -> LongPOConfig:
+    """Where the documents lie is the one thing that a command has to say of itself."""
+    return dataclasses.replace(config, corpus=dataclasses.replace(config.corpus, sources=()))
+
+
+def test_there_are_settings_for_every_machine():
+    assert {path.stem for path in FILES} >= {"smollm2_cpu", "smollm2_h200"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_is_complete_and_reads_back(path: Path, tmp_path: Path):
+    config = settings.load(LongPOConfig, path)
+    written = settings.dump(config)
+    assert yaml.safe_load(written).keys() == yaml.safe_load(path.read_text(encoding="utf-8")).keys()
+    (tmp_path / "copy.yaml").write_text(written, encoding="utf-8")
+    assert settings.load(LongPOConfig, tmp_path / "copy.yaml") == config
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_head_says_command_hardware_time_and_result(path: Path, monkeypatch):
+    head = head_of(path)
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert max(map(len, path.read_text(encoding="utf-8").splitlines())) <= 120
+    for word in ("Command:", "Hardware:", "Time:", "Result:"):
+        assert len(re.findall(rf"^# {word} +\S", head, re.MULTILINE)) == 1
+    command = re.search(r"^# Command: +longpo (.+)$", head, re.MULTILINE)
+    assert command
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(command[1])
+    given, file = settings_of(words), settings.load(LongPOConfig, path)
+    assert corpus_of_the_user(given) == corpus_of_the_user(file)
+    assert words[0] == ("rounds" if file.rounds else "round")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_pair_of_a_round_fits_into_its_longest_row(path: Path):
+    """A document that the prompt holds, its turns and answers; a template adds a few tokens a turn."""
+    config = settings.load(LongPOConfig, path)
+    for single in rounds_of(config) if config.rounds else [config]:
+        turns, answer = single.excerpts.per_document, single.pairs.max_new_tokens
+        longest = min(single.corpus.max_tokens, single.pairs.max_context)
+        assert single.train.lengths[-1] >= longest + turns * answer
+        assert single.train.tail >= turns * answer
+        assert single.pairs.max_context >= single.corpus.max_tokens + answer
+        assert single.excerpts.max_tokens <= single.corpus.min_tokens
+
+
+def test_models_that_are_no_package_are_folders_in_the_tree():
+    for path in FILES:
+        source = settings.load(LongPOConfig, path).model.source
+        assert source == "smollm2" or re.fullmatch(r"(models|runs)/[\w./-]+", source)
+
+
+def test_the_script_for_any_machine_runs_the_small_settings():
+    script = (ROOT / "launch" / "longpo_cpu.sh").read_text()
+    config = settings.load(LongPOConfig, ROOT / "configs" / "longpo" / "smollm2_cpu.yaml")
+    line = re.search(r"^exec \.venv/bin/longpo (.+)\n\Z", script, re.MULTILINE)
+    assert line and shlex.split(line[1]) == ["rounds", "--config", "configs/longpo/smollm2_cpu.yaml", "$@"]
+    written = re.search(r"^\.venv/bin/python - (\S+) <<", script, re.MULTILINE)
+    assert written and config.corpus.sources == (f"python={written[1]}",)
+    ending = re.search(r"The trained model is in (\S+),", script)
+    assert ending and ending[1] == f"{rounds_of(config)[-1].run}/export"

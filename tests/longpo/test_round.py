@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stages chained to rounds, and rounds to a run: order, folders, models, settings, and going on after a stop."""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from longpo_jax.config import LongPOConfig
+from longpo_jax.round import SETTINGS, rounds_of, run_round, run_rounds, run_stage
+from longpo_jax.stages import STAGES, inputs_of, is_done, mark_done
+from rapid_jax.runtime import settings
+from rapid_jax.runtime.errors import InputError
+
+TWO = ("corpus.max_tokens=70000 model.rope_theta=200000", "corpus.max_tokens=140000 train.lengths=[2304,4096] seed=7")
+
+
+def config_in(folder: Path, *rounds: str, **more) -> LongPOConfig:
+    return LongPOConfig(run=str(folder), rounds=rounds, **more)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Stages that only say that they were asked, with (stage, folder, source, setting), and are done or fail."""
+    made: list[tuple] = []
+
+    def stage_of(name: str):
+        def stage(config, folder, source=None, *, leads=True, quiet=False):
+            if is_done(folder / name, inputs_of(config, name)):
+                return
+            made.append((name, folder, source or config.model.source, config.corpus.max_tokens, leads, quiet))
+            if len(made) == made_until[0]:
+                raise KeyboardInterrupt
+            mark_done(folder / name, inputs_of(config, name), {})
+
+        return stage
+
+    made_until = [0]
+    for name in STAGES:
+        module = ModuleType(f"longpo_jax.{name}")
+        setattr(module, f"run_{name}", stage_of(name))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    made.clear()
+    return made, made_until
+
+
+def test_a_round_is_its_stages_in_order_and_done_ones_are_skipped(calls, tmp_path):
+    made, _ = calls
+    config = config_in(tmp_path)
+    run_round(config, tmp_path, "taught", quiet=True)
+    assert [call[0] for call in made] == ["pairs", "reference", "train", "export"]
+    assert {call[1:] for call in made} == {(tmp_path, "taught", 131072, True, True)}
+    assert settings.load(LongPOConfig, tmp_path / SETTINGS) == config
+    run_round(config, tmp_path, "taught")
+    assert len(made) == 4
+
+
+def test_each_round_has_its_folder_its_settings_and_the_last_ones_model(calls, tmp_path):
+    made, _ = calls
+    config = config_in(tmp_path, *TWO)
+    run_rounds(config)
+    first, second = tmp_path / "round-1", tmp_path / "round-2"
+    assert [call[:4] for call in made] == [
+        *((stage, first, "smollm2", 70000) for stage in STAGES),
+        *((stage, second, str(first / "export"), 140000) for stage in STAGES),
+    ]
+    ran = [settings.load(LongPOConfig, folder / SETTINGS) for folder in (first, second)]
+    assert ran == rounds_of(config)
+    assert [(one.seed, one.model.rope_theta, one.train.lengths) for one in ran] == [
+        (42, 200000.0, LongPOConfig().train.lengths),
+        (7, None, (2304, 4096)),
+    ]
+    run_rounds(config)
+    assert len(made) == 8
+    run_round(ran[1], Path(ran[1].run))  # what is saved is that round alone
+    assert len(made) == 8
+
+
+@pytest.mark.parametrize("stopped", range(1, 9))
+def test_an_interrupted_chain_goes_on_where_it_stopped(calls, tmp_path, stopped):
+    made, until = calls
+    config = config_in(tmp_path, *TWO)
+    until[0] = stopped
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(config)
+    assert len(made) == stopped
+    run_rounds(config)
+    assert made[stopped][:3] == made[stopped - 1][:3] and len(made) == 9
+
+
+def test_the_settings_beside_a_round_are_those_of_what_is_done(calls, tmp_path):
+    """A run that is refused leaves them as they were."""
+    run_stage("pairs", config_in(tmp_path), tmp_path)
+    with pytest.raises(InputError, match=r"pairs was made with seed = 42, expected seed = 1"):
+        run_stage("pairs", config_in(tmp_path, seed=1), tmp_path)
+    assert settings.load(LongPOConfig, tmp_path / SETTINGS).seed == 42
+
+
+def test_only_the_first_process_writes_the_settings(calls, tmp_path):
+    made, _ = calls
+    run_stage("pairs", config_in(tmp_path), tmp_path, leads=False)
+    assert made[0][4] is False and not (tmp_path / SETTINGS).exists()
+
+
+@pytest.mark.parametrize(
+    ("rounds", "message"),
+    [
+        ((), "rounds: expected the settings of one round or more, got none"),
+        ((TWO[0], "corpus.max_token=5"), r"--set corpus.max_token=5: unknown setting 'max_token'.*'max_tokens'"),
+        ((TWO[0], "seed=x"), r"--set seed=x: seed: expected a whole number, got 'x'"),
+        ((TWO[0], "corpus.max_tokens=5"), r"rounds: round 2 with .*: corpus: expected 1 <= min_tokens <= max_tokens"),
+        (("run=other",), "rounds: round 1: run is the same for all rounds, got 'run=other'"),
+        (("rounds=[]",), "rounds: round 1: rounds is the same for all rounds"),
+        (("faster",), "--set faster: expected section.key=value"),
+    ],
+)
+def test_a_mistake_in_any_round_is_told_before_the_first_starts(calls, tmp_path, rounds, message):
+    made, _ = calls
+    with pytest.raises(InputError, match=message):
+        run_rounds(config_in(tmp_path, *rounds))
+    assert not made and not list(tmp_path.iterdir())

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a stage counts as done, and which settings decide what it makes."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from longpo_jax.config import LongPOConfig
+from longpo_jax.stages import STAGES, identity_of, inputs_of, is_done, mark_done, summary_of
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.settings import defaults
+
+INPUTS = {"seed": 1, "train.lengths": (8, 16), "optimizer.learning_rate": 5e-7, "model": "abc"}
+
+
+def test_a_stage_is_done_once_it_is_marked_and_keeps_what_came_of_it(tmp_path: Path):
+    folder = tmp_path / "train"
+    assert not is_done(folder, INPUTS)
+    with pytest.raises(InputError, match=r"train: expected a stage that is done, got none: run `longpo train` first"):
+        summary_of(folder)
+    mark_done(folder, INPUTS, {"steps": 3, "loss": 0.25})
+    assert is_done(folder, INPUTS) and is_done(folder, INPUTS | {"train.lengths": [8, 16]})
+    assert summary_of(folder) == {"steps": 3, "loss": 0.25}
+    assert [path.name for path in folder.iterdir()] == ["done.json"]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (INPUTS | {"seed": 2, "model": "abd"}, r"train was made with seed = 1, expected seed = 2: choose another run"),
+        (INPUTS | {"train.lengths": (8,)}, r"made with train.lengths = \[8, 16\], expected train.lengths = \[8\]"),
+        (INPUTS | {"pairs": "x"}, r'made with pairs = none, expected pairs = "x"'),
+        ({"seed": 1}, r"made with train.lengths = \[8, 16\], expected train.lengths = none"),
+    ],
+)
+def test_other_inputs_are_refused_by_the_first_that_differs(tmp_path: Path, other, message):
+    folder = tmp_path / "train"
+    mark_done(folder, INPUTS, {})
+    with pytest.raises(InputError, match=message) as raised:
+        is_done(folder, other)
+    assert f"or delete {folder} to make it again" in str(raised.value)
+
+
+def test_a_file_that_is_no_note_of_ours_is_refused(tmp_path: Path):
+    (tmp_path / "done.json").write_text('{"schema": 1')
+    with pytest.raises(InputError, match=r"done.json: expected JSON, got"):
+        is_done(tmp_path, INPUTS)
+    for text, got in (("[1]", "list"), (json.dumps({"schema": 99}), "99"), ("{}", "None")):
+        (tmp_path / "done.json").write_text(text)
+        with pytest.raises(InputError, match=f"done.json: expected schema 1, got {got}"):
+            is_done(tmp_path, INPUTS)
+
+
+def test_a_stage_that_was_made_anew_with_other_results_has_another_identity(tmp_path: Path):
+    mark_done(tmp_path, INPUTS, {"pairs": 3})
+    first = identity_of(tmp_path)
+    mark_done(tmp_path, INPUTS, {"pairs": 3})
+    assert identity_of(tmp_path) == first
+    mark_done(tmp_path, INPUTS, {"pairs": 4})
+    second = identity_of(tmp_path)
+    mark_done(tmp_path, INPUTS | {"seed": 2}, {"pairs": 3})
+    assert len({first, second, identity_of(tmp_path)}) == 3
+
+
+def stale(setting: str) -> list[str]:
+    """The stages that another value of a setting makes anew."""
+    plain, other = LongPOConfig(), defaults(LongPOConfig, [setting])
+    assert plain != other
+    return [stage for stage in STAGES if inputs_of(plain, stage) != inputs_of(other, stage)]
+
+
+@pytest.mark.parametrize(
+    ("setting", "stages"),
+    [
+        ("seed=1", ["pairs", "train"]),
+        ("model.dtype=float32", ["pairs", "reference", "train"]),
+        ("model.rope_theta=1e6", ["pairs", "train", "export"]),
+        ("model.reference_rope_theta=1e6", ["pairs", "reference"]),
+        ("corpus.sources=[a=b]", ["pairs"]),
+        ("excerpts.per_document=2", ["pairs"]),
+        ("instruct.temperature=0.5", ["pairs"]),
+        ("pairs.max_new_tokens=7", ["pairs"]),
+        ("objective.name=dpo", ["reference", "train"]),
+        ("objective.beta=0.01", ["train"]),
+        ("optimizer.learning_rate=1e-6", ["train"]),
+        ("train.max_steps=3", ["train"]),
+        ("train.lengths=[64]", ["train", "export"]),
+    ],
+)
+def test_a_setting_makes_those_stages_stale_whose_results_it_decides(setting: str, stages: list[str]):
+    assert stale(setting) == stages
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "run=elsewhere",
+        "model.source=other",  # known by what is in it, which the stages add
+        "pairs.batch=1",
+        "generation.layout=stacked",
+        "generation.prefill_chunk=64",
+        "mesh.context=2",
+        "compute.kernel=xla",
+        "train.remat=layer",
+        "train.logits_chunk=64",
+        "train.save_every=7",
+        "train.tensorboard=true",
+        "rounds=['seed=1']",
+    ],
+)
+def test_what_changes_speed_or_place_makes_nothing_stale(setting: str):
+    assert stale(setting) == []
+
+
+def test_weights_of_domains_matter_to_training_alone():
+    plain = LongPOConfig()
+    sources = dataclasses.replace(plain.corpus, sources=("a=x", "b=y"))
+    weighted = dataclasses.replace(sources, weights=(1.0, 3.0))
+    before, after = (dataclasses.replace(plain, corpus=corpus) for corpus in (sources, weighted))
+    assert [stage for stage in STAGES if inputs_of(before, stage) != inputs_of(after, stage)] == ["train"]
+
+
+def test_inputs_are_flat_and_plain():
+    for stage in STAGES:
+        inputs = inputs_of(LongPOConfig(), stage)
+        assert json.loads(json.dumps(inputs)).keys() == inputs.keys()
+        assert not any(isinstance(value, dict) for value in inputs.values())

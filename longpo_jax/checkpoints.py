@@ -2,7 +2,7 @@
 """Checkpoints of training: Orbax's CheckpointManager, with a note of where the run was and a list of what was written.
 
     FOLDER/<step>/weights, moments   arrays by name, each device's part written by it, readable on any mesh
-    FOLDER/<step>/note               JSON: schema, step, rows, tokens, what decides the run, type and shape of every array
+    FOLDER/<step>/note               JSON: schema, step, position, what decides the run, types and shapes of arrays
     FOLDER/<step>/files.json         size of every file
 
 Orbax writes beside the training and gives the folder its name last; the list is written just before. A folder that has
@@ -80,7 +80,7 @@ def restore(found: Found, target: TrainState) -> TrainState:
     """
     graph, weights = nnx.split(target.weights, nnx.Param)
     trees = {"weights": weights, "moments": target.moments}
-    shapes = jax.tree.map(_outline, trees)
+    shapes = {item: jax.tree.map(_outline, tree) for item, tree in trees.items()}
     for leaf in jax.tree.leaves(trees):
         leaf.delete()
     got = _restored(found, shapes)
@@ -89,10 +89,13 @@ def restore(found: Found, target: TrainState) -> TrainState:
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run; a context, which leaves none half-written. All processes call everything."""
+    """Writes the checkpoints of a run that goes on from the one of step `start`; of later ones none is whole.
 
-    def __init__(self, folder: Path, *, keep: int, keep_every: int | None = None):
-        self.folder, self._keep, self._keep_every = folder, keep, keep_every
+    A context, left when all is written. All processes call everything.
+    """
+
+    def __init__(self, folder: Path, *, start: int = 0, keep: int, keep_every: int | None = None):
+        self.folder, self._start, self._keep, self._keep_every = folder, start, keep, keep_every
         self._saving, self._exit = _NONE, contextlib.ExitStack()
 
     def __enter__(self) -> "Checkpoints":
@@ -112,18 +115,21 @@ class Checkpoints:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._ocp = ocp
         self._manager = ocp.CheckpointManager(self.folder.absolute(), item_handlers=handlers, options=options)
+        for step in self._manager.all_steps():
+            if step > self._start:  # it would be kept in the place of good ones
+                self._manager.delete(step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         try:
-            if kind is None:
+            if kind is None or jax.process_count() == 1:  # else one may wait for another that has failed
                 self.wait()
                 self._manager.close()
         finally:
             self._exit.close()
 
     def save(self, state: TrainState, note: Mapping[str, Any]) -> Path:
-        """Starts to write the state, in place of a checkpoint of its step; where it will be. Its arrays may then change.
+        """Starts to write the state; where it will be. Its arrays may then change.
 
         Waits for the write before. Raises InputError if the disk has no room or refuses either of them: what was
         written earlier stays.
@@ -134,8 +140,6 @@ class Checkpoints:
         shapes = {item: {name: _kind(x) for name, x in tree.items()} for item, tree in trees.items()}
         self._check_room(step, sum(x.nbytes for tree in trees.values() for x in tree.values()))
         with self._refusals(step):
-            if step in self._manager.all_steps():
-                self._manager.delete(step)
             self._saving = step
             self._manager.save(
                 step,
@@ -172,6 +176,7 @@ class Checkpoints:
         except (OSError, ValueError) as error:  # ValueError: TensorStore's type for every error, a full disk too
             failure = self._unsaved(step, _one_line(error))
         if failure is not None:
+            self._saving = _NONE
             for _ in range(5):  # until the writes that Orbax leaves under way have ended, where they are not heard
                 gc.collect()
                 time.sleep(0.1)
@@ -235,8 +240,7 @@ def _restored_item(ocp: Any, found: Found, item: str, tree: Any) -> Any:
         ours, theirs = _kind(wanted[name]) if name in wanted else "no such array", stored.get(name, "no such array")
         if ours != theirs:
             raise InputError(
-                f"{found.folder}: expected a checkpoint of this model and optimizer: of {name} in {item} "
-                f"{ours}, got {theirs}"
+                f"{found.folder} is of another model or optimizer: {name} in {item}: expected {ours}, got {theirs}"
             )
     how = {name: _restore_args(ocp, leaf) for name, leaf in wanted.items()}
     failure = None
@@ -266,7 +270,8 @@ def _outline(x: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def _restore_args(ocp: Any, leaf: Any) -> Any:
-    return ocp.ArrayRestoreArgs(sharding=leaf.sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
 
 
 @contextlib.contextmanager

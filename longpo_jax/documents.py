@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Documents from files of text, in an order that depends on the seed, the files' names and their contents alone."""
 
+import errno
 import hashlib
 import heapq
 import os
@@ -44,7 +45,7 @@ class _Spool:
     """An unnamed temporary file of texts, closed with the last who holds it."""
 
     def __init__(self):
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as the documents
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it lives as long as the documents
         weakref.finalize(self, self._file.close)
 
     def append(self, text: str) -> tuple[int, int]:
@@ -52,8 +53,8 @@ class _Spool:
         packed = zstandard.compress(text.encode(), 1)
         offset = self._file.tell()
         try:
-            self._file.write(packed)
-            self._file.flush()
+            if self._file.write(packed) < len(packed):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             where = tempfile.gettempdir()
             raise InputError(f"{where}: expected room for the documents ($TMPDIR), got: {error.strerror}") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from longpo_jax.checkpoints import Checkpoints
+from longpo_jax.checkpoints import newest, restore_weights
 from longpo_jax.config import LongPOConfig
 from longpo_jax.stages import identity_of, inputs_of, is_done, mark_done
 from rapid_jax.model.config import ModelConfig
@@ -15,6 +15,7 @@ from rapid_jax.model.hf_io import save_hf
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.model.placement import abstract
 from rapid_jax.runtime.axes import TRAINED
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import agreed, make_meshes
 
 
@@ -47,8 +48,7 @@ def trained(config: LongPOConfig, model: ModelConfig, checkpoints: Path) -> Deco
     model = dataclasses.replace(model, rope=rope, max_positions=longest)
     dtype, mesh = jnp.dtype(config.optimizer.weights_dtype), make_meshes(config.mesh, None)[0]
     table = {**TRAINED, "K": None} if config.mesh.replicate_kv else TRAINED
-    store = Checkpoints(checkpoints)
-    try:
-        return store.restore_weights(abstract(model, layout="stacked", dtype=dtype, mesh=mesh, table=table))
-    finally:
-        store.close()
+    found = newest(checkpoints)
+    if found is None:
+        raise InputError(f"{checkpoints}: expected a checkpoint, got none: run `longpo train` first")
+    return restore_weights(found, abstract(model, layout="stacked", dtype=dtype, mesh=mesh, table=table))

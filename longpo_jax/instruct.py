@@ -47,15 +47,10 @@ def request(config: InstructConfig) -> str:
     """What the model is asked below an excerpt."""
     count = config.questions
     return (
-        f"Write {count} comprehensive questions in English about the text above, which test how well a reader has "
-        "understood all of it and can analyse it.\n"
-        "- Each question should connect separate parts of the text; together they should cover its whole length.\n"
-        "- Each should need several pieces of information to be put together and reasoned about. Do not ask for a fact "
-        "that a single sentence gives.\n"
-        "- No two questions should be about the same thing.\n"
-        "- Some should be critical, weighing what the text claims, or hypothetical, applying it to a new case.\n"
-        "- Each should be clear, have one meaning, and be answerable from the text alone.\n"
-        f"Output only the questions, one a line, numbered 1: to {count}:, and nothing before, between or after them."
+        f"Write {count} comprehensive questions in English that test how well a reader understands and can analyse the "
+        "whole text above. Each question should connect separate parts of the text and need synthesis, not the recall "
+        "of one fact. The questions should be different from one another, clear and unambiguous, and invite critical "
+        f"or hypothetical thinking. Output only the questions, one a line, numbered 1: to {count}:."
     )
 
 
@@ -65,8 +60,8 @@ def parsed(text: str, config: InstructConfig) -> list[str]:
     A number starts a question only where it continues the count 1, 2, 3 ... at the start of a line; with no such list,
     also behind the end of a sentence; with none of these either, what ends in a question mark is a question.
     """
-    found = _different(_numbered(text, _AT_LINE))
-    for otherwise in (lambda: _numbered(text, _IN_LINE), lambda: _asked(text)):
+    found = _different(_whole(_numbered(text, _AT_LINE)))
+    for otherwise in (lambda: _whole(_numbered(text, _IN_LINE)), lambda: _asked(text)):
         if len(found) < max(config.at_least, 2):
             found = max(found, _different(otherwise()), key=len)
     return found[: config.questions]
@@ -89,15 +84,24 @@ def _numbered(text: str, marker: re.Pattern[str]) -> list[str]:
 
 
 def _question(words: str) -> str:
-    """Headings and the first paragraph that is a sentence, without an answer that follows."""
+    """Headings and the first paragraph that is a sentence, up to its first question mark at the end of a line.
+
+    Small models go on with an answer.
+    """
     lines: list[str] = []
     paragraphs = re.split(r"\n\s*\n", words.strip())
     asking = next((at for at, paragraph in enumerate(paragraphs) if _clean(paragraph).endswith(("?", ".", "!"))), 0)
     for line in "\n".join(paragraphs[: asking + 1]).splitlines():
-        if lines and _ANSWER.match(line):
+        if lines and (lines[-1].endswith("?") or _ANSWER.match(line)):
             break
-        lines.append(_clean(line))
+        lines.append(_clean(line) if lines else _unnumbered(line))
     return " ".join(lines)
+
+
+def _whole(questions: list[str]) -> list[str]:
+    """Without a last one that breaks off, as at the limit of tokens, where all others end in a punctuation mark."""
+    ended = [re.search(r"[^\w\s]$", question) is not None for question in questions]
+    return questions[:-1] if len(ended) > 1 and all(ended[:-1]) and not ended[-1] else questions
 
 
 def _asked(text: str) -> list[str]:

@@ -1,8 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is told of training: JSON lines always, a bar or plain lines, TensorBoard and wandb where asked for."""
+"""What is told of training: JSON lines always, a bar or plain lines, TensorBoard and wandb where asked for.
 
-import importlib
+A line of metrics.jsonl is about one update:
+
+    step, rows                         updates and rows (documents) so far
+    tokens, seconds                    of this update; the document and first instruction of a row count once
+    tokens_per_second, mfu             null for the first update after a start, which compiles; mfu: the share of the
+                                       devices' dense bfloat16 peak, null where that is not known
+    seconds_left                       as the updates since the start went
+    learning_rate                      that this update used
+    loss, nll, preference, rewards/*   means over its rows (loss.py), before the update
+    grad_norm                          before clipping
+"""
+
+import importlib.util
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -11,14 +24,19 @@ from typing import Any
 
 from tqdm import tqdm
 
+from longpo_jax.config import TrainConfig
 from rapid_jax.plan.topologies import GENERATIONS
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest
 
 FILE = "metrics.jsonl"
-# Dense bfloat16 FLOP/s of a device, from the makers' data sheets; TPUs are in plan/topologies.py.
-_GPU_PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-_TPU_KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x"}
+# Dense bfloat16 FLOP/s from NVIDIA's data sheets, the first that a device's name contains. TPUs: plan/topologies.py.
+_GPU_PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+_TPU_KINDS = {
+    **{"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p"},
+    **{"TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x"},
+}
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -28,6 +46,18 @@ def peak_flops(device_kind: str) -> float | None:
             return peak
     generation = GENERATIONS.get(_TPU_KINDS.get(device_kind, ""))
     return None if generation is None else generation.flops
+
+
+def check_installed(train: TrainConfig) -> None:
+    """Raises InputError if the settings ask for a package that is not there."""
+    for name, package, asked in (
+        ("tensorboard", "tensorboardX", train.tensorboard),
+        ("wandb", "wandb", train.wandb is not None),
+    ):
+        if asked and importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"train.{name}: expected the package {package}, it is not installed: pip install {package}"
+            )
 
 
 class Metrics:
@@ -40,26 +70,21 @@ class Metrics:
     def __init__(
         self, folder: Path, *, steps: int, resumed: int, tensorboard: bool, wandb: str | None, leads: bool, quiet: bool
     ):
-        self._leads, self._steps, self._bar = leads, steps, None
-        self._quiet = quiet
-        self._tensorboard = self._wandb = None
+        self._leads, self._steps, self._quiet = leads, steps, quiet
+        self._bar = self._tensorboard = self._wandb = None
         if not leads:
             return
-        if wandb is not None:
-            try:
-                self._wandb = importlib.import_module("wandb")
-            except ImportError as error:
-                raise InputError(
-                    "train.wandb: expected the package wandb, it is not installed: pip install wandb"
-                ) from error
         self._path = folder / FILE
         _cut(self._path, resumed)
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(logdir=str(folder / "tensorboard"))
-        if self._wandb is not None:
-            self._wandb.init(project=wandb, name=folder.parent.name, dir=str(folder), resume="allow")
+            self._tensorboard = SummaryWriter(logdir=str(folder / "tensorboard"), purge_step=resumed + 1)
+        if wandb is not None:
+            self._wandb = importlib.import_module("wandb")
+            # The same run again after a restart.
+            name = digest(str(folder.resolve()))[:16]
+            self._wandb.init(project=wandb, id=name, name=folder.parent.name, dir=str(folder), resume="allow")
         if not quiet and sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=resumed, desc="train", unit=" steps", dynamic_ncols=True)
 
@@ -112,13 +137,22 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def _cut(path: Path, resumed: int) -> None:
     """Takes away the lines of updates after `resumed`, and a last line that is not whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    end, data = 0, path.read_bytes() if path.exists() else b""
-    for line in data.splitlines(keepends=True):
-        if not line.endswith(b"\n") or json.loads(line)["step"] > resumed:
+    if not path.exists():
+        return
+    end = 0
+    for line in path.read_bytes().splitlines(keepends=True):
+        if not line.endswith(b"\n") or _step(line) > resumed:
             break
         end += len(line)
-    if path.exists():
-        os.truncate(path, end)
+    os.truncate(path, end)
+
+
+def _step(line: bytes) -> float:
+    """Of a line that is no metrics, one that is past every update."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _told(line: Mapping[str, Any]) -> str:

@@ -66,4 +66,4 @@ def _stored_as(inner: optax.GradientTransformation, dtype: jnp.dtype) -> optax.G
         gradient, state = inner.update(gradient, cast(state, jnp.dtype(jnp.float32)), weights)
         return gradient, cast(state, dtype)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformation(init, update)  # type: ignore[arg-type]

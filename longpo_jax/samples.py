@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a record goes into a row: all turns of a document, one turn of it, or one turn behind its excerpt."""
 
+import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from longpo_jax.config import Objective
+from longpo_jax.config import LongPOConfig, Objective
 from longpo_jax.dialogue import Branch, Dialogue
-from longpo_jax.records import Record, Turn
+from longpo_jax.records import Record, Turn, shards_of
 from longpo_jax.rows import Row, needed, packed
 from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.speculative.prefill import bucket
 
 
 @dataclass(frozen=True)
@@ -63,3 +68,69 @@ def places_of(tokenizer: Tokenizer, record: Record, objective: Objective, turn: 
     empty = Record(**{**vars(record), "document": ""})
     trunk, tail = policy_parts(tokenizer, empty, objective, turn).size
     return trunk + record.tokens, tail
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a row comes from: a line of a file of records, and the turn that it is about."""
+
+    file: str
+    offset: int
+    turn: int
+
+    def record(self) -> Record:
+        """Read from the file."""
+        with open(self.file, "rb") as file:
+            file.seek(self.offset)
+            return Record.from_json(json.loads(file.readline()), f"{self.file} at {self.offset}")
+
+
+class Rows:
+    """The rows that the records of a folder give: those that fit, by domain, in the order of the records."""
+
+    def __init__(self, config: LongPOConfig, pairs: Path, tokenizer: Tokenizer):
+        self.config, self._tokenizer = config, tokenizer
+        self.places: dict[str, list[Place]] = {}
+        self.too_long: Counter[str] = Counter()  # rows left out, by domain
+        objective, train = config.objective.name, config.train
+        for path in shards_of(pairs):
+            with open(path, "rb") as file:
+                offset = 0
+                for number, line in enumerate(file, start=1):
+                    record = Record.from_json(json.loads(line), f"{path}:{number}")
+                    for turn in rows_of(record, objective):
+                        trunk, tail = places_of(tokenizer, record, objective, turn)
+                        if trunk > train.lengths[-1] or tail > self.tail:
+                            self.too_long[record.domain] += 1
+                        else:
+                            self.places.setdefault(record.domain, []).append(Place(str(path), offset, turn))
+                    offset += len(line)
+        if not self.places:
+            raise InputError(
+                f"{pairs}: expected rows of at most {train.lengths[-1]} + {self.tail} places (train.lengths, "
+                f"train.tail), got none: {sum(self.too_long.values())} are longer"
+            )
+
+    def __len__(self) -> int:
+        return sum(map(len, self.places.values()))
+
+    @property
+    def tail(self) -> int:
+        """Places of a row's tail: none where a row has no rejected branch."""
+        return 0 if self.config.objective.name in ("sft", "solopo") else self.config.train.tail
+
+    def row(self, place: Place) -> tuple[Record, Row, Row | None]:
+        """(record, its long row, its short row) at a place."""
+        record, objective = place.record(), self.config.objective.name
+        parts = policy_parts(self._tokenizer, record, objective, place.turn)
+        trunk = next(length for length in self.config.train.lengths if length >= parts.size[0])
+        row = parts.packed(trunk, self.tail)
+        if objective != "solopo":
+            return record, row, None
+        turn = record.turns[place.turn]
+        return record, row, self._short(one_turn(self._tokenizer, turn, record.excerpt_of(turn), rejected=True))
+
+    def _short(self, parts: Parts) -> Row:
+        devices = self.config.mesh.context
+        trunk = bucket(parts.size[0], 64 * (2 * devices if devices > 1 else 1))
+        return parts.packed(trunk, self.config.train.tail)

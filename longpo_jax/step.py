@@ -77,7 +77,9 @@ def row_log_probs(
     nll_BT = trunk_BT if nll == "full" else trunk_BT & answers_BT
     counts_BT = answers_BT if nll is None else answers_BT | nll_BT
     weight, axes = decoder.head
-    log_prob_BT = token_log_probs(hidden_BTD, weight, batch["targets_BT"], counts_BT, axes, logits_chunk, strategy.mesh)
+    log_prob_BT: jax.Array = token_log_probs(  # type: ignore[assignment]
+        hidden_BTD, weight, batch["targets_BT"], counts_BT, axes, logits_chunk, strategy.mesh
+    )
 
     def total(where_BT: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(where_BT, log_prob_BT, 0.0), axis=1)
@@ -115,13 +117,43 @@ class Step:
         self._wrap = wrapping(train.remat, offload=train.offload, mesh=decoder.mesh)
         self.gradients = jax.jit(self._gradients, donate_argnames="total")
         self.updated = jax.jit(self._updated, donate_argnames="state")
+        self.metrics = _metrics(config.objective.name)  # their names
         self.tokens = jax.jit(tokens_of)
         self.flops = jax.jit(partial(flops_of, decoder.config))
 
     def start(self, decoder: Decoder) -> TrainState:
         """Before the first update; the decoder's arrays become the state's."""
-        moments = jax.jit(self.transform.init)(nnx.state(decoder, nnx.Param))
+        weights = nnx.state(decoder, nnx.Param)
+        places = None if self.mesh is None else jax.tree.map(lambda x: x.sharding, self.moments(decoder))
+        moments = jax.jit(self.transform.init, out_shardings=places)(weights)
         return TrainState(placed(self.mesh, jax.P(), np.int32(0)), decoder, moments)
+
+    def moments(self, decoder: Decoder) -> optax.OptState:
+        """The shapes of what the optimizer keeps of these weights or shapes, each lying as its weight does."""
+        weights = nnx.state(decoder, nnx.Param)
+        whole = None if self.mesh is None else NamedSharding(self.mesh, jax.P())
+
+        def shaped(moment: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=sharding)
+
+        return optax.tree.map_params(
+            self.transform,
+            lambda moment, weight: shaped(moment, None if self.mesh is None else weight.sharding),
+            jax.eval_shape(self.transform.init, weights),
+            weights,
+            transform_non_params=lambda moment: shaped(moment, whole),
+        )
+
+    def zero_total(self, decoder: Decoder) -> Any:
+        """The shapes of (the gradient's sum, of the metrics, microbatches so far)."""
+
+        def shaped(shape: tuple[int, ...], sharding: Any) -> jax.ShapeDtypeStruct:
+            # Told to lie on the one device, it would make what comes of it compile anew for the next update.
+            return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=None if self.mesh is None else sharding)
+
+        scalar = shaped((), None if self.mesh is None else NamedSharding(self.mesh, jax.P()))
+        sums = jax.tree.map(lambda x: shaped(x.shape, x.sharding), nnx.state(decoder, nnx.Param))
+        return sums, dict.fromkeys(self.metrics, scalar), scalar
 
     def place(self, samples: Sequence[Sample | None]) -> dict[str, jax.Array]:
         """The batch of one microbatch, a row for each of data * fsdp devices, on the mesh.
@@ -152,7 +184,7 @@ class Step:
     def accumulate(self, state: TrainState, total: Any, batch: Batch) -> Any:
         """`total` (None before the first microbatch of an update) with this one's gradient and metrics added."""
         if total is None:
-            total = _zeros(state.weights, batch_metrics(self.config.objective.name))
+            total = jax.tree.map(_zeros, self.zero_total(state.weights))
         return self.gradients(state.weights, total, batch)
 
     def update(self, state: TrainState, total: Any) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -205,8 +237,7 @@ class Step:
         return state, means | {"grad_norm": norm, "finite": finite}
 
 
-def batch_metrics(name: str) -> tuple[str, ...]:
-    """The metrics of an objective."""
+def _metrics(name: str) -> tuple[str, ...]:
     scores = {
         "nll_B": jnp.zeros(1),
         "chosen_B": jnp.zeros(1),
@@ -217,10 +248,8 @@ def batch_metrics(name: str) -> tuple[str, ...]:
     return tuple(jax.eval_shape(lambda: objective(name, scores, scores, **weights)[1]))
 
 
-@partial(jax.jit, static_argnames="names")
-def _zeros(weights: Decoder, names: tuple[str, ...]) -> Any:
-    sums = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), nnx.state(weights, nnx.Param))
-    return sums, {name: jnp.zeros(()) for name in names}, jnp.zeros(())
+def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
 
 
 def _arithmetic(name: str) -> jnp.dtype:

@@ -9,9 +9,7 @@ tokenised and packed where it is used.
 import contextlib
 import json
 import logging
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +19,12 @@ import seqio
 import tensorflow as tf
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.records import Record, shards_of
 from longpo_jax.reference import References
 from longpo_jax.rows import Row
-from longpo_jax.samples import Parts, one_turn, places_of, policy_parts, rows_of
+from longpo_jax.samples import Place, Rows
 from longpo_jax.step import Sample
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.speculative.prefill import bucket
 
 for _kind in ("GPU", "TPU"):
     tf.config.set_visible_devices([], _kind)
@@ -88,89 +84,32 @@ class Vocabulary(seqio.Vocabulary):
         return isinstance(other, Vocabulary) and other.tokenizer.fingerprint == self.tokenizer.fingerprint
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a row comes from: a line of a file of records, and the turn that it is about."""
+class Epochs:
+    """The seqio Mixture of the rows' domains, and its epochs."""
 
-    file: str
-    offset: int
-    turn: int
-
-    def record(self) -> Record:
-        """Read from the file."""
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            return Record.from_json(json.loads(file.readline()), f"{self.file} at {self.offset}")
-
-
-class Rows:
-    """The rows that the records of a folder give: those that fit, by domain, in the order of the records."""
-
-    def __init__(self, config: LongPOConfig, pairs: Path, tokenizer: Tokenizer):
-        self.config, self._tokenizer = config, tokenizer
-        self.places: dict[str, list[Place]] = {}
-        self.too_long: Counter[str] = Counter()  # rows left out, by domain
-        objective, train = config.objective.name, config.train
-        for path in shards_of(pairs):
-            with open(path, "rb") as file:
-                offset = 0
-                for number, line in enumerate(file, start=1):
-                    record = Record.from_json(json.loads(line), f"{path}:{number}")
-                    for turn in rows_of(record, objective):
-                        trunk, tail = places_of(tokenizer, record, objective, turn)
-                        if trunk > train.lengths[-1] or tail > self.tail:
-                            self.too_long[record.domain] += 1
-                        else:
-                            self.places.setdefault(record.domain, []).append(Place(str(path), offset, turn))
-                    offset += len(line)
-        if not self.places:
-            raise InputError(
-                f"{pairs}: expected rows of at most {train.lengths[-1]} + {self.tail} places (train.lengths, "
-                f"train.tail), got none: {sum(self.too_long.values())} are longer"
-            )
-
-    def __len__(self) -> int:
-        return sum(map(len, self.places.values()))
-
-    @property
-    def tail(self) -> int:
-        """Places of a row's tail: none where a row has no rejected branch."""
-        return 0 if self.config.objective.name in ("sft", "solopo") else self.config.train.tail
-
-    def row(self, place: Place) -> tuple[Record, Row, Row | None]:
-        """(record, its long row, its short row) at a place."""
-        record, objective = place.record(), self.config.objective.name
-        parts = policy_parts(self._tokenizer, record, objective, place.turn)
-        trunk = next(length for length in self.config.train.lengths if length >= parts.size[0])
-        row = parts.packed(trunk, self.tail)
-        if objective != "solopo":
-            return record, row, None
-        turn = record.turns[place.turn]
-        return record, row, self._short(one_turn(self._tokenizer, turn, record.excerpt_of(turn), rejected=True))
-
-    def _short(self, parts: Parts) -> Row:
-        devices = self.config.mesh.context
-        trunk = bucket(parts.size[0], 64 * (2 * devices if devices > 1 else 1))
-        return parts.packed(trunk, self.config.train.tail)
+    def __init__(self, rows: Rows):
+        self._rows, self._corpus = rows, rows.config.corpus
 
     @cached_property
     def mixture(self) -> Any:
         """The seqio Mixture: `corpus.weights` of the domains in the order of `corpus.sources`, else by their rows."""
-        order = list(dict.fromkeys(source.partition("=")[0] for source in self.config.corpus.sources))
-        weights = dict(zip(order, self.config.corpus.weights, strict=False))
+        order = list(dict.fromkeys(source.partition("=")[0] for source in self._corpus.sources))
+        weights = dict(zip(order, self._corpus.weights, strict=False))
         rates = []
-        for domain, places in sorted(self.places.items()):
+        for domain, places in sorted(self._rows.places.items()):
             name = f"longpo_{domain}".replace("-", "_")
             seqio.TaskRegistry.remove(name)
             lines = [json.dumps(vars(place)) for place in places]
 
             def read(split, shuffle_files, seed=None, lines=lines):
                 del split, shuffle_files, seed
-                return tf.data.Dataset.from_tensor_slices({"place": lines})
+                return tf.data.Dataset.from_tensor_slices({"place": lines})  # type: ignore[arg-type]
 
             task = seqio.TaskRegistry.add(
                 name,
-                source=seqio.FunctionDataSource(read, splits=["train"], num_input_examples={"train": len(lines)}),
+                source=seqio.FunctionDataSource(  # type: ignore[arg-type]
+                    read, splits=["train"], num_input_examples={"train": len(lines)}
+                ),
                 preprocessors=[],
                 output_features={"place": _TEXT},
                 metric_fns=[],
@@ -184,7 +123,7 @@ class Rows:
 
     def epoch(self, seed: int) -> Any:
         """A dataset of as many places as there are rows: each once, or by the weights of the domains."""
-        weighted = bool(self.config.corpus.weights)
+        weighted = bool(self._corpus.weights)
         with _quiet():
             dataset = self.mixture.get_dataset(
                 sequence_length=None,
@@ -193,7 +132,7 @@ class Rows:
                 seed=seed,
                 num_epochs=None if weighted else 1,
             )
-        return dataset.take(len(self)).map(lambda item: {"place": item["place"]})
+        return dataset.take(len(self._rows)).map(lambda item: {"place": item["place"]})
 
 
 class PackedRows(seqio.FeatureConverter):
@@ -280,6 +219,7 @@ class Reader:
         self._config, self._references, self._start = config, references, start
         self._wanted = range(config.train.rows_per_step) if rows is None else rows
         self.rows = Rows(config, pairs, tokenizer)
+        self._epochs = Epochs(self.rows)
         self._tails = {"row": self.rows.tail, "short": config.train.tail}
 
     def __len__(self) -> int:
@@ -297,9 +237,9 @@ class Reader:
     def __iter__(self) -> Iterator[Sample | None]:
         for epoch in range(self._start // len(self), self._config.train.epochs):
             first = max(self._start - epoch * len(self), 0)
-            dataset = self.rows.epoch(self._config.seed + epoch).skip(first)
+            dataset = self._epochs.epoch(self._config.seed + epoch).skip(first)
             places = dataset.enumerate(epoch * len(self) + first).map(self._hidden)
-            turns = self.rows.epoch(self._config.seed + epoch).skip(first).as_numpy_iterator()
+            turns = self._epochs.epoch(self._config.seed + epoch).skip(first).as_numpy_iterator()
             for item, place in zip(PackedRows(self.rows)(places, {}).as_numpy_iterator(), turns, strict=True):
                 turn = json.loads(place["place"])["turn"]
                 yield self._sample(item, turn) if item["id"] else None

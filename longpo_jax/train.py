@@ -5,6 +5,7 @@ A run that is killed and started again makes the same updates on the same rows, 
 (preemption) and SIGINT let the update finish, save, and end with status 75 (start it again) and 130.
 """
 
+import json
 import signal
 import time
 from collections.abc import Iterator
@@ -16,9 +17,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from longpo_jax.checkpoints import Checkpoints, check_same
+from longpo_jax.checkpoints import Checkpoints, newest, restore
 from longpo_jax.config import LongPOConfig
-from longpo_jax.metrics import Metrics, peak_flops
+from longpo_jax.metrics import Metrics, check_installed, peak_flops, read_metrics
 from longpo_jax.optimizer import schedule_of, transform_of
 from longpo_jax.records import digest_of
 from longpo_jax.reference import read_references, reference_inputs
@@ -43,6 +44,7 @@ def run_train(
     SystemExit with 75 or 130 when told to end.
     """
     place = folder / "train"
+    check_installed(config.train)
     references = read_references(config, folder, source)
     model = policy_of(config, source, quiet=quiet)
     inputs = inputs_of(config, "train") | {
@@ -136,7 +138,7 @@ class _Loop:
         if mesh is not None and jax.process_count() > 1:
             sharding = jax.NamedSharding(mesh, jax.P(("data", "fsdp")))
             parts = sharding.addressable_devices_indices_map((per,)).values()
-            mine = sorted({row for (part,) in parts if part is not None for row in range(per)[part]})
+            mine = sorted({row for (part,) in filter(None, parts) for row in range(per)[part]})
         return [start + row for start in range(0, rows, per) for row in mine]
 
     def run(self, reader: Any, *, leads: bool, quiet: bool) -> dict[str, Any]:
@@ -147,8 +149,8 @@ class _Loop:
             longer = sum(reader.rows.too_long.values())
             say(f"train: {longer} of {longer + len(reader)} rows are longer than train.lengths or train.tail: left out")
         step = Step(config, self._model.decoder, transform_of(config.optimizer, steps))
-        checkpoints = Checkpoints(self._place / "checkpoints", train)
-        state = self._restored(checkpoints, step.start(self._model.decoder))
+        folder = self._place / "checkpoints"
+        state = self._restored(folder, step.start(self._model.decoder))
         first = int(state.step)
         reader.start_at(first * train.rows_per_step)
         metrics = Metrics(
@@ -160,12 +162,41 @@ class _Loop:
             leads=leads,
             quiet=quiet,
         )
-        clock = _Clock(steps, sum(peak_flops(d.device_kind) or 0.0 for d in self._devices))
-        rate, samples, line = schedule_of(config.optimizer, steps), iter(reader), {}
+        with Checkpoints(folder, start=first, keep=train.keep, keep_every=train.keep_every) as checkpoints:
+            try:
+                self._updates(step, state, iter(reader), (first, steps), metrics, checkpoints)
+            finally:
+                metrics.close()
+        rows = steps * train.rows_per_step
+        last = read_metrics(self._place)[-1] if leads else {}
+        return {"steps": steps, "rows": rows, "too_long": dict(reader.rows.too_long), "last": last}
+
+    def _updates(
+        self,
+        step: Step,
+        state: TrainState,
+        samples: Iterator[Sample | None],
+        span: tuple[int, int],
+        metrics: Metrics,
+        checkpoints: Checkpoints,
+    ) -> None:
+        """The updates from the first of `span` on, up to the second, with what is told and saved of them."""
+        train, (first, steps) = self._config.train, span
+        clock = _Clock(steps, sum(peak_flops(device.device_kind) or 0.0 for device in self._devices))
+        rate = schedule_of(self._config.optimizer, steps)
+        saved = first
         for index in range(first, steps):
             state, found, ids = self._update(step, state, samples, clock)
-            self._check_finite(found, index, ids)
-            line = {"step": index + 1, "rows": (index + 1) * train.rows_per_step, "learning_rate": float(rate(index))}
+            if not found["finite"]:
+                if index > saved:
+                    checkpoints.save(state, self._note(index))
+                checkpoints.wait()
+                raise InputError(self._not_finite(found, index, ids))
+            line = {
+                "step": index + 1,
+                "rows": (index + 1) * train.rows_per_step,
+                "learning_rate": float(np.asarray(rate(index))),
+            }
             line |= {name: value for name, value in found.items() if name != "finite"} | clock.read(index + 1)
             ending = self._signals.agreed()
             last = index + 1 == steps
@@ -173,27 +204,24 @@ class _Loop:
                 metrics.add(line)
             if last or ending is not None or (index + 1) % train.save_every == 0:
                 checkpoints.save(state, self._note(index + 1))
+                saved = index + 1
             if ending is not None and not last:
                 checkpoints.wait()
-                metrics.close()
                 say(f"longpo: told to end: saved after update {index + 1} of {steps}")
                 raise SystemExit(ending)
-        checkpoints.wait()
-        checkpoints.close()
-        metrics.close()
-        return {
-            "steps": steps,
-            "rows": steps * train.rows_per_step,
-            "too_long": dict(reader.rows.too_long),
-            "last": line,
-        }
 
-    def _restored(self, checkpoints: Checkpoints, state: TrainState) -> TrainState:
-        found = checkpoints.restore(state)
+    def _restored(self, folder: Path, state: TrainState) -> TrainState:
+        found = newest(folder)
         if found is None:
             return state
-        check_same(self._inputs, found[1], self._place)
-        return found[0]
+        got, expected = found.note["inputs"], json.loads(json.dumps(self._inputs))
+        for key in (*expected, *got):
+            if expected.get(key) != got.get(key):
+                raise InputError(
+                    f"{self._place} was begun with {key} = {json.dumps(got.get(key)):.60}, expected "
+                    f"{json.dumps(expected.get(key)):.60}: choose another run folder, or delete {self._place}"
+                )
+        return restore(found, state)
 
     def _note(self, step: int) -> dict[str, Any]:
         """Beside the arrays: where the data is, and what all that is drawn follows from."""
@@ -214,13 +242,23 @@ class _Loop:
         state, found = step.update(state, total)
         return state, {name: float(value) for name, value in jax.device_get(found).items()}, ids
 
-    def _check_finite(self, found: dict[str, float], index: int, ids: list[str]) -> None:
-        if not found["finite"]:
-            raise InputError(
-                f"update {index + 1}: expected a finite loss and gradient, got loss {found['loss']}, gradient norm "
-                f"{found['grad_norm']} from the documents {', '.join(ids)}; no weight was touched, and "
-                f"{self._place / 'checkpoints'} has what was saved before"
-            )
+    def _not_finite(self, found: dict[str, float], index: int, ids: list[str]) -> str:
+        held = f"are in {self._place / 'checkpoints' / str(index)}" if index else "are the model's own"
+        return (
+            f"update {index + 1}: expected a finite loss and gradient, got loss {found['loss']}, gradient norm "
+            f"{found['grad_norm']} from the documents {', '.join(_of_all(ids))}; the weights were not touched and {held}"
+        )
+
+
+def _of_all(ids: list[str]) -> list[str]:
+    """The ids that any process has, each once."""
+    if jax.process_count() > 1:
+        mine = np.frombuffer(json.dumps(ids).encode(), np.uint8)
+        longest = int(np.max(multihost_utils.process_allgather(np.int32(mine.size))))
+        padded = np.pad(mine, (0, longest - mine.size), constant_values=ord(" "))
+        every = multihost_utils.process_allgather(padded)
+        ids = [name for theirs in every for name in json.loads(theirs.tobytes())]
+    return list(dict.fromkeys(ids))
 
 
 class _Clock:
@@ -228,14 +266,13 @@ class _Clock:
 
     def __init__(self, steps: int, peak: float):
         self._steps, self._peak = steps, peak
-        self._tokens = self._flops = 0.0
+        self._counts: list[tuple[jax.Array, jax.Array]] = []
         self._start = self._last = time.perf_counter()
         self._begun: int | None = None  # updates made when the first, which compiles, was over
 
     def add(self, tokens: jax.Array, flops: jax.Array) -> None:
-        """Of one microbatch."""
-        self._tokens += float(tokens)
-        self._flops += float(flops)
+        """Of one microbatch; what is still being computed is not waited for."""
+        self._counts.append((tokens, flops))
 
     def read(self, step: int) -> dict[str, float | None]:
         """tokens, seconds, tokens_per_second, mfu, seconds_left after update `step`.
@@ -243,8 +280,9 @@ class _Clock:
         The first update compiles: it has a time and no rate.
         """
         now = time.perf_counter()
-        seconds, tokens, flops = now - self._last, self._tokens, self._flops
-        self._last, self._tokens, self._flops = now, 0.0, 0.0
+        seconds = now - self._last
+        tokens, flops = (sum(map(float, counts)) for counts in zip(*self._counts, strict=True))
+        self._last, self._counts = now, []
         found: dict[str, float | None] = {"tokens": tokens, "seconds": seconds}
         if self._begun is None:
             self._begun, self._start = step, now

@@ -119,8 +119,8 @@ def _excess(message: str, program: Program, chip: Generation) -> int:
     return int(max(float(size) * {"K": 2**10, "M": 2**20, "G": GIB}[unit] for size, unit in sizes))
 
 
-def advice(result: Result, mesh: str) -> str:
-    """What to change about a program that does not fit."""
+def advice(result: Result, mesh: str, changes: Mapping[str, str] | None = None) -> str:
+    """What to change about a program that does not fit; `changes` by kind of bytes, where not as for RAPID."""
     parts = result.bytes_per_chip
     over = (parts["peak"] - result.hbm_bytes) / GIB
     largest = max(("weights", "cache", "temporaries", "optimizer", "activations"), key=lambda name: parts[name])
@@ -132,7 +132,8 @@ def advice(result: Result, mesh: str) -> str:
         "temporaries": "a smaller compute.prefill_chunk or compute.attention_block",
         "optimizer": f"split it over more chips: mesh.fsdp {times} what it is",
         "activations": "a smaller compute.prefill_chunk",
-    }[largest]
+    }
+    change = (change | dict(changes or {}))[largest]
     return (
         f"{result.program} needs {over:.2f} GiB a chip more than there are; the largest part are {largest} "
         f"({parts[largest] / GIB:.2f} GiB): {change} (now {mesh})"

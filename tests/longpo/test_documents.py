@@ -304,6 +304,6 @@ def test_a_file_that_is_gone_or_closed_to_us_is_refused(tmp_path, words, monkeyp
 
 
 def test_a_full_disk_is_told_in_one_line(library, words, monkeypatch):
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda: Path("/dev/full").open("wb"))
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda buffering: open("/dev/full", "wb", buffering))  # noqa: SIM115
     with pytest.raises(InputError, match=r"expected room for the documents \(\$TMPDIR\), got: No space left"):
         read_corpus(config(f"book={library}"), words, 0, quiet=True)

@@ -95,8 +95,8 @@ def test_groups_lose_and_repeat_nothing_and_their_tokens_are_the_document_s(seed
     parts += ["\\section{One}", "\\subsection*{Two}\n", "x" * 30, "  ", "\t", '."\n', "\u2026 "]
     text = "".join(generator.choices(parts, k=120))
     spans = bytelevel.spans(text)
-    split = generator.choice(["auto", "paragraphs", "sections"])
-    found = groups(text, spans, split, 25)
+    config = ExcerptsConfig(split=generator.choice(["auto", "paragraphs", "sections"]))
+    found = groups(text, spans, config.split, 25)
     at = 0
     for group in found:
         assert not text[at : group.start].strip() and group.start >= at

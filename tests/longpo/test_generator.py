@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from longpo_jax.config import GenerationConfig, LongPOConfig, PairsConfig, PolicyConfig
 from longpo_jax.dialogue import Dialogue
@@ -50,10 +50,13 @@ def prompt(generator: Generator, context: str, question: str) -> list[int]:
 
 
 def plain_greedy(folder: Path, generator: Generator, prompt: list[int], theta: float | None = None) -> str:
-    model = LlamaForCausalLM.from_pretrained(folder, **({} if theta is None else {"rope_theta": theta}))
-    new = model.generate(
-        torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=[2]
-    )[0, len(prompt) :]
+    config = LlamaConfig.from_pretrained(folder)
+    if theta is not None:
+        config.rope_parameters = {**config.rope_parameters, "rope_theta": theta}
+    model = LlamaForCausalLM.from_pretrained(folder, config=config)
+    new = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=12, pad_token_id=0, eos_token_id=[2])[
+        0, len(prompt) :
+    ]
     return generator.tokenizer.decode([token for token in new.tolist() if token != 2])
 
 

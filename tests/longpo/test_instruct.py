@@ -17,6 +17,7 @@ QUESTIONS = ["How does X relate to Y?", "Why is Z?", "What if W?", "Compare A an
     "form",
     [
         "{n}: {q}",
+        "{n}: {n}. {q}",
         "{n}. {q}",
         "{n}) {q}",
         "({n}) {q}",
@@ -94,9 +95,20 @@ def test_a_question_of_several_lines_is_one_and_an_answer_to_it_is_left_out():
     assert parsed(said, CONFIG) == [
         "Think of the voyage. How does it end?",
         "Fate Who decides?",
-        "Why? for whom?",
+        "Why?",
         "Who?",
     ]
+
+
+def test_an_answer_without_a_word_for_it_is_left_out_too():
+    said = "\n\n".join(f"Question {n}:\nIs it {n}?\nThe answer is that it is {n}." for n in range(1, 5))
+    assert parsed(said, CONFIG) == ["Is it 1?", "Is it 2?", "Is it 3?", "Is it 4?"]
+
+
+def test_a_last_question_that_breaks_off_is_left_out():
+    assert parsed("1: Is A?\n2: Compare B.\n3: What is the sour", CONFIG) == ["Is A?", "Compare B."]
+    assert parsed("1: Compare A\n2: Is B?\n3: Compare C", CONFIG) == ["Compare A", "Is B?", "Compare C"]
+    assert parsed("1: Is A? 2: Is B? 3: What is the sour", CONFIG) == ["Is A?", "Is B?"]
 
 
 def test_doubles_and_empty_ones_go_and_order_stays():

@@ -59,7 +59,9 @@ def test_one_sigmoid_of_the_sums_of_a_document(policy, reference, beta, rewards,
     policy, reference = (tuple(map(float, pair)) for pair in (policy, reference))
     got, metrics = one("longpo", policy, reference, beta=beta)
     np.testing.assert_allclose(got, loss, rtol=1e-12)
-    np.testing.assert_allclose((metrics["rewards/chosen"], metrics["rewards/rejected"]), rewards, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(
+        (metrics["rewards/chosen"], metrics["rewards/rejected"]), rewards, rtol=1e-12, atol=1e-15
+    )
     np.testing.assert_allclose(metrics["rewards/margins"], rewards[0] - rewards[1], rtol=1e-12, atol=1e-15)
     assert metrics["rewards/accuracies"] == (rewards[0] > rewards[1])
     slope = gradient(policy=policy, reference=reference, beta=beta)
@@ -122,7 +124,12 @@ def test_the_gradient_at_the_logits():
     }
     for place, value in expected.items():
         np.testing.assert_allclose(d_chosen[place], value, rtol=1e-12, err_msg=str(place))
-    expected = {(5, 5): 0.0003318493367498477, (9, 4): 0.00038826849750285216, (9, 0): -9.096160748321275e-05, (4, 6): 0}
+    expected = {
+        (5, 5): 0.0003318493367498477,
+        (9, 4): 0.00038826849750285216,
+        (9, 0): -9.096160748321275e-05,
+        (4, 6): 0,
+    }
     for place, value in expected.items():
         np.testing.assert_allclose(d_rejected[place], value, rtol=1e-12, err_msg=str(place))
 
@@ -142,7 +149,8 @@ def test_at_the_start_the_expected_margin_is_negative():
     chosen, rejected = (x.ravel() for x in np.meshgrid(np.arange(4), np.arange(4), indexing="ij"))
     chance = short[chosen] * long[rejected]
     policy, reference = (
-        {"chosen_B": jnp.log(jnp.array(p))[chosen], "rejected_B": jnp.log(jnp.array(p))[rejected]} for p in (long, short)
+        {"chosen_B": jnp.log(jnp.array(p))[chosen], "rejected_B": jnp.log(jnp.array(p))[rejected]}
+        for p in (long, short)
     )
     policy["nll_B"] = jnp.zeros(16)
     settings = {"beta": 0.1, "preference_weight": 1.0, "nll_weight": 1.0, "alpha": 0.0}

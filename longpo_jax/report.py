@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`longpo report`: the curves of one or more training runs, as a picture and as a page that needs nothing else."""
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from longpo_jax.metrics import FILE, read_metrics
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import replace_file
+
+# Panel -> the metrics in it.
+_PANELS: Mapping[str, tuple[str, ...]] = {
+    "loss": ("loss",),
+    "NLL": ("nll",),
+    "preference loss": ("preference",),
+    "rewards": ("rewards/chosen", "rewards/rejected"),
+    "margins": ("rewards/margins",),
+    "accuracies": ("rewards/accuracies",),
+    "gradient norm": ("grad_norm",),
+    "learning rate": ("learning_rate",),
+    "tokens/s": ("tokens_per_second",),
+}
+_SMOOTHED = 20  # a line's mean is over a twentieth of it
+_TABLE = ("loss", "nll", "rewards/margins", "rewards/accuracies", "grad_norm", "tokens_per_second", "mfu")
+
+
+def report(runs: Sequence[Path], out: Path | None = None) -> None:
+    """Writes report.png and report.html into `out`, by default the first of the runs.
+
+    A run is the folder of a run, of a round or of its training; of a run of several rounds all are drawn. Raises
+    InputError where there are no metrics.
+    """
+    found = {name: read_metrics(folder) for run in runs for name, folder in _trainings(run)}
+    place = runs[0] if out is None else out
+    picture = _drawn(found)
+    with replace_file(place / "report.png") as temporary:
+        temporary.write_bytes(picture)
+    with replace_file(place / "report.html") as temporary:
+        temporary.write_text(_page(found, picture), encoding="utf-8")
+    print(place / "report.html")
+
+
+def _trainings(run: Path) -> list[tuple[str, Path]]:
+    """(name, folder of the metrics) of each training in a folder."""
+    for folder in (run, run / "train"):
+        if (folder / FILE).is_file():
+            return [(str(run), folder)]
+    rounds = sorted(run.glob("round-*/train"), key=lambda folder: int(folder.parent.name.partition("-")[2]))
+    with_metrics = [folder for folder in rounds if (folder / FILE).is_file()]
+    if not with_metrics:
+        raise InputError(f"{run}: expected the metrics of a training run, got no {FILE}")
+    return [(str(folder.parent), folder) for folder in with_metrics]
+
+
+def _drawn(runs: Mapping[str, list[dict[str, Any]]]) -> bytes:
+    """A PNG of all panels that some run has."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    some = {name: keys for name, keys in _PANELS.items() if any(_points(lines, keys[0]) for lines in runs.values())}
+    figure, axes = pyplot.subplots(-(-len(some) // 3), 3, figsize=(15, 3.6 * -(-len(some) // 3)), squeeze=False)
+    for panel in axes.flat[len(some) :]:
+        panel.axis("off")
+    for panel, (name, keys) in zip(axes.flat, some.items(), strict=False):
+        panel.set_title(name)
+        panel.set_xlabel("update")
+        panel.grid(alpha=0.3)
+        for index, (run, lines) in enumerate(runs.items()):
+            for style, key in zip(("-", "--"), keys, strict=False):
+                points = _points(lines, key)
+                if not points:
+                    continue
+                steps, values = zip(*points, strict=True)
+                label = f"{run} {key.rpartition('/')[2]}" if len(keys) > 1 else run
+                panel.plot(steps, values, ".", color=f"C{index}", alpha=0.3, markersize=3)
+                panel.plot(steps, _smoothed(values), style, color=f"C{index}", label=label)
+        panel.legend(fontsize=7)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """The mean of each value and those about it."""
+    reach = len(values) // (2 * _SMOOTHED)
+    windows = (values[max(0, index - reach) : index + reach + 1] for index in range(len(values)))
+    return [sum(window) / len(window) for window in windows]
+
+
+def _page(runs: Mapping[str, list[dict[str, Any]]], picture: bytes) -> str:
+    heads = "".join(f"<th>{html.escape(name)}</th>" for name in ("run", "updates", *_TABLE))
+    rows = "".join(
+        f"<tr><td>{html.escape(run)}</td><td>{lines[-1]['step']}</td>"
+        + "".join(f"<td>{_cell(lines, key)}</td>" for key in _TABLE)
+        + "</tr>"
+        for run, lines in runs.items()
+    )
+    encoded = base64.b64encode(picture).decode()
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>LongPO training</title>'
+        "<style>body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}"
+        "td,th{border:1px solid #ccc;padding:.3em .6em;text-align:right}img{max-width:100%}</style>"
+        "<h1>LongPO training</h1><p>First and last logged value of each metric.</p>"
+        f"<table><tr>{heads}</tr>{rows}</table>"
+        f'<p><img alt="curves" src="data:image/png;base64,{encoded}"></p></html>\n'
+    )
+
+
+def _cell(lines: Sequence[Mapping[str, Any]], key: str) -> str:
+    points = _points(lines, key)
+    return f"{points[0][1]:.4g} to {points[-1][1]:.4g}" if points else ""

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LongPO written plainly in torch: each sequence in a forward pass of its own, all logits at once, in float64."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from jax.sharding import Mesh
+from torch.nn.functional import softplus
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longpo_jax.dialogue import Branch
+from longpo_jax.rows import packed
+from longpo_jax.step import Sample
+from rapid_jax.model.config import from_hf
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.model.hf_names import weights
+from rapid_jax.model.placement import abstract
+from rapid_jax.runtime.axes import TRAINED
+
+VOCABULARY = 64
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A document's two dialogues, the excerpt's two, and what the reference says."""
+
+    shared: list[int]
+    chosen: Branch
+    rejected: Branch
+    excerpt: list[int]
+    references: Mapping[str, float]
+
+    def sample(self, *, trunk: int, tail: int, objective: str = "longpo", excerpt_trunk: int = 32) -> Sample:
+        """What training reads of it, for this objective."""
+        sft, solopo = objective == "sft", objective == "solopo"
+        if sft or solopo:
+            row = packed(self.shared, self.chosen, None, trunk=trunk, tail=0)
+        else:
+            row = packed(self.shared, self.chosen, self.rejected, trunk=trunk, tail=tail)
+        short = packed(self.excerpt, self.chosen, self.rejected, trunk=excerpt_trunk, tail=tail) if solopo else None
+        names = () if sft else ("chosen", "rejected", *(("long_chosen",) if solopo else ()))
+        return Sample("", row, short, {name: self.references[name] for name in names})
+
+
+def pair(shared: int, chosen: Sequence[int], rejected: Sequence[int], seed: int = 0) -> Pair:
+    """Random tokens: so many shared, and of each branch answers and what lies between them in turn.
+
+    The excerpt is the last 8 shared tokens.
+    """
+    rng = np.random.default_rng([seed, shared])
+
+    def tokens(count: int) -> list[int]:
+        return rng.integers(0, VOCABULARY, count).tolist()
+
+    def branch(sizes: Sequence[int]) -> Branch:
+        turns = [[0 if index % 2 else index // 2 + 1] * size for index, size in enumerate(sizes)]
+        return Branch(tokens(sum(sizes)), sum(turns, []))
+
+    given = tokens(shared)
+    references = {"chosen": -38.5, "rejected": -41.0 + seed, "long_chosen": -39.0}
+    return Pair(given, branch(chosen), branch(rejected), given[-8:], references)
+
+
+def pairs() -> list[Pair]:
+    """Two turns each; of all lengths, odd ones too; the last answer of the last was cut short."""
+    sizes = [
+        (37, (5, 2, 4), (3, 3, 3)),
+        (44, (3, 4, 6), (6, 1, 7)),
+        (21, (7, 1, 2), (2, 5, 4)),
+        (30, (4, 3, 4, 1), (1, 2, 9)),
+    ]
+    return [pair(*size, seed=seed) for seed, size in enumerate(sizes)]
+
+
+def model(*, tied: bool) -> LlamaForCausalLM:
+    """Two random layers, far from uniform, float64."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.25,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config).double().eval()
+
+
+def decoder_of(model: LlamaForCausalLM, mesh: Mesh | None = None) -> Decoder:
+    """The same weights in float32 as training has them, put in place without a program."""
+    config = from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    stored = {key: value.detach().numpy().astype(np.float32) for key, value in model.state_dict().items()}
+    found: dict[Any, Any] = {}
+    for weight in weights(config):
+        array = stored[weight.key].reshape(weight.unflattened_shape).transpose(weight.to_ours)
+        found.setdefault(weight.path("stacked"), []).append(array)
+    graph, empty = nnx.split(abstract(config, layout="stacked", dtype=jnp.float32, mesh=mesh, table=TRAINED))
+    filled = []
+    for path, leaf in dict(nnx.to_flat_state(empty)).items():
+        array = np.stack(found[path]) if path[0] == "blocks" else found[path][0]
+        filled.append((path, leaf.replace(jax.device_put(array, leaf.get_value().sharding))))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def named(decoder: Decoder, leaves: nnx.State) -> dict[str, np.ndarray]:
+    """Weights, or what has their structure, by the checkpoint's names and in its shapes."""
+    flat: dict[Any, Any] = dict(nnx.to_flat_state(leaves))
+    found = {}
+    for weight in weights(decoder.config):
+        array = np.asarray(flat[weight.path("stacked")][...])
+        array = array if weight.layer is None else array[weight.layer]
+        found[weight.key] = array.transpose(weight.to_stored).reshape(weight.stored_shape)
+    return found
+
+
+def scores(model: LlamaForCausalLM, shared: list[int], branch: Branch) -> dict[str, torch.Tensor]:
+    """Of one sequence: the sum of log p over the answers, and the means of -log p over all of it and over them."""
+    ids = torch.tensor(shared + branch.tokens)
+    log_softmax = torch.log_softmax(model(ids[None]).logits[0].double(), dim=-1)
+    log_prob = log_softmax[:-1].gather(1, ids[1:, None])[:, 0]
+    answer = torch.tensor([0] * len(shared) + branch.turns)[1:] > 0
+    return {"sum": log_prob[answer].sum(), "full": -log_prob.mean(), "response": -log_prob[answer].mean()}
+
+
+def loss_of(model: LlamaForCausalLM, pair: Pair, objective: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Loss, NLL and the rewards of a document."""
+    name, beta = objective["name"], objective["beta"]
+    chosen = scores(model, pair.shared, pair.chosen)
+    found = {"nll": chosen[objective["nll"]]}
+    preferred = torch.zeros(())
+    if name != "sft":
+        before = pair.excerpt if name == "solopo" else pair.shared
+        for side, branch in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            log_prob = scores(model, before, branch)["sum"]
+            found[f"rewards/{side}"] = beta * (log_prob - pair.references[side])
+        preferred = softplus(found["rewards/rejected"] - found["rewards/chosen"])
+    if name == "solopo":
+        long = beta * (chosen["sum"] - pair.references["long_chosen"])
+        preferred = preferred + objective["alpha"] * (found["rewards/chosen"] - long).abs()
+    found["loss"] = objective["nll_weight"] * found["nll"] + objective["preference_weight"] * preferred
+    return found
+
+
+def metrics_and_gradients(
+    model: LlamaForCausalLM, pairs: Sequence[Pair], objective: Mapping[str, Any]
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """(means over the documents, the gradient of the mean loss by the checkpoint's names)."""
+    model.zero_grad()
+    every = [loss_of(model, pair, objective) for pair in pairs]
+    torch.stack([one["loss"] for one in every]).mean().backward()
+    means = {name: float(np.mean([one[name].item() for one in every])) for name in every[0]}
+    gradients = {key: x.grad.double().numpy().copy() for key, x in model.named_parameters() if x.grad is not None}
+    return means, gradients

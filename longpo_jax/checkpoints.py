@@ -80,7 +80,11 @@ def restore(found: Found, target: TrainState) -> TrainState:
     """
     graph, weights = nnx.split(target.weights, nnx.Param)
     trees = {"weights": weights, "moments": target.moments}
-    shapes = {item: jax.tree.map(_outline, tree) for item, tree in trees.items()}
+    struct = jax.ShapeDtypeStruct
+    shapes = {
+        item: jax.tree.map(lambda x: struct(x.shape, x.dtype, sharding=x.sharding), tree)
+        for item, tree in trees.items()
+    }
     for leaf in jax.tree.leaves(trees):
         leaf.delete()
     got = _restored(found, shapes)
@@ -137,7 +141,7 @@ class Checkpoints:
         self.wait()
         step, args = int(state.step), self._ocp.args
         trees = {"weights": _named(nnx.state(state.weights, nnx.Param)), "moments": _named(state.moments)}
-        shapes = {item: {name: _kind(x) for name, x in tree.items()} for item, tree in trees.items()}
+        shapes = {item: _kinds(tree) for item, tree in trees.items()}
         self._check_room(step, sum(x.nbytes for tree in trees.values() for x in tree.values()))
         with self._refusals(step):
             self._saving = step
@@ -207,14 +211,12 @@ def _fault(folder: Path) -> str | None:
     try:
         expected = json.loads((folder / _FILES).read_bytes())
         json.loads((folder / "note" / "metadata").read_bytes())
-    except FileNotFoundError as error:
-        return f"it has no {Path(error.filename).relative_to(folder)}"
     except (OSError, ValueError) as error:
         return _one_line(error)
     got = _sizes(folder)
     for name, size in expected.items():
         if got.get(name) != size:
-            return f"{name} has {got[name]} bytes, {size} were written" if name in got else f"it has no {name}"
+            return f"{name} has {got.get(name, 'no')} bytes, {size} were written"
     return None
 
 
@@ -236,13 +238,15 @@ def _restored(found: Found, trees: Mapping[str, Any]) -> dict[str, Any]:
 
 def _restored_item(ocp: Any, found: Found, item: str, tree: Any) -> Any:
     stored, wanted = found.note["arrays"][item], _named(tree)
+    kinds = _kinds(wanted)
     for name in (*wanted, *stored):
-        ours, theirs = _kind(wanted[name]) if name in wanted else "no such array", stored.get(name, "no such array")
+        ours, theirs = kinds.get(name, "no such array"), stored.get(name, "no such array")
         if ours != theirs:
             raise InputError(
                 f"{found.folder} is of another model or optimizer: {name} in {item}: expected {ours}, got {theirs}"
             )
-    how = {name: _restore_args(ocp, leaf) for name, leaf in wanted.items()}
+    alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    how = {name: ocp.ArrayRestoreArgs(sharding=x.sharding or alone, dtype=x.dtype) for name, x in wanted.items()}
     failure = None
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
@@ -261,23 +265,13 @@ def _named(tree: Any) -> dict[str, Any]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _kind(x: Any) -> str:
-    return f"{x.dtype}{list(x.shape)}"
-
-
-def _outline(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
-
-
-def _restore_args(ocp: Any, leaf: Any) -> Any:
-    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return ocp.ArrayRestoreArgs(sharding=sharding, global_shape=leaf.shape, dtype=leaf.dtype)
+def _kinds(arrays: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{x.dtype}{list(x.shape)}" for name, x in arrays.items()}
 
 
 @contextlib.contextmanager
 def _quiet_orbax() -> Iterator[Any]:
-    """Orbax, imported when first used. What it logs as an error it raises, too; what is left of a write that has failed
-    asyncio and the interpreter would report."""
+    """Orbax, imported when first used, and silent: what it logs as an error, it raises too."""
     import orbax.checkpoint as ocp
 
     def is_kept(record: logging.LogRecord) -> bool:

@@ -2,6 +2,8 @@
 """The stage that writes the trained weights as a Hugging Face folder, which is also what the next round starts from."""
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -34,7 +36,7 @@ def run_export(
         return
     checkpoint, tokenizer = open_checkpoint(source or config.model.source)
     decoder = trained(config, checkpoint.config, folder / "train" / "checkpoints")
-    save_hf(place, decoder, dtype="bfloat16", files=tokenizer.files)
+    save_hf(place, decoder, dtype="bfloat16", files=_reaching(tokenizer.files, decoder.config.context_size))
     if leads:
         mark_done(place, inputs, {"context_size": decoder.config.context_size, "theta": decoder.config.rope.theta})
 
@@ -52,3 +54,12 @@ def trained(config: LongPOConfig, model: ModelConfig, checkpoints: Path) -> Deco
     if found is None:
         raise InputError(f"{checkpoints}: expected a checkpoint, got none: run `longpo train` first")
     return restore_weights(found, abstract(model, layout="stacked", dtype=dtype, mesh=mesh, table=table))
+
+
+def _reaching(files: Mapping[str, bytes], context: int) -> dict[str, bytes]:
+    """The tokenizer's files, without a limit below `context`, at which transformers would warn or cut."""
+    name, key = "tokenizer_config.json", "model_max_length"
+    settings = json.loads(files.get(name, b"{}"))
+    if settings.get(key, context) >= context:
+        return dict(files)
+    return {**files, name: json.dumps(settings | {key: context}, indent=2, ensure_ascii=False).encode()}

@@ -71,10 +71,10 @@ class Vocabulary(seqio.Vocabulary):
         return self.tokenizer.decode([int(id) for id in ids])
 
     def _encode_tf(self, s: Any) -> Any:
-        def encode(text):
-            return np.asarray(self._encode(text.decode()), np.int32)
+        def encode(text):  # bytes in a graph, an array of them when called at once
+            return np.asarray(self._encode(np.asarray(text).item().decode()), np.int32)
 
-        ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
+        ids = tf.numpy_function(encode, [tf.convert_to_tensor(s, tf.string)], tf.int32, stateful=False)
         return tf.ensure_shape(ids, [None])
 
     def _decode_tf(self, ids: Any) -> Any:

@@ -245,8 +245,8 @@ class _Loop:
     def _not_finite(self, found: dict[str, float], index: int, ids: list[str]) -> str:
         held = f"are in {self._place / 'checkpoints' / str(index)}" if index else "are the model's own"
         return (
-            f"update {index + 1}: expected a finite loss and gradient, got loss {found['loss']}, gradient norm "
-            f"{found['grad_norm']} from the documents {', '.join(_of_all(ids))}; the weights were not touched and {held}"
+            f"update {index + 1}: expected a finite loss and gradient, got {found['loss']} and norm "
+            f"{found['grad_norm']} from the documents {', '.join(_of_all(ids))}; no weight was touched and {held}"
         )
 
 

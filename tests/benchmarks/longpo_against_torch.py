@@ -114,12 +114,12 @@ def ours(given: argparse.Namespace, length: int) -> tuple[Callable[[], float], C
     branches = (Branch(answer, [1] * len(answer)) for answer in (chosen, rejected))
     row = packed(document, *branches, trunk=length + given.answer, tail=given.answer)
     batch = step.place([Sample(id="0", row=row, short=None, references=REFERENCES)])
-    state = [step.start(decoder)]
+    state = step.start(decoder)
     del decoder
 
     def update() -> float:
-        total = step.accumulate(state[0], None, batch)
-        state[0], metrics = step.update(state.pop(), total)
+        nonlocal state
+        state, metrics = step.update(state, step.accumulate(state, None, batch))
         jax.block_until_ready(state)
         return float(metrics["loss"])
 
@@ -140,9 +140,10 @@ def torch_side(given: argparse.Namespace, length: int) -> tuple[Callable[[], flo
     device = torch.device("cuda" if cuda else "cpu")
     if cuda:
         torch.cuda.set_per_process_memory_fraction(MEMORY)
+    shape: dict[str, Any] = to_hf(config_of(given)) | {"attn_implementation": "sdpa"}
     torch.set_default_dtype(getattr(torch, given.dtype))
     with device:
-        model: Any = LlamaForCausalLM(LlamaConfig(**to_hf(config_of(given)), attn_implementation="sdpa"))
+        model: Any = LlamaForCausalLM(LlamaConfig(**shape))
     torch.set_default_dtype(torch.float32)
     names, parameters = zip(*model.named_parameters(), strict=True)
     masters = [parameter.detach() for parameter in parameters]

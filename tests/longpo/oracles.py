@@ -48,34 +48,33 @@ class Pair:
         return Sample("", row, short, {name: self.references[name] for name in names})
 
 
-def pair(shared: int, chosen: Sequence[int], rejected: Sequence[int], seed: int = 0) -> Pair:
+def pair(shared: int, chosen: Sequence[int], rejected: Sequence[int], margin: float = 0.0) -> Pair:
     """Random tokens: so many shared, and of each branch answers and what lies between them in turn.
 
-    The excerpt is the last 8 shared tokens.
+    The excerpt is the last 8 shared tokens; `margin` is that of the reference's log-probabilities.
     """
-    rng = np.random.default_rng([seed, shared])
+    rng = np.random.default_rng(shared)
 
     def tokens(count: int) -> list[int]:
         return rng.integers(0, VOCABULARY, count).tolist()
 
     def branch(sizes: Sequence[int]) -> Branch:
         turns = [[0 if index % 2 else index // 2 + 1] * size for index, size in enumerate(sizes)]
-        return Branch(tokens(sum(sizes)), sum(turns, []))
+        return Branch(tokens(sum(sizes)), [turn for part in turns for turn in part])
 
     given = tokens(shared)
-    references = {"chosen": -38.5, "rejected": -41.0 + seed, "long_chosen": -39.0}
+    references = {"chosen": -38.5, "rejected": -38.5 - margin, "long_chosen": -39.0}
     return Pair(given, branch(chosen), branch(rejected), given[-8:], references)
 
 
 def pairs() -> list[Pair]:
     """Two turns each; of all lengths, odd ones too; the last answer of the last was cut short."""
-    sizes = [
-        (37, (5, 2, 4), (3, 3, 3)),
-        (44, (3, 4, 6), (6, 1, 7)),
-        (21, (7, 1, 2), (2, 5, 4)),
-        (30, (4, 3, 4, 1), (1, 2, 9)),
+    return [
+        pair(37, (5, 2, 4), (3, 3, 3), margin=-10.0),
+        pair(44, (3, 4, 6), (6, 1, 7), margin=18.0),
+        pair(21, (7, 1, 2), (2, 5, 4), margin=-13.0),
+        pair(30, (4, 3, 4, 1), (1, 2, 9), margin=27.0),
     ]
-    return [pair(*size, seed=seed) for seed, size in enumerate(sizes)]
 
 
 def model(*, tied: bool) -> LlamaForCausalLM:

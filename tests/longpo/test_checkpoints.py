@@ -165,8 +165,8 @@ def cut_note(folder: Path) -> None:
     ("damage", "said"),
     [
         (cut_array, "bytes, .* were written"),
-        (lose_item, "it has no weights/"),
-        (lose_list, "it has no files.json"),
+        (lose_item, "weights/.* has no bytes, "),
+        (lose_list, "No such file or directory: .*files.json"),
         (cut_note, "Unterminated string|Expecting"),
     ],
 )
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path, capfd, damage, said):
     assert steps_in(tmp_path) == ["20", "25"]
     damage(tmp_path / "20")
     damage(tmp_path / "25")
-    with pytest.raises(InputError, match=f"expected a checkpoint that is whole, got none: .*25 is not whole.*; .*/20 "):
+    with pytest.raises(InputError, match=r"expected a checkpoint that is whole, got none: .*25 is not whole.*; .*/20 "):
         newest(tmp_path)
 
 
@@ -193,7 +193,9 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path):
     found = newest(tmp_path)
     assert found is not None
     wide = dataclasses.replace(MODEL, intermediate_size=56)
-    with pytest.raises(InputError, match=r"down_FD.* in weights: expected float32\[2, 56, 32\], got float32\[2, 48, 32\]"):
+    with pytest.raises(
+        InputError, match=r"down_FD.* in weights: expected float32\[2, 56, 32\], got float32\[2, 48, 32\]"
+    ):
         restore(found, state_of(0, model=wide))
     with pytest.raises(InputError, match=r"1.count in moments: expected no such array, got int32\[\]"):
         restore(found, state_of(0, name="rmsprop"))
@@ -214,7 +216,7 @@ def test_an_array_that_cannot_be_read_is_one_line(tmp_path):
         path.write_bytes(bytes(path.stat().st_size))
     found = newest(tmp_path)
     assert found is not None
-    with pytest.raises(InputError, match="weights cannot be read: .*delete it to go on from the one before") as caught:
+    with pytest.raises(InputError, match=r"weights cannot be read: .*delete it to go on from the one before") as caught:
         restore(found, state_of(0))
     assert "\n" not in str(caught.value)
 
@@ -235,7 +237,7 @@ def test_a_full_disk_is_one_line_and_earlier_checkpoints_stay(tmp_path, capfd, c
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         with (
-            pytest.raises(InputError, match="step 2 could not be saved, earlier checkpoints stay: .*File too large"),
+            pytest.raises(InputError, match=r"step 2 could not be saved, earlier checkpoints stay: .*File too large"),
             Checkpoints(tmp_path, start=1, keep=1) as checkpoints,
         ):
             state = state_of(2)

@@ -139,7 +139,7 @@ def test_an_error_of_the_programs_own_is_not_hidden(longpo, calls):
 def test_report_and_plan_are_passed_on(monkeypatch, capfd, tmp_path):
     made = []
     module = ModuleType("longpo_jax.report")
-    setattr(module, "report", lambda runs, out: made.append((runs, out)))
+    module.__dict__["report"] = lambda runs, out: made.append((runs, out))
     monkeypatch.setitem(sys.modules, "longpo_jax.report", module)
     assert main(["report", "a", "b"]) == main(["report", "a", "--out", "c"]) == 0
     assert made == [([Path("a"), Path("b")], None), ([Path("a")], Path("c"))]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Log-probabilities a chunk at a time against the plain log softmax: values, gradients, meshes, and what never exists."""
+"""Log-probabilities a chunk at a time against the plain log softmax: values, gradients, meshes, what never exists."""
 
 from dataclasses import dataclass
 

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen reference: sums of log-probabilities against transformers, and a cache that knows what made it."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from longpo_jax import reference
+from longpo_jax.config import LongPOConfig
+from longpo_jax.dialogue import Dialogue
+from longpo_jax.records import Answer, Record, Turn, Writer
+from longpo_jax.reference import Scorer, read_references, run_reference
+from longpo_jax.stages import mark_done
+from rapid_jax.model.load import open_checkpoint
+from rapid_jax.runtime import settings
+from rapid_jax.runtime.errors import InputError
+from tests.tiny_models import save_decoder, words
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_decoder(tmp_path_factory.mktemp("model"))
+
+
+def records(count: int = 3) -> list[Record]:
+    found = []
+    for index in range(count):
+        document = words(60, seed=index)
+        turns = tuple(
+            Turn((at, at + 80), (0, 9), "So:", "what?", Answer("w1 w2 w3", 3, True), Answer("w2 w4", 2, index != 1))
+            for at in (10, 120)
+        )
+        found.append(Record(f"d{index}", "a", document, 100, None, turns, index, "s"))
+    return found
+
+
+def config(model, *overrides: str) -> LongPOConfig:
+    given = ["train.lengths=[512]", "train.tail=64", "train.logits_chunk=32", "train.attention_block=32"]
+    return settings.defaults(LongPOConfig, [f"model.source={model}", "model.dtype=float32", *given, *overrides])
+
+
+def scores(model, made, *overrides: str):
+    return Scorer(config(model, *overrides), quiet=True).scores(made)
+
+
+def plain(model, context: str, turns: list[Turn], kind: str, theta: float | None = None) -> float:
+    """log p of the answers, by transformers in float64 on one whole sequence."""
+    _, tokenizer = open_checkpoint(model)
+    dialogue = Dialogue(tokenizer, [turn.instruction for turn in turns])
+    branch = dialogue.branch([getattr(turn, kind) for turn in turns])
+    shared = dialogue.shared(context)
+    settings = LlamaConfig.from_pretrained(model)
+    if theta is not None:
+        settings.rope_parameters = {**settings.rope_parameters, "rope_theta": theta}
+    ids = torch.tensor([shared + branch.tokens])
+    with torch.no_grad():
+        logits = LlamaForCausalLM.from_pretrained(model, config=settings).double()(ids).logits[0]
+    log_probs = torch.log_softmax(logits, -1)
+    places = [len(shared) + place for place, turn in enumerate(branch.turns) if turn]
+    return float(sum(log_probs[place - 1, ids[0, place]] for place in places))
+
+
+@pytest.mark.parametrize("mesh", [(), ("mesh.fsdp=2", "mesh.context=4")])
+def test_each_turn_is_scored_by_itself_behind_its_excerpt(model, mesh):
+    made = records(2)
+    for record, found in zip(made, scores(model, made, *mesh), strict=True):
+        for kind in ("chosen", "rejected"):
+            expected = [plain(model, record.excerpt_of(turn), [turn], kind) for turn in record.turns]
+            np.testing.assert_allclose(found[kind], expected, atol=1e-4)
+
+
+def test_an_answer_that_was_cut_short_has_no_end_token_to_score(model):
+    turn = records(1)[0].turns[0]
+    cut = replace(turn, rejected=replace(turn.rejected, finished=False))
+    made = [replace(records(1)[0], turns=(one,)) for one in (turn, cut)]
+    whole, short = (found["rejected"][0] for found in scores(model, made))
+    assert short > whole + 0.1
+    np.testing.assert_allclose(short, plain(model, made[1].excerpt_of(cut), [cut], "rejected"), atol=1e-4)
+
+
+def test_the_baselines_read_the_document(model):
+    made = records(1)
+    (dpo,) = scores(model, made, "objective.name=dpo")
+    for kind in ("chosen", "rejected"):
+        np.testing.assert_allclose(dpo[kind], [plain(model, made[0].context, list(made[0].turns), kind)], atol=1e-4)
+    (solopo,) = scores(model, made, "objective.name=solopo")
+    expected = [plain(model, made[0].context, [turn], "chosen") for turn in made[0].turns]
+    np.testing.assert_allclose(solopo["long_chosen"], expected, atol=1e-4)
+    assert solopo["chosen"] == scores(model, made)[0]["chosen"]
+
+
+def test_the_reference_has_a_rope_theta_of_its_own(model):
+    made = records(1)
+    (own,) = scores(model, made, "model.rope_theta=500.0")  # the policy's
+    assert own == scores(model, made)[0]
+    (other,) = scores(model, made, "model.reference_rope_theta=500.0")
+    assert abs(other["chosen"][0] - own["chosen"][0]) > 1e-3
+    turn = made[0].turns[0]
+    np.testing.assert_allclose(
+        other["chosen"][0], plain(model, made[0].excerpt_of(turn), [turn], "chosen", theta=500.0), atol=1e-4
+    )
+
+
+def test_only_the_excerpt_matters(model):
+    (record,) = records(1)
+    outside = replace(record, document=record.document[:300] + "w9 w9" + record.document[305:])
+    inside = replace(record, document=record.document[:30] + "w9 w9" + record.document[35:])
+    before, far, near = scores(model, [record])[0], scores(model, [outside])[0], scores(model, [inside])[0]
+    assert far == before
+    assert near["chosen"][0] != before["chosen"][0] and near["chosen"][1] == before["chosen"][1]
+
+
+@pytest.fixture
+def run(tmp_path):
+    return written(tmp_path, records())
+
+
+def written(folder, made):
+    writer = Writer(folder / "pairs", {}, shard_pairs=2)
+    for record in made:
+        writer.add(record.id, record, {})
+    mark_done(folder / "pairs", {}, {"pairs": len(made)})
+    return folder
+
+
+def test_scores_are_kept_and_a_stale_cache_is_refused(model, run):
+    with pytest.raises(InputError, match="run `longpo reference` first"):
+        read_references(config(model), run)
+    run_reference(config(model), run, quiet=True)
+    found = read_references(config(model), run)
+    assert list(found) == ["d0", "d1", "d2"]
+    assert found["d1"] == {key: value for key, value in scores(model, records())[1].items() if key != "id"}
+    with pytest.raises(InputError, match="reference_rope_theta"):
+        read_references(config(model, "model.reference_rope_theta=9.0"), run)
+    with pytest.raises(InputError, match=r"objective\.name"):
+        read_references(config(model, "objective.name=dpo"), run)
+    path = run / "reference" / "scores-00000.jsonl"
+    path.write_text(path.read_text().replace("-", "", 1))
+    with pytest.raises(InputError, match="expected the files that were written"):
+        read_references(config(model), run)
+
+
+def test_other_records_or_weights_make_it_stale(model, run, tmp_path_factory):
+    run_reference(config(model), run, quiet=True)
+    other = save_decoder(tmp_path_factory.mktemp("other"), seed=1)
+    with pytest.raises(InputError, match=r"model\.weights"):
+        read_references(config(other), run)
+    path = run / "pairs" / "pairs-00000.jsonl"
+    path.write_text(path.read_text().replace("w1 w2 w3", "w1 w2 w2"))
+    with pytest.raises(InputError, match="pairs"):
+        read_references(config(model), run)
+
+
+def test_an_interrupted_run_goes_on(model, run, monkeypatch):
+    monkeypatch.setattr(reference, "_TOGETHER", 1)
+    calls, plain_scores = [], Scorer.scores
+
+    def scores(self, made):
+        calls.append([record.id for record in made])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return plain_scores(self, made)
+
+    monkeypatch.setattr(Scorer, "scores", scores)
+    with pytest.raises(KeyboardInterrupt):
+        run_reference(config(model), run, quiet=True)
+    run_reference(config(model), run, quiet=True)
+    assert calls == [["d0"], ["d1"], ["d2"], ["d2"]]
+    monkeypatch.undo()
+    found = read_references(config(model), run)
+    again = written(run / "again", records())
+    run_reference(config(model), again, quiet=True)
+    assert found == read_references(config(model), again)
+
+
+def test_nothing_is_scored_for_sft(model, run):
+    run_reference(config(model, "objective.name=sft"), run, quiet=True)
+    assert read_references(config(model, "objective.name=sft"), run) == {}

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training data through seqio: which rows, in which order, after a restart and on several hosts."""
+
+import numpy as np
+import pytest
+
+from longpo_jax.config import LongPOConfig
+from longpo_jax.records import Answer, Record, Turn, Writer
+from longpo_jax.rows import CHOSEN, REJECTED
+from longpo_jax.samples import Rows, places_of, policy_parts
+from longpo_jax.tasks import Reader, Vocabulary
+from rapid_jax.model.load import open_checkpoint
+from rapid_jax.runtime import settings
+from rapid_jax.runtime.errors import InputError
+
+COUNT = 8
+
+
+def record(index: int, tokenizer) -> Record:
+    document = f"Some words here about number {index}.\n\n" * (5 + index)
+    turns = tuple(
+        Turn((0, 20), (0, 5), "As said,", question, Answer(f"Yes, {index}.", 4, True), Answer("No", 1, False))
+        for question in ("what is it?", "and why?")
+    )
+    tokens, domain = len(tokenizer.encode_quoted(document)), "even" if index % 2 == 0 else "odd"
+    return Record(str(index), domain, document, tokens, None, turns, index, "settings")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(smollm2_path):
+    return open_checkpoint(smollm2_path)[1]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory, tokenizer):
+    folder = tmp_path_factory.mktemp("run") / "pairs"
+    writer = Writer(folder, {}, shard_pairs=3)
+    for index in range(COUNT):
+        writer.add(str(index), record(index, tokenizer), {})
+    return folder
+
+
+def config(*overrides: str) -> LongPOConfig:
+    given = ["train.lengths=[128,256]", "train.tail=64", "train.rows_per_step=2", "train.epochs=2"]
+    return settings.defaults(LongPOConfig, [*given, "corpus.sources=[even=x,odd=y]", *overrides])
+
+
+def references(objective: str = "longpo"):
+    found = {str(i): {"chosen": [-1.0, -2.0 * i], "rejected": [-3.0, -1.0]} for i in range(COUNT)}
+    if objective == "solopo":
+        found = {name: scores | {"long_chosen": [-4.0, -5.0]} for name, scores in found.items()}
+    return found
+
+
+def read(config: LongPOConfig, pairs, tokenizer, **how):
+    return list(Reader(config, pairs, references(config.objective.name), tokenizer, **how))
+
+
+def ids(samples) -> list:
+    return [sample and sample.id for sample in samples]
+
+
+def test_an_epoch_has_every_row_once_and_the_next_another_order(pairs, tokenizer):
+    got = ids(read(config(), pairs, tokenizer))
+    first, second = got[:COUNT], got[COUNT:]
+    assert sorted(first) == sorted(second) == sorted(map(str, range(COUNT)))
+    assert first != second
+    assert first != ids(read(config("seed=1"), pairs, tokenizer))[:COUNT]
+
+
+@pytest.mark.parametrize("more", [(), ("corpus.weights=[3.0, 1.0]",), ("objective.name=solopo",)])
+def test_a_restart_goes_on_with_the_very_rows(pairs, tokenizer, more):
+    whole = read(config(*more), pairs, tokenizer)
+    for start in (1, len(whole) // 2, len(whole) - 3):
+        rest = read(config(*more), pairs, tokenizer, start=start)
+        assert ids(rest) == ids(whole[start:])
+        for one, other in zip(rest, whole[start:], strict=True):
+            np.testing.assert_array_equal(one.row.tokens_T, other.row.tokens_T)
+            assert one.references == other.references
+
+
+def test_hosts_read_their_rows_of_one_order(pairs, tokenizer):
+    whole = ids(read(config(), pairs, tokenizer))
+    hosts = [ids(read(config(), pairs, tokenizer, rows=[row])) for row in (0, 1)]
+    for position, name in enumerate(whole):
+        assert [host[position] for host in hosts] == [name, None][:: 1 if position % 2 == 0 else -1]
+
+
+def test_a_host_makes_no_row_of_another(pairs, tokenizer, monkeypatch):
+    made = []
+    plain = Rows.row
+    monkeypatch.setattr(Rows, "row", lambda self, place: made.append(place) or plain(self, place))
+    read(config(), pairs, tokenizer, rows=[1], start=3)
+    assert len(made) == 7  # of the positions 3 to 15 every odd one
+
+
+def test_weights_decide_how_often_a_domain_comes(pairs, tokenizer):
+    got = ids(read(config("corpus.weights=[9.0, 1.0]", "train.epochs=20"), pairs, tokenizer))
+    even = sum(int(name) % 2 == 0 for name in got)
+    assert len(got) == 20 * COUNT
+    assert 0.8 < even / len(got) < 0.98
+
+
+def test_a_row_is_the_record_packed(pairs, tokenizer):
+    for sample in read(config("train.epochs=1"), pairs, tokenizer):
+        made = record(int(sample.id), tokenizer)
+        parts = policy_parts(tokenizer, made, "longpo", 0)
+        assert sample.row.trunk == (128 if parts.size[0] <= 128 else 256)
+        expected = parts.packed(sample.row.trunk, 64)
+        for name in ("tokens_T", "targets_T", "pos_T", "branch_T", "turn_T"):
+            np.testing.assert_array_equal(getattr(sample.row, name), getattr(expected, name))
+        assert (sample.row.reach, sample.row.tail) == (expected.reach, 64)
+        assert sample.references == {"chosen": -1.0 - 2.0 * int(sample.id), "rejected": -4.0}
+
+
+def test_sft_has_no_rejected_branch_and_needs_no_reference(pairs, tokenizer):
+    reader = Reader(config("objective.name=sft"), pairs, {}, tokenizer)
+    sample = next(iter(reader))
+    assert sample.row.tail == 0 and set(sample.row.branch_T.tolist()) == {0, CHOSEN} and sample.references == {}
+
+
+def test_solopo_has_a_row_a_turn_and_the_same_answers_behind_the_excerpt(pairs, tokenizer):
+    reader = Reader(config("objective.name=solopo"), pairs, references("solopo"), tokenizer)
+    assert len(reader) == 2 * COUNT
+    for sample in reader:
+        assert sample.row.tail == 0 and sample.short.tail == 64
+        assert REJECTED in sample.short.branch_T[sample.short.pos_T >= 0]
+        answers = [row.targets_T[(row.turn_T > 0) & (row.branch_T == CHOSEN)] for row in (sample.row, sample.short)]
+        np.testing.assert_array_equal(*answers)
+        assert sample.references["long_chosen"] in (-4.0, -5.0)
+
+
+def test_rows_that_fit_no_length_are_counted_and_left_out(pairs, tokenizer):
+    sizes = [places_of(tokenizer, record(i, tokenizer), "longpo", 0)[0] for i in range(COUNT)]
+    limit = sorted(sizes)[4]
+    reader = Reader(config(f"train.lengths=[{limit}]", "train.epochs=1"), pairs, references(), tokenizer)
+    assert len(reader) == 5 and sum(reader.rows.too_long.values()) == 3
+    assert all(sizes[int(sample.id)] <= limit for sample in reader)
+    with pytest.raises(InputError, match="got none: 8 are longer"):
+        Reader(config("train.lengths=[8]"), pairs, references(), tokenizer)
+
+
+def test_the_size_of_a_row_is_known_without_its_document(tokenizer):
+    for objective in ("longpo", "sft", "solopo"):
+        for index in range(3):
+            made = record(index, tokenizer)
+            parts = policy_parts(tokenizer, made, objective, 1 if objective == "solopo" else 0)
+            assert places_of(tokenizer, made, objective, 1 if objective == "solopo" else 0) == parts.size
+
+
+def test_a_record_without_reference_is_refused(pairs, tokenizer):
+    with pytest.raises(InputError, match="got none of"):
+        list(Reader(config(), pairs, {}, tokenizer))
+
+
+def test_the_vocabulary_is_the_tokenizer(tokenizer):
+    vocabulary = Vocabulary(tokenizer)
+    text = "Words, and <|im_end|> spelt out."
+    assert list(vocabulary.encode(text)) == tokenizer.encode_quoted(text)
+    assert vocabulary.encode_tf(text).numpy().tolist() == tokenizer.encode_quoted(text)
+    assert vocabulary.decode(vocabulary.encode(text)) == text
+    assert vocabulary.vocab_size == tokenizer.vocab_size == 49152
+    assert vocabulary.eos_id == 2 and vocabulary == Vocabulary(tokenizer)

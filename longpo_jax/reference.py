@@ -13,8 +13,10 @@ behind its excerpt, with the reference's own rope theta. So no second model is i
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -56,18 +58,18 @@ def run_reference(
     inputs = reference_inputs(config, folder, source)
     if agreed(leads and is_done(place, inputs)):
         return
-    records = list(read_records(folder / "pairs"))
+    count = summary_of(folder / "pairs")["pairs"]
     if config.objective.name != "sft":
         done = _Scores(place, digest(json.dumps(inputs, sort_keys=True)), leads=leads)
-        left = records[int(agreed(done.count)) :]
-        scorer = Scorer(config, source, quiet=quiet) if left else None
-        with progress("reference", len(left), "documents", quiet=quiet or not leads) as report:
-            for start in range(0, len(left), _TOGETHER):
-                part = left[start : start + _TOGETHER]
-                done.add(scorer.scores(part) if scorer is not None else [])
+        first = int(agreed(done.count))
+        scorer = Scorer(config, source, quiet=quiet) if first < count else None
+        records = islice(read_records(folder / "pairs"), first, None)
+        with progress("reference", count - first, "documents", quiet=quiet or not leads) as report:
+            while scorer is not None and (part := list(islice(records, _TOGETHER))):
+                done.add(scorer.scores(part))
                 report.advance(len(part))
     if leads:
-        mark_done(place, inputs, {"records": len(records), "files": _digests(place)})
+        mark_done(place, inputs, {"records": count, "files": _digests(place)})
 
 
 def reference_inputs(config: LongPOConfig, folder: Path, source: str | None = None) -> dict[str, Any]:
@@ -78,7 +80,9 @@ def reference_inputs(config: LongPOConfig, folder: Path, source: str | None = No
         files = checkpoint.weight_files if isinstance(checkpoint, HfCheckpoint) else [checkpoint.path]
         inputs["model.weights"] = digest(*(digest_file(path) for path in files), repr(checkpoint.config))
         inputs["model.tokenizer"] = tokenizer.fingerprint
-        inputs["model.template"] = digest(tokenizer.chat([{"role": "user", "content": "?"}]), repr(tokenizer.stop_ids))
+        # The files that the template is in, not what it renders: some templates write the day's date.
+        rest = [item for item in sorted(tokenizer.files.items()) if item[0] != "tokenizer.json"]
+        inputs["model.template"] = digest(*(part for item in rest for part in item), repr(tokenizer.stop_ids))
     return inputs
 
 
@@ -161,12 +165,17 @@ class Scorer:
         )
 
     def scores(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Of each record its id and its sums by name."""
+        """Of each record its id and its sums by name. Raises InputError for one that is not finite."""
         asked = [(index, *item) for index, record in enumerate(records) for item in self._asked(record)]
         sums = self.sums([parts for *_, parts in asked])
         found: list[dict[str, Any]] = [{"id": record.id} for record in records]
         for (index, names, _), values in zip(asked, sums, strict=True):
             for name, value in zip(names, values, strict=False):
+                if not math.isfinite(value):
+                    raise InputError(
+                        f"reference: expected a finite log-probability of the {name} answer of document "
+                        f"{records[index].id}, got {value}"
+                    )
                 found[index].setdefault(name, []).append(value)
         return found
 

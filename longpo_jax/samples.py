@@ -4,7 +4,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from longpo_jax.config import LongPOConfig, Objective
@@ -62,12 +62,19 @@ def rows_of(record: Record, objective: Objective) -> Iterator[int]:
 
 
 def places_of(tokenizer: Tokenizer, record: Record, objective: Objective, turn: int) -> tuple[int, int]:
-    """The size of `policy_parts`, for which a document that is whole is not tokenised again."""
+    """(places of the trunk, places of the tail) of `policy_parts`, of solopo with the tail of its short row.
+
+    A document that is whole is not tokenised again.
+    """
     if record.cut is not None:
-        return policy_parts(tokenizer, record, objective, turn).size
-    empty = Record(**{**vars(record), "document": ""})
-    trunk, tail = policy_parts(tokenizer, empty, objective, turn).size
-    return trunk + record.tokens, tail
+        trunk, tail = policy_parts(tokenizer, record, objective, turn).size
+    else:
+        empty = replace(record, document="")
+        trunk, tail = policy_parts(tokenizer, empty, objective, turn).size
+        trunk += record.tokens
+    if objective == "solopo":
+        tail = one_turn(tokenizer, record.turns[turn], "", rejected=True).size[1]
+    return trunk, tail
 
 
 @dataclass(frozen=True)
@@ -100,14 +107,14 @@ class Rows:
                     record = Record.from_json(json.loads(line), f"{path}:{number}")
                     for turn in rows_of(record, objective):
                         trunk, tail = places_of(tokenizer, record, objective, turn)
-                        if trunk > train.lengths[-1] or tail > self.tail:
+                        if trunk > train.lengths[-1] or tail > train.tail:
                             self.too_long[record.domain] += 1
                         else:
                             self.places.setdefault(record.domain, []).append(Place(str(path), offset, turn))
                     offset += len(line)
         if not self.places:
             raise InputError(
-                f"{pairs}: expected rows of at most {train.lengths[-1]} + {self.tail} places (train.lengths, "
+                f"{pairs}: expected rows of at most {train.lengths[-1]} + {train.tail} places (train.lengths, "
                 f"train.tail), got none: {sum(self.too_long.values())} are longer"
             )
 
@@ -120,11 +127,18 @@ class Rows:
         return 0 if self.config.objective.name in ("sft", "solopo") else self.config.train.tail
 
     def row(self, place: Place) -> tuple[Record, Row, Row | None]:
-        """(record, its long row, its short row) at a place."""
-        record, objective = place.record(), self.config.objective.name
+        """(record, its long row, its short row) at a place.
+
+        Raises InputError if it has become longer than `places_of` said: the tokens are of another tokenizer.
+        """
+        record, objective, lengths = place.record(), self.config.objective.name, self.config.train.lengths
         parts = policy_parts(self._tokenizer, record, objective, place.turn)
-        trunk = next(length for length in self.config.train.lengths if length >= parts.size[0])
-        row = parts.packed(trunk, self.tail)
+        if parts.size[0] > lengths[-1]:
+            raise InputError(
+                f"{place.file}: expected a document of {record.tokens} tokens by this model's tokenizer, got a row of "
+                f"{parts.size[0]} from {record.id}: another model's tokenizer counted them"
+            )
+        row = parts.packed(next(length for length in lengths if length >= parts.size[0]), self.tail)
         if objective != "solopo":
             return record, row, None
         turn = record.turns[place.turn]

@@ -9,6 +9,7 @@ tokenised and packed where it is used.
 import contextlib
 import json
 import logging
+import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -85,19 +86,30 @@ class Vocabulary(seqio.Vocabulary):
 
 
 class Epochs:
-    """The seqio Mixture of the rows' domains, and its epochs."""
+    """The seqio Mixture of the rows' domains, and its epochs.
+
+    Raises InputError if `corpus.weights` has none for a domain.
+    """
 
     def __init__(self, rows: Rows):
-        self._rows, self._corpus = rows, rows.config.corpus
+        self._rows = rows
+        corpus = rows.config.corpus
+        order = list(dict.fromkeys(source.partition("=")[0] for source in corpus.sources))
+        self._weights = dict(zip(order, corpus.weights, strict=False))
+        missing = sorted(rows.places.keys() - self._weights.keys())
+        if self._weights and missing:
+            raise InputError(
+                f"corpus.weights: expected one of each domain of the records, got none of {', '.join(missing)}, which "
+                "corpus.sources does not name"
+            )
 
     @cached_property
     def mixture(self) -> Any:
         """The seqio Mixture: `corpus.weights` of the domains in the order of `corpus.sources`, else by their rows."""
-        order = list(dict.fromkeys(source.partition("=")[0] for source in self._corpus.sources))
-        weights = dict(zip(order, self._corpus.weights, strict=False))
         rates = []
-        for domain, places in sorted(self._rows.places.items()):
-            name = f"longpo_{domain}".replace("-", "_")
+        for number, (domain, places) in enumerate(sorted(self._rows.places.items())):
+            # seqio allows few characters; the number keeps apart what differs in others.
+            name = f"longpo_{number}_" + re.sub(r"\W", "_", domain)
             seqio.TaskRegistry.remove(name)
             lines = [json.dumps(vars(place)) for place in places]
 
@@ -115,7 +127,7 @@ class Epochs:
                 metric_fns=[],
                 shuffle_buffer_size=len(lines),
             )
-            rates.append((task.name, weights.get(domain, float(len(lines)))))
+            rates.append((task.name, self._weights.get(domain, float(len(lines)))))
         seqio.MixtureRegistry.remove("longpo")
         # A domain that runs out ends nothing: an epoch without weights has every row once.
         sample = partial(tf.data.Dataset.sample_from_datasets, stop_on_empty_dataset=False)
@@ -123,14 +135,13 @@ class Epochs:
 
     def epoch(self, seed: int) -> Any:
         """A dataset of as many places as there are rows: each once, or by the weights of the domains."""
-        weighted = bool(self._corpus.weights)
         with _quiet():
             dataset = self.mixture.get_dataset(
                 sequence_length=None,
                 split="train",
                 shuffle=True,
                 seed=seed,
-                num_epochs=None if weighted else 1,
+                num_epochs=None if self._weights else 1,
             )
         return dataset.take(len(self._rows)).map(lambda item: {"place": item["place"]})
 
@@ -144,32 +155,42 @@ class PackedRows(seqio.FeatureConverter):
         "row": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=2),
         "short": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=2),
         "reach": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=1),
+        "turn": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32, rank=0),
     }
     PACKING_FEATURE_DTYPES = {}  # noqa: RUF012
 
     def __init__(self, rows: Rows):
         super().__init__(pack=False)
         self._rows = rows
+        self.refused: InputError | None = None  # why a row could not be made, which TensorFlow would wrap and print
 
     def _convert_features(self, ds: Any, task_feature_lengths: Mapping[str, int]) -> Any:
         del task_feature_lengths
 
         def read(place: bytes):
             empty = np.zeros((len(_FIELDS), 0), np.int32)
+            nothing = b"", empty, empty, np.zeros(2, np.int32), np.int32(0)
             if not place:  # another host's
-                return b"", empty, empty, np.zeros(2, np.int32)
-            record, row, short = self._rows.row(Place(**json.loads(place)))
+                return nothing
+            at = Place(**json.loads(place))
+            try:
+                record, row, short = self._rows.row(at)
+            except InputError as error:
+                self.refused = error
+                return nothing
             reach = np.asarray([row.reach, -1 if short is None else short.reach], np.int32)
-            return record.id.encode(), _stacked(row), empty if short is None else _stacked(short), reach
+            stacked = empty if short is None else _stacked(short)
+            return record.id.encode(), _stacked(row), stacked, reach, np.int32(at.turn)
 
         def convert(item):
-            types = (tf.string, tf.int32, tf.int32, tf.int32)
-            name, row, short, reach = tf.numpy_function(read, [item["place"]], types, stateful=False)
+            types = (tf.string, tf.int32, tf.int32, tf.int32, tf.int32)
+            name, row, short, reach, turn = tf.numpy_function(read, [item["place"]], types, stateful=False)
             return {
                 "id": tf.ensure_shape(name, []),
                 "row": tf.ensure_shape(row, [len(_FIELDS), None]),
                 "short": tf.ensure_shape(short, [len(_FIELDS), None]),
                 "reach": tf.ensure_shape(reach, [2]),
+                "turn": tf.ensure_shape(turn, []),
             }
 
         return ds.map(convert, num_parallel_calls=_AHEAD, deterministic=True)
@@ -239,10 +260,11 @@ class Reader:
             first = max(self._start - epoch * len(self), 0)
             dataset = self._epochs.epoch(self._config.seed + epoch).skip(first)
             places = dataset.enumerate(epoch * len(self) + first).map(self._hidden)
-            turns = self._epochs.epoch(self._config.seed + epoch).skip(first).as_numpy_iterator()
-            for item, place in zip(PackedRows(self.rows)(places, {}).as_numpy_iterator(), turns, strict=True):
-                turn = json.loads(place["place"])["turn"]
-                yield self._sample(item, turn) if item["id"] else None
+            converter = PackedRows(self.rows)
+            for item in converter(places, {}).as_numpy_iterator():
+                if converter.refused is not None:
+                    raise converter.refused
+                yield self._sample(item) if item["id"] else None
 
     def _hidden(self, position: Any, item: Any) -> Any:
         """Empty where the row is another host's."""
@@ -250,11 +272,11 @@ class Reader:
         mine = tf.reduce_any(tf.equal(index, tf.constant(sorted(self._wanted), tf.int64)))
         return {"place": tf.where(mine, item["place"], "")}
 
-    def _sample(self, item: Mapping[str, Any], turn: int) -> Sample:
+    def _sample(self, item: Mapping[str, Any]) -> Sample:
         name = item["id"].decode()
         row, short = (self._row(item, key, index) for index, key in enumerate(("row", "short")))
         assert row is not None
-        return Sample(name, row, short, self._sums(name, turn))
+        return Sample(name, row, short, self._sums(name, int(item["turn"])))
 
     def _row(self, item: Mapping[str, Any], key: str, index: int) -> Row | None:
         if not item[key].size:

@@ -246,7 +246,7 @@ class _Loop:
         held = f"are in {self._place / 'checkpoints' / str(index)}" if index else "are the model's own"
         return (
             f"update {index + 1}: expected a finite loss and gradient, got {found['loss']} and norm "
-            f"{found['grad_norm']} from the documents {', '.join(_of_all(ids))}; no weight was touched and {held}"
+            f"{found['grad_norm']} from the documents {', '.join(_of_all(ids))}; no weight was touched, they {held}"
         )
 
 

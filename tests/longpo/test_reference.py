@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen reference: sums of log-probabilities against transformers, and a cache that knows what made it."""
 
+import json
+import shutil
 from dataclasses import replace
+from datetime import datetime
+from functools import cache
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -12,12 +17,21 @@ from longpo_jax import reference
 from longpo_jax.config import LongPOConfig
 from longpo_jax.dialogue import Dialogue
 from longpo_jax.records import Answer, Record, Turn, Writer
-from longpo_jax.reference import Scorer, read_references, run_reference
+from longpo_jax.reference import Scorer, read_references, reference_inputs, run_reference
 from longpo_jax.stages import mark_done
+from rapid_jax.model import chat
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
-from tests.tiny_models import save_decoder, words
+from tests.tiny_models import CHATML, save_decoder, words
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compiles():
+    """Of XLA's passes only those that are needed: the programs are many and run for milliseconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +56,13 @@ def config(model, *overrides: str) -> LongPOConfig:
     return settings.defaults(LongPOConfig, [f"model.source={model}", "model.dtype=float32", *given, *overrides])
 
 
+@cache
+def scorer(model, *overrides: str) -> Scorer:
+    return Scorer(config(model, *overrides), quiet=True)
+
+
 def scores(model, made, *overrides: str):
-    return Scorer(config(model, *overrides), quiet=True).scores(made)
+    return scorer(model, *overrides).scores(made)
 
 
 def plain(model, context: str, turns: list[Turn], kind: str, theta: float | None = None) -> float:
@@ -152,6 +171,40 @@ def test_other_records_or_weights_make_it_stale(model, run, tmp_path_factory):
     path.write_text(path.read_text().replace("w1 w2 w3", "w1 w2 w2"))
     with pytest.raises(InputError, match="pairs"):
         read_references(config(model), run)
+
+
+def test_another_template_makes_it_stale_and_another_day_does_not(model, run, tmp_path, monkeypatch):
+    def inputs(template: str) -> dict:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(model, folder)
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+        return reference_inputs(config(folder), run)
+
+    dated = "{{ strftime_now('%d %b %Y') }}" + CHATML
+    today = inputs(dated)
+    later = CHATML.replace("\n{{ message.content", "\n{% if loop.index > 1 %} {% endif %}{{ message.content")
+    assert later != CHATML
+    changed = [key for key, value in inputs(later).items() if value != inputs(CHATML)[key]]
+    assert changed == ["model.template"]
+
+    class Tomorrow:
+        now = staticmethod(lambda: datetime(2001, 1, 1))
+
+    monkeypatch.setattr(chat, "datetime", Tomorrow)
+    assert inputs(dated) == today
+
+
+def test_a_log_probability_that_is_not_finite_is_refused(model, run, monkeypatch):
+    monkeypatch.setattr(Scorer, "sums", lambda self, parts: [(-1.0, float("nan"))] * len(parts))
+    with pytest.raises(InputError, match="of the rejected answer of document d0, got nan"):
+        run_reference(config(model), run, quiet=True)
+    assert not list((run / "reference").glob("scores-*"))
+
+
+def test_a_process_that_does_not_lead_writes_nothing(model, run):
+    run_reference(config(model), run, leads=False, quiet=True)
+    assert not (run / "reference").exists()
 
 
 def test_an_interrupted_run_goes_on(model, run, monkeypatch):

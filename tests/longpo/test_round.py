@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages chained to rounds, and rounds to a run: order, folders, models, settings, and going on after a stop."""
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from longpo_jax.config import LongPOConfig
+from longpo_jax.config import LongPOConfig, OptimizerConfig, PolicyConfig, TrainConfig
+from longpo_jax.records import Answer, Record, Turn, Writer, read_records
 from longpo_jax.round import SETTINGS, rounds_of, run_round, run_rounds, run_stage
-from longpo_jax.stages import STAGES, inputs_of, is_done, mark_done
+from longpo_jax.stages import STAGES, inputs_of, is_done, mark_done, summary_of
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
+from tests.tiny_models import save_decoder, words
 
 TWO = ("corpus.max_tokens=70000 model.rope_theta=200000", "corpus.max_tokens=140000 train.lengths=[2304,4096] seed=7")
 
@@ -120,3 +123,57 @@ def test_a_mistake_in_any_round_is_told_before_the_first_starts(calls, tmp_path,
     with pytest.raises(InputError, match=message):
         run_rounds(config_in(tmp_path, *rounds))
     assert not made and not list(tmp_path.iterdir())
+
+
+def write_pairs(config, folder, source=None, *, leads=True, quiet=False):
+    """Four documents of the round's length with answers made up: what random weights say is no question."""
+    place, inputs = folder / "pairs", inputs_of(config, "pairs")
+    if is_done(place, inputs):
+        return
+    writer = Writer(place, inputs, shard_pairs=3)
+    for index in range(4):
+        text = words(config.corpus.max_tokens, seed=index)
+        chosen, rejected = (Answer(words(5, seed=index + add), 5, True) for add in (100, 200))
+        turn = Turn((0, 60), (0, 20), "As the text says,", "what of w1?", chosen, rejected)
+        record = Record(f"doc-{index}", "book", text, config.corpus.max_tokens, None, (turn,), index, "settings")
+        writer.add(record.id, record, {"pairs": 1})
+    mark_done(place, inputs, {"pairs": 4})
+
+
+def test_two_rounds_on_a_tiny_model_each_taught_on_from_the_last(monkeypatch, tmp_path):
+    """The stages themselves, but for the pairs."""
+    monkeypatch.setattr("longpo_jax.pairs.run_pairs", write_pairs)
+    config = config_in(
+        tmp_path / "run",
+        "corpus.min_tokens=1 corpus.max_tokens=40",
+        "corpus.min_tokens=1 corpus.max_tokens=90 model.rope_theta=40000 train.lengths=[2560] seed=3",
+        model=PolicyConfig(source=str(save_decoder(tmp_path / "model"))),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        train=TrainConfig(lengths=(512,), tail=64, rows_per_step=2, attention_block=64, logits_chunk=64),
+    )
+    run_rounds(config, quiet=True)
+    described, folders = (
+        [],
+        [tmp_path / "model", *(tmp_path / "run" / f"round-{number}" / "export" for number in (1, 2))],
+    )
+    for folder in folders:
+        values = json.loads((folder / "config.json").read_text())
+        theta = values.get("rope_theta") or values["rope_parameters"]["rope_theta"]
+        described.append((theta, values["max_position_embeddings"]))
+    assert described == [(10000.0, 2048), (10000.0, 2048), (40000.0, 2560)]
+    assert len({(folder / "model.safetensors").read_bytes() for folder in folders}) == 3
+    for number, seed in ((1, 42), (2, 3)):
+        folder = tmp_path / "run" / f"round-{number}"
+        assert len(list(read_records(folder / "pairs"))) == summary_of(folder / "reference")["records"] == 4
+        assert summary_of(folder / "train")["steps"] == 2
+        assert settings.load(LongPOConfig, folder / SETTINGS).seed == seed
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != SETTINGS}
+    run_rounds(config, quiet=True)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.name != SETTINGS}
+    assert {path for path in before if path.is_file()} == {path for path in after if path.is_file()}
+    assert all(after[path] == before[path] for path in before if path.is_file())
+    (tmp_path / "run" / "round-1" / "export" / "model.safetensors").write_bytes(
+        (tmp_path / "model" / "model.safetensors").read_bytes()
+    )
+    with pytest.raises(InputError, match="round-2"):  # the model that made round 2 is not the one that is there
+        run_rounds(config, quiet=True)

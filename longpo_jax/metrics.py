@@ -79,7 +79,8 @@ class Metrics:
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._tensorboard = SummaryWriter(logdir=str(folder / "tensorboard"), purge_step=resumed + 1)
+            place = str(folder / "tensorboard")
+            self._tensorboard = SummaryWriter(place, purge_step=resumed + 1, filename_suffix=f".{resumed}")
         if wandb is not None:
             self._wandb = importlib.import_module("wandb")
             # The same run again after a restart.

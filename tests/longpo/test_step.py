@@ -39,11 +39,15 @@ SETTINGS += ("train.logits_chunk=8", "train.attention_block=8")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Of XLA's passes only those that are needed: the programs are many and run for milliseconds."""
+def quickly():
+    """Programs are many and run for milliseconds: XLA makes the passes it needs, torch's threads do not wait for each
+    other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)

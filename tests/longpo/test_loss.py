@@ -5,6 +5,7 @@ Log-probabilities are a few tokens' sums here; `z` are the logits of sequences o
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,9 @@ def float64():
         yield
 
 
-def one(name: str = "longpo", policy=(-120.0, -100.0), reference=(-80.0, -140.0), *, nll=0.0, long=None, **settings):
+def one(
+    name: str = "longpo", policy=(-120.0, -100.0), reference=(-80.0, -140.0), *, nll: Any = 0.0, long=None, **settings
+):
     """(loss, metrics) of one document, numbers."""
     settings = {"beta": 0.1, "preference_weight": 1.0, "nll_weight": 1.0, "alpha": 3.0} | settings
     scores = [{"chosen_B": jnp.array([c]), "rejected_B": jnp.array([r])} for c, r in (policy, reference)]
@@ -84,7 +87,9 @@ def answers(log_prob, places):
 
 def reference_sum(turns, first: int) -> float:
     log_softmax = [np.asarray(jax.nn.log_softmax(toy_logits(6, first + turn))) for turn in range(len(turns))]
-    return sum(z[place - 1, token] for z, turn in zip(log_softmax, turns, strict=True) for place, token in turn.items())
+    return float(
+        sum(z[place - 1, token] for z, turn in zip(log_softmax, turns, strict=True) for place, token in turn.items())
+    )
 
 
 def total(z_chosen, z_rejected, *, beta=0.1, scope="full"):

@@ -2,6 +2,7 @@
 """Packed rows by hand, in the order of every number of devices, and through the decoder against separate sequences."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from flax import nnx
 from longpo_jax.config import ObjectiveConfig
 from longpo_jax.dialogue import Branch
 from longpo_jax.rows import CHOSEN, PLACES, REJECTED, SHARED, Row, arrangement, batched, needed, packed
-from longpo_jax.step import losses
+from longpo_jax.step import losses, row_log_probs
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_fork, attend_self
 from rapid_jax.runtime.errors import InputError
@@ -74,15 +75,15 @@ def test_the_order_of_the_devices_by_hand():
         arrangement(16, 12, 4)
 
 
-def sequences(fields: dict[str, np.ndarray]) -> list[list[tuple[int, int, int]]]:
+def sequences(fields: dict[str, np.ndarray]) -> list[list[tuple[int, ...]]]:
     """Of each branch (what is read, what it predicts, turn) by position, whatever the order of the places."""
     found = []
     for branch in (CHOSEN, REJECTED):
-        mine = (fields["pos_BT"] >= 0) & np.isin(fields["branch_BT"], (SHARED, branch))
-        if branch == REJECTED:
-            mine &= (fields["branch_BT"] == REJECTED) | (fields["pos_BT"] < fields["pos_BT"][fields["branch_BT"] == 2].max())
-        places = [tuple(int(fields[name][at]) for name in ("pos_BT", *PLACES[:2], "turn_BT")) for at in np.flatnonzero(mine)]
-        found.append([place[1:] for place in sorted(places)])
+        mine = np.flatnonzero((fields["pos_BT"] >= 0) & np.isin(fields["branch_BT"], (SHARED, branch)))
+        mine = mine[np.argsort(fields["pos_BT"][mine])]
+        np.testing.assert_array_equal(fields["pos_BT"][mine], np.arange(mine.size))
+        columns = (fields[name][mine].tolist() for name in ("tokens_BT", "targets_BT", "turn_BT"))
+        found.append(list(zip(*columns, strict=True)))
     return found
 
 
@@ -105,7 +106,7 @@ def test_every_token_is_kept_next_to_its_target_on_any_number_of_devices(devices
         assert empty.sum() == 64 - sum(needed(before, FIRST, SECOND))
         assert not any(fields[name][empty].any() for name in ("tokens_BT", "targets_BT", "turn_BT"))
         parts = fields["branch_BT"].reshape(devices, -1)  # each device has its share of the tail, behind its trunk
-        np.testing.assert_array_equal(parts == REJECTED, np.arange(64 // devices)[None] >= 48 // devices)
+        assert np.all((parts == REJECTED) == (np.arange(64 // devices) >= 48 // devices))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def decoder():
 
 def batch_of(row: Row, **references: float):
     batch = batched([row], trunk=row.trunk, devices=1)
-    return batch | {f"reference_{name}_B": np.array([value], np.float32) for name, value in references.items()}
+    return {**batch} | {f"reference_{name}_B": np.array([value], np.float32) for name, value in references.items()}
 
 
 def test_a_packed_row_is_its_two_sequences_apart(decoder):
@@ -126,7 +127,7 @@ def test_a_packed_row_is_its_two_sequences_apart(decoder):
     graph, state = nnx.split(decoder)
 
     @partial(jax.jit, static_argnames="tail")
-    def logits(state, tokens_BT, pos_BT, reach_B=None, tail=None):
+    def logits(state, tokens_BT, pos_BT, reach_B: Any = None, tail: int | None = None):
         decoder = nnx.merge(graph, state)
         attend = attend_self(pos_BT, STRATEGY) if tail is None else attend_fork(pos_BT, reach_B, STRATEGY, tail=tail)
         return decoder.logits(decoder.hidden(tokens_BT, pos_BT, attend)[0])
@@ -167,16 +168,16 @@ def graded(decoder):
 
 def test_padding_never_changes_loss_or_gradient(graded):
     pair = oracles.pairs()[0]
-    (trunk, tail), places = needed(pair.shared, pair.chosen, pair.rejected), (64, 16)
-    (loss, metrics, gradient), *others = (
-        graded(packed(pair.shared, pair.chosen, pair.rejected, trunk=trunk, tail=tail)) for trunk, tail in ((trunk, tail), places)
+    least = needed(pair.shared, pair.chosen, pair.rejected)
+    (loss, metrics, gradient), (other_loss, other_metrics, other_gradient) = (
+        graded(packed(pair.shared, pair.chosen, pair.rejected, trunk=trunk, tail=tail))
+        for trunk, tail in (least, (64, 16))
     )
-    for other, other_metrics, other_gradient in others:
-        np.testing.assert_allclose(other, loss, rtol=1e-6)
-        for name, value in metrics.items():
-            np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5, err_msg=name)
-        for a, b in zip(other_gradient, gradient, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max())
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-6)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(other_metrics[name], value, rtol=1e-5, err_msg=name)
+    for a, b in zip(other_gradient, gradient, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max(), rtol=0)
 
 
 def test_what_pads_hold_does_not_matter_at_all(graded):
@@ -214,8 +215,6 @@ def test_a_rejected_token_has_no_part_in_the_nll_and_a_chosen_one_none_in_the_re
 
 def test_the_rows_of_a_batch_do_not_touch(decoder):
     """Each of two rows with different reach and lengths as if it were alone."""
-    from longpo_jax.step import row_log_probs
-
     rows = [pair.sample(trunk=64, tail=16).row for pair in oracles.pairs()[:2]]
     graph, state = nnx.split(decoder)
 

@@ -18,7 +18,6 @@ from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Prompted, generate
 from rapid_jax.speculative.prefill import prefill
 
-_PLAIN = SpeculationConfig(mode="target", lookup="off")
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 
 
@@ -130,17 +129,15 @@ class Generator:
     def _generated(
         self, target: Prompted, drafter: Prompted | None, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Answer]:
-        speculation, texts = _PLAIN, []
-        if drafter is not None:
-            speculation = SpeculationConfig(mode="lossless", gamma=self.config.pairs.gamma)
-            texts = target.prompts
+        # Level 0 is off: a second program for every shape would have to be compiled.
+        mode = "target" if drafter is None else "lossless"
+        speculation = SpeculationConfig(mode=mode, gamma=self.config.pairs.gamma, lookup="off")
         generation = generate(
             target,
             drafter,
             speculation=speculation,
             sampling=sampling,
             stops=self.tokenizer.stop_ids,
-            texts=texts,
             seeds=seeds,
             block=self.config.generation.attention_block,
         )

@@ -41,8 +41,8 @@ def generator(folder) -> Generator:
 
 @pytest.fixture(scope="module")
 def prompts(generator) -> list[list[int]]:
-    """Three short prompts, of which the longest comes first."""
-    found = [prompt(generator, words(count, seed=count), "w1?") for count in (42, 40, 41)]
+    """Three short prompts, the longest first; alone or together they take the same programs but for their rows."""
+    found = [prompt(generator, words(40, seed=count)[:count], "w1?") for count in (90, 80, 88)]
     assert len(found[0]) > len(found[2]) > len(found[1])
     return found
 
@@ -50,7 +50,7 @@ def prompts(generator) -> list[list[int]]:
 @pytest.fixture(scope="module")
 def questions(generator) -> tuple[list[int], list[list[int]], list[list[int]]]:
     """A document's head, three tails, and a shorter prompt for each."""
-    dialogues = [Dialogue(generator.tokenizer, [f"w{index} w2?"]) for index in range(3)]
+    dialogues = [Dialogue(generator.tokenizer, [f"{words(4, seed=index)}?"]) for index in range(3)]
     document = words(100, seed=9)
     head = dialogues[0].before + generator.tokenizer.encode_quoted(document)
     tails = [dialogue.first for dialogue in dialogues]
@@ -118,8 +118,9 @@ def test_drafts_from_the_excerpt_change_no_greedy_answer(generator, questions):
 
 def test_a_drafted_answer_does_not_depend_on_its_neighbours(generator, questions):
     head, tails, drafts = questions
-    first, second = generator.answers_about(head, tails[:2], SAMPLED, SEEDS[:2], drafts=drafts[:2])
-    turned = generator.answers_about(head, tails[2:0:-1], SAMPLED, SEEDS[2:0:-1], drafts=drafts[2:0:-1])
+    drawn = SamplingConfig(temperature=1.0, max_new_tokens=12)
+    first, second = generator.answers_about(head, tails[:2], drawn, SEEDS[:2], drafts=drafts[:2])
+    turned = generator.answers_about(head, tails[2:0:-1], drawn, SEEDS[2:0:-1], drafts=drafts[2:0:-1])
     assert turned[1] == second != turned[0] != first
 
 

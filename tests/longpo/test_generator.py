@@ -3,6 +3,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def prompt(generator: Generator, context: str, question: str) -> list[int]:
 def plain_greedy(folder: Path, generator: Generator, prompt: list[int], theta: float = 10000.0) -> str:
     config = LlamaConfig.from_pretrained(folder)
     config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
-    model = LlamaForCausalLM.from_pretrained(folder, config=config)
+    model: Any = LlamaForCausalLM.from_pretrained(folder, config=config)
     stops = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": [2]}
     new = model.generate(torch.tensor([prompt]), **stops)[0, len(prompt) :]
     return generator.tokenizer.decode([token for token in new.tolist() if token != 2])

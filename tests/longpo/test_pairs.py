@@ -257,10 +257,9 @@ def test_a_document_that_is_too_long_loses_its_middle_and_no_question_a_word(con
     assert summary["excerpts"] == summary["turns"] + sum(summary["turns_dropped"].values())
     long = [prompt for kind, prompts in engine.calls if kind == "about" for prompt in prompts]
     assert max(map(len, long)) <= config.pairs.max_context - 12
-    cut = [record for record in records if record.cut is not None]
+    cut = [(record, *record.cut) for record in records if record.cut is not None]
     assert cut
-    for record in cut:
-        start, end = record.cut
+    for record, start, end in cut:
         assert record.context == record.document[:start] + record.document[end:]
         assert 0 < start < len(record.document) / 2 < end < len(record.document)
         for turn in record.turns:

@@ -31,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(f"{name}:{generation.shapes[0]}" for name, generation in GENERATIONS.items())
     parser.add_argument("--topology", required=True, metavar="NAME", help=f"a TPU slice: {names}, v5p:4x4x4, ...")
     parser.add_argument("--shape", metavar="NAME", help=f"architecture where the folder is not: {', '.join(SHAPES)}")
+    parser.add_argument("--length", type=int, metavar="N", help="places of the longest row, for train.lengths")
     parser.add_argument("--layers", type=int, metavar="N", help="plan a model of N layers: for a look at the program")
     parser.add_argument("--program", choices=("gradients", "update"), help="only the program of that name")
     parser.add_argument("--json", action="store_true", help="print one JSON object a program")
@@ -40,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     """Prints the plan; 0 if every program fits, else 3."""
     from rapid_jax.plan.report import advice, examined, table
 
-    config = settings.load(LongPOConfig, Path(options.config), options.set)
+    config = _longest(settings.load(LongPOConfig, Path(options.config), options.set), options.length)
     topology = topology_of(options.topology)
     model = architecture_of(config.model.source, options.shape).cut_to(options.layers)
     if not options.json:
@@ -65,11 +66,10 @@ def programs_of(config: LongPOConfig, topology: Topology, model: Architecture) -
     import jax
     import jax.numpy as jnp
 
-    from longpo_jax.flops import flops_of
     from longpo_jax.optimizer import transform_of
     from longpo_jax.step import Step, TrainState
     from rapid_jax.model.placement import abstract
-    from rapid_jax.plan.cost import Work
+    from rapid_jax.plan.cost import Work, matrices
     from rapid_jax.plan.programs import Program
     from rapid_jax.runtime.axes import TRAINED
     from rapid_jax.runtime.mesh import make_mesh
@@ -77,77 +77,92 @@ def programs_of(config: LongPOConfig, topology: Topology, model: Architecture) -
     if config.model.dtype == "auto":
         config = replace(config, model=replace(config.model, dtype="bfloat16"))
     mesh = make_mesh(config.mesh, topology.devices)
-    weights_dtype = jnp.dtype(config.optimizer.weights_dtype)
     table = {**TRAINED, "K": None} if config.mesh.replicate_kv else TRAINED
-    decoder = abstract(model.config, layout="stacked", dtype=weights_dtype, mesh=mesh, table=table)
+    dtype = jnp.dtype(config.optimizer.weights_dtype)
+    decoder = abstract(model.config, layout="stacked", dtype=dtype, mesh=mesh, table=table)
     step = Step(config, decoder, transform_of(config.optimizer, 1000))
-    total = step.zero_total(decoder)
+    total, moments = step.zero_total(decoder), step.moments(decoder)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P()))
-    state = TrainState(count, decoder, step.moments(decoder))  # type: ignore[arg-type]
-    batch = _batch(config, step)
-    rows, devices = config.mesh.data * config.mesh.fsdp, config.mesh.devices
-    work = _flops(config, model, flops_of) * rows / devices
-    other = {"cache": [], "other": (batch,)}
-    resident = {"weights": decoder, "optimizer": (state.moments, total[0])} | other
-    recomputed = 4 / 3 if config.train.remat != "none" else 1.0
-    gradients = Work(work * recomputed, 2 * jnp.dtype(config.model.dtype).itemsize * _size(decoder))
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((decoder, state.moments, total[0]))) / devices
+    state = TrainState(count, decoder, moments)  # type: ignore[arg-type]
+    rows, row = config.mesh.data * config.mesh.fsdp, _full_row(config)
+    batch = {name: _lying(step, name, array, rows) for name, array in row.items()}
+    passes = 2 if config.train.remat == "none" else 3  # that read a layer's weights
+    read = passes * step.dtype.itemsize * matrices(model.config) / config.mesh.model
+    gradients = Work(_flops(config, model, row)[1] * rows / config.mesh.devices, read)
+    held = jax.tree.leaves((decoder, moments, total[0]))
+    update = Work(0, sum(x.size * x.dtype.itemsize for x in held) / config.mesh.devices)
     calls = config.train.rows_per_step // rows
+    resident = {"weights": decoder, "optimizer": (moments, total[0])}
+
+    def lower() -> Any:
+        return step.gradients.lower(decoder, total, batch)
+
     return [
-        Program(
-            "gradients",
-            lambda: step.gradients.lower(decoder, total, batch),
-            resident,
-            gradients,
-            gradients.times(calls),
-            calls,
-        ),
-        Program(
-            "update", lambda: step.updated.lower(state, total), {**resident, "other": ()}, Work(0, size), Work(0, size)
-        ),
+        Program("gradients", lower, {**resident, "other": batch}, gradients, gradients.times(calls), calls),
+        Program("update", lambda: step.updated.lower(state, total), resident, update, update),
     ]
 
 
-def _batch(config: LongPOConfig, step: Any) -> dict[str, Any]:
-    """One microbatch of the longest rows, in shapes."""
-    import jax
-    import jax.numpy as jnp
-
-    from longpo_jax.rows import PLACES
-
-    rows, name = config.mesh.data * config.mesh.fsdp, config.objective.name
-    sizes = {"": config.train.lengths[-1] + step.tail}
-    if name == "solopo":
-        sizes["short_"] = config.excerpts.max_tokens + 2 * config.train.tail
-    shapes = {f"{kind}{place}": (rows, size) for kind, size in sizes.items() for place in PLACES}
-    shapes |= {f"{kind}reach_B": (rows,) for kind in sizes}
-    floats = {"sft": (), "solopo": ("chosen", "rejected", "long_chosen")}.get(name, ("chosen", "rejected"))
-    shapes |= {f"reference_{sums}_B": (rows,) for sums in floats}
-
-    def shaped(key: str, shape: tuple[int, ...]) -> Any:
-        sharding = jax.NamedSharding(step.mesh, step.strategy.spec(key))
-        return jax.ShapeDtypeStruct(shape, jnp.float32 if "reference" in key else jnp.int32, sharding=sharding)
-
-    return {key: shaped(key, shape) for key, shape in shapes.items()}
+def _longest(config: LongPOConfig, length: int | None) -> LongPOConfig:
+    """With rows of at most `length` places."""
+    if length is None:
+        return config
+    lengths = (*(other for other in config.train.lengths if other < length), length)
+    return replace(config, train=replace(config.train, lengths=lengths))
 
 
-def _flops(config: LongPOConfig, model: Architecture, flops_of: Any) -> float:
-    """Of one full row whose rejected turns are as long as its chosen ones."""
+def _full_row(config: LongPOConfig) -> dict[str, Any]:
+    """The arrays of one row of full length, [1, T], its rejected turns as long as its chosen ones."""
     import numpy as np
 
     from longpo_jax.dialogue import Branch
     from longpo_jax.rows import batched, packed
+    from rapid_jax.speculative.prefill import bucket
 
-    trunk, tail = config.train.lengths[-1], config.train.tail
-    turns = Branch([0] * tail, [1] * tail)
-    row = packed(np.zeros(trunk - tail + 1, np.int32).tolist(), turns, turns, trunk=trunk, tail=tail)
-    return float(flops_of(model.config, batched([row], trunk=trunk, devices=1)))
+    train, name, devices = config.train, config.objective.name, config.mesh.context
+
+    def arrays(trunk: int, *, forked: bool) -> dict[str, Any]:
+        answers = min(train.tail, trunk // 2)
+        branch = Branch([0] * answers, [1] * answers)
+        shared, tail = [0] * (trunk - answers + 1), train.tail if forked else 0
+        row = packed(shared, branch, branch if forked else None, trunk=trunk, tail=tail)
+        return dict(batched([row], trunk=trunk, devices=devices))
+
+    row = arrays(train.lengths[-1], forked=name in ("longpo", "dpo"))
+    if name == "solopo":
+        short = bucket(config.excerpts.max_tokens + train.tail, 128 * devices)
+        row |= {f"short_{key}": array for key, array in arrays(short, forked=True).items()}
+    sums = {"sft": (), "solopo": ("chosen", "rejected", "long_chosen")}.get(name, ("chosen", "rejected"))
+    return row | {f"reference_{kind}_B": np.zeros(1, np.float32) for kind in sums}
 
 
-def _size(decoder: Any) -> int:
+def _lying(step: Any, name: str, array: Any, rows: int) -> Any:
+    """The shape of as many rows as a microbatch has, where they lie."""
     import jax
 
-    return sum(x.size for x in jax.tree.leaves(decoder))
+    sharding = jax.NamedSharding(step.mesh, step.strategy.spec(name))
+    return jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype, sharding=sharding)
+
+
+def _flops(config: LongPOConfig, model: Architecture, row: dict[str, Any]) -> tuple[float, float]:
+    """(FLOPs that the model needs for a row, FLOPs that are computed).
+
+    Computed again are the logits; by remat all of a layer but its last product and, unless it is kept, attention; and
+    the scores of attention, by its backward kernels: 7 products of queries and keys where the model needs 4.
+    """
+    from longpo_jax.flops import flops_of, tokens_of
+    from rapid_jax.plan.cost import matrices
+
+    shape, remat = model.config, config.train.remat
+    needed, tokens = float(flops_of(shape, row)), float(tokens_of(row))
+    layers, head = matrices(shape), shape.hidden_size * shape.vocab_size
+    attention = needed - 6 * (layers + head) * tokens
+    again = 2 * head * tokens + attention * 3 / 6
+    if remat != "none":
+        again += 2 * (layers - shape.num_layers * shape.intermediate_size * shape.hidden_size) * tokens
+    if remat == "layer":
+        again += attention * 2 / 6
+    return needed, needed + again
 
 
 def _introduce(config: LongPOConfig, model: Architecture, topology: Topology) -> None:
@@ -161,5 +176,7 @@ def _introduce(config: LongPOConfig, model: Architecture, topology: Topology) ->
         f"rows      {train.lengths[-1]} + {train.tail} places, {train.rows_per_step} an update; objective "
         f"{config.objective.name}, remat {train.remat}{', offloaded' if train.offload else ''}"
     )
+    needed, computed = _flops(config, model, _full_row(config))
+    print(f"row       {needed:.3g} FLOPs by the model; {computed:.3g} with what is computed again")
     where = f"{topology.name}, {len(topology.devices)} of {chip.hbm_bytes / GIB:.2f} GiB for programs"
     print(f"devices   {where}; mesh {config.mesh}")

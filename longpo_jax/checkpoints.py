@@ -10,12 +10,11 @@ no list, or whose files have other sizes, is not used. Values carry no checksum:
 """
 
 import contextlib
-import gc
+import functools
 import json
 import logging
 import shutil
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +99,10 @@ class Checkpoints:
 
     def __init__(self, folder: Path, *, start: int = 0, keep: int, keep_every: int | None = None):
         self.folder, self._start, self._keep, self._keep_every = folder, start, keep, keep_every
-        self._saving, self._exit = _NONE, contextlib.ExitStack()
+        self._saving = _NONE
 
     def __enter__(self) -> "Checkpoints":
-        ocp = self._exit.enter_context(_quiet_orbax())
+        ocp = _orbax()
         policies = ocp.checkpoint_managers.preservation_policy
         kept = [policies.LatestN(self._keep)]
         if self._keep_every is not None:
@@ -125,12 +124,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if kind is None or jax.process_count() == 1:  # else one may wait for another that has failed
-                self.wait()
-                self._manager.close()
-        finally:
-            self._exit.close()
+        if kind is None or jax.process_count() == 1:  # else one may wait for another that has failed
+            self.wait()
+            self._manager.close()
 
     def save(self, state: TrainState, note: Mapping[str, Any]) -> Path:
         """Starts to write the state; where it will be. Its arrays may then change.
@@ -181,9 +177,6 @@ class Checkpoints:
             failure = self._unsaved(step, _one_line(error))
         if failure is not None:
             self._saving = _NONE
-            for _ in range(5):  # until the writes that Orbax leaves under way have ended, where they are not heard
-                gc.collect()
-                time.sleep(0.1)
             raise InputError(failure)
 
     def _unsaved(self, step: int, reason: str) -> str:
@@ -232,11 +225,10 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 def _restored(found: Found, trees: Mapping[str, Any]) -> dict[str, Any]:
     """The trees with the arrays of the checkpoint's items in the place of shapes."""
-    with _quiet_orbax() as ocp:
-        return {item: _restored_item(ocp, found, item, tree) for item, tree in trees.items()}
+    return {item: _restored_item(found, item, tree) for item, tree in trees.items()}
 
 
-def _restored_item(ocp: Any, found: Found, item: str, tree: Any) -> Any:
+def _restored_item(found: Found, item: str, tree: Any) -> Any:
     stored, wanted = found.note["arrays"][item], _named(tree)
     kinds = _kinds(wanted)
     for name in (*wanted, *stored):
@@ -245,7 +237,7 @@ def _restored_item(ocp: Any, found: Found, item: str, tree: Any) -> Any:
             raise InputError(
                 f"{found.folder} is of another model or optimizer: {name} in {item}: expected {ours}, got {theirs}"
             )
-    alone = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    ocp, alone = _orbax(), jax.sharding.SingleDeviceSharding(jax.devices()[0])
     how = {name: ocp.ArrayRestoreArgs(sharding=x.sharding or alone, dtype=x.dtype) for name, x in wanted.items()}
     failure = None
     try:
@@ -269,9 +261,12 @@ def _kinds(arrays: Mapping[str, Any]) -> dict[str, str]:
     return {name: f"{x.dtype}{list(x.shape)}" for name, x in arrays.items()}
 
 
-@contextlib.contextmanager
-def _quiet_orbax() -> Iterator[Any]:
-    """Orbax, imported when first used, and silent: what it logs as an error, it raises too."""
+@functools.cache
+def _orbax() -> Any:
+    """Orbax, imported when first used, and silent: what it logs as an error, it raises too.
+
+    Reads and writes that it leaves under way after a failure end at any later time, and find their event loop closed.
+    """
     import orbax.checkpoint as ocp
 
     def is_kept(record: logging.LogRecord) -> bool:
@@ -281,16 +276,10 @@ def _quiet_orbax() -> Iterator[Any]:
         if str(unraisable.exc_value) != "Event loop is closed":
             reported(unraisable)
 
-    loggers = logging.getLogger("absl"), logging.getLogger("asyncio")
     reported, sys.unraisablehook = sys.unraisablehook, report
-    for logger in loggers:
-        logger.addFilter(is_kept)
-    try:
-        yield ocp
-    finally:
-        sys.unraisablehook = reported
-        for logger in loggers:
-            logger.removeFilter(is_kept)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(is_kept)
+    return ocp
 
 
 def _one_line(error: Exception) -> str:

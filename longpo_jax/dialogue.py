@@ -8,6 +8,7 @@ A special token that is spelt out in a document, a question or an answer stays t
 the template and what is put into it: an answer's tokens follow its prompt's as they did when it was generated.
 """
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from longpo_jax.records import Answer
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
 
+_NOW = datetime.datetime(2025, 1, 1)  # for templates that write the date: a row has the same tokens on any day
 _MARK = "\N{REFERENCE MARK}"
 
 
@@ -36,16 +38,15 @@ class Dialogue:
         answers = [f"{_MARK}answer{index}{_MARK}" for index in range(len(instructions))]
         before, rest = self._split(self._rendered(marked[:1], []), f"{_MARK}context{_MARK}")
         gap, end = self._split(rest, f"{_MARK}question0{_MARK}")
-        quoted = tokenizer.encode_quoted
-        self.before = tokenizer.encode(before, add_special_tokens=True)  # the template up to the context
-        self.first = tokenizer.encode(gap) + quoted(instructions[0]) + tokenizer.encode(end)  # to the first answer
+        self.before = tokenizer.encode_template(before, first=True)  # up to the context
+        self.first = self._around(gap, instructions[0], end)  # up to the first answer
         self.between = []  # from behind each answer to the next one
         for index in range(1, len(instructions)):
             _, behind = self._split(self._rendered(marked[: index + 1], answers[:index]), answers[index - 1])
             head, end = self._split(behind, marked[index])
-            self.between.append(tokenizer.encode(head) + quoted(instructions[index]) + tokenizer.encode(end))
+            self.between.append(self._around(head, instructions[index], end))
         _, closing = self._split(self._rendered(marked, answers), answers[-1])
-        self.between.append(self._ended(tokenizer.encode(closing)))
+        self.between.append(self._ended(tokenizer.encode_template(closing)))
 
     def shared(self, context: str) -> list[int]:
         """What both branches follow."""
@@ -62,12 +63,17 @@ class Dialogue:
             turns += [turn] * (len(said) + ended) + [0] * (len(after) - ended)
         return Branch(tokens, turns)
 
+    def _around(self, before: str, instruction: str, after: str) -> list[int]:
+        template = self._tokenizer.encode_template
+        quoted = self._tokenizer.encode_quoted(instruction, follows=not before.endswith(" "))
+        return template(before) + quoted + template(after)
+
     def _rendered(self, users: Sequence[str], answers: Sequence[str]) -> str:
         messages = []
         for index, user in enumerate(users):
             messages.append({"role": "user", "content": user})
             messages += [{"role": "assistant", "content": answer} for answer in answers[index : index + 1]]
-        return self._tokenizer.chat(messages, add_generation_prompt=len(answers) < len(users))
+        return self._tokenizer.chat(messages, add_generation_prompt=len(answers) < len(users), now=_NOW)
 
     def _split(self, text: str, mark: str) -> tuple[str, str]:
         before, found, after = text.partition(mark)

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -20,6 +20,8 @@ from longpo_jax.excerpts import groups
 from longpo_jax.sources import files_of, texts_of
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
+
+_TOGETHER = 4_000_000  # characters that are tokenised at once, at least
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,11 @@ class Documents(Sequence[Document]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def ids(self) -> list[str]:
+        """Of each document, without reading it."""
+        return [entry.id for entry in self._entries]
+
     @overload
     def __getitem__(self, index: int) -> Document: ...
     @overload
@@ -105,16 +112,19 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, seed: int, *, quiet:
     files = files_of(config.sources, dropped)
     store = _Store(seed, config.documents)
     least, most = sys.maxsize, 0
-    for id, domain, text in texts_of(files, config.text_key, quiet=quiet):
-        reason = _unusable(text)
-        if reason is not None:
-            dropped[reason] += 1
-            continue
-        # Whether a document that is split is beyond the limit is known for each of its parts alone.
-        if config.longer == "drop" and store.beyond(id):
-            store.left_out += 1
-            continue
-        tokens = len(tokenizer.encode_quoted(text))
+
+    def usable() -> Iterator[tuple[str, str, str]]:
+        for id, domain, text in texts_of(files, config.text_key, quiet=quiet):
+            reason = _unusable(text)
+            if reason is not None:
+                dropped[reason] += 1
+            # Whether a document that is split is beyond the limit is known for each of its parts alone.
+            elif config.longer == "drop" and store.beyond(id):
+                store.left_out += 1
+            else:
+                yield id, domain, text
+
+    for id, domain, text, tokens in _counted(usable(), tokenizer):
         least, most = min(least, tokens), max(most, tokens)
         if tokens > config.max_tokens and config.longer == "split":
             for part, piece in enumerate(_parts(text, tokenizer, config.max_tokens)):
@@ -127,6 +137,22 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, seed: int, *, quiet:
     if not len(store):
         raise InputError(_nothing(config, dropped, least, most))
     return Corpus(store.documents(), dict(dropped))
+
+
+def _counted(texts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, str, str, int]]:
+    """With the tokens of each; some texts are counted at once, by all processors."""
+    rest = iter(texts)
+    while True:
+        group, characters = [], 0
+        for item in rest:
+            group.append(item)
+            characters += len(item[2])
+            if characters >= _TOGETHER:
+                break
+        if not group:
+            return
+        counts = tokenizer.counts([text for *_, text in group])
+        yield from ((*item, count) for item, count in zip(group, counts, strict=True))
 
 
 def _keep(document: Document, config: CorpusConfig, store: "_Store", dropped: Counter[str], kind: str) -> None:

@@ -123,8 +123,8 @@ def _clean(line: str) -> str:
 
 
 def _different(questions: Sequence[str]) -> list[str]:
-    """Without those that have no word, or the same words as an earlier one."""
+    """Without those that have no letter, or the same words as an earlier one."""
     first: dict[str, str] = {}
     for question in questions:
         first.setdefault(" ".join(re.findall(r"\w+", question.casefold())), question)
-    return [question for words, question in first.items() if words]
+    return [question for words, question in first.items() if re.search(r"[^\W\d_]", words)]

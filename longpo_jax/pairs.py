@@ -8,6 +8,7 @@ document (rejected). The model that is taught says all of it; that the excerpt's
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +71,15 @@ def run_pairs(
 
 def _resumed(writer: Writer, corpus: Corpus, folder: Path) -> int:
     """How many documents are finished. They must be the first ones of the corpus."""
-    count = len(writer.finished)
-    found = corpus.documents[count - 1].id if 0 < count <= len(corpus.documents) else None
-    if count and found != writer.finished[-1]:
-        raise InputError(
-            f"{folder}: document {count} of the corpus was {writer.finished[-1]}, is {found}: the files have changed; "
-            f"choose another run folder, or delete {folder} to start again"
-        )
-    return count
+    for count, (finished, found) in enumerate(zip_longest(writer.finished, corpus.documents.ids), start=1):
+        if finished is None:
+            return count - 1
+        if finished != found:
+            raise InputError(
+                f"{folder}: document {count} of the corpus was {finished}, is {found}: the files have changed; "
+                f"choose another run folder, or delete {folder} to start again"
+            )
+    return len(writer.finished)
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,8 @@ _MATTERS = {
     ),
     "export": ("model.rope_theta", "train.lengths"),
 }
-# The source is known by what is in it, which each stage adds; weights of domains matter to training alone.
-_EXCEPT = {"pairs": ("model.source", "corpus.weights", "pairs.batch"), "reference": (), "train": (), "export": ()}
+# The source is known by what is in it, which each stage adds.
+_EXCEPT = {"pairs": ("model.source", "model.reference_rope_theta", "corpus.weights", "pairs.batch")}
 
 
 def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
     for name, value in dataclasses.asdict(config).items():
         flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
     matters = {key for key in flat if key in _MATTERS[stage] or f"{key.partition('.')[0]}.*" in _MATTERS[stage]}
-    return {key: value for key, value in flat.items() if key in matters and key not in _EXCEPT[stage]}
+    return {key: value for key, value in flat.items() if key in matters and key not in _EXCEPT.get(stage, ())}
 
 
 def is_done(folder: Path, inputs: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ A run that is killed and started again makes the same updates on the same rows, 
 """
 
 import json
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -55,7 +56,8 @@ def run_train(
     if agreed(leads and is_done(place, inputs)):
         return
     check_agreed("settings, records and model", sorted(inputs.items()))
-    from longpo_jax.tasks import Reader  # TensorFlow
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow, imported by tasks, reports that it finds no GPU
+    from longpo_jax.tasks import Reader
 
     with _Signals() as signals:
         loop = _Loop(config, place, model, inputs, signals)

@@ -56,8 +56,9 @@ def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None
     between, question_mark, end = rest.partition(_QUESTION)
     if not document_mark or not question_mark:
         raise InputError("the checkpoint's chat template dropped the user's message")
-    after = tokenizer.encode(between) + tokenizer.encode_quoted(question) + tokenizer.encode(end)
-    return Frame(tokenizer, tokenizer.encode(before, add_special_tokens=True), after)
+    asked = tokenizer.encode_quoted(question, follows=not between.endswith(" "))
+    after = tokenizer.encode_template(between) + asked + tokenizer.encode_template(end)
+    return Frame(tokenizer, tokenizer.encode_template(before, first=True), after)
 
 
 def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, keep: int) -> tuple[str, int]:

@@ -45,8 +45,10 @@ def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
-def compile_template(source: str, variables: Mapping[str, str]) -> Callable[[Messages, bool], str]:
-    """`render(messages, add_generation_prompt) -> text`; the template sees `variables` such as `bos_token` too.
+def compile_template(source: str, variables: Mapping[str, str]) -> Callable[[Messages, bool, datetime | None], str]:
+    """`render(messages, add_generation_prompt, now) -> text`; the template sees `variables` such as `bos_token` too.
+
+    `now` is the time for templates that write the date; None: the clock's.
 
     `render` raises InputError with the template's own words when it refuses the messages.
     """
@@ -55,17 +57,21 @@ def compile_template(source: str, variables: Mapping[str, str]) -> Callable[[Mes
     )
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     try:
         template = environment.from_string(source)
     except jinja2.TemplateError as error:
         raise InputError(f"the checkpoint's chat template is not valid: {error}") from error
 
-    def render(messages: Messages, add_generation_prompt: bool) -> str:
+    def render(messages: Messages, add_generation_prompt: bool, now: datetime | None) -> str:
         plain = [{str(key): str(value) for key, value in message.items()} for message in messages]
         try:
             return template.render(
-                **variables, messages=plain, tools=None, documents=None, add_generation_prompt=add_generation_prompt
+                **variables,
+                strftime_now=(now or datetime.now()).strftime,
+                messages=plain,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
             )
         except jinja2.TemplateError as error:
             raise InputError(f"the checkpoint's chat template refused the messages: {error}") from error

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to token ids and back, chat prompts, stop ids, and text as it streams."""
 
+import datetime
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -29,6 +30,7 @@ FILES = (
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 # Ends of a turn that a chat template may write without the checkpoint's configs naming them.
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
+_SPACES = ("\N{LOWER ONE EIGHTH BLOCK}", "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}")  # how vocabularies spell one
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -85,9 +87,17 @@ class Tokenizer:
         already = bos is not None and text.startswith(bos)
         return self._backend.encode(text, add_special_tokens=add_special_tokens and not already).ids
 
-    def encode_quoted(self, text: str) -> list[int]:
-        """Token ids of somebody else's words: a special token spelt out in them stays text and controls nothing."""
-        return self._quoting.encode(text, add_special_tokens=False).ids
+    def encode_quoted(self, text: str, *, follows: bool = False) -> list[int]:
+        """Token ids of somebody else's words: a special token spelt out in them stays text and controls nothing.
+
+        `follows`: without the space that some tokenizers (SentencePiece) put before every text.
+        """
+        quoting = self._quoting_unspaced if follows and self._adds_space else self._quoting
+        return quoting.encode(text, add_special_tokens=False).ids
+
+    def counts(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of `encode_quoted` of each text; all processors count."""
+        return [len(encoding) for encoding in self._quoting.encode_batch_fast(texts, add_special_tokens=False)]
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Of each token of `encode_quoted(text)`, the characters text[start:end] that it stands for.
@@ -101,12 +111,32 @@ class Tokenizer:
         """The text of the ids, spaces as the tokens have them; bytes that are not UTF-8 become U+FFFD."""
         return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> str:
+    def encode_template(self, text: str, *, first: bool = False) -> list[int]:
+        """Token ids of the part of a template before (`first`, special tokens are added), between or behind other text.
+
+        Where the tokenizer starts every text with a space, only the first part gets one, and the space that a part ends
+        with is left to what `encode_quoted` gives behind it.
+        """
+        if not self._adds_space:
+            return self.encode(text, add_special_tokens=first)
+        text = text.removesuffix(" ")
+        if first:
+            return self.encode(text, add_special_tokens=True)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        special = (index for index, token in enumerate(encoding.ids) if token in self.special_ids)
+        at = next(special, len(encoding.ids))  # behind a special token it adds one in joined text, too
+        end = encoding.offsets[at][0] if at < len(encoding.ids) else len(text)
+        return self._unspaced.encode(text[:end], add_special_tokens=False).ids + encoding.ids[at:]
+
+    def chat(
+        self, messages: Messages, *, add_generation_prompt: bool = True, now: datetime.datetime | None = None
+    ) -> str:
         """The prompt for `messages` (dicts of role and content), ready for `encode`.
 
+        `now` is the time for templates that write the date; None: the clock's.
         Raises InputError with the template's words when it refuses them (roles that do not alternate, say).
         """
-        return self._render(messages, add_generation_prompt)
+        return self._render(messages, add_generation_prompt, now)
 
     def stream(self) -> "Stream":
         """A decoder for ids that arrive a few at a time."""
@@ -118,10 +148,22 @@ class Tokenizer:
         return frozenset(id for id, token in self._backend.get_added_tokens_decoder().items() if token.special)
 
     @cached_property
+    def _adds_space(self) -> bool:
+        return self._backend.encode("a", add_special_tokens=False).tokens[0][0] in _SPACES
+
+    @cached_property
+    def _unspaced(self) -> tokenizers.Tokenizer:
+        settings = json.loads(self._backend.to_str())
+        changed = {name: _without_space(settings[name]) for name in ("normalizer", "pre_tokenizer")}
+        return tokenizers.Tokenizer.from_str(json.dumps(settings | changed))
+
+    @cached_property
     def _quoting(self) -> tokenizers.Tokenizer:
-        copy = tokenizers.Tokenizer.from_str(self._backend.to_str())
-        copy.encode_special_tokens = True
-        return copy
+        return _quoting(self._backend)
+
+    @cached_property
+    def _quoting_unspaced(self) -> tokenizers.Tokenizer:
+        return _quoting(self._unspaced)
 
     @cached_property
     def _render(self):
@@ -191,6 +233,23 @@ class Stream:
 def tokenizer_of(folder: Path, model_eos: int | Sequence[int] | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder; `model_eos` is config.json's eos_token_id."""
     return Tokenizer({name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}, model_eos)
+
+
+def _quoting(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    copy = tokenizers.Tokenizer.from_str(backend.to_str())
+    copy.encode_special_tokens = True
+    return copy
+
+
+def _without_space(part: Any) -> Any:
+    """A part of tokenizer.json that adds no space before a text."""
+    if not isinstance(part, dict):
+        return part
+    if part["type"] == "Prepend":
+        return {"type": "Sequence", "normalizers": []}
+    how = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}.get(part["type"], {})
+    inner = {key: [_without_space(item) for item in value] for key, value in part.items() if isinstance(value, list)}
+    return part | inner | how
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

@@ -161,6 +161,39 @@ def test_without_a_template_there_is_no_end_token_to_learn():
     assert turns[-1] == 2 and not set(tokenizer.stop_ids) & set(tokens)
 
 
+SPACED = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("turns", [1, 3])
+def test_a_tokenizer_that_adds_spaces_adds_them_as_in_joined_text(turns: int, tmp_path):
+    """Mistral's of version 0.2 and Llama 2's."""
+    files = sentencepiece_files()
+    settings = json.loads(files["tokenizer_config.json"]) | {"chat_template": SPACED}
+    ours = Tokenizer(files | {"tokenizer_config.json": json.dumps(settings).encode()})
+    theirs = transformers.AutoTokenizer.from_pretrained(saved(ours.files, tmp_path))
+    questions, answers = (
+        ("what? 'the cat'", "Why the cat, the", "and")[:turns],
+        ("the cat.", "It was", "a cat the")[:turns],
+    )
+    messages = []
+    for index, (question, answer) in enumerate(zip(questions, answers, strict=True)):
+        content = question if index else f"the  cat sat.\nA dog\n\n{question}"
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    text = theirs.apply_chat_template(messages, tokenize=False)
+    tokens, labels = sequence(ours, "the  cat sat.\nA dog", questions, said(answers))
+    assert tokens == theirs(text, add_special_tokens=False).input_ids
+    assert [labelled(ours, tokens, labels, turn) for turn in range(1, turns + 1)] == [f"{a}</s>" for a in answers]
+
+
+def test_a_template_that_writes_the_date_has_the_same_tokens_on_any_day():
+    dated = "{{ strftime_now('%d %b %Y') }}" + MISTRAL
+    tokenizer = Tokenizer(byte_level_files(chat_template=dated, eos_token="</s>"))
+    assert tokenizer.decode(Dialogue(tokenizer, ("Why?",)).before).startswith("01 Jan 2025")
+
+
 @pytest.mark.parametrize(
     "template", ["{{ messages[0].content }}", "{{ messages[-1].content }}", "{{ messages[0].role }}"]
 )

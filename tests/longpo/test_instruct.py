@@ -146,3 +146,7 @@ def test_openers_and_questions_are_drawn_uniformly_from_the_seed():
 def test_the_request_names_the_number_of_questions():
     words = request(InstructConfig(questions=7, at_least=3))
     assert words.count("7") == 2 and "4" not in words
+
+
+def test_a_number_alone_is_no_question():
+    assert parsed("1: 2\n2: 3.5?\n3: Why is it 2?", InstructConfig(questions=3, at_least=1)) == ["Why is it 2?"]

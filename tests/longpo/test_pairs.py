@@ -240,7 +240,7 @@ def test_other_files_than_those_of_an_unfinished_run_are_refused(config, engine,
         run_pairs(config, tmp_path, quiet=True)
     for path in (tmp_path / "books").iterdir():
         path.rename(path.with_stem(f"{path.stem}b"))
-    with pytest.raises(InputError, match=r"document 3 of the corpus was book/\d.txt#0, is book/\db.txt#0"):
+    with pytest.raises(InputError, match=r"document 1 of the corpus was book/\d.txt#0, is book/\db.txt#0"):
         run_pairs(config, tmp_path, quiet=True)
 
 

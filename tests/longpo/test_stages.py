@@ -77,7 +77,7 @@ def stale(setting: str) -> list[str]:
         ("seed=1", ["pairs", "train"]),
         ("model.dtype=float32", ["pairs", "reference", "train"]),
         ("model.rope_theta=1e6", ["pairs", "train", "export"]),
-        ("model.reference_rope_theta=1e6", ["pairs", "reference"]),
+        ("model.reference_rope_theta=1e6", ["reference"]),
         ("corpus.sources=[a=b]", ["pairs"]),
         ("excerpts.per_document=2", ["pairs"]),
         ("instruct.temperature=0.5", ["pairs"]),

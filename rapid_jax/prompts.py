@@ -3,7 +3,10 @@
 
 from dataclasses import dataclass
 
+from rapid_jax.config import RapidConfig
+from rapid_jax.model.load import LoadedModel
 from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.retrieval.select import Selection
 from rapid_jax.runtime.errors import InputError
 
 _DOCUMENT = "\N{REFERENCE MARK}document\N{REFERENCE MARK}"
@@ -41,8 +44,19 @@ class Frame:
         return Prompt(self.before + self.tokenizer.encode_quoted(document), self.after)
 
 
-def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None) -> Frame:
-    """The user message `template` in the checkpoint's chat template, ready for a document.
+@dataclass(frozen=True)
+class Reading:
+    """The prompts about one question."""
+
+    long: Prompt
+    short: Prompt | None  # on the retrieved text; None in mode target
+    selection: Selection | None
+    document_tokens: int  # of the whole document
+    truncated: bool  # the target does not read all of it
+
+
+def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None, begins: str = "") -> Frame:
+    """The user message `template` in the checkpoint's chat template, ready for a document; the answer `begins` so.
 
     The question and the document are quoted: a special token spelt out in them does not end the user's turn.
     """
@@ -54,11 +68,40 @@ def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None
         messages.insert(0, {"role": "system", "content": system})
     before, document_mark, rest = tokenizer.chat(messages).partition(_DOCUMENT)
     between, question_mark, end = rest.partition(_QUESTION)
+    end += begins
     if not document_mark or not question_mark:
         raise InputError("the checkpoint's chat template dropped the user's message")
     asked = tokenizer.encode_quoted(question, follows=not between.endswith(" "))
     after = tokenizer.encode_template(between) + asked + tokenizer.encode_template(end)
     return Frame(tokenizer, tokenizer.encode_template(before, first=True), after)
+
+
+def visible(config: RapidConfig, target: LoadedModel, document: str, around: int) -> tuple[str, int]:
+    """(what the target reads of the document, the tokens of the whole document); `around` are the prompt's others.
+
+    What is cut depends on the question only where it takes more than 1/32 of the context: one prefill serves the
+    questions that are shorter.
+    """
+    most = config.models.max_context or target.config.context_size
+    if most > target.config.context_size:
+        raise InputError(
+            f"models.max_context: expected at most the {target.config.context_size} positions that {target.source} "
+            f"was made for, got {most}; a longer context needs rope scaling in the checkpoint's config.json"
+        )
+    left = most - config.sampling.max_new_tokens
+    usual = frame(target.tokenizer, config.prompts.target, "?", config.prompts.system).size + most // 32
+    keep = left - max(around, usual) if left > usual else left - around
+    return visible_text(document, left - around, target.tokenizer, config.models.too_long, keep)
+
+
+def check_fits(config: RapidConfig, drafter: LoadedModel, prompt_tokens: int) -> None:
+    """Raises InputError if a prompt of so many tokens and the answer are more than the drafter was made for."""
+    needed = prompt_tokens + config.sampling.max_new_tokens
+    if needed > drafter.config.context_size:
+        raise InputError(
+            f"the drafter's prompt is too long: expected at most {drafter.config.context_size} positions, got "
+            f"{needed} with the answer; lower retrieval.min_tokens or retrieval.max_chunks"
+        )
 
 
 def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, keep: int) -> tuple[str, int]:

@@ -74,7 +74,9 @@ def load_model(
     if rope_theta is not None:
         config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, theta=rope_theta))
     table = {**table, "K": None} if replicate_kv else table
-    decoder = build(config, checkpoint.read, layout=layout, dtype=_dtype(dtype), mesh=mesh, table=table, quiet=quiet)
+    decoder = build(
+        config, checkpoint.read, layout=layout, dtype=arithmetic(dtype), mesh=mesh, table=table, quiet=quiet
+    )
     generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
     if isinstance(checkpoint, HfCheckpoint):
         path, files = checkpoint.folder, tuple(checkpoint.weight_files)
@@ -95,7 +97,8 @@ def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, 
     raise InputError(f"{source}: expected a checkpoint folder, a .gguf file or the name {SMOLLM2!r}")
 
 
-def _dtype(name: LoadDtype) -> jnp.dtype:
+def arithmetic(name: str) -> jnp.dtype:
+    """The dtype of that name; "auto" is float32 on CPUs and bfloat16 elsewhere."""
     if name not in ("auto", "float32", "bfloat16"):
         raise InputError(f"dtype must be auto, float32 or bfloat16, got {name!r}")
     if name == "auto":

@@ -235,6 +235,24 @@ def tokenizer_of(folder: Path, model_eos: int | Sequence[int] | None = None) -> 
     return Tokenizer({name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}, model_eos)
 
 
+def check_same_vocabulary(target: Tokenizer, drafter: Tokenizer, source: str) -> None:
+    """Raises InputError unless both tokenizers give every id the same meaning; `source` names the drafter."""
+    if target.fingerprint == drafter.fingerprint:
+        return
+    for token_id in range(min(target.vocab_size, drafter.vocab_size)):
+        ours, theirs = target.token_of(token_id), drafter.token_of(token_id)
+        if ours != theirs:
+            raise InputError(
+                f"the drafter must have the target's vocabulary: expected token {token_id} to be {ours!r}, "
+                f"got {theirs!r} in {source}"
+            )
+    if target.vocab_size != drafter.vocab_size:
+        raise InputError(
+            f"the drafter must have the target's vocabulary: expected {target.vocab_size} tokens, "
+            f"got {drafter.vocab_size} in {source}"
+        )
+
+
 def _quoting(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     copy = tokenizers.Tokenizer.from_str(backend.to_str())
     copy.encode_special_tokens = True

@@ -3,7 +3,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -55,6 +55,11 @@ class Generation:
     prepare_seconds: float  # prompt tokens after the prefixes
     compile_seconds: float  # compiling the rounds, where they were not compiled yet
     decode_seconds: float  # the rounds
+
+    def row(self, row: int) -> "Generation":
+        """Of one row alone; steps, gammas and seconds stay those of all rows together."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: [value[row]] for name, value in own.items() if isinstance(value, list)})
 
 
 def _side(prompted: Prompted, *, uncached: int, sizes: Sizes, block: int) -> tuple[Side, Tail]:

@@ -18,6 +18,16 @@ def _require(holds: bool, message: str) -> None:
         raise InputError(message)
 
 
+def _require_window(least: int, most: int) -> None:
+    _require(1 <= least <= most, f"expected 1 <= min_tokens <= max_tokens, got {least} and {most}")
+
+
+def _require_above_0(section: object, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        _require(value is None or (math.isfinite(value) and value > 0), f"{name}: expected a number > 0, got {value}")
+
+
 @dataclass(frozen=True)
 class PolicyConfig:
     """The model that is taught, and that generates its own data."""
@@ -26,7 +36,11 @@ class PolicyConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto: float32 on a CPU, else bfloat16
     rope_theta: float | None = None  # of the policy: trained and exported with it; null = the checkpoint's own
     reference_rope_theta: float | None = None  # of the frozen reference, on short contexts; null = the checkpoint's own
-    generation_rope_theta: float | None = None  # of the answers from whole documents; null = as rope_theta
+    # Of answers from whole documents; null = as rope_theta. Answers from excerpts have the checkpoint's own.
+    generation_rope_theta: float | None = None
+
+    def __post_init__(self):
+        _require_above_0(self, "rope_theta", "reference_rope_theta", "generation_rope_theta")
 
 
 @dataclass(frozen=True)
@@ -41,8 +55,14 @@ class CorpusConfig:
     longer: Literal["drop", "split"] = "drop"  # split: into consecutive documents of at most max_tokens, at paragraphs
     documents: int | None = None  # at most so many, after shuffling; null = all
 
+    @property
+    def weight_of(self) -> dict[str, float]:
+        """The weight of each domain; empty without weights."""
+        domains = dict.fromkeys(source.partition("=")[0] for source in self.sources)
+        return dict(zip(domains, self.weights, strict=False))
+
     def __post_init__(self):
-        _require(1 <= self.min_tokens <= self.max_tokens, "expected 1 <= min_tokens <= max_tokens")
+        _require_window(self.min_tokens, self.max_tokens)
         for source in self.sources:
             domain, equals, place = source.partition("=")
             _require(
@@ -50,8 +70,17 @@ class CorpusConfig:
             )
         domains = {source.partition("=")[0] for source in self.sources}
         _require(len(self.weights) in (0, len(domains)), f"weights: expected {len(domains)}, got {len(self.weights)}")
-        _require(all(math.isfinite(weight) and weight > 0 for weight in self.weights), "weights: expected numbers > 0")
-        _require(self.documents is None or self.documents >= 1, "documents: expected at least 1")
+        _require(
+            all(math.isfinite(weight) and weight > 0 for weight in self.weights),
+            f"weights: expected numbers > 0, got {self.weights}",
+        )
+        _require(self.documents is None or self.documents >= 1, f"documents: expected at least 1, got {self.documents}")
+
+
+def _require_sampling(temperature: float, top_p: float) -> None:
+    good = math.isfinite(temperature) and temperature >= 0
+    _require(good, f"temperature: expected a number >= 0, got {temperature}")
+    _require(0 < top_p <= 1, f"top_p: expected above 0 and at most 1, got {top_p}")
 
 
 @dataclass(frozen=True)
@@ -64,8 +93,8 @@ class ExcerptsConfig:
     per_document: int = 4  # excerpts, one turn each, drawn at random and kept in the document's order
 
     def __post_init__(self):
-        _require(1 <= self.min_tokens <= self.max_tokens, "expected 1 <= min_tokens <= max_tokens")
-        _require(self.per_document >= 1, "per_document: expected at least 1")
+        _require_window(self.min_tokens, self.max_tokens)
+        _require(self.per_document >= 1, f"per_document: expected at least 1, got {self.per_document}")
 
 
 @dataclass(frozen=True)
@@ -79,7 +108,10 @@ class InstructConfig:
     max_new_tokens: int = 1024
 
     def __post_init__(self):
-        _require(1 <= self.at_least <= self.questions <= 16, "expected 1 <= at_least <= questions <= 16")
+        asked = self.at_least, self.questions
+        _require(1 <= asked[0] <= asked[1] <= 16, f"expected 1 <= at_least <= questions <= 16, got {asked}")
+        _require(self.max_new_tokens >= 1, f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        _require_sampling(self.temperature, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -103,11 +135,13 @@ class PairsConfig:
         for name in ("max_new_tokens", "max_context", "batch", "shard_pairs"):
             _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
         _require(1 <= self.gamma <= 64, f"gamma: expected 1 to 64, got {self.gamma}")
-        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
-        _require(finite and self.temperature >= 0, f"temperature: expected a number >= 0, got {self.temperature}")
-        _require(self.repetition_penalty > 0, f"repetition_penalty: expected > 0, got {self.repetition_penalty}")
-        _require(0 < self.top_p <= 1, f"top_p: expected above 0 and at most 1, got {self.top_p}")
-        _require(self.max_context > self.max_new_tokens, "max_context: expected more than max_new_tokens")
+        _require_sampling(self.temperature, self.top_p)
+        _require_above_0(self, "repetition_penalty")
+        for name in ("repeats_chosen", "repeats_rejected"):
+            _require(0 <= getattr(self, name) <= 1, f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        _require(self.min_words >= 0, f"min_words: expected at least 0, got {self.min_words}")
+        sizes = self.max_context, self.max_new_tokens
+        _require(sizes[0] > sizes[1], f"max_context: expected more than max_new_tokens, got {sizes[0]} and {sizes[1]}")
 
 
 @dataclass(frozen=True)
@@ -141,15 +175,15 @@ class OptimizerConfig:
     decay: float = 0.99  # rmsprop
     weight_decay: float = 0.0  # adamw
     clip_norm: float | None = 1.0  # of the gradient of all weights; null = off
-    weights_dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights that are updated
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        _require(math.isfinite(self.learning_rate) and self.learning_rate > 0, "learning_rate: expected a number > 0")
-        _require(0 <= self.warmup_ratio <= 1, "warmup_ratio: expected 0 to 1")
-        _require(0 <= self.b1 < 1 and 0 <= self.b2 < 1 and 0 <= self.decay < 1, "b1, b2, decay: expected 0 to below 1")
-        _require(self.eps > 0 and self.weight_decay >= 0, "expected eps > 0 and weight_decay >= 0")
-        _require(self.clip_norm is None or self.clip_norm > 0, "clip_norm: expected a number > 0, or null")
+        _require_above_0(self, "learning_rate", "eps", "clip_norm")
+        _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")
+        for name in ("b1", "b2", "decay"):
+            _require(0 <= getattr(self, name) < 1, f"{name}: expected 0 to below 1, got {getattr(self, name)}")
+        decays = math.isfinite(self.weight_decay) and self.weight_decay >= 0
+        _require(decays, f"weight_decay: expected a number >= 0, got {self.weight_decay}")
 
 
 @dataclass(frozen=True)
@@ -173,11 +207,17 @@ class TrainConfig:
     wandb: str | None = None  # project name; needs the package wandb
 
     def __post_init__(self):
-        _require(len(self.lengths) > 0 and list(self.lengths) == sorted(set(self.lengths)), "lengths: expected to rise")
+        rise = len(self.lengths) > 0 and list(self.lengths) == sorted(set(self.lengths)) and self.lengths[0] >= 1
+        _require(rise, f"lengths: expected to rise from at least 1, got {list(self.lengths)}")
         for name in ("tail", "rows_per_step", "epochs", "logits_chunk", "attention_block", "log_every", "save_every"):
             _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
         _require(self.keep >= 1, f"keep: expected at least 1, got {self.keep}")
-        _require(self.max_steps is None or self.max_steps >= 1, "max_steps: expected at least 1, or null")
+        for name in ("max_steps", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"{name}: expected at least 1, or null, got {value}")
+        _require(
+            not (self.offload and self.remat == "none"), "offload: expected remat layer or attention, got remat none"
+        )
 
 
 @dataclass(frozen=True)

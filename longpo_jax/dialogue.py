@@ -25,7 +25,9 @@ class Branch:
     """What follows the shared part, up to the end token of the last answer, where the template has one."""
 
     tokens: list[int]
-    turns: list[int]  # of each token the turn, from 1, whose answer it belongs to (the end token too); 0: none
+    # Of each token the turn, from 1, whose answer it belongs to (the end token too); 0: none; -1: an end token that the
+    # answer did not come to.
+    turns: list[int]
 
 
 class Dialogue:
@@ -58,9 +60,9 @@ class Dialogue:
         turns: list[int] = []
         for turn, (answer, after) in enumerate(zip(answers, self.between, strict=True), start=1):
             said = self._tokenizer.encode_quoted(answer.text)
-            ended = len(self._ended(after)) if answer.finished else 0
+            ended = len(self._ended(after))
             tokens += said + after
-            turns += [turn] * (len(said) + ended) + [0] * (len(after) - ended)
+            turns += [turn] * len(said) + [turn if answer.finished else -1] * ended + [0] * (len(after) - ended)
         return Branch(tokens, turns)
 
     def _around(self, before: str, instruction: str, after: str) -> list[int]:

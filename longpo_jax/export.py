@@ -21,9 +21,7 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import agreed, make_meshes
 
 
-def run_export(
-    config: LongPOConfig, folder: Path, source: str | None = None, *, leads: bool = True, quiet: bool = False
-) -> None:
+def run_export(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
     """Writes the newest checkpoint of `folder`/train to `folder`/export: bfloat16, sharded, whole or not at all.
 
     Tokenizer, chat template and generation defaults are those of the model that training started from; the rope theta
@@ -34,7 +32,7 @@ def run_export(
     inputs = inputs_of(config, "export") | {"train": identity_of(folder / "train")}
     if agreed(leads and is_done(place, inputs)):
         return
-    checkpoint, tokenizer = open_checkpoint(source or config.model.source)
+    checkpoint, tokenizer = open_checkpoint(config.model.source)
     decoder = trained(config, checkpoint.config, folder / "train" / "checkpoints")
     save_hf(place, decoder, dtype="bfloat16", files=_reaching(tokenizer.files, decoder.config.context_size))
     if leads:
@@ -48,18 +46,19 @@ def trained(config: LongPOConfig, model: ModelConfig, checkpoints: Path) -> Deco
         rope = dataclasses.replace(rope, theta=config.model.rope_theta)
     longest = max(model.max_positions, config.train.lengths[-1])
     model = dataclasses.replace(model, rope=rope, max_positions=longest)
-    dtype, mesh = jnp.dtype(config.optimizer.weights_dtype), make_meshes(config.mesh, None)[0]
+    mesh = make_meshes(config.mesh, None)[0]
     table = {**TRAINED, "K": None} if config.mesh.replicate_kv else TRAINED
     found = newest(checkpoints)
     if found is None:
         raise InputError(f"{checkpoints}: expected a checkpoint, got none: run `longpo train` first")
-    return restore_weights(found, abstract(model, layout="stacked", dtype=dtype, mesh=mesh, table=table))
+    return restore_weights(found, abstract(model, layout="stacked", dtype=jnp.dtype("float32"), mesh=mesh, table=table))
 
 
 def _reaching(files: Mapping[str, bytes], context: int) -> dict[str, bytes]:
     """The tokenizer's files, without a limit below `context`, at which transformers would warn or cut."""
     name, key = "tokenizer_config.json", "model_max_length"
     settings = json.loads(files.get(name, b"{}"))
-    if settings.get(key, context) >= context:
+    limit = settings.get(key)
+    if not isinstance(limit, int | float) or limit >= context:
         return dict(files)
     return {**files, name: json.dumps(settings | {key: context}, indent=2, ensure_ascii=False).encode()}

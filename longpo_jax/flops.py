@@ -20,11 +20,23 @@ def tokens_of(batch: Mapping[str, Any]) -> jax.Array:
     return sum((jnp.sum(batch[name] >= 0, dtype=jnp.float32) for name in _positions(batch)), jnp.float32(0))
 
 
-def flops_of(config: ModelConfig, batch: Mapping[str, Any]) -> jax.Array:
-    """FLOPs of forward and backward over all rows, float32; every token is taken to make logits."""
+def logits_of(batch: Mapping[str, Any], nll: str) -> jax.Array:
+    """How many places of all rows need logits, float32; `nll` is as in `step.row_log_probs`."""
+    found = jnp.float32(0)
+    for name in _positions(batch):
+        prefix = name.removesuffix("pos_BT")
+        counts_BT = batch[f"{prefix}turn_BT"] > 0
+        if nll == "full" and not prefix:
+            counts_BT |= (batch["branch_BT"] != REJECTED) & (batch["turn_BT"] >= 0)
+        found += jnp.sum(counts_BT & (batch[name] >= 0), dtype=jnp.float32)
+    return found
+
+
+def flops_of(config: ModelConfig, nll: str, batch: Mapping[str, Any]) -> jax.Array:
+    """FLOPs of forward and backward over all rows, float32."""
     D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    weights = config.num_layers * (D * H * heads + 3 * D * F) + D * V
+    weights = config.num_layers * (D * H * heads + 3 * D * F)
     pairs = jnp.float32(0)
     for name in _positions(batch):
         prefix = name.removesuffix("pos_BT")
@@ -34,7 +46,7 @@ def flops_of(config: ModelConfig, batch: Mapping[str, Any]) -> jax.Array:
         shared_B = (batch[f"{prefix}reach_B"] + 1).astype(jnp.float32)
         pairs += jnp.sum(trunk_B * (trunk_B + 1) / 2 + tail_B * shared_B + tail_B * (tail_B + 1) / 2)
     attention = 12 * H * config.num_heads * config.num_layers * pairs
-    return 6.0 * weights * tokens_of(batch) + attention
+    return 6.0 * weights * tokens_of(batch) + 6.0 * D * V * logits_of(batch, nll) + attention
 
 
 def _positions(batch: Mapping[str, Any]) -> list[str]:

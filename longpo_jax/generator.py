@@ -1,24 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model's own answers, many prompts at a time: to independent prompts, and to several questions on one document."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 
+from flax import nnx
+
 from longpo_jax.config import LongPOConfig
+from longpo_jax.identity import identity_of
 from longpo_jax.records import Answer
 from rapid_jax.attention.cache import Prefix
-from rapid_jax.model.config import to_hf
-from rapid_jax.model.hf_io import HfCheckpoint
+from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
-from rapid_jax.runtime.files import digest, digest_file
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Prompted, generate
 from rapid_jax.speculative.prefill import prefill
-
-_TEMPLATES = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")
 
 
 class Generator:
@@ -28,58 +26,48 @@ class Generator:
     rounding, which can turn a near tie). The same calls give the same answers.
     """
 
-    def __init__(self, config: LongPOConfig, source: str | None = None, *, quiet: bool = False):
+    def __init__(self, config: LongPOConfig, *, quiet: bool = False):
         self.config = config
-        self.source = source or config.model.source
         self._quiet = quiet
-        self._checkpoint, self.tokenizer = open_checkpoint(self.source)
-        self._theta = config.model.generation_rope_theta or config.model.rope_theta
+        self._checkpoint, self.tokenizer = open_checkpoint(self.config.model.source)
 
     @cached_property
     def model(self) -> LoadedModel:
-        """The model on its devices, with the rope theta of generation."""
+        """The model on its devices, with the rope theta for whole documents."""
         mesh_config = self.config.generation.mesh
         return load_model(
-            self.source,
+            self.config.model.source,
             layout=self.config.generation.layout,
             dtype=self.config.model.dtype,
             mesh=make_meshes(mesh_config, None)[0],
             replicate_kv=mesh_config.replicate_kv,
-            rope_theta=self._theta,
+            rope_theta=self.config.model.generation_rope_theta or self.config.model.rope_theta,
             quiet=self._quiet,
         )
 
     @cached_property
-    def weights_hash(self) -> str:
-        """`LoadedModel.weights_hash`, for which nothing is loaded."""
-        checkpoint = self._checkpoint
-        config = checkpoint.config
-        if self._theta is not None:
-            config = replace(config, rope=replace(config.rope, theta=self._theta))
-        paths = checkpoint.weight_files if isinstance(checkpoint, HfCheckpoint) else [checkpoint.path]
-        return digest(json.dumps(to_hf(config), sort_keys=True), *(digest_file(path) for path in paths))
+    def short(self) -> Decoder:
+        """The same arrays with the checkpoint's own rope theta, for short contexts."""
+        decoder = nnx.merge(*nnx.split(self.model.decoder))
+        decoder.config = replace(decoder.config, rope=self._checkpoint.config.rope)
+        return decoder
 
     @property
     def identity(self) -> dict[str, str]:
-        """What besides settings decides an answer: digests of the model, the tokenizer, and the template and stops."""
-        files, stops = self.tokenizer.files, self.tokenizer.stop_ids
-        return {
-            "model.weights": self.weights_hash,
-            "model.tokenizer": self.tokenizer.fingerprint,
-            "model.template": digest(*(files.get(name, b"") for name in _TEMPLATES), repr(stops)),
-        }
+        """What besides settings decides an answer."""
+        return identity_of(self.config.model.source, self.config.model.dtype)
 
     def answers(self, prompts: Sequence[list[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Answer]:
-        """An answer to each prompt of two tokens or more; `pairs.batch` of about equal length are worked on at once."""
+        """An answer to each short prompt of two tokens or more, `pairs.batch` of about equal length at once."""
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         found: dict[int, Answer] = {}
         most = self.config.pairs.batch
         for start in range(0, len(by_length), most):
             batch = by_length[start : start + most]
             rows = self._filled(batch, most)
-            prefix = self._prefilled([prompts[row][:-1] for row in rows])
+            prefix = self._prefilled(self.short, [prompts[row][:-1] for row in rows])
             cached = [len(prompts[row]) - 1 for row in rows]
-            prompted = Prompted(self.model.decoder, [prompts[row] for row in rows], prefix, cached)
+            prompted = Prompted(self.short, [prompts[row] for row in rows], prefix, cached)
             said = self._generated(prompted, None, sampling, [seeds[row] for row in rows])
             found |= dict(zip(batch, said, strict=False))
         return [found[index] for index in range(len(prompts))]
@@ -103,13 +91,15 @@ class Generator:
         rows = self._filled(range(len(tails)))
         decoder = self.model.decoder
         # Attention broadcasts a prefix of one row over all rows; on a mesh each part of `data` has one.
-        prefix = self._prefilled([head] * self.config.generation.mesh.data)
+        prefix = self._prefilled(decoder, [head] * self.config.generation.mesh.data)
         prompts = [head + tails[row] for row in rows]
         target, drafter = Prompted(decoder, prompts, prefix, [len(head)] * len(rows)), None
         if drafts is not None:
             short = [drafts[row] for row in rows]
             cached = [len(prompt) - 2 for prompt in short]
-            drafter = Prompted(decoder, short, self._prefilled([prompt[:-2] for prompt in short]), cached)
+            drafter = Prompted(
+                self.short, short, self._prefilled(self.short, [prompt[:-2] for prompt in short]), cached
+            )
         return self._generated(target, drafter, sampling, [seeds[row] for row in rows])[: len(tails)]
 
     def _filled(self, rows: Sequence[int], most: int | None = None) -> list[int]:
@@ -121,8 +111,8 @@ class Generator:
         size = size if most is None else min(size, most)
         return [*rows, *[rows[-1]] * (-(-size // data) * data - len(rows))]
 
-    def _prefilled(self, prompts: Sequence[list[int]]) -> Prefix:
-        decoder, compute = self.model.decoder, self.config.compute
+    def _prefilled(self, decoder: Decoder, prompts: Sequence[list[int]]) -> Prefix:
+        compute = self.config.compute
         chunk, dtype = self.config.generation.prefill_chunk, decoder.embed_VD[...].dtype
         return prefill(decoder, prompts, chunk=chunk, dtype=dtype, kernel=compute.kernel, over=compute.context)
 
@@ -143,5 +133,9 @@ class Generator:
         )
         ended = [reason == "stop" for reason in generation.finish_reasons]
         said = [tokens[:-1] if stop else tokens for tokens, stop in zip(generation.tokens, ended, strict=True)]
-        texts = [self.tokenizer.decode(tokens) for tokens in said]
+        # One that was cut off may end inside a character.
+        texts = [
+            self.tokenizer.decode(tokens).rstrip("" if stop else "\N{REPLACEMENT CHARACTER}")
+            for tokens, stop in zip(said, ended, strict=True)
+        ]
         return [Answer(text, len(tokens), stop) for text, tokens, stop in zip(texts, said, ended, strict=True)]

@@ -124,15 +124,24 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: expected the metrics of a training run, got no file")
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
-            found.append(json.loads(line))
-            found[-1]["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path}:{number}: expected a line of metrics, got {line[:40]!r}") from error
+            values = json.loads(line)
+        except ValueError:
+            values = None
+        if not _are_metrics(values):
+            raise InputError(f"{path}:{number}: expected a line of metrics, got {line[:40].decode(errors='replace')!r}")
+        found.append(values)
     if not found:
         raise InputError(f"{path}: expected the metrics of a training run, got an empty file")
     return found
+
+
+def _are_metrics(values: Any) -> bool:
+    """Whether they are an update's: numbers, and nulls but for its step."""
+    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
+        return False
+    return all(value is None or isinstance(value, int | float) for value in values.values())
 
 
 def _cut(path: Path, resumed: int) -> None:

@@ -34,25 +34,23 @@ from rapid_jax.speculative.config import SamplingConfig
 _OF_DOCUMENTS, _OF_TURNS, _OF_TEXT = "documents dropped: ", "turns dropped: ", "text dropped: "
 
 
-def run_pairs(
-    config: LongPOConfig, folder: Path, source: str | None = None, *, leads: bool = True, quiet: bool = False
-) -> None:
+def run_pairs(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
     """Makes the records of `folder`/pairs (records.py) and marks the stage done; goes on where it was interrupted.
 
-    `source` is the model instead of `config.model.source`. Every process of a run computes the same; the one that
+    Every process of a run computes the same; the one that
     `leads` reads and writes the folder. Raises InputError for what cannot be used, and if not one pair is left.
     """
     folder = folder / "pairs"
-    generator = Generator(config, source, quiet=quiet)
+    generator = Generator(config, quiet=quiet)
     inputs = inputs_of(config, "pairs") | generator.identity
     check_agreed("settings and model", sorted(inputs.items()))
     if agreed(leads and is_done(folder, inputs)):
         return
     maker = PairMaker(config, generator, digest(repr(sorted(inputs.items()))))
+    writer = Writer(folder, inputs, shard_pairs=config.pairs.shard_pairs) if leads else None
     corpus = read_corpus(config.corpus, generator.tokenizer, config.seed, quiet=quiet)
     documents = corpus.documents
     check_agreed("documents", len(documents), documents[0].id, documents[-1].id)
-    writer = Writer(folder, inputs, shard_pairs=config.pairs.shard_pairs) if leads else None
     finished = int(agreed(0 if writer is None else _resumed(writer, corpus, folder)))
     with progress("pairs", len(documents) - finished, "documents", quiet=quiet or not leads) as report:
         for document, record, counts in maker.made(documents, finished):

@@ -78,8 +78,7 @@ def programs_of(config: LongPOConfig, topology: Topology, model: Architecture) -
         config = replace(config, model=replace(config.model, dtype="bfloat16"))
     mesh = make_mesh(config.mesh, topology.devices)
     table = {**TRAINED, "K": None} if config.mesh.replicate_kv else TRAINED
-    dtype = jnp.dtype(config.optimizer.weights_dtype)
-    decoder = abstract(model.config, layout="stacked", dtype=dtype, mesh=mesh, table=table)
+    decoder = abstract(model.config, layout="stacked", dtype=jnp.dtype("float32"), mesh=mesh, table=table)
     step = Step(config, decoder, transform_of(config.optimizer, 1000))
     total, moments = step.zero_total(decoder), step.moments(decoder)
     count = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.NamedSharding(mesh, jax.P()))
@@ -150,14 +149,15 @@ def _flops(config: LongPOConfig, model: Architecture, row: dict[str, Any]) -> tu
     Computed again are the logits; by remat all of a layer but its last product and, unless it is kept, attention; and
     the scores of attention, by its backward kernels: 7 products of queries and keys where the model needs 4.
     """
-    from longpo_jax.flops import flops_of, tokens_of
+    from longpo_jax.flops import flops_of, logits_of, tokens_of
     from rapid_jax.plan.cost import matrices
 
     shape, remat = model.config, config.train.remat
-    needed, tokens = float(flops_of(shape, row)), float(tokens_of(row))
+    nll = config.objective.nll
+    needed, tokens, logits = float(flops_of(shape, nll, row)), float(tokens_of(row)), float(logits_of(row, nll))
     layers, head = matrices(shape), shape.hidden_size * shape.vocab_size
-    attention = needed - 6 * (layers + head) * tokens
-    again = 2 * head * tokens + attention * 3 / 6
+    attention = needed - 6 * (layers * tokens + head * logits)
+    again = 2 * head * logits + attention * 3 / 6
     if remat != "none":
         again += 2 * (layers - shape.num_layers * shape.intermediate_size * shape.hidden_size) * tokens
     if remat == "layer":

@@ -119,25 +119,24 @@ def _span(values: dict[str, Any], name: str, size: int | None = None) -> tuple[i
 class Writer:
     """Appends the documents of a run, one at a time, each whole or not at all, and goes on where a run was ended.
 
-    Raises InputError if the folder holds an unfinished run of other inputs, or files that are not as its journal says.
+    The folder is made with the first of them. Raises InputError if it holds records of an unfinished run of other
+    inputs, or files that are not as its journal says.
     """
 
     def __init__(self, folder: Path, inputs: Mapping[str, Any], *, shard_pairs: int):
         self.finished: list[str] = []  # ids, in the order in which they were added
         self.counts: Counter[str] = Counter()  # sums of what was counted
         self._folder, self._shard_pairs, self._records = folder, shard_pairs, 0
-        folder.mkdir(parents=True, exist_ok=True)
-        header = {"schema": SCHEMA, "inputs": json.loads(json.dumps(dict(inputs)))}
+        self._header = {"schema": SCHEMA, "inputs": json.loads(json.dumps(dict(inputs)))}
         lines = _whole_lines(folder / _JOURNAL)
+        self._new = not lines  # or only of documents that other settings made nothing of
         if lines:
-            _check_same(header, lines[0], folder)
+            self._new = _are_others(self._header, lines[0], folder)
         elif shards_of(folder):
             raise InputError(f"{folder}: expected an empty folder or an unfinished run, got records without a journal")
-        else:
-            self._append(_JOURNAL, header)
         try:
-            self._resume(lines[1:])
-        except (KeyError, TypeError) as error:
+            self._resume([] if self._new else lines[1:])
+        except (AttributeError, KeyError, TypeError) as error:
             raise InputError(f"{folder / _JOURNAL}: expected a line a document, got one with {error}") from error
 
     def _resume(self, lines: list[dict[str, Any]]) -> None:
@@ -164,6 +163,11 @@ class Writer:
 
         Raises InputError if the disk is full.
         """
+        if self._new:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            (self._folder / _JOURNAL).unlink(missing_ok=True)
+            self._append(_JOURNAL, self._header)
+            self._new = False
         place = None
         if record is not None:
             name = _shard(self._records // self._shard_pairs)
@@ -200,13 +204,18 @@ def read_records(folder: Path) -> Iterator[Record]:
             raise InputError(f"{folder}: expected {_shard(index)}, got {path.name}")
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                record = Record.from_json(_parsed(line, path, number), f"{path}:{number}")
+                record = record_of(line, path, number)
                 if record.id in seen:
                     raise InputError(f"{path}:{number}: expected a document once, got {record.id!r} again")
                 seen.add(record.id)
                 yield record
     if expected is not None and len(seen) != expected:
         raise InputError(f"{folder}: expected {expected} records, got {len(seen)}")
+
+
+def record_of(line: bytes, path: Path, number: int) -> Record:
+    """The record of a line. Raises InputError, naming file and line, for one that is not whole or of another schema."""
+    return Record.from_json(_parsed(line, path, number), f"{path}:{number}")
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -218,7 +227,7 @@ def digest_of(folder: Path) -> str:
     """SHA-256 over all records. Raises InputError if there are none."""
     shards = shards_of(folder)
     if not shards:
-        raise InputError(f"{folder}: expected records in pairs-*.jsonl, got none")
+        raise InputError(f"{folder}: expected records in pairs-*.jsonl, got none: run `longpo pairs` first")
     return digest(*(part for path in shards for part in (path.name, digest_file(path))))
 
 
@@ -244,14 +253,18 @@ def _parsed(line: bytes, path: Path, number: int) -> Any:
         raise InputError(f"{path}:{number}: expected JSON, got {error}") from error
 
 
-def _check_same(expected: Mapping[str, Any], got: Any, folder: Path) -> None:
+def _are_others(expected: Mapping[str, Any], got: Any, folder: Path) -> bool:
+    """Whether a journal is of other inputs, but no record was made with them. Raises InputError if some were."""
     schema = got.get("schema") if isinstance(got, dict) else type(got).__name__
-    if schema != SCHEMA:
-        raise InputError(f"{folder / _JOURNAL}: expected schema {SCHEMA}, got {schema}")
+    if schema != SCHEMA or not isinstance(got.get("inputs"), dict):
+        raise InputError(f"{folder / _JOURNAL}: expected schema {SCHEMA} and inputs, got schema {schema}")
     ours, theirs = expected["inputs"], got["inputs"]
     for key in (*ours, *theirs):
         if ours.get(key) != theirs.get(key) or (key in ours) != (key in theirs):
+            if not shards_of(folder):
+                return True
             raise InputError(
                 f"{folder} holds an unfinished run with {key} = {json.dumps(theirs.get(key)):.60}, expected "
                 f"{json.dumps(ours.get(key)):.60}: choose another run folder, or delete {folder} to start again"
             )
+    return False

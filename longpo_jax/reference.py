@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from longpo_jax.config import LongPOConfig
+from longpo_jax.identity import identity_of
 from longpo_jax.records import Record, digest_of, read_records
 from longpo_jax.remat import wrapping
 from longpo_jax.rows import batched
@@ -31,8 +32,7 @@ from longpo_jax.samples import Parts, all_turns, one_turn
 from longpo_jax.stages import inputs_of, is_done, mark_done, summary_of
 from longpo_jax.step import row_log_probs
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.model.hf_io import HfCheckpoint
-from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
+from rapid_jax.model.load import LoadedModel, load_model
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.axes import TRAINED
 from rapid_jax.runtime.errors import InputError
@@ -44,25 +44,24 @@ from rapid_jax.speculative.prefill import bucket
 References: TypeAlias = Mapping[str, Sequence[float]]  # by name, an item a turn (dpo: one item)
 
 _LEAST = 64  # places that a device's half of a zigzag part is padded to multiples of
+_OWNER = "inputs.txt"  # beside the scores: a digest of the inputs that they are of
 _TOGETHER = 32  # records between two writes
 
 
-def run_reference(
-    config: LongPOConfig, folder: Path, source: str | None = None, *, leads: bool = True, quiet: bool = False
-) -> None:
+def run_reference(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
     """Scores the records of `folder`/pairs into `folder`/reference; goes on where it was interrupted.
 
-    `source` is the model instead of `config.model.source`. Every process computes, the one that `leads` writes.
+    Every process computes, the one that `leads` writes.
     """
     place = folder / "reference"
-    inputs = reference_inputs(config, folder, source)
+    inputs = reference_inputs(config, folder)
     if agreed(leads and is_done(place, inputs)):
         return
-    count = summary_of(folder / "pairs")["pairs"]
+    count = sum(1 for _ in read_records(folder / "pairs"))  # a damaged one is told before the first is scored
     if config.objective.name != "sft":
         done = _Scores(place, digest(json.dumps(inputs, sort_keys=True)), leads=leads)
         first = int(agreed(done.count))
-        scorer = Scorer(config, source, quiet=quiet) if first < count else None
+        scorer = Scorer(config, quiet=quiet) if first < count else None
         records = islice(read_records(folder / "pairs"), first, None)
         with progress("reference", count - first, "documents", quiet=quiet or not leads) as report:
             while scorer is not None and (part := list(islice(records, _TOGETHER))):
@@ -72,24 +71,17 @@ def run_reference(
         mark_done(place, inputs, {"records": count, "files": _digests(place)})
 
 
-def reference_inputs(config: LongPOConfig, folder: Path, source: str | None = None) -> dict[str, Any]:
+def reference_inputs(config: LongPOConfig, folder: Path) -> dict[str, Any]:
     """What the scores follow from: settings, weights, tokenizer, chat template, and the records."""
     inputs = inputs_of(config, "reference") | {"pairs": digest_of(folder / "pairs")}
     if config.objective.name != "sft":
-        checkpoint, tokenizer = open_checkpoint(source or config.model.source)
-        files = checkpoint.weight_files if isinstance(checkpoint, HfCheckpoint) else [checkpoint.path]
-        inputs["model.weights"] = digest(*(digest_file(path) for path in files), repr(checkpoint.config))
-        inputs["model.tokenizer"] = tokenizer.fingerprint
-        # The files that the template is in, not what it renders: some templates write the day's date.
-        rest = [item for item in sorted(tokenizer.files.items()) if item[0] != "tokenizer.json"]
-        inputs["model.template"] = digest(*(part for item in rest for part in item), repr(tokenizer.stop_ids))
+        inputs |= identity_of(config.model.source, config.model.dtype)
     return inputs
 
 
-def read_references(config: LongPOConfig, folder: Path, source: str | None = None) -> dict[str, References]:
-    """The scores of each record by its id. Raises InputError if there are none, or they are of something else."""
-    place = folder / "reference"
-    if not is_done(place, reference_inputs(config, folder, source)):
+def read_references(place: Path, inputs: Mapping[str, Any]) -> dict[str, References]:
+    """The scores of each record by its id. Raises InputError if there are none, or they are of other inputs."""
+    if not is_done(place, inputs):
         raise InputError(f"{place}: expected the reference's log-probabilities, got none: run `longpo reference` first")
     if _digests(place) != summary_of(place)["files"]:
         raise InputError(
@@ -110,16 +102,21 @@ class _Scores:
         self._place, self._key, self._leads = place, key, leads
         self.count = 0
         self._files = 0
-        owner = place / "inputs.txt"
-        if leads and owner.is_file() and owner.read_text() == key:
+        self._new = True
+        owner = place / _OWNER
+        if leads and owner.is_file() and owner.read_text(errors="replace") == key:
+            self._new = False
             while (path := self._path(self._files)).is_file():
                 self.count += len(path.read_text(encoding="utf-8").splitlines())
                 self._files += 1
-        elif leads:
-            for path in place.glob("scores-*.jsonl"):
-                path.unlink()
-            with replace_file(owner) as temporary:
-                temporary.write_text(key)
+
+    def _begin(self) -> None:
+        """Nothing is there but what these inputs make."""
+        for path in self._place.glob("scores-*.jsonl"):
+            path.unlink()
+        with replace_file(self._place / _OWNER) as temporary:
+            temporary.write_text(self._key)
+        self._new = False
 
     def _path(self, index: int) -> Path:
         return self._place / f"scores-{index:05d}.jsonl"
@@ -127,6 +124,8 @@ class _Scores:
     def add(self, scores: Sequence[Mapping[str, Any]]) -> None:
         """Of the next records."""
         if self._leads:
+            if self._new:
+                self._begin()
             with replace_file(self._path(self._files)) as temporary:
                 temporary.write_text("".join(json.dumps(score) + "\n" for score in scores), encoding="utf-8")
         self._files += 1
@@ -139,8 +138,8 @@ def _digests(place: Path) -> dict[str, str]:
 class Scorer:
     """The reference on its devices."""
 
-    def __init__(self, config: LongPOConfig, source: str | None = None, *, quiet: bool = False):
-        model = self._model = self._loaded(config, source, quiet)
+    def __init__(self, config: LongPOConfig, *, quiet: bool = False):
+        model = self._model = self._loaded(config, quiet)
         mesh = model.decoder.mesh
         train, compute = config.train, config.compute
         self._objective, self._tokenizer = config.objective.name, model.tokenizer
@@ -152,9 +151,9 @@ class Scorer:
         self._call = jax.jit(lambda *given, **how: whole(mesh, call(*given, **how)), static_argnames="tail")
 
     @staticmethod
-    def _loaded(config: LongPOConfig, source: str | None, quiet: bool) -> LoadedModel:
+    def _loaded(config: LongPOConfig, quiet: bool) -> LoadedModel:
         return load_model(
-            source or config.model.source,
+            config.model.source,
             layout="stacked",
             dtype=config.model.dtype,
             mesh=make_meshes(config.mesh, None)[0],

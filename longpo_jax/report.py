@@ -35,7 +35,11 @@ def report(runs: Sequence[Path], out: Path | None = None) -> None:
     InputError where there are no metrics.
     """
     found = {name: read_metrics(folder) for run in runs for name, folder in _trainings(run)}
+    if not any(_points(lines, key) for lines in found.values() for key, *_ in _PANELS.values()):
+        raise InputError(f"{', '.join(found)}: expected metrics such as {next(iter(_PANELS))}, got none that is known")
     place = runs[0] if out is None else out
+    if place.exists() and not place.is_dir():
+        raise InputError(f"{place}: expected a folder to write to, got a file")
     picture = _drawn(found)
     with replace_file(place / "report.png") as temporary:
         temporary.write_bytes(picture)
@@ -49,7 +53,8 @@ def _trainings(run: Path) -> list[tuple[str, Path]]:
     for folder in (run, run / "train"):
         if (folder / FILE).is_file():
             return [(str(run), folder)]
-    rounds = sorted(run.glob("round-*/train"), key=lambda folder: int(folder.parent.name.partition("-")[2]))
+    numbers = {folder: folder.parent.name.partition("-")[2] for folder in run.glob("round-*/train")}
+    rounds = sorted((folder for folder in numbers if numbers[folder].isdigit()), key=lambda f: int(numbers[f]))
     with_metrics = [folder for folder in rounds if (folder / FILE).is_file()]
     if not with_metrics:
         raise InputError(f"{run}: expected the metrics of a training run, got no {FILE}")

@@ -5,12 +5,13 @@ Each round starts from the model that the one before has exported: it makes the 
 what is trained. What is done is skipped, so a chain that was interrupted goes on where it stopped.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.stages import STAGES
+from longpo_jax.stages import STAGES, has_ended, working_in
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
 
@@ -40,33 +41,44 @@ def rounds_of(config: LongPOConfig) -> list[LongPOConfig]:
     return found
 
 
-def run_stage(
-    stage: str,
-    config: LongPOConfig,
-    folder: Path,
-    source: str | None = None,
-    *,
-    leads: bool = True,
-    quiet: bool = False,
-) -> None:
-    """One of `stages.STAGES` of the round in `folder`; skipped if done. `source` stands for config.model.source."""
-    _stage(stage)(config, folder, source, leads=leads, quiet=quiet)
-    if leads:
-        settings.save(config, folder / SETTINGS)
+def run_stage(stage: str, config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
+    """One of `stages.STAGES` of the round in `folder`; skipped if done. No process returns before it is all there.
+
+    Raises InputError if another run is at work there, too.
+    """
+    from rapid_jax.runtime.mesh import agreed
+
+    with working_in(folder, stage) if leads else contextlib.nullcontext():
+        _stage(stage)(config, folder, leads=leads, quiet=quiet)
+        if leads:
+            settings.save(config, folder / SETTINGS)
+        agreed(0)
 
 
-def run_round(
-    config: LongPOConfig, folder: Path, source: str | None = None, *, leads: bool = True, quiet: bool = False
-) -> None:
-    """All stages of the round in `folder`, in order; what is done is skipped."""
+def run_round(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
+    """All stages of the round in `folder`, in order; what is done is skipped. All are checked before one starts."""
+    _check(config, folder, config.model.source)
     for stage in STAGES:
-        run_stage(stage, config, folder, source, leads=leads, quiet=quiet)
+        run_stage(stage, config, folder, leads=leads, quiet=quiet)
 
 
 def run_rounds(config: LongPOConfig, *, leads: bool = True, quiet: bool = False) -> None:
-    """All rounds, in RUN/round-1, RUN/round-2, ...; their settings are checked before the first starts."""
-    for single in rounds_of(config):
+    """All rounds, in RUN/round-1, RUN/round-2, ...; all are checked before the first starts."""
+    rounds = rounds_of(config)
+    exports = {str(Path(single.run) / "export") for single in rounds}
+    for single in rounds:
+        source = single.model.source  # a model that is yet to be made has the shape of the first
+        _check(single, Path(single.run), rounds[0].model.source if source in exports else source)
+    for single in rounds:
         run_round(single, Path(single.run), leads=leads, quiet=quiet)
+
+
+def _check(config: LongPOConfig, folder: Path, source: str) -> None:
+    """Of a round that is not done."""
+    if not has_ended(folder / STAGES[-1]):
+        from longpo_jax.checks import check_round
+
+        check_round(config, source)
 
 
 def _stage(name: str) -> Callable[..., None]:

@@ -32,7 +32,7 @@ class Row:
     targets_T: np.ndarray
     pos_T: np.ndarray
     branch_T: np.ndarray
-    turn_T: np.ndarray  # turn whose answer the target belongs to, 0: none
+    turn_T: np.ndarray  # turn whose answer the target belongs to, 0: none, -1: none, and not to be learnt at all
     reach: int  # the last position of the trunk that the tail sees
     tail: int  # places of the tail
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a record goes into a row: all turns of a document, one turn of it, or one turn behind its excerpt."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from pathlib import Path
 
 from longpo_jax.config import LongPOConfig, Objective
 from longpo_jax.dialogue import Branch, Dialogue
-from longpo_jax.records import Record, Turn, shards_of
+from longpo_jax.records import Record, Turn, record_of, shards_of
 from longpo_jax.rows import Row, needed, packed
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
@@ -82,14 +81,15 @@ class Place:
     """Where a row comes from: a line of a file of records, and the turn that it is about."""
 
     file: str
-    offset: int
+    number: int  # of the line
+    offset: int  # and where it begins
     turn: int
 
     def record(self) -> Record:
         """Read from the file."""
         with open(self.file, "rb") as file:
             file.seek(self.offset)
-            return Record.from_json(json.loads(file.readline()), f"{self.file} at {self.offset}")
+            return record_of(file.readline(), Path(self.file), self.number)
 
 
 class Rows:
@@ -104,13 +104,13 @@ class Rows:
             with open(path, "rb") as file:
                 offset = 0
                 for number, line in enumerate(file, start=1):
-                    record = Record.from_json(json.loads(line), f"{path}:{number}")
+                    record = record_of(line, path, number)
                     for turn in rows_of(record, objective):
                         trunk, tail = places_of(tokenizer, record, objective, turn)
                         if trunk > train.lengths[-1] or tail > train.tail:
                             self.too_long[record.domain] += 1
                         else:
-                            self.places.setdefault(record.domain, []).append(Place(str(path), offset, turn))
+                            self.places.setdefault(record.domain, []).append(Place(str(path), number, offset, turn))
                     offset += len(line)
         if not self.places:
             raise InputError(

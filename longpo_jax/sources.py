@@ -50,6 +50,10 @@ def files_of(sources: Sequence[str], dropped: Counter[str]) -> list[File]:
         if len(known) < len(matches):
             dropped["file of another kind"] += len(matches) - len(known)
         for name, path in known.items():
+            try:
+                name.encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"corpus.sources: {source}: expected names in UTF-8, got {name!a}") from error
             file = File(f"{domain}/{name}", domain, path)
             other = found.setdefault(file.name, file).path
             if other.resolve() != path.resolve():

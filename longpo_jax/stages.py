@@ -4,9 +4,12 @@
 A stage that is done with the same inputs is skipped; one that is done with others is refused, never written over.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,45 @@ _MATTERS = {
 _EXCEPT = {"pairs": ("model.source", "model.reference_rope_theta", "corpus.weights", "pairs.batch")}
 
 
+@contextlib.contextmanager
+def working_in(folder: Path, stage: str) -> Iterator[None]:
+    """`folder` is there, and no other process of this machine works in it, until the context is left.
+
+    Raises InputError if another does, where nothing can be written, and for a file in the place of the stage's folder.
+    A folder that was not there before and is empty in the end is taken away. Of file systems that know no locks, as
+    some network ones, nobody learns whether another works there.
+    """
+    place = folder / stage
+    try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"{folder}: expected a folder to write to, got: {error.strerror}") from error
+    try:
+        if place.exists() and not place.is_dir():
+            raise InputError(f"{place}: expected a folder or nothing there, got a file")
+        if not os.access(place if place.exists() else folder, os.W_OK):
+            raise InputError(f"{folder}: expected a folder to write to, got one without the permission")
+        with contextlib.suppress(OSError):  # no locks there
+            _lock(held, folder)
+        yield
+    finally:
+        os.close(held)
+        with contextlib.suppress(OSError):  # not empty
+            for path in new:
+                path.rmdir()
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{folder}: expected no other run there, got one that is at work: wait for it, or choose another run folder"
+        ) from error
+
+
 def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
     """The settings that decide what `stage` makes, "section.key" -> value, in the order of the settings file.
 
@@ -50,6 +92,7 @@ def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in dataclasses.asdict(config).items():
         flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    flat["corpus.weights"] = sorted(config.corpus.weight_of.items())
     matters = {key for key in flat if key in _MATTERS[stage] or f"{key.partition('.')[0]}.*" in _MATTERS[stage]}
     return {key: value for key, value in flat.items() if key in matters and key not in _EXCEPT.get(stage, ())}
 
@@ -70,6 +113,11 @@ def is_done(folder: Path, inputs: Mapping[str, Any]) -> bool:
                 f"choose another run folder, or delete {folder} to make it again"
             )
     return True
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the stage of `folder` is done, whatever with."""
+    return (folder / _FILE).is_file()
 
 
 def mark_done(folder: Path, inputs: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
@@ -108,6 +156,9 @@ def _read(folder: Path) -> dict[str, Any] | None:
     if not isinstance(done, dict) or done.get("schema") != SCHEMA:
         got = done.get("schema") if isinstance(done, dict) else type(done).__name__
         raise InputError(f"{path}: expected schema {SCHEMA}, got {got}")
+    for part in ("inputs", "summary"):
+        if not isinstance(done.get(part), dict):
+            raise InputError(f"{path}: expected {part} in it, got none: delete {folder} to make it again")
     return done
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One update of the policy: packed rows through the decoder, the objective, its gradient, the optimizer.
 
-Weights are kept in `optimizer.weights_dtype` and cast to the dtype of the arithmetic for each pass. They are split over
-fsdp and context (the table TRAINED) and gathered layer by layer; rows are split over data and fsdp, a row over context.
+Weights are kept in float32 (at these learning rates bfloat16 would lose nearly every update) and cast to the dtype of
+the arithmetic for each pass. They are split over fsdp and context (the table TRAINED) and gathered layer by layer; rows
+are split over data and fsdp, a row over context.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,6 +28,7 @@ from longpo_jax.rows import REJECTED, Row, batched
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_fork
 from rapid_jax.model.decoder import Decoder, Wrap
+from rapid_jax.model.load import arithmetic
 from rapid_jax.model.logprobs import token_log_probs
 from rapid_jax.runtime.axes import PARAM, spec_of
 from rapid_jax.runtime.mesh import placed
@@ -74,7 +76,7 @@ def row_log_probs(
     hidden_BTD, _ = decoder.hidden(batch["tokens_BT"], batch["pos_BT"], attend, wrap=wrap)
     answers_BT = (batch["turn_BT"] > 0) & (batch["pos_BT"] >= 0)
     trunk_BT = (batch["branch_BT"] != REJECTED) & (batch["pos_BT"] >= 0)
-    nll_BT = trunk_BT if nll == "full" else trunk_BT & answers_BT
+    nll_BT = trunk_BT & (batch["turn_BT"] >= 0) if nll == "full" else trunk_BT & answers_BT
     counts_BT = answers_BT if nll is None else answers_BT | nll_BT
     weight, axes = decoder.head
     log_prob_BT: jax.Array = token_log_probs(  # type: ignore[assignment]
@@ -113,13 +115,13 @@ class Step:
         train, compute = config.train, config.compute
         self.strategy = Strategy(train.attention_block, decoder.mesh, compute.kernel, compute.context)
         self.tail = 0 if config.objective.name in ("sft", "solopo") else train.tail
-        self.dtype = _arithmetic(config.model.dtype)
+        self.dtype = arithmetic(config.model.dtype)
         self._wrap = wrapping(train.remat, offload=train.offload, mesh=decoder.mesh)
         self.gradients = jax.jit(self._gradients, donate_argnames="total")
         self.updated = jax.jit(self._updated, donate_argnames="state")
         self.metrics = _metrics(config.objective.name)  # their names
         self.tokens = jax.jit(tokens_of)
-        self.flops = jax.jit(partial(flops_of, decoder.config))
+        self.flops = jax.jit(partial(flops_of, decoder.config, config.objective.nll))
 
     def start(self, decoder: Decoder) -> TrainState:
         """Before the first update; the decoder's arrays become the state's."""
@@ -250,9 +252,3 @@ def _metrics(name: str) -> tuple[str, ...]:
 
 def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
     return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
-
-
-def _arithmetic(name: str) -> jnp.dtype:
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)

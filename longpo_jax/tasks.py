@@ -36,7 +36,10 @@ _TEXT = seqio.Feature(seqio.PassThroughVocabulary(size=1), add_eos=False, dtype=
 
 
 class Vocabulary(seqio.Vocabulary):
-    """A checkpoint's tokenizer for seqio. Special tokens spelt out in a text stay text."""
+    """A checkpoint's tokenizer for seqio's own features and tasks; the rows here are tokenised when they are packed.
+
+    Special tokens spelt out in a text stay text.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
         super().__init__()
@@ -93,9 +96,7 @@ class Epochs:
 
     def __init__(self, rows: Rows):
         self._rows = rows
-        corpus = rows.config.corpus
-        order = list(dict.fromkeys(source.partition("=")[0] for source in corpus.sources))
-        self._weights = dict(zip(order, corpus.weights, strict=False))
+        self._weights = rows.config.corpus.weight_of
         missing = sorted(rows.places.keys() - self._weights.keys())
         if self._weights and missing:
             raise InputError(
@@ -251,9 +252,9 @@ class Reader:
         """Rows of all epochs."""
         return len(self) * self._config.train.epochs
 
-    def start_at(self, position: int) -> None:
-        """From where the next iteration yields."""
-        self._start = position
+    def start_at(self, position: int, rows: Collection[int]) -> None:
+        """From where the next iteration yields, and which rows."""
+        self._start, self._wanted = position, rows
 
     def __iter__(self) -> Iterator[Sample | None]:
         for epoch in range(self._start // len(self), self._config.train.epochs):

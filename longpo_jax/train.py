@@ -18,15 +18,15 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from longpo_jax.checkpoints import Checkpoints, newest, restore
+from longpo_jax.checkpoints import Checkpoints, Found, newest, restore
 from longpo_jax.config import LongPOConfig
+from longpo_jax.identity import identity_of
 from longpo_jax.metrics import Metrics, check_installed, peak_flops, read_metrics
 from longpo_jax.optimizer import schedule_of, transform_of
-from longpo_jax.records import digest_of
 from longpo_jax.reference import read_references, reference_inputs
 from longpo_jax.stages import inputs_of, is_done, mark_done
 from longpo_jax.step import Sample, Step, TrainState
-from rapid_jax.model.load import LoadedModel, load_model
+from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
 from rapid_jax.runtime.axes import TRAINED
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.distributed import INTERRUPTED, LOST_PEER
@@ -35,44 +35,44 @@ from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.mesh import agreed, check_agreed, make_meshes
 
 
-def run_train(
-    config: LongPOConfig, folder: Path, source: str | None = None, *, leads: bool = True, quiet: bool = False
-) -> None:
+def run_train(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
     """Trains on `folder`/pairs with `folder`/reference; goes on from the newest checkpoint in `folder`/train.
 
-    `source` is the model instead of `config.model.source`. All processes train together and see the same folder. Raises
-    InputError for what cannot be used, and for a loss or gradient that is not finite, before any weight is touched;
-    SystemExit with 75 or 130 when told to end.
+    All processes train together and see the same folder. Raises InputError for what cannot be used, and for a loss or
+    gradient that is not finite, before any weight is touched; SystemExit with 75 or 130 when told to end.
     """
     place = folder / "train"
     check_installed(config.train)
-    references = read_references(config, folder, source)
-    model = policy_of(config, source, quiet=quiet)
-    inputs = inputs_of(config, "train") | {
-        "pairs": digest_of(folder / "pairs"),
-        "reference": digest(repr(sorted(reference_inputs(config, folder, source).items()))),
-        "model.weights": model.weights_hash,
-    }
+    reference = reference_inputs(config, folder)
+    inputs = inputs_of(config, "train") | identity_of(config.model.source, config.model.dtype)
+    inputs |= {"pairs": reference["pairs"], "reference": digest(repr(sorted(reference.items())))}
     if agreed(leads and is_done(place, inputs)):
         return
     check_agreed("settings, records and model", sorted(inputs.items()))
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # TensorFlow, imported by tasks, reports that it finds no GPU
+    references = read_references(folder / "reference", reference)
+    found = _begun(place, inputs)
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2") == "2":  # as the command sets it
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow, imported by tasks, reports that it finds no GPU
     from longpo_jax.tasks import Reader
 
+    reader = Reader(config, folder / "pairs", references, open_checkpoint(config.model.source)[1])
+    steps_of(config, reader.total)  # too few rows are told before the model is loaded
+    model = policy_of(config, quiet=quiet)
     with _Signals() as signals:
-        loop = _Loop(config, place, model, inputs, signals)
-        reader = Reader(config, folder / "pairs", references, model.tokenizer, rows=loop.held)
-        summary = loop.run(reader, leads=leads, quiet=quiet)
-    if leads:
-        mark_done(place, inputs, summary)
+        summary = _Loop(config, place, model, inputs, signals).run(reader, found, leads=leads, quiet=quiet)
+        if leads:
+            mark_done(place, inputs, summary)
+        if (ending := signals.agreed()) is not None:  # no further stage
+            say("longpo: told to end: training is done")
+            raise SystemExit(ending)
 
 
-def policy_of(config: LongPOConfig, source: str | None = None, *, quiet: bool = False) -> LoadedModel:
-    """The model that is trained, on the mesh of training, in the dtype that weights are kept in."""
+def policy_of(config: LongPOConfig, *, quiet: bool = False) -> LoadedModel:
+    """The model that is trained, on the mesh of training, in float32."""
     return load_model(
-        source or config.model.source,
+        config.model.source,
         layout="stacked",
-        dtype=config.optimizer.weights_dtype,
+        dtype="float32",
         mesh=make_meshes(config.mesh, None)[0],
         table=TRAINED,
         replicate_kv=config.mesh.replicate_kv,
@@ -89,6 +89,21 @@ def steps_of(config: LongPOConfig, rows: int) -> int:
             f"train.rows_per_step: expected at most the {rows} rows there are, got {config.train.rows_per_step}"
         )
     return steps if config.train.max_steps is None else min(steps, config.train.max_steps)
+
+
+def _begun(place: Path, inputs: dict[str, Any]) -> Found | None:
+    """The newest checkpoint. Raises InputError if it is one of other inputs."""
+    found = newest(place / "checkpoints")
+    if found is None:
+        return None
+    got, expected = found.note["inputs"], json.loads(json.dumps(inputs))
+    for key in (*expected, *got):
+        if expected.get(key) != got.get(key):
+            raise InputError(
+                f"{place} was begun with {key} = {json.dumps(got.get(key)):.60}, expected "
+                f"{json.dumps(expected.get(key)):.60}: choose another run folder, or delete {place}"
+            )
+    return found
 
 
 class _Signals:
@@ -143,18 +158,18 @@ class _Loop:
             mine = sorted({row for (part,) in filter(None, parts) for row in range(per)[part]})
         return [start + row for start in range(0, rows, per) for row in mine]
 
-    def run(self, reader: Any, *, leads: bool, quiet: bool) -> dict[str, Any]:
-        """Updates until the last; what came of them."""
+    def run(self, reader: Any, found: Found | None, *, leads: bool, quiet: bool) -> dict[str, Any]:
+        """Updates from the checkpoint `found` on until the last; what came of them."""
         config, train = self._config, self._config.train
         steps = steps_of(config, reader.total)
         if reader.rows.too_long and leads:
             longer = sum(reader.rows.too_long.values())
             say(f"train: {longer} of {longer + len(reader)} rows are longer than train.lengths or train.tail: left out")
         step = Step(config, self._model.decoder, transform_of(config.optimizer, steps))
-        folder = self._place / "checkpoints"
-        state = self._restored(folder, step.start(self._model.decoder))
+        state = step.start(self._model.decoder)
+        state = state if found is None else restore(found, state)
         first = int(state.step)
-        reader.start_at(first * train.rows_per_step)
+        reader.start_at(0 if found is None else found.note["position"], self.held)
         metrics = Metrics(
             self._place,
             steps=steps,
@@ -164,14 +179,14 @@ class _Loop:
             leads=leads,
             quiet=quiet,
         )
+        folder = self._place / "checkpoints"
         with Checkpoints(folder, start=first, keep=train.keep, keep_every=train.keep_every) as checkpoints:
             try:
                 self._updates(step, state, iter(reader), (first, steps), metrics, checkpoints)
             finally:
                 metrics.close()
-        rows = steps * train.rows_per_step
-        last = read_metrics(self._place)[-1] if leads else {}
-        return {"steps": steps, "rows": rows, "too_long": dict(reader.rows.too_long), "last": last}
+        made = {"steps": steps, "rows": steps * train.rows_per_step, "too_long": dict(reader.rows.too_long)}
+        return made | {"last": read_metrics(self._place)[-1] if leads else {}}
 
     def _updates(
         self,
@@ -207,28 +222,15 @@ class _Loop:
             if last or ending is not None or (index + 1) % train.save_every == 0:
                 checkpoints.save(state, self._note(index + 1))
                 saved = index + 1
+                clock.skip()
             if ending is not None and not last:
                 checkpoints.wait()
                 say(f"longpo: told to end: saved after update {index + 1} of {steps}")
                 raise SystemExit(ending)
 
-    def _restored(self, folder: Path, state: TrainState) -> TrainState:
-        found = newest(folder)
-        if found is None:
-            return state
-        got, expected = found.note["inputs"], json.loads(json.dumps(self._inputs))
-        for key in (*expected, *got):
-            if expected.get(key) != got.get(key):
-                raise InputError(
-                    f"{self._place} was begun with {key} = {json.dumps(got.get(key)):.60}, expected "
-                    f"{json.dumps(expected.get(key)):.60}: choose another run folder, or delete {self._place}"
-                )
-        return restore(found, state)
-
     def _note(self, step: int) -> dict[str, Any]:
-        """Beside the arrays: where the data is, and what all that is drawn follows from."""
-        position = step * self._config.train.rows_per_step
-        return {"inputs": self._inputs, "position": position, "seed": self._config.seed}
+        """Beside the arrays: the rows that were read, and the inputs; what is drawn follows from the seed in them."""
+        return {"inputs": self._inputs, "position": step * self._config.train.rows_per_step}
 
     def _update(
         self, step: Step, state: TrainState, samples: Iterator[Sample | None], clock: "_Clock"
@@ -275,6 +277,10 @@ class _Clock:
     def add(self, tokens: jax.Array, flops: jax.Array) -> None:
         """Of one microbatch; what is still being computed is not waited for."""
         self._counts.append((tokens, flops))
+
+    def skip(self) -> None:
+        """What was done since the last look was not an update."""
+        self._last = time.perf_counter()
 
     def read(self, step: int) -> dict[str, float | None]:
         """tokens, seconds, tokens_per_second, mfu, seconds_left after update `step`.

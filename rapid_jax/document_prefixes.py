@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target's keys and values of documents: the last one in memory, others on disk."""
+"""The target's keys and values of documents: the last ones in memory, others on disk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -17,17 +17,17 @@ from rapid_jax.speculative.prefix_store import PrefixStore
 
 
 class DocumentPrefixes:
-    """Prefixes by the tokens of a prompt up to the end of its document."""
+    """Prefixes by the tokens of prompts, one a row, up to the end of their documents."""
 
     def __init__(self, config: RapidConfig, target: LoadedModel, mesh: Mesh | None, cache: Path, *, quiet: bool):
         self._config, self._target, self._mesh, self._cache, self._quiet = config, target, mesh, cache, quiet
-        self._last: tuple[str, Prefix] | None = None
+        self._memory: dict[str, Prefix] = {}  # the last one
         self._unsaved: tuple[str, Prefix] | None = None  # to be stored once the answer is out
 
     def under(self, config: RapidConfig) -> "DocumentPrefixes":
-        """The same under other settings: what is in memory stays there where it still fits them."""
+        """The same under other settings, with the same memory."""
         other = DocumentPrefixes(config, self._target, self._mesh, self._cache, quiet=self._quiet)
-        other._last = self._last
+        other._memory = self._memory
         return other
 
     @cached_property
@@ -38,31 +38,27 @@ class DocumentPrefixes:
         place, heads = self._cache / "prefixes", self._target.config.num_kv_heads
         return PrefixStore(place, limit, mesh=self._mesh, kv_heads=heads, quiet=self._quiet) if limit else None
 
-    def of(self, head: list[int], make: Callable[[], Prefix]) -> tuple[Prefix, bool]:
-        """(the prefix of these tokens, whether it was there already): from memory, from disk, or made anew."""
+    def of(self, heads: Sequence[list[int]], make: Callable[[], Prefix]) -> tuple[Prefix, bool]:
+        """(the prefix of these rows, whether it was there already): from memory, from disk, or made anew."""
         target, compute = self._target, self._config.compute
         dtype = target.decoder.embed_VD[...].dtype
         kernel = kernel_of(compute.kernel, platform_of(target.decoder.mesh), 1)
-        known = digest(",".join(map(str, head)), str(compute.prefill_chunk), type(kernel).__name__)
-        if self._last is not None and self._last[0] == known:
-            return self._last[1], True
-        self._last = prefix = None  # frees the last document's before the new one is made
-        store, key = self._store, ""
+        known = digest(*(",".join(map(str, head)) for head in heads), str(compute.prefill_chunk), type(kernel).__name__)
+        if known in self._memory:
+            return self._memory[known], True
+        self._memory.clear()  # frees the last document's before the new one is made
+        prefix, store, key = None, self._store, ""
         if store is not None:
             arithmetic = f"{target.config!r} on {jax.default_backend()} by {type(kernel).__name__}"
             chunk = compute.prefill_chunk
-            key = store.key(target.weights_hash, [head], arithmetic=arithmetic, dtype=dtype, chunk=chunk)
+            key = store.key(target.weights_hash, heads, arithmetic=arithmetic, dtype=dtype, chunk=chunk)
             prefix = store.load(key, layout=self._config.models.layout)
         reused = prefix is not None
         if prefix is None:
             prefix = make()
-            self._unsaved = (key, prefix)
-        self._last = (known, prefix)
+            self._unsaved = None if store is None else (key, prefix)
+        self._memory[known] = prefix
         return prefix, reused
-
-    def forget(self) -> None:
-        """Frees what is in memory."""
-        self._last = None
 
     def save(self) -> None:
         """Stores what was made anew: many gigabytes of a long document, and the answer need not wait for them."""

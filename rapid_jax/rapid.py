@@ -26,7 +26,6 @@ from rapid_jax.retrieval.embed import Embedder
 from rapid_jax.retrieval.encoder_io import encoder_folder, read_config
 from rapid_jax.retrieval.retriever import Retriever
 from rapid_jax.retrieval.select import Selection
-from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import default_cache_dir
 from rapid_jax.runtime.mesh import check_agreed, make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
@@ -133,7 +132,7 @@ class Rapid:
         transcript = Transcript(self.target.tokenizer, config.stop, on_text)
         try:
             begun = time.perf_counter()
-            sides = self._prompted([read], kept=True)
+            sides = self._prompted([read])
             sides.wait()
             prefill_seconds = time.perf_counter() - begun
             generation = self._generated(sides, [transcript], None)
@@ -187,12 +186,11 @@ class Rapid:
     def answers(self, readings: Sequence[Reading], seeds: Sequence[int] | None = None) -> list[Answer]:
         """Of each reading what `answer` would say; all are worked on at once, and share the seconds evenly.
 
-        No prefix is kept. `seeds` has one a reading; None: the settings' for each.
+        `seeds` has one a reading; None: the settings' for each.
         """
         start = time.perf_counter()
-        self._prefixes.forget()
         transcripts = [Transcript(self.target.tokenizer, self.config.stop, None) for _ in readings]
-        sides = self._prompted(readings, kept=False)
+        sides = self._prompted(readings)
         sides.wait()
         prefilled = time.perf_counter()
         generation = self._generated(sides, transcripts, seeds)
@@ -206,7 +204,8 @@ class Rapid:
         for row, (read, transcript) in enumerate(zip(readings, transcripts, strict=True)):
             transcript.finish()
             own = replace(generation.row(row), decode_seconds=seconds["decode"])
-            told.append(self._told(read, transcript, own, seconds, reused=False))
+            told.append(self._told(read, transcript, own, seconds, reused=sides.reused))
+        self._prefixes.save()
         return told
 
     def _told(
@@ -247,8 +246,8 @@ class Rapid:
             other.__dict__["_prefixes"] = self._prefixes.under(config)
         return other
 
-    def _prompted(self, readings: Sequence[Reading], *, kept: bool) -> _Sides:
-        """Prefilled prompts, one a row; of a single row with the document's prefix from the store, if `kept`."""
+    def _prompted(self, readings: Sequence[Reading]) -> _Sides:
+        """Prefilled prompts, one a row."""
         decoder, mode = self.target.decoder, self.config.speculation.mode
         shorts = [read.short.tokens for read in readings if read.short is not None]
         if mode == "retrieval":
@@ -258,11 +257,7 @@ class Rapid:
         apart = bool(shorts) and self._meshes[0] != self._meshes[1]
         short_prefix = self._drafter_prefix(shorts, wait=False) if apart else None
         heads = [read.long.head for read in readings]
-        make, reused = partial(self._prefilled, decoder, heads, "prefill"), False
-        if kept:
-            prefix, reused = self._prefixes.of(heads[0], make)
-        else:
-            prefix = make()
+        prefix, reused = self._prefixes.of(heads, partial(self._prefilled, decoder, heads, "prefill"))
         target = Prompted(decoder, [read.long.tokens for read in readings], prefix, [len(head) for head in heads])
         if not shorts:
             return _Sides(target, None, heads, reused)

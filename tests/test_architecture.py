@@ -19,7 +19,7 @@ ATTENTION = RUNTIME | {"rapid_jax.attention"}
 MODEL = ATTENTION | {"rapid_jax.model"}
 RETRIEVAL = MODEL | {"rapid_jax.retrieval"}
 SPECULATIVE = MODEL | {"rapid_jax.speculative"}
-FACADE_PARTS = {"rapid_jax.config", "rapid_jax.prompts", "rapid_jax.answer"}
+FACADE_PARTS = {"rapid_jax.config", "rapid_jax.prompts", "rapid_jax.answer", "rapid_jax.document_prefixes"}
 FACADE = RETRIEVAL | SPECULATIVE | FACADE_PARTS | {"rapid_jax.rapid"}
 TOOLS = {"rapid_jax.evaluate", "rapid_jax.bench", "rapid_jax.plan"}
 
@@ -32,7 +32,8 @@ MAY_IMPORT = {
     "rapid_jax.retrieval": MODEL,
     "rapid_jax.speculative": MODEL,
     "rapid_jax.config": RETRIEVAL | SPECULATIVE,
-    "rapid_jax.prompts": MODEL,
+    "rapid_jax.prompts": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
+    "rapid_jax.document_prefixes": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
     "rapid_jax.answer": RETRIEVAL | SPECULATIVE,
     "rapid_jax.rapid": FACADE,
     "rapid_jax.documents": RUNTIME,

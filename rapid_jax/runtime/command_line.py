@@ -9,9 +9,12 @@ import contextlib
 import io
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rapid_jax.runtime.distributed import INTERRUPTED
 from rapid_jax.runtime.errors import InputError
@@ -29,7 +32,8 @@ def status_of(work: Callable[[], int | None], name: str, *, out_of_memory: str) 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that lacks a character shows its number
     try:
-        status = work()
+        with _heard_interrupts():
+            status = work()
         sys.stdout.flush()
         return status or 0
     except InputError as error:
@@ -67,6 +71,28 @@ def prepare_jax(*, programs: bool, cache: Path | None = None) -> None:
 def say(text: str) -> None:
     """A line on standard error."""
     print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _heard_interrupts() -> Iterator[None]:
+    """Ctrl-C is not lost where nothing can be raised: in what the garbage collector calls, JAX's callback above all."""
+    main, before = threading.main_thread(), sys.unraisablehook
+
+    def heard(unraisable: Any) -> None:
+        if unraisable.exc_type is not KeyboardInterrupt or main.ident is None:
+            before(unraisable)
+            return
+        # To the main thread itself: only then does a call of the system that it waits in end.
+        again = threading.Timer(0.05, signal.pthread_kill, [main.ident, signal.SIGINT])
+        again.daemon = True
+        again.start()
+
+    sys.unraisablehook = heard
+    try:
+        yield
+    finally:
+        if sys.unraisablehook is heard:  # else it is part of another's by now
+            sys.unraisablehook = before
 
 
 def _fail(name: str, message: str) -> int:

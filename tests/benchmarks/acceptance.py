@@ -73,9 +73,8 @@ def main() -> None:
         totals = {name: [0, 0, 0, 0, 0.0] for name in settings}
         for (topic, question), tokens in list(zip(QUESTIONS.items(), LENGTHS, strict=True))[: arguments.questions]:
             text = document(topic, tokens, lambda text: len(rapid.target.tokenizer.encode(text)))
-            one = rapid
             for name, speculation in settings.items():
-                one = one.with_config(replace(base, speculation=speculation))
+                one = rapid.with_config(replace(base, speculation=speculation))
                 answer = one.answer(text, question)
                 made = answer.generation
                 row = (len(answer.token_ids), made.drafted[0], made.accepted[0], made.target_steps, made.decode_seconds)

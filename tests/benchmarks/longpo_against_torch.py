@@ -89,12 +89,16 @@ def ours(given: argparse.Namespace, length: int) -> tuple[Callable[[], float], C
     from rapid_jax.model.hf_names import weights
     from rapid_jax.model.placement import build
 
-    dtypes = {"weights_dtype": given.weights, "moments_dtype": given.weights}
     config = LongPOConfig(
         model=PolicyConfig(dtype=given.dtype),
         objective=ObjectiveConfig(beta=BETA, preference_weight=PREFERENCE_WEIGHT),
         optimizer=OptimizerConfig(
-            learning_rate=LEARNING_RATE, schedule="constant", warmup_ratio=0, clip_norm=CLIP_NORM, **ADAM, **dtypes
+            learning_rate=LEARNING_RATE,
+            schedule="constant",
+            warmup_ratio=0,
+            clip_norm=CLIP_NORM,
+            **ADAM,
+            moments_dtype=given.weights,
         ),
         train=TrainConfig(
             lengths=(length + given.answer,),

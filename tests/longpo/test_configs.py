@@ -13,6 +13,7 @@ from longpo_jax.cli import config_of, parser
 from longpo_jax.config import LongPOConfig
 from longpo_jax.round import rounds_of
 from rapid_jax.runtime import settings
+from rapid_jax.runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "configs" / "longpo").glob("*.yaml"))
@@ -44,6 +45,40 @@ def test_a_file_is_complete_and_reads_back(path: Path, tmp_path: Path):
     assert yaml.safe_load(written).keys() == yaml.safe_load(path.read_text(encoding="utf-8")).keys()
     (tmp_path / "copy.yaml").write_text(written, encoding="utf-8")
     assert settings.load(LongPOConfig, tmp_path / "copy.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("model.rope_theta=0", "model: rope_theta: expected a number > 0, got 0.0"),
+        ("model.generation_rope_theta=.inf", "generation_rope_theta: expected a number > 0, got inf"),
+        ("corpus.min_tokens=0", "corpus: expected 1 <= min_tokens <= max_tokens, got 0 and 131072"),
+        ("corpus.documents=0", "corpus: documents: expected at least 1, got 0"),
+        ("excerpts.min_tokens=40000", "excerpts: expected 1 <= min_tokens <= max_tokens, got 40000 and 30000"),
+        ("instruct.at_least=5", "instruct: expected 1 <= at_least <= questions <= 16, got (5, 4)"),
+        ("instruct.temperature=-1", "instruct: temperature: expected a number >= 0, got -1.0"),
+        ("instruct.top_p=0", "instruct: top_p: expected above 0 and at most 1, got 0.0"),
+        ("instruct.max_new_tokens=0", "instruct: max_new_tokens: expected at least 1, got 0"),
+        ("pairs.temperature=.inf", "pairs: temperature: expected a number >= 0, got inf"),
+        ("pairs.repetition_penalty=0", "pairs: repetition_penalty: expected a number > 0, got 0.0"),
+        ("pairs.repeats_chosen=-1", "pairs: repeats_chosen: expected 0 to 1, got -1.0"),
+        ("pairs.min_words=-1", "pairs: min_words: expected at least 0, got -1"),
+        ("pairs.max_context=1024", "pairs: max_context: expected more than max_new_tokens, got 1024 and 1024"),
+        ("optimizer.learning_rate=-1", "optimizer: learning_rate: expected a number > 0, got -1.0"),
+        ("optimizer.eps=.inf", "optimizer: eps: expected a number > 0, got inf"),
+        ("optimizer.clip_norm=0", "optimizer: clip_norm: expected a number > 0, got 0.0"),
+        ("optimizer.b2=1", "optimizer: b2: expected 0 to below 1, got 1.0"),
+        ("optimizer.weight_decay=.inf", "optimizer: weight_decay: expected a number >= 0, got inf"),
+        ("train.lengths=[0, 8]", "train: lengths: expected to rise from at least 1, got [0, 8]"),
+        ("train.lengths=[]", "train: lengths: expected to rise from at least 1, got []"),
+        ("train.keep_every=0", "train: keep_every: expected at least 1, or null, got 0"),
+        ("objective.name=ppo", "objective.name: expected one of 'longpo', 'dpo', 'sft', 'solopo', got 'ppo'"),
+    ],
+)
+def test_a_value_that_cannot_be_used_is_refused_with_what_was_expected_and_got(setting: str, message: str):
+    with pytest.raises(InputError) as raised:
+        settings.defaults(LongPOConfig, [setting])
+    assert str(raised.value).endswith(message)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

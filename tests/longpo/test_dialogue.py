@@ -121,6 +121,7 @@ def test_the_end_token_of_an_answer_that_was_cut_short_is_read_and_not_learnt(fa
         answers = [Answer(text, 1, index != cut) for index, text in enumerate(ANSWERS)]
         tokens, turns = sequence(family.ours, CONTEXT, QUESTIONS, answers)
         assert tokens == whole
+        assert [token for token, of in zip(tokens, turns, strict=True) if of == -1] == tokens[-1:]
         for turn, answer in enumerate(ANSWERS, start=1):
             expected = answer if turn == cut + 1 else answer + family.end
             assert labelled(family.ours, tokens, turns, turn) == expected

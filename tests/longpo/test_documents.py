@@ -288,6 +288,12 @@ def test_no_source_no_file_no_document_and_none_in_the_window(tmp_path, words):
     assert "2 x document too short" in message and "1 x document too long" in message
 
 
+def test_a_name_that_is_not_utf8_is_one_line(tmp_path, words):
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("w1 w2")
+    with pytest.raises(InputError, match=r"expected names in UTF-8, got 'caf\\udce9.txt'"):
+        read_corpus(CorpusConfig(sources=(f"a={tmp_path}",)), words, 0, quiet=True)
+
+
 def test_a_file_that_is_gone_or_closed_to_us_is_refused(tmp_path, words, monkeypatch):
     write(tmp_path / "x.txt", "text")
     (tmp_path / "y.txt").symlink_to(tmp_path / "gone")

@@ -123,7 +123,10 @@ def test_the_folder_says_what_a_user_of_it_must_know(trained, exported):
 
 
 def test_without_a_theta_and_with_shorter_rows_the_checkpoints_own_stay(tmp_path, trained):
-    config = settings_in(tmp_path / "run", Path(trained[0].model.source))
+    source = Path(shutil.copytree(trained[0].model.source, tmp_path / "model"))
+    described = json.loads((source / "tokenizer_config.json").read_text()) | {"model_max_length": None}
+    (source / "tokenizer_config.json").write_text(json.dumps(described))
+    config = settings_in(tmp_path / "run", source)
     model, train = dataclasses.replace(config.model, rope_theta=None), dataclasses.replace(config.train, lengths=(512,))
     config = dataclasses.replace(config, model=model, train=train)
     save_trained(config, 1)
@@ -187,5 +190,5 @@ def test_weights_of_another_model_are_refused(trained, tmp_path):
     shape.num_hidden_layers = 1
     LlamaForCausalLM(shape).save_pretrained(other)
     with pytest.raises(InputError, match=r"checkpoints/5 is of another model or optimizer: .*: expected .*, got "):
-        run_export(config, tmp_path / "run", str(other), quiet=True)
+        run_export(settings_in(tmp_path / "run", other), tmp_path / "run", quiet=True)
     assert not (tmp_path / "run" / "export").exists()

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from longpo_jax.config import GenerationConfig, LongPOConfig, PairsConfig, PolicyConfig
 from longpo_jax.dialogue import Dialogue
 from longpo_jax.generator import Generator
+from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig
 from tests.tiny_models import save_decoder, words
@@ -69,7 +70,8 @@ def plain_greedy(folder: Path, generator: Generator, prompt: list[int], theta: f
     model: Any = LlamaForCausalLM.from_pretrained(folder, config=config)
     stops = {"do_sample": False, "max_new_tokens": 12, "pad_token_id": 0, "eos_token_id": [2]}
     new = model.generate(torch.tensor([prompt]), **stops)[0, len(prompt) :]
-    return generator.tokenizer.decode([token for token in new.tolist() if token != 2])
+    text = generator.tokenizer.decode([token for token in new.tolist() if token != 2])
+    return text if 2 in new else text.rstrip("\N{REPLACEMENT CHARACTER}")  # of a character that was cut
 
 
 def test_a_batch_answers_as_each_prompt_alone(generator, prompts):
@@ -103,7 +105,7 @@ def test_questions_about_one_document_share_its_one_copy(folder, generator, ques
     head, tails, _ = questions
     read = []
     prefilled = generator._prefilled
-    monkeypatch.setattr(generator, "_prefilled", lambda given: read.append(given) or prefilled(given))
+    monkeypatch.setattr(generator, "_prefilled", lambda decoder, given: read.append(given) or prefilled(decoder, given))
     answers = generator.answers_about(head, tails, GREEDY, SEEDS)
     assert read == [[head]]
     expected = [plain_greedy(folder, generator, head + tail) for tail in tails]
@@ -134,17 +136,30 @@ def test_an_answer_says_whether_it_ended_by_itself(generator, prompts):
         assert "<|im_end|>" not in answer.text
 
 
-def test_the_theta_of_generation_comes_first(folder, generator, prompts):
+def test_whole_documents_are_read_with_the_theta_of_generation_and_excerpts_with_the_checkpoint_s(
+    folder, generator, prompts
+):
     model = PolicyConfig(source=str(folder), dtype="float32", rope_theta=500.0)
     policy = Generator(config_for(folder, model=model), quiet=True)
     both = Generator(config_for(folder, model=replace(model, generation_rope_theta=2000.0)), quiet=True)
-    hashes = [one.weights_hash for one in (generator, policy, both)]
-    assert len(set(hashes)) == 3
-    assert hashes == [one.model.weights_hash for one in (generator, policy, both)]
     assert [one.model.config.rope.theta for one in (generator, policy, both)] == [10000.0, 500.0, 2000.0]
-    said = policy.answers(prompts, GREEDY, SEEDS)
-    expected = [plain_greedy(folder, generator, one, theta=500.0) for one in prompts]
-    assert [answer.text for answer in said] == expected
+    assert [one.short.config.rope.theta for one in (generator, policy, both)] == [10000.0] * 3
+    assert policy.short.embed_VD[...] is policy.model.decoder.embed_VD[...]  # one copy of the weights
+    head, tails = prompts[0][:-9], [prompts[0][-9:], prompts[1][-9:]]
+    by_theta = {}
+    for theta in (10000.0, 500.0):
+        by_theta[theta] = [plain_greedy(folder, generator, head + tail, theta=theta) for tail in tails]
+    assert by_theta[10000.0] != by_theta[500.0]
+    short = policy.answers([head + tail for tail in tails], GREEDY, SEEDS[:2])
+    assert [answer.text for answer in short] == by_theta[10000.0]
+    assert [answer.text for answer in policy.answers_about(head, tails, GREEDY, SEEDS[:2])] == by_theta[500.0]
+
+
+def test_an_answer_that_was_cut_inside_a_character_ends_before_it(generator, prompts, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "caf\N{REPLACEMENT CHARACTER}")
+    limit = replace(SAMPLED, temperature=3.0, max_new_tokens=60)
+    said = {(answer.finished, answer.text) for answer in generator.answers(prompts * 3, limit, range(9))}
+    assert said == {(True, "caf\N{REPLACEMENT CHARACTER}"), (False, "caf")}
 
 
 def test_other_tokenizer_files_are_another_identity(folder, generator, tmp_path):
@@ -154,7 +169,7 @@ def test_other_tokenizer_files_are_another_identity(folder, generator, tmp_path)
             content = content.replace(b"<|im_end|>\\n", b"<|im_end|>")
             assert content != path.read_bytes()
         (tmp_path / path.name).write_bytes(content)
-    changed = Generator(config_for(folder), str(tmp_path), quiet=True).identity
+    changed = Generator(config_for(tmp_path), quiet=True).identity
     ours = generator.identity
     assert {key for key in ours if ours[key] != changed[key]} == {"model.template"}
 

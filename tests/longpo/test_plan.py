@@ -163,10 +163,21 @@ def test_what_is_planned_is_what_training_has(objective: str, optimizer: str):
         assert laid_out(sums) == laid_out(sums_of)
 
 
-@pytest.mark.parametrize(("objective", "rows"), [("longpo", 1), ("sft", 1), ("solopo", 2)])
-def test_flops_of_a_full_row(objective: str, rows: int):
+# Places whose logits are needed: of all that is chosen, document and all, and of rejected answers; or of answers alone.
+@pytest.mark.parametrize(
+    ("objective", "nll", "rows", "logits"),
+    [
+        ("longpo", "full", 1, TRUNK + TAIL),
+        ("longpo", "response", 1, 2 * TAIL),
+        ("sft", "full", 1, TRUNK),
+        ("sft", "response", 1, TAIL),
+        ("solopo", "full", 2, TRUNK + 2 * TAIL),
+    ],
+)
+def test_flops_of_a_full_row(objective: str, nll: str, rows: int, logits: int):
     """By the model, and what is computed: counted by hand, a matrix product at a time."""
-    config, heads = config_of(f"objective.name={objective}"), 4 * 8
+    given, heads = (f"objective.name={objective}", f"objective.nll={nll}"), 4 * 8
+    config = config_of(*given)
     row = plan._full_row(config)
     assert row["tokens_BT"].shape == (1, TRUNK + (TAIL if objective == "longpo" else 0))
     places = [np.sort(row[name][row[name] >= 0]) for name in row if name.endswith("pos_BT")]
@@ -176,7 +187,7 @@ def test_flops_of_a_full_row(objective: str, rows: int):
     pairs = sum(int(np.sum(pos + 1)) for pos in places)
     layer = 32 * (2 * 32 + 2 * 16 + 3 * 48)
     for remat, products, again in (("none", 9, 0), ("attention", 9, 2), ("layer", 11, 2)):
-        needed, computed = plan._flops(config_of(f"objective.name={objective}", f"train.remat={remat}"), tiny(), row)
-        assert needed == pytest.approx(6 * (2 * layer + 32 * 64) * tokens + 2 * 12 * heads * pairs, rel=1e-6)
-        weights = 2 * (6 * layer + again * (layer - 32 * 48)) + 8 * 32 * 64
-        assert computed == pytest.approx(weights * tokens + 2 * 2 * products * heads * pairs, rel=1e-6)
+        needed, computed = plan._flops(config_of(*given, f"train.remat={remat}"), tiny(), row)
+        assert needed == pytest.approx(6 * (2 * layer * tokens + 32 * 64 * logits) + 2 * 12 * heads * pairs, rel=1e-6)
+        weights = 2 * (6 * layer + again * (layer - 32 * 48)) * tokens + 8 * 32 * 64 * logits
+        assert computed == pytest.approx(weights + 2 * 2 * products * heads * pairs, rel=1e-6)

@@ -131,6 +131,22 @@ def test_other_inputs_are_refused_by_name(tmp_path: Path):
     assert contents(tmp_path) == before
 
 
+def test_nothing_is_written_before_the_first_document_and_what_made_no_record_hinders_nobody(tmp_path: Path):
+    folder = tmp_path / "pairs"
+    Writer(folder, INPUTS, shard_pairs=2)
+    assert not folder.exists()
+    writer = Writer(folder, INPUTS, shard_pairs=2)
+    writer.add("d2", None, {"documents": 1, "none": 1})
+    assert Writer(folder, INPUTS, shard_pairs=2).finished == ["d2"]
+    before = contents(folder)
+    other = Writer(folder, {**INPUTS, "seed": 2}, shard_pairs=2)
+    assert other.finished == [] and contents(folder) == before
+    add(other, 0)
+    assert Writer(folder, {**INPUTS, "seed": 2}, shard_pairs=2).finished == ["d0"]
+    with pytest.raises(InputError, match="seed = 2, expected 1"):
+        Writer(folder, INPUTS, shard_pairs=2)
+
+
 def test_files_that_are_not_as_the_journal_says_are_refused(tmp_path: Path):
     written(tmp_path, 7)
     first = tmp_path / "pairs-00000.jsonl"
@@ -149,8 +165,12 @@ def test_files_that_are_not_as_the_journal_says_are_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"journal.jsonl: expected a line a document, got one with 'counts'"):
         Writer(tmp_path, INPUTS, shard_pairs=2)
     journal.write_bytes(kept.replace(b'"schema": 1', b'"schema": 2', 1))
-    with pytest.raises(InputError, match=r"journal.jsonl: expected schema 1, got 2"):
+    with pytest.raises(InputError, match=r"journal.jsonl: expected schema 1 and inputs, got schema 2"):
         Writer(tmp_path, INPUTS, shard_pairs=2)
+    for header in (b'{"schema": 1}', b'{"schema": 1, "inputs": 3}'):
+        journal.write_bytes(header + kept[kept.index(b"\n") :])
+        with pytest.raises(InputError, match=r"journal.jsonl: expected schema 1 and inputs, got schema 1"):
+            Writer(tmp_path, INPUTS, shard_pairs=2)
     journal.write_bytes(kept)
     assert len(Writer(tmp_path, INPUTS, shard_pairs=2).finished) == 7
 

@@ -78,7 +78,7 @@ def plain(model, context: str, turns: list[Turn], kind: str, theta: float | None
     with torch.no_grad():
         logits = LlamaForCausalLM.from_pretrained(model, config=settings).double()(ids).logits[0]
     log_probs = torch.log_softmax(logits, -1)
-    places = [len(shared) + place for place, turn in enumerate(branch.turns) if turn]
+    places = [len(shared) + place for place, turn in enumerate(branch.turns) if turn > 0]
     return float(sum(log_probs[place - 1, ids[0, place]] for place in places))
 
 
@@ -145,32 +145,36 @@ def written(folder, made):
     return folder
 
 
+def kept(config, run):
+    return read_references(run / "reference", reference_inputs(config, run))
+
+
 def test_scores_are_kept_and_a_stale_cache_is_refused(model, run):
     with pytest.raises(InputError, match="run `longpo reference` first"):
-        read_references(config(model), run)
+        kept(config(model), run)
     run_reference(config(model), run, quiet=True)
-    found = read_references(config(model), run)
+    found = kept(config(model), run)
     assert list(found) == ["d0", "d1", "d2"]
     assert found["d1"] == {key: value for key, value in scores(model, records())[1].items() if key != "id"}
     with pytest.raises(InputError, match="reference_rope_theta"):
-        read_references(config(model, "model.reference_rope_theta=9.0"), run)
+        kept(config(model, "model.reference_rope_theta=9.0"), run)
     with pytest.raises(InputError, match=r"objective\.name"):
-        read_references(config(model, "objective.name=dpo"), run)
+        kept(config(model, "objective.name=dpo"), run)
     path = run / "reference" / "scores-00000.jsonl"
     path.write_text(path.read_text().replace("-", "", 1))
     with pytest.raises(InputError, match="expected the files that were written"):
-        read_references(config(model), run)
+        kept(config(model), run)
 
 
 def test_other_records_or_weights_make_it_stale(model, run, tmp_path_factory):
     run_reference(config(model), run, quiet=True)
     other = save_decoder(tmp_path_factory.mktemp("other"), seed=1)
     with pytest.raises(InputError, match=r"model\.weights"):
-        read_references(config(other), run)
+        kept(config(other), run)
     path = run / "pairs" / "pairs-00000.jsonl"
     path.write_text(path.read_text().replace("w1 w2 w3", "w1 w2 w2"))
     with pytest.raises(InputError, match="pairs"):
-        read_references(config(model), run)
+        kept(config(model), run)
 
 
 def test_another_template_makes_it_stale_and_another_day_does_not(model, run, tmp_path, monkeypatch):
@@ -202,6 +206,19 @@ def test_a_log_probability_that_is_not_finite_is_refused(model, run, monkeypatch
     assert not list((run / "reference").glob("scores-*"))
 
 
+def test_a_damaged_record_and_a_mesh_that_does_not_fit_are_told_before_anything_is_written(model, run, monkeypatch):
+    for mesh, said in (("mesh.data=9", "expected 9 devices, got 8"), ("mesh.model=8", "of size 4 cannot be split")):
+        with pytest.raises(InputError, match=said):
+            run_reference(config(model, mesh, "train.rows_per_step=9"), run, quiet=True)
+    monkeypatch.setattr(Scorer, "__init__", None)  # no model is loaded
+    last = run / "pairs" / "pairs-00001.jsonl"
+    last.write_bytes(last.read_bytes()[:-9])
+    for objective in ("longpo", "sft"):
+        with pytest.raises(InputError, match=r"pairs-00001.jsonl:1: expected a whole line, got one that is cut off"):
+            run_reference(config(model, f"objective.name={objective}"), run, quiet=True)
+    assert not (run / "reference").exists()
+
+
 def test_a_process_that_does_not_lead_writes_nothing(model, run):
     run_reference(config(model), run, leads=False, quiet=True)
     assert not (run / "reference").exists()
@@ -223,12 +240,12 @@ def test_an_interrupted_run_goes_on(model, run, monkeypatch):
     run_reference(config(model), run, quiet=True)
     assert calls == [["d0"], ["d1"], ["d2"], ["d2"]]
     monkeypatch.undo()
-    found = read_references(config(model), run)
+    found = kept(config(model), run)
     again = written(run / "again", records())
     run_reference(config(model), again, quiet=True)
-    assert found == read_references(config(model), again)
+    assert found == kept(config(model), again)
 
 
 def test_nothing_is_scored_for_sft(model, run):
     run_reference(config(model, "objective.name=sft"), run, quiet=True)
-    assert read_references(config(model, "objective.name=sft"), run) == {}
+    assert kept(config(model, "objective.name=sft"), run) == {}

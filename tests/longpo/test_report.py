@@ -98,6 +98,32 @@ def test_missing_and_empty_metrics_are_one_line_and_nothing_is_written(tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+def test_damaged_metrics_and_a_file_in_the_way_are_one_line_and_nothing_is_written(tmp_path):
+    good, bad = trained(tmp_path / "good"), tmp_path / "bad"
+    (tmp_path / "file").write_text("mine")
+    (bad / "train").mkdir(parents=True)
+    for content in (
+        b"\xff\xfe\x00",
+        b"[1]",
+        b'{"step": "a"}',
+        b'{"step": 1, "loss": "b"}',
+        b'{"step": 1',
+        b'{"loss": 1}',
+    ):
+        (bad / "train" / "metrics.jsonl").write_bytes(content + b"\n")
+        with pytest.raises(InputError, match=r"metrics.jsonl:1: expected a line of metrics, got '"):
+            report([good, bad], tmp_path / "out")
+    (bad / "train" / "metrics.jsonl").write_bytes(b'{"step": 1}\n')
+    with pytest.raises(InputError, match=r"bad: expected metrics such as loss, got none"):
+        report([bad], tmp_path / "out")
+    with pytest.raises(InputError, match=r"file: expected a folder to write to, got a file"):
+        report([good], tmp_path / "file")
+    bad.rename(tmp_path / "round-x")
+    with pytest.raises(InputError, match="expected the metrics of a training run"):
+        report([tmp_path])
+    assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "mine"
+
+
 def test_a_run_of_one_update_is_drawn(tmp_path):
     report([trained(tmp_path / "run", steps=1)])
     assert (tmp_path / "run" / "report.png").stat().st_size > 1000

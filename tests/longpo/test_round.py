@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stages chained to rounds, and rounds to a run: order, folders, models, settings, and going on after a stop."""
 
+import contextlib
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -8,12 +10,14 @@ from types import ModuleType
 
 import pytest
 
-from longpo_jax.config import LongPOConfig, OptimizerConfig, PolicyConfig, TrainConfig
+from longpo_jax.config import GenerationConfig, LongPOConfig, OptimizerConfig, PolicyConfig, TrainConfig
 from longpo_jax.records import Answer, Record, Turn, Writer, read_records
 from longpo_jax.round import SETTINGS, rounds_of, run_round, run_rounds, run_stage
 from longpo_jax.stages import STAGES, inputs_of, is_done, mark_done, summary_of
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh_config import MeshConfig
+from tests.test_processes import WAIT_S, environment, free_port, spawn
 from tests.tiny_models import save_decoder, words
 
 TWO = ("corpus.max_tokens=70000 model.rope_theta=200000", "corpus.max_tokens=140000 train.lengths=[2304,4096] seed=7")
@@ -23,16 +27,22 @@ def config_in(folder: Path, *rounds: str, **more) -> LongPOConfig:
     return LongPOConfig(run=str(folder), rounds=rounds, **more)
 
 
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> str:
+    """A model of 4 heads, 2 of them of keys."""
+    return str(save_decoder(tmp_path_factory.mktemp("model")))
+
+
 @pytest.fixture
 def calls(monkeypatch):
-    """Stages that only say that they were asked, with (stage, folder, source, setting), and are done or fail."""
+    """Stages that only say that they were asked, with (stage, folder, model, setting), and are done or fail."""
     made: list[tuple] = []
 
     def stage_of(name: str):
-        def stage(config, folder, source=None, *, leads=True, quiet=False):
+        def stage(config, folder, *, leads=True, quiet=False):
             if is_done(folder / name, inputs_of(config, name)):
                 return
-            made.append((name, folder, source or config.model.source, config.corpus.max_tokens, leads, quiet))
+            made.append((name, folder, config.model.source, config.corpus.max_tokens, leads, quiet))
             if len(made) == made_until[0]:
                 raise KeyboardInterrupt
             mark_done(folder / name, inputs_of(config, name), {})
@@ -44,18 +54,21 @@ def calls(monkeypatch):
         module = ModuleType(f"longpo_jax.{name}")
         setattr(module, f"run_{name}", stage_of(name))
         monkeypatch.setitem(sys.modules, module.__name__, module)
+    checked = ModuleType("longpo_jax.checks")
+    checked.__dict__["check_round"] = lambda config, source: None
+    monkeypatch.setitem(sys.modules, checked.__name__, checked)
     made.clear()
     return made, made_until
 
 
 def test_a_round_is_its_stages_in_order_and_done_ones_are_skipped(calls, tmp_path):
     made, _ = calls
-    config = config_in(tmp_path)
-    run_round(config, tmp_path, "taught", quiet=True)
+    config = config_in(tmp_path, model=PolicyConfig(source="taught"))
+    run_round(config, tmp_path, quiet=True)
     assert [call[0] for call in made] == ["pairs", "reference", "train", "export"]
     assert {call[1:] for call in made} == {(tmp_path, "taught", 131072, True, True)}
     assert settings.load(LongPOConfig, tmp_path / SETTINGS) == config
-    run_round(config, tmp_path, "taught")
+    run_round(config, tmp_path)
     assert len(made) == 4
 
 
@@ -125,7 +138,46 @@ def test_a_mistake_in_any_round_is_told_before_the_first_starts(calls, tmp_path,
     assert not made and not list(tmp_path.iterdir())
 
 
-def write_pairs(config, folder, source=None, *, leads=True, quiet=False):
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"train": TrainConfig(wandb="x")}, "train.wandb: expected the package wandb, it is not installed"),
+        (
+            {"train": TrainConfig(lengths=(512,))},
+            r"train.lengths: .* hold documents of 65536 tokens .* got at most 512",
+        ),
+        ({"mesh": MeshConfig(fsdp=16), "train": TrainConfig(rows_per_step=16)}, "mesh: .*: expected 16 devices, got 8"),
+        ({"mesh": MeshConfig(model=8)}, r"mesh: .* of size 4 cannot be split over model = 8"),
+        ({"generation": GenerationConfig(mesh=MeshConfig(model=4))}, r"generation.mesh: .* of size 2 cannot be split"),
+        ({"model": PolicyConfig(source="nowhere")}, "nowhere: expected a checkpoint folder, a .gguf file or the name"),
+    ],
+)
+def test_what_a_later_stage_would_refuse_is_told_before_the_first_starts(tiny, tmp_path, monkeypatch, more, message):
+    made = []
+    monkeypatch.setattr("longpo_jax.round.run_stage", lambda stage, *_, **__: made.append(stage))
+    config = config_in(tmp_path / "run", **{"model": PolicyConfig(source=tiny), **more})
+    with pytest.raises(InputError, match=message):
+        run_round(config, tmp_path / "run")
+    with pytest.raises(InputError, match=message):
+        run_rounds(dataclasses.replace(config, rounds=TWO[:1]))
+    assert not made and not (tmp_path / "run").exists()
+    mark_done(tmp_path / "run" / "export", {}, {})
+    run_round(config, tmp_path / "run")  # which stages are done, and with what, they say themselves
+    assert made == list(STAGES)
+
+
+def test_the_second_round_is_checked_before_the_first_starts(tiny, tmp_path, monkeypatch):
+    """Its model, which is not there yet, has the shape of the first one's."""
+    made = []
+    monkeypatch.setattr("longpo_jax.round.run_round", lambda config, *_, **__: made.append(config))
+    for line, message in (("mesh.model=8", "of size 4 cannot be split"), ("train.wandb=x", "wandb"), ("seed=3", None)):
+        config = config_in(tmp_path, "seed=2", line, model=PolicyConfig(source=tiny))
+        with pytest.raises(InputError, match=message) if message else contextlib.nullcontext():
+            run_rounds(config)
+    assert [single.seed for single in made] == [2, 3]
+
+
+def write_pairs(config, folder, *, leads=True, quiet=False):
     """Four documents of the round's length with answers made up: what random weights say is no question."""
     place, inputs = folder / "pairs", inputs_of(config, "pairs")
     if is_done(place, inputs):
@@ -177,3 +229,32 @@ def test_two_rounds_on_a_tiny_model_each_taught_on_from_the_last(monkeypatch, tm
     )
     with pytest.raises(InputError, match="round-2"):  # the model that made round 2 is not the one that is there
         run_rounds(config, quiet=True)
+
+
+TOGETHER = """
+import sys, time
+from pathlib import Path
+from longpo_jax import round as module
+from longpo_jax.config import LongPOConfig
+from rapid_jax.runtime.distributed import meet
+
+def slow(config, folder, *, leads, quiet):
+    if leads:
+        time.sleep(1)
+        (folder / "made").write_text("whole")
+
+module._stage = lambda name: slow
+with meet(name="longpo") as run:
+    run.start_jax()
+    folder = Path(sys.argv[1])
+    module.run_stage("train", LongPOConfig(), folder, leads=run.leads)
+    print((folder / "made").read_text())
+"""
+
+
+def test_no_process_leaves_a_stage_before_what_it_makes_is_there(tmp_path):
+    port = free_port()
+    pair = [spawn(["-c", TOGETHER, str(tmp_path)], environment(1, (port, 2, index))) for index in (0, 1)]
+    results = [process.communicate(timeout=WAIT_S) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], results
+    assert [out for out, _ in results] == ["whole\n", ""] or [out for out, _ in results] == ["whole\n"] * 2

@@ -204,6 +204,10 @@ def test_a_rejected_token_has_no_part_in_the_nll_and_a_chosen_one_none_in_the_re
         return Branch(tokens, branch.turns)
 
     plain = metrics(pair.chosen, pair.rejected)
+    cut = Branch(pair.chosen.tokens, [*pair.chosen.turns[:-1], -1])  # its end token is not the answer's, nor learnt
+    unlearnt = metrics(cut, pair.rejected)
+    assert unlearnt["nll"] != plain["nll"] and unlearnt["rewards/chosen"] != plain["rewards/chosen"]
+    assert metrics(changed(cut, -1), pair.rejected) == unlearnt
     for at in (0, 4, -1):
         other = metrics(pair.chosen, changed(pair.rejected, at))
         assert all(other[name] == plain[name] for name in ("nll", "rewards/chosen"))

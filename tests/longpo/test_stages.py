@@ -2,13 +2,16 @@
 """When a stage counts as done, and which settings decide what it makes."""
 
 import dataclasses
+import errno
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.stages import STAGES, identity_of, inputs_of, is_done, mark_done, summary_of
+from longpo_jax.stages import STAGES, identity_of, inputs_of, is_done, mark_done, summary_of, working_in
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.settings import defaults
 
@@ -51,6 +54,57 @@ def test_a_file_that_is_no_note_of_ours_is_refused(tmp_path: Path):
         (tmp_path / "done.json").write_text(text)
         with pytest.raises(InputError, match=f"done.json: expected schema 1, got {got}"):
             is_done(tmp_path, INPUTS)
+    for text, part in (('{"schema": 1}', "inputs"), ('{"schema": 1, "inputs": {}, "summary": 3}', "summary")):
+        (tmp_path / "done.json").write_text(text)
+        for asked in (lambda: is_done(tmp_path, INPUTS), lambda: summary_of(tmp_path)):
+            with pytest.raises(InputError, match=f"done.json: expected {part} in it, got none: delete"):
+                asked()
+
+
+def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path):
+    folder = tmp_path / "run"
+    with working_in(folder, "train"):
+        (folder / "train").mkdir()
+        for stage in ("train", "export"):
+            with pytest.raises(InputError, match=r"run: expected no other run there, got one that is at work"):
+                working_in(folder, stage).__enter__()
+        with working_in(tmp_path / "other", "train"):
+            pass
+    with working_in(folder, "train"):
+        pass
+    assert [path.name for path in folder.iterdir()] == ["train"]
+
+
+def test_folders_that_stay_empty_are_taken_away_again(tmp_path: Path):
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(InputError, match="no"), working_in(tmp_path / "runs" / "a" / "round-1", "pairs"):
+        raise InputError("no")
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_a_file_in_the_way_is_one_line_and_stays(tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    for name, folder, message in (
+        ("file", "file", r"file: expected a folder to write to, got: "),
+        ("file", "file/run", r"file/run: expected a folder to write to, got: Not a directory"),
+        ("run/train", "run", r"run/train: expected a folder or nothing there, got a file"),
+    ):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(InputError, match=message):
+            working_in(tmp_path / folder, "train").__enter__()
+        assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_folder_without_the_permission_and_a_file_system_without_locks(tmp_path: Path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="got one without the permission"):
+        patch.setattr(os, "access", lambda *_: False)  # root may everything
+        working_in(tmp_path, "train").__enter__()
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with working_in(tmp_path, "train"), working_in(tmp_path, "train"):
+        pass
 
 
 def test_a_stage_that_was_made_anew_with_other_results_has_another_identity(tmp_path: Path):
@@ -62,6 +116,13 @@ def test_a_stage_that_was_made_anew_with_other_results_has_another_identity(tmp_
     second = identity_of(tmp_path)
     mark_done(tmp_path, INPUTS | {"seed": 2}, {"pairs": 3})
     assert len({first, second, identity_of(tmp_path)}) == 3
+
+
+def test_weights_of_domains_follow_the_domains():
+    def inputs(sources: str, weights: str) -> dict:
+        return inputs_of(defaults(LongPOConfig, [f"corpus.sources={sources}", f"corpus.weights={weights}"]), "train")
+
+    assert inputs("[a=x, b=y]", "[1, 2]") == inputs("[b=y, a=x]", "[2, 1]") != inputs("[b=y, a=x]", "[1, 2]")
 
 
 def stale(setting: str) -> list[str]:

@@ -165,7 +165,7 @@ def test_a_run_undisturbed(whole):
     summary = summary_of(place)
     assert (summary["steps"], summary["rows"], summary["last"]) == (STEPS, STEPS * ROWS, lines[-1])
     found = newest(place / "checkpoints")
-    assert found is not None and (found.note["position"], found.note["seed"]) == (STEPS * ROWS, whole.seed)
+    assert found is not None and (found.note["position"], found.note["inputs"]["seed"]) == (STEPS * ROWS, whole.seed)
     assert lines[0]["learning_rate"] == 0.0 and lines[1]["learning_rate"] == pytest.approx(1e-3)
     assert np.mean([line["nll"] for line in lines[-2:]]) < np.mean([line["nll"] for line in lines[:2]]) - 0.3
     for line in lines:
@@ -267,7 +267,7 @@ def test_an_interruption_and_a_loss_that_is_not_finite_leave_good_weights(begun,
     assert all(np.all(np.isfinite(array)) for array in weights_of(config, found.step).values())
 
 
-def test_a_run_that_is_done_stays_so_and_another_is_refused(whole, tmp_path, capfd):
+def test_a_run_that_is_done_stays_so_and_another_is_refused(whole, tmp_path, monkeypatch, capfd):
     config = dataclasses.replace(whole, run=str(tmp_path / "run"))
     shutil.copytree(whole.run, config.run)
     folder, done = tmp_path / "run", tmp_path / "run" / "train" / "done.json"
@@ -283,9 +283,18 @@ def test_a_run_that_is_done_stays_so_and_another_is_refused(whole, tmp_path, cap
         run_train(other, folder, quiet=True)
     metrics = (folder / "train" / "metrics.jsonl").read_text()
     capfd.readouterr()
-    run_train(config, folder, quiet=True)
+    close = module.Metrics.close
+
+    def late(self):
+        close(self)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
+        patch.setattr(module.Metrics, "close", late)
+        run_train(config, folder, quiet=True)
+    assert left.value.code == LOST_PEER  # what comes after training does not start
     assert done.read_text() == content and (folder / "train" / "metrics.jsonl").read_text() == metrics
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err == "longpo: told to end: training is done\n"
 
 
 def test_what_is_missing_is_said_before_anything_starts(tmp_path):
@@ -293,6 +302,19 @@ def test_what_is_missing_is_said_before_anything_starts(tmp_path):
     with pytest.raises(InputError, match=r"train.wandb: expected the package wandb, it is not installed"):
         run_train(config, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_do_not_do_are_said_before_the_model_is_loaded(begun, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "load_model", None)
+    for given, message in (
+        ({"lengths": (16,)}, r"expected rows of at most 16 \+ 64 places .*, got none: 8 are longer"),
+        ({"rows_per_step": 64}, r"rows_per_step: expected at most the 16 rows there are, got 64"),
+    ):
+        config = copied(begun, tmp_path, **given)
+        with pytest.raises(InputError, match=message):
+            run_train(config, Path(config.run), quiet=True)
+        assert not (Path(config.run) / "train").exists()
+        shutil.rmtree(config.run)
 
 
 def test_how_many_updates():

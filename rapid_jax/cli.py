@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `rapid`: answer a question about a document, plan a run on a TPU slice, convert a checkpoint.
+"""The command `rapid`: answer a question about a document, evaluate, plan a run on a TPU slice, convert a checkpoint.
 
 Standard output carries the answer and nothing else; progress, what was retrieved and the summary go to standard error.
 Exit status: 0 done, 2 input that cannot be used (one line says why), 3 a plan that does not fit, 75 another process of
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from rapid_jax import __version__
 from rapid_jax.config import RapidConfig
 from rapid_jax.documents import STDIN, read_document
+from rapid_jax.evaluate import command as evaluation
 from rapid_jax.plan import command
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.command_line import prepare_jax, say, status_of
@@ -80,6 +81,15 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what a run needs of a TPU slice, without hardware", allow_abbrev=False)
     plan.set_defaults(run=command.run)
     command.add_arguments(plan)
+    evaluate = commands.add_parser("evaluate", help="score answers on a benchmark", allow_abbrev=False)
+    evaluate.set_defaults(run=evaluation.evaluate)
+    evaluation.add_evaluate(evaluate)
+    report = commands.add_parser("report", help="write the report of an evaluation", allow_abbrev=False)
+    report.set_defaults(run=evaluation.report)
+    evaluation.add_report(report)
+    compare = commands.add_parser("compare", help="how two evaluations differ", allow_abbrev=False)
+    compare.set_defaults(run=evaluation.compare)
+    evaluation.add_compare(compare)
     convert = commands.add_parser("convert", help="write a checkpoint as a Hugging Face folder", allow_abbrev=False)
     convert.set_defaults(run=_convert)
     convert.add_argument("source", metavar="IN", help="checkpoint folder, .gguf file, or smollm2")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test runs under: the CPU backend, no compilation cache on disk, and the small real model."""
+"""What tests run under: the CPU backend, no compilation cache on disk, quick compiles; and the small real model."""
 
 import importlib.util
 import os
@@ -13,6 +13,16 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+
+
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """For modules of many programs that run for milliseconds: XLA makes the passes that it needs alone."""
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -182,3 +182,45 @@ def test_a_drafter_on_its_own_devices_gives_the_same_answer(config, tmp_path):
 def test_meshes_that_cannot_be_are_said_with_the_settings(config, settings, message):
     with pytest.raises(InputError, match=message):
         replace(config, **settings)
+
+
+@pytest.mark.parametrize("mode", ["target", "retrieval", "rapid"])
+def test_answers_together_are_those_of_each_question_alone(rapid, config, mode):
+    """Of other lengths, greedy and drawn; the documents' prefill serves the next mode."""
+    asked = [(words(150, seed=11), QUESTION), (words(90, seed=12), "w1 w2?"), (words(150, seed=13), "w7?")]
+    drawn = replace(config.sampling, temperature=0.9)
+    for sampling in (config.sampling, drawn):
+        one = rapid.with_config(
+            replace(config, sampling=sampling, speculation=replace(config.speculation, mode=mode, lookup="off"))
+        )
+        readings = [one.read(document, question) for document, question in asked]
+        together = one.answers(readings, [sampling.seed] * 3)
+        for (document, question), answer in zip(asked, together, strict=True):
+            alone = one.answer(document, question)
+            for name in ("text", "token_ids", "origins", "finish_reason", "target_tokens", "draft_tokens", "selection"):
+                if name != "selection" or answer.selection is None or alone.selection is None:
+                    assert getattr(answer, name) == getattr(alone, name), name
+                else:
+                    assert answer.selection.chunks == alone.selection.chunks
+            assert answer.generation.drafted == alone.generation.drafted
+    if mode != "retrieval":
+        again = under(rapid, mode="target", lookup="off")
+        first = again.answers([again.read(*item) for item in asked])
+        assert [answer.prefix_reused for answer in first] == [False] * 3
+        second = under(rapid, mode="rapid").answers([again.read(*item) for item in asked[:2]])
+        assert [answer.prefix_reused for answer in second] == [False] * 2  # other rows
+        third = again.answers([again.read(*item) for item in asked[:2]])
+        assert [answer.prefix_reused for answer in third] == [True] * 2
+
+
+def test_an_answer_is_made_to_begin_with_words(rapid):
+    other = under(rapid, mode="rapid")
+    plain, begun = (other.read(words(60), QUESTION, begins=begins) for begins in ("", " So w1 w2"))
+    assert plain.short is not None and begun.short is not None
+    for one, more in ((plain.long, begun.long), (plain.short, begun.short)):
+        assert rapid.target.tokenizer.decode(more.tokens).removeprefix(rapid.target.tokenizer.decode(one.tokens)) == (
+            " So w1 w2"
+        )
+    template = "Read.\n{document}\nAsked: {question}"
+    asked = rapid.target.tokenizer.decode(other.read("w1 w2.", "w3?", template=template).long.tokens)
+    assert "Read.\nw1 w2.\nAsked: w3?" in asked

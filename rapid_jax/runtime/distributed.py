@@ -96,13 +96,15 @@ class Run:
             self._tell(_GOODBYE)
             return
         me = f"process {self._seat.index} of {self._seat.count}"
+        if not isinstance(error, InputError | KeyboardInterrupt):
+            time.sleep(_GRACE_S)  # if the reason is a process that has ended, the listener says it better
+        self._over = True  # the others end by what they are told, and that is not to end this one
         if isinstance(error, InputError):
             self._tell(f"2 {me} has ended: {error}")
             self._end(2, str(error))
         if isinstance(error, KeyboardInterrupt):
             self._tell(f"{LOST_PEER} {me} was interrupted")
             self._end(INTERRUPTED, "interrupted")
-        time.sleep(_GRACE_S)  # if the reason is a process that has ended, the listener says it better
         self._tell(f"{LOST_PEER} {me} has failed")
         traceback.print_exception(error)
         self._end(1, f"{me} has failed")

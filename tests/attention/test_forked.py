@@ -20,13 +20,7 @@ from tests.attention.test_kernels import primitives
 from tests.attention.test_ring import gradients_of, mesh_of
 from tests.reference import dense_attention, visible
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    """Programs are many and run for milliseconds: XLA makes the passes it needs alone."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_mesh
 from tests.longpo import oracles
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TRUNK, TAIL = 64, 16
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -42,14 +44,6 @@ SETTINGS += ("train.attention_block=16", "mesh.data=2", "mesh.fsdp=2", "mesh.con
 SETTINGS += ("excerpts.min_tokens=1", f"excerpts.max_tokens={TRUNK}")
 KEYS = {"program", "topology", "chips", "hbm_bytes", "bytes_per_chip", "flops_per_chip", "collectives"}
 KEYS |= {"roofline_seconds", "roofline", "calls", "total_seconds", "compile_seconds", "fits"}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quickly():
-    """Nothing is run: XLA makes the passes it needs."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def slice_of(hbm_bytes: int = 96 * GIB) -> Topology:

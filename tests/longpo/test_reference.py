@@ -7,7 +7,6 @@ from dataclasses import replace
 from datetime import datetime
 from functools import cache
 
-import jax
 import numpy as np
 import pytest
 import torch
@@ -25,13 +24,7 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
 from tests.tiny_models import CHATML, save_decoder, words
 
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compiles():
-    """Of XLA's passes only those that are needed: the programs are many and run for milliseconds."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 @pytest.fixture(scope="module")

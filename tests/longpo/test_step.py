@@ -25,6 +25,8 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.mesh import make_mesh
 from tests.longpo import oracles
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 TRUNK, TAIL = 64, 16
 # Nothing rises where nothing is weighed: the preference has as much to say as the NLL.
 SETTINGS = ("objective.beta=0.5", "objective.preference_weight=2.0", "optimizer.learning_rate=0.001")
@@ -39,14 +41,11 @@ SETTINGS += ("train.logits_chunk=8", "train.attention_block=8")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quickly():
-    """Programs are many and run for milliseconds: XLA makes the passes it needs, torch's threads do not wait for each
-    other."""
+def one_thread():
+    """Torch's threads do not wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    jax.config.update("jax_disable_most_optimizations", True)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
     torch.set_num_threads(threads)
 
 

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rapid evaluate`, `rapid report` and `rapid compare`: answer quality by length, task and mode."""
+
+import argparse
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rapid_jax.config import RapidConfig
+from rapid_jax.evaluate.samples import Measure, Sample, SuiteOptions
+from rapid_jax.runtime import settings
+from rapid_jax.runtime.command_line import prepare_jax, say
+from rapid_jax.runtime.distributed import meet
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest
+
+SUITES = {
+    "ruler": "rapid_jax.evaluate.ruler",
+    "needle": "rapid_jax.evaluate.needle",
+    "longbench-v2": "rapid_jax.evaluate.longbench",
+    "infinitebench": "rapid_jax.evaluate.infinitebench",
+    "qa": "rapid_jax.evaluate.qa",
+}
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    """The options of `evaluate`."""
+    parser.add_argument("--suite", required=True, choices=tuple(SUITES))
+    parser.add_argument("--config", metavar="FILE", help="settings to start from, as configs/rapid/*.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
+    )
+    parser.add_argument(
+        "--modes", metavar="LIST", help="target,retrieval,sd,rapid,phat; with changes as rapid:eta=5; else the config's"
+    )
+    parser.add_argument("--tasks", metavar="LIST", help="only these of the suite")
+    parser.add_argument("--lengths", metavar="LIST", help="tokens of prompt and answer, as 4096,8192")
+    parser.add_argument("--depths", metavar="LIST", help="of needle: 0 the start, 1 the end, as 0,0.5,1")
+    parser.add_argument("--samples", type=_count, metavar="N", help="a task and length")
+    parser.add_argument("--data", type=Path, metavar="PATH", help="the benchmark's own file or folder")
+    parser.add_argument("--text", type=Path, metavar="PATH", help="a text, or a folder of them, that haystacks are of")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of samples")
+    parser.add_argument("--batch", type=_count, default=1, metavar="N", help="samples answered at once")
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="this run's share of the samples, from 0/N")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="by default runs/evaluate-SUITE")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def add_report(parser: argparse.ArgumentParser) -> None:
+    """The options of `report`."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="of an evaluation")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; by default into DIR")
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """The options of `compare`."""
+    parser.add_argument("one", type=Path, metavar="DIR1", help="of an evaluation")
+    parser.add_argument("other", type=Path, metavar="DIR2", help="of another on the same samples")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="write the comparison there too")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    """Runs an evaluation and writes its report."""
+    with meet() as run:
+        config = _config(options)
+        from rapid_jax.evaluate.modes import modes_of
+
+        modes = modes_of(options.modes or config.speculation.mode, config)
+        suite_options = _suite_options(options)
+        folder = options.out or Path("runs") / f"evaluate-{options.suite}"
+        prepare_jax(programs=config.cache.programs, cache=_cache(config))
+        run.start_jax()
+        from rapid_jax.evaluate import run as module
+        from rapid_jax.model.load import open_checkpoint
+        from rapid_jax.rapid import Rapid
+
+        tokenizer = open_checkpoint(config.models.target)[1]
+        share = _share(options.share)
+        samples = list(_samples(options.suite)(suite_options, module.measure_of(config, tokenizer)))
+        _check(samples, options.suite)
+        described = {
+            "suite": options.suite,
+            "options": {key: value for key, value in asdict(suite_options).items() if key not in ("data", "text")},
+            "samples": len(samples),
+            "digest": digest(*(repr(sample) for sample in samples)),
+            "templates": _templates(options),
+            "settings": module.decides(config),
+        }
+        rapid = Rapid(config, quiet=True)
+        rapid.load()
+        if run.leads:
+            module.begin(folder, described, config, resume=options.resume or share.count > 1)
+        quiet = options.quiet or not run.leads
+        module.evaluate(rapid, samples, modes, folder, share=share, batch=options.batch, leads=run.leads, quiet=quiet)
+        if run.leads and share.count == 1:
+            _write_report(folder, None)
+
+
+def report(options: argparse.Namespace) -> None:
+    """Writes the report of an evaluation."""
+    _write_report(options.folder, options.out)
+
+
+def compare(options: argparse.Namespace) -> None:
+    """Prints how two evaluations differ."""
+    from rapid_jax.evaluate.contrast import contrast
+
+    print(contrast(options.one, options.other, options.out))
+
+
+def _write_report(folder: Path, out: Path | None) -> None:
+    from rapid_jax.evaluate.report import report as write
+
+    write(folder, out)
+    say(f"report: {(out or folder) / 'report.md'}, report.html")
+
+
+def _config(options: argparse.Namespace) -> RapidConfig:
+    if options.config:
+        config = settings.load(RapidConfig, Path(options.config), options.set)
+    else:
+        config = settings.defaults(RapidConfig, options.set)
+    # A document is read once in an evaluation: keeping its prefix on disk would only fill the disk.
+    return replace(config, cache=replace(config.cache, prefix_gib=0.0))
+
+
+def _cache(config: RapidConfig) -> Path | None:
+    return Path(config.cache.folder).expanduser() if config.cache.folder else None
+
+
+def _suite_options(options: argparse.Namespace) -> SuiteOptions:
+    return SuiteOptions(
+        tasks=tuple(_list(options.tasks, str, "--tasks")),
+        lengths=tuple(_list(options.lengths, _count, "--lengths")),
+        depths=tuple(_list(options.depths, _depth, "--depths")),
+        samples=options.samples,
+        data=options.data,
+        text=options.text,
+        seed=options.seed,
+    )
+
+
+def _list(text: str | None, kind: Callable[[str], Any], option: str) -> list[Any]:
+    try:
+        return [kind(item.strip()) for item in (text or "").split(",") if item.strip()]
+    except (ValueError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"{option}: {error}, in {text!r}") from error
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _depth(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError(f"expected depths from 0 to 1, got {text}")
+    return value
+
+
+def _share(text: str) -> Any:
+    from rapid_jax.evaluate.run import Share
+
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise InputError(f"--share: expected I/N with 0 <= I < N, got {text!r}")
+    return Share(int(index), int(count))
+
+
+def _samples(suite: str) -> Callable[[SuiteOptions, Measure], Iterable[Sample]]:
+    return importlib.import_module(SUITES[suite]).samples
+
+
+def _templates(options: argparse.Namespace) -> str:
+    if options.suite != "longbench-v2" or options.data is None:
+        return "ours"
+    from rapid_jax.evaluate.longbench import templates_of
+
+    folder = options.data if options.data.is_dir() else options.data.parent
+    return "the benchmark's own" if templates_of(folder)[1] else "ours"
+
+
+def _check(samples: list[Sample], suite: str) -> None:
+    from rapid_jax.evaluate import scoring
+
+    if not samples:
+        raise InputError(f"--suite {suite}: expected samples, got none: check --tasks, --lengths and --data")
+    for metric in dict.fromkeys(sample.metric for sample in samples):
+        scoring.check(metric)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two evaluations side by side: `rapid compare DIR1 DIR2`. Samples are paired, so small differences show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rapid_jax.evaluate.page import Block, Bold, Heading, Table, Verbatim, markdown, text
+from rapid_jax.evaluate.results import Outcome, Results, named, read
+from rapid_jax.evaluate.summary import (
+    FEW,
+    Cell,
+    Row,
+    difference,
+    estimate,
+    overall,
+    percent,
+    rows,
+    shown_difference,
+)
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import replace_file
+
+FILE = "contrast.md"
+RIGHT = 0.5  # a score from which an answer counts as right, where changed answers are listed
+_LISTED = 10  # changed answers a direction and label
+_WIDTH = 100  # of an answer in the list
+
+Pair = tuple[Outcome, Outcome]
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """One label's samples that both have and that ask the same."""
+
+    label: str
+    pairs: tuple[Pair, ...]
+    left_out: int  # samples that only one has
+    changed: int  # samples of one id that ask something else
+
+    @property
+    def ones(self) -> list[Outcome]:
+        return [one for one, _ in self.pairs]
+
+    @property
+    def others(self) -> list[Outcome]:
+        return [other for _, other in self.pairs]
+
+
+def contrast(one: Path, other: Path, out: Path | None = None) -> str:
+    """A plain text of how `other` differs from `one`: a table a label that both have, and the answers that changed.
+
+    A sample is paired with the one of the same suite, id, question and right answers; its prompt may differ (another
+    tokenizer, another template). With `out` the same goes into contrast.md there. Raises InputError for different
+    suites, no label in common and no sample in common.
+    """
+    if out is not None and out.exists() and not out.is_dir():
+        raise InputError(f"{out}: expected a folder to write to, got a file")
+    results = read(one), read(other)
+    compared = _compared(*results)
+    names = _names(one, other)
+    blocks = _blocks(results, names, compared)
+    if out is not None:
+        with replace_file(out / FILE) as temporary:
+            temporary.write_bytes(markdown(blocks).encode("utf-8", "replace"))
+    return _plain(blocks)
+
+
+def _compared(one: Results, other: Results) -> list[_Compared]:
+    if one.suite != other.suite:
+        raise InputError(f"expected evaluations of one suite, got {one.suite} and {other.suite}")
+    labels = [label for label in one.labels if label in other.by_label]
+    if not labels:
+        raise InputError(
+            f"expected a mode that both have, got {', '.join(one.labels)} in {one.folder} and "
+            f"{', '.join(other.labels)} in {other.folder}"
+        )
+    compared = []
+    for label in labels:
+        mine = {outcome.id: outcome for outcome in one.by_label[label]}
+        theirs = {outcome.id: outcome for outcome in other.by_label[label]}
+        both = [(mine[id], theirs[id]) for id in mine if id in theirs]
+        pairs = tuple(pair for pair in both if _asks(pair[0]) == _asks(pair[1]))
+        compared.append(_Compared(label, pairs, len(mine) + len(theirs) - 2 * len(both), len(both) - len(pairs)))
+    if not any(item.pairs for item in compared):
+        asked = [", ".join(f"{name} {value}" for name, value in x.options.items()) or "nothing" for x in (one, other)]
+        raise InputError(
+            f"expected evaluations with samples in common, got none: asked for were {asked[0]} and {asked[1]}"
+        )
+    return [item for item in compared if item.pairs]
+
+
+def _asks(outcome: Outcome) -> tuple:
+    """What makes two samples the same question: another seed gives others under the same id."""
+    return outcome.task, outcome.length, outcome.metric, outcome.question, outcome.answers
+
+
+def _names(one: Path, other: Path) -> tuple[str, str]:
+    """The last parts of the paths, as many as it takes to tell them apart."""
+    parts = one.resolve().parts, other.resolve().parts
+    for count in range(1, min(map(len, parts)) + 1):
+        names = tuple("/".join(path[-count:]) for path in parts)
+        if names[0] != names[1]:
+            return names[0], names[1]
+    return str(one), str(other)
+
+
+def _blocks(results: Sequence[Results], names: Sequence[str], compared: Sequence[_Compared]) -> list[Block]:
+    one, other = names
+    blocks: list[Block] = [Heading(f"{other} against {one} on {results[0].suite}", 1)]
+    told = "Scores in %; differences in points with 95 % intervals, paired by sample. Right is a score of"
+    blocks.append(text(f"{told} {percent(RIGHT)} or more."))
+    blocks += [text(f"Not the same was asked for: {told}.") for told in _options(*results)]
+    for label in dict.fromkeys(label for found in results for label in found.labels):
+        if label not in {item.label for item in compared}:
+            blocks.append(text(f"Not compared, since the other has no such samples: {label}."))
+    for item in compared:
+        blocks.append(Heading(item.label))
+        blocks.append(text(_counted(item)))
+        blocks.append(Table(["task", "samples", one, other, "difference", "verdict"], _lines(results[0].suite, item)))
+        blocks += _changed(item, names)
+    return blocks
+
+
+def _options(one: Results, other: Results) -> list[str]:
+    """What was asked for differently."""
+    found = []
+    for name in dict.fromkeys((*one.options, *other.options)):
+        values = one.options.get(name), other.options.get(name)
+        if values[0] != values[1]:
+            found.append(f"{name} {values[0]} and {values[1]}")
+    return found
+
+
+def _counted(item: _Compared) -> str:
+    told = [f"{len(item.pairs):,} samples compared"]
+    if item.left_out:
+        told.append(f"{item.left_out:,} that only one of them has left out")
+    if item.changed:
+        told.append(f"{item.changed:,} whose question or right answers differ left out")
+    return ", ".join(told) + "."
+
+
+def _lines(suite: str, item: _Compared) -> list[list[str]]:
+    """Tasks and averages length by length, then all."""
+    cells: list[Cell] = list(dict.fromkeys((outcome.task, outcome.length) for outcome in item.ones))
+    lengths = list(dict.fromkeys(length for _, length in cells))
+    lengths.sort(key=lambda length: (length is None, length or 0))
+    table = [
+        (f"{row.name}, {named(length)}" if length is not None else row.name, row)
+        for length in lengths
+        for row in rows(suite, cells, length)
+    ]
+    if len(lengths) > 1:
+        table.append(("all", overall(cells, lengths)))
+    return [_line(name, row, item) for name, row in table]
+
+
+def _line(name: str, row: Row, item: _Compared) -> list[str]:
+    means = [estimate(row, outcomes) for outcomes in (item.ones, item.others)]
+    gained = difference(row, item.others, item.ones)
+    if gained is None:  # not for rows of the pairs' own cells
+        return [name, "0", "-", "-", "-", "-"]
+    verdict = gained.verdict + (" (few samples)" if gained.count < FEW else "")
+    scores = [percent(got.mean) if got else "-" for got in means]
+    return [name, f"{gained.count:,}", *scores, shown_difference(gained), Bold(verdict) if gained.clear else verdict]
+
+
+def _changed(item: _Compared, names: Sequence[str]) -> list[Block]:
+    """The answers that are right in one of the two only."""
+    blocks: list[Block] = []
+    for said, was_right in (("from right to wrong", True), ("from wrong to right", False)):
+        found = [
+            pair
+            for pair in item.pairs
+            if (pair[0].score >= RIGHT) == was_right and (pair[1].score >= RIGHT) != was_right
+        ]
+        if not found:
+            continue
+        listed = "" if len(found) <= _LISTED else f", of which {_LISTED}"
+        blocks.append(text(f"{len(found):,} went {said}{listed}:"))
+        blocks.append(Verbatim("\n".join(_told(pair, names) for pair in found[:_LISTED])))
+    return blocks
+
+
+def _told(pair: Pair, names: Sequence[str]) -> str:
+    lines = [f"{pair[0].id}: expected {_cut(' | '.join(pair[0].answers))}"]
+    lines += [f"  {name} {percent(x.score)}: {_cut(x.answer)}" for name, x in zip(names, pair, strict=True)]
+    return "\n".join(lines)
+
+
+def _cut(said: str) -> str:
+    shown = " ".join(said.split()) or "(empty)"
+    return shown if len(shown) <= _WIDTH else shown[: _WIDTH - 3] + "..."
+
+
+def _plain(blocks: Sequence[Block]) -> str:
+    """The blocks as text for a terminal."""
+    parts = []
+    for block in blocks:
+        match block:
+            case Heading():
+                parts.append(f"{block.text}\n{'=' * len(block.text) if block.level == 1 else '-' * len(block.text)}")
+            case Table():
+                parts.append(_aligned([block.head, *block.rows]))
+            case Verbatim():
+                parts.append("\n".join(f"  {line}" for line in block.text.split("\n")))
+            case _:
+                parts.append("".join(getattr(block, "parts", ())))
+    return "\n\n".join(parts)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """The first and the last column to the left, numbers to the right."""
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    shown = []
+    for first, *numbers, last in lines:
+        cells = (number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True))
+        shown.append("  ".join([first.ljust(widths[0]), *cells, last]))
+    return "\n".join(shown)

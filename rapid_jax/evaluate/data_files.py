@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of questions that benchmarks publish and users have: JSON lists and JSON lines, read strictly."""
+
+import gzip
+import json
+import random
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rapid_jax.evaluate.samples import SuiteOptions
+from rapid_jax.runtime.errors import InputError
+
+Record = dict[str, Any]
+_BOM = b"\xef\xbb\xbf"
+
+
+def records(path: Path) -> Iterator[tuple[str, Record]]:
+    """(where it stands, the object) of every object in the file, for messages: "FILE: line 3" or "FILE: item 3".
+
+    The file is one JSON list of objects or has an object a line (blank lines are passed over), in UTF-8, packed by gzip
+    if its name ends in .gz. Raises InputError for a file that cannot be read, has no object, or has anything else.
+    """
+    found = False
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                line = line.removeprefix(_BOM) if number == 1 else line
+                if not line.strip():
+                    continue
+                if not found and line.lstrip().startswith(b"["):
+                    items = _parsed(line + file.read(), f"{path}: line", number)
+                    places = [f"{path}: item {at}" for at in range(1, len(items) + 1)]
+                else:
+                    items, places = [_parsed(line, f"{path}: line", number)], [f"{path}: line {number}"]
+                for place, item in zip(places, items, strict=True):
+                    if not isinstance(item, dict):
+                        raise InputError(f"{place}: expected a JSON object, got {_shown(item)}")
+                    found = True
+                    yield place, item
+    except (OSError, EOFError, zlib.error) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise InputError(f"{path}: cannot be read: {reason}") from error
+    if not found:
+        raise InputError(f"{path}: expected JSON objects, one a line or in a list, got none")
+
+
+def _parsed(data: bytes, place: str, first: int) -> Any:
+    """The JSON value of `data`, which starts in line `first` of the file."""
+    try:
+        return json.loads(data.decode())
+    except UnicodeDecodeError as error:
+        line = first + data.count(b"\n", 0, error.start)
+        raise InputError(f"{place} {line}: expected UTF-8, got the byte 0x{data[error.start]:02x}") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{place} {first + error.lineno - 1}: expected JSON: {error.msg}") from error
+    except RecursionError as error:
+        raise InputError(f"{place} {first}: expected JSON, got one nested too deeply") from error
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."
+
+
+def text_of(record: Mapping[str, Any], key: str, place: str) -> str:
+    """The text of a field; halves of surrogate pairs, which no tokenizer takes, are U+FFFD in it.
+
+    Raises InputError if the field is missing, is no text or has nothing but white space in it.
+    """
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        got = _shown(value) if key in record else "no such field"
+        raise InputError(f"{place}: expected {key!r} to be a text that is not empty, got {got}")
+    return _whole(value)
+
+
+def texts_of(record: Mapping[str, Any], key: str, place: str) -> tuple[str, ...]:
+    """The texts of a field that is a text or a list of them, at least one, none of them empty; else InputError."""
+    value = record.get(key)
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        got = _shown(value) if key in record else "no such field"
+        raise InputError(f"{place}: expected {key!r} to be a text or a list of texts that are not empty, got {got}")
+    return tuple(_whole(text) for text in texts)
+
+
+def _whole(text: str) -> str:
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def id_of(record: Mapping[str, Any], key: str, place: str) -> str:
+    """A field that is a text or a whole number, as text; else InputError."""
+    value = record.get(key)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return text_of(record, key, place)
+
+
+def data_of(options: SuiteOptions, suite: str, expected: str) -> Path:
+    """`options.data`; InputError, saying what is expected there, if it is not given or does not exist."""
+    if options.data is None:
+        raise InputError(f"suite {suite}: expected --data, {expected}, got none")
+    if not options.data.exists():
+        raise InputError(f"suite {suite}: expected --data, {expected}, got {options.data}, which does not exist")
+    return options.data
+
+
+def tasks_of(options: SuiteOptions, suite: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The tasks that are asked for in the suite's order, all if none is named; InputError for one that it lacks."""
+    unknown = [task for task in options.tasks if task not in known]
+    if unknown:
+        raise InputError(f"suite {suite}: expected tasks of {', '.join(known)}, got {unknown[0]!r}")
+    return tuple(task for task in known if not options.tasks or task in options.tasks)
+
+
+def chosen(count: int, wanted: int | None, key: str) -> list[int]:
+    """`wanted` of range(count) in rising order, all for None or where there are no more; `key` is the seed.
+
+    A larger `wanted` gives a superset: a run can be widened and keeps what it has.
+    """
+    if wanted is not None and wanted < 1:
+        raise InputError(f"expected at least 1 sample, got {wanted}")
+    order = list(range(count))
+    random.Random(key).shuffle(order)
+    return sorted(order[:wanted])

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a report about single samples: faults that make scores meaningless, speed, a few samples in full."""
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from rapid_jax.evaluate import ruler
+from rapid_jax.evaluate.page import Block, Bold, Heading, Table, Verbatim, text
+from rapid_jax.evaluate.results import Outcome, Results, named
+from rapid_jax.evaluate.summary import FEW, percent
+
+_SERIOUS = 0.05  # the share of faulty samples above which scores say little
+_SHOWN = 3  # samples in full of each group of tasks
+
+# A fault -> (whether a sample has it, what is said of many that do).
+_FAULTS: Mapping[str, tuple[Callable[[Outcome], bool], str]] = {
+    "truncated": (lambda outcome: outcome.truncated, "documents did not fit and were cut"),
+    "empty": (lambda outcome: not outcome.answer.strip(), "answers are empty"),
+    "at the limit": (lambda outcome: outcome.finish_reason == "length", "answers end at their limit of tokens"),
+}
+
+
+def warnings(results: Results) -> Iterator[str]:
+    """What a reader must know before the scores; nothing if all is well."""
+    for faulty, said in _FAULTS.values():
+        places = []
+        for length in results.lengths:
+            shares = {label: _share(found, faulty) for label, at, found in _groups(results) if at == length}
+            serious = {label: share for label, share in shares.items() if share > _SERIOUS}
+            if serious:
+                place = "" if length is None else f" at {named(length)}"
+                places.append(f"{_range(list(serious.values()))} %{place} ({', '.join(serious)})")
+        if places:
+            yield f"{said}: {'; '.join(places)}."
+    if results.torn:
+        yield f"a last line was not whole and is left out: {', '.join(results.torn)}."
+    ids = [{outcome.id for outcome in outcomes} for outcomes in results.by_label.values()]
+    common = set.intersection(*ids)
+    if any(found != common for found in ids):
+        yield f"modes have not answered the same samples ({len(common):,} are common to all): trust differences alone."
+    counts: dict[tuple, int] = {}
+    for label, outcomes in results.by_label.items():
+        for outcome in outcomes:
+            key = (label, outcome.task, outcome.length)
+            counts[key] = counts.get(key, 0) + 1
+    few = [count for count in counts.values() if count < FEW]
+    if few:
+        yield (
+            f"{len(few):,} of {len(counts):,} scores (a task, length and mode) are of fewer than {FEW} samples: their "
+            "intervals are narrower than the truth."
+        )
+
+
+def faults(results: Results) -> Iterator[Block]:
+    """The shares of faulty samples by length and mode, bold where they are serious."""
+    yield Heading("What may make scores meaningless")
+    yield text("Shares of the samples in %, ", Bold("bold"), f" above {percent(_SERIOUS)}.")
+    lines = []
+    for label, length, found in _groups(results):
+        shares = [_share(found, faulty) for faulty, _ in _FAULTS.values()]
+        cells = [Bold(percent(share)) if share > _SERIOUS else percent(share) for share in shares]
+        lines.append([label, named(length), f"{len(found):,}", *cells])
+    yield Table(["mode", "length", "samples", *_FAULTS], lines)
+
+
+def speed(results: Results) -> Iterator[Block]:
+    """How fast the modes were, by length."""
+    yield Heading("Speed")
+    yield text("Means of acceptance (in %) and tokens a round; medians of tokens/s and of the seconds of a sample.")
+    lines = []
+    for label, length, found in _groups(results):
+        accepted = [100 * outcome.acceptance for outcome in found if outcome.acceptance is not None]
+        lines.append(
+            [
+                label,
+                named(length),
+                _number(statistics.fmean, accepted, 1),
+                _number(statistics.fmean, [o.tokens_per_round for o in found if o.tokens_per_round], 2),
+                _number(statistics.median, [o.tokens_per_second for o in found if o.tokens_per_second], 1),
+                *(
+                    _number(statistics.median, [o.seconds[part] for o in found if part in o.seconds], 2)
+                    for part in ("prefill", "decode")
+                ),
+            ]
+        )
+    yield Table(["mode", "length", "acceptance", "tokens/round", "tokens/s", "prefill s", "decode s"], lines)
+
+
+def samples(results: Results) -> Iterator[Block]:
+    """Some samples of each group of tasks with the answers of all modes: the shortest, a middle, the longest."""
+    yield Heading("Samples in full")
+    yield text("All but the documents, which are not kept.")
+    answered = {label: {o.id: o for o in outcomes} for label, outcomes in results.by_label.items()}
+    for name, tasks in _task_groups(results).items():
+        some = [outcome for outcome in results.by_label[results.labels[0]] if outcome.task in tasks]
+        some.sort(key=lambda outcome: outcome.length or 0)
+        places = sorted({round(k * (len(some) - 1) / (_SHOWN - 1)) for k in range(_SHOWN)}) if some else []
+        if places:
+            yield Heading(name, 3)
+        for place in places:
+            yield from _sample(
+                some[place], [found[some[place].id] for found in answered.values() if some[place].id in found]
+            )
+
+
+def _sample(one: Outcome, answers: Sequence[Outcome]) -> Iterator[Block]:
+    where = [f"task {one.task}", f"length {named(one.length)}", f"metric {one.metric}"]
+    where += [] if one.depth is None else [f"depth {percent(one.depth)} %"]
+    yield Heading(one.id, 4)
+    yield text(", ".join(where) + ". Question:")
+    yield Verbatim(one.question)
+    yield text("Right:" if len(one.answers) == 1 else f"Right ({len(one.answers)}):")
+    yield Verbatim("\n".join(one.answers))
+    for outcome in answers:
+        told = [f"{outcome.prompt_tokens:,} prompt tokens", f"{outcome.new_tokens:,} new ones"]
+        told += [f"ended by {outcome.finish_reason}"] + ["document cut"] * outcome.truncated
+        yield text(Bold(f"{outcome.mode}: {percent(outcome.score)}"), f" ({', '.join(told)})")
+        yield Verbatim(outcome.answer)
+
+
+def _task_groups(results: Results) -> dict[str, tuple[str, ...]]:
+    """RULER's groups; elsewhere every task is its own."""
+    if results.suite != "ruler":
+        return {task: (task,) for task in results.tasks}
+    return {**ruler.GROUPS, "Aggregation": ruler.AGGREGATION}
+
+
+def _groups(results: Results) -> Iterator[tuple[str, int | None, list[Outcome]]]:
+    """(label, length, its outcomes) where there are some."""
+    for label in results.labels:
+        for length in results.lengths:
+            found = results.at(label, length)
+            if found:
+                yield label, length, found
+
+
+def _share(outcomes: Sequence[Outcome], faulty: Callable[[Outcome], bool]) -> float:
+    return sum(map(faulty, outcomes)) / len(outcomes)
+
+
+def _range(shares: Sequence[float]) -> str:
+    ends = [percent(end(shares)) for end in (min, max)]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _number(middle: Callable[[Iterable[float]], float], values: Sequence[float], digits: int) -> str:
+    return f"{middle(values):,.{digits}f}" if values else "-"

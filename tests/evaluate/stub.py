@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model with known behaviour in the place of `Rapid`."""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from rapid_jax.answer import Answer
+from rapid_jax.config import RapidConfig
+from rapid_jax.prompts import Prompt, Reading
+from rapid_jax.speculative.generate import Generation
+
+
+class Stub:
+    """Answers by `say(mode, document, question)`; notes what it was asked, in which groups."""
+
+    def __init__(self, config: RapidConfig, say: Callable[[str, str, str], str], groups: list | None = None):
+        self.config, self._say = config, say
+        self.groups: list[tuple[str, int, list[str]]] = [] if groups is None else groups
+        tokenizer = SimpleNamespace(
+            chat=lambda messages: messages[-1]["content"], encode=lambda text, **_: [ord(letter) for letter in text]
+        )
+        self.target = SimpleNamespace(tokenizer=tokenizer)
+
+    def load(self) -> None:
+        """Nothing."""
+
+    def with_config(self, config: RapidConfig) -> "Stub":
+        """The same, under other settings."""
+        return Stub(config, self._say, self.groups)
+
+    def read(self, document: str, question: str, *, template: str | None = None, begins: str = "") -> Reading:
+        """The document and the question as code points."""
+        del template, begins
+        head, tail = ([ord(letter) for letter in text] for text in (document, question))
+        return Reading(Prompt(head, tail), None, None, len(document), truncated=len(document) > 1000)
+
+    def answers(self, readings: Sequence[Reading], seeds: Sequence[int]) -> list[Any]:
+        """One of each."""
+        mode = self.config.speculation.mode
+        texts = [("".join(map(chr, read.long.head)), "".join(map(chr, read.long.tail))) for read in readings]
+        self.groups.append((mode, self.config.sampling.max_new_tokens, [question for _, question in texts]))
+        return [self._answer(mode, read, self._say(mode, *text)) for read, text in zip(readings, texts, strict=True)]
+
+    def _answer(self, mode: Any, read: Reading, text: str) -> Answer:
+        tokens = [ord(letter) for letter in text]
+        lists = {name: [0] for name in ("drafted", "accepted", "rounds", "copied", "copied_accepted")}
+        seconds = dict.fromkeys(("prepare_seconds", "compile_seconds", "decode_seconds"), 0.5)
+        steps: dict[str, Any] = {"draft_steps": 0, "target_steps": 1, "gammas": {0: 1}}
+        made = Generation(
+            tokens=[tokens], origins=[[0] * len(tokens)], finish_reasons=["stop"], **lists, **steps, **seconds
+        )
+        return Answer(
+            text=text,
+            token_ids=tokens,
+            origins=[0] * len(tokens),
+            finish_reason="stop" if len(tokens) < self.config.sampling.max_new_tokens else "length",
+            mode=mode,
+            eta=0.0,
+            gamma=0,
+            generation=made,
+            selection=None,
+            target_tokens=len(read.long.tokens),
+            draft_tokens=0,
+            document_tokens=read.document_tokens,
+            prefix_reused=False,
+            seconds={"prefill": 1.0, "compile": 0.0, "decode": 0.5},
+        )

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rapid evaluate`, `report` and `compare` as they are called, on a tiny model."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rapid_jax.cli import main
+from tests.retrieval import encoders
+from tests.tiny_models import save_decoder, words
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> list[str]:
+    """The options of a tiny model and of three questions."""
+    folder = tmp_path_factory.mktemp("tiny")
+    lines = [
+        {"id": f"q{number}", "document": words(90, seed=number), "question": "w1 w2?", "answers": ["w3"]}
+        for number in range(3)
+    ]
+    (folder / "questions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    given = {
+        "models.target": save_decoder(folder / "model"),
+        "models.encoder": encoders.save(folder / "encoder", "bert"),
+        "retrieval.chunk_tokens": 64,
+        "retrieval.min_tokens": 128,
+        "compute.prefill_chunk": 128,
+        "cache.folder": folder / "cache",
+        "cache.programs": "false",
+        "speculation.gamma": 3,
+    }
+    settings = [word for key, value in given.items() for word in ("--set", f"{key}={value}")]
+    return ["--suite", "qa", "--data", str(folder / "questions.jsonl"), *settings]
+
+
+def test_an_evaluation_its_report_and_a_comparison(tiny, tmp_path, capfd):
+    one, other = str(tmp_path / "one"), str(tmp_path / "other")
+    modes = ["--modes", "target,rapid:eta=5", "--batch", "3", "--quiet"]
+    assert main(["evaluate", *tiny, *modes, "--out", one]) == 0
+    captured = capfd.readouterr()
+    assert captured.out == "" and captured.err == f"report: {one}/report.md, report.html\n"
+    assert sorted(path.name for path in Path(one).iterdir() if path.suffix != ".png") == [
+        "answers-rapid-eta=5.jsonl",
+        "answers-target.jsonl",
+        "report.html",
+        "report.md",
+        "settings.yaml",
+        "suite.json",
+    ]
+    lines = [json.loads(line) for line in (Path(one) / "answers-rapid-eta=5.jsonl").read_text().splitlines()]
+    assert [line["id"].rpartition("/")[2] for line in lines] == ["q0", "q1", "q2"]
+    for line in lines:
+        assert line["chunks"] and line["draft_tokens"] > 0 and line["acceptance"] is not None
+        assert line["prompt_tokens"] > line["document_tokens"] > 0 and not line["truncated"]
+        assert set(line["seconds"]) == {"retrieval", "prefill", "compile", "decode"}
+    assert main(["evaluate", *tiny, *modes, "--out", one]) == 2
+    assert "got one: --resume goes on with it" in capfd.readouterr().err
+    before = (Path(one) / "answers-target.jsonl").read_bytes()
+    assert main(["evaluate", *tiny, *modes, "--out", one, "--resume"]) == 0
+    assert (Path(one) / "answers-target.jsonl").read_bytes() == before
+    shares = [
+        main(["evaluate", *tiny, "--modes", "target", "--quiet", "--out", other, "--share", f"{i}/2"]) for i in (0, 1)
+    ]
+    assert shares == [0, 0] and not (Path(other) / "report.md").exists()
+    assert main(["report", other]) == 0 and (Path(other) / "report.md").exists()
+    capfd.readouterr()
+    assert main(["compare", one, other]) == 0
+    assert "no difference" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words_of", "said"),
+    [
+        (["--modes", "slow"], "--modes: expected modes of"),
+        (["--share", "2/2"], "--share: expected I/N with 0 <= I < N, got '2/2'"),
+        (["--lengths", "4k"], "--lengths: expected a whole number of at least 1, got '4k'"),
+        (["--depths", "2"], "--depths: expected depths from 0 to 1, got 2"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--tasks", "riddles"], "riddles"),
+        (["--set", "models.target=nowhere"], "nowhere: expected a checkpoint folder"),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(tiny, tmp_path, capfd, words_of, said):
+    out = tmp_path / "out"
+    assert main(["evaluate", *tiny, *words_of, "--out", str(out)]) == 2
+    captured = capfd.readouterr()
+    assert captured.err.count("\n") == 1 and said in captured.err and captured.out == ""
+    assert not out.exists()
+
+
+def test_a_folder_without_an_evaluation(tmp_path, capfd):
+    for command in (["report", str(tmp_path)], ["compare", str(tmp_path), str(tmp_path)]):
+        assert main(command) == 2
+        assert capfd.readouterr().err.count("\n") == 1

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The report: known means, averages and differences, warnings, samples, figures, and pages that hold nothing live."""
+
+import re
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from rapid_jax.evaluate import figures, ruler
+from rapid_jax.evaluate.page import Bold, Heading, Table, Verbatim, markdown, page, text
+from rapid_jax.evaluate.report import report
+from rapid_jax.evaluate.results import read
+from rapid_jax.runtime.errors import InputError
+from tests.evaluate.synthetic import folder, grid, line
+
+
+def some(count: int):
+    """Right are the first `count` of each cell."""
+    return lambda task, length, number: number < count
+
+
+def written(run: Path, name: str = "report.md") -> str:
+    return (run / name).read_text(encoding="utf-8")
+
+
+def row(page: str, first: str, which: int = 0) -> list[str]:
+    """The cells behind `first` in the `which`-th row that begins with it."""
+    lines = [line for line in page.splitlines() if line.startswith(f"| {first} |")]
+    return [cell.strip() for cell in lines[which].strip("|").split("|")][1:]
+
+
+def size(png: bytes) -> tuple[int, int]:
+    assert png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 5000
+    return struct.unpack(">II", png[16:24])
+
+
+def test_scores_and_differences_are_the_known_ones(tmp_path: Path):
+    run = folder(
+        tmp_path, {"target": grid("target", some(10)), "sd": grid("sd", some(11)), "rapid": grid("rapid", some(16))}
+    )
+    assert report(run) == run / "report.html"
+    found = written(run)
+    target, sd, rapid = row(found, "4K")
+    assert target.startswith("50.0 [") and sd.startswith("55.0 [") and rapid.startswith("80.0 [")
+    low, high = map(float, re.findall(r"\d+\.\d", target)[1:])
+    assert 25 <= low < 50 < high <= 75
+    assert row(found, "all")[0].startswith("50.0 [")
+    sd, rapid = row(found, "4K", 1)
+    assert sd.startswith("no difference +5.0 [+0.0, ")
+    assert re.fullmatch(r"\*\*\+30\.0 \[\+\d+\.\d, \+\d+\.\d\]\*\*", rapid)
+    assert "Warning" not in found
+
+
+def test_rulers_averages_weigh_tasks_and_groups(tmp_path: Path):
+    def right(task: str, length: int, number: int) -> bool:
+        return task in ruler.GROUPS["NIAH"] or (task == "vt" and number < 10)
+
+    run = folder(tmp_path, {"target": grid("target", right, ruler.TASKS, [4096])}, "ruler")
+    report(run)
+    found = written(run)
+    assert row(found, "average of 13 tasks")[0].startswith(f"{100 * 8.5 / 13:.1f} [")
+    assert row(found, "average of NIAH, VT, QA")[0].startswith("50.0 [")
+    assert row(found, "cwe")[0] == "0.0 [0.0, 0.0]"
+    for group in (*ruler.GROUPS, "Aggregation"):
+        assert f"\n### {group}\n" in found
+    part = folder(tmp_path / "part", {"target": grid("target", right, ruler.TASKS[:11], [4096])}, "ruler")
+    report(part)
+    assert "average of 11 tasks" in written(part) and "NIAH, VT, QA" not in written(part)
+
+
+def test_splits_are_by_tag(tmp_path: Path):
+    lines = [
+        line(
+            "longbench-v2",
+            None,
+            n,
+            "target",
+            float(n < 10),
+            tags={"difficulty": ("easy", "hard")[n >= 20], "id": str(n)},
+        )
+        for n in range(40)
+    ]
+    run = folder(tmp_path, {"target": lines}, "longbench-v2")
+    report(run)
+    found = written(run)
+    assert row(found, "difficulty: easy")[0].startswith("50.0 [") and row(found, "difficulty: hard") == [
+        "0.0 [0.0, 0.0]"
+    ]
+    assert "id: " not in found and "Length own" in found
+
+
+def test_what_makes_scores_meaningless_is_told(tmp_path: Path):
+    lines = grid("target", some(10), count=20)
+    for one in lines:
+        number = int(one["id"].rpartition("/")[2])
+        if one["length"] == 8192:
+            one |= {
+                "truncated": number < 2,
+                "answer": "" if number < 1 else "x",
+                "finish_reason": "length" if number < 5 else "stop",
+            }
+    run = folder(tmp_path, {"target": lines, "rapid": grid("rapid", some(10), count=19)})
+    path = run / "answers-rapid.jsonl"
+    path.write_bytes(path.read_bytes()[:-3])
+    report(run)
+    found = written(run)
+    faults = [line for line in found.splitlines() if line.startswith("| target |")]
+    assert faults[:2] == ["| target | 4K | 20 | 0.0 | 0.0 | 0.0 |", "| target | 8K | 20 | **10.0** | 5.0 | **25.0** |"]
+    warnings = [line for line in found.splitlines() if line.startswith("**Warning:**")]
+    assert warnings[0] == "**Warning:** documents did not fit and were cut: 10.0 % at 8K (target)."
+    assert warnings[1] == "**Warning:** answers end at their limit of tokens: 25.0 % at 8K (target)."
+    assert "last line was not whole and is left out: rapid" in warnings[2]
+    assert "37 are common to all" in warnings[3]
+    assert "2 of 4 scores" in warnings[4] and "fewer than 20 samples" in warnings[4]
+    assert len(warnings) == 5
+
+
+def test_three_samples_of_a_task_are_shown_in_full(tmp_path: Path):
+    answers = {"target": "red\n```\nfence ``` inside", "rapid": "blue"}
+    run = folder(tmp_path, {mode: grid(mode, some(5), ["one"], answer=said) for mode, said in answers.items()})
+    report(run)
+    found = written(run)
+    assert re.findall(r"^#### (.*)$", found, re.M) == ["one/4096/0", "one/8192/0", "one/8192/19"]
+    assert "````text\nred\n```\nfence ``` inside\n````" in found
+    assert found.count("```text\nblue\n```") == 6  # what is right, and what rapid says, three times each
+    assert "**target: 100.0** (4,076 prompt tokens, 6 new ones, ended by stop)" in found
+    assert "What is word 19 of one?" in found
+
+
+def test_speed_is_by_length_and_mode(tmp_path: Path):
+    run = folder(tmp_path, {mode: grid(mode, some(5)) for mode in ("target", "rapid")})
+    report(run)
+    speed = written(run).partition("## Speed")[2]
+    assert "| target | 4K | - | 1.00 | 30.0 | 1.00 | 0.50 |" in speed
+    assert "| rapid | 8K | 75.0 | 3.50 | 30.0 | 2.00 | 0.50 |" in speed
+
+
+def everything(run: Path) -> Path:
+    """A run that there is a figure of every kind for."""
+    changes = {
+        "target": {},
+        "retrieval": {},
+        "rapid": {},
+        "rapid-eta=5": {"eta": 5},
+        "rapid-eta=20": {"eta": 20},
+        "rapid-min_tokens=2048": {"retrieval.min_tokens": 2048},
+    }
+    depths = [0.0, 0.5, 1.0]
+    by_label = {}
+    for index, (label, settings) in enumerate(changes.items()):
+        lines = grid(label, some(5 + 2 * index), ["one", "two"], count=21, settings=settings)
+        for number, one in enumerate(lines):
+            one["depth"] = depths[number % 3]
+        by_label[label] = lines
+    return folder(run, by_label)
+
+
+def test_all_figures_render_and_equal_results_give_equal_files(tmp_path: Path):
+    run = everything(tmp_path / "run")
+    out, again = tmp_path / "out", tmp_path / "again"
+    report(run, out)
+    report(run, again)
+    names = {"depths.png", "eta.png", "min_tokens.png", "scores.png", "speed.png", "tasks.png"}
+    assert {path.name for path in out.iterdir()} == {*names, "report.html", "report.md"}
+    for path in out.iterdir():
+        assert path.read_bytes() == (again / path.name).read_bytes(), path.name
+    for name in names:
+        width, height = size((out / name).read_bytes())
+        assert width > 500 and height > 250
+        assert f"]({name})" in written(out)
+    assert written(out, "report.html").count("data:image/png;base64,iVBOR") == len(names)
+    assert not list(run.glob("*.png"))
+
+
+def test_an_ablation_holds_the_configured_value_and_modes_apart(tmp_path: Path):
+    found = figures._series(read(everything(tmp_path)), "speculation.eta")
+    assert found == {"rapid": {5.0: "rapid-eta=5", 10.0: "rapid", 20.0: "rapid-eta=20"}}
+    found = figures._series(read(tmp_path), "retrieval.min_tokens")
+    assert found == {"rapid": {2048.0: "rapid-min_tokens=2048", 4096.0: "rapid"}}
+
+
+def test_there_are_no_figures_without_data(tmp_path: Path):
+    run = folder(tmp_path / "one", {"target": grid("target", some(5), lengths=[4096])})
+    report(run)
+    assert not list(run.glob("*.png"))
+    flat = folder(tmp_path / "flat", {mode: grid(mode, some(5), lengths=[None]) for mode in ("target", "rapid")})
+    report(flat)
+    assert [path.name for path in flat.glob("*.png")] == ["scores.png"]
+    size((flat / "scores.png").read_bytes())
+    # Values of eta that belong to different modes are no series; nor are scores that are all 0 drawn wrongly.
+    lines = {"rapid-eta=5": {"eta": 5}, "phat-eta=20": {"eta": 20}}
+    apart = folder(tmp_path / "apart", {label: grid(label, some(0), settings=said) for label, said in lines.items()})
+    (apart / "settings.yaml").unlink()
+    report(apart)
+    assert sorted(path.name for path in apart.glob("*.png")) == ["scores.png", "speed.png"]
+
+
+def test_what_models_say_is_never_live(tmp_path: Path):
+    said = '<script>alert(1)</script><img src="http://x.invalid/a.png" onerror="x">\ud800'
+    lines = grid("target", some(5), ["<b>task</b>"], answer=said, question="<i>?</i> & [a](http://x.invalid)")
+    run = folder(tmp_path, {"target": lines})
+    report(run)
+    found = written(run, "report.html")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in found and "&lt;b&gt;task&lt;/b&gt;" in found
+    assert not re.search(r"<script|<img src=\"(?!data:)|<img [^>]*src=\"(?!data:)|<i>|<b>|href=|@import", found)
+    assert r"\<b\>task\</b\>" in written(run)
+
+
+def test_missing_matplotlib_and_a_file_in_the_way_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = folder(tmp_path / "run", {"target": grid("target", some(5))})
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match=r"file: expected a folder to write to, got a file"):
+        report(run, tmp_path / "file")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(InputError, match=r"expected matplotlib for the figures, got none: pip install 'rapid-jax"):
+        report(run)
+    assert sorted(path.name for path in run.iterdir()) == ["answers-target.jsonl", "settings.yaml", "suite.json"]
+
+
+def test_texts_mean_nothing_in_markdown_and_html():
+    blocks = [
+        Heading("a *b*", 1),
+        text("1 | 2 ", Bold("x_"), " a_b [c](d)"),
+        Table(["n", "v"], [["a|b", "<1>"]]),
+        Verbatim("\n<x>"),
+    ]
+    assert markdown(blocks) == (
+        "# a \\*b\\*\n\n1 \\| 2 **x\\_** a_b [c\\](d)\n\n| n | v |\n| --- | ---: |\n| a\\|b | \\<1\\> |\n\n"
+        "```text\n\n<x>\n```\n"
+    )
+    found = page(blocks, {})
+    assert "<title>a *b*</title>" in found and "<pre>\n\n&lt;x&gt;</pre>" in found and "<td>&lt;1&gt;</td>" in found
+    assert "<strong>x_</strong>" in found

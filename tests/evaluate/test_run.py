@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every sample is answered once in every mode, whatever stops the run; scores are those of known answers."""
+
+import errno
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rapid_jax.config import ModelsConfig, RapidConfig
+from rapid_jax.evaluate.modes import modes_of
+from rapid_jax.evaluate.report import report
+from rapid_jax.evaluate.results import read
+from rapid_jax.evaluate.run import Share, begin, decides, evaluate
+from rapid_jax.evaluate.samples import Sample
+from rapid_jax.runtime.errors import InputError
+from tests.evaluate.stub import Stub
+
+CONFIG = RapidConfig(models=ModelsConfig(target="smollm2"))
+MODES = modes_of("target,rapid:eta=5", CONFIG)
+
+
+def sample(number: int, *, task: str = "copy", length: int = 64, **more) -> Sample:
+    fields = {"answers": (f"key{number}",), "metric": "ruler_all", "max_new_tokens": 20, "length": length} | more
+    question = f"question {number}"
+    return Sample(f"{task}/{length}/{number}", "qa", task, f"document with key{number}", question, **fields)
+
+
+SAMPLES = [sample(number, length=length) for length in (64, 128) for number in range(5)]
+
+
+def say(mode: str, document: str, question: str) -> str:
+    """The target finds every key, rapid those of even numbers, and says nothing else."""
+    del question
+    number = int(document[-1])
+    return f"It is key{number}." if mode == "target" or number % 2 == 0 else ""
+
+
+def begun(folder: Path, *, resume: bool = False, samples=SAMPLES) -> Path:
+    described = {"suite": "qa", "options": {"seed": 0}, "samples": len(samples), "settings": decides(CONFIG)}
+    begin(folder, described, CONFIG, resume=resume)
+    return folder
+
+
+def lines_in(folder: Path) -> dict[str, list[dict]]:
+    """Without the times."""
+    files = {path.name: path.read_text().splitlines() for path in sorted(folder.glob("answers-*"))}
+    return {name: [json.loads(line) | {"seconds": None} for line in lines] for name, lines in files.items()}
+
+
+def test_a_model_of_known_answers_has_known_scores(tmp_path):
+    stub = Stub(CONFIG, say)
+    evaluate(stub, SAMPLES, MODES, begun(tmp_path), batch=3, quiet=True)  # type: ignore[arg-type]
+    found = read(tmp_path)
+    assert {label: [o.score for o in outcomes] for label, outcomes in found.by_label.items()} == {
+        "target": [1.0] * 10,
+        "rapid-eta=5": [1.0, 0.0, 1.0, 0.0, 1.0] * 2,
+    }
+    first = found.by_label["rapid-eta=5"][0]
+    assert (first.id, first.settings, first.answer) == ("copy/64/0", {"eta": 5.0}, "It is key0.")
+    # Groups of one task and length, at most three, a mode after the other; the limit of tokens is the samples'.
+    asked = [(mode, limit, len(questions)) for mode, limit, questions in stub.groups]
+    assert asked == [(mode, 20, size) for size in (3, 2, 3, 2) for mode in ("target", "rapid")]
+    report(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "100.0" in text and "60.0" in text
+
+
+@pytest.mark.parametrize("stops", [[0], [1], [3], [1, 0, 2, 1]])
+def test_a_run_that_is_stopped_goes_on_and_repeats_nothing(stops, tmp_path):
+    evaluate(Stub(CONFIG, say), SAMPLES, MODES, begun(tmp_path / "whole"), batch=2, quiet=True)  # type: ignore[arg-type]
+    folder = tmp_path / "stopped"
+    for number, after in enumerate(stops):
+        stub = Stub(CONFIG, say)
+        answers, left = Stub.answers, [after]
+
+        def stopping(self, *given, answers=answers, left=left):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return answers(self, *given)
+
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(Stub, "answers", stopping)
+            evaluate(stub, SAMPLES, MODES, begun(folder, resume=number > 0), batch=2, quiet=True)  # type: ignore[arg-type]
+        for path in folder.glob("answers-*"):  # killed while it wrote
+            with open(path, "ab") as file:
+                file.write(b'{"id": "copy/64/')
+    evaluate(Stub(CONFIG, say), SAMPLES, MODES, begun(folder, resume=True), batch=2, quiet=True)  # type: ignore[arg-type]
+    assert lines_in(folder) == lines_in(tmp_path / "whole")
+
+
+def test_shares_are_the_whole(tmp_path):
+    for index in range(3):
+        folder = begun(tmp_path / "shared", resume=True)
+        evaluate(Stub(CONFIG, say), SAMPLES, MODES, folder, share=Share(index, 3), quiet=True)  # type: ignore[arg-type]
+    evaluate(Stub(CONFIG, say), SAMPLES, MODES, begun(tmp_path / "whole"), quiet=True)  # type: ignore[arg-type]
+    shared, whole = read(tmp_path / "shared"), read(tmp_path / "whole")
+    assert len(list((tmp_path / "shared").glob("answers-target.*"))) == 3
+    for label, outcomes in whole.by_label.items():
+        assert sorted(o.id for o in shared.by_label[label]) == sorted(o.id for o in outcomes)
+
+
+def test_thoughts_are_followed_by_the_question_for_the_answer(tmp_path):
+    """In mode target, on the first answer alone; the second answer is scored, and both are kept."""
+    asked = [sample(number, then="You said: {answer} So?", then_tokens=7) for number in range(2)]
+    stub = Stub(
+        CONFIG, lambda mode, document, question: "key1" if "You said" in document else f"thought {document[-1]}"
+    )
+    evaluate(stub, asked, MODES[1:], begun(tmp_path), batch=2, quiet=True)  # type: ignore[arg-type]
+    (lines,) = lines_in(tmp_path).values()
+    assert [line["score"] for line in lines] == [0.0, 1.0]
+    assert lines[0]["answer"] == "thought 0\n\nkey1"
+    assert [(mode, limit) for mode, limit, _ in stub.groups] == [("rapid", 20), ("target", 7)]
+
+
+def test_another_run_is_not_gone_on_with(tmp_path):
+    begun(tmp_path)
+    with pytest.raises(InputError, match="expected a folder without an evaluation, got one: --resume"):
+        begun(tmp_path)
+    begun(tmp_path, resume=True)
+    with pytest.raises(InputError, match="was begun with samples = 10, expected 9: choose another --out"):
+        begun(tmp_path, resume=True, samples=SAMPLES[1:])
+
+
+def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch):
+    folder, calls = begun(tmp_path), []
+
+    def full(number):
+        calls.append(number)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(InputError, match="an answer could not be written: No space left on device"):
+        evaluate(Stub(CONFIG, say), SAMPLES, MODES, folder, quiet=True)  # type: ignore[arg-type]
+    assert {name: len(lines) for name, lines in lines_in(folder).items()} == {
+        "answers-target.jsonl": 1,
+        "answers-rapid-eta=5.jsonl": 1,
+    }
+
+
+def test_modes_are_the_settings_with_changes():
+    found = modes_of("sd,rapid:eta=20:min_tokens=2048,phat,retrieval:retrieval.chunk_tokens=64", CONFIG)
+    assert [mode.label for mode in found] == [
+        "sd",
+        "rapid-eta=20-min_tokens=2048",
+        "phat",
+        "retrieval-retrieval.chunk_tokens=64",
+    ]
+    assert [mode.config.speculation.mode for mode in found] == ["lossless", "rapid", "phat", "retrieval"]
+    assert found[1].changes == {"eta": 20.0, "retrieval.min_tokens": 2048}
+    assert found[1].config.retrieval.min_tokens == 2048 and found[1].config.speculation.eta == 20.0
+    assert replace(found[2].config, speculation=CONFIG.speculation) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("fast", "expected modes of .*, got 'fast'"),
+        ("rapid:eta", "expected KEY=VALUE behind a colon, got 'eta' in 'rapid:eta'"),
+        ("rapid:speed=1", "unknown setting 'speed'"),
+        ("target,target", "expected each mode once"),
+        ("", "expected modes of"),
+    ],
+)
+def test_modes_that_are_none(asked, said):
+    with pytest.raises(InputError, match=said):
+        modes_of(asked, CONFIG)

@@ -45,6 +45,7 @@ EXTRAS = {
     "cuda12": jax("[cuda12]"),
     "cuda13": jax("[cuda13]"),
     "documents": DOCUMENTS,
+    "evaluate": ["matplotlib>=3.9,<4", "rouge-score>=0.1.2,<0.2"],
     # scann 1.4.2 is built for TensorFlow 2.20 and does not load beside 2.21.
     "longpo": [
         "seqio>=0.0.20,<0.1",

@@ -22,7 +22,7 @@ step() { # name, command ...
 }
 
 cd "$ROOT"
-step environment bash launch/setup_environment.sh demo documents longpo test tpu
+step environment bash launch/setup_environment.sh demo documents evaluate longpo test tpu
 [[ ${#failed[@]} -eq 0 ]] || exit 1
 step "ruff check" "$BIN/ruff" check .
 step "ruff format" "$BIN/ruff" format --check .

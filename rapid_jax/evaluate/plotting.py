@@ -29,7 +29,7 @@ def require() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise InputError("expected matplotlib for the figures, got none: pip install 'rapid-jax[longpo]'") from error
+        raise InputError("expected matplotlib for the figures, got none: pip install 'rapid-jax[evaluate]'") from error
 
 
 def panels(count: int, columns: int, size: tuple[float, float]) -> tuple["Figure", list["Axes"]]:

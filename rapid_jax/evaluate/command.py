@@ -3,7 +3,7 @@
 
 import argparse
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def evaluate(options: argparse.Namespace) -> None:
             "templates": _templates(options),
             "settings": module.decides(config),
         }
-        rapid = Rapid(config, quiet=True)
+        rapid = Rapid(_widest(modes), quiet=True)  # the others share what it has loaded
         rapid.load()
         if run.leads:
             module.begin(folder, described, config, resume=options.resume or share.count > 1)
@@ -97,6 +97,12 @@ def evaluate(options: argparse.Namespace) -> None:
         module.evaluate(rapid, samples, modes, folder, share=share, batch=options.batch, leads=run.leads, quiet=quiet)
         if run.leads and share.count == 1:
             _write_report(folder, None)
+
+
+def _widest(modes: Sequence[Any]) -> RapidConfig:
+    """The settings of the mode that needs the most models."""
+    needs = {"target": 0, "retrieval": 1}
+    return max(modes, key=lambda mode: needs.get(mode.config.speculation.mode, 2)).config
 
 
 def report(options: argparse.Namespace) -> None:

@@ -30,6 +30,7 @@ from rapid_jax.rapid import Rapid
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, replace_file
+from rapid_jax.runtime.mesh import check_agreed
 from rapid_jax.runtime.progress import progress
 
 
@@ -138,9 +139,10 @@ def evaluate(
     share = share or Share()
     files = {mode.label: Answers(folder, mode.label, share) for mode in modes}
     mine = [sample for number, sample in enumerate(samples) if number % share.count == share.index]
-    left = sum(sample.id not in files[mode.label].finished for mode in modes for sample in mine)
+    left = [(mode.label, s.id) for mode in modes for s in mine if s.id not in files[mode.label].finished]
+    check_agreed("samples to answer", left, batch)
     ready: dict[tuple[str, int], Rapid] = {}
-    with progress("evaluate", left, "answers", quiet=quiet or not leads) as report:
+    with progress("evaluate", len(left), "answers", quiet=quiet or not leads) as report:
         for group in _groups(mine, batch):
             for mode in modes:
                 todo = [sample for sample in group if sample.id not in files[mode.label].finished]

@@ -45,8 +45,8 @@ class Answer:
 
     @property
     def tokens_per_round(self) -> float:
-        """Generated tokens over forward passes of the target."""
-        return len(self.generation.tokens[0]) / max(self.generation.target_steps, 1)
+        """Generated tokens over the target's forward passes for them."""
+        return len(self.generation.tokens[0]) / max(self.generation.rounds[0], 1)
 
     def to_json(self) -> dict:
         """What `rapid answer --json` prints."""

@@ -55,6 +55,19 @@ class Reading:
     truncated: bool  # the target does not read all of it
 
 
+def message(tokenizer: Tokenizer, text: str, system: str | None) -> Prompt:
+    """A prompt of one user message, quoted; its tail is one token."""
+    messages = [{"role": "user", "content": _DOCUMENT}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    before, mark, after = tokenizer.chat(messages).partition(_DOCUMENT)
+    if not mark:
+        raise InputError("the checkpoint's chat template dropped the user's message")
+    tokens = tokenizer.encode_template(before, first=True) + tokenizer.encode_quoted(text)
+    tokens += tokenizer.encode_template(after)
+    return Prompt(tokens[:-1], tokens[-1:])
+
+
 def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None, begins: str = "") -> Frame:
     """The user message `template` in the checkpoint's chat template, ready for a document; the answer `begins` so.
 

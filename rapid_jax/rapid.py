@@ -79,11 +79,14 @@ class Rapid:
         return drafter
 
     @cached_property
+    def _embedder(self) -> Embedder:
+        return Embedder(self.config.models.encoder, batch_size=self.config.retrieval.batch_size)
+
+    @cached_property
     def retriever(self) -> Retriever:
         """Chunks of a document by similarity with a question."""
-        embedder = Embedder(self.config.models.encoder, batch_size=self.config.retrieval.batch_size)
         folder = self._cache if self.config.cache.embeddings else None
-        return Retriever(embedder, self.config.retrieval, folder, quiet=self._quiet)
+        return Retriever(self._embedder, self.config.retrieval, folder, quiet=self._quiet)
 
     @cached_property
     def _prefixes(self) -> DocumentPrefixes:
@@ -109,8 +112,8 @@ class Rapid:
 
     def _load(self, source: str, mesh: Mesh | None, config: MeshConfig) -> LoadedModel:
         models, copied = self.config.models, config.replicate_kv
-        how = {"layout": models.layout, "dtype": models.dtype, "quiet": self._quiet, "replicate_kv": copied}
-        return load_model(source, mesh=mesh, **how)
+        how = {"layout": models.layout, "dtype": models.dtype, "quiet": self._quiet}
+        return load_model(source, mesh=mesh, replicate_kv=copied, **how)
 
     def answer(
         self,
@@ -121,11 +124,9 @@ class Rapid:
         on_retrieved: Callable[[Selection], None] | None = None,
     ) -> Answer:
         """The answer to one question; `on_text` gets it piece by piece, `on_retrieved` the chunks before that."""
-        start = time.perf_counter()
-        config = self.config
+        start, config = time.perf_counter(), self.config
         self.load()
         loaded = time.perf_counter()
-
         read = self.read(document, question, on_retrieved=on_retrieved)
         retrieved = time.perf_counter()
         check_agreed("prompts and settings", read.long, read.short, config.speculation, config.sampling)
@@ -162,11 +163,13 @@ class Rapid:
         *,
         template: str | None = None,
         begins: str = "",
+        retrieve_from: str | None = None,
         on_retrieved: Callable[[Selection], None] | None = None,
     ) -> Reading:
-        """The prompts about one question: what of the document the target reads, and what the drafter.
+        """The prompts about one question.
 
-        `template` stands for both of the settings' own. The answer is made to begin with `begins`.
+        `template` stands for both of the settings'. The answer is made to begin with `begins`. What is retrieved comes
+        from `retrieve_from` instead, for a look at unrelated retrieval (Table 3).
         """
         config, target, mode = self.config, self.target, self.config.speculation.mode
         prompts = config.prompts
@@ -174,7 +177,7 @@ class Rapid:
         text, document_tokens = visible(config, target, document, long_frame.size)
         long, short, selection = long_frame.around(text), None, None
         if mode != "target":
-            selection = self.retriever.retrieve(text, question, self._token_spans, len(long.tokens))
+            selection = self.retriever.retrieve(retrieve_from or text, question, self._token_spans, len(long.tokens))
             if on_retrieved is not None:
                 on_retrieved(selection)
             drafter = self.drafter if mode in _DRAFTING else target
@@ -183,14 +186,17 @@ class Rapid:
             check_fits(config, drafter, len(short.tokens))
         return Reading(long, short, selection, document_tokens, truncated=len(text) < len(document))
 
-    def answers(self, readings: Sequence[Reading], seeds: Sequence[int] | None = None) -> list[Answer]:
+    def answers(
+        self, readings: Sequence[Reading], seeds: Sequence[int] | None = None, *, kept: bool = True
+    ) -> list[Answer]:
         """Of each reading what `answer` would say; all are worked on at once, and share the seconds evenly.
 
-        `seeds` has one a reading; None: the settings' for each.
+        `seeds`: one a reading, else the settings' for each. What was prefilled is `kept` for the next call.
         """
+        check_agreed("prompts and settings", *((read.long, read.short) for read in readings), self.config.speculation)
         start = time.perf_counter()
         transcripts = [Transcript(self.target.tokenizer, self.config.stop, None) for _ in readings]
-        sides = self._prompted(readings)
+        sides = self._prompted(readings, kept=kept)
         sides.wait()
         prefilled = time.perf_counter()
         generation = self._generated(sides, transcripts, seeds)
@@ -237,16 +243,16 @@ class Rapid:
         if (config.mesh, config.drafter_mesh) != (self.config.mesh, self.config.drafter_mesh):
             raise ValueError("with_config keeps the models where they are: mesh and drafter_mesh must be the same")
         other = Rapid(config, quiet=self._quiet)
-        for name in ("target", "drafter", "_token_spans", "_meshes"):
+        for name in ("target", "drafter", "_token_spans", "_meshes", "_embedder"):
             if name in self.__dict__:
                 other.__dict__[name] = self.__dict__[name]
         if "retriever" in self.__dict__ and config.retrieval == self.config.retrieval:
             other.__dict__["retriever"] = self.__dict__["retriever"]
-        if "_prefixes" in self.__dict__:
+        if "target" in self.__dict__:
             other.__dict__["_prefixes"] = self._prefixes.under(config)
         return other
 
-    def _prompted(self, readings: Sequence[Reading]) -> _Sides:
+    def _prompted(self, readings: Sequence[Reading], *, kept: bool = True) -> _Sides:
         """Prefilled prompts, one a row."""
         decoder, mode = self.target.decoder, self.config.speculation.mode
         shorts = [read.short.tokens for read in readings if read.short is not None]
@@ -257,7 +263,8 @@ class Rapid:
         apart = bool(shorts) and self._meshes[0] != self._meshes[1]
         short_prefix = self._drafter_prefix(shorts, wait=False) if apart else None
         heads = [read.long.head for read in readings]
-        prefix, reused = self._prefixes.of(heads, partial(self._prefilled, decoder, heads, "prefill"))
+        make = partial(self._prefilled, decoder, heads, "prefill")
+        prefix, reused = self._prefixes.of(heads, make) if kept else (make(), False)
         target = Prompted(decoder, [read.long.tokens for read in readings], prefix, [len(head) for head in heads])
         if not shorts:
             return _Sides(target, None, heads, reused)

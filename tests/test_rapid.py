@@ -184,33 +184,49 @@ def test_meshes_that_cannot_be_are_said_with_the_settings(config, settings, mess
         replace(config, **settings)
 
 
-@pytest.mark.parametrize("mode", ["target", "retrieval", "rapid"])
-def test_answers_together_are_those_of_each_question_alone(rapid, config, mode):
-    """Of other lengths, greedy and drawn; the documents' prefill serves the next mode."""
-    asked = [(words(150, seed=11), QUESTION), (words(90, seed=12), "w1 w2?"), (words(150, seed=13), "w7?")]
-    drawn = replace(config.sampling, temperature=0.9)
-    for sampling in (config.sampling, drawn):
-        one = rapid.with_config(
-            replace(config, sampling=sampling, speculation=replace(config.speculation, mode=mode, lookup="off"))
-        )
-        readings = [one.read(document, question) for document, question in asked]
-        together = one.answers(readings, [sampling.seed] * 3)
-        for (document, question), answer in zip(asked, together, strict=True):
-            alone = one.answer(document, question)
-            for name in ("text", "token_ids", "origins", "finish_reason", "target_tokens", "draft_tokens", "selection"):
-                if name != "selection" or answer.selection is None or alone.selection is None:
-                    assert getattr(answer, name) == getattr(alone, name), name
-                else:
-                    assert answer.selection.chunks == alone.selection.chunks
-            assert answer.generation.drafted == alone.generation.drafted
-    if mode != "retrieval":
-        again = under(rapid, mode="target", lookup="off")
-        first = again.answers([again.read(*item) for item in asked])
-        assert [answer.prefix_reused for answer in first] == [False] * 3
-        second = under(rapid, mode="rapid").answers([again.read(*item) for item in asked[:2]])
-        assert [answer.prefix_reused for answer in second] == [False] * 2  # other rows
-        third = again.answers([again.read(*item) for item in asked[:2]])
-        assert [answer.prefix_reused for answer in third] == [True] * 2
+def test_answers_together_are_those_of_each_question_alone(rapid, config):
+    """Of other lengths, drawn, with seeds of their own."""
+    asked = [(words(150, seed=11), QUESTION), (words(90, seed=12), "w1 w2?")]
+    for mode in ("retrieval", "rapid"):
+        changed = replace(config.speculation, mode=mode, lookup="off"), replace(config.sampling, temperature=0.9)
+        one = rapid.with_config(replace(config, speculation=changed[0], sampling=changed[1]))
+        together = one.answers([one.read(*item) for item in asked], [0, 5])
+        for seed, item, answer in zip((0, 5), asked, together, strict=True):
+            alone = one.with_config(replace(one.config, sampling=replace(changed[1], seed=seed))).answer(*item)
+            for name in ("text", "token_ids", "origins", "finish_reason", "target_tokens", "draft_tokens"):
+                assert getattr(answer, name) == getattr(alone, name), name
+            assert answer.selection is not None and alone.selection is not None
+            assert answer.selection.chunks == alone.selection.chunks
+            assert (answer.generation.drafted, answer.tokens_per_round) == (
+                alone.generation.drafted,
+                alone.tokens_per_round,
+            )
+
+
+def test_documents_that_are_read_together_are_prefilled_once_for_all_modes(rapid):
+    asked = [(words(80, seed=seed), QUESTION) for seed in (21, 22)]
+    rapid.load()
+    found = []
+    for mode, rows, kept in [
+        ("target", asked, True),
+        ("rapid", asked, True),
+        ("target", asked[:1], False),
+        ("lossless", asked, True),
+        ("target", asked[:1], True),
+        ("lossless", asked, True),
+    ]:
+        one = under(rapid, mode=mode, lookup="off")
+        found += [one.answers([one.read(*item) for item in rows], kept=kept)[0].prefix_reused]
+    assert found == [False, True, False, True, False, False]
+
+
+def test_what_is_retrieved_may_come_from_another_text(rapid):
+    document, other = words(200, seed=31), words(200, seed=32)
+    one = under(rapid, mode="rapid")
+    read = one.read(document, QUESTION, retrieve_from=other)
+    assert read.selection is not None
+    assert all(other[chunk.start : chunk.end] == chunk.text for chunk in read.selection.chunks)
+    assert read.long == one.read(document, QUESTION).long
 
 
 def test_an_answer_is_made_to_begin_with_words(rapid):

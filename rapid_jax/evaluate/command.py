@@ -3,6 +3,8 @@
 
 import argparse
 import importlib
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -24,6 +26,14 @@ SUITES = {
     "qa": "rapid_jax.evaluate.qa",
 }
 
+_USED = {  # options that a suite uses
+    "ruler": ("lengths", "text", "data"),
+    "needle": ("lengths", "depths", "text"),
+    "longbench-v2": ("data",),
+    "infinitebench": ("data",),
+    "qa": ("lengths", "depths", "data"),
+}
+
 
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """The options of `evaluate`."""
@@ -38,7 +48,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tasks", metavar="LIST", help="only these of the suite")
     parser.add_argument("--lengths", metavar="LIST", help="tokens of prompt and answer, as 4096,8192")
     parser.add_argument("--depths", metavar="LIST", help="of needle: 0 the start, 1 the end, as 0,0.5,1")
-    parser.add_argument("--samples", type=_count, metavar="N", help="a task and length")
+    parser.add_argument("--samples", type=_count, metavar="N", help="a task and length; of needle, a depth and length")
     parser.add_argument("--data", type=Path, metavar="PATH", help="the benchmark's own file or folder")
     parser.add_argument("--text", type=Path, metavar="PATH", help="a text, or a folder of them, that haystacks are of")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of samples")
@@ -66,33 +76,47 @@ def evaluate(options: argparse.Namespace) -> None:
     """Runs an evaluation and writes its report."""
     with meet() as run:
         config = _config(options)
+        from rapid_jax.evaluate.folder import begin, check_folder
         from rapid_jax.evaluate.modes import modes_of
+        from rapid_jax.evaluate.plotting import require
 
         modes = modes_of(options.modes or config.speculation.mode, config)
-        suite_options = _suite_options(options)
+        suite_options, share = _suite_options(options), _share(options.share)
         folder = options.out or Path("runs") / f"evaluate-{options.suite}"
+        if run.leads:
+            check_folder(folder, resume=options.resume or share.count > 1)
+            require()
         prepare_jax(programs=config.cache.programs, cache=_cache(config))
         run.start_jax()
         from rapid_jax.evaluate import run as module
         from rapid_jax.model.load import open_checkpoint
         from rapid_jax.rapid import Rapid
 
-        tokenizer = open_checkpoint(config.models.target)[1]
-        share = _share(options.share)
-        samples = list(_samples(options.suite)(suite_options, module.measure_of(config, tokenizer)))
-        _check(samples, options.suite)
+        checkpoint, tokenizer = open_checkpoint(config.models.target)
+        measure, context = module.measure_of(config, tokenizer), config.models.max_context
+        context = context or checkpoint.config.context_size
+        if max(suite_options.lengths, default=0) > context:
+            raise InputError(
+                f"--lengths: expected at most the {context} tokens of models.max_context, or else of the checkpoint, "
+                f"got {max(suite_options.lengths)}"
+            )
+        begun = time.perf_counter()
+        samples = list(_samples(options.suite)(suite_options, measure))
+        _check(samples, options.suite, context, measure if config.models.too_long == "error" else None)
+        if run.leads and not options.quiet:
+            say(f"evaluate: {len(samples)} samples in {time.perf_counter() - begun:.0f} s")
         described = {
             "suite": options.suite,
             "options": {key: value for key, value in asdict(suite_options).items() if key not in ("data", "text")},
             "samples": len(samples),
-            "digest": digest(*(repr(sample) for sample in samples)),
+            "digest": digest(*(digest(repr(sample)) for sample in samples)),
             "templates": _templates(options),
             "settings": module.decides(config),
         }
         rapid = Rapid(_widest(modes), quiet=True)  # the others share what it has loaded
         rapid.load()
         if run.leads:
-            module.begin(folder, described, config, resume=options.resume or share.count > 1)
+            begin(folder, described, config)
         quiet = options.quiet or not run.leads
         module.evaluate(rapid, samples, modes, folder, share=share, batch=options.batch, leads=run.leads, quiet=quiet)
         if run.leads and share.count == 1:
@@ -138,6 +162,9 @@ def _cache(config: RapidConfig) -> Path | None:
 
 
 def _suite_options(options: argparse.Namespace) -> SuiteOptions:
+    for name in ("lengths", "depths", "text", "data"):
+        if getattr(options, name) and name not in _USED[options.suite]:
+            raise InputError(f"--{name}: --suite {options.suite} has no use for it")
     return SuiteOptions(
         tasks=tuple(_list(options.tasks, str, "--tasks")),
         lengths=tuple(_list(options.lengths, _count, "--lengths")),
@@ -170,7 +197,7 @@ def _depth(text: str) -> float:
 
 
 def _share(text: str) -> Any:
-    from rapid_jax.evaluate.run import Share
+    from rapid_jax.evaluate.folder import Share
 
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
@@ -191,9 +218,21 @@ def _templates(options: argparse.Namespace) -> str:
     return "the benchmark's own" if templates_of(folder)[1] else "ours"
 
 
-def _check(samples: list[Sample], suite: str) -> None:
+def _check(samples: list[Sample], suite: str, context: int, measure: Measure | None) -> None:
+    """Raises InputError for what would fail later; with `measure` for a sample that does not fit, too."""
     from rapid_jax.evaluate import scoring
 
+    twice = [name for name, count in Counter(sample.id for sample in samples).items() if count > 1]
+    if twice:
+        raise InputError(
+            f"--suite {suite}: expected every sample once, got {twice[0]!r} twice: a task or length twice?"
+        )
+    for sample in samples if measure else ():
+        if measure is not None and sample.length is None and (tokens := measure(sample)) > context:
+            raise InputError(
+                f"{sample.id}: expected at most {context} tokens with the answer, got {tokens}; "
+                "--set models.too_long=middle cuts the document"
+            )
     if not samples:
         raise InputError(f"--suite {suite}: expected samples, got none: check --tasks, --lengths and --data")
     for metric in dict.fromkeys(sample.metric for sample in samples):

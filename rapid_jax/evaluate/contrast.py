@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two evaluations side by side: `rapid compare DIR1 DIR2`. Samples are paired, so small differences show."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from rapid_jax.evaluate.details import NAMED, shown_value
 from rapid_jax.evaluate.page import Block, Bold, Heading, Table, Verbatim, markdown, text
 from rapid_jax.evaluate.results import Outcome, Results, named, read
+from rapid_jax.evaluate.statistics import FEW
 from rapid_jax.evaluate.summary import (
-    FEW,
     Cell,
     Row,
     difference,
@@ -108,28 +110,68 @@ def _names(one: Path, other: Path) -> tuple[str, str]:
 def _blocks(results: Sequence[Results], names: Sequence[str], compared: Sequence[_Compared]) -> list[Block]:
     one, other = names
     blocks: list[Block] = [Heading(f"{other} against {one} on {results[0].suite}", 1)]
-    told = "Scores in %; differences in points with 95 % intervals, paired by sample. Right is a score of"
-    blocks.append(text(f"{told} {percent(RIGHT)} or more."))
-    blocks += [text(f"Not the same was asked for: {told}.") for told in _options(*results)]
+    blocks.append(text("Scores in %; differences in points with 95 % intervals, paired by sample."))
+    blocks.append(text(f"Few samples: fewer than {FEW} questions. Right: a score of {percent(RIGHT)} or more."))
+    asked = _different(*(found.options for found in results))
+    if asked:
+        blocks.append(text(f"Not the same was asked for: {_said(asked)}."))
+    blocks.append(Table(["of", one, other], _about(*results)))
     for label in dict.fromkeys(label for found in results for label in found.labels):
         if label not in {item.label for item in compared}:
             blocks.append(text(f"Not compared, since the other has no such samples: {label}."))
+    whole = _different(*(found.settings for found in results))
     for item in compared:
         blocks.append(Heading(item.label))
         blocks.append(text(_counted(item)))
+        here = _different(*(found.settings_of(item.label) for found in results))
+        if here != whole:
+            blocks.append(text(f"In this mode not the same is set: {_said(here) or 'nothing'}."))
         blocks.append(Table(["task", "samples", one, other, "difference", "verdict"], _lines(results[0].suite, item)))
         blocks += _changed(item, names)
     return blocks
 
 
-def _options(one: Results, other: Results) -> list[str]:
-    """What was asked for differently."""
-    found = []
-    for name in dict.fromkeys((*one.options, *other.options)):
-        values = one.options.get(name), other.options.get(name)
-        if values[0] != values[1]:
-            found.append(f"{name} {values[0]} and {values[1]}")
+def _about(one: Results, other: Results) -> list[list[str]]:
+    """What a reader wants to know of any run, and all settings that differ."""
+    facts = [
+        {
+            "samples": "-" if found.samples is None else f"{found.samples:,}",
+            "lengths": ", ".join(map(named, found.lengths)),
+            "templates": found.templates or "-",
+        }
+        for found in (one, other)
+    ]
+    lines = [[name, facts[0][name], facts[1][name]] for name in facts[0]]
+    different = _different(one.settings, other.settings)
+    for name in dict.fromkeys((*NAMED, *different)):
+        if name in one.settings or name in other.settings:
+            lines.append([name, *different.get(name, [_value(found.settings, name) for found in (one, other)])])
+    return lines
+
+
+def _different(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Name -> both values, of those that are not the same; long ones from where they part."""
+    found = {}
+    for name in dict.fromkeys((*one, *other)):
+        if one.get(name) != other.get(name):
+            values = [_value(settings, name) for settings in (one, other)]
+            start = max(0, _parted(*values) - _WIDTH // 4) if max(map(len, values)) > _WIDTH else 0
+            found[name] = [_cut("..." * bool(start) + value[start:]) for value in values]
     return found
+
+
+def _parted(one: str, other: str) -> int:
+    """How many characters are the same before the first that is not."""
+    both = zip(one, other, strict=False)
+    return next((place for place, (a, b) in enumerate(both) if a != b), min(len(one), len(other)))
+
+
+def _value(settings: Mapping[str, Any], name: str) -> str:
+    return shown_value(settings[name]) if name in settings else "-"
+
+
+def _said(different: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(f"{name} {' and '.join(values)}" for name, values in different.items())
 
 
 def _counted(item: _Compared) -> str:
@@ -161,9 +203,9 @@ def _line(name: str, row: Row, item: _Compared) -> list[str]:
     gained = difference(row, item.others, item.ones)
     if gained is None:  # not for rows of the pairs' own cells
         return [name, "0", "-", "-", "-", "-"]
-    verdict = gained.verdict + (" (few samples)" if gained.count < FEW else "")
+    verdict = Bold(gained.verdict) if gained.sure else gained.verdict
     scores = [percent(got.mean) if got else "-" for got in means]
-    return [name, f"{gained.count:,}", *scores, shown_difference(gained), Bold(verdict) if gained.clear else verdict]
+    return [name, f"{gained.scores:,}", *scores, shown_difference(gained), verdict]
 
 
 def _changed(item: _Compared, names: Sequence[str]) -> list[Block]:

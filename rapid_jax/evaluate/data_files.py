@@ -118,7 +118,7 @@ def tasks_of(options: SuiteOptions, suite: str, known: Sequence[str]) -> tuple[s
 def chosen(count: int, wanted: int | None, key: str) -> list[int]:
     """`wanted` of range(count) in rising order, all for None or where there are no more; `key` is the seed.
 
-    A larger `wanted` gives a superset: a run can be widened and keeps what it has.
+    A larger `wanted` gives a superset.
     """
     if wanted is not None and wanted < 1:
         raise InputError(f"expected at least 1 sample, got {wanted}")

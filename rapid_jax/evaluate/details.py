@@ -1,16 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a report about single samples: faults that make scores meaningless, speed, a few samples in full."""
+"""The parts of a report beside scores: settings, faults that make scores meaningless, speed, a few samples in full."""
 
+import json
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from rapid_jax.evaluate import ruler
 from rapid_jax.evaluate.page import Block, Bold, Heading, Table, Verbatim, text
 from rapid_jax.evaluate.results import Outcome, Results, named
-from rapid_jax.evaluate.summary import FEW, percent
+from rapid_jax.evaluate.statistics import FEW
+from rapid_jax.evaluate.summary import acceptances, percent, speeds
 
 _SERIOUS = 0.05  # the share of faulty samples above which scores say little
 _SHOWN = 3  # samples in full of each group of tasks
+# Settings that a reader wants to know of any run.
+NAMED = (
+    *(f"models.{name}" for name in ("target", "drafter", "encoder", "max_context", "too_long")),
+    *("sampling.temperature", "speculation.gamma", "speculation.eta"),
+)
 
 # A fault -> (whether a sample has it, what is said of many that do).
 _FAULTS: Mapping[str, tuple[Callable[[Outcome], bool], str]] = {
@@ -18,6 +26,11 @@ _FAULTS: Mapping[str, tuple[Callable[[Outcome], bool], str]] = {
     "empty": (lambda outcome: not outcome.answer.strip(), "answers are empty"),
     "at the limit": (lambda outcome: outcome.finish_reason == "length", "answers end at their limit of tokens"),
 }
+
+
+def shown_value(value: Any) -> str:
+    """A setting's value, as settings are written."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def warnings(results: Results) -> Iterator[str]:
@@ -66,34 +79,46 @@ def faults(results: Results) -> Iterator[Block]:
 def speed(results: Results) -> Iterator[Block]:
     """How fast the modes were, by length."""
     yield Heading("Speed")
-    yield text("Means of acceptance (in %) and tokens a round; medians of tokens/s and of the seconds of a sample.")
+    yield text(
+        "Means of acceptance (in %) and tokens a round; medians of tokens/s and of the seconds of a sample. Prefill is "
+        'of the samples that had their document read; "reused": all had been read before.'
+    )
     lines = []
     for label, length, found in _groups(results):
-        accepted = [100 * outcome.acceptance for outcome in found if outcome.acceptance is not None]
         lines.append(
             [
                 label,
                 named(length),
-                _number(statistics.fmean, accepted, 1),
+                _number(statistics.fmean, acceptances(found), 1),
                 _number(statistics.fmean, [o.tokens_per_round for o in found if o.tokens_per_round], 2),
-                _number(statistics.median, [o.tokens_per_second for o in found if o.tokens_per_second], 1),
-                *(
-                    _number(statistics.median, [o.seconds[part] for o in found if part in o.seconds], 2)
-                    for part in ("prefill", "decode")
-                ),
+                _number(statistics.median, speeds(found), 1),
+                _prefill(found),
+                _number(statistics.median, _seconds("decode", found), 2),
             ]
         )
     yield Table(["mode", "length", "acceptance", "tokens/round", "tokens/s", "prefill s", "decode s"], lines)
 
 
+def _prefill(outcomes: Sequence[Outcome]) -> str:
+    read = [outcome for outcome in outcomes if not outcome.prefix_reused]
+    return _number(statistics.median, _seconds("prefill", read), 2) if read else "reused"
+
+
+def _seconds(part: str, outcomes: Iterable[Outcome]) -> list[float]:
+    return [outcome.seconds[part] for outcome in outcomes if part in outcome.seconds]
+
+
 def samples(results: Results) -> Iterator[Block]:
-    """Some samples of each group of tasks with the answers of all modes: the shortest, a middle, the longest."""
+    """Of each group of tasks the samples of the shortest, a middle and the longest prompt, as all modes answer them."""
     yield Heading("Samples in full")
-    yield text("All but the documents, which are not kept.")
+    yield text(
+        "The shortest, a middle and the longest prompt of each group of tasks. Of prompts, documents and all, only the "
+        "first and the last characters are kept."
+    )
     answered = {label: {o.id: o for o in outcomes} for label, outcomes in results.by_label.items()}
     for name, tasks in _task_groups(results).items():
         some = [outcome for outcome in results.by_label[results.labels[0]] if outcome.task in tasks]
-        some.sort(key=lambda outcome: outcome.length or 0)
+        some.sort(key=lambda outcome: outcome.prompt_tokens)
         places = sorted({round(k * (len(some) - 1) / (_SHOWN - 1)) for k in range(_SHOWN)}) if some else []
         if places:
             yield Heading(name, 3)
@@ -116,6 +141,23 @@ def _sample(one: Outcome, answers: Sequence[Outcome]) -> Iterator[Block]:
         told += [f"ended by {outcome.finish_reason}"] + ["document cut"] * outcome.truncated
         yield text(Bold(f"{outcome.mode}: {percent(outcome.score)}"), f" ({', '.join(told)})")
         yield Verbatim(outcome.answer)
+        if outcome.thoughts:
+            yield text(f"The thoughts of {outcome.mode}, which it answered by:")
+            yield Verbatim(outcome.thoughts)
+    yield from _prompts([(outcome.mode, outcome.prompt_ends) for outcome in answers], "prompt")
+    yield from _prompts([(outcome.mode, outcome.draft_ends) for outcome in answers], "drafter's prompt")
+
+
+def _prompts(ends: Iterable[tuple[str, tuple[str, ...] | None]], name: str) -> Iterator[Block]:
+    """How prompts begin and end: equal ones once, with the labels that have them."""
+    labels: dict[tuple[str, ...], list[str]] = {}
+    for label, both in ends:
+        if both:
+            labels.setdefault(both, []).append(label)
+    for both, some in labels.items():
+        for said, end in zip(("begins", "ends"), both, strict=True):
+            yield text(f"The {name} {said} ({', '.join(some)}):")
+            yield Verbatim(end)
 
 
 def _task_groups(results: Results) -> dict[str, tuple[str, ...]]:

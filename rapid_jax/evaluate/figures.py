@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from rapid_jax.evaluate import plotting
 from rapid_jax.evaluate.results import Outcome, Results, mode_of, named
-from rapid_jax.evaluate.summary import Estimate, Row, cells_of, estimate, overall, rows
+from rapid_jax.evaluate.statistics import Estimate
+from rapid_jax.evaluate.summary import Row, acceptances, cells_of, estimate, overall, rows, speeds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DEPTHS = 12  # more different ones are put together by tenths
+_ONE_NEEDLE = ("needle", "qa")  # suites; of RULER only niah_single_*
 _SCORE, _LENGTH = "score, %", "length, tokens"
 # Setting -> its name in a figure, and whether its axis is of lengths.
 _ABLATED: Mapping[str, tuple[str, bool]] = {
@@ -97,8 +99,8 @@ def _score_lines(panel: "Axes", results: Results, by_length: Mapping[int, Row], 
 
 
 def _depths(results: Results) -> Drawn | None:
-    """A heat map of depth by length a label."""
-    placed = {label: [o for o in found if o.depth is not None] for label, found in results.by_label.items()}
+    """A heat map of depth by length a label, of the samples that ask for one thing that lies at one depth."""
+    placed = {label: [o for o in found if _at_one_depth(o)] for label, found in results.by_label.items()}
     placed = {label: found for label, found in placed.items() if found}
     everything = [outcome for found in placed.values() for outcome in found]
     names, row_of = _depth_rows(everything)
@@ -121,6 +123,12 @@ def _depths(results: Results) -> Drawn | None:
     figure.supylabel("depth, % of the document", fontsize=10)
     figure.colorbar(image, ax=axes, label=_SCORE, aspect=30)
     return Drawn("depths.png", "Score by length and depth of what is asked for.", plotting.png(figure))
+
+
+def _at_one_depth(outcome: Outcome) -> bool:
+    """Not so where there are several needles, of which only the first one's depth is known."""
+    one = outcome.suite in _ONE_NEEDLE or outcome.task.startswith("niah_single_")
+    return one and outcome.depth is not None
 
 
 def _depth_rows(outcomes: Iterable[Outcome]) -> tuple[list[str], Callable[[Outcome], int]]:
@@ -153,14 +161,6 @@ def _speed(results: Results) -> Drawn | None:
     return Drawn("speed.png", "Acceptance and decoding speed by length.", plotting.png(figure))
 
 
-def _acceptances(outcomes: Iterable[Outcome]) -> list[float]:
-    return [100 * outcome.acceptance for outcome in outcomes if outcome.acceptance is not None]
-
-
-def _speeds(outcomes: Iterable[Outcome]) -> list[float]:
-    return [outcome.tokens_per_second for outcome in outcomes if outcome.tokens_per_second]
-
-
 @dataclass(frozen=True)
 class _Part:
     """A panel of the figure of speed; the first sample of a run may compile, so speeds are medians."""
@@ -172,8 +172,8 @@ class _Part:
 
 
 _SPEED = (
-    _Part("accepted drafts, %", _acceptances, statistics.fmean, 100),
-    _Part("tokens/s, median", _speeds, statistics.median, None),
+    _Part("accepted drafts, %", acceptances, statistics.fmean, 100),
+    _Part("tokens/s, median", speeds, statistics.median, None),
 )
 
 
@@ -183,7 +183,7 @@ def _ablation(results: Results, setting: str) -> Drawn | None:
     if not series:
         return None
     labels = [label for values in series.values() for label in values.values()]
-    drafts = any(_acceptances(results.by_label[label]) for label in labels)
+    drafts = any(acceptances(results.by_label[label]) for label in labels)
     name, doubling = _ABLATED[setting]
     figure, axes = plotting.panels(len(series) * (1 + drafts), columns=1 + drafts, size=(4.6, 3.6))
     scored, accepted = axes[:: 1 + drafts], axes[1::2] if drafts else []
@@ -192,7 +192,7 @@ def _ablation(results: Results, setting: str) -> Drawn | None:
         panel.set(title=title, ylabel=_SCORE)
     for panel, (title, values) in zip(accepted, series.items(), strict=bool(accepted)):
         for index, length in enumerate(results.lengths):
-            found = [(value, _acceptances(results.at(label, length))) for value, label in values.items()]
+            found = [(value, acceptances(results.at(label, length))) for value, label in values.items()]
             points = [(value, statistics.fmean(rates), None, None) for value, rates in found if rates]
             plotting.line(panel, points, named(length), index)
         panel.set(title=title, ylabel="accepted drafts, %")
@@ -231,22 +231,18 @@ def _series(results: Results, setting: str) -> dict[str, dict[float, str]]:
     for label in results.labels:
         changed = dict(results.by_label[label][0].settings)
         said = [key for key in changed if key in (setting, setting.rpartition(".")[2])]
-        value: Any = changed.pop(said[0]) if said else _configured(results.settings, setting)
+        for key in said:
+            del changed[key]
+        value = results.settings_of(label).get(setting)
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        group = "-".join([mode_of(label), *(f"{key}={changed[key]}" for key in sorted(changed))])
+        words = [part for part in label.split("-")[1:] if part.isalpha()]  # changes without a value: unrelated
+        group = "-".join([mode_of(label), *words, *(f"{key}={changed[key]}" for key in sorted(changed))])
         groups.setdefault(group, {})[float(value)] = label
         named_by[group] = named_by.get(group, False) or bool(said)
     return {
         group: dict(sorted(values.items())) for group, values in groups.items() if len(values) > 1 and named_by[group]
     }
-
-
-def _configured(settings: Mapping[str, Any], setting: str) -> Any:
-    value: Any = settings
-    for key in setting.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
 
 
 def _lengths(results: Results) -> list[int]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import product
 
 from rapid_jax.evaluate import haystack, words
+from rapid_jax.evaluate.data_files import tasks_of
 from rapid_jax.evaluate.haystack import Burial
 from rapid_jax.evaluate.ruler_hidden import stand
 from rapid_jax.evaluate.samples import Measure, Sample, SuiteOptions
@@ -25,9 +26,7 @@ def samples(options: SuiteOptions, measure: Measure) -> Iterator[Sample]:
     within a sentence. Raises InputError at once for what is wrong with the options, and while samples are made for a
     length that cannot hold the prompt.
     """
-    wrong = [task for task in options.tasks if task != "needle"]
-    if wrong:
-        raise InputError(f"unknown task {wrong[0]}: the suite needle has the one task needle")
+    tasks_of(options, "needle", ("needle",))
     outside = [depth for depth in options.depths if not 0 <= depth <= 1]
     if outside:
         raise InputError(f"depths: expected 0 (the start) to 1 (the end), got {outside[0]}")

@@ -64,6 +64,8 @@ def samples(options: SuiteOptions, measure: Measure) -> list[Sample]:
     task = DOCUMENTS if "document" in rows[0][1] else PASSAGES
     tasks_of(options, SUITE, (task,))
     if task == DOCUMENTS:
+        if options.lengths or options.depths:
+            raise InputError(f"suite {SUITE}: {path} has whole documents: lengths and depths are of no use")
         return _documents(rows, options)
     if not options.lengths:
         raise InputError(f"suite {SUITE}: expected --lengths, which passages are put together to, got none")

@@ -8,6 +8,7 @@ from pathlib import Path
 from rapid_jax.evaluate import details, figures, plotting
 from rapid_jax.evaluate.page import Block, Bold, Heading, Picture, Table, markdown, page, text
 from rapid_jax.evaluate.results import Results, named, read
+from rapid_jax.evaluate.statistics import FEW
 from rapid_jax.evaluate.summary import (
     Row,
     cells_of,
@@ -62,12 +63,18 @@ def _blocks(results: Results, drawn: Sequence[figures.Drawn]) -> Iterator[Block]
 
 def _about(results: Results) -> Iterator[Block]:
     counts = [f"{label} ({len(outcomes):,})" for label, outcomes in results.by_label.items()]
-    yield text(f"Samples finished: {', '.join(counts)}.")
+    whole = "" if results.samples is None else f" of {results.samples:,}"
+    yield text(f"Samples finished{whole}: {', '.join(counts)}.")
+    yield text(f"Lengths: {', '.join(map(named, results.lengths))}.")
     if results.options:
         options = (f"{name} {json.dumps(value)}" for name, value in results.options.items() if value not in (None, []))
         yield text(f"Asked for: {', '.join(options)}.")
     if results.templates:
         yield text(f"Templates: {results.templates}")
+    settings = [(name, results.settings[name]) for name in details.NAMED if name in results.settings]
+    if settings:
+        said = ", ".join(f"{name} {details.shown_value(value)}" for name, value in settings)
+        yield text(f"Settings, where a mode's name does not say otherwise: {said}.")
     yield text("Scores are in %, brackets are 95 % bootstrap intervals.")
     if None in results.lengths:
         yield text(f"Length {named(None)}: documents have the length they have.")
@@ -90,10 +97,14 @@ def _differences(results: Results) -> Iterator[Block]:
         got = difference(row, results.by_label[label], results.by_label[first])
         if got is None:
             return "-"
-        return Bold(shown_difference(got)) if got.clear else f"no difference {shown_difference(got)}"
+        said = f"{got.verdict} {shown_difference(got)}"
+        return Bold(said) if got.sure else said
 
     yield Heading(f"Differences from {first}")
-    yield text(f"In points, over the samples that {first} has answered too; none where the interval holds 0.")
+    yield text(
+        f"In points, over the samples that {first} has answered too; none where the interval holds 0. Of fewer than "
+        f"{FEW} questions nothing is bold: such intervals are too narrow."
+    )
     yield from _tables(results, others, cell)
 
 

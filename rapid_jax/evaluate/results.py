@@ -7,13 +7,12 @@ A label is a mode with what differs from the run's settings, as rapid-eta=5.
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.strict_yaml import parse
 
 SCHEMA = 1
 SUITE = "suite.json"
@@ -36,9 +35,12 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "metric": (str,),
     "score": _NUMBER,
     "answer": (str,),
+    "thoughts": (str,),
     "answers": (list,),
     "question": (str,),
     "prompt_hash": (str,),
+    "prompt_ends": (list,),
+    "draft_ends": (list, _NONE),
     "prompt_tokens": (int,),
     "document_tokens": (int,),
     "truncated": (bool,),
@@ -49,6 +51,7 @@ _FIELDS: Mapping[str, tuple[type, ...]] = {
     "acceptance": (*_NUMBER, _NONE),
     "tokens_per_round": (*_NUMBER, _NONE),
     "tokens_per_second": (*_NUMBER, _NONE),
+    "prefix_reused": (bool,),
     "seconds": (dict,),
     "settings": (dict,),
 }
@@ -67,20 +70,24 @@ class Outcome:
     mode: str  # the label
     metric: str
     score: float  # 0 to 1
-    answer: str
+    answer: str  # the one that is scored
+    thoughts: str  # of a sample in two stages the first answer, else ""
     answers: tuple[str, ...]
     question: str
     prompt_hash: str
+    prompt_ends: tuple[str, ...]  # the first and the last characters of the prompt as the model reads it
+    draft_ends: tuple[str, ...] | None  # the same of the drafter's prompt
     prompt_tokens: int
     document_tokens: int
     truncated: bool  # the document did not fit and was cut
-    finish_reason: str  # stop, length
+    finish_reason: str  # stop, or length if any stage was cut
     new_tokens: int
     chunks: tuple[Mapping[str, Any], ...]  # what was retrieved: start, end, tokens, score
     draft_tokens: int | None
     acceptance: float | None
     tokens_per_round: float | None
     tokens_per_second: float | None
+    prefix_reused: bool  # the document's prefill was there already
     seconds: Mapping[str, float]
     settings: Mapping[str, Any]  # what the label changes
 
@@ -94,7 +101,8 @@ class Results:
     by_label: Mapping[str, tuple[Outcome, ...]]
     options: Mapping[str, Any] = field(default_factory=dict)  # that the suite was asked for
     templates: str = ""  # where the prompts' wording came from
-    settings: Mapping[str, Any] = field(default_factory=dict)  # settings.yaml: what a label does not change
+    settings: Mapping[str, Any] = field(default_factory=dict)  # section.key -> value: what decides answers
+    samples: int | None = None  # of the whole run
     torn: tuple[str, ...] = ()  # labels whose last line was not whole and is left out
 
     @property
@@ -113,6 +121,11 @@ class Results:
         """All tasks in the order of the files: that of the suite."""
         return tuple(dict.fromkeys(outcome.task for outcomes in self.by_label.values() for outcome in outcomes))
 
+    def settings_of(self, label: str) -> dict[str, Any]:
+        """The settings with the label's mode and what it changes, by their full names."""
+        changed = {"mode": mode_of(label), **self.by_label[label][0].settings}
+        return {**self.settings, **{key if "." in key else f"speculation.{key}": changed[key] for key in changed}}
+
     def at(self, label: str, length: int | None) -> list[Outcome]:
         """The outcomes of a label at one length."""
         return [outcome for outcome in self.by_label[label] if outcome.length == length]
@@ -125,7 +138,7 @@ def read(folder: Path) -> Results:
     InputError with file and line for any other line that is no sample's, for a sample that a label has twice (its score
     would count twice), and where there is nothing to read.
     """
-    suite = _read_suite(folder / SUITE)
+    suite = read_suite(folder / SUITE)
     files = sorted(folder.glob(ANSWERS))
     by_label: dict[str, tuple[Outcome, ...]] = {}
     torn = []
@@ -149,9 +162,47 @@ def read(folder: Path) -> Results:
         by_label={label: by_label[label] for label in labels},
         options=suite.get("options") or {},
         templates=str(suite.get("templates") or ""),
-        settings=_read_settings(folder / SETTINGS),
+        settings=_flat(suite.get("settings") or {}),
+        samples=suite.get("samples"),
         torn=tuple(label for label in labels if label in torn),
     )
+
+
+def read_suite(path: Path) -> dict[str, Any]:
+    """What suite.json says. Raises InputError where there is none, and for one that is not a run's."""
+    if not path.is_file():
+        raise InputError(f"{path.parent}: expected the folder of an evaluation, got no {path.name} there")
+    try:
+        suite = json.loads(path.read_bytes())
+    except ValueError:
+        suite = None
+    if not isinstance(suite, dict) or not isinstance(suite.get("suite"), str):
+        raise InputError(f"{path}: expected an object with a suite's name, got something else")
+    for name, kind, said in (("options", dict, "an object"), ("settings", dict, "an object"), ("samples", int, "int")):
+        if not isinstance(suite.get(name), kind | _NONE):
+            raise InputError(f"{path}: expected {name} to be {said}, got {_shortened(suite, name)}")
+    return suite
+
+
+def finished(folder: Path, label: str) -> set[str]:
+    """The ids of a label's samples that have a whole line, in the files of all shares of a run.
+
+    Less is checked than by `read`. Raises InputError with file and line for a line of the label that has no id.
+    """
+    found: set[str] = set()
+    for path in sorted(folder.glob(ANSWERS)):
+        for place, values in _lines(path):
+            if values.get("mode") != label:
+                break  # a file is of one label
+            if not isinstance(values.get("id"), str):
+                raise InputError(f"{place}: expected id to be str, got {_shortened(values, 'id')}")
+            found.add(values["id"])
+    return found
+
+
+def torn_at(path: Path) -> int:
+    """The size of a file without what is behind the end of its last whole line: what it is to be cut to."""
+    return path.read_bytes().rfind(b"\n") + 1
 
 
 def mode_of(label: str) -> str:
@@ -177,34 +228,37 @@ def _shown(label: str) -> tuple:
     return place, [(float(part), "") if index % 2 else (-1.0, part) for index, part in enumerate(parts)]
 
 
-def _read_suite(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise InputError(f"{path.parent}: expected the folder of an evaluation, got no {path.name} there")
-    try:
-        suite = json.loads(path.read_bytes())
-    except ValueError:
-        suite = None
-    if not isinstance(suite, dict) or not isinstance(suite.get("suite"), str):
-        raise InputError(f"{path}: expected an object with a suite's name, got something else")
-    if not isinstance(suite.get("options", {}), dict | _NONE):
-        raise InputError(f"{path}: expected options to be an object, got {suite['options']!r}")
-    return suite
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """section.key -> value."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return found
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Empty without the file: nothing is lost but what a label leaves as it is."""
-    settings = parse(path.read_text(encoding="utf-8", errors="replace"), str(path)) if path.is_file() else {}
-    return settings if isinstance(settings, dict) else {}
+def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(file:line, the object) of every whole line. Raises InputError for one that is no object."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                return
+            place = f"{path}:{number}"
+            try:
+                values = json.loads(line)
+            except ValueError:
+                values = None
+            if not isinstance(values, dict):
+                said = line[:40].decode(errors="replace").rstrip("\n")
+                raise InputError(f"{place}: expected a line of a sample, got {said!r}")
+            yield place, values
 
 
 def _read_answers(path: Path, suite: str) -> tuple[tuple[Outcome, ...], bool]:
     """The outcomes of a file, and whether its last line is whole."""
-    *lines, rest = path.read_bytes().split(b"\n")
     found: dict[str, Outcome] = {}
     label = None
-    for number, line in enumerate(lines, start=1):
-        place = f"{path}:{number}"
-        outcome = _outcome(line, place)
+    for place, values in _lines(path):
+        outcome = _outcome(values, place)
         label = label or outcome.mode
         for name, expected, got in (("suite", suite, outcome.suite), ("mode", label, outcome.mode)):
             if got != expected:
@@ -212,16 +266,10 @@ def _read_answers(path: Path, suite: str) -> tuple[tuple[Outcome, ...], bool]:
         if outcome.id in found:
             raise InputError(f"{place}: expected every sample once, got {outcome.id!r} again")
         found[outcome.id] = outcome
-    return tuple(found.values()), not rest
+    return tuple(found.values()), torn_at(path) == path.stat().st_size
 
 
-def _outcome(line: bytes, place: str) -> Outcome:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        values = None
-    if not isinstance(values, dict):
-        raise InputError(f"{place}: expected a line of a sample, got {line[:40].decode(errors='replace')!r}")
+def _outcome(values: Mapping[str, Any], place: str) -> Outcome:
     if values.get("schema") != SCHEMA:
         raise InputError(f"{place}: expected schema {SCHEMA}, got {values.get('schema')!r}")
     for name, types in _FIELDS.items():
@@ -231,10 +279,12 @@ def _outcome(line: bytes, place: str) -> Outcome:
             raise InputError(f"{place}: expected {name} to be {kinds}, got {_shortened(values, name)}")
     if not 0 <= values["score"] <= 1:
         raise InputError(f"{place}: expected a score from 0 to 1, got {values['score']!r}")
-    if not all(isinstance(answer, str) for answer in values["answers"]):
-        raise InputError(f"{place}: expected answers to be texts, got {_shortened(values, 'answers')}")
+    for name, count, said in (("answers", None, "texts"), ("prompt_ends", 2, "2 texts"), ("draft_ends", 2, "2 texts")):
+        texts = values[name]
+        if texts is not None and not (all(isinstance(x, str) for x in texts) and count in (None, len(texts))):
+            raise InputError(f"{place}: expected {name} to be {said}, got {_shortened(values, name)}")
     kept: dict[str, Any] = {name: values[name] for name in _FIELDS}
-    kept |= {name: tuple(kept[name]) for name, types in _FIELDS.items() if list in types}
+    kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
     return Outcome(**kept)
 
 

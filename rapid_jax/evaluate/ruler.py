@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from itertools import product
 
 from rapid_jax.evaluate import haystack, ruler_counting, ruler_hidden, ruler_qa
+from rapid_jax.evaluate.data_files import tasks_of
 from rapid_jax.evaluate.ruler_hidden import NIAH
 from rapid_jax.evaluate.samples import Measure, Sample, SuiteOptions
 from rapid_jax.runtime.errors import InputError
@@ -36,9 +37,7 @@ def samples(options: SuiteOptions, measure: Measure) -> Iterator[Sample]:
     that of the first needle that is asked for. Raises InputError at once for what is wrong with the options, and while
     samples are made for a length that cannot hold its task.
     """
-    unknown = [task for task in options.tasks if task not in TASKS]
-    if unknown:
-        raise InputError(f"unknown task {unknown[0]}: expected one of {', '.join(TASKS)}")
+    tasks_of(options, "ruler", TASKS)
     count = SAMPLES if options.samples is None else options.samples
     lengths = options.lengths or LENGTHS
     haystack.positive("samples", [count])

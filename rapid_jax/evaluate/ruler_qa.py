@@ -147,7 +147,8 @@ def _squad(articles: Sequence[Mapping[str, Any]]) -> list[Question]:
             gold = paragraph["context"]
             beside = tuple(dict.fromkeys(text for text in contexts if text != gold))
             for asked in paragraph["qas"]:
-                answers = tuple(dict.fromkeys(answer["text"] for answer in asked["answers"]))
+                texts = (answer["text"] for answer in asked["answers"])
+                answers = tuple(dict.fromkeys(text for text in texts if isinstance(text, str) and text.strip()))
                 if answers and not asked.get("is_impossible"):
                     found.append(Question(asked["question"].strip(), answers, (gold,), beside))
     return found

@@ -1,19 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An evaluation: samples of a suite answered in modes and scored, each answer on disk as soon as it is there.
+"""An evaluation: samples of a suite answered in modes and scored. A run that goes on answers what has no line yet."""
 
-    DIR/suite.json            the suite and its options, the settings that decide answers, whose templates
-    DIR/settings.yaml         the settings
-    DIR/answers-LABEL.jsonl   a line a finished sample; of a share I/N answers-LABEL.I-of-N.jsonl
-
-A run that goes on answers what has no line yet.
-"""
-
+import contextlib
 import dataclasses
-import json
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,30 +13,18 @@ from typing import Any
 from rapid_jax.answer import Answer
 from rapid_jax.config import RapidConfig
 from rapid_jax.evaluate import results
+from rapid_jax.evaluate.folder import Answers, Share
 from rapid_jax.evaluate.modes import LabelledMode
 from rapid_jax.evaluate.samples import Measure, Sample
 from rapid_jax.evaluate.scoring import score
 from rapid_jax.model.tokenizer import Tokenizer
-from rapid_jax.prompts import Prompt, Reading, frame
+from rapid_jax.prompts import Reading, frame, message
 from rapid_jax.rapid import Rapid
-from rapid_jax.runtime import settings
-from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, replace_file
+from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.mesh import check_agreed
 from rapid_jax.runtime.progress import progress
 
-
-@dataclass(frozen=True)
-class Share:
-    """Which samples are this run's: number % count == index."""
-
-    index: int = 0
-    count: int = 1
-
-    @property
-    def ending(self) -> str:
-        """Of the names of its files."""
-        return "" if self.count == 1 else f".{self.index}-of-{self.count}"
+_SHOWN = 300  # characters of a prompt's ends, which so many tokens hold
 
 
 def measure_of(config: RapidConfig, tokenizer: Tokenizer) -> Measure:
@@ -56,62 +36,6 @@ def measure_of(config: RapidConfig, tokenizer: Tokenizer) -> Measure:
         return around.size + len(tokenizer.encode_quoted(sample.document)) + sample.max_new_tokens
 
     return measure
-
-
-class Answers:
-    """The lines of one mode on disk, and which samples have one. Raises InputError for a file that is damaged."""
-
-    def __init__(self, folder: Path, label: str, share: Share):
-        self._path = folder / f"answers-{label}{share.ending}.jsonl"
-        self.finished: set[str] = set()
-        if self._path.is_file():
-            lines = self._path.read_bytes().split(b"\n")
-            if lines[-1]:  # torn when the run was killed
-                with open(self._path, "rb+") as file:
-                    file.truncate(self._path.stat().st_size - len(lines[-1]))
-            for number, line in enumerate(lines[:-1], start=1):
-                try:
-                    self.finished.add(json.loads(line)["id"])
-                except (ValueError, KeyError, TypeError) as error:
-                    raise InputError(f"{self._path}:{number}: expected an answer, got one with {error}") from error
-
-    def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Appends them. Raises InputError if the disk is full: what was there stays."""
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        size = self._path.stat().st_size if self._path.is_file() else 0
-        try:
-            with open(self._path, "ab") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            with open(self._path, "rb+") as file:
-                file.truncate(size)
-            raise InputError(f"{self._path}: an answer could not be written: {error.strerror}") from error
-
-
-def begin(folder: Path, described: Mapping[str, Any], config: RapidConfig, *, resume: bool) -> None:
-    """Makes the folder of a run, or checks that it is that of this one.
-
-    Raises InputError if there is a run that is not to be resumed, or another one.
-    """
-    path = folder / results.SUITE
-    described = json.loads(json.dumps(dict(described), default=str))
-    if path.is_file():
-        if not resume:
-            raise InputError(f"{folder}: expected a folder without an evaluation, got one: --resume goes on with it")
-        there = json.loads(path.read_text(encoding="utf-8"))
-        for key in (*described, *there):
-            if described.get(key) != there.get(key):
-                raise InputError(
-                    f"{folder} was begun with {key} = {json.dumps(there.get(key)):.80}, expected "
-                    f"{json.dumps(described.get(key)):.80}: choose another --out"
-                )
-        return
-    folder.mkdir(parents=True, exist_ok=True)
-    settings.save(config, folder / results.SETTINGS)
-    with replace_file(path) as temporary:
-        temporary.write_text(json.dumps(described, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def decides(config: RapidConfig) -> dict[str, Any]:
@@ -137,12 +61,16 @@ def evaluate(
     computes, the one that `leads` writes.
     """
     share = share or Share()
-    files = {mode.label: Answers(folder, mode.label, share) for mode in modes}
-    mine = [sample for number, sample in enumerate(samples) if number % share.count == share.index]
-    left = [(mode.label, s.id) for mode in modes for s in mine if s.id not in files[mode.label].finished]
-    check_agreed("samples to answer", left, batch)
-    ready: dict[tuple[str, int], Rapid] = {}
-    with progress("evaluate", len(left), "answers", quiet=quiet or not leads) as report:
+    mine = _ordered([sample for number, sample in enumerate(samples) if number % share.count == share.index])
+    with contextlib.ExitStack() as stack:
+        files: dict[str, Answers] = {}
+        for mode in modes:
+            files[mode.label] = Answers(folder, mode.label, share, leads=leads)
+            stack.callback(files[mode.label].close)
+        left = [(mode.label, s.id) for mode in modes for s in mine if s.id not in files[mode.label].finished]
+        check_agreed("samples to answer", left, batch, [digest(repr(sample)) for sample in mine])
+        report = stack.enter_context(progress("evaluate", len(left), "answers", quiet=quiet or not leads))
+        ready: dict[tuple[str, int], Rapid] = {}
         for group in _groups(mine, batch):
             for mode in modes:
                 todo = [sample for sample in group if sample.id not in files[mode.label].finished]
@@ -152,10 +80,19 @@ def evaluate(
                 if key not in ready:
                     sampling = replace(mode.config.sampling, max_new_tokens=todo[0].max_new_tokens)
                     ready[key] = rapid.with_config(replace(mode.config, sampling=sampling))
-                lines = _answered(ready[key], todo, mode)
-                if leads:
-                    files[mode.label].add(lines)
+                files[mode.label].add(
+                    _answered(ready[key], todo, mode, _others(mine, todo) if mode.unrelated else None)
+                )
                 report.advance(len(todo))
+
+
+def _ordered(samples: Sequence[Sample]) -> list[Sample]:
+    """Those of a task and length together; where a task has no lengths, by the size of the document."""
+    first: dict[tuple, int] = {}
+    for sample in samples:
+        first.setdefault((sample.task, sample.length), len(first))
+    sizes = {id(sample): 0 if sample.length else len(sample.document) for sample in samples}
+    return sorted(samples, key=lambda sample: (first[sample.task, sample.length], sizes[id(sample)]))
 
 
 def _groups(samples: Sequence[Sample], batch: int) -> Iterator[list[Sample]]:
@@ -169,34 +106,46 @@ def _groups(samples: Sequence[Sample], batch: int) -> Iterator[list[Sample]]:
         yield from (together[start : start + batch] for start in range(0, len(together), batch))
 
 
-def _answered(rapid: Rapid, samples: Sequence[Sample], mode: LabelledMode) -> list[dict[str, Any]]:
-    """The lines of samples that are answered together."""
+def _others(samples: Sequence[Sample], group: Sequence[Sample]) -> list[str]:
+    """Of each of the group the document of the next sample that has another one; its own if there is none."""
+    found = []
+    for sample in group:
+        at = samples.index(sample)
+        turned = (*samples[at + 1 :], *samples[:at])
+        found.append(next((other.document for other in turned if other.document != sample.document), sample.document))
+    return found
+
+
+def _answered(
+    rapid: Rapid, samples: Sequence[Sample], mode: LabelledMode, others: Sequence[str] | None
+) -> list[dict[str, Any]]:
+    """The lines of samples that are answered together; what is retrieved comes from `others`, if there are any."""
     rapid.load()
     start = time.perf_counter()
     readings = [
-        rapid.read(sample.document, sample.question, template=sample.template, begins=sample.begins)
-        for sample in samples
+        rapid.read(
+            sample.document,
+            sample.question,
+            template=sample.template,
+            begins=sample.begins,
+            retrieve_from=None if others is None else others[index],
+        )
+        for index, sample in enumerate(samples)
     ]
     retrieval = (time.perf_counter() - start) / len(samples)
     seeds = [_seed(rapid.config.sampling.seed, sample.id) for sample in samples]
-    answers = _together(rapid, readings, seeds)
-    last = answers
-    if samples[0].then is not None:
-        last = _concluded(rapid, samples, answers, seeds)
+    answers = rapid.answers(readings, seeds)
+    last = answers if samples[0].then is None else _concluded(rapid, samples, answers, seeds)
     lines = []
     for sample, reading, answer, final in zip(samples, readings, answers, last, strict=True):
-        line = _line(sample, reading, answer, mode, retrieval)
+        line = _line(sample, reading, answer, mode, retrieval, rapid)
         if final is not answer:
-            line |= {"answer": f"{answer.text}\n\n{final.text}", "finish_reason": final.finish_reason}
+            seconds = {name: value + final.seconds.get(name, 0.0) for name, value in line["seconds"].items()}
+            cut = "length" in (answer.finish_reason, final.finish_reason)
+            line |= {"thoughts": answer.text, "answer": final.text, "finish_reason": "length" if cut else "stop"}
+            line |= {"new_tokens": line["new_tokens"] + len(final.token_ids), "seconds": seconds}
         lines.append(line | {"score": score(sample.metric, final.text, sample.answers)})
     return lines
-
-
-def _together(rapid: Rapid, readings: Sequence[Reading], seeds: Sequence[int]) -> list[Answer]:
-    """On a mesh the last one is repeated up to what `data` divides."""
-    short = -len(readings) % rapid.config.mesh.data
-    rows = [*readings, *[readings[-1]] * short]
-    return rapid.answers(rows, [*seeds, *[seeds[-1]] * short])[: len(readings)]
 
 
 def _concluded(
@@ -207,20 +156,20 @@ def _concluded(
     speculation = replace(config.speculation, mode="target", lookup="off")
     sampling = replace(config.sampling, max_new_tokens=samples[0].then_tokens)
     alone = rapid.with_config(replace(config, speculation=speculation, sampling=sampling))
-    readings = []
-    for sample, answer in zip(samples, answers, strict=True):
-        text = (sample.then or "").replace("{answer}", answer.text)
-        messages = [{"role": "user", "content": text}]
-        if config.prompts.system is not None:
-            messages.insert(0, {"role": "system", "content": config.prompts.system})
-        tokens = rapid.target.tokenizer.encode(rapid.target.tokenizer.chat(messages), add_special_tokens=True)
-        readings.append(Reading(Prompt(tokens[:-1], tokens[-1:]), None, None, 0, truncated=False))
-    return _together(alone, readings, seeds)
+    tokenizer, system = rapid.target.tokenizer, config.prompts.system
+    texts = [
+        (sample.then or "").replace("{answer}", answer.text) for sample, answer in zip(samples, answers, strict=True)
+    ]
+    readings = [Reading(message(tokenizer, text, system), None, None, 0, truncated=False) for text in texts]
+    return alone.answers(readings, seeds, kept=False)  # the document's prefix stays for the next mode
 
 
-def _line(sample: Sample, reading: Reading, answer: Answer, mode: LabelledMode, retrieval: float) -> dict[str, Any]:
+def _line(
+    sample: Sample, reading: Reading, answer: Answer, mode: LabelledMode, retrieval: float, rapid: Rapid
+) -> dict[str, Any]:
     told, chosen = answer.to_json(), answer.selection
     prompt = reading.short if mode.config.speculation.mode == "retrieval" and reading.short else reading.long
+    drafts = reading.short if reading.short is not prompt else None
     copied = ("id", "suite", "task", "length", "depth", "metric", "question")
     return {
         "schema": results.SCHEMA,
@@ -230,10 +179,13 @@ def _line(sample: Sample, reading: Reading, answer: Answer, mode: LabelledMode, 
         "mode": mode.label,
         "settings": mode.changes,
         "answer": answer.text,
+        "thoughts": "",
+        "prompt_ends": _ends(rapid.target.tokenizer, prompt.tokens),
+        "draft_ends": None if drafts is None else _ends(rapid.target.tokenizer, drafts.tokens),
         "prompt_hash": digest(",".join(map(str, prompt.tokens))),
         "prompt_tokens": answer.target_tokens,
         "document_tokens": answer.document_tokens,
-        "truncated": reading.truncated and mode.config.speculation.mode != "retrieval",
+        "truncated": reading.truncated,
         "finish_reason": answer.finish_reason,
         "new_tokens": len(answer.token_ids),
         "chunks": [
@@ -249,6 +201,12 @@ def _line(sample: Sample, reading: Reading, answer: Answer, mode: LabelledMode, 
         "prefix_reused": answer.prefix_reused,
         "seconds": {"retrieval": retrieval, **answer.seconds},
     }
+
+
+def _ends(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    """The first and the last characters of a prompt as the model reads it: a slip of the template shows there."""
+    head, tail = (tokenizer.decode(part, skip_special_tokens=False) for part in (tokens[:_SHOWN], tokens[-_SHOWN:]))
+    return [head[:_SHOWN], tail[-_SHOWN:]]
 
 
 def _seed(seed: int, sample: str) -> int:

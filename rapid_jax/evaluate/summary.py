@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores and paired differences of a task or of an average over tasks, with 95 % intervals."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from rapid_jax.evaluate import ruler, statistics
 from rapid_jax.evaluate.results import Outcome, Results
-
-FEW = 20  # samples below which a bootstrap interval is too narrow to be relied on
+from rapid_jax.evaluate.statistics import Estimate
 
 Cell: TypeAlias = tuple[str, int | None]  # task and length
+_Scores: TypeAlias = Mapping[str, tuple[Hashable, float]]  # id -> (question, score)
 
 
 @dataclass(frozen=True)
@@ -19,26 +19,6 @@ class Row:
 
     name: str
     weights: Mapping[Cell, float]
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its interval, from 0 to 1 or, of differences, from -1 to 1."""
-
-    mean: float
-    low: float
-    high: float
-    count: int  # samples, or pairs of them
-
-    @property
-    def clear(self) -> bool:
-        """Of a difference: whether its interval leaves out 0."""
-        return self.low > 0 or self.high < 0
-
-    @property
-    def verdict(self) -> str:
-        """Of a difference."""
-        return "no difference" if not self.clear else "better" if self.mean > 0 else "worse"
 
 
 def cells_of(results: Results) -> list[Cell]:
@@ -69,47 +49,50 @@ def overall(cells: Collection[Cell], lengths: Sequence[int | None]) -> Row:
 
 def estimate(row: Row, outcomes: Iterable[Outcome]) -> Estimate | None:
     """The row's score among the outcomes; None if one of its cells has none."""
-    return _estimate(row, {cell: list(scores.values()) for cell, scores in _scores(outcomes).items()})
+    return _estimate(row, _scores(outcomes))
 
 
 def pooled(outcomes: Iterable[Outcome]) -> Estimate | None:
     """The mean score of all outcomes alike; None of none."""
-    scores = [outcome.score for outcome in outcomes]
-    return Estimate(*statistics.interval(scores), len(scores)) if scores else None
+    scores = [(_asked(outcome), outcome.score) for outcome in outcomes]
+    return statistics.estimate([statistics.Cell(1.0, scores)]) if scores else None
 
 
 def difference(row: Row, one: Iterable[Outcome], other: Iterable[Outcome]) -> Estimate | None:
     """The row's score in `one` less that in `other`, over the samples that both have; None as `estimate`."""
     ones, others = _scores(one), _scores(other)
-    pairs = {}
+    pairs: dict[Cell, _Scores] = {}
     for cell in row.weights:
         mine, theirs = ones.get(cell, {}), others.get(cell, {})
-        pairs[cell] = [mine[id] - theirs[id] for id in sorted(mine.keys() & theirs.keys())]
+        pairs[cell] = {id: (asked, score - theirs[id][1]) for id, (asked, score) in mine.items() if id in theirs}
     return _estimate(row, pairs)
 
 
-def _scores(outcomes: Iterable[Outcome]) -> dict[Cell, dict[str, float]]:
-    """Cell -> id -> score."""
-    found: dict[Cell, dict[str, float]] = {}
+def acceptances(outcomes: Iterable[Outcome]) -> list[float]:
+    """Of those that drafted, in %."""
+    return [100 * outcome.acceptance for outcome in outcomes if outcome.acceptance is not None]
+
+
+def speeds(outcomes: Iterable[Outcome]) -> list[float]:
+    """Tokens a second, of those that have them."""
+    return [outcome.tokens_per_second for outcome in outcomes if outcome.tokens_per_second]
+
+
+def _asked(outcome: Outcome) -> Hashable:
+    """What makes samples, as of several lengths, one piece of evidence."""
+    return outcome.suite, outcome.question, outcome.answers
+
+
+def _scores(outcomes: Iterable[Outcome]) -> dict[Cell, _Scores]:
+    found: dict[Cell, dict[str, tuple[Hashable, float]]] = {}
     for outcome in outcomes:
-        found.setdefault((outcome.task, outcome.length), {})[outcome.id] = outcome.score
-    return found
+        found.setdefault((outcome.task, outcome.length), {})[outcome.id] = _asked(outcome), outcome.score
+    return {**found}
 
 
-def _estimate(row: Row, values: Mapping[Cell, Sequence[float]]) -> Estimate | None:
-    some = {cell: values.get(cell, ()) for cell in row.weights}
-    if not all(some.values()):
-        return None
-    count = sum(map(len, some.values()))
-    if len(some) == 1:
-        return Estimate(*statistics.interval(*some.values()), count)
-    # mean_of_tasks weighs every task the same: other weights go into the scores.
-    scaled = {}
-    for (task, length), scores in some.items():
-        scale = row.weights[task, length] * len(some)
-        even = abs(scale - 1) < 1e-9
-        scaled[f"{task}/{length}"] = scores if even else [scale * score for score in scores]
-    return Estimate(*statistics.mean_of_tasks(scaled), count)
+def _estimate(row: Row, scores: Mapping[Cell, _Scores]) -> Estimate | None:
+    cells = [statistics.Cell(weight, list(scores.get(cell, {}).values())) for cell, weight in row.weights.items()]
+    return statistics.estimate(cells) if all(cell.scores for cell in cells) else None
 
 
 def percent(share: float) -> str:

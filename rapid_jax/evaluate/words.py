@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Words and values that texts are made of: keys of needles, numbers, identifiers, codes, words to count."""
 
+import functools
 import random
 import re
 import string
@@ -70,9 +71,14 @@ def distinct(rng: random.Random, draw: Callable[[random.Random], str]) -> Iterat
             yield word
 
 
+@functools.lru_cache(maxsize=1)
+def _words_of(text: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\b[a-z]{4,12}\b", text))
+
+
 def countable(rng: random.Random, texts: Iterable[str]) -> Iterator[str]:
     """Words in a drawn order, never twice and without end: those of the texts and of WORDS, then pairs of WORDS."""
-    known = sorted({*WORDS, *(word for text in texts for word in re.findall(r"\b[a-z]{4,12}\b", text))})
+    known = sorted(set(WORDS).union(*map(_words_of, texts)))
     yield from rng.sample(known, len(known))
     yield from distinct(rng, key)
 

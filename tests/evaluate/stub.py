@@ -17,8 +17,12 @@ class Stub:
     def __init__(self, config: RapidConfig, say: Callable[[str, str, str], str], groups: list | None = None):
         self.config, self._say = config, say
         self.groups: list[tuple[str, int, list[str]]] = [] if groups is None else groups
+        codes = lambda text, **_: [ord(letter) for letter in text]  # noqa: E731
         tokenizer = SimpleNamespace(
-            chat=lambda messages: messages[-1]["content"], encode=lambda text, **_: [ord(letter) for letter in text]
+            chat=lambda messages: messages[-1]["content"],
+            encode_template=codes,
+            encode_quoted=codes,
+            decode=lambda ids, **_: "".join(map(chr, ids)),
         )
         self.target = SimpleNamespace(tokenizer=tokenizer)
 
@@ -29,14 +33,25 @@ class Stub:
         """The same, under other settings."""
         return Stub(config, self._say, self.groups)
 
-    def read(self, document: str, question: str, *, template: str | None = None, begins: str = "") -> Reading:
-        """The document and the question as code points."""
+    def read(
+        self,
+        document: str,
+        question: str,
+        *,
+        template: str | None = None,
+        begins: str = "",
+        retrieve_from: str | None = None,
+    ) -> Reading:
+        """The document and the question as code points; the drafter reads all that it may retrieve from."""
         del template, begins
         head, tail = ([ord(letter) for letter in text] for text in (document, question))
-        return Reading(Prompt(head, tail), None, None, len(document), truncated=len(document) > 1000)
+        short = [ord(letter) for letter in (retrieve_from or document)]
+        drafts = Prompt(short, tail) if self.config.speculation.mode != "target" else None
+        return Reading(Prompt(head, tail), drafts, None, len(document), truncated=len(document) > 1000)
 
-    def answers(self, readings: Sequence[Reading], seeds: Sequence[int]) -> list[Any]:
+    def answers(self, readings: Sequence[Reading], seeds: Sequence[int], *, kept: bool = True) -> list[Any]:
         """One of each."""
+        del kept
         mode = self.config.speculation.mode
         texts = [("".join(map(chr, read.long.head)), "".join(map(chr, read.long.tail))) for read in readings]
         self.groups.append((mode, self.config.sampling.max_new_tokens, [question for _, question in texts]))

@@ -9,7 +9,7 @@ import pytest
 
 from rapid_jax.evaluate.contrast import contrast
 from rapid_jax.runtime.errors import InputError
-from tests.evaluate.synthetic import folder, grid
+from tests.evaluate.synthetic import SETTINGS, folder, grid
 
 
 def first(count: int):
@@ -65,6 +65,25 @@ def test_no_change_lists_nothing(tmp_path: Path):
     assert " went " not in found and cells(found, "all")[3:] == ["+0.0 [+0.0, +0.0]", "no difference"]
 
 
+def test_settings_that_differ_are_listed_with_those_that_everyone_asks_for(tmp_path: Path):
+    labels = {"rapid": {}, "rapid-eta=5": {"eta": 5}}
+    lines = {label: grid(label, first(5), settings=said) for label, said in labels.items()}
+    long = "the same words " * 20
+    settings = [
+        SETTINGS | {"speculation": {"gamma": 10, "eta": eta}, "prompts": {"target": long + asked}}
+        for eta, asked in ((10.0, "once"), (20.0, "twice"))
+    ]
+    one = folder(tmp_path / "one", lines, settings=settings[0])
+    found = contrast(one, folder(tmp_path / "two", lines, settings=settings[1]))
+    assert cells(found, "models.target") == ["big", "big"] and cells(found, "sampling.temperature") == ["0.0", "0.0"]
+    assert cells(found, "speculation.eta") == ["10.0", "20.0"] and cells(found, "lengths") == ["4K, 8K", "4K, 8K"]
+    asked = cells(found, "prompts.target")
+    assert [value[-5:] for value in asked] == [" once", "twice"] and all(value.startswith("...") for value in asked)
+    assert "retrieval.min_tokens" not in found
+    told = re.findall(r"In this mode not the same is set: (.*)", found)
+    assert len(told) == 1 and told[0].startswith("prompts.target ...") and "eta" not in told[0]
+
+
 def test_prompts_may_differ_and_only_common_samples_count(tmp_path: Path):
     one = {"target": grid("target", first(5), count=20), "rapid": grid("rapid", first(5))}
     other = {
@@ -73,7 +92,7 @@ def test_prompts_may_differ_and_only_common_samples_count(tmp_path: Path):
     }
     found = contrast(*pair(tmp_path, one, other, samples=30))
     assert "40 samples compared, 20 that only one of them has left out." in found
-    assert "Not the same was asked for: samples None and 30." in found
+    assert "Not the same was asked for: samples - and 30." in found
     assert "no such samples: rapid." in found and "no such samples: sd." in found
     assert "no such samples: target." not in found
 

@@ -107,7 +107,7 @@ def test_a_number_that_the_text_has_is_drawn_again(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tasks": ("niah",)}, "unknown task niah: the suite needle has the one task needle"),
+        ({"tasks": ("niah",)}, "suite needle: expected tasks of needle, got 'niah'"),
         ({"depths": (0.5, 1.5)}, r"depths: expected 0 \(the start\) to 1 \(the end\), got 1.5"),
         ({"lengths": (0,)}, "lengths: expected 1 or more, got 0"),
         ({"samples": 0}, "samples: expected 1 or more, got 0"),

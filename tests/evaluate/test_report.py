@@ -31,6 +31,11 @@ def row(page: str, first: str, which: int = 0) -> list[str]:
     return [cell.strip() for cell in lines[which].strip("|").split("|")][1:]
 
 
+def width(shown: str) -> float:
+    _, low, high = map(float, re.findall(r"\d+\.\d", shown))
+    return high - low
+
+
 def size(png: bytes) -> tuple[int, int]:
     assert png.startswith(b"\x89PNG\r\n\x1a\n") and len(png) > 5000
     return struct.unpack(">II", png[16:24])
@@ -49,7 +54,7 @@ def test_scores_and_differences_are_the_known_ones(tmp_path: Path):
     assert row(found, "all")[0].startswith("50.0 [")
     sd, rapid = row(found, "4K", 1)
     assert sd.startswith("no difference +5.0 [+0.0, ")
-    assert re.fullmatch(r"\*\*\+30\.0 \[\+\d+\.\d, \+\d+\.\d\]\*\*", rapid)
+    assert re.fullmatch(r"\*\*better \+30\.0 \[\+\d+\.\d, \+\d+\.\d\]\*\*", rapid)
     assert "Warning" not in found
 
 
@@ -71,17 +76,8 @@ def test_rulers_averages_weigh_tasks_and_groups(tmp_path: Path):
 
 
 def test_splits_are_by_tag(tmp_path: Path):
-    lines = [
-        line(
-            "longbench-v2",
-            None,
-            n,
-            "target",
-            float(n < 10),
-            tags={"difficulty": ("easy", "hard")[n >= 20], "id": str(n)},
-        )
-        for n in range(40)
-    ]
+    tags = [{"difficulty": ("easy", "hard")[n >= 20], "id": str(n)} for n in range(40)]
+    lines = [line("longbench-v2", None, n, "target", float(n < 10), tags=tags[n]) for n in range(40)]
     run = folder(tmp_path, {"target": lines}, "longbench-v2")
     report(run)
     found = written(run)
@@ -117,23 +113,69 @@ def test_what_makes_scores_meaningless_is_told(tmp_path: Path):
     assert len(warnings) == 5
 
 
+def test_the_head_names_settings_and_few_samples_make_nothing_bold(tmp_path: Path):
+    by_label = {mode: grid(mode, some(count), count=19) for mode, count in (("target", 2), ("rapid", 17))}
+    report(folder(tmp_path, by_label))
+    found = written(tmp_path)
+    assert "Samples finished of 40: target (38), rapid (38).\n\nLengths: 4K, 8K." in found
+    named = "models.target big, models.drafter small, models.encoder minilm, models.max_context null, "
+    named += "models.too_long error, sampling.temperature 0.0, speculation.gamma 10, speculation.eta 10.0."
+    assert named in found
+    # The same 19 questions at both lengths are 19 in all, too.
+    for name in ("4K", "all"):
+        assert row(found, name, 1)[0].startswith("better (few samples) +78.9 [")
+
+
+def test_the_same_questions_at_more_lengths_do_not_narrow_an_interval(tmp_path: Path):
+    by_label = {"target": grid("target", some(10), lengths=[4096, 8192, 16384, 32768])}
+    same = folder(tmp_path / "same", by_label)
+    report(same)
+    assert row(written(same), "all") == row(written(same), "4K") == row(written(same), "32K")
+    for one in by_label["target"]:
+        one["question"] += f" At {one['length']}."
+    other = folder(tmp_path / "other", by_label)
+    report(other)
+    assert width(row(written(other), "all")[0]) < 0.6 * width(row(written(other), "4K")[0])
+
+
+def test_prompts_and_thoughts_are_shown_once(tmp_path: Path):
+    modes = ("target", "rapid", "retrieval")
+    by_label = {mode: grid(mode, some(5), lengths=[4096], count=1) for mode in modes}
+    by_label["rapid"][0]["thoughts"] = "Let me see."
+    by_label["retrieval"][0]["prompt_ends"] = ["<s>short", "end"]
+    report(folder(tmp_path, by_label))
+    found = written(tmp_path)
+    assert "The thoughts of rapid, which it answered by:\n\n```text\nLet me see.\n```" in found
+    assert "The prompt begins (target, rapid):\n\n```text\n<s>user\n```" in found
+    assert "The prompt ends (retrieval):\n\n```text\nend\n```" in found
+    assert found.count("drafter's prompt begins (rapid):") == 1 and found.count("The thoughts of") == 1
+
+
 def test_three_samples_of_a_task_are_shown_in_full(tmp_path: Path):
     answers = {"target": "red\n```\nfence ``` inside", "rapid": "blue"}
-    run = folder(tmp_path, {mode: grid(mode, some(5), ["one"], answer=said) for mode, said in answers.items()})
+    by_label = {mode: grid(mode, some(5), ["one"], answer=said) for mode, said in answers.items()}
+    for lines in by_label.values():
+        lines[7]["prompt_tokens"], lines[3]["prompt_tokens"] = 50, 9000  # whatever length they were made for
+    run = folder(tmp_path, by_label)
     report(run)
     found = written(run)
-    assert re.findall(r"^#### (.*)$", found, re.M) == ["one/4096/0", "one/8192/0", "one/8192/19"]
+    assert re.findall(r"^#### (.*)$", found, re.M) == ["one/4096/7", "one/8192/1", "one/4096/3"]
     assert "````text\nred\n```\nfence ``` inside\n````" in found
     assert found.count("```text\nblue\n```") == 6  # what is right, and what rapid says, three times each
-    assert "**target: 100.0** (4,076 prompt tokens, 6 new ones, ended by stop)" in found
-    assert "What is word 19 of one?" in found
+    assert "**target: 100.0** (9,000 prompt tokens, 6 new ones, ended by stop)" in found
+    assert "What is word 7 of one?" in found
 
 
 def test_speed_is_by_length_and_mode(tmp_path: Path):
-    run = folder(tmp_path, {mode: grid(mode, some(5)) for mode in ("target", "rapid")})
+    by_label = {mode: grid(mode, some(5)) for mode in ("target", "rapid")}
+    for number, one in enumerate(by_label["rapid"]):
+        if one["length"] == 4096 or number % 2:  # all of the shorter ones, some of the longer
+            one |= {"prefix_reused": True, "seconds": one["seconds"] | {"prefill": 0.001}}
+    run = folder(tmp_path, by_label)
     report(run)
     speed = written(run).partition("## Speed")[2]
     assert "| target | 4K | - | 1.00 | 30.0 | 1.00 | 0.50 |" in speed
+    assert "| rapid | 4K | 75.0 | 3.50 | 60.0 | reused | 0.50 |" in speed
     assert "| rapid | 8K | 75.0 | 3.50 | 30.0 | 2.00 | 0.50 |" in speed
 
 
@@ -155,6 +197,9 @@ def everything(run: Path) -> Path:
             one["depth"] = depths[number % 3]
         by_label[label] = lines
     return folder(run, by_label)
+
+
+APART = {"unrelated": {}, "unrelated-eta=40": {"eta": 40}}
 
 
 def test_all_figures_render_and_equal_results_give_equal_files(tmp_path: Path):
@@ -179,6 +224,20 @@ def test_an_ablation_holds_the_configured_value_and_modes_apart(tmp_path: Path):
     assert found == {"rapid": {5.0: "rapid-eta=5", 10.0: "rapid", 20.0: "rapid-eta=20"}}
     found = figures._series(read(tmp_path), "retrieval.min_tokens")
     assert found == {"rapid": {2048.0: "rapid-min_tokens=2048", 4096.0: "rapid"}}
+    lines = {f"rapid-{name}": grid(f"rapid-{name}", some(5), settings=said) for name, said in APART.items()}
+    found = figures._series(read(folder(tmp_path, lines)), "speculation.eta")
+    assert found["rapid-unrelated"] == {10.0: "rapid-unrelated", 40.0: "rapid-unrelated-eta=40"}
+    assert "rapid-unrelated" not in found["rapid"].values()
+
+
+def test_depths_are_drawn_of_samples_with_one_needle_alone(tmp_path: Path):
+    tasks = {"niah_single_1": True, "niah_multivalue": False, "vt": False, "qa_1": False}
+    for task, one in tasks.items():
+        lines = grid("target", some(5), [task])
+        for number, sample in enumerate(lines):
+            sample["depth"] = number % 2 / 2
+        run = folder(tmp_path / task, {"target": lines}, "ruler")
+        assert (figures._depths(read(run)) is not None) == one
 
 
 def test_there_are_no_figures_without_data(tmp_path: Path):
@@ -191,8 +250,8 @@ def test_there_are_no_figures_without_data(tmp_path: Path):
     size((flat / "scores.png").read_bytes())
     # Values of eta that belong to different modes are no series; nor are scores that are all 0 drawn wrongly.
     lines = {"rapid-eta=5": {"eta": 5}, "phat-eta=20": {"eta": 20}}
-    apart = folder(tmp_path / "apart", {label: grid(label, some(0), settings=said) for label, said in lines.items()})
-    (apart / "settings.yaml").unlink()
+    by_label = {label: grid(label, some(0), settings=said) for label, said in lines.items()}
+    apart = folder(tmp_path / "apart", by_label, settings={"stop": []})
     report(apart)
     assert sorted(path.name for path in apart.glob("*.png")) == ["scores.png", "speed.png"]
 
@@ -218,7 +277,7 @@ def test_missing_matplotlib_and_a_file_in_the_way_are_one_line(tmp_path: Path, m
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(InputError, match=r"expected matplotlib for the figures, got none: pip install 'rapid-jax"):
         report(run)
-    assert sorted(path.name for path in run.iterdir()) == ["answers-target.jsonl", "settings.yaml", "suite.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["answers-target.jsonl", "suite.json"]
 
 
 def test_texts_mean_nothing_in_markdown_and_html():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rapid_jax.evaluate.results import mode_of, named, read
+from rapid_jax.evaluate.results import finished, mode_of, named, read, read_suite, torn_at
 from rapid_jax.runtime.errors import InputError
 from tests.evaluate.synthetic import folder, grid, line
 
@@ -23,11 +23,20 @@ def test_lines_come_back_by_label_in_the_order_of_the_modes(tmp_path: Path):
     assert results.labels == modes and [mode_of(label) for label in modes[1:4]] == ["retrieval", "rapid", "rapid"]
     assert results.lengths == [4096, 8192, None] and results.tasks == ("task",) and results.torn == ()
     assert results.options == {"seed": 0, "samples": 20} and results.templates == "our own"
-    assert results.settings["speculation"] == {"eta": 10.0}
+    assert results.settings["speculation.eta"] == 10.0 and results.settings["stop"] == ["\n"] and results.samples == 40
     found = results.at("rapid", 8192)
     assert [outcome.id for outcome in found] == [f"task/8192/{number}" for number in range(20)]
     assert [outcome.score for outcome in found[:3]] == [1, 0, 1]
     assert found[0].answers == ("blue",) and found[0].acceptance == 0.75 and found[0].seconds["prefill"] == 2
+    assert found[0].prompt_ends == ("<s>user", "word 0?</s>") and found[0].draft_ends == ("<s>chunks", "word 0?</s>")
+    assert results.at("target", 4096)[0].draft_ends is None and not found[0].prefix_reused and found[0].thoughts == ""
+
+
+def test_the_settings_of_a_label_are_the_runs_with_its_changes(tmp_path: Path):
+    said = {"eta": 5, "retrieval.min_tokens": 2048}
+    results = read(folder(tmp_path, {"sd-x": grid("sd-x", right, settings=said)}))
+    changed = {"speculation.mode": "sd", "speculation.eta": 5, "retrieval.min_tokens": 2048}
+    assert results.settings_of("sd-x") == {**results.settings, **changed}
 
 
 @pytest.mark.parametrize("cut", [1, 10, 400])
@@ -55,6 +64,9 @@ def test_a_mode_without_a_finished_sample_is_no_mode(tmp_path: Path):
         ({"schema": 2}, r"expected schema 1, got 2"),
         ({"length": "4K"}, r"expected length to be int or null, got '4K'"),
         ({"answers": [1]}, r"expected answers to be texts, got \[1\]"),
+        ({"prompt_ends": ["a"]}, r"expected prompt_ends to be 2 texts, got \['a'\]"),
+        ({"draft_ends": ["a", 1]}, r"expected draft_ends to be 2 texts, got \['a', 1\]"),
+        ({"prefix_reused": 1}, r"expected prefix_reused to be bool, got 1"),
         ({"suite": "ruler"}, r"expected suite 'qa', got 'ruler'"),
         ({"mode": "rapid"}, r"expected mode 'target', got 'rapid'"),
         ({"id": "task/4096/0"}, r"expected every sample once, got 'task/4096/0' again"),
@@ -96,16 +108,39 @@ def test_shares_of_a_run_are_one_and_a_sample_is_not_in_two_of_them(tmp_path: Pa
         read(run)
 
 
+def test_finished_samples_are_those_of_whole_lines_in_all_shares(tmp_path: Path):
+    whole = grid("rapid", right)
+    shares = {"rapid.0-of-2": whole[:5], "rapid.1-of-2": whole[5:]}
+    run = folder(tmp_path, shares | {"rapid-eta=5": grid("rapid-eta=5", right, ["other"])})
+    torn = run / "answers-rapid.1-of-2.jsonl"
+    torn.write_bytes(torn.read_bytes()[:-10])
+    assert finished(run, "rapid") == {line["id"] for line in whole[:-1]}
+    assert len(finished(run, "rapid-eta=5")) == 40 and finished(run, "target") == set()
+    lines = torn.read_bytes().split(b"\n")
+    for broken, said in ((b"{", "a line of a sample, got '{'"), (b'{"mode": "rapid", "id": 1}', "id to be str, got 1")):
+        torn.write_bytes(b"\n".join([lines[0], broken, *lines[2:]]))
+        with pytest.raises(InputError, match=rf"answers-rapid.1-of-2.jsonl:2: expected {said}"):
+            finished(run, "rapid")
+
+
+@pytest.mark.parametrize(
+    ("content", "size"), [(b"", 0), (b"torn", 0), (b"a\n", 2), (b"a\nb\ntorn", 4), (b"a\n\xff", 2)]
+)
+def test_a_torn_line_is_cut_behind_the_last_whole_one(tmp_path: Path, content: bytes, size: int):
+    (tmp_path / "lines").write_bytes(content)
+    assert torn_at(tmp_path / "lines") == size
+
+
 def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path):
     with pytest.raises(InputError, match=r"expected the folder of an evaluation, got no suite.json there"):
         read(tmp_path)
     folder(tmp_path, {})
     with pytest.raises(InputError, match=r"expected the answers of an evaluation, got no finished sample"):
         read(tmp_path)
-    for content in ("[]", "{", '{"suite": 1}', '{"suite": "qa", "options": []}'):
+    for content in ("[]", "{", '{"suite": 1}', '{"suite": "qa", "options": []}', '{"suite": "qa", "settings": 1}'):
         (tmp_path / "suite.json").write_text(content)
         with pytest.raises(InputError, match=r"suite.json: expected "):
-            read(tmp_path)
+            read_suite(tmp_path / "suite.json")
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_haystacks_are_of_the_given_text(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"tasks": ("vt", "niah")}, "unknown task niah: expected one of niah_single_1, "),
+        ({"tasks": ("vt", "niah")}, "suite ruler: expected tasks of niah_single_1, "),
         ({"lengths": (4096, -1)}, "lengths: expected 1 or more, got -1"),
         ({"samples": 0}, "samples: expected 1 or more, got 0"),
         ({"text": Path("nowhere.txt")}, "text nowhere.txt: cannot be read"),

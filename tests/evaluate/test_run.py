@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from rapid_jax.config import ModelsConfig, RapidConfig
+from rapid_jax.evaluate.folder import Answers, Share, begin, check_folder
 from rapid_jax.evaluate.modes import modes_of
 from rapid_jax.evaluate.report import report
 from rapid_jax.evaluate.results import read
-from rapid_jax.evaluate.run import Share, begin, decides, evaluate
+from rapid_jax.evaluate.run import decides, evaluate
 from rapid_jax.evaluate.samples import Sample
 from rapid_jax.runtime.errors import InputError
 from tests.evaluate.stub import Stub
@@ -39,8 +40,9 @@ def say(mode: str, document: str, question: str) -> str:
 
 
 def begun(folder: Path, *, resume: bool = False, samples=SAMPLES) -> Path:
+    check_folder(folder, resume=resume)
     described = {"suite": "qa", "options": {"seed": 0}, "samples": len(samples), "settings": decides(CONFIG)}
-    begin(folder, described, CONFIG, resume=resume)
+    begin(folder, described, CONFIG)
     return folder
 
 
@@ -101,6 +103,45 @@ def test_shares_are_the_whole(tmp_path):
     assert len(list((tmp_path / "shared").glob("answers-target.*"))) == 3
     for label, outcomes in whole.by_label.items():
         assert sorted(o.id for o in shared.by_label[label]) == sorted(o.id for o in outcomes)
+    before = lines_in(tmp_path / "shared")
+    evaluate(Stub(CONFIG, say), SAMPLES, MODES, tmp_path / "shared", quiet=True)  # type: ignore[arg-type]
+    after = lines_in(tmp_path / "shared")  # of all shares nothing is left to do
+    assert {name: lines for name, lines in after.items() if lines} == before
+
+
+def test_two_runs_do_not_write_to_one_file(tmp_path):
+    folder = begun(tmp_path)
+    one = Answers(folder, "target", Share(), leads=True)
+    with pytest.raises(InputError, match=r"answers-target.jsonl: expected no other run there, got one that is at work"):
+        evaluate(Stub(CONFIG, say), SAMPLES, MODES, folder, quiet=True)  # type: ignore[arg-type]
+    one.close()
+    evaluate(Stub(CONFIG, say), SAMPLES, MODES, folder, quiet=True)  # type: ignore[arg-type]
+
+
+def test_who_does_not_lead_writes_nothing(tmp_path):
+    evaluate(Stub(CONFIG, say), SAMPLES, MODES, begun(tmp_path), leads=False, quiet=True)  # type: ignore[arg-type]
+    assert lines_in(tmp_path) == {}
+
+
+def test_unrelated_retrieval_is_from_the_next_sample_s_document(tmp_path):
+    modes = modes_of("rapid,rapid:unrelated", CONFIG)
+    evaluate(Stub(CONFIG, say), SAMPLES[:5], modes, begun(tmp_path), quiet=True)  # type: ignore[arg-type]
+    lines = lines_in(tmp_path)
+    drafts = {name: [line["draft_ends"][0] for line in each] for name, each in lines.items()}
+    assert drafts["answers-rapid.jsonl"] == [f"document with key{n}question {n}" for n in range(5)]
+    assert drafts["answers-rapid-unrelated.jsonl"] == [f"document with key{(n + 1) % 5}question {n}" for n in range(5)]
+    assert [line["prompt_ends"][1] for line in lines["answers-rapid-unrelated.jsonl"]] == [
+        f"document with key{n}question {n}" for n in range(5)
+    ]
+
+
+def test_samples_without_a_length_go_by_their_size(tmp_path):
+    asked = [
+        replace(sample(number, length=0), length=None, document="x" * size + "1") for number, size in ((0, 9), (1, 3))
+    ]
+    stub = Stub(CONFIG, say)
+    evaluate(stub, asked, MODES[:1], begun(tmp_path), quiet=True)  # type: ignore[arg-type]
+    assert [questions for *_, questions in stub.groups] == [["question 1"], ["question 0"]]
 
 
 def test_thoughts_are_followed_by_the_question_for_the_answer(tmp_path):
@@ -112,7 +153,8 @@ def test_thoughts_are_followed_by_the_question_for_the_answer(tmp_path):
     evaluate(stub, asked, MODES[1:], begun(tmp_path), batch=2, quiet=True)  # type: ignore[arg-type]
     (lines,) = lines_in(tmp_path).values()
     assert [line["score"] for line in lines] == [0.0, 1.0]
-    assert lines[0]["answer"] == "thought 0\n\nkey1"
+    assert (lines[0]["thoughts"], lines[0]["answer"]) == ("thought 0", "key1")
+    assert lines[0]["new_tokens"] == len("thought 0" + "key1") and lines[0]["finish_reason"] == "stop"
     assert [(mode, limit) for mode, limit, _ in stub.groups] == [("rapid", 20), ("target", 7)]
 
 
@@ -140,6 +182,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch)
         "answers-target.jsonl": 1,
         "answers-rapid-eta=5.jsonl": 1,
     }
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="file: expected a folder or nothing there, got a file"):
+        check_folder(tmp_path / "file", resume=False)
 
 
 def test_modes_are_the_settings_with_changes():
@@ -154,13 +199,19 @@ def test_modes_are_the_settings_with_changes():
     assert found[1].changes == {"eta": 20.0, "retrieval.min_tokens": 2048}
     assert found[1].config.retrieval.min_tokens == 2048 and found[1].config.speculation.eta == 20.0
     assert replace(found[2].config, speculation=CONFIG.speculation) == CONFIG
+    plain = modes_of("target,retrieval,rapid,target:lookup=on", CONFIG)
+    assert [mode.config.speculation.lookup for mode in plain] == ["off", "off", "auto", "on"]
 
 
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
         ("fast", "expected modes of .*, got 'fast'"),
-        ("rapid:eta", "expected KEY=VALUE behind a colon, got 'eta' in 'rapid:eta'"),
+        ("rapid:eta", "--modes: expected KEY=VALUE or unrelated behind a colon, got 'eta' in 'rapid:eta'"),
+        ("rapid:models.drafter=x", "expected a setting that a mode may change, got 'models.drafter'"),
+        ("rapid:mesh.model=2", "expected a setting that a mode may change, got 'mesh.model'"),
+        ("rapid:mode=target", "expected a setting that a mode may change, got 'mode'"),
+        ("rapid:max_new_tokens=5", "expected a setting that a mode may change, got 'max_new_tokens'"),
         ("rapid:speed=1", "unknown setting 'speed'"),
         ("target,target", "expected each mode once"),
         ("", "expected modes of"),

@@ -1,18 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bootstrap intervals against known answers: constants, the normal approximation, coverage."""
+"""Bootstrap intervals against known answers: constants, the normal approximation, coverage, questions asked again."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
 from rapid_jax.evaluate import statistics
-from rapid_jax.evaluate.statistics import difference, interval, mean_of_tasks
+from rapid_jax.evaluate.statistics import Cell, Estimate, estimate
 from rapid_jax.runtime.errors import InputError
 
 
+def cell(scores: Sequence[float], name: str = "", weight: float = 1.0) -> Cell:
+    """Scores of questions that only cells of the same name have."""
+    return Cell(weight, [(f"{name}{number}", score) for number, score in enumerate(scores)])
+
+
+def interval(scores: Sequence[float], **more) -> tuple[float, float, float]:
+    return estimate([cell(scores)], **more)[:3]
+
+
 def test_equal_scores_and_a_single_one_are_exact():
-    for scores in ([0.1] * 7, [0.1], [1.0] * 1000, [0.0] * 3):
+    for scores in ([0.1] * 7, [0.1], [1.0] * 1000, [0.0] * 3, [1 / 3] * 9):
         assert interval(scores) == (scores[0], scores[0], scores[0])
 
 
@@ -23,7 +33,7 @@ def test_an_interval_is_the_normal_one_where_that_holds():
     assert mean == 0.75
     assert low == pytest.approx(0.75 - half, abs=0.006) and high == pytest.approx(0.75 + half, abs=0.006)
     narrow = interval(scores, level=0.5)
-    assert narrow.high - narrow.low == pytest.approx((high - low) * 0.6745 / 1.96, rel=0.15)
+    assert narrow[2] - narrow[1] == pytest.approx((high - low) * 0.6745 / 1.96, rel=0.15)
 
 
 def test_intervals_hold_the_truth_about_as_often_as_they_say():
@@ -35,65 +45,90 @@ def test_intervals_hold_the_truth_about_as_often_as_they_say():
     assert 0.83 <= held / 300 <= 0.95
 
 
+def test_so_they_do_where_questions_are_asked_in_several_cells_or_in_some_of_them():
+    """A question is hard or easy wherever it is asked; the second cell lacks some, the third asks others."""
+    generator = np.random.default_rng(1)
+    held, apart = 0, 0
+    for trial in range(300):
+        hard = generator.beta(0.6, 0.6, size=80)
+        asked = (range(40), range(30), range(40, 80))
+        cells = [Cell(1 / 3, [(q, float(generator.random() < hard[q])) for q in part]) for part in asked]
+        found = estimate(cells, seed=trial, resamples=400, level=0.9)
+        held += found.low <= 0.5 <= found.high
+        renamed = [Cell(1 / 3, [((place, q), x) for q, x in one.scores]) for place, one in enumerate(cells)]
+        found = estimate(renamed, seed=trial, resamples=400, level=0.9)
+        apart += found.low <= 0.5 <= found.high
+    assert 0.85 <= held / 300 <= 0.95 and apart < held
+
+
 def test_results_depend_on_the_seed_alone(monkeypatch):
     scores = list(np.random.default_rng(1).uniform(size=50))
     once = interval(scores, seed=3)
     assert once == interval(scores, seed=3) and once[1:] != interval(scores, seed=4)[1:]
+    assert once[1:] == interval(scores[::-1], seed=3)[1:]
     monkeypatch.setattr(statistics, "_BLOCK", 120)  # two resamples at a time
     assert interval(scores, seed=3, resamples=501) == interval(scores, seed=3, resamples=501)
     assert interval(scores, seed=3)[1:] == pytest.approx(once[1:], abs=1e-12)
 
 
-def test_a_difference_is_paired_over_the_common_ids():
+def test_verdicts_need_an_interval_without_zero_and_enough_questions():
     generator = np.random.default_rng(0)
-    hardness = {f"q{i}": float(value) for i, value in enumerate(generator.uniform(0, 0.9, size=60))}
-    better = {id: value + 0.05 + 0.02 * (index % 3 - 1) for index, (id, value) in enumerate(hardness.items())}
-    found = difference({**better, "only here": 0.0}, {"only there": 1.0, **hardness})
-    assert found.mean == pytest.approx(0.05) and found.pairs == 60
-    assert found.clear and 0.04 < found.low < 0.05 < found.high < 0.06
-    # Not so without the pairs: the means' own intervals overlap.
-    assert interval(list(better.values())).low < interval(list(hardness.values())).high
-    other = difference(hardness, better)
-    assert other.clear and other.mean == pytest.approx(-0.05) and other.high < 0
-    # The order of the mappings does not matter.
-    assert found == difference(dict(reversed(better.items())), hardness)
+    better = estimate([cell([0.05 + 0.02 * (index % 3 - 1) for index in range(60)])])
+    assert better.clear and better.sure and better.verdict == "better" and 0.04 < better.low < 0.05 < better.high < 0.06
+    worse = estimate([cell([-1.0, -0.5] * 10)])
+    assert worse.sure and worse.verdict == "worse" and worse.scores == worse.questions == 20
+    few = estimate([cell([1.0, 0.5] * 9 + [0.5])])
+    assert few.clear and not few.sure and few.verdict == "better (few samples)"
+    none = estimate([cell([float(x) for x in generator.integers(-1, 2, size=80)])])
+    assert none.low < 0 < none.high and not none.clear and none.verdict == "no difference"
+    assert estimate([cell([0.0] * 80)]) == Estimate(0, 0, 0, 80, 80) and not estimate([cell([0.0] * 80)]).clear
+    # One of twenty better: an interval that begins at 0 exactly, whatever is rounded.
+    for count in range(20, 60):
+        assert estimate([cell([1.0] + [0.0] * (count - 1))]).low == 0
 
 
-def test_no_difference_is_not_clear():
-    generator = np.random.default_rng(2)
-    one, two = ({str(i): float(x) for i, x in enumerate(generator.integers(0, 2, size=80))} for _ in range(2))
-    found = difference(one, two)
-    assert not found.clear and found.low < 0 < found.high
-    same = difference(one, one)
-    assert same == (0, 0, 0, 80) and not same.clear
-    assert difference({"a": 1.0}, {"a": 0.5}) == (0.5, 0.5, 0.5, 1)
-
-
-def test_tasks_count_the_same_and_are_resampled_apart():
-    scores = {"few": [1.0] * 5, "many": [0.0] * 500}
-    assert mean_of_tasks(scores) == (0.5, 0.5, 0.5)  # one pool of scores would vary, and have another mean
-    mixed = {"b": [0.0, 1.0] * 50, "a": [1.0, 0.0, 0.0, 0.0] * 25, "c": [0.3]}
-    found = mean_of_tasks(mixed)
-    assert found.mean == pytest.approx((0.5 + 0.25 + 0.3) / 3)
-    half = 1.96 * math.sqrt(0.25 / 100 + 0.1875 / 100) / 3
+def test_tasks_count_by_their_weights_and_are_resampled_apart():
+    few, many = cell([1.0] * 5, "few", 0.5), cell([0.0] * 500, "many", 0.5)
+    assert estimate([few, many])[:3] == (0.5, 0.5, 0.5)  # one pool of scores would vary, and have another mean
+    scores = {"b": [0.0, 1.0] * 50, "a": [1.0, 0.0, 0.0, 0.0] * 25, "c": [0.3]}
+    mixed = [cell(found, name, weight) for weight, (name, found) in zip((0.5, 0.3, 0.2), scores.items(), strict=True)]
+    found = estimate(mixed)
+    assert found.mean == pytest.approx(0.5 * 0.5 + 0.3 * 0.25 + 0.2 * 0.3) and found.scores == found.questions == 201
+    half = 1.96 * math.sqrt(0.25 * 0.25 / 100 + 0.09 * 0.1875 / 100)
     assert found.high - found.mean == pytest.approx(half, rel=0.15)
     assert found.mean - found.low == pytest.approx(half, rel=0.15)
-    assert found == mean_of_tasks(dict(sorted(mixed.items())))
-    assert mean_of_tasks(mixed, seed=1)[1:] != found[1:]
-    constant = mean_of_tasks({name: [0.1] * 3 for name in "abcdefg"})
+    assert found[1:] == estimate(mixed[::-1])[1:]
+    assert estimate(mixed, seed=1)[1:3] != found[1:3]
+    constant = estimate([cell([0.1] * 3, name, 1 / 7) for name in "abcdefg"])
     assert constant.low == constant.mean == constant.high
+
+
+def test_a_question_that_is_asked_again_is_one_piece_of_evidence():
+    scores = [float(x) for x in np.random.default_rng(3).integers(0, 2, size=100)]
+    once = estimate([cell(scores)])
+    twice = estimate([cell(scores, weight=0.5), cell(scores, weight=0.5)])
+    assert twice[:3] == pytest.approx(once[:3], abs=1e-9) and (twice.scores, twice.questions) == (200, 100)
+    # In one cell, too; other questions narrow the interval.
+    pooled = estimate([Cell(1.0, [*cell(scores).scores, *cell(scores).scores])])
+    assert pooled[:3] == pytest.approx(once[:3], abs=1e-9)
+    others = estimate([cell(scores, weight=0.5), cell(scores, "other", 0.5)])
+    assert others.high - others.low == pytest.approx((once.high - once.low) / math.sqrt(2), rel=0.1)
+    # Right in one cell where it is wrong in the other: nothing varies.
+    against = estimate([cell(scores, weight=0.5), cell([1 - score for score in scores], weight=0.5)])
+    assert against[:3] == pytest.approx((0.5, 0.5, 0.5), abs=1e-9)
 
 
 def test_what_cannot_be_averaged_is_an_input_error():
     for scores in ([], [0.5, math.nan], [math.inf]):
         with pytest.raises(InputError, match="expected at least one number, all of them finite"):
             interval(scores)
-    with pytest.raises(InputError, match="scores of vt: expected at least one"):
-        mean_of_tasks({"niah": [1.0], "vt": []})
+        with pytest.raises(InputError, match="expected at least one number, all of them finite"):
+            estimate([cell([1.0]), cell(scores)])
     with pytest.raises(InputError, match="at least one task"):
-        mean_of_tasks({})
-    with pytest.raises(InputError, match="with none"):
-        difference({"a": 1.0}, {"b": 1.0})
+        estimate([])
+    for weight in (0.0, -1.0, math.nan):
+        with pytest.raises(InputError, match="expected weights above 0, got"):
+            estimate([cell([1.0], weight=weight)])
     for resamples, level in ((10, 1.0), (10, 0.0), (0, 0.5)):
         with pytest.raises(InputError, match="expected resamples >= 1 and a level between 0 and 1"):
             interval([0.0, 1.0], resamples=resamples, level=level)

@@ -47,10 +47,8 @@ def peak_at_the_head_of(name: str, program: str) -> float:
         ("llama31_8b_128k_v5p_2x2x1", "v5p:2x2x1", "prefill", 9.1),
         ("llama31_8b_128k_v5p_2x2x1", "v5p:2x2x1", "round", 9.6),
         ("llama31_8b_128k_v6e_4x4", "v6e:4x4", "prefill", 3.7),
-        ("llama31_8b_128k_v6e_4x4", "v6e:4x4", "round", 3.7),
         ("llama31_8b_512k_v5p_4x4x4", "v5p:4x4x4", "prefill", 3.5),
         ("llama31_8b_512k_v5p_4x4x4", "v5p:4x4x4", "round", 3.7),
-        ("llama31_70b_128k_v5p_4x4x4", "v5p:4x4x4", "round", 14.5),
     ],
 )
 def test_a_program_fits_and_no_key_or_value_is_gathered(name: str, topology: str, program: str, most: float):
@@ -94,11 +92,10 @@ def test_the_settings_of_a_slice_can_be_split_over_it(path: Path, monkeypatch):
     assert said == [program.name for program in programs]
 
 
-@pytest.mark.parametrize("name", ["quickstart", "lossless"])
-def test_the_small_settings_are_planned_whole_by_the_command(name: str, capfd):
+def test_the_small_settings_are_planned_whole_by_the_command(capfd):
     """In the stacked layout, which compiles faster; the architecture is read from the model's own file."""
     arguments = ["--topology", "v5e:2x2", "--set", "models.layout=stacked", "--set", "models.target=smollm2", "--json"]
-    assert main(["plan", "--config", str(CONFIGS / f"{name}.yaml"), *arguments]) == 0
+    assert main(["plan", "--config", str(CONFIGS / "lossless.yaml"), *arguments]) == 0
     found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [item["program"] for item in found] == ["prefill", "round"]
     for item in found:

@@ -142,7 +142,7 @@ def test_a_mesh_gives_the_answer_of_one_device_and_shares_its_stored_prefill(con
     """One device stores the document's prefill; two meshes answer from it, and each from its own too."""
     sampled = replace(config.sampling, temperature=0.8, seed=3)
     kept = replace(config.cache, folder=str(tmp_path), prefix_gib=1.0)
-    base = replace(config, sampling=sampled, cache=kept)
+    base = replace(config, sampling=sampled, cache=kept, speculation=replace(config.speculation, lookup="off"))
     document = words(300, seed=5)
     first = Rapid(base, quiet=True).answer(document, QUESTION)
     assert not first.prefix_reused and len(set(first.token_ids)) > 4
@@ -160,6 +160,7 @@ def test_a_drafter_on_its_own_devices_gives_the_same_answer(config, tmp_path):
         config,
         models=replace(config.models, drafter=str(drafter)),
         sampling=replace(config.sampling, temperature=0.8, seed=3),
+        speculation=replace(config.speculation, lookup="off"),
     )
     one = Rapid(settings, quiet=True).answer(words(300), QUESTION)
     apart = Rapid(replace(settings, mesh=MeshConfig(context=4), drafter_mesh=MeshConfig(model=2)), quiet=True)

@@ -9,7 +9,7 @@ from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Layout
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.model.placement import abstract
-from rapid_jax.runtime.axes import PARAM, TRAINED, Table
+from rapid_jax.runtime.axes import PARAM, TRAINED, Table, with_copied_kv
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
@@ -35,7 +35,7 @@ def check_round(config: LongPOConfig, source: str) -> None:
 
 
 def _check_mesh(name: str, config: MeshConfig, model: ModelConfig, layout: Layout, table: Table) -> None:
-    table = {**table, "K": None} if config.replicate_kv else table
+    table = with_copied_kv(table, config.replicate_kv)
     try:
         mesh = make_meshes(config, None)[0]
         abstract(model, layout=layout, dtype=jnp.dtype("float32"), mesh=mesh, table=table)

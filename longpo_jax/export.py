@@ -16,7 +16,7 @@ from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.hf_io import save_hf
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.model.placement import abstract
-from rapid_jax.runtime.axes import TRAINED
+from rapid_jax.runtime.axes import TRAINED, with_copied_kv
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import agreed, make_meshes
 
@@ -47,7 +47,7 @@ def trained(config: LongPOConfig, model: ModelConfig, checkpoints: Path) -> Deco
     longest = max(model.max_positions, config.train.lengths[-1])
     model = dataclasses.replace(model, rope=rope, max_positions=longest)
     mesh = make_meshes(config.mesh, None)[0]
-    table = {**TRAINED, "K": None} if config.mesh.replicate_kv else TRAINED
+    table = with_copied_kv(TRAINED, config.mesh.replicate_kv)
     found = newest(checkpoints)
     if found is None:
         raise InputError(f"{checkpoints}: expected a checkpoint, got none: run `longpo train` first")

@@ -4,7 +4,6 @@
 import functools
 from pathlib import Path
 
-from rapid_jax.model.hf_io import HfCheckpoint
 from rapid_jax.model.load import arithmetic, open_checkpoint
 from rapid_jax.runtime.files import digest, digest_file
 
@@ -12,12 +11,11 @@ from rapid_jax.runtime.files import digest, digest_file
 def identity_of(source: str, dtype: str) -> dict[str, str]:
     """model.weights, model.tokenizer, model.template, and of a `dtype` that is "auto" what it comes to, model.dtype."""
     checkpoint, tokenizer = open_checkpoint(source)
-    files = checkpoint.weight_files if isinstance(checkpoint, HfCheckpoint) else [checkpoint.path]
     # The files that the template is in, not what it renders: some templates write the day's date.
     rest = [item for item in sorted(tokenizer.files.items()) if item[0] != "tokenizer.json"]
     return {
         "model.dtype": arithmetic(dtype).name,
-        "model.weights": digest(*map(_digest, files), repr(checkpoint.config)),
+        "model.weights": digest(*map(_digest, checkpoint.weight_files), repr(checkpoint.config)),
         "model.tokenizer": tokenizer.fingerprint,
         "model.template": digest(*(part for item in rest for part in item), repr(tokenizer.stop_ids)),
     }

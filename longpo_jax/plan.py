@@ -71,13 +71,13 @@ def programs_of(config: LongPOConfig, topology: Topology, model: Architecture) -
     from rapid_jax.model.placement import abstract
     from rapid_jax.plan.cost import Work, matrices
     from rapid_jax.plan.programs import Program
-    from rapid_jax.runtime.axes import TRAINED
+    from rapid_jax.runtime.axes import TRAINED, with_copied_kv
     from rapid_jax.runtime.mesh import make_mesh
 
     if config.model.dtype == "auto":
         config = replace(config, model=replace(config.model, dtype="bfloat16"))
     mesh = make_mesh(config.mesh, topology.devices)
-    table = {**TRAINED, "K": None} if config.mesh.replicate_kv else TRAINED
+    table = with_copied_kv(TRAINED, config.mesh.replicate_kv)
     decoder = abstract(model.config, layout="stacked", dtype=jnp.dtype("float32"), mesh=mesh, table=table)
     step = Step(config, decoder, transform_of(config.optimizer, 1000))
     total, moments = step.zero_total(decoder), step.moments(decoder)

@@ -91,6 +91,7 @@ def evaluate(options: argparse.Namespace) -> None:
         from rapid_jax.evaluate import run as module
         from rapid_jax.model.load import open_checkpoint
         from rapid_jax.rapid import Rapid
+        from rapid_jax.runtime.mesh import check_agreed
 
         checkpoint, tokenizer = open_checkpoint(config.models.target)
         measure, context = module.measure_of(config, tokenizer), config.models.max_context
@@ -113,6 +114,7 @@ def evaluate(options: argparse.Namespace) -> None:
             "templates": _templates(options),
             "settings": module.decides(config),
         }
+        check_agreed("samples", described["digest"])
         rapid = Rapid(_widest(modes), quiet=True)  # the others share what it has loaded
         rapid.load()
         if run.leads:

@@ -28,7 +28,7 @@ class LabelledMode:
 
 
 # What a mode may change: models and their places are the run's, the limit of tokens is the sample's.
-_MAY_CHANGE = ("speculation.", "retrieval.", "sampling.", "prompts.", "stop", "models.max_context", "models.too_long")
+_MAY_CHANGE = ("speculation.", "retrieval.", "sampling.", "prompts.", "models.max_context", "models.too_long")
 _FIXED = ("speculation.mode", "sampling.max_new_tokens")
 _UNRELATED = "unrelated"
 

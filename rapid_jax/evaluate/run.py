@@ -68,7 +68,7 @@ def evaluate(
             files[mode.label] = Answers(folder, mode.label, share, leads=leads)
             stack.callback(files[mode.label].close)
         left = [(mode.label, s.id) for mode in modes for s in mine if s.id not in files[mode.label].finished]
-        check_agreed("samples to answer", left, batch, [digest(repr(sample)) for sample in mine])
+        check_agreed("samples to answer", left, batch)
         report = stack.enter_context(progress("evaluate", len(left), "answers", quiet=quiet or not leads))
         ready: dict[tuple[str, int], Rapid] = {}
         for group in _groups(mine, batch):

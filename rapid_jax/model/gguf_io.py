@@ -53,6 +53,11 @@ class GgufCheckpoint:
         self.config = _config(path, self._metadata, self._tensors)
         self._check_complete()
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """The file."""
+        return [self.path]
+
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer as Hugging Face files, by name."""
         return tokenizer_files(self._metadata)

@@ -19,7 +19,7 @@ from rapid_jax.model.gguf_io import GgufCheckpoint
 from rapid_jax.model.hf_io import HfCheckpoint
 from rapid_jax.model.placement import build
 from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of
-from rapid_jax.runtime.axes import PARAM, Table
+from rapid_jax.runtime.axes import PARAM, Table, with_copied_kv
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, digest_file
 
@@ -73,16 +73,13 @@ def load_model(
     config = checkpoint.config
     if rope_theta is not None:
         config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, theta=rope_theta))
-    table = {**table, "K": None} if replicate_kv else table
+    table = with_copied_kv(table, replicate_kv)
     decoder = build(
         config, checkpoint.read, layout=layout, dtype=arithmetic(dtype), mesh=mesh, table=table, quiet=quiet
     )
     generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
-    if isinstance(checkpoint, HfCheckpoint):
-        path, files = checkpoint.folder, tuple(checkpoint.weight_files)
-    else:
-        path, files = checkpoint.path, (checkpoint.path,)
-    return LoadedModel(decoder, tokenizer, path, files, generation)
+    path = checkpoint.folder if isinstance(checkpoint, HfCheckpoint) else checkpoint.path
+    return LoadedModel(decoder, tokenizer, path, tuple(checkpoint.weight_files), generation)
 
 
 def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, Tokenizer]:

@@ -17,7 +17,7 @@ from rapid_jax.model.placement import abstract
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.cost import Pass, Work, work_of
 from rapid_jax.retrieval.config import chunk_count
-from rapid_jax.runtime.axes import PARAM, Table
+from rapid_jax.runtime.axes import PARAM, with_copied_kv
 from rapid_jax.runtime.mesh import make_mesh, make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative import apart, prefill
@@ -126,7 +126,7 @@ def _layout(config: RapidConfig, mesh: MeshConfig, prompt: int) -> prefill.Chunk
 
 
 def _model(config: RapidConfig, architecture: Architecture, mesh: Mesh, sizes: MeshConfig, prompt: int) -> _Model:
-    table: Table = {**PARAM, "K": None} if sizes.replicate_kv else PARAM
+    table = with_copied_kv(PARAM, sizes.replicate_kv)
     dtype = jnp.dtype("bfloat16" if config.models.dtype == "auto" else config.models.dtype)
     decoder = abstract(architecture.config, layout=config.models.layout, dtype=dtype, mesh=mesh, table=table)
     return _Model(decoder, mesh, sizes, dtype, prompt, _layout(config, sizes, prompt))

@@ -45,6 +45,11 @@ ACT: Table = {
 }
 
 
+def with_copied_kv(table: Table, copied: bool) -> Table:
+    """The table; if `copied`, with kv heads whole on every device of `model`, for more of those than kv heads."""
+    return {**table, "K": None} if copied else table
+
+
 def letters_of(name: str) -> str:
     """The axis letters that a name ends in: "q_bias_NH" -> "NH"."""
     _, underscore, letters = name.rpartition("_")

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs of training on whole slices: they fit, no key or value is gathered, weights one layer at a time."""
 
-import argparse
 import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -15,16 +13,10 @@ from rapid_jax.plan.hlo import collectives, gathered_kv
 from rapid_jax.plan.report import examined
 from rapid_jax.plan.topologies import GIB, topology_of
 from rapid_jax.runtime import settings
+from tests.tpu import heads
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "longpo"
-SLICES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\n# Plan: " in path.read_text(encoding="utf-8")]
+CONFIGS = heads.CONFIGS / "longpo"
 HEAD_DIM = 128
-
-
-def said_of(path: Path, program: str) -> float:
-    """GiB a chip, as the head of the settings says."""
-    (said,) = re.findall(rf"^# +{program}: ([\d.]+) GiB", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return float(said)
 
 
 def test_the_gradients_of_mistral_s_first_round():
@@ -47,25 +39,21 @@ def test_the_update_of_mistral_s_first_round_is_as_its_head_says():
     path, slice_ = CONFIGS / "mistral_7b_128k_v5p_2x2x4.yaml", topology_of("v5p:2x2x4")
     config = settings.load(LongPOConfig, path)
     update = examined(plan.programs_of(config, slice_, architecture_of(config.model.source))[1], slice_)
-    assert update.bytes_per_chip["peak"] / GIB == pytest.approx(said_of(path, "update"), rel=0.02)
+    assert update.bytes_per_chip["peak"] / GIB == pytest.approx(heads.programs_of(path)["update"], rel=0.02)
     assert "all-gather" not in update.collectives  # moments lie where their weights do
 
 
-@pytest.mark.parametrize("path", SLICES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", heads.slices_in(CONFIGS), ids=lambda path: path.stem)
 def test_the_settings_of_a_slice_can_be_split_over_it(path: Path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parents[1])
-    text = path.read_text(encoding="utf-8")
-    parser = argparse.ArgumentParser()
-    plan.add_arguments(parser)
-    (words,) = re.findall(r"^# Plan: +longpo plan (.+)$", text, re.MULTILINE)
-    options = parser.parse_args(shlex.split(words))
+    options = heads.options_of(path, "longpo", plan.add_arguments)
     config, slice_ = settings.load(LongPOConfig, path), topology_of(options.topology)
     assert settings.load(LongPOConfig, Path(options.config)) == config
     assert config.mesh.devices == config.generation.mesh.devices == len(slice_.devices)
     programs = plan.programs_of(config, slice_, architecture_of(config.model.source))
-    said = re.findall(r"^# +([a-z ]+): [\d.]+ GiB", text, re.MULTILINE)
-    assert said == [program.name for program in programs] == ["gradients", "update"]
+    said, text = heads.programs_of(path), path.read_text(encoding="utf-8")
+    assert list(said) == [program.name for program in programs] == ["gradients", "update"]
     peak = re.search(
         rf"^# Hardware: +{options.topology}, {len(slice_.devices)} chips; ([\d.]+) GiB", text, re.MULTILINE
     )
-    assert peak and float(peak[1]) == max(said_of(path, name) for name in said)
+    assert peak and float(peak[1]) == max(said.values())

@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The programs of whole runs: each fits its chip, keys and values stay where they are, transfers run under kernels."""
 
-import argparse
 import json
-import re
-import shlex
 from pathlib import Path
 
 import pytest
@@ -18,8 +15,9 @@ from rapid_jax.plan.programs import programs_of
 from rapid_jax.plan.report import Result, examined
 from rapid_jax.plan.topologies import GIB, topology_of
 from rapid_jax.runtime import settings
+from tests.tpu import heads
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "rapid"
+CONFIGS = heads.CONFIGS / "rapid"
 HEAD_DIM = 128
 
 
@@ -31,13 +29,6 @@ def planned(name: str, topology: str, program: str) -> tuple[Result, int]:
     programs = programs_of(config, devices.devices, architecture_of(config.models.target), None, context)
     (found,) = [item for item in programs if item.name == program]
     return examined(found, devices), context // config.mesh.context
-
-
-def peak_at_the_head_of(name: str, program: str) -> float:
-    """GiB a chip, as the settings file says."""
-    text = (CONFIGS / f"{name}.yaml").read_text(encoding="utf-8")
-    (said,) = re.findall(rf"^# +{program}: ([\d.]+) GiB", text, re.MULTILINE)
-    return float(said)
 
 
 # The most GiB that a chip may need: what was planned, and a tenth.
@@ -56,7 +47,8 @@ def test_a_program_fits_and_no_key_or_value_is_gathered(name: str, topology: str
     assert result.text
     assert result.fits
     assert result.bytes_per_chip["peak"] < most * GIB
-    assert result.bytes_per_chip["peak"] / GIB == pytest.approx(peak_at_the_head_of(name, program), rel=0.05)
+    said = heads.programs_of(CONFIGS / f"{name}.yaml")[program]
+    assert result.bytes_per_chip["peak"] / GIB == pytest.approx(said, rel=0.05)
     assert gathered_kv(result.text, slots=slots, head_dim=HEAD_DIM) == []
     # Nor is a matrix of weights, or the table of embeddings.
     assert max((item.bytes for item in collectives(result.text) if item.kind == "all-gather"), default=0) < 8 * 2**20
@@ -69,17 +61,13 @@ def test_a_program_fits_and_no_key_or_value_is_gathered(name: str, topology: str
         assert all(under_kernels(events, 4 * 2**20) for events in hops)
 
 
-SLICES = [path for path in sorted(CONFIGS.glob("*.yaml")) if "\n# Plan: " in path.read_text(encoding="utf-8")]
+SLICES = heads.slices_in(CONFIGS)
 
 
 @pytest.mark.parametrize("path", SLICES, ids=lambda path: path.stem)
 def test_the_settings_of_a_slice_can_be_split_over_it(path: Path, monkeypatch):
     monkeypatch.chdir(CONFIGS.parents[1])
-    text = path.read_text(encoding="utf-8")
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    (words,) = re.findall(r"^# Plan: +rapid plan (.+)$", text, re.MULTILINE)
-    options = parser.parse_args(shlex.split(words))
+    options = heads.options_of(path, "rapid", command.add_arguments)
     config, slice_ = settings.load(RapidConfig, path), topology_of(options.topology)
     assert settings.load(RapidConfig, Path(options.config)) == config
     wanted = config.mesh.devices + (config.drafter_mesh.devices if config.drafter_mesh else 0)
@@ -88,8 +76,7 @@ def test_the_settings_of_a_slice_can_be_split_over_it(path: Path, monkeypatch):
     context = config.models.max_context
     assert context is not None
     programs = programs_of(config, slice_.devices, *models, context)
-    said = re.findall(r"^# +([a-z ]+): [\d.]+ GiB", text, re.MULTILINE)
-    assert said == [program.name for program in programs]
+    assert list(heads.programs_of(path)) == [program.name for program in programs]
 
 
 def test_the_small_settings_are_planned_whole_by_the_command(capfd):

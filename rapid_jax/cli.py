@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rapid_jax import __version__
+from rapid_jax.bench import command as benchmark
 from rapid_jax.config import RapidConfig
 from rapid_jax.documents import STDIN, read_document
 from rapid_jax.evaluate import command as evaluation
@@ -81,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what a run needs of a TPU slice, without hardware", allow_abbrev=False)
     plan.set_defaults(run=command.run)
     command.add_arguments(plan)
+    bench = commands.add_parser("bench", help="how fast this machine decodes", allow_abbrev=False)
+    bench.set_defaults(run=benchmark.run)
+    benchmark.add_arguments(bench)
     evaluate = commands.add_parser("evaluate", help="score answers on a benchmark", allow_abbrev=False)
     evaluate.set_defaults(run=evaluation.evaluate)
     evaluation.add_evaluate(evaluate)

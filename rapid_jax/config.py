@@ -18,6 +18,7 @@ class ModelsConfig:
 
     target: str = "smollm2"  # a Hugging Face folder, a .gguf file, or the name smollm2
     drafter: str = "same"  # same = the target's own weights, no second copy; else as target
+    drafter_weights: Literal["full", "int8", "int4"] = "full"  # int8, int4: a rounded copy drafts, its prompt in int8
     encoder: str = "minilm"  # embeds chunks: a Hugging Face folder, or the name minilm
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, else bfloat16
     layout: Literal["unrolled", "stacked"] = "unrolled"  # unrolled decodes faster on CPU and GPU
@@ -25,6 +26,10 @@ class ModelsConfig:
     too_long: Literal["error", "middle", "head"] = "error"  # middle: the middle is cut out, as in the paper
 
     def __post_init__(self):
+        if self.drafter_weights != "full" and self.layout != "unrolled":
+            raise InputError(
+                f"models.drafter_weights {self.drafter_weights} needs models.layout unrolled, got {self.layout}"
+            )
         if self.max_context is not None and self.max_context < 1:
             raise InputError(f"models.max_context: expected at least 1, got {self.max_context}")
 
@@ -53,11 +58,12 @@ class PromptsConfig:
 
 @dataclass(frozen=True)
 class ComputeConfig:
-    """How the work is cut up. Changes speed and memory, not the answer."""
+    """How the work is cut up. Changes speed and memory; the answer by rounding alone."""
 
     prefill_chunk: int = 512  # prompt tokens computed at once
     attention_block: int = 16384  # cache slots attended at once while decoding
     kernel: KernelName = "auto"  # of prefill: splash on TPUs, cudnn on GPUs, else xla
+    kv: Literal["full", "int8"] = "full"  # of the target's document; int8: half the bytes, rounded after prefill
     context: Over = "ring"  # how keys and values reach the queries of other devices during prefill
 
     def __post_init__(self):
@@ -101,6 +107,10 @@ class RapidConfig:
         for name, mesh in (("mesh", self.mesh), ("drafter_mesh", self.drafter_mesh)):
             if mesh is None:
                 continue
+            if self.models.drafter_weights != "full" and mesh.devices > 1:
+                raise InputError(
+                    f"models.drafter_weights {self.models.drafter_weights} is for one device, got {name} {mesh}"
+                )
             if mesh.data > 1:
                 raise InputError(
                     f"{name}.data: one question at a time has no batch to split, expected 1, got {mesh.data}"

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.kernels import kernel_of, platform_of
+from rapid_jax.attention.rounded import rounded
 from rapid_jax.config import RapidConfig
 from rapid_jax.model.load import LoadedModel
 from rapid_jax.runtime.files import digest
@@ -43,7 +44,8 @@ class DocumentPrefixes:
         target, compute = self._target, self._config.compute
         dtype = target.decoder.embed_VD[...].dtype
         kernel = kernel_of(compute.kernel, platform_of(target.decoder.mesh), 1)
-        known = digest(*(",".join(map(str, head)) for head in heads), str(compute.prefill_chunk), type(kernel).__name__)
+        how = (str(compute.prefill_chunk), type(kernel).__name__, compute.kv)
+        known = digest(*(",".join(map(str, head)) for head in heads), *how)
         if known in self._memory:
             return self._memory[known], True
         self._memory.clear()  # frees the last document's before the new one is made
@@ -57,6 +59,9 @@ class DocumentPrefixes:
         if prefix is None:
             prefix = make()
             self._unsaved = None if store is None else (key, prefix)
+        if compute.kv == "int8":
+            self.save()  # in full: what is rounded is no longer there
+            prefix = rounded(prefix)
         self._memory[known] = prefix
         return prefix, reused
 

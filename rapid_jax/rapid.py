@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from rapid_jax.answer import Answer, OnText, Transcript
 from rapid_jax.attention.cache import Prefix
+from rapid_jax.attention.rounded import rounded
 from rapid_jax.config import RapidConfig
 from rapid_jax.document_prefixes import DocumentPrefixes
 from rapid_jax.model.decoder import Decoder
@@ -71,12 +72,12 @@ class Rapid:
 
     @cached_property
     def drafter(self) -> LoadedModel:
-        """The model that reads the retrieved text; the target itself unless another is configured."""
-        if self.config.models.drafter == "same":
-            return self.target
-        drafter = self._load(self.config.models.drafter, self._meshes[1], self.config.drafter_mesh or self.config.mesh)
-        check_same_vocabulary(self.target.tokenizer, drafter.tokenizer, self.config.models.drafter)
-        return drafter
+        """The model that reads the retrieved text: another where one is configured, maybe in rounded weights."""
+        models, drafter = self.config.models, self.target
+        if models.drafter != "same":
+            drafter = self._load(models.drafter, self._meshes[1], self.config.drafter_mesh or self.config.mesh)
+            check_same_vocabulary(self.target.tokenizer, drafter.tokenizer, models.drafter)
+        return drafter if models.drafter_weights == "full" else drafter.with_weights(models.drafter_weights)
 
     @cached_property
     def _embedder(self) -> Embedder:
@@ -287,7 +288,8 @@ class Rapid:
 
     def _drafter_prefix(self, prompts: Sequence[list[int]], *, wait: bool) -> Prefix:
         label = "prefill (drafter)" if wait else None
-        return self._prefilled(self.drafter.decoder, [tokens[:-2] for tokens in prompts], label)
+        prefix = self._prefilled(self.drafter.decoder, [tokens[:-2] for tokens in prompts], label)
+        return prefix if self.config.models.drafter_weights == "full" else rounded(prefix)
 
     def _prefilled(self, decoder: Decoder, prompts: Sequence[list[int]], label: str | None) -> Prefix:
         """The prefix of prompts, one a row; without a label it is only under way."""

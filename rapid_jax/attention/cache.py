@@ -17,10 +17,15 @@ from jax.sharding import Sharding
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KV:
-    """Rotated keys and values of one layer, or of all with a leading layer axis."""
+    """Rotated keys and values of one layer, or of all with a leading layer axis.
+
+    As int8 they count in steps, float32, of each slot's own size (`attention/rounded.py`).
+    """
 
     k_BKSH: jax.Array
     v_BKSH: jax.Array
+    k_scale_BKS: jax.Array | None = None
+    v_scale_BKS: jax.Array | None = None
 
 
 Layers: TypeAlias = tuple[KV, ...] | KV

@@ -50,6 +50,8 @@ class Slots:
     v_BKSH: jax.Array
     pos_BS: jax.Array  # int32, -1 = empty
     branch_BS: jax.Array | None = None  # int32
+    k_scale_BKS: jax.Array | None = None  # float32, of keys and values that are stored in 8 bits: what multiplies them
+    v_scale_BKS: jax.Array | None = None
 
 
 def fold(q_BTNH: jax.Array, pos_BT: jax.Array, kv_heads: int, branch_BT: jax.Array | None = None) -> Rows:
@@ -89,23 +91,25 @@ def attend_block(rows: Rows, slots: Slots, *, scale: float, masked: bool = True)
 
     `masked=False` is for a block of which every row sees every slot.
     """
-    precision = lax.Precision.HIGHEST if rows.q_BKRH.dtype == jnp.float32 else None
-    score = jnp.einsum(
-        "BKRH,BKSH->BKRS", rows.q_BKRH, slots.k_BKSH, precision=precision, preferred_element_type=jnp.float32
-    )
+    dtype = rows.q_BKRH.dtype
+    precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    k_BKSH, v_BKSH = slots.k_BKSH, slots.v_BKSH
+    if slots.k_scale_BKS is not None:
+        k_BKSH, v_BKSH = k_BKSH.astype(dtype), v_BKSH.astype(dtype)
+    score = jnp.einsum("BKRH,BKSH->BKRS", rows.q_BKRH, k_BKSH, precision=precision, preferred_element_type=jnp.float32)
+    if slots.k_scale_BKS is not None:
+        score *= slots.k_scale_BKS[:, :, None]
     if masked:
         score = jnp.where(visible(rows, slots), score, -jnp.inf)
     peak = jnp.max(score, axis=-1)
     finite = jnp.where(peak == -jnp.inf, 0.0, peak) if masked else peak
     weight = jnp.exp((score - finite[..., None]) * scale)
-    out_BKRH = jnp.einsum(
-        "BKRS,BKSH->BKRH",
-        weight.astype(slots.v_BKSH.dtype),
-        slots.v_BKSH,
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
-    return Partial(out_BKRH, peak * scale, jnp.sum(weight, axis=-1))
+    total = jnp.sum(weight, axis=-1)
+    if slots.v_scale_BKS is not None:
+        weight *= slots.v_scale_BKS[:, :, None]
+    weight = weight.astype(v_BKSH.dtype)
+    out_BKRH = jnp.einsum("BKRS,BKSH->BKRH", weight, v_BKSH, precision=precision, preferred_element_type=jnp.float32)
+    return Partial(out_BKRH, peak * scale, total)
 
 
 def merge(a: Partial, b: Partial) -> Partial:
@@ -129,12 +133,11 @@ def log_sum(partial: Partial) -> jax.Array:
 
 def block_of(slots: Slots, start: jax.Array | int, size: int) -> Slots:
     """`size` slots from `start` on."""
-    return Slots(
-        lax.dynamic_slice_in_dim(slots.k_BKSH, start, size, axis=2),
-        lax.dynamic_slice_in_dim(slots.v_BKSH, start, size, axis=2),
-        lax.dynamic_slice_in_dim(slots.pos_BS, start, size, axis=1),
-        None if slots.branch_BS is None else lax.dynamic_slice_in_dim(slots.branch_BS, start, size, axis=1),
-    )
+
+    def of(x: jax.Array) -> jax.Array:
+        return lax.dynamic_slice_in_dim(x, start, size, axis=min(2, x.ndim - 1))
+
+    return jax.tree.map(of, slots)
 
 
 def seen_by_some(rows: Rows, slots: Slots) -> jax.Array:

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 
 from rapid_jax.attention.cache import KV, Prefix, Tail, write
 from rapid_jax.attention.forked import Forked
-from rapid_jax.attention.partial import Slots, attend_blockwise, finish, fold, merge, unfold
-from rapid_jax.attention.ring import attend_visitors, merged_over, ring_attention
+from rapid_jax.attention.partial import Slots, finish, fold, merge, unfold
+from rapid_jax.attention.ring import attend_visitors, ring_attention
 from rapid_jax.attention.strategy import Strategy
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -118,30 +118,41 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
     Every device attends to its own part of the prefix, and the parts are summed: no key or value moves. Kept: the
     tail's KV with the new tokens written from slot `length_B` on. The tail's length is the caller's to move.
     """
-    block = strategy.block
-    tail_pos_BG = tail.slot_positions(extra=pos_BG.shape[1])
+    extra = pos_BG.shape[1]
+    tail_pos_BG = tail.slot_positions(extra=extra)
+    # What a device has used of a prefix that is split over several is not told: empty slots are found by position.
+    far_used = prefix.used if strategy.context == 1 else jnp.int32(prefix.pos_BS.shape[1])
+    near_used = jnp.max(tail.length_B) + extra
+    over_both = strategy.chosen_decode()
 
-    def local(q_BGNH, k_BGKH, v_BGKH, pos_BG, far_k_BKSH, far_v_BKSH, far_pos_BS, *near):
-        near_k_BKGH, near_v_BKGH, near_pos_BG, slot_B = near
-        scale = q_BGNH.shape[-1] ** -0.5
+    def local(q_BGNH, k_BGKH, v_BGKH, pos_BG, near_k_BKGH, near_v_BKGH, near_pos_BG, slot_B, used, far_pos_BS, *far):
         rows = fold(q_BGNH, pos_BG, k_BGKH.shape[2])
         near_kv = write(KV(near_k_BKGH, near_v_BKGH), k_BGKH.swapaxes(1, 2), v_BGKH.swapaxes(1, 2), slot_B)
-        partial = attend_blockwise(rows, Slots(far_k_BKSH, far_v_BKSH, far_pos_BS), scale=scale, block=block)
-        if strategy.hops.axis is not None:
-            partial = merged_over(partial, strategy.hops.axis)
-        own = Slots(near_kv.k_BKSH, near_kv.v_BKSH, near_pos_BG)
-        partial = merge(partial, attend_blockwise(rows, own, scale=scale, block=block))
-        return unfold(finish(partial, q_BGNH.dtype), q_BGNH.shape[1]), near_kv.k_BKSH, near_kv.v_BKSH
-
-    names = ("q_BGNH", "k_BGKH", "v_BGKH", "pos_BG", "far_k_BKSH", "far_v_BKSH", "far_pos_BS")
-    names += ("near_k_BKGH", "near_v_BKGH", "near_pos_BG", "slot_B")
-    call = strategy.per_device(local, names, ("out_BGNH", "k_BKGH", "v_BKGH"))
+        sides = (Slots(*far[:2], far_pos_BS, None, *far[2:]), Slots(near_kv.k_BKSH, near_kv.v_BKSH, near_pos_BG))
+        out_BKRH = over_both(rows, sides, used, q_BGNH.shape[-1] ** -0.5, strategy.hops.axis)
+        return unfold(out_BKRH, q_BGNH.shape[1]), near_kv.k_BKSH, near_kv.v_BKSH
 
     def attend(q_BGNH, k_BGKH, v_BGKH, layer: tuple[KV, KV]):
         far, near = layer
         k_BGKH, v_BGKH = strategy.with_copies(k_BGKH), strategy.with_copies(v_BGKH)
-        fixed = (far.k_BKSH, far.v_BKSH, prefix.pos_BS, near.k_BKSH, near.v_BKSH, tail_pos_BG, tail.length_B)
-        out_BGNH, *tail_kv = call(q_BGNH, k_BGKH, v_BGKH, pos_BG, *fixed)
+        given = {
+            "q_BGNH": q_BGNH,
+            "k_BGKH": k_BGKH,
+            "v_BGKH": v_BGKH,
+            "pos_BG": pos_BG,
+            "near_k_BKGH": near.k_BKSH,
+            "near_v_BKGH": near.v_BKSH,
+            "near_pos_BG": tail_pos_BG,
+            "slot_B": tail.length_B,
+            "": (far_used, near_used),
+            "far_pos_BS": prefix.pos_BS,
+            "far_k_BKSH": far.k_BKSH,
+            "far_v_BKSH": far.v_BKSH,
+        }
+        if far.k_scale_BKS is not None:
+            given |= {"far_k_scale_BKS": far.k_scale_BKS, "far_v_scale_BKS": far.v_scale_BKS}
+        call = strategy.per_device(local, tuple(given), ("out_BGNH", "k_BKGH", "v_BKGH"))
+        out_BGNH, *tail_kv = call(*given.values())
         return out_BGNH, KV(*tail_kv)
 
     return attend

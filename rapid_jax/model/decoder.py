@@ -40,8 +40,17 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
 def _project(spec: str, x: jax.Array, weight: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
     """einsum accumulated in float32; float32 weights are multiplied in full float32 on every backend."""
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    rows, x = x.shape[:2], _several(x)
     out = jnp.einsum(spec, x, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+    out = out[: rows[0], : rows[1]]
     return out if bias is None else out + bias[...]
+
+
+def _several(x: jax.Array) -> jax.Array:
+    """x, or on a GPU eight copies of a single row, with which XLA reads the weights 1.15 times as fast as with one."""
+    if x.shape[0] * x.shape[1] == 1 and jax.default_backend() == "gpu":
+        return jnp.broadcast_to(x, (1, 8, *x.shape[2:]))
+    return x
 
 
 class Block(nnx.Module):
@@ -66,15 +75,28 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):
         """(x after this layer, what `attend` kept)."""
-        h = rms_norm(x_BTD, self.attention_norm_D[...], self.norm_eps)
-        q_BTNH = rotate(_project("BTD,DNH->BTNH", h, self.q_DNH[...], self.q_bias_NH), cos, sin)
-        k_BTKH = rotate(_project("BTD,DKH->BTKH", h, self.k_DKH[...], self.k_bias_KH), cos, sin)
-        v_BTKH = _project("BTD,DKH->BTKH", h, self.v_DKH[...], self.v_bias_KH)
-        attended_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH, layer)
-        x_BTD = x_BTD + _project("BTNH,NHD->BTD", attended_BTNH, self.o_NHD[...])
-        h = rms_norm(x_BTD, self.mlp_norm_D[...], self.norm_eps)
-        gated = jax.nn.silu(_project("BTD,DF->BTF", h, self.gate_DF[...])) * _project("BTD,DF->BTF", h, self.up_DF[...])
-        return x_BTD + _project("BTF,FD->BTD", gated, self.down_FD[...]), kept
+        q_BTNH, k_BTKH, v_BTKH = self.projected(rms_norm(x_BTD, self.attention_norm_D[...], self.norm_eps))
+        attended_BTNH, kept = attend(rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin), v_BTKH, layer)
+        x_BTD = x_BTD + self.attention_output(attended_BTNH)
+        return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm_D[...], self.norm_eps)), kept
+
+    def projected(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(q_BTNH, k_BTKH, v_BTKH), not rotated."""
+        return (
+            _project("BTD,DNH->BTNH", h_BTD, self.q_DNH[...], self.q_bias_NH),
+            _project("BTD,DKH->BTKH", h_BTD, self.k_DKH[...], self.k_bias_KH),
+            _project("BTD,DKH->BTKH", h_BTD, self.v_DKH[...], self.v_bias_KH),
+        )
+
+    def attention_output(self, attended_BTNH: jax.Array) -> jax.Array:
+        """[B, T, D]."""
+        return _project("BTNH,NHD->BTD", attended_BTNH, self.o_NHD[...])
+
+    def mlp(self, h_BTD: jax.Array) -> jax.Array:
+        """[B, T, D]."""
+        gated = _project("BTD,DF->BTF", h_BTD, self.gate_DF[...])
+        gated = jax.nn.silu(gated) * _project("BTD,DF->BTF", h_BTD, self.up_DF[...])
+        return _project("BTF,FD->BTD", gated, self.down_FD[...])
 
 
 def _rows(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:

@@ -46,6 +46,7 @@ class Generation:
     finish_reasons: list[str]  # stop: a stop token; length: the limit; interrupted: the caller said so
     drafted: list[int]
     accepted: list[int]
+    rejected: list[int]  # rounds that ended before the last draft
     rounds: list[int]
     copied: list[int]
     copied_accepted: list[int]
@@ -70,7 +71,7 @@ def _side(prompted: Prompted, *, uncached: int, sizes: Sizes, block: int) -> tup
             raise InputError(f"expected at most {len(prompt) - uncached} cached prompt tokens, got {cached}")
         suffixes.append(prompt[cached : len(prompt) - uncached])
     longest = max(len(suffix) for suffix in suffixes)
-    dtype = jax.tree.leaves(prompted.prefix.layers)[0].dtype
+    dtype = prompted.decoder.embed_VD[...].dtype  # of what is read anew, whatever the prefix is stored in
     tail = new_tail(prompted.decoder, list(prompted.cached), sizes.tail(longest), dtype)
     if longest:
         tail = extend(prompted.decoder, prompted.prefix, tail, suffixes, width=EXTEND_WIDTH, block_size=block)
@@ -220,6 +221,7 @@ class _Rounds:
             finish_reasons=reasons,
             drafted=counts.drafted_B.tolist(),
             accepted=counts.accepted_B.tolist(),
+            rejected=counts.rejected_B.tolist(),
             rounds=counts.round_B.tolist(),
             copied=counts.copied_B.tolist(),
             copied_accepted=counts.copied_accepted_B.tolist(),

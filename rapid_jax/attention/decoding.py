@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a few new tokens over a prefix and a tail, on one device's parts of them: by platform.
+
+gpu    `flash_decode.py`: a kernel that reads every key once
+else   plain XLA, a block of the prefix at a time; the reference
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TypeAlias
+
+import jax
+
+from rapid_jax.attention.flash_decode import fits, flash_decode, flash_decoded
+from rapid_jax.attention.partial import Rows, Slots, attend_blockwise, finish, merge
+from rapid_jax.attention.ring import merged_over
+
+Sides: TypeAlias = tuple[Slots, Slots]  # this device's part of the prefix; the tail, whole on every device
+Used: TypeAlias = tuple[jax.Array, jax.Array]  # slots from there on are empty
+# (rows, sides, used, scale, mesh axis that the prefix is split over) -> softmax over the keys of both times the values,
+# [B, K, R, H] in the queries' dtype
+Decode: TypeAlias = Callable[[Rows, Sides, Used, float, str | None], jax.Array]
+
+
+def by_blocks(rows: Rows, sides: Sides, used: Used, scale: float, axis: str | None, *, block: int) -> jax.Array:
+    """In plain XLA."""
+    del used  # a loop of unknown length would be no faster: a prefix has few empty slots
+    far, near = sides
+    partial = attend_blockwise(rows, far, scale=scale, block=block)
+    if axis is not None:
+        partial = merged_over(partial, axis)
+    return finish(merge(partial, attend_blockwise(rows, near, scale=scale, block=block)), rows.q_BKRH.dtype)
+
+
+def by_kernel(
+    rows: Rows, sides: Sides, used: Used, scale: float, axis: str | None, *, block: int, interpret: bool = False
+) -> jax.Array:
+    """By the kernel for NVIDIA GPUs where it takes the shapes."""
+    far, near = sides
+    if not (fits(rows, far) and fits(rows, near)):
+        return by_blocks(rows, sides, used, scale, axis, block=block)
+    if axis is None:
+        return flash_decoded(rows, sides, used, scale=scale, interpret=interpret)
+    over = partial(flash_decode, rows, scale=scale, interpret=interpret)
+    both = merge(merged_over(over((far,), used[:1]), axis), over((near,), used[1:]))
+    return finish(both, rows.q_BKRH.dtype)
+
+
+def decode_of(kernel: str, platform: str, block: int) -> Decode:
+    """What a strategy's kernel name means for decoding."""
+    return partial(by_kernel if platform == "gpu" and kernel != "xla" else by_blocks, block=block)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a few query rows over a long cache on NVIDIA GPUs: one Pallas (Triton) kernel reads every key once.
+
+The keys are split over programs, for a few rows keep no more than one multiprocessor busy each (Flash-Decoding, Dao et
+al. 2023). Program (j, k, b) attends to share j of row b's prefix for kv head k; one program more has the tail. Each
+leaves an un-normalised `Partial`, and a sum over the shares ends it. Scores, weights and sums are float32.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from rapid_jax.attention.partial import Partial, Rows, Slots
+
+LOW = -1e30  # stands for -inf where a difference of two must not be NaN
+MOST_ROWS = 128  # more are not a few
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the kernel is cut; by measurement (tests/benchmarks/decode_kernels.py)."""
+
+    block: int  # slots at a time
+    warps: int
+    stages: int  # blocks under way
+    programs: int  # of all kv heads and rows together: as many as run at once
+
+
+def shape_of(rows: int) -> Shape:
+    """For so many rows of a kv head."""
+    return Shape(64, 4, 3, 264) if rows <= 64 else Shape(64, 8, 2, 132)
+
+
+def fits(rows: Rows, slots: Slots) -> bool:
+    """Whether the kernel takes these shapes: heads of a power of two, no branch tags, few rows."""
+    R, H = rows.q_BKRH.shape[2:]
+    tags = rows.branch_BR is not None and slots.branch_BS is not None
+    return H >= 16 and H & (H - 1) == 0 and R <= MOST_ROWS and not tags and rows.reach_BR is None
+
+
+def flash_decode(
+    rows: Rows,
+    sides: tuple[Slots, ...],
+    used: tuple[jax.Array, ...],
+    *,
+    scale: float,
+    shape: Shape | None = None,
+    interpret: bool = False,
+) -> Partial:
+    """Attention of the rows over one or two sets of slots, un-normalised; slots of each from its `used` on are empty.
+
+    The same as `attend_block` over them in one, but for rounding. The first set is shared out, the second is short.
+    """
+    out, peak, total = _shares(rows, sides, used, scale=scale, shape=shape, interpret=interpret)
+    top_BKR = jnp.max(peak, axis=2)
+    finite_BKR = jnp.where(top_BKR == -jnp.inf, 0.0, top_BKR)
+    weight = jnp.exp(peak - finite_BKR[:, :, None])
+    return Partial(jnp.sum(out * weight[..., None], axis=2), top_BKR, jnp.sum(total * weight, axis=2))
+
+
+def flash_decoded(
+    rows: Rows,
+    sides: tuple[Slots, ...],
+    used: tuple[jax.Array, ...],
+    *,
+    scale: float,
+    shape: Shape | None = None,
+    interpret: bool = False,
+) -> jax.Array:
+    """`flash_decode`, finished: [B, K, R, H] in the queries' dtype, 0 for a row that saw nothing."""
+    out, peak, total = _shares(rows, sides, used, scale=scale, shape=shape, interpret=interpret)
+    B, K, shares, R, H = out.shape
+    padded = pl.next_power_of_2(shares)
+    return pl.pallas_call(
+        partial(_finish_kernel, shares=shares),
+        grid=(R, K, B),
+        in_specs=[
+            pl.BlockSpec((None, None, padded, None, H), lambda r, k, b: (b, k, 0, r, 0)),
+            pl.BlockSpec((None, None, padded, None), lambda r, k, b: (b, k, 0, r)),
+            pl.BlockSpec((None, None, padded, None), lambda r, k, b: (b, k, 0, r)),
+        ],
+        out_specs=pl.BlockSpec((None, None, None, H), lambda r, k, b: (b, k, r, 0)),
+        out_shape=jax.ShapeDtypeStruct((B, K, R, H), rows.q_BKRH.dtype),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="flash_decode_finish",
+    )(out, peak, total)
+
+
+def _finish_kernel(out_ref, max_ref, sum_ref, finished_ref, *, shares):
+    inside = jnp.arange(max_ref.shape[0]) < shares
+    peak_J = triton.load(max_ref.at[:], mask=inside, other=-jnp.inf)
+    top = jnp.max(peak_J)
+    weight_J = jnp.exp(peak_J - jnp.where(top == -jnp.inf, 0.0, top))
+    total = jnp.sum(triton.load(sum_ref.at[:], mask=inside, other=0.0) * weight_J)
+    out_JH = triton.load(out_ref.at[:, :], mask=jnp.broadcast_to(inside[:, None], out_ref.shape), other=0.0)
+    out_H = jnp.sum(out_JH * weight_J[:, None], axis=0)
+    finished_ref[...] = (out_H / jnp.where(total == 0, 1.0, total)).astype(finished_ref.dtype)
+
+
+def _shares(
+    rows: Rows,
+    sides: tuple[Slots, ...],
+    used: tuple[jax.Array, ...],
+    *,
+    scale: float,
+    shape: Shape | None,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The fields of the shares' `Partial`s, all float32: [B, K, shares, R, H], [B, K, shares, R] and the same again."""
+    B, K, R, H = rows.q_BKRH.shape
+    padded = max(16, pl.next_power_of_2(R))  # a matrix unit takes 16 rows
+    shape = shape or shape_of(padded)
+    shares = max(1, shape.programs // (B * K) - (len(sides) - 1))
+    blocks = jnp.stack(
+        [-(-jnp.minimum(n, side.pos_BS.shape[1]) // shape.block) for n, side in zip(used, sides, strict=True)]
+    )
+    given = [(rows.q_BKRH, pl.BlockSpec((None, None, padded, H), lambda j, k, b: (b, k, 0, 0)))]
+    given.append((rows.pos_BR, pl.BlockSpec((None, padded), lambda j, k, b: (b, 0))))
+    given.append((blocks.astype(jnp.int32), pl.BlockSpec((len(sides),), lambda j, k, b: (0,))))
+    for side in sides:
+        arrays = (side.k_BKSH, side.v_BKSH, side.k_scale_BKS, side.v_scale_BKS, side.pos_BS)
+        given += [(x, _spec(x)) for x in arrays if x is not None]
+    programs = shares + len(sides) - 1
+    kernel = partial(
+        _kernel,
+        rows=R,
+        scale=scale,
+        block=shape.block,
+        shares=shares,
+        slots=tuple(side.pos_BS.shape[1] for side in sides),
+        scaled=tuple(side.k_scale_BKS is not None for side in sides),
+    )
+    flat = pl.BlockSpec((None, None, None, padded), lambda j, k, b: (b, k, j, 0))
+    return pl.pallas_call(
+        kernel,
+        grid=(programs, K, B),
+        in_specs=[spec for _, spec in given],
+        out_specs=[pl.BlockSpec((None, None, None, padded, H), lambda j, k, b: (b, k, j, 0, 0)), flat, flat],
+        out_shape=[jax.ShapeDtypeStruct((B, K, programs, R, *more), jnp.float32) for more in ((H,), (), ())],
+        compiler_params=triton.CompilerParams(num_warps=shape.warps, num_stages=shape.stages),
+        interpret=interpret,
+        name="flash_decode",
+    )(*(x for x, _ in given))
+
+
+def _spec(x: jax.Array) -> pl.BlockSpec:
+    """One row's, and one kv head's where there are heads: the kernel finds its own blocks in it."""
+    if x.ndim == 2:
+        return pl.BlockSpec((None, x.shape[1]), lambda j, k, b: (b, 0))
+    zeros = (0,) * (x.ndim - 2)
+    return pl.BlockSpec((None, None, *x.shape[2:]), lambda j, k, b: (b, k, *zeros))
+
+
+def _kernel(q_ref, row_pos_ref, blocks_ref, *refs, rows, scale, block, shares, slots, scaled):
+    *refs, out_ref, max_ref, sum_ref = refs
+    share = pl.program_id(0)
+    R, H = q_ref.shape
+    real_R = jnp.arange(R) < rows
+    real_RH = jnp.broadcast_to(real_R[:, None], (R, H))
+    q_RH = triton.load(q_ref.at[:, :], mask=real_RH, other=0)
+    row_pos_R = triton.load(row_pos_ref.at[:], mask=real_R, other=-1)
+    carry = (jnp.zeros((R, H), jnp.float32), jnp.full((R,), LOW, jnp.float32), jnp.zeros((R,), jnp.float32))
+    for index, size in enumerate(slots):
+        count = 5 if scaled[index] else 3
+        side, refs = refs[:count], refs[count:]
+        blocks = blocks_ref[index]
+        first, last = blocks * share // shares, blocks * (share + 1) // shares
+        if index:  # the tail has one program to itself
+            first, last = jnp.int32(0), jnp.where(share == shares, blocks, 0)
+        elif len(slots) > 1:
+            last = jnp.where(share == shares, first, last)
+        attend = partial(_attend, q_RH, row_pos_R, side, size=size, scale=scale, block=block)
+        carry = lax.fori_loop(first, last, attend, carry)
+    out_RH, max_R, sum_R = carry
+    triton.store(out_ref.at[:, :], out_RH, mask=real_RH)
+    triton.store(sum_ref.at[:], sum_R, mask=real_R)
+    triton.store(max_ref.at[:], jnp.where(sum_R > 0, max_R, -jnp.inf), mask=real_R)
+
+
+def _attend(q_RH, row_pos_R, side, index, carry, *, size, scale, block):
+    """`carry` with one block of slots added."""
+    k_ref, v_ref, *scales, pos_ref = side
+    out_RH, max_R, sum_R = carry
+    here = pl.ds(index * block, block)
+    inside = None if size % block == 0 else index * block + jnp.arange(block) < size
+    wide = None if inside is None else inside[:, None]
+
+    pos_S = _load(pos_ref.at[here], inside, -1)
+    k_SH = _load(k_ref.at[here, :], wide, 0).astype(q_RH.dtype)
+    score_RS = _product(q_RH, k_SH, 1) * scale
+    if scales:
+        score_RS *= _load(scales[0].at[here], inside, 0)[None, :]
+    seen_RS = (pos_S[None, :] >= 0) & (pos_S[None, :] <= row_pos_R[:, None])
+    new_R = jnp.maximum(max_R, jnp.max(jnp.where(seen_RS, score_RS, LOW), axis=1))
+    weight_RS = jnp.where(seen_RS, jnp.exp(score_RS - new_R[:, None]), 0.0)
+    keep_R = jnp.exp(max_R - new_R)
+    sum_R = sum_R * keep_R + jnp.sum(weight_RS, axis=1)
+    if scales:
+        weight_RS *= _load(scales[1].at[here], inside, 0)[None, :]
+    v_SH = _load(v_ref.at[here, :], wide, 0).astype(q_RH.dtype)
+    added_RH = _product(weight_RS.astype(q_RH.dtype), v_SH, 0)
+    return out_RH * keep_R[:, None] + added_RH, new_R, sum_R
+
+
+def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
+    """a over its last axis with b over `axis`, in float32."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dims = (((1,), (axis,)), ((), ()))
+    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _load(ref, mask, other):
+    return ref[...] if mask is None else triton.load(ref, mask=mask, other=other)

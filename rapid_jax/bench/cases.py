@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is measured, what came of it, and the least time that it could have taken."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, TypeAlias
+
+from rapid_jax.model.config import ModelConfig
+from rapid_jax.plan.cost import matrices
+
+Drafter: TypeAlias = Literal["none", "full", "int8", "int4"]  # none: plain decoding
+KvBits: TypeAlias = Literal["full", "int8"]
+WEIGHT_BITS = {"full": 16, "int8": 8, "int4": 4.25}  # of a weight, its share of a scale included
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to decode at one length."""
+
+    context: int  # tokens of the target's prompt
+    drafter: Drafter = "none"
+    kv: KvBits = "full"  # of the target's prompt
+    batch: int = 1
+    gamma: int | Literal["auto"] = 0
+    quoting: bool | None = None  # level 0 copies: from a text that holds the answer, from one that does not; None: off
+
+    @property
+    def baseline(self) -> "Case":
+        """Plain decoding of the same prompts, keys and values in full."""
+        return Case(self.context, batch=self.batch)
+
+    def __str__(self):
+        name = "plain" if self.drafter == "none" else f"rapid, drafter {self.drafter}"
+        copies = {None: "", True: ", copies, quoting", False: ", copies, not quoting"}[self.quoting]
+        return f"{name}{copies}{', kv int8' if self.kv == 'int8' else ''}"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a case took. Times are of all rows of the batch together."""
+
+    case: Case
+    ms_per_token: float  # of one row: milliseconds in which every row gets a token, on average
+    tokens_per_second: float  # of all rows
+    acceptance: float | None  # of the drafts that were looked at, how many were accepted
+    tokens_per_round: float
+    rounds: int
+    draft_steps: int
+    compile_seconds: float
+    floor_ms: float | None  # of a plain token: weights and cache read once, at the measured copy rate
+    same: str  # as plain decoding at temperature 0: "yes", "until a tie", or what differs
+    ratio: float | None  # tokens/s over the baseline's; None without one, and where the tokens differ
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {"name": str(self.case), **asdict(self)}
+
+
+def plain_bytes(config: ModelConfig, case: Case, itemsize: int) -> float:
+    """What a plain step must read: every matrix once, and the keys and values of all rows."""
+    weights = matrices(config) + config.hidden_size * config.vocab_size
+    slots = 2 * config.num_layers * config.num_kv_heads * case.context * case.batch
+    stored = config.head_dim * itemsize if case.kv == "full" else config.head_dim + 4
+    return itemsize * weights + slots * stored
+
+
+def table(rows: Sequence[Measured]) -> Iterator[str]:
+    """A line a case."""
+    head = f"{'context':>8} {'batch':>5} {'gamma':>5}  {'case':<36} {'ms/token':>9} {'tokens/s':>9} {'floor':>6}"
+    yield f"{head} {'accepted':>8} {'a round':>7} {'ratio':>6}  same tokens"
+    for row in rows:
+        case = row.case
+        accepted = "" if row.acceptance is None else f"{row.acceptance:.3f}"
+        ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
+        floor = "" if row.floor_ms is None else f"{row.floor_ms:.2f}"
+        speeds = f"{row.ms_per_token:>9.2f} {row.tokens_per_second:>9.1f} {floor:>6}"
+        yield (
+            f"{case.context:>8} {case.batch:>5} {case.gamma:>5}  {case!s:<36} {speeds} {accepted:>8} "
+            f"{row.tokens_per_round:>7.2f} {ratio:>6}  {row.same}"
+        )

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rapid bench`: how fast this machine decodes with RAPID and without, for models of a real shape.
+
+Needs no checkpoint and no document: weights, keys and values are random, and the dial sets how often drafts are
+accepted. What is measured is what `rapid answer` runs.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from rapid_jax.bench.cases import Case, Drafter, KvBits, table
+from rapid_jax.model.config import ModelConfig, from_hf
+from rapid_jax.plan.architectures import SHAPES
+from rapid_jax.runtime.command_line import prepare_jax, say
+from rapid_jax.runtime.errors import InputError
+
+DIFFERENT = 1  # exit status: something did not decode the baseline's tokens
+_SMALL: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+}
+PARTS = ("attention", "prefill", "decoding")
+CASES = "plain,full:4,int8:5"
+GRAMMAR = (
+    "plain, or a drafter's weights (full, int8, int4) and how many tokens it drafts a round, as int8:6 or int8:auto; "
+    "quoting, prose: plain decoding that copies from a text with the answer in it, or from one without; "
+    "/int8 behind any of them rounds the target's keys and values"
+)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured where nothing else is asked for."""
+
+    shape: str
+    contexts: tuple[int, ...]
+    tokens: int
+    short: int
+    chunk: int
+
+
+def sizes_of(platform: str) -> Sizes:
+    """On a CPU what takes seconds, else what the project is for."""
+    if platform == "cpu":
+        return Sizes("small", (512,), 24, 128, 128)
+    return Sizes("llama-3.1-8b", (131072,), 128, 8192, 16384)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `bench`."""
+    number = {"type": _count, "metavar": "N"}
+    parser.add_argument("--shape", metavar="NAME", help=f"small, {', '.join(SHAPES)}; by default small on a CPU")
+    parser.add_argument("--layers", help="only so many of its layers", **number)
+    parser.add_argument(
+        "--contexts", type=_counts, metavar="LIST", help="tokens of the target's prompt, as 32768,131072"
+    )
+    parser.add_argument("--short", help="tokens of the drafter's prompt", **number)
+    parser.add_argument("--batch", type=_counts, default=(1,), metavar="LIST", help="prompts at once, as 1,4,8")
+    parser.add_argument("--cases", default=CASES, metavar="LIST", help=f"what decodes: {GRAMMAR}; by default {CASES}")
+    parser.add_argument("--acceptance", type=float, default=0.9, metavar="A", help="of the drafts, by turning the dial")
+    parser.add_argument("--tokens", help="to decode, a prompt", **number)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="by default float32 on a CPU")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there, a JSON object a line")
+    parser.add_argument("--with", type=Path, action="append", default=[], dest="others", metavar="FILE",
+                        help="rows measured elsewhere in the same form, for the figure")  # fmt: skip
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw milliseconds a token against context")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures and prints; 0, or 1 if something did not decode the baseline's tokens."""
+    parts = [_known(part, PARTS, "--parts") for part in options.parts.split(",")]
+    kinds = [_kind(text) for text in options.cases.split(",")]
+    if not 0 < options.acceptance < 1:
+        raise InputError(f"--acceptance: expected a share between 0 and 1, got {options.acceptance}")
+    if options.plot is not None:
+        from rapid_jax.evaluate.plotting import require
+
+        require()
+    prepare_jax(programs=True, cache=None)
+    import jax
+
+    platform = jax.devices()[0]
+    sizes = sizes_of(platform.platform)
+    config = _config(options.shape or sizes.shape, options.layers)
+    contexts = options.contexts or sizes.contexts
+    say(f"{platform.device_kind}, jax {jax.__version__}; {options.shape or sizes.shape}, {config.num_layers} layers")
+    rows = _Rows(options.json)
+    good = True
+    rate = _copy(rows, platform.platform)
+    if "attention" in parts:
+        _attention(rows, config, options, contexts, rate)
+    if "decoding" in parts:
+        good = _decoding(rows, config, options, sizes, rate, kinds)
+    if "prefill" in parts:
+        _prefill(rows, config, options, contexts, sizes)
+    if options.plot is not None:
+        from rapid_jax.bench.figure import draw, rows_of
+
+        draw([*rows.kept, *(row for path in options.others for row in rows_of(path))], options.plot)
+    return 0 if good else DIFFERENT
+
+
+class _Rows:
+    """What was measured, also in a file: written row by row, for a run that is cut short."""
+
+    def __init__(self, path: Path | None):
+        self.kept: list[dict[str, Any]] = []
+        self._path = path
+        if path is not None:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text("", encoding="utf-8")
+            except OSError as error:
+                raise InputError(f"--json: {path}: {error.strerror}") from error
+
+    def add(self, part: str, row: dict[str, Any]) -> None:
+        row = {"part": part, **row}
+        self.kept.append(row)
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+def _copy(rows: _Rows, platform: str) -> float:
+    from rapid_jax.bench.parts import copy_rate
+
+    rate = copy_rate(1 << (26 if platform == "cpu" else 32))
+    rows.add("copy", {"bytes_per_second": rate})
+    print(f"copy on the device: {rate / 1e12:.3g} TB/s, read and written\n")
+    return rate
+
+
+def _attention(rows: _Rows, config: ModelConfig, options: argparse.Namespace, contexts: tuple[int, ...], rate: float):
+    from rapid_jax.bench.parts import attention
+
+    print("attention of a layer")
+    print(f"{'context':>8} {'tokens':>6} {'us':>8} {'TB/s':>6} {'of copy':>7} {'xla us':>8}  error")
+    for context in contexts:
+        for tokens in (1, 8, 16):
+            row = attention(config, _dtype(options), context, tokens, rate)
+            rows.add("attention", row.to_json())
+            speed = f"{row.kernel_us:>8.1f} {row.rate / 1e12:>6.2f} {row.share:>7.2f} {row.xla_us:>8.1f}"
+            print(f"{context:>8} {tokens:>6} {speed}  {row.error:.1e}", flush=True)
+    print()
+
+
+def _prefill(rows: _Rows, config: ModelConfig, options: argparse.Namespace, contexts: tuple[int, ...], sizes: Sizes):
+    from rapid_jax.bench.models import random_decoder
+    from rapid_jax.bench.parts import prefill_seconds
+
+    decoder = random_decoder(config, _dtype(options))
+    short = options.short or sizes.short
+    drafter = prefill_seconds(decoder, short, sizes.chunk)
+    for context in contexts:
+        seconds = prefill_seconds(decoder, context, sizes.chunk)
+        row = {"context": context, "seconds": seconds, "short": short, "short_seconds": drafter}
+        rows.add("prefill", row)
+        share = f"the drafter's {short} in {drafter:.2f} s, {drafter / seconds:.1%} of it"
+        print(f"prefill of {context}: {seconds:.2f} s, {context / seconds:.0f} tokens/s; {share}", flush=True)
+
+
+def _decoding(rows: _Rows, config: ModelConfig, options, sizes: Sizes, rate: float, kinds: list[Case]) -> bool:
+    from rapid_jax.bench.decoding import Decoding
+
+    tokens, short = options.tokens or sizes.tokens, options.short or sizes.short
+    bench = Decoding(config, _dtype(options), short, tokens, copy_rate=rate, tell=say)
+    good, lines = True, 0
+    for context in options.contexts or sizes.contexts:
+        for batch in options.batch:
+            turned: set[Drafter] = set()
+            for kind in kinds:
+                case = replace(kind, context=context, batch=batch)
+                if case.drafter != "none" and case.drafter not in turned:
+                    turned.add(case.drafter)
+                    first = replace(case, gamma=4 if case.gamma == "auto" else case.gamma)
+                    reached = bench.calibrate(first, options.acceptance)
+                    say(f"{case}, context {context}: dial {bench.dial:.4g}, {reached:.3f} accepted")
+                row = bench.measure(case)
+                rows.add("decoding", row.to_json() | {"dial": bench.dial, "peak_bytes": _peak()})
+                for text in list(table([row]))[min(lines, 1) :]:
+                    print(text, flush=True)
+                lines += 1
+                good &= not row.same.startswith("no")
+            bench.release()
+    peak = _peak()
+    print(f"peak memory of the device: {peak / 2**30:.2f} GiB\n" if peak else "")
+    return good
+
+
+def _kind(text: str) -> Case:
+    """A case of `GRAMMAR`, of no context yet."""
+    name, _, kv = text.partition("/")
+    name, _, gamma = name.partition(":")
+    plain = Case(0, kv=_known(kv or "full", get_args(KvBits), f"--cases: {text}: keys and values"))
+    if name in ("plain", "quoting", "prose") and not gamma:
+        return replace(plain, quoting={"quoting": True, "prose": False}.get(name))
+    if (
+        name not in get_args(Drafter)
+        or name == "none"
+        or not (gamma == "auto" or (gamma.isdigit() and 0 < int(gamma) <= 64))
+    ):
+        raise InputError(f"--cases: expected {GRAMMAR}; got {text!r}")
+    return replace(plain, drafter=name, gamma=gamma if gamma == "auto" else int(gamma))
+
+
+def _config(shape: str, layers: int | None) -> ModelConfig:
+    if shape != "small" and shape not in SHAPES:
+        raise InputError(f"unknown shape {shape!r}: expected one of small, {', '.join(SHAPES)}")
+    config = from_hf(_SMALL if shape == "small" else SHAPES[shape])
+    return config if layers is None else replace(config, num_layers=min(layers, config.num_layers))
+
+
+def _dtype(options: argparse.Namespace) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    return jnp.dtype(options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+
+
+def _peak() -> int:
+    """Bytes of the device's memory in use at most so far; 0 where the device does not say."""
+    import jax
+
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+def _known(name: str, names: tuple[str, ...], option: str) -> Any:
+    if name not in names:
+        raise InputError(f"{option}: expected of {', '.join(names)}, got {name!r}")
+    return name
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(map(_count, text.split(",")))

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plain decoding and RAPID side by side, by the same `generate` that answers questions, at temperature 0.
+
+A ratio is printed only where the tokens are the baseline's. Sums in another order can turn a tie of the two best logits
+around, and all that follows is then another text: the first token that differs must be such a tie.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rapid_jax.attention.cache import Prefix
+from rapid_jax.attention.rounded import rounded
+from rapid_jax.bench.cases import Case, Drafter, Measured, plain_bytes
+from rapid_jax.bench.models import dialled, random_decoder, random_prefix
+from rapid_jax.model.config import ModelConfig
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.model.quantized import quantized
+from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.draft import read
+from rapid_jax.speculative.generate import Generation, Prompted, generate
+from rapid_jax.speculative.prefill import new_tail
+from rapid_jax.speculative.state import Plan, Side
+
+BLOCK = 16384  # slots that plain XLA attends at once
+TIE = 0.03  # of the logits' standard deviation; rounding to bfloat16 moves them by about a hundredth
+CALIBRATED = 0.02  # how near the measured acceptance has to come to the one asked for
+
+
+@dataclass
+class Decoding:
+    """A target with random weights and prompts of random keys and values; drafters are its copies, over short ones."""
+
+    config: ModelConfig
+    dtype: jnp.dtype
+    short: int  # tokens of the drafter's prompt
+    tokens: int  # to decode, a row
+    copy_rate: float | None = None  # bytes a second, for floors
+    seed: int = 0
+    dial: float = 0.0
+    tell: Callable[[str], None] = print
+    _held: dict[Any, Any] = field(default_factory=dict)  # one of each kind: models and prompts are large
+    _plain: dict[Case, tuple[float, list[list[int]]]] = field(default_factory=dict)
+
+    def measure(self, case: Case) -> Measured:
+        """Decodes twice, the first time to compile; the second is timed."""
+        baseline = None if case == case.baseline else self._baseline(case)
+        generation = self._decoded(case)
+        compile_seconds = generation.compile_seconds
+        generation = self._decoded(case)
+        seconds = generation.decode_seconds
+        made = sum(map(len, generation.tokens))
+        same, ratio = "", None
+        if baseline is None:
+            self._plain[case] = (made / seconds, generation.tokens)
+        else:
+            same = self._compared(case, baseline[1], generation.tokens)
+            exact = case.kv == "full"
+            ratio = made / seconds / baseline[0] if same in ("yes", "until a tie") or not exact else None
+        rejected = sum(generation.rejected)
+        looked = sum(generation.accepted) + rejected
+        floor = None if self.copy_rate is None else 1e3 * self._bytes(case) / self.copy_rate
+        return Measured(
+            case=case,
+            ms_per_token=1e3 * seconds * case.batch / made,
+            tokens_per_second=made / seconds,
+            acceptance=sum(generation.accepted) / looked if looked else None,
+            tokens_per_round=made / max(sum(generation.rounds), 1),
+            rounds=generation.target_steps,
+            draft_steps=generation.draft_steps,
+            compile_seconds=compile_seconds,
+            floor_ms=floor,
+            same=same,
+            ratio=ratio,
+        )
+
+    def calibrate(self, case: Case, acceptance: float) -> float:
+        """Turns the dial until the case's drafts are accepted at about this rate; the rate that was reached.
+
+        What was measured before is forgotten: with the dial plain decoding says something else.
+        """
+        self._plain.clear()
+        low, high, found = 0.0, None, {}
+        self.dial = 1.0
+        for _ in range(9):
+            found[self.dial] = reached = self._acceptance(case)
+            self.tell(f"dial {self.dial:.4g}: {reached:.3f} of the drafts accepted")
+            if abs(reached - acceptance) <= CALIBRATED:
+                break
+            low, high = (self.dial, high) if reached > acceptance else (low, self.dial)
+            self.dial = 2 * low if high is None else (low + high) / 2
+        self.dial = min(found, key=lambda dial: abs(found[dial] - acceptance))
+        return found[self.dial]
+
+    def release(self) -> None:
+        """Frees prompts and rounded copies."""
+        for key in [key for key in self._held if key != "weights"]:
+            del self._held[key]
+        self._plain.clear()
+
+    def _acceptance(self, case: Case) -> float:
+        generation = self._decoded(case)
+        accepted = sum(generation.accepted)
+        return accepted / max(accepted + sum(generation.rejected), 1)
+
+    def _baseline(self, case: Case) -> tuple[float, list[list[int]]]:
+        if case.baseline not in self._plain:
+            self.measure(case.baseline)
+        return self._plain[case.baseline]
+
+    def _bytes(self, case: Case) -> float:
+        return plain_bytes(self.config, case, self.dtype.itemsize)
+
+    def _decoded(self, case: Case) -> Generation:
+        target = self._target(case)
+        drafter = None if case.drafter == "none" else self._drafter(case)
+        speculation = SpeculationConfig(
+            mode="target" if drafter is None else "lossless",
+            gamma=case.gamma,
+            lookup="off" if case.quoting is None else "auto",
+            rounds_per_read=8,
+        )
+        return generate(
+            target,
+            drafter,
+            speculation=speculation,
+            sampling=SamplingConfig(temperature=0, max_new_tokens=self.tokens),
+            stops=(),
+            texts=self._texts(case),
+            block=BLOCK,
+        )
+
+    def _texts(self, case: Case) -> list[list[int]]:
+        """What may be copied: random tokens as many as the prompt has, in the middle of them the answer or not."""
+        if case.quoting is None:
+            return []
+        texts = [list(prompt) for prompt in self._prompts(case)]
+        if case.quoting:
+            for text, answer in zip(texts, self._baseline(case)[1], strict=True):
+                middle = len(text) // 2
+                text[middle : middle + len(answer) + 8] = text[-8:] + answer
+        return texts
+
+    def _prompts(self, case: Case) -> list[list[int]]:
+        rng = np.random.default_rng(self.seed)
+        return rng.integers(0, self.config.vocab_size, (case.batch, case.context + 1)).tolist()
+
+    def _hold(self, name: str, what: Any, make: Callable[[], Any]) -> Any:
+        """`make()`, or what it gave the last time for the same `what`; one at a time is kept under a name."""
+        if name not in self._held or self._held[name][0] != what:
+            self._held.pop(name, None)
+            self._held[name] = (what, make())
+        return self._held[name][1]
+
+    def _decoder(self) -> Decoder:
+        base = self._hold("weights", None, partial(random_decoder, self.config, self.dtype, self.seed))
+        return self._hold("dialled", self.dial, lambda: dialled(base, self.dial))
+
+    def _prefix(self, name: str, case: Case, tokens: int, seed: int) -> Prefix:
+        is_rounded = case.kv == "int8" if name == "long" else case.drafter != "full"
+
+        def make() -> Prefix:
+            made = random_prefix(self.config, batch=case.batch, tokens=tokens, dtype=self.dtype, seed=seed)
+            return rounded(made) if is_rounded else made
+
+        return self._hold(name, (case.batch, tokens, is_rounded), make)
+
+    def _target(self, case: Case) -> Prompted:
+        prefix = self._prefix("long", case, case.context, self.seed + 1)
+        return Prompted(self._decoder(), self._prompts(case), prefix, [case.context] * case.batch)
+
+    def _drafter(self, case: Case) -> Prompted:
+        short = min(self.short, case.context)
+        prefix = self._prefix("short", case, short, self.seed + 2)
+        prompts = [prompt[-short - 2 :] for prompt in self._prompts(case)]
+        return Prompted(self._weights(case.drafter), prompts, prefix, [len(prompts[0]) - 2] * case.batch)
+
+    def _weights(self, drafter: Drafter) -> Decoder:
+        decoder = self._decoder()
+        if drafter == "full":
+            return decoder
+        return self._hold("copy", (drafter, self.dial), lambda: quantized(decoder, 8 if drafter == "int8" else 4))
+
+    def _compared(self, case: Case, wanted: list[list[int]], got: list[list[int]]) -> str:
+        for row, (one, other) in enumerate(zip(wanted, got, strict=True)):
+            at = next((i for i, pair in enumerate(zip(one, other, strict=True)) if pair[0] != pair[1]), None)
+            if at is None:
+                continue
+            if case.kv != "full":
+                return f"{at} of {len(one)}, rounded keys and values"
+            gap = self._gap(case, row, one[:at], one[at], other[at])
+            if gap > TIE:
+                return f"no: token {at} of row {row} differs, by {gap:.3f} of the logits' deviation"
+            return "until a tie"
+        return "yes"
+
+    def _gap(self, case: Case, row: int, before: list[int], first: int, second: int) -> float:
+        """How far the target's logits of two tokens are apart after the prompt and `before`, in standard deviations."""
+        target = self._target(case)
+        prompt = target.prompts[row][-1:]
+        fed = jnp.asarray([prompt + before] * case.batch, jnp.int32)
+        tail = new_tail(target.decoder, [case.context] * case.batch, fed.shape[1] + 1, self.dtype)
+        side = Side(
+            target.decoder, target.prefix, jnp.zeros((case.batch, 1), jnp.int32), jnp.zeros(case.batch, jnp.int32)
+        )
+        plan = Plan(0, 0, 1, BLOCK, self.config.vocab_size)
+        logits, _ = jax.jit(partial(read, plan=plan, rows=1))(side, tail, fed)
+        z_V = np.asarray(logits[row, -1], np.float64)
+        return float((z_V[first] - z_V[second]) / z_V.std())

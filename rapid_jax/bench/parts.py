@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of decoding by themselves: the device's copy, attention of a few rows, prefill."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rapid_jax.attention.decoding import by_blocks, decode_of
+from rapid_jax.attention.kernels import platform_of
+from rapid_jax.attention.partial import Rows, Slots
+from rapid_jax.model.config import ModelConfig
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.speculative.prefill import prefill
+
+TAIL = 256  # slots of it in the attention that is timed
+
+
+def best_seconds(call: Callable[[], Any], repeats: int = 3) -> float:
+    """The least of some calls, after one that compiles."""
+    jax.block_until_ready(call())
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def copy_rate(size: int) -> float:
+    """Bytes a second, read and written, of copying `size` bytes on the device: the better of two ways."""
+    rows = jnp.arange(size // 4, dtype=jnp.int32)
+
+    @jax.jit
+    def negated(x):
+        return lax.fori_loop(0, 8, lambda _, x: ~x, x)
+
+    copied = jax.jit(jnp.copy)
+    return max(
+        16 * rows.nbytes / best_seconds(lambda: negated(rows)), 2 * rows.nbytes / best_seconds(lambda: copied(rows))
+    )
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Of one layer, `tokens` new ones over a prompt; microseconds."""
+
+    context: int
+    tokens: int
+    kernel_us: float
+    xla_us: float | None  # plain XLA in one block, the reference
+    rate: float  # bytes of keys and values a second, by the kernel
+    share: float  # of the copy rate
+    error: float  # of the kernel, relative to the reference
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def attention(config: ModelConfig, dtype: jnp.dtype, context: int, tokens: int, copied: float) -> Attention:
+    """Times what a decoder of this shape does in every layer, as this platform does it, beside plain XLA."""
+    K, H, group = config.num_kv_heads, config.head_dim, config.num_heads // config.num_kv_heads
+    size = 2 * K * context * H * dtype.itemsize
+    sets = max(2, min(8, -(-(1 << 28) // size))) if jax.default_backend() != "cpu" else 1  # more than a cache holds
+    keys = jax.random.split(jax.random.key(0), 2 * sets + 1)
+
+    @partial(jax.jit, static_argnums=1)
+    def normal(key, slots):
+        return jax.random.normal(key, (1, K, slots, H), jnp.float32).astype(dtype)
+
+    pos = jnp.arange(context + TAIL, dtype=jnp.int32)[None]
+    layers = [
+        Slots(normal(a, context), normal(b, context), pos[:, :context])
+        for a, b in zip(keys[::2], keys[1::2], strict=False)
+    ]
+    near = Slots(normal(keys[-1], TAIL), normal(keys[-1], TAIL), pos[:, context:])
+    R = tokens * group
+    pos_BR = jnp.full((1, R), context + TAIL - 1, jnp.int32)
+    q_BKRH = jax.random.normal(keys[-1], (1, K, R, H), jnp.float32).astype(dtype)
+    used, rounds = (jnp.int32(context), jnp.int32(TAIL)), 8 if context <= 131072 else 4
+
+    def repeated(decode):
+        def step(_, q, layers):
+            for far in layers:
+                q = decode(Rows(q, pos_BR, None, group), (far, near), used, H**-0.5, None)
+            return q
+
+        return jax.jit(lambda q, layers: lax.fori_loop(0, rounds, partial(step, layers=layers), q))
+
+    ours, plain = decode_of("auto", platform_of(None), context), partial(by_blocks, block=context)
+    calls = [repeated(decode) for decode in (ours, plain)]
+    kernel, xla = (best_seconds(lambda call=call: call(q_BKRH, layers)) / rounds / sets for call in calls)
+    rows, sides = Rows(q_BKRH, pos_BR, None, group), (layers[0], near)
+    got, wanted = (
+        np.asarray(jax.jit(lambda rows, sides, f=f: f(rows, sides, used, H**-0.5, None))(rows, sides), np.float64)
+        for f in (ours, plain)
+    )
+    error = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
+    return Attention(context, tokens, 1e6 * kernel, 1e6 * xla, size / kernel, size / kernel / copied, error)
+
+
+def prefill_seconds(decoder: Decoder, tokens: int, chunk: int, *, seed: int = 0) -> float:
+    """Seconds to read a prompt of so many random tokens, after one chunk that compiles."""
+    prompt = np.random.default_rng(seed).integers(0, decoder.config.vocab_size, tokens).tolist()
+    dtype = decoder.embed_VD[...].dtype
+    run = partial(prefill, decoder, chunk=chunk, dtype=dtype)
+    jax.block_until_ready(run([prompt]))
+    start = time.perf_counter()
+    jax.block_until_ready(run([prompt]))
+    return time.perf_counter() - start

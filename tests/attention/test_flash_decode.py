@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decoding kernel, interpreted, against the attention algebra and against dense attention in float64."""
+
+from dataclasses import dataclass, replace
+from functools import partial, reduce
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from rapid_jax.attention.cache import KV, Prefix, Tail
+from rapid_jax.attention.decoding import by_blocks, by_kernel, decode_of
+from rapid_jax.attention.flash_decode import MOST_ROWS, Shape, fits, flash_decode, flash_decoded
+from rapid_jax.attention.partial import Partial, Rows, Slots, attend_block, finish, merge
+from rapid_jax.attention.strategy import Strategy
+from rapid_jax.attention.verbs import attend_prefix_tail
+from tests.reference import dense_attention, visible
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+SMALL = Shape(block=32, warps=4, stages=2, programs=9)
+BLOCK = 48  # of the plain path
+
+
+@dataclass(frozen=True)
+class Side:
+    """How many slots there are, how many are used, and a run of empty ones among those."""
+
+    slots: int
+    used: int
+    hole: tuple[int, int] = (0, 0)
+    int8: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """`time` tokens of `group` query heads each; `blind` rows of the last batch row are at position -1."""
+
+    sides: tuple[Side, ...]
+    batch: int = 1
+    kv_heads: int = 2
+    group: int = 1
+    time: int = 1
+    head_dim: int = 16
+    blind: int = 0
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Made:
+    """A case in numbers."""
+
+    rows: Rows
+    sides: tuple[Slots, ...]
+    used: tuple[jax.Array, ...]
+
+
+# Positions ascend over the sides, a row's own among the last `time` of them: the last tokens see more than the first.
+# Cases of one shape share a compiled program.
+ROW = Case((Side(100, 100), Side(8, 3)))
+CASES = {
+    "one row": ROW,
+    "one row, nothing in the tail": replace(ROW, sides=(Side(100, 97, (0, 40)), Side(8, 0))),
+    "one row, nothing in the prefix": replace(ROW, sides=(Side(100, 0), Side(8, 1))),
+    "one row, nothing anywhere": replace(ROW, sides=(Side(100, 0), Side(8, 0))),
+    "rows of 4": Case((Side(96, 70, (20, 45)), Side(20, 5)), batch=2, kv_heads=1, group=4, head_dim=32),
+    "21 rows of 7": Case((Side(130, 129, (0, 33)), Side(8, 8)), group=7, time=3),
+    "33 rows, some see nothing": Case((Side(75, 64), Side(40, 37)), batch=2, time=33, kv_heads=1, blind=5),
+    "8 bits": Case((Side(200, 190, (30, 40), int8=True), Side(8, 6)), batch=2, group=4, time=3, blind=4),
+    "8 bits, more than 64 rows": Case((Side(70, 70, int8=True), Side(33, 33)), kv_heads=1, group=4, time=20),
+}
+PARTIAL = {
+    "a prefix and a tail": CASES["rows of 4"],
+    "a prefix": Case((Side(150, 140, (64, 96)),), batch=2, group=4, time=2, blind=3),
+    "a tail of 1": Case((Side(1, 1),), group=7),
+    "a tail of 0": Case((Side(1, 0),), group=7),
+}
+
+
+def positions_of(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
+    """(positions of each side's slots [B, S], of the rows [B, R]); the sequences of a batch start apart."""
+    start_B, slots = 1000 * np.arange(case.batch)[:, None], []
+    end_B = start_B
+    for side in case.sides:
+        index = np.arange(side.slots)
+        inside = (index < side.used) & ~((index >= side.hole[0]) & (index < side.hole[1]))
+        slots.append(np.where(inside, end_B + index, -1).astype(np.int32))
+        end_B = end_B + side.used
+    pos_BR = np.repeat(np.maximum(end_B - case.time, 0) + np.arange(case.time), case.group, axis=1)
+    if case.blind:
+        pos_BR[-1, -case.blind :] = -1
+    return slots, pos_BR.astype(np.int32)
+
+
+def made(case: Case, dtype=jnp.float32, seed: int = 0) -> Made:
+    rng = np.random.default_rng(seed)
+    B, K, R, H = case.batch, case.kv_heads, case.group * case.time, case.head_dim
+    pos, pos_BR = positions_of(case)
+    sides = []
+    for side, pos_BS in zip(case.sides, pos, strict=True):
+        shape = (B, K, side.slots, H)
+        if side.int8:
+            kv = [jnp.asarray(rng.integers(-127, 128, shape), jnp.int8) for _ in range(2)]
+            scales = [jnp.asarray(rng.uniform(0.2, 3, shape[:3]) / 127, jnp.float32) for _ in range(2)]
+            sides.append(Slots(*kv, jnp.asarray(pos_BS), None, *scales))
+        else:
+            kv = [jnp.asarray(size * rng.normal(size=shape), dtype) for size in (1.5, 1)]
+            sides.append(Slots(*kv, jnp.asarray(pos_BS)))
+    rows = Rows(jnp.asarray(2 * rng.normal(size=(B, K, R, H)), dtype), jnp.asarray(pos_BR), group=case.group)
+    return Made(rows, tuple(sides), tuple(jnp.int32(side.used) for side in case.sides))
+
+
+def truth(given: Made) -> np.ndarray:
+    """float64 [B, K, R, H]: dense attention over the numbers that the slots stand for."""
+
+    def numbers(x, scale):
+        return np.asarray(x, np.float64) * (1.0 if scale is None else np.asarray(scale, np.float64)[..., None])
+
+    k_BKSH = np.concatenate([numbers(side.k_BKSH, side.k_scale_BKS) for side in given.sides], axis=2)
+    v_BKSH = np.concatenate([numbers(side.v_BKSH, side.v_scale_BKS) for side in given.sides], axis=2)
+    seen = visible(given.rows.pos_BR, np.concatenate([side.pos_BS for side in given.sides], axis=1))
+    q_BKRH = np.asarray(given.rows.q_BKRH, np.float64)
+    return dense_attention(*(x.swapaxes(1, 2) for x in (q_BKRH, k_BKSH, v_BKSH)), seen).swapaxes(1, 2)
+
+
+@partial(jax.jit, static_argnames="scale")
+def algebra(rows: Rows, sides: tuple[Slots, ...], scale: float) -> Partial:
+    return reduce(merge, [attend_block(rows, side, scale=scale) for side in sides])
+
+
+@partial(jax.jit, static_argnames=("scale", "shape", "finished"))
+def kernel(rows, sides, used, *, scale: float, shape: Shape | None = SMALL, finished: bool = True):
+    call = flash_decoded if finished else flash_decode
+    return call(rows, sides, used, scale=scale, shape=shape, interpret=True)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_dense_attention(name):
+    case, given = CASES[name], made(CASES[name])
+    got = np.asarray(kernel(given.rows, given.sides, given.used, scale=case.scale))
+    np.testing.assert_allclose(got, truth(given), atol=1e-5, rtol=0)
+    some_BR = np.asarray(given.rows.pos_BR >= 0) & any(side.used for side in case.sides)
+    np.testing.assert_array_equal(np.any(got, axis=(1, 3)), some_BR)
+
+
+@pytest.mark.parametrize("name", PARTIAL)
+def test_unfinished_it_is_the_algebra_s_partial(name):
+    """Sums and peaks too: they are what is merged over devices."""
+    case, given = PARTIAL[name], made(PARTIAL[name])
+    want = algebra(given.rows, given.sides, case.scale)
+    got = kernel(given.rows, given.sides, given.used, scale=case.scale, finished=False)
+    for field in ("max_BKR", "sum_BKR", "out_BKRH"):
+        np.testing.assert_allclose(getattr(got, field), getattr(want, field), atol=1e-5, rtol=1e-5, err_msg=field)
+        assert getattr(got, field).dtype == jnp.float32
+    np.testing.assert_allclose(finish(got, jnp.float32), truth(given), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [Shape(16, 2, 1, 1), Shape(256, 4, 2, 6)])
+def test_how_it_is_cut_changes_nothing(shape):
+    """Also with fewer programs than kv heads, and with blocks larger than the prefix."""
+    case, given = CASES["8 bits"], made(CASES["8 bits"])
+    want = kernel(given.rows, given.sides, given.used, scale=case.scale)
+    got = kernel(given.rows, given.sides, given.used, scale=case.scale, shape=shape)
+    np.testing.assert_allclose(got, want, atol=2e-6, rtol=0)
+    assert np.any(got != want), "expected sums in another order"
+
+
+def test_blocks_beyond_what_is_used_are_not_read():
+    """And of a block that is read, empty slots count for nothing, whatever lies in them."""
+    case = replace(CASES["33 rows, some see nothing"], sides=(Side(75, 33), Side(40, 1)))
+    given = made(case)
+    want = kernel(given.rows, given.sides, given.used, scale=case.scale)
+    for starts, junk in (((64, 32), jnp.nan), ((33, 1), 90.0)):  # SMALL reads 32 slots at once: 0 to 63, and 0 to 31
+        sides = tuple(
+            replace(side, k_BKSH=side.k_BKSH.at[:, :, start:].set(junk), v_BKSH=side.v_BKSH.at[:, :, start:].set(junk))
+            for side, start in zip(given.sides, starts, strict=True)
+        )
+        np.testing.assert_array_equal(kernel(given.rows, sides, given.used, scale=case.scale), want)
+
+
+def test_scores_of_thousands():
+    """Far apart, so that each row's softmax is one slot's value, found by any of the programs."""
+    given = made(ROW)
+    given = replace(given, rows=replace(given.rows, q_BKRH=given.rows.q_BKRH * 1e4))
+    got = kernel(given.rows, given.sides, given.used, scale=ROW.scale)
+    np.testing.assert_allclose(got, truth(given), atol=1e-5, rtol=0)
+
+
+@partial(jax.jit, static_argnames=("scale", "interpret"))
+def both_ways(given: Made, scale: float, interpret: bool) -> tuple[jax.Array, jax.Array]:
+    args = given.rows, given.sides, given.used, scale, None
+    return by_kernel(*args, block=BLOCK, interpret=interpret), by_blocks(*args, block=BLOCK)
+
+
+def test_by_kernel_is_by_blocks():
+    """Cut as on a GPU."""
+    got, want = both_ways(made(CASES["8 bits"]), CASES["8 bits"].scale, True)
+    np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
+    assert np.any(got != want), "expected sums in another order"
+
+
+def test_bfloat16_is_no_worse_than_plain():
+    case = CASES["8 bits, more than 64 rows"]  # a third of what is seen is bfloat16
+    given = made(case, jnp.bfloat16)
+    got, want = both_ways(given, case.scale, True)
+    assert got.dtype == jnp.bfloat16
+    far, plain_far = (np.sqrt(np.mean((np.asarray(x, np.float64) - truth(given)) ** 2)) for x in (got, want))
+    assert 0 < far <= 1.2 * plain_far, far / plain_far
+
+
+def tagged(given: Made) -> Made:
+    """The rows and slots of three branches."""
+    rows = replace(given.rows, branch_BR=jnp.ones_like(given.rows.pos_BR))
+    sides = tuple(replace(side, branch_BS=side.pos_BS % 3) for side in given.sides)
+    return replace(given, rows=rows, sides=sides)
+
+
+def test_what_the_kernel_takes():
+    given = made(ROW)
+    far = given.sides[0]
+    for head_dim, taken in ((8, False), (16, True), (24, False), (96, False), (128, True), (256, True)):
+        rows = replace(given.rows, q_BKRH=jnp.zeros((1, 2, 1, head_dim)))
+        assert fits(rows, far) == taken, head_dim
+    for count in (1, MOST_ROWS, MOST_ROWS + 1):
+        rows = Rows(jnp.zeros((1, 2, count, 16)), jnp.zeros((1, count), jnp.int32))
+        assert fits(rows, far) == (count <= MOST_ROWS), count
+    both = tagged(given)
+    assert not fits(both.rows, both.sides[0])
+    assert fits(given.rows, both.sides[0]) and fits(both.rows, far)  # a tag of one alone says nothing
+    assert not fits(replace(given.rows, reach_BR=given.rows.pos_BR), far)
+
+
+@pytest.mark.parametrize("why", ["tags", "head size"])
+def test_what_it_does_not_take_is_by_blocks(why):
+    """Not interpreted: on a CPU the kernel could not run."""
+    case = replace(ROW, head_dim=24 if why == "head size" else 16)
+    given = tagged(made(case)) if why == "tags" else made(case)
+    got, want = both_ways(given, case.scale, False)
+    np.testing.assert_array_equal(got, want)
+    far = np.max(np.abs(got - truth(given)))  # of attention without tags
+    assert far > 0.1 if why == "tags" else far < 1e-5
+
+
+def test_by_kernel_runs_the_kernel_where_it_fits():
+    given = made(ROW)
+    with pytest.raises(ValueError, match="interpret"):
+        by_kernel(given.rows, given.sides, given.used, 0.25, None, block=BLOCK)
+
+
+def test_which_platform_decodes_how():
+    chosen = {(name, where): decode_of(name, where, 7) for name in ("auto", "xla") for where in ("gpu", "cpu", "tpu")}
+    assert {key for key, decode in chosen.items() if decode.func is by_kernel} == {("auto", "gpu")}
+    assert all(decode.keywords == {"block": 7} for decode in chosen.values())
+
+
+def test_a_prefix_split_over_devices():
+    """In 8 bits; each of two devices has a part, and empty slots in it."""
+    case = Case((Side(120, 120, (50, 75), int8=True), Side(8, 5)), batch=2, group=4, time=2, blind=2)
+    given, whole, over = made(case), PartitionSpec(), PartitionSpec
+    far = jax.tree.map(lambda x: over(None, "context") if x.ndim == 2 else over(None, None, "context"), given.sides[0])
+    call = jax.shard_map(
+        lambda *args: by_kernel(*args, case.scale, "context", block=BLOCK, interpret=True),
+        mesh=jax.sharding.Mesh(jax.devices()[:2], ("context",)),
+        in_specs=(whole, (far, whole), whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+    np.testing.assert_allclose(jax.jit(call)(given.rows, given.sides, given.used), truth(given), atol=1e-5, rtol=0)
+
+
+def test_new_tokens_over_prefix_and_tail(monkeypatch):
+    """Through the verb, which says how many slots are used: rows whose tails differ in length."""
+    rng, (B, G, N, K, H) = np.random.default_rng(1), (2, 3, 4, 2, 16)
+    given = made(Case((Side(70, 50),), batch=B, kv_heads=K, head_dim=H))
+    far, tail_kv = given.sides[0], KV(*(jnp.asarray(rng.normal(size=(B, K, 40, H)), jnp.float32) for _ in range(2)))
+    prefix = Prefix((KV(far.k_BKSH, far.v_BKSH),), far.pos_BS, given.used[0])
+    tail = Tail((tail_kv,), jnp.asarray([50, 1050]), jnp.asarray([30, 2]))
+    qkv = [jnp.asarray(rng.normal(size=(B, G, heads, H)), jnp.float32) for heads in (N, K, K)]
+    pos_BG = (tail.start_B + tail.length_B)[:, None] + jnp.arange(G)
+
+    monkeypatch.setattr(Strategy, "chosen_decode", lambda self: partial(by_kernel, block=self.block, interpret=True))
+    verb = attend_prefix_tail(prefix, tail, pos_BG, Strategy(block=BLOCK))
+    got_BGNH, got_kv = jax.jit(verb)(*qkv, (prefix.layers[0], tail_kv))
+    near = [np.array(x) for x in (tail_kv.k_BKSH, tail_kv.v_BKSH)]
+    for row, slot in enumerate(tail.length_B.tolist()):
+        for old, new in zip(near, qkv[1:], strict=True):
+            old[row, :, slot : slot + G] = np.asarray(new)[row].swapaxes(0, 1)
+    k, v = (
+        np.concatenate([x, y], axis=2, dtype=np.float64).swapaxes(1, 2)
+        for x, y in zip((far.k_BKSH, far.v_BKSH), near, strict=True)
+    )
+    seen = visible(pos_BG, np.concatenate([far.pos_BS, tail.slot_positions(extra=G)], axis=1))
+    np.testing.assert_allclose(got_BGNH, dense_attention(np.asarray(qkv[0], np.float64), k, v, seen), atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, got_kv, KV(*near))

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrices of 8 and 4 bits: how far a weight may be off, what a decoder made of them says, and its fast path."""
+
+from collections import Counter
+from dataclasses import replace
+from functools import lru_cache, partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rapid_jax.attention.strategy import Strategy
+from rapid_jax.attention.verbs import attend_self
+from rapid_jax.bench.models import random_decoder
+from rapid_jax.model import quantized as module
+from rapid_jax.model.config import ModelConfig, Rope
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.model.placement import abstract
+from rapid_jax.model.quantized import Packed, QuantizedBlock, quantized, restored, rounded
+from rapid_jax.model.skinny import GROUP, fixed_point, skinny_matmul
+from rapid_jax.runtime.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+def weights(depth: int, width: int, dtype=jnp.float32, seed: int = 0) -> jax.Array:
+    """[D, N] with columns of different sizes, one of zeros, and groups whose largest element has either sign."""
+    rng = np.random.default_rng(seed)
+    w_DN = rng.normal(size=(depth, width)) * rng.uniform(0.01, 10, width)
+    w_DN[:, 1] = 0
+    w_DN[5, 2], w_DN[5, 3] = 1000, -1000
+    w_DN[:, 4] = np.where(np.arange(depth) % 2, 3.0, -3.0)  # of the two, 4 bits have one exactly
+    return jnp.asarray(w_DN, dtype)
+
+
+@pytest.mark.parametrize("depth, dtype", [(256, jnp.float32), (200, jnp.bfloat16)])
+def test_8_bits_are_off_by_half_a_step_at_most(depth, dtype):
+    w_DN = weights(depth, 24, dtype)
+    values, scale_N = rounded(w_DN, 8)
+    assert values.shape == (24, 256) and values.dtype == jnp.int8 and scale_N.dtype == jnp.float32
+    w_ND, got_ND = np.asarray(w_DN, np.float64).T, np.asarray(restored(values, scale_N, 8), np.float64)
+    largest_N = np.max(np.abs(w_ND), axis=1)
+    np.testing.assert_allclose(scale_N, largest_N / 127, rtol=1e-6)
+    assert np.all(np.abs(got_ND[:, :depth] - w_ND) <= 0.5001 * largest_N[:, None] / 127)
+    assert np.all(got_ND[:, depth:] == 0) and np.all(got_ND[:, :depth][w_ND == 0] == 0)
+
+
+@pytest.mark.parametrize("depth, dtype", [(256, jnp.float32), (200, jnp.bfloat16)])
+def test_4_bits_are_off_by_half_a_step_and_by_one_where_clipped(depth, dtype):
+    w_DN = weights(depth, 24, dtype)
+    values, scale_GN = rounded(w_DN, 4)
+    assert values.shape == (24, 128) and values.dtype == jnp.int8
+    assert scale_GN.shape == (2, 24) and scale_GN.dtype == jnp.float32
+    got_ND = np.asarray(restored(values, scale_GN, 4), np.float64)
+    assert got_ND.shape == (24, 256)
+    w_ND = np.pad(np.asarray(w_DN, np.float64).T, ((0, 0), (0, 256 - depth)))
+    w_NGD, got_NGD = w_ND.reshape(24, 2, GROUP), got_ND.reshape(24, 2, GROUP)
+    largest_NG = np.max(np.abs(w_NGD), axis=2, keepdims=True)
+    step_NG, off = largest_NG / 8, np.abs(got_NGD - w_NGD)
+    scale_NG = np.asarray(scale_GN, np.float64).T[..., None]
+    np.testing.assert_allclose(np.abs(scale_NG), step_NG, rtol=1e-6)
+    clipped = w_NGD * np.sign(scale_NG) > 7.5 * step_NG  # they would be step 8
+    assert np.all(off <= np.where(clipped, 1.0001, 0.5001) * step_NG)
+    assert np.any(off > 0.6 * step_NG) and 100 < np.sum(clipped) < 300  # a half of column 4, and some
+    largest = np.abs(w_NGD) == largest_NG
+    assert np.all(np.any(largest & (off <= 1e-6 * largest_NG), axis=2)), "expected -8 steps for the largest"
+    assert np.all(got_NGD[w_NGD == 0] == 0)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("shape", [(2, 3, 200), (256,)])
+def test_a_packed_matrix_times_rows(shape, bits):
+    x = jnp.asarray(np.random.default_rng(1).normal(size=shape), jnp.float32)
+    packed = Packed(weights(shape[-1], 96), bits)
+    weight_ND = np.asarray(restored(packed.values[...], packed.scale[...], bits), np.float64)[:, : shape[-1]]
+    got, want = packed(x), np.asarray(x, np.float64) @ weight_ND.T
+    assert got.dtype == jnp.float32 and got.shape == (*shape[:-1], 96)
+    np.testing.assert_allclose(got, want, atol=1e-6 * np.max(np.abs(want)))
+    assert packed.fits(8) == (shape[-1] == 256) and not packed.fits(9)
+
+
+QWEN = ModelConfig(
+    family="qwen2",
+    vocab_size=96,
+    hidden_size=128,
+    intermediate_size=256,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    norm_eps=1e-5,
+    rope=Rope(10000.0),
+    max_positions=512,
+    tie_embeddings=False,
+    qkv_bias=True,
+)
+LLAMA = replace(QWEN, family="llama", hidden_size=96, head_dim=24, num_layers=1, tie_embeddings=True, qkv_bias=False)
+
+
+@lru_cache
+def decoder_of(config: ModelConfig, dtype=jnp.float32) -> Decoder:
+    """Random, with norms and biases that show where they are left out."""
+    graph, state = nnx.split(random_decoder(config, jnp.dtype(dtype)))
+    rng = np.random.default_rng(0)
+
+    def fill(path: tuple, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path)
+        if "norm" not in name and "bias" not in name:
+            return leaf
+        return jnp.asarray(rng.normal(size=leaf.shape) * 0.5 + ("norm" in name), leaf.dtype)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))
+
+
+@partial(jax.jit, static_argnums=0)
+def _logits(graph: Any, state: Any, tokens_BT: jax.Array, pos_BT: jax.Array) -> jax.Array:
+    decoder = nnx.merge(graph, state)
+    hidden_BTD, _ = decoder.hidden(tokens_BT, pos_BT, attend_self(pos_BT, Strategy(block=256)))
+    return decoder.logits(hidden_BTD)
+
+
+def logits(decoder: Decoder) -> np.ndarray:
+    tokens_BT = np.random.default_rng(0).integers(0, 96, (1, 12))
+    return np.asarray(_logits(*nnx.split(decoder), tokens_BT, np.arange(12)[None]))
+
+
+def relative(got, want) -> float:
+    got, want = (np.asarray(x, np.float64) for x in (got, want))
+    return float(np.sqrt(np.mean(np.square(got - want)) / np.mean(np.square(want))))
+
+
+@pytest.mark.parametrize("config", [QWEN, LLAMA], ids=["biases, untied", "tied"])
+def test_8_bits_say_nearly_the_same(config):
+    decoder = decoder_of(config)
+    before = jax.tree.map(np.asarray, nnx.state(decoder))
+    want = logits(decoder)
+    copy = quantized(decoder, 8)
+    got = logits(copy)
+    assert got.dtype == np.float32
+    assert 1e-4 < relative(got, want) < 0.03
+    assert isinstance(copy, Decoder) and copy.config is decoder.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(decoder), before)
+    assert copy.embed_VD is decoder.embed_VD and copy.norm_D is decoder.norm_D
+
+
+def in_full(copy: Any, decoder: Decoder) -> Decoder:
+    """A decoder of the weights that the copy stands for."""
+    graph, state = nnx.split(decoder)
+    plain: Any = nnx.merge(graph, state)
+
+    def weight(packed: Packed) -> jax.Array:
+        return restored(packed.values[...], packed.scale[...], packed.bits)[:, : packed.depth].T
+
+    for mine, theirs in zip(plain.blocks, copy.blocks, strict=True):
+        q, k, v = jnp.split(weight(theirs.qkv), [4 * 32, 6 * 32], axis=1)
+        gate, up = jnp.split(weight(theirs.gate_up), 2, axis=1)
+        given = {"q_DNH": q, "k_DKH": k, "v_DKH": v, "o_NHD": weight(theirs.o), "gate_DF": gate, "up_DF": up}
+        for name, value in (given | {"down_FD": weight(theirs.down)}).items():
+            parameter = getattr(mine, name)
+            parameter[...] = value.reshape(parameter.shape)
+    plain.head_DV[...] = weight(copy.packed_head)
+    return plain
+
+
+def test_4_bits_say_what_their_weights_say():
+    decoder = decoder_of(QWEN)
+    copy = quantized(decoder, 4)
+    got, full = logits(copy), logits(decoder)
+    np.testing.assert_allclose(got, logits(in_full(copy, decoder)), atol=1e-4 * np.max(np.abs(got)))
+    assert 0.02 < relative(got, full) < 0.4
+
+
+def test_one_device_and_the_unrolled_layout_alone():
+    stacked = abstract(LLAMA, layout="stacked", dtype=jnp.dtype(jnp.float32))
+    meshed = abstract(LLAMA, layout="unrolled", dtype=jnp.dtype(jnp.float32))
+    meshed.mesh = jax.sharding.Mesh(jax.devices()[:1], ("model",))
+    for decoder in (stacked, meshed):
+        with pytest.raises(InputError, match="one device and layout unrolled"):
+            quantized(decoder, 8)
+
+
+class Gpu:
+    """jax, but for the name of its backend."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(jax, name)
+
+    def default_backend(self) -> str:
+        return "gpu"
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter:
+    """As on a GPU, with kernels interpreted: how often each is called, or traced."""
+    counts: Counter = Counter()
+
+    def counted(function):
+        def call(*args, **kwargs):
+            counts[function.__name__] += 1
+            return function(*args, interpret=True, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(module, "jax", Gpu())
+    for function in (fixed_point, skinny_matmul):
+        monkeypatch.setattr(module, function.__name__, counted(function))
+    return counts
+
+
+def run(decoder: Decoder, block: QuantizedBlock, x_BTD: jax.Array) -> tuple[jax.Array, Any]:
+    """(x after the block, keys and values it attends and what else it was given)."""
+    pos_BT = jnp.tile(jnp.arange(7, 7 + x_BTD.shape[1]), (x_BTD.shape[0], 1))
+    inner = attend_self(pos_BT, Strategy(block=64))
+
+    def attend(q_BTNH, k_BTKH, v_BTKH, layer):
+        return inner(q_BTNH, k_BTKH, v_BTKH, None)[0], (k_BTKH, v_BTKH, layer)
+
+    graph, state = nnx.split(block)
+    cos, sin = decoder.rotation(pos_BT)
+    return jax.jit(lambda state, x_BTD: nnx.merge(graph, state)(x_BTD, cos, sin, attend, jnp.int32(5)))(state, x_BTD)
+
+
+def in_float32(x):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.bfloat16 else leaf, x)
+
+
+@pytest.mark.parametrize("bits, dtype", [(8, jnp.float32), (4, jnp.bfloat16)])
+def test_a_block_s_fast_path_is_its_plain_one(bits, dtype, request):
+    decoder = decoder_of(QWEN, dtype)
+    block = QuantizedBlock(cast(Any, decoder.blocks)[1], QWEN.head_dim, bits)
+    x_BTD = jnp.asarray(np.random.default_rng(2).normal(size=(2, 3, 128)) * 3, dtype)
+    plain, exact = run(decoder, block, x_BTD), None
+    if dtype == jnp.bfloat16:
+        graph, state = nnx.split(block)
+        exact = run(decoder, nnx.merge(graph, in_float32(state)), x_BTD.astype(jnp.float32))
+    calls = request.getfixturevalue("calls")
+    fast = run(decoder, block, x_BTD)
+    assert calls == {"fixed_point": 4, "skinny_matmul": 4}
+    for got, want, truth in zip(*map(jax.tree.leaves, (fast, plain, exact or plain)), strict=True):
+        assert got.dtype == want.dtype and got.shape == want.shape
+        assert relative(got, truth) <= max(1e-4, 1.2 * relative(want, truth))
+        assert relative(want, truth) < 0.02
+
+
+def test_a_packed_matrix_s_fast_path(calls):
+    """The head: rows of any axes."""
+    packed, x = Packed(weights(256, 96), 8), jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 256)), jnp.float32)
+    got = packed(x)
+    assert calls == {"fixed_point": 1, "skinny_matmul": 1}
+    weight_ND = np.asarray(restored(packed.values[...], packed.scale[...], 8), np.float64)
+    assert got.shape == (2, 3, 96) and relative(got, np.asarray(x, np.float64) @ weight_ND.T) < 1e-4
+
+
+@pytest.mark.parametrize("config, time, fast", [(QWEN, 4, 4), (QWEN, 5, 0), (LLAMA, 1, 1)])
+def test_what_the_fast_path_is_for(config, time, fast, calls):
+    """Up to 8 rows, and depths of whole groups: of a hidden size of 96, that is the last matrix alone."""
+    decoder = decoder_of(config)
+    block = QuantizedBlock(cast(Any, decoder.blocks)[0], config.head_dim, 8)
+    x_BTD = jax.ShapeDtypeStruct((2, time, config.hidden_size), jnp.float32)
+    out_BTD, _ = jax.eval_shape(partial(run, decoder, block), x_BTD)
+    assert out_BTD.shape == x_BTD.shape and out_BTD.dtype == x_BTD.dtype
+    assert calls["fixed_point"] == calls["skinny_matmul"] == fast

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows as fixed-point numbers and their products with matrices of few bits, interpreted, against numpy in float64."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rapid_jax.model import skinny
+from rapid_jax.model.skinny import GROUP, MOST_ROWS, FixedPoint, Tile, fits
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+fixed_point = partial(skinny.fixed_point, interpret=True)
+skinny_matmul = partial(skinny.skinny_matmul, interpret=True)
+STEPS = 127 * 128  # of a row's largest element
+EPS = 1e-5
+
+
+def rows_of(fixed: FixedPoint) -> np.ndarray:
+    """The float64 [T, D] that fixed-point rows stand for."""
+    halves, scale_T = np.asarray(fixed.halves_PD, np.float64), np.asarray(fixed.scale_T, np.float64)
+    T = len(scale_T)
+    return (128 * halves[:T] + halves[MOST_ROWS : MOST_ROWS + T]) * scale_T[:, None]
+
+
+def check_rows(fixed: FixedPoint, want_TD: np.ndarray, slack: float = 0.01) -> None:
+    """Off by half a step at most and `slack` of one, float32's own rounding."""
+    assert fixed.halves_PD.shape == (2 * MOST_ROWS, want_TD.shape[1]) and fixed.halves_PD.dtype == jnp.int8
+    largest_T1 = np.max(np.abs(want_TD), axis=1, keepdims=True)
+    np.testing.assert_allclose(fixed.scale_T, largest_T1[:, 0] / STEPS, rtol=1e-5)
+    off = np.abs(rows_of(fixed) - want_TD)
+    assert np.all(off <= (0.5 + slack) * largest_T1 / STEPS), np.max(off / np.maximum(largest_T1, 1e-30)) * STEPS
+
+
+def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def normed(x_TD: np.ndarray, norm_D: jax.Array) -> np.ndarray:
+    mean_T1 = np.mean(np.square(x_TD), axis=1, keepdims=True)
+    return x_TD / np.sqrt(mean_T1 + EPS) * np.asarray(norm_D, np.float64)
+
+
+@pytest.mark.parametrize("rows, depth, dtype", [(1, 128, jnp.float32), (3, 384, jnp.bfloat16), (8, 640, jnp.float32)])
+def test_rows_are_off_by_half_a_step_at_most(rows, depth, dtype):
+    x_TD = normal(rows, rows, depth, dtype=dtype) * 10.0 ** jnp.arange(-2, rows - 2).astype(dtype)[:, None]
+    fixed, same_TD = fixed_point(x_TD)
+    check_rows(fixed, np.asarray(x_TD, np.float64))
+    assert same_TD is x_TD
+
+
+def test_rows_of_zeros_and_of_one_huge_element():
+    x_TD = np.asarray(normal(0, 4, 384)).copy()
+    x_TD[1] = 0
+    x_TD[2, 7] = -3e37
+    x_TD[3] = np.linspace(-1, 1, 384)
+    fixed, _ = fixed_point(jnp.asarray(x_TD))
+    check_rows(fixed, x_TD.astype(np.float64))
+    assert np.all(rows_of(fixed)[1] == 0) and np.count_nonzero(rows_of(fixed)[2]) == 1
+    high_D = np.asarray(fixed.halves_PD[3], int)
+    assert high_D.min() == -127 and high_D.max() == 127
+    weight = jnp.ones((32, 384), jnp.int8)
+    out_TN = np.sum(skinny_matmul(fixed, weight, jnp.ones(32), bits=8), axis=0)
+    assert np.all(out_TN[1] == 0)
+    np.testing.assert_allclose(out_TN[2], -3e37, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_norm(dtype):
+    x_TD, norm_D = normal(0, 3, 384, dtype=dtype) * 7, normal(1, 384, dtype=dtype)
+    fixed, same_TD = fixed_point(x_TD, norm_D=norm_D, eps=EPS)
+    check_rows(fixed, normed(np.asarray(x_TD, np.float64), norm_D))
+    assert same_TD is x_TD
+
+
+def test_norm_of_a_small_row_is_bounded_by_eps():
+    x_TD, norm_D = normal(0, 2, 128) * 1e-4, jnp.ones(128)
+    fixed, _ = fixed_point(x_TD, norm_D=norm_D, eps=EPS)
+    check_rows(fixed, normed(np.asarray(x_TD, np.float64), norm_D))
+    assert np.max(np.abs(rows_of(fixed))) < 0.2
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_addends_and_norm(dtype):
+    """x plus its parts is rounded to x's dtype before the norm, and comes back."""
+    x_TD, parts_STD, norm_D = normal(0, 2, 384, dtype=dtype), normal(1, 3, 2, 384), normal(2, 384, dtype=dtype)
+    fixed, sum_TD = fixed_point(x_TD, parts_STD=parts_STD, norm_D=norm_D, eps=EPS)
+    want_TD = np.asarray(x_TD, np.float64) + np.sum(np.asarray(parts_STD, np.float64), axis=0)
+    assert sum_TD.dtype == dtype
+    step = 2.0**-8 if dtype == jnp.bfloat16 else 1e-6
+    np.testing.assert_allclose(np.asarray(sum_TD, np.float64), want_TD, rtol=step, atol=1e-6)
+    check_rows(fixed, normed(np.asarray(sum_TD, np.float64), norm_D))
+
+
+def fixed_rows(rows: int, depth: int, seed: int = 0) -> FixedPoint:
+    """Any halves, junk where no row is, and scales."""
+    rng = np.random.default_rng(seed)
+    halves_PD = rng.integers(-128, 128, (2 * MOST_ROWS, depth))
+    for first in (0, MOST_ROWS):
+        halves_PD[first + rows : first + MOST_ROWS] = 127
+    return FixedPoint(jnp.asarray(halves_PD, jnp.int8), jnp.asarray(rng.uniform(0.1, 10, rows), jnp.float32))
+
+
+def matrix(bits: int, depth: int, width: int, seed: int = 1) -> tuple[jax.Array, jax.Array, np.ndarray]:
+    """(values, scales, the float64 [N, D] that they stand for), every step there is among them."""
+    rng = np.random.default_rng(seed)
+    most = 2 ** (bits - 1)
+    steps_ND = rng.integers(-most, most, (width, depth))
+    if bits == 8:
+        scale = rng.uniform(0.5, 2, width)
+        scale_N = jnp.asarray(scale, jnp.float32)
+        return jnp.asarray(steps_ND, jnp.int8), scale_N, steps_ND * np.asarray(scale_N, np.float64)[:, None]
+    scale_GN = jnp.asarray(rng.uniform(-2, 2, (depth // GROUP, width)), jnp.float32)
+    values = np.zeros((width, depth // 2), np.uint8)
+    for at in range(
+        depth
+    ):  # weight `at` of a column is in byte `place` of its group, in the low half of it or the high
+        group, place = divmod(at, GROUP)
+        half, place = divmod(place, GROUP // 2)
+        values[:, group * GROUP // 2 + place] |= ((steps_ND[:, at] & 15) << 4 * half).astype(np.uint8)
+    scales_ND = np.repeat(np.asarray(scale_GN, np.float64), GROUP, axis=0).T
+    return jnp.asarray(values.view(np.int8)), scale_GN, steps_ND * scales_ND
+
+
+def check_product(got_STN: jax.Array, x: FixedPoint, weight_ND: np.ndarray) -> None:
+    """Sums of integers are exact: what is off is the float32 of one product and of the sums over groups and shares."""
+    assert got_STN.dtype == jnp.float32
+    x_TD = rows_of(x)
+    got_TN, want_TN = np.sum(np.asarray(got_STN, np.float64), axis=0), x_TD @ weight_ND.T
+    size_TN = np.abs(x_TD) @ np.abs(weight_ND).T
+    assert np.all(np.abs(got_TN - want_TN) <= 3e-7 * size_TN), np.max(np.abs(got_TN - want_TN) / size_TN)
+
+
+@pytest.mark.parametrize("rows, bits", [*((rows, 8) for rows in range(1, MOST_ROWS + 1)), (1, 4), (5, 4), (8, 4)])
+def test_a_product_of_so_many_rows(rows, bits):
+    x, (values, scale, weight_ND) = fixed_rows(rows, 384), matrix(bits, 384, 96)
+    check_product(skinny_matmul(x, values, scale, bits=bits), x, weight_ND)
+
+
+TILES = {  # tile -> shares of the depth, of 640 x 160
+    Tile(256, 64, 4, 4, 1): 1,  # as wide and deep as divides both: 128 x 32
+    Tile(256, 64, 4, 4, 11): 5,  # 5 programs are too few, and 5 is the next share that divides 5 tiles
+    Tile(640, 160, 4, 4, 256): 1,  # one tile
+    Tile(128, 32, 4, 1, 10**6): 5,
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tile", TILES)
+def test_how_it_is_cut_changes_nothing(tile, bits):
+    x, (values, scale, weight_ND) = fixed_rows(3, 640), matrix(bits, 640, 160)
+    got_STN = skinny_matmul(x, values, scale, bits=bits, tile=tile)
+    assert got_STN.shape == (TILES[tile], 3, 160)
+    check_product(got_STN, x, weight_ND)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_shares_of_several_tiles(bits):
+    x, (values, scale, weight_ND) = fixed_rows(2, 768), matrix(bits, 768, 64)
+    got_STN = skinny_matmul(x, values, scale, bits=bits, tile=Tile(256 if bits == 4 else 128, 64, 4, 2, 3))
+    assert got_STN.shape == (3, 2, 64)
+    check_product(got_STN, x, weight_ND)
+
+
+def test_sums_of_8_bits_are_exact_integers():
+    """Sums beyond 2^24, where float32 has no odd numbers; they cancel but for one."""
+    depth = 2048
+    halves_PD = np.zeros((2 * MOST_ROWS, depth))
+    halves_PD[MOST_ROWS] = 127
+    values = np.full((32, depth), 127)
+    values[:, depth // 2 :] = -127
+    values[:, -1] = -126
+    x = FixedPoint(jnp.asarray(halves_PD, jnp.int8), jnp.ones(1))
+    tile = Tile(256, 32, 4, 2, 1)
+    np.testing.assert_array_equal(
+        skinny_matmul(x, jnp.asarray(values, jnp.int8), jnp.ones(32), bits=8, tile=tile), np.full((1, 1, 32), 127)
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_times_a_matrix(bits):
+    """The two together, off by what the rows are."""
+    x_TD = normal(0, 4, 384)
+    values, scale, weight_ND = matrix(bits, 384, 96)
+    fixed, _ = fixed_point(x_TD)
+    got_TN = np.sum(skinny_matmul(fixed, values, scale, bits=bits), axis=0)
+    off = np.abs(got_TN - np.asarray(x_TD, np.float64) @ weight_ND.T)
+    step_T1 = np.asarray(fixed.scale_T, np.float64)[:, None]
+    assert np.all(off <= 0.6 * step_T1 * np.sum(np.abs(weight_ND), axis=1)), "beyond half a step of every element"
+    assert np.sqrt(np.mean(off**2)) <= 1e-4 * np.sqrt(np.mean(np.square(got_TN)))
+
+
+def gate_and_up(bits: int, rows: int, depth: int, width: int) -> tuple[tuple, np.ndarray, np.ndarray]:
+    """(arguments of the product, its two halves in float64, of a size where silu bends)."""
+    x, (values, scale, weight_ND) = fixed_rows(rows, depth), matrix(bits, depth, width)
+    out_TN = rows_of(x) @ weight_ND.T
+    shrink = np.float32(2 / np.std(out_TN))
+    return (x, values, scale * shrink), *np.split(out_TN * float(shrink), 2, axis=1)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("tile", [None, Tile(128, 32, 4, 1, 10**6)])
+def test_gated(bits, tile):
+    """silu of the first half of the columns, times the second."""
+    args, gate, up = gate_and_up(bits, 3, 384, 160)
+    got_TF = skinny_matmul(*args, bits=bits, gated=jnp.dtype(jnp.float32), tile=tile)
+    assert got_TF.shape == (3, 80) and got_TF.dtype == jnp.float32
+    np.testing.assert_allclose(got_TF, gate / (1 + np.exp(-gate)) * up, rtol=0, atol=2e-5)
+
+
+def test_gated_bfloat16():
+    """Gate and up are rounded before they are multiplied, as plain matrix products of that dtype are."""
+    args, *halves = gate_and_up(8, 8, 256, 128)
+    got_TF = skinny_matmul(*args, bits=8, gated=jnp.dtype(jnp.bfloat16))
+    gate, up = (jnp.asarray(y, jnp.bfloat16).astype(jnp.float32) for y in halves)
+    want_TF = (gate * jax.nn.sigmoid(gate) * up).astype(jnp.bfloat16)
+    assert got_TF.dtype == jnp.bfloat16
+    np.testing.assert_allclose(got_TF.astype(jnp.float32), want_TF.astype(jnp.float32), rtol=0.02)
+    assert np.mean(np.asarray(got_TF == want_TF)) > 0.95
+
+
+def test_what_the_kernels_take():
+    assert fits(1, 128, 32) and fits(8, 640, 160)
+    assert not fits(MOST_ROWS + 1, 128, 32)
+    assert not fits(1, 192, 32) and not fits(1, 64, 32)
+    assert not fits(1, 128, 48) and not fits(1, 128, 16)

@@ -19,12 +19,12 @@ from jax.sharding import Sharding
 class KV:
     """Rotated keys and values of one layer, or of all with a leading layer axis.
 
-    As int8 they count in steps, float32, of each slot's own size (`attention/rounded.py`).
+    Rounded to int8 (`attention/rounded.py`) they count in steps of each slot's own size, and values lie by dimension.
     """
 
     k_BKSH: jax.Array
-    v_BKSH: jax.Array
-    k_scale_BKS: jax.Array | None = None
+    v_BKSH: jax.Array  # rounded: [B, K, H, S]
+    k_scale_BKS: jax.Array | None = None  # float32, rounded ones alone
     v_scale_BKS: jax.Array | None = None
 
 

@@ -31,8 +31,10 @@ class Shape:
     programs: int  # of all kv heads and rows together: as many as run at once
 
 
-def shape_of(rows: int) -> Shape:
-    """For so many rows of a kv head."""
+def shape_of(rows: int, rounded: bool) -> Shape:
+    """For so many rows of a kv head, a power of two, over a prefix that is rounded or not."""
+    if rounded and rows <= 16:
+        return Shape(128, 4, 2, 396)
     return Shape(64, 4, 3, 264) if rows <= 64 else Shape(64, 8, 2, 132)
 
 
@@ -115,7 +117,7 @@ def _shares(
     """The fields of the shares' `Partial`s, all float32: [B, K, shares, R, H], [B, K, shares, R] and the same again."""
     B, K, R, H = rows.q_BKRH.shape
     padded = max(16, pl.next_power_of_2(R))  # a matrix unit takes 16 rows
-    shape = shape or shape_of(padded)
+    shape = shape or shape_of(padded, rounded=sides[0].k_scale_BKS is not None)
     shares = max(1, shape.programs // (B * K) - (len(sides) - 1))
     blocks = jnp.stack(
         [-(-jnp.minimum(n, side.pos_BS.shape[1]) // shape.block) for n, side in zip(used, sides, strict=True)]
@@ -135,6 +137,7 @@ def _shares(
         shares=shares,
         slots=tuple(side.pos_BS.shape[1] for side in sides),
         scaled=tuple(side.k_scale_BKS is not None for side in sides),
+        packed=not interpret,
     )
     flat = pl.BlockSpec((None, None, None, padded), lambda j, k, b: (b, k, j, 0))
     return pl.pallas_call(
@@ -157,7 +160,7 @@ def _spec(x: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *x.shape[2:]), lambda j, k, b: (b, k, *zeros))
 
 
-def _kernel(q_ref, row_pos_ref, blocks_ref, *refs, rows, scale, block, shares, slots, scaled):
+def _kernel(q_ref, row_pos_ref, blocks_ref, *refs, rows, scale, block, shares, slots, scaled, packed):
     *refs, out_ref, max_ref, sum_ref = refs
     share = pl.program_id(0)
     R, H = q_ref.shape
@@ -175,7 +178,8 @@ def _kernel(q_ref, row_pos_ref, blocks_ref, *refs, rows, scale, block, shares, s
             first, last = jnp.int32(0), jnp.where(share == shares, blocks, 0)
         elif len(slots) > 1:
             last = jnp.where(share == shares, first, last)
-        attend = partial(_attend, q_RH, row_pos_R, side, size=size, scale=scale, block=block)
+        query_RH = q_RH.astype(jnp.float16) if scaled[index] else q_RH
+        attend = partial(_attend, query_RH, row_pos_R, side, size=size, scale=scale, block=block, packed=packed)
         carry = lax.fori_loop(first, last, attend, carry)
     out_RH, max_R, sum_R = carry
     triton.store(out_ref.at[:, :], out_RH, mask=real_RH)
@@ -183,7 +187,7 @@ def _kernel(q_ref, row_pos_ref, blocks_ref, *refs, rows, scale, block, shares, s
     triton.store(max_ref.at[:], jnp.where(sum_R > 0, max_R, -jnp.inf), mask=real_R)
 
 
-def _attend(q_RH, row_pos_R, side, index, carry, *, size, scale, block):
+def _attend(q_RH, row_pos_R, side, index, carry, *, size, scale, block, packed):
     """`carry` with one block of slots added."""
     k_ref, v_ref, *scales, pos_ref = side
     out_RH, max_R, sum_R = carry
@@ -192,27 +196,50 @@ def _attend(q_RH, row_pos_R, side, index, carry, *, size, scale, block):
     wide = None if inside is None else inside[:, None]
 
     pos_S = _load(pos_ref.at[here], inside, -1)
-    k_SH = _load(k_ref.at[here, :], wide, 0).astype(q_RH.dtype)
-    score_RS = _product(q_RH, k_SH, 1) * scale
+    k_SH = _load(k_ref.at[here, :], wide, 0)
     if scales:
+        score_RS = _product(q_RH, _float16(k_SH, packed), 1) * scale
         score_RS *= _load(scales[0].at[here], inside, 0)[None, :]
+    else:
+        score_RS = _product(q_RH, k_SH.astype(q_RH.dtype), 1) * scale
     seen_RS = (pos_S[None, :] >= 0) & (pos_S[None, :] <= row_pos_R[:, None])
     new_R = jnp.maximum(max_R, jnp.max(jnp.where(seen_RS, score_RS, LOW), axis=1))
     weight_RS = jnp.where(seen_RS, jnp.exp(score_RS - new_R[:, None]), 0.0)
     keep_R = jnp.exp(max_R - new_R)
     sum_R = sum_R * keep_R + jnp.sum(weight_RS, axis=1)
     if scales:
-        weight_RS *= _load(scales[1].at[here], inside, 0)[None, :]
-    v_SH = _load(v_ref.at[here, :], wide, 0).astype(q_RH.dtype)
-    added_RH = _product(weight_RS.astype(q_RH.dtype), v_SH, 0)
+        weight_RS *= _load(scales[1].at[here], inside, 0)[None, :] * 127  # of the size of the values
+        v_HS = _float16(_load(v_ref.at[:, here], None if inside is None else inside[None, :], 0), packed)
+        added_RH = _product(weight_RS.astype(jnp.float16), v_HS, 1) * (1 / 127)
+    else:
+        added_RH = _product(weight_RS.astype(q_RH.dtype), _load(v_ref.at[here, :], wide, 0).astype(q_RH.dtype), 0)
     return out_RH * keep_R[:, None] + added_RH, new_R, sum_R
+
+
+def _float16(x: jax.Array, packed: bool) -> jax.Array:
+    """int8 as float16, which has all its numbers; `packed`: four by five instructions, which Pallas cannot interpret.
+
+    With its sign bit turned a byte b is b + 128, and 0x6400 + n is the float16 of 1024 + n.
+    """
+    if not packed:
+        return x.astype(jnp.float16)
+    code = """{
+    .reg .b32 t, c;
+    xor.b32 t, $2, 0x80808080;
+    mov.b32 c, 0x64806480;
+    prmt.b32 $0, t, 0x64646464, 0x4140;
+    prmt.b32 $1, t, 0x64646464, 0x4342;
+    sub.f16x2 $0, $0, c;
+    sub.f16x2 $1, $1, c;
+    }"""
+    shape = [jax.ShapeDtypeStruct(x.shape, jnp.float16)]
+    return triton.elementwise_inline_asm(code, args=[x], constraints="=&r,=&r,r", pack=4, result_shape_dtypes=shape)[0]
 
 
 def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
     """a over its last axis with b over `axis`, in float32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    dims = (((1,), (axis,)), ((), ()))
-    return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 def _load(ref, mask, other):

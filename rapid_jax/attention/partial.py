@@ -47,10 +47,10 @@ class Slots:
     """Keys and values with what decides who sees them."""
 
     k_BKSH: jax.Array
-    v_BKSH: jax.Array
+    v_BKSH: jax.Array  # rounded: [B, K, H, S]
     pos_BS: jax.Array  # int32, -1 = empty
     branch_BS: jax.Array | None = None  # int32
-    k_scale_BKS: jax.Array | None = None  # float32, of keys and values that are stored in 8 bits: what multiplies them
+    k_scale_BKS: jax.Array | None = None  # float32, of rounded keys and values alone: what multiplies each slot's
     v_scale_BKS: jax.Array | None = None
 
 
@@ -95,7 +95,7 @@ def attend_block(rows: Rows, slots: Slots, *, scale: float, masked: bool = True)
     precision = lax.Precision.HIGHEST if dtype == jnp.float32 else None
     k_BKSH, v_BKSH = slots.k_BKSH, slots.v_BKSH
     if slots.k_scale_BKS is not None:
-        k_BKSH, v_BKSH = k_BKSH.astype(dtype), v_BKSH.astype(dtype)
+        k_BKSH, v_BKSH = k_BKSH.astype(dtype), v_BKSH.swapaxes(2, 3).astype(dtype)
     score = jnp.einsum("BKRH,BKSH->BKRS", rows.q_BKRH, k_BKSH, precision=precision, preferred_element_type=jnp.float32)
     if slots.k_scale_BKS is not None:
         score *= slots.k_scale_BKS[:, :, None]
@@ -137,7 +137,10 @@ def block_of(slots: Slots, start: jax.Array | int, size: int) -> Slots:
     def of(x: jax.Array) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, start, size, axis=min(2, x.ndim - 1))
 
-    return jax.tree.map(of, slots)
+    if slots.v_scale_BKS is None:
+        return jax.tree.map(of, slots)
+    values = lax.dynamic_slice_in_dim(slots.v_BKSH, start, size, axis=3)
+    return replace(jax.tree.map(of, replace(slots, v_BKSH=slots.pos_BS)), v_BKSH=values)
 
 
 def seen_by_some(rows: Rows, slots: Slots) -> jax.Array:

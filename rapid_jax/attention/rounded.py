@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prefix in 8 bits: half the bytes to read for every token.
 
-Every key and every value of a slot is rounded to 127 steps of its own largest element. Scores and sums stay float32.
+The key of a slot is rounded to 127 steps of its own largest element, and so is the value. Values are turned, [B, K, H,
+S]: a matrix unit sums over slots, and takes 8 bits only where what it sums over lies side by side. Scores and sums stay
+float32.
 """
 
 from dataclasses import replace
@@ -34,4 +36,4 @@ def _rounded(kv: KV) -> KV:
         return jnp.round(x / jnp.where(scale_BKS == 0, 1.0, scale_BKS)[..., None]).astype(jnp.int8), scale_BKS
 
     (k_BKSH, k_scale), (v_BKSH, v_scale) = one(kv.k_BKSH), one(kv.v_BKSH)
-    return KV(k_BKSH, v_BKSH, k_scale, v_scale)
+    return KV(k_BKSH, v_BKSH.swapaxes(-1, -2), k_scale, v_scale)

@@ -147,7 +147,7 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
             "": (far_used, near_used),
             "far_pos_BS": prefix.pos_BS,
             "far_k_BKSH": far.k_BKSH,
-            "far_v_BKSH": far.v_BKSH,
+            "far_v_BKSH" if far.v_scale_BKS is None else "far_v_BKHS": far.v_BKSH,
         }
         if far.k_scale_BKS is not None:
             given |= {"far_k_scale_BKS": far.k_scale_BKS, "far_v_scale_BKS": far.v_scale_BKS}

@@ -47,7 +47,7 @@ class Measured:
     rounds: int
     draft_steps: int
     compile_seconds: float
-    floor_ms: float | None  # of a plain token: weights and cache read once, at the measured copy rate
+    floor_ms: float | None  # of a plain token: weights and cache read once, at the memory's rate
     same: str  # as plain decoding at temperature 0: "yes", "until a tie", or what differs
     ratio: float | None  # tokens/s over the baseline's; None without one, and where the tokens differ
 

@@ -98,7 +98,7 @@ def run(options: argparse.Namespace) -> int:
     say(f"{platform.device_kind}, jax {jax.__version__}; {options.shape or sizes.shape}, {config.num_layers} layers")
     rows = _Rows(options.json)
     good = True
-    rate = _copy(rows, platform.platform)
+    rate = _memory(rows, platform.platform)
     if "attention" in parts:
         _attention(rows, config, options, contexts, rate)
     if "decoding" in parts:
@@ -133,12 +133,12 @@ class _Rows:
                 file.write(json.dumps(row) + "\n")
 
 
-def _copy(rows: _Rows, platform: str) -> float:
-    from rapid_jax.bench.parts import copy_rate
+def _memory(rows: _Rows, platform: str) -> float:
+    from rapid_jax.bench.parts import memory_rate
 
-    rate = copy_rate(1 << (26 if platform == "cpu" else 32))
-    rows.add("copy", {"bytes_per_second": rate})
-    print(f"copy on the device: {rate / 1e12:.3g} TB/s, read and written\n")
+    rate = memory_rate(1 << (26 if platform == "cpu" else 32))
+    rows.add("memory", {"bytes_per_second": rate})
+    print(f"memory of the device: {rate / 1e12:.3g} TB/s\n")
     return rate
 
 
@@ -146,7 +146,7 @@ def _attention(rows: _Rows, config: ModelConfig, options: argparse.Namespace, co
     from rapid_jax.bench.parts import attention
 
     print("attention of a layer")
-    print(f"{'context':>8} {'tokens':>6} {'us':>8} {'TB/s':>6} {'of copy':>7} {'xla us':>8}  error")
+    print(f"{'context':>8} {'tokens':>6} {'us':>8} {'TB/s':>6} {'share':>7} {'xla us':>8}  error")
     for context in contexts:
         for tokens in (1, 8, 16):
             row = attention(config, _dtype(options), context, tokens, rate)
@@ -175,7 +175,7 @@ def _decoding(rows: _Rows, config: ModelConfig, options, sizes: Sizes, rate: flo
     from rapid_jax.bench.decoding import Decoding
 
     tokens, short = options.tokens or sizes.tokens, options.short or sizes.short
-    bench = Decoding(config, _dtype(options), short, tokens, copy_rate=rate, tell=say)
+    bench = Decoding(config, _dtype(options), short, tokens, memory_rate=rate, tell=say)
     good, lines = True, 0
     for context in options.contexts or sizes.contexts:
         for batch in options.batch:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of decoding by themselves: the device's copy, attention of a few rows, prefill."""
+"""The parts of decoding by themselves: the device's memory, attention of a few rows, prefill."""
 
 import time
 from collections.abc import Callable
@@ -33,18 +33,11 @@ def best_seconds(call: Callable[[], Any], repeats: int = 3) -> float:
     return min(seconds)
 
 
-def copy_rate(size: int) -> float:
-    """Bytes a second, read and written, of copying `size` bytes on the device: the better of two ways."""
+def memory_rate(size: int) -> float:
+    """Bytes a second that the device's memory gives at best: of a copy of `size` bytes, read and written, or a sum."""
     rows = jnp.arange(size // 4, dtype=jnp.int32)
-
-    @jax.jit
-    def negated(x):
-        return lax.fori_loop(0, 8, lambda _, x: ~x, x)
-
-    copied = jax.jit(jnp.copy)
-    return max(
-        16 * rows.nbytes / best_seconds(lambda: negated(rows)), 2 * rows.nbytes / best_seconds(lambda: copied(rows))
-    )
+    copied, summed = jax.jit(jnp.copy), jax.jit(jnp.sum)
+    return max(2 * size / best_seconds(lambda: copied(rows)), size / best_seconds(lambda: summed(rows)))
 
 
 @dataclass(frozen=True)
@@ -56,7 +49,7 @@ class Attention:
     kernel_us: float
     xla_us: float | None  # plain XLA in one block, the reference
     rate: float  # bytes of keys and values a second, by the kernel
-    share: float  # of the copy rate
+    share: float  # of what the memory gives
     error: float  # of the kernel, relative to the reference
 
     def to_json(self) -> dict[str, Any]:
@@ -64,7 +57,7 @@ class Attention:
         return asdict(self)
 
 
-def attention(config: ModelConfig, dtype: jnp.dtype, context: int, tokens: int, copied: float) -> Attention:
+def attention(config: ModelConfig, dtype: jnp.dtype, context: int, tokens: int, memory: float) -> Attention:
     """Times what a decoder of this shape does in every layer, as this platform does it, beside plain XLA."""
     K, H, group = config.num_kv_heads, config.head_dim, config.num_heads // config.num_kv_heads
     size = 2 * K * context * H * dtype.itemsize
@@ -103,7 +96,7 @@ def attention(config: ModelConfig, dtype: jnp.dtype, context: int, tokens: int, 
         for f in (ours, plain)
     )
     error = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
-    return Attention(context, tokens, 1e6 * kernel, 1e6 * xla, size / kernel, size / kernel / copied, error)
+    return Attention(context, tokens, 1e6 * kernel, 1e6 * xla, size / kernel, size / kernel / memory, error)
 
 
 def prefill_seconds(decoder: Decoder, tokens: int, chunk: int, *, seed: int = 0) -> float:

@@ -6,6 +6,7 @@ distribution q, so verification by the target stays exact. 8 bits: one scale a c
 4 bits: one scale for every `GROUP` weights of a column, the largest weight is -8 steps.
 """
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, TypeAlias, cast
 
@@ -79,6 +80,20 @@ class Packed(nnx.Module):
         return jnp.einsum("...D,ND->...N", x, weight_ND, precision=precision, preferred_element_type=jnp.float32)
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pending:
+    """What a layer gives the next as fixed-point arithmetic leaves it: x and the addends of its last product."""
+
+    x_BTD: jax.Array
+    parts_STD: jax.Array  # float32
+
+    def summed(self) -> jax.Array:
+        """[B, T, D] in x's dtype."""
+        total_TD = jnp.sum(self.parts_STD, axis=0).reshape(self.x_BTD.shape)
+        return (self.x_BTD + total_TD).astype(self.x_BTD.dtype)
+
+
 class QuantizedBlock(Block):
     """One layer of the copy; matrices that read the same input are one."""
 
@@ -93,22 +108,22 @@ class QuantizedBlock(Block):
         self.gate_up = Packed(_joined([block.gate_DF[...], block.up_DF[...]]), bits)
         self.down = Packed(block.down_FD[...], bits)
 
-    def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):
+    def __call__(self, x: jax.Array | Pending, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):  # type: ignore[override]
         """As of any block. A few rows on a GPU stay fixed-point numbers from norm to product: fewer, larger kernels."""
+        x_BTD, parts = (x.x_BTD, x.parts_STD) if isinstance(x, Pending) else (x, None)
         B, T, D = x_BTD.shape
         packed = (self.qkv, self.o, self.gate_up, self.down)
         if jax.default_backend() != "gpu" or not all(matrix.fits(B * T) for matrix in packed):
             return super().__call__(x_BTD, cos, sin, attend, layer)
         x_TD = x_BTD.reshape(B * T, D)
-        fixed, _ = fixed_point(x_TD, norm_D=self.attention_norm_D[...], eps=self.norm_eps)
+        fixed, x_TD = fixed_point(x_TD, parts_STD=parts, norm_D=self.attention_norm_D[...], eps=self.norm_eps)
         q_BTNH, k_BTKH, v_BTKH = self.heads(jnp.sum(self.qkv.times(fixed), axis=0).reshape(B, T, -1), x_TD.dtype)
         attended_BTNH, kept = attend(rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin), v_BTKH, layer)
         fixed, _ = fixed_point(attended_BTNH.reshape(B * T, -1))
         parts, norm_D = self.o.times(fixed), self.mlp_norm_D[...]
         fixed, x_TD = fixed_point(x_TD, parts_STD=parts, norm_D=norm_D, eps=self.norm_eps)
         fixed, _ = fixed_point(self.gate_up.gated(fixed, x_TD.dtype))
-        x_TD = (x_TD + jnp.sum(self.down.times(fixed), axis=0)).astype(x_TD.dtype)
-        return x_TD.reshape(B, T, D), kept
+        return Pending(x_TD.reshape(B, T, D), self.down.times(fixed)), kept
 
     def heads(self, out: jax.Array, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(q_BTNH, k_BTKH, v_BTKH), not rotated, of what the joined matrix gave."""
@@ -142,6 +157,10 @@ class QuantizedDecoder(Decoder):
         self.blocks = nnx.List([QuantizedBlock(block, decoder.config.head_dim, bits) for block in blocks])
         weight, axes = decoder.head
         self.packed_head = Packed(weight if axes == "DV" else weight.T, bits)
+
+    def final_norm(self, x_BTD: jax.Array | Pending) -> jax.Array:
+        """The last layer's output, normalised: what `logits` takes."""
+        return super().final_norm(x_BTD.summed() if isinstance(x_BTD, Pending) else x_BTD)
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]."""

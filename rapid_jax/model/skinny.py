@@ -42,9 +42,11 @@ class Tile:
     programs: int  # at the least, where there is depth enough to share out
 
 
-def tile_of(bits: int) -> Tile:
+def tile_of(bits: int, depth: int, gated: bool) -> Tile:
     """For weights of so many bits."""
-    return Tile(256, 64, 4, 4, 256) if bits == 4 else Tile(256, 64, 4, 3, 256)
+    if bits == 8:
+        return Tile(256, 64, 4, 3, 256)
+    return Tile(512, 64, 4, 3, 256) if gated else Tile(256, 64, 4, 4, 500 if depth > 8192 else 256)
 
 
 def fits(rows: int, depth: int, width: int) -> bool:
@@ -139,7 +141,7 @@ def skinny_matmul(
     complement; `scale` is float32 [D / GROUP, N].
     """
     T, (N, stored), D = x.scale_T.shape[0], weight.shape, x.halves_PD.shape[1]
-    tile = tile or tile_of(bits)
+    tile = tile or tile_of(bits, D, gated is not None)
     ins, columns = (1, N) if gated is None else (2, N // 2)
     wide, deep = math.gcd(tile.wide // ins, columns), math.gcd(tile.deep, D)
     tiles = D // deep

@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SMALL = Shape(block=32, warps=4, stages=2, programs=9)
 BLOCK = 48  # of the plain path
+FLOAT16 = 3 * 2**-11  # the weights of a rounded prefix are off by half a step of this; values here are below 3
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,7 @@ class Made:
     used: tuple[jax.Array, ...]
 
 
-# Positions ascend over the sides, a row's own among the last `time` of them: the last tokens see more than the first.
-# Cases of one shape share a compiled program.
+# Positions ascend over the sides, a row's own among the last `time` of them. Cases of one shape are one program.
 ROW = Case((Side(100, 100), Side(8, 3)))
 CASES = {
     "one row": ROW,
@@ -98,32 +98,35 @@ def positions_of(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
     return slots, pos_BR.astype(np.int32)
 
 
-def made(case: Case, dtype=jnp.float32, seed: int = 0) -> Made:
-    rng = np.random.default_rng(seed)
+def made(case: Case, dtype=jnp.float32) -> Made:
+    rng = np.random.default_rng(0)
     B, K, R, H = case.batch, case.kv_heads, case.group * case.time, case.head_dim
     pos, pos_BR = positions_of(case)
     sides = []
     for side, pos_BS in zip(case.sides, pos, strict=True):
         shape = (B, K, side.slots, H)
         if side.int8:
-            kv = [jnp.asarray(rng.integers(-127, 128, shape), jnp.int8) for _ in range(2)]
+            k, v = (jnp.asarray(rng.integers(-127, 128, shape), jnp.int8) for _ in range(2))
             scales = [jnp.asarray(rng.uniform(0.2, 3, shape[:3]) / 127, jnp.float32) for _ in range(2)]
-            sides.append(Slots(*kv, jnp.asarray(pos_BS), None, *scales))
+            sides.append(Slots(k, v.swapaxes(2, 3), jnp.asarray(pos_BS), None, *scales))
         else:
             kv = [jnp.asarray(size * rng.normal(size=shape), dtype) for size in (1.5, 1)]
             sides.append(Slots(*kv, jnp.asarray(pos_BS)))
-    rows = Rows(jnp.asarray(2 * rng.normal(size=(B, K, R, H)), dtype), jnp.asarray(pos_BR), group=case.group)
+    q_BKRH = jnp.asarray(2 * rng.normal(size=(B, K, R, H)), jnp.bfloat16)  # float32 and float16 have it too
+    rows = Rows(q_BKRH.astype(dtype), jnp.asarray(pos_BR), group=case.group)
     return Made(rows, tuple(sides), tuple(jnp.int32(side.used) for side in case.sides))
 
 
 def truth(given: Made) -> np.ndarray:
     """float64 [B, K, R, H]: dense attention over the numbers that the slots stand for."""
 
-    def numbers(x, scale):
-        return np.asarray(x, np.float64) * (1.0 if scale is None else np.asarray(scale, np.float64)[..., None])
+    def numbers(side: Slots) -> tuple[np.ndarray, np.ndarray]:
+        k, v = (np.asarray(x, np.float64) for x in (side.k_BKSH, side.v_BKSH))
+        if side.k_scale_BKS is None:
+            return k, v
+        return k * np.asarray(side.k_scale_BKS)[..., None], v.swapaxes(2, 3) * np.asarray(side.v_scale_BKS)[..., None]
 
-    k_BKSH = np.concatenate([numbers(side.k_BKSH, side.k_scale_BKS) for side in given.sides], axis=2)
-    v_BKSH = np.concatenate([numbers(side.v_BKSH, side.v_scale_BKS) for side in given.sides], axis=2)
+    k_BKSH, v_BKSH = (np.concatenate(x, axis=2) for x in zip(*map(numbers, given.sides), strict=True))
     seen = visible(given.rows.pos_BR, np.concatenate([side.pos_BS for side in given.sides], axis=1))
     q_BKRH = np.asarray(given.rows.q_BKRH, np.float64)
     return dense_attention(*(x.swapaxes(1, 2) for x in (q_BKRH, k_BKSH, v_BKSH)), seen).swapaxes(1, 2)
@@ -144,7 +147,7 @@ def kernel(rows, sides, used, *, scale: float, shape: Shape | None = SMALL, fini
 def test_it_is_dense_attention(name):
     case, given = CASES[name], made(CASES[name])
     got = np.asarray(kernel(given.rows, given.sides, given.used, scale=case.scale))
-    np.testing.assert_allclose(got, truth(given), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(got, truth(given), atol=FLOAT16 if case.sides[0].int8 else 1e-5, rtol=0)
     some_BR = np.asarray(given.rows.pos_BR >= 0) & any(side.used for side in case.sides)
     np.testing.assert_array_equal(np.any(got, axis=(1, 3)), some_BR)
 
@@ -164,7 +167,7 @@ def test_unfinished_it_is_the_algebra_s_partial(name):
 @pytest.mark.parametrize("shape", [Shape(16, 2, 1, 1), Shape(256, 4, 2, 6)])
 def test_how_it_is_cut_changes_nothing(shape):
     """Also with fewer programs than kv heads, and with blocks larger than the prefix."""
-    case, given = CASES["8 bits"], made(CASES["8 bits"])
+    case, given = CASES["21 rows of 7"], made(CASES["21 rows of 7"])
     want = kernel(given.rows, given.sides, given.used, scale=case.scale)
     got = kernel(given.rows, given.sides, given.used, scale=case.scale, shape=shape)
     np.testing.assert_allclose(got, want, atol=2e-6, rtol=0)
@@ -200,9 +203,11 @@ def both_ways(given: Made, scale: float, interpret: bool) -> tuple[jax.Array, ja
 
 def test_by_kernel_is_by_blocks():
     """Cut as on a GPU."""
-    got, want = both_ways(made(CASES["8 bits"]), CASES["8 bits"].scale, True)
-    np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
-    assert np.any(got != want), "expected sums in another order"
+    given = made(CASES["8 bits"])
+    got, want = both_ways(given, CASES["8 bits"].scale, True)
+    np.testing.assert_allclose(want, truth(given), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(got, want, atol=FLOAT16, rtol=0)
+    assert np.any(got != want), "expected float16"
 
 
 def test_bfloat16_is_no_worse_than_plain():
@@ -225,8 +230,7 @@ def test_what_the_kernel_takes():
     given = made(ROW)
     far = given.sides[0]
     for head_dim, taken in ((8, False), (16, True), (24, False), (96, False), (128, True), (256, True)):
-        rows = replace(given.rows, q_BKRH=jnp.zeros((1, 2, 1, head_dim)))
-        assert fits(rows, far) == taken, head_dim
+        assert fits(replace(given.rows, q_BKRH=jnp.zeros((1, 2, 1, head_dim))), far) == taken, head_dim
     for count in (1, MOST_ROWS, MOST_ROWS + 1):
         rows = Rows(jnp.zeros((1, 2, count, 16)), jnp.zeros((1, count), jnp.int32))
         assert fits(rows, far) == (count <= MOST_ROWS), count
@@ -234,6 +238,8 @@ def test_what_the_kernel_takes():
     assert not fits(both.rows, both.sides[0])
     assert fits(given.rows, both.sides[0]) and fits(both.rows, far)  # a tag of one alone says nothing
     assert not fits(replace(given.rows, reach_BR=given.rows.pos_BR), far)
+    with pytest.raises(ValueError, match="interpret"):  # of what fits, the kernel itself is asked for
+        by_kernel(given.rows, given.sides, given.used, ROW.scale, None, block=BLOCK)
 
 
 @pytest.mark.parametrize("why", ["tags", "head size"])
@@ -247,12 +253,6 @@ def test_what_it_does_not_take_is_by_blocks(why):
     assert far > 0.1 if why == "tags" else far < 1e-5
 
 
-def test_by_kernel_runs_the_kernel_where_it_fits():
-    given = made(ROW)
-    with pytest.raises(ValueError, match="interpret"):
-        by_kernel(given.rows, given.sides, given.used, 0.25, None, block=BLOCK)
-
-
 def test_which_platform_decodes_how():
     chosen = {(name, where): decode_of(name, where, 7) for name in ("auto", "xla") for where in ("gpu", "cpu", "tpu")}
     assert {key for key, decode in chosen.items() if decode.func is by_kernel} == {("auto", "gpu")}
@@ -261,9 +261,10 @@ def test_which_platform_decodes_how():
 
 def test_a_prefix_split_over_devices():
     """In 8 bits; each of two devices has a part, and empty slots in it."""
-    case = Case((Side(120, 120, (50, 75), int8=True), Side(8, 5)), batch=2, group=4, time=2, blind=2)
+    case = Case((Side(60, 60, (20, 40), int8=True), Side(80, 70)), batch=2, group=4, time=2, blind=2)
     given, whole, over = made(case), PartitionSpec(), PartitionSpec
-    far = jax.tree.map(lambda x: over(None, "context") if x.ndim == 2 else over(None, None, "context"), given.sides[0])
+    flat, keys = over(None, "context"), over(None, None, "context")
+    far = Slots(keys, over(None, None, None, "context"), flat, None, keys, keys)
     call = jax.shard_map(
         lambda *args: by_kernel(*args, case.scale, "context", block=BLOCK, interpret=True),
         mesh=jax.sharding.Mesh(jax.devices()[:2], ("context",)),
@@ -271,16 +272,16 @@ def test_a_prefix_split_over_devices():
         out_specs=whole,
         check_vma=False,
     )
-    np.testing.assert_allclose(jax.jit(call)(given.rows, given.sides, given.used), truth(given), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(jax.jit(call)(given.rows, given.sides, given.used), truth(given), atol=FLOAT16, rtol=0)
 
 
 def test_new_tokens_over_prefix_and_tail(monkeypatch):
     """Through the verb, which says how many slots are used: rows whose tails differ in length."""
     rng, (B, G, N, K, H) = np.random.default_rng(1), (2, 3, 4, 2, 16)
     given = made(Case((Side(70, 50),), batch=B, kv_heads=K, head_dim=H))
-    far, tail_kv = given.sides[0], KV(*(jnp.asarray(rng.normal(size=(B, K, 40, H)), jnp.float32) for _ in range(2)))
+    far, tail_kv = given.sides[0], KV(*(jnp.asarray(rng.normal(size=(B, K, 80, H)), jnp.float32) for _ in range(2)))
     prefix = Prefix((KV(far.k_BKSH, far.v_BKSH),), far.pos_BS, given.used[0])
-    tail = Tail((tail_kv,), jnp.asarray([50, 1050]), jnp.asarray([30, 2]))
+    tail = Tail((tail_kv,), jnp.asarray([50, 1050]), jnp.asarray([62, 2]))  # 64 slots are a block
     qkv = [jnp.asarray(rng.normal(size=(B, G, heads, H)), jnp.float32) for heads in (N, K, K)]
     pos_BG = (tail.start_B + tail.length_B)[:, None] + jnp.arange(G)
 
@@ -291,10 +292,8 @@ def test_new_tokens_over_prefix_and_tail(monkeypatch):
     for row, slot in enumerate(tail.length_B.tolist()):
         for old, new in zip(near, qkv[1:], strict=True):
             old[row, :, slot : slot + G] = np.asarray(new)[row].swapaxes(0, 1)
-    k, v = (
-        np.concatenate([x, y], axis=2, dtype=np.float64).swapaxes(1, 2)
-        for x, y in zip((far.k_BKSH, far.v_BKSH), near, strict=True)
-    )
+    both = zip((far.k_BKSH, far.v_BKSH), near, strict=True)
+    k, v = (np.concatenate(parts, axis=2, dtype=np.float64).swapaxes(1, 2) for parts in both)
     seen = visible(pos_BG, np.concatenate([far.pos_BS, tail.slot_positions(extra=G)], axis=1))
     np.testing.assert_allclose(got_BGNH, dense_attention(np.asarray(qkv[0], np.float64), k, v, seen), atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, got_kv, KV(*near))

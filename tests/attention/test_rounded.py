@@ -46,9 +46,9 @@ def stack(*layers: KV) -> KV:
 
 
 def in_full(kv: KV) -> tuple[np.ndarray, np.ndarray]:
-    """What the steps stand for, in float64."""
+    """What the steps stand for, in float64; rounded values lie as [.., H, S]."""
     k, v, *scales = (np.asarray(x, np.float64) for x in (kv.k_BKSH, kv.v_BKSH, kv.k_scale_BKS, kv.v_scale_BKS))
-    return k * scales[0][..., None], v * scales[1][..., None]
+    return k * scales[0][..., None], v.swapaxes(-1, -2) * scales[1][..., None]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -66,12 +66,13 @@ def test_every_element_is_off_by_half_a_step_at_most(stacked, dtype):
     for new, old in pairs:
         assert new.k_BKSH.dtype == new.v_BKSH.dtype == jnp.int8
         assert new.k_scale_BKS.dtype == new.v_scale_BKS.dtype == jnp.float32
-        for restored, x, steps in zip(in_full(new), (old.k_BKSH, old.v_BKSH), (new.k_BKSH, new.v_BKSH), strict=True):
+        steps = new.k_BKSH, new.v_BKSH.swapaxes(-1, -2)
+        for restored, x, step in zip(in_full(new), (old.k_BKSH, old.v_BKSH), steps, strict=True):
             assert restored.shape == x.shape
             largest = np.max(np.abs(x), axis=-1, keepdims=True)
             assert np.all(np.abs(restored - x) <= largest / 127 * 0.5001)
             assert np.all(restored[x == 0] == 0)
-            np.testing.assert_array_equal(np.max(np.abs(steps), axis=-1), np.where(largest[..., 0] == 0, 0, 127))
+            np.testing.assert_array_equal(np.max(np.abs(step), axis=-1), np.where(largest[..., 0] == 0, 0, 127))
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -166,18 +166,14 @@ def test_shares_of_several_tiles(bits):
 
 
 def test_sums_of_8_bits_are_exact_integers():
-    """Sums beyond 2^24, where float32 has no odd numbers; they cancel but for one."""
-    depth = 2048
-    halves_PD = np.zeros((2 * MOST_ROWS, depth))
+    """Odd sums beyond 2^24, where float32 has even numbers alone; in the end they cancel but for one weight."""
+    depth = 4096
+    halves_PD, values_ND = np.zeros((2 * MOST_ROWS, depth)), np.full((32, depth), 127)
     halves_PD[MOST_ROWS] = 127
-    values = np.full((32, depth), 127)
-    values[:, depth // 2 :] = -127
-    values[:, -1] = -126
+    values_ND[:, 0], values_ND[:, depth // 2 :] = 126, -127
     x = FixedPoint(jnp.asarray(halves_PD, jnp.int8), jnp.ones(1))
-    tile = Tile(256, 32, 4, 2, 1)
-    np.testing.assert_array_equal(
-        skinny_matmul(x, jnp.asarray(values, jnp.int8), jnp.ones(32), bits=8, tile=tile), np.full((1, 1, 32), 127)
-    )
+    out = skinny_matmul(x, jnp.asarray(values_ND, jnp.int8), jnp.ones(32), bits=8, tile=Tile(256, 32, 4, 2, 1))
+    np.testing.assert_array_equal(out, np.full((1, 1, 32), -127))
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -73,9 +73,9 @@ class Rapid:
     @cached_property
     def drafter(self) -> LoadedModel:
         """The model that reads the retrieved text: another where one is configured, maybe in rounded weights."""
-        models, drafter = self.config.models, self.target
+        models, drafter, config = self.config.models, self.target, self.config
         if models.drafter != "same":
-            drafter = self._load(models.drafter, self._meshes[1], self.config.drafter_mesh or self.config.mesh)
+            drafter = self._load(models.drafter, self._meshes[1], config.drafter_mesh or config.mesh)
             check_same_vocabulary(self.target.tokenizer, drafter.tokenizer, models.drafter)
         return drafter if models.drafter_weights == "full" else drafter.with_weights(models.drafter_weights)
 
@@ -128,8 +128,7 @@ class Rapid:
         start, config = time.perf_counter(), self.config
         self.load()
         loaded = time.perf_counter()
-        read = self.read(document, question, on_retrieved=on_retrieved)
-        retrieved = time.perf_counter()
+        read, retrieved = self.read(document, question, on_retrieved=on_retrieved), time.perf_counter()
         check_agreed("prompts and settings", read.long, read.short, config.speculation, config.sampling)
         transcript = Transcript(self.target.tokenizer, config.stop, on_text)
         try:
@@ -262,14 +261,14 @@ class Rapid:
             return _Sides(Prompted(decoder, shorts, prefix, [len(tokens) - 1 for tokens in shorts]), None, shorts)
         # On devices of its own the drafter reads while the target reads the document: nothing waits for it here.
         apart = bool(shorts) and self._meshes[0] != self._meshes[1]
-        short_prefix = self._drafter_prefix(shorts, wait=False) if apart else None
+        short_prefix = self._drafter_prefix(shorts, None) if apart else None
         heads = [read.long.head for read in readings]
         make = partial(self._prefilled, decoder, heads, "prefill")
         prefix, reused = self._prefixes.of(heads, make) if kept else (make(), False)
         target = Prompted(decoder, [read.long.tokens for read in readings], prefix, [len(head) for head in heads])
         if not shorts:
             return _Sides(target, None, heads, reused)
-        short_prefix = short_prefix or self._drafter_prefix(shorts, wait=True)
+        short_prefix = short_prefix or self._drafter_prefix(shorts, "prefill (drafter)")
         drafter = Prompted(self.drafter.decoder, shorts, short_prefix, [len(tokens) - 2 for tokens in shorts])
         return _Sides(target, drafter, [head + short for head, short in zip(heads, shorts, strict=True)], reused)
 
@@ -286,16 +285,15 @@ class Rapid:
             on_tokens=lambda row, tokens, origins: transcripts[row].on_tokens(0, tokens, origins),
         )
 
-    def _drafter_prefix(self, prompts: Sequence[list[int]], *, wait: bool) -> Prefix:
-        label = "prefill (drafter)" if wait else None
+    def _drafter_prefix(self, prompts: Sequence[list[int]], label: str | None) -> Prefix:
         prefix = self._prefilled(self.drafter.decoder, [tokens[:-2] for tokens in prompts], label)
         return prefix if self.config.models.drafter_weights == "full" else rounded(prefix)
 
     def _prefilled(self, decoder: Decoder, prompts: Sequence[list[int]], label: str | None) -> Prefix:
         """The prefix of prompts, one a row; without a label it is only under way."""
-        compute = self.config.compute
-        run = partial(prefill, decoder, prompts, chunk=compute.prefill_chunk, dtype=decoder.embed_VD[...].dtype)
-        run = partial(run, kernel=compute.kernel, over=compute.context)
+        compute, dtype = self.config.compute, decoder.embed_VD[...].dtype
+        how = {"chunk": compute.prefill_chunk, "kernel": compute.kernel, "over": compute.context}
+        run = partial(prefill, decoder, prompts, dtype=dtype, **how)
         if label is None:
             return run()
         with progress(label, max(map(len, prompts)), "tokens", quiet=self._quiet) as report:

@@ -128,7 +128,8 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
     def local(q_BGNH, k_BGKH, v_BGKH, pos_BG, near_k_BKGH, near_v_BKGH, near_pos_BG, slot_B, used, far_pos_BS, *far):
         rows = fold(q_BGNH, pos_BG, k_BGKH.shape[2])
         near_kv = write(KV(near_k_BKGH, near_v_BKGH), k_BGKH.swapaxes(1, 2), v_BGKH.swapaxes(1, 2), slot_B)
-        sides = (Slots(*far[:2], far_pos_BS, None, *far[2:]), Slots(near_kv.k_BKSH, near_kv.v_BKSH, near_pos_BG))
+        k_BKSH, v_BKSH, *scales = far
+        sides = (Slots(k_BKSH, v_BKSH, far_pos_BS, None, *scales), Slots(near_kv.k_BKSH, near_kv.v_BKSH, near_pos_BG))
         out_BKRH = over_both(rows, sides, used, q_BGNH.shape[-1] ** -0.5, strategy.hops.axis)
         return unfold(out_BKRH, q_BGNH.shape[1]), near_kv.k_BKSH, near_kv.v_BKSH
 

@@ -136,11 +136,13 @@ class Decoding:
         )
 
     def _texts(self, case: Case) -> list[list[int]]:
-        """What may be copied, as many tokens as the prompt has: ids in order, as the model writes them, or random ones."""
+        """What may be copied: every id in order, as the model mostly writes them, or as many random ones."""
+        if case.quoting is None:
+            return []
+        ids = np.arange(self.config.vocab_size)
         if not case.quoting:
-            return [] if case.quoting is None else [list(prompt) for prompt in self._prompts(case)]
-        starts = (answer[0] for answer in self._baseline(case)[1])
-        return [[(start + i) % self.config.vocab_size for i in range(case.context)] for start in starts]
+            ids = np.random.default_rng(self.seed).integers(0, len(ids), len(ids))
+        return [ids.tolist()] * case.batch
 
     def _prompts(self, case: Case) -> list[list[int]]:
         rng = np.random.default_rng(self.seed)
@@ -198,7 +200,7 @@ class Decoding:
     def _gap(self, case: Case, row: int, before: list[int], first: int, second: int) -> float:
         """How far the target's logits of two tokens are apart after the prompt and `before`, in standard deviations."""
         target = self._target(case)
-        prompt = target.prompts[row][-1:]
+        prompt = list(target.prompts[row][-1:])
         fed = jnp.asarray([prompt + before] * case.batch, jnp.int32)
         tail = new_tail(target.decoder, [case.context] * case.batch, fed.shape[1] + 1, self.dtype)
         side = Side(

@@ -17,10 +17,11 @@ from flax import nnx
 from rapid_jax.model import skinny
 from rapid_jax.model.decoder import Attend, Block, Decoder
 from rapid_jax.model.rope import rotate
-from rapid_jax.model.skinny import GROUP, FixedPoint, fixed_point, skinny_matmul
+from rapid_jax.model.skinny import GROUP, MOST_ROWS, FixedPoint, fixed_point, skinny_matmul
 from rapid_jax.runtime.errors import InputError
 
 WeightBits: TypeAlias = Literal[8, 4]
+FEW = 4 * MOST_ROWS  # rows: reading the rounded weights once for every `MOST_ROWS` still beats restoring them
 
 
 @partial(jax.jit, static_argnames="bits")
@@ -55,7 +56,9 @@ class Packed(nnx.Module):
 
     def __init__(self, weight_DN: jax.Array, bits: WeightBits):
         values, scale = rounded(weight_DN, bits)
-        self.values, self.scale, self.bits, self.depth = nnx.Param(values), nnx.Param(scale), bits, weight_DN.shape[0]
+        self.values, self.scale = nnx.Param(values), nnx.Param(scale)
+        self.bits: WeightBits = bits
+        self.depth = weight_DN.shape[0]
 
     def fits(self, rows: int) -> bool:
         """Whether the kernels take so many rows."""
@@ -71,9 +74,10 @@ class Packed(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [..., D] times the matrix, float32 [..., N]."""
-        rows = x.size // x.shape[-1]
-        if jax.default_backend() == "gpu" and self.fits(rows):
-            out_TN = jnp.sum(self.times(fixed_point(x.reshape(rows, -1))[0]), axis=0)
+        x_TD = x.reshape(-1, x.shape[-1])
+        if jax.default_backend() == "gpu" and len(x_TD) <= FEW and self.fits(1):
+            some = (x_TD[start : start + MOST_ROWS] for start in range(0, len(x_TD), MOST_ROWS))
+            out_TN = jnp.concatenate([jnp.sum(self.times(fixed_point(rows)[0]), axis=0) for rows in some])
             return out_TN.reshape(*x.shape[:-1], -1)
         precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
         weight_ND = restored(self.values[...], self.scale[...], self.bits).astype(x.dtype)[:, : self.depth]

@@ -38,6 +38,9 @@ def run(options: argparse.Namespace) -> int:
     from rapid_jax.plan.report import advice, examined, table
 
     config = settings.load(RapidConfig, Path(options.config), options.set)
+    for name, kind in (("models.drafter_weights", config.models.drafter_weights), ("compute.kv", config.compute.kv)):
+        if kind != "full":
+            raise InputError(f"{name}: plans are of full weights and caches, expected full, got {kind}")
     topology = topology_of(options.topology)
     models = _architectures(config, options)
     context = _context(config, models[0], options.context)

@@ -69,7 +69,8 @@ class Run:
     def __init__(self, seat: Seat | None = None, peers: Mapping[int, socket.socket] | None = None, name: str = "rapid"):
         self.leads = seat is None or seat.index == 0
         self.count = 1 if seat is None else seat.count
-        self._seat, self._peers, self._over, self._name = seat, dict(peers or {}), False, name
+        self._seat, self._peers, self._name = seat, dict(peers or {}), name
+        self._ending = threading.Lock()  # held, for good, by who ends this process: it is done once
         for index, connection in self._peers.items():
             threading.Thread(target=self._listen, args=(index, connection), daemon=True).start()
 
@@ -92,13 +93,13 @@ class Run:
         if self._seat is None or not self._peers:
             return
         if error is None or isinstance(error, SystemExit):  # all of them have agreed to leave
-            self._over = True
+            self._end_once()
             self._tell(_GOODBYE)
             return
         me = f"process {self._seat.index} of {self._seat.count}"
         if not isinstance(error, InputError | KeyboardInterrupt):
             time.sleep(_GRACE_S)  # if the reason is a process that has ended, the listener says it better
-        self._over = True  # the others end by what they are told, and that is not to end this one
+        self._end_once()  # the others end by what they are told, and that is not to end this one
         if isinstance(error, InputError):
             self._tell(f"2 {me} has ended: {error}")
             self._end(2, str(error))
@@ -115,9 +116,13 @@ class Run:
             with contextlib.suppress(OSError):
                 connection.sendall(line.encode())
 
+    def _end_once(self) -> None:
+        """Goes on if nothing else is ending this process; else waits for that."""
+        self._ending.acquire()
+
     def _listen(self, index: int, connection: socket.socket) -> None:
         word = _line_from(connection)
-        if word == _GOODBYE or self._over or self._seat is None:
+        if word == _GOODBYE or self._seat is None or not self._ending.acquire(blocking=False):
             return
         code, _, reason = word.partition(" ")
         if not code.isdigit():

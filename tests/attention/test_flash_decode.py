@@ -106,15 +106,15 @@ def made(case: Case, dtype=jnp.float32) -> Made:
     for side, pos_BS in zip(case.sides, pos, strict=True):
         shape = (B, K, side.slots, H)
         if side.int8:
-            k, v = (jnp.asarray(rng.integers(-127, 128, shape), jnp.int8) for _ in range(2))
-            scales = [jnp.asarray(rng.uniform(0.2, 3, shape[:3]) / 127, jnp.float32) for _ in range(2)]
-            sides.append(Slots(k, v.swapaxes(2, 3), jnp.asarray(pos_BS), None, *scales))
+            k, v = (rng.integers(-127, 128, shape, np.int8) for _ in range(2))
+            scales = [jnp.asarray(np.float32(rng.uniform(0.2, 3, shape[:3]) / 127)) for _ in range(2)]
+            sides.append(Slots(jnp.asarray(k), jnp.asarray(v.swapaxes(2, 3)), jnp.asarray(pos_BS), None, *scales))
         else:
-            kv = [jnp.asarray(size * rng.normal(size=shape), dtype) for size in (1.5, 1)]
+            kv = [jnp.asarray((size * rng.normal(size=shape)).astype(dtype)) for size in (1.5, 1)]
             sides.append(Slots(*kv, jnp.asarray(pos_BS)))
-    q_BKRH = jnp.asarray(2 * rng.normal(size=(B, K, R, H)), jnp.bfloat16)  # float32 and float16 have it too
-    rows = Rows(q_BKRH.astype(dtype), jnp.asarray(pos_BR), group=case.group)
-    return Made(rows, tuple(sides), tuple(jnp.int32(side.used) for side in case.sides))
+    q_BKRH = (2 * rng.normal(size=(B, K, R, H))).astype(jnp.bfloat16)  # float32 and float16 have it too
+    rows = Rows(jnp.asarray(q_BKRH.astype(dtype)), jnp.asarray(pos_BR), group=case.group)
+    return Made(rows, tuple(sides), tuple(jnp.asarray(np.int32(side.used)) for side in case.sides))
 
 
 def truth(given: Made) -> np.ndarray:
@@ -230,9 +230,9 @@ def test_what_the_kernel_takes():
     given = made(ROW)
     far = given.sides[0]
     for head_dim, taken in ((8, False), (16, True), (24, False), (96, False), (128, True), (256, True)):
-        assert fits(replace(given.rows, q_BKRH=jnp.zeros((1, 2, 1, head_dim))), far) == taken, head_dim
+        assert fits(replace(given.rows, q_BKRH=np.zeros((1, 2, 1, head_dim))), far) == taken, head_dim
     for count in (1, MOST_ROWS, MOST_ROWS + 1):
-        rows = Rows(jnp.zeros((1, 2, count, 16)), jnp.zeros((1, count), jnp.int32))
+        rows = Rows(np.zeros((1, 2, count, 16)), np.zeros((1, count), np.int32))
         assert fits(rows, far) == (count <= MOST_ROWS), count
     both = tagged(given)
     assert not fits(both.rows, both.sides[0])
@@ -279,10 +279,10 @@ def test_new_tokens_over_prefix_and_tail(monkeypatch):
     """Through the verb, which says how many slots are used: rows whose tails differ in length."""
     rng, (B, G, N, K, H) = np.random.default_rng(1), (2, 3, 4, 2, 16)
     given = made(Case((Side(70, 50),), batch=B, kv_heads=K, head_dim=H))
-    far, tail_kv = given.sides[0], KV(*(jnp.asarray(rng.normal(size=(B, K, 80, H)), jnp.float32) for _ in range(2)))
+    far, tail_kv = given.sides[0], KV(*(jnp.asarray(np.float32(rng.normal(size=(B, K, 80, H)))) for _ in range(2)))
     prefix = Prefix((KV(far.k_BKSH, far.v_BKSH),), far.pos_BS, given.used[0])
     tail = Tail((tail_kv,), jnp.asarray([50, 1050]), jnp.asarray([62, 2]))  # 64 slots are a block
-    qkv = [jnp.asarray(rng.normal(size=(B, G, heads, H)), jnp.float32) for heads in (N, K, K)]
+    qkv = [jnp.asarray(np.float32(rng.normal(size=(B, G, heads, H)))) for heads in (N, K, K)]
     pos_BG = (tail.start_B + tail.length_B)[:, None] + jnp.arange(G)
 
     monkeypatch.setattr(Strategy, "chosen_decode", lambda self: partial(by_kernel, block=self.block, interpret=True))

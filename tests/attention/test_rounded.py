@@ -31,14 +31,14 @@ def layer_of(seed: int, dtype=jnp.float32, spread: float | None = None) -> KV:
         if spread is None:
             x[:, :, ZERO] = 0
             x[:, :, LARGE, 7] = -1e4
-    return KV(jnp.asarray(k, dtype), jnp.asarray(v, dtype))
+    return KV(jnp.asarray(k.astype(dtype)), jnp.asarray(v.astype(dtype)))
 
 
 def prefix_of(layers: tuple[KV, ...] | KV) -> Prefix:
     """Two prompts, the second of which is shorter."""
     ends = np.array([[USED], [USED - 13]])
     pos_BS = np.where(np.arange(SLOTS) < ends, np.arange(SLOTS), -1).astype(np.int32)
-    return Prefix(layers, jnp.asarray(pos_BS), jnp.int32(USED))
+    return Prefix(layers, jnp.asarray(pos_BS), jnp.asarray(np.int32(USED)))
 
 
 def stack(*layers: KV) -> KV:
@@ -102,7 +102,7 @@ def test_attention_reads_what_the_steps_stand_for(stacked):
     prefix = rounded(prefix_of(stack(*layers) if stacked else layers))
     layer = jax.tree.map(lambda x: x[1], prefix.layers) if stacked else prefix.layers[1]
     got_BGNH, tail = attended(layer)
-    want_BGNH, want_tail = attended(KV(*(jnp.asarray(x, jnp.float32) for x in in_full(layer))))
+    want_BGNH, want_tail = attended(KV(*(jnp.asarray(np.float32(x)) for x in in_full(layer))))
     np.testing.assert_allclose(got_BGNH, want_BGNH, atol=1e-5, rtol=0)
     jax.tree.map(np.testing.assert_array_equal, tail, want_tail)
     far = np.sqrt(np.mean(np.square(got_BGNH - full_BGNH)) / np.mean(np.square(full_BGNH)))

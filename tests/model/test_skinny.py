@@ -36,7 +36,7 @@ def check_rows(fixed: FixedPoint, want_TD: np.ndarray, slack: float = 0.01) -> N
 
 
 def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
 def normed(x_TD: np.ndarray, norm_D: jax.Array) -> np.ndarray:
@@ -68,9 +68,8 @@ def test_rows_of_zeros_and_of_one_huge_element():
     np.testing.assert_allclose(out_TN[2], -3e37, rtol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_norm(dtype):
-    x_TD, norm_D = normal(0, 3, 384, dtype=dtype) * 7, normal(1, 384, dtype=dtype)
+def test_norm():
+    x_TD, norm_D = normal(0, 3, 384, dtype=jnp.bfloat16) * 7, normal(1, 384, dtype=jnp.bfloat16)
     fixed, same_TD = fixed_point(x_TD, norm_D=norm_D, eps=EPS)
     check_rows(fixed, normed(np.asarray(x_TD, np.float64), norm_D))
     assert same_TD is x_TD
@@ -101,7 +100,7 @@ def fixed_rows(rows: int, depth: int, seed: int = 0) -> FixedPoint:
     halves_PD = rng.integers(-128, 128, (2 * MOST_ROWS, depth))
     for first in (0, MOST_ROWS):
         halves_PD[first + rows : first + MOST_ROWS] = 127
-    return FixedPoint(jnp.asarray(halves_PD, jnp.int8), jnp.asarray(rng.uniform(0.1, 10, rows), jnp.float32))
+    return FixedPoint(jnp.asarray(np.int8(halves_PD)), jnp.asarray(np.float32(rng.uniform(0.1, 10, rows))))
 
 
 def matrix(bits: int, depth: int, width: int, seed: int = 1) -> tuple[jax.Array, jax.Array, np.ndarray]:
@@ -111,9 +110,9 @@ def matrix(bits: int, depth: int, width: int, seed: int = 1) -> tuple[jax.Array,
     steps_ND = rng.integers(-most, most, (width, depth))
     if bits == 8:
         scale = rng.uniform(0.5, 2, width)
-        scale_N = jnp.asarray(scale, jnp.float32)
-        return jnp.asarray(steps_ND, jnp.int8), scale_N, steps_ND * np.asarray(scale_N, np.float64)[:, None]
-    scale_GN = jnp.asarray(rng.uniform(-2, 2, (depth // GROUP, width)), jnp.float32)
+        scale_N = jnp.asarray(np.float32(scale))
+        return jnp.asarray(np.int8(steps_ND)), scale_N, steps_ND * np.asarray(scale_N, np.float64)[:, None]
+    scale_GN = jnp.asarray(np.float32(rng.uniform(-2, 2, (depth // GROUP, width))))
     values = np.zeros((width, depth // 2), np.uint8)
     for at in range(
         depth
@@ -134,7 +133,7 @@ def check_product(got_STN: jax.Array, x: FixedPoint, weight_ND: np.ndarray) -> N
     assert np.all(np.abs(got_TN - want_TN) <= 3e-7 * size_TN), np.max(np.abs(got_TN - want_TN) / size_TN)
 
 
-@pytest.mark.parametrize("rows, bits", [*((rows, 8) for rows in range(1, MOST_ROWS + 1)), (1, 4), (5, 4), (8, 4)])
+@pytest.mark.parametrize("rows, bits", [*((rows, 8) for rows in range(1, MOST_ROWS + 1)), (1, 4), (8, 4)])
 def test_a_product_of_so_many_rows(rows, bits):
     x, (values, scale, weight_ND) = fixed_rows(rows, 384), matrix(bits, 384, 96)
     check_product(skinny_matmul(x, values, scale, bits=bits), x, weight_ND)
@@ -148,8 +147,7 @@ TILES = {  # tile -> shares of the depth, of 640 x 160
 }
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("tile, bits", list(zip(TILES, (8, 8, 4, 8), strict=True)))
 def test_how_it_is_cut_changes_nothing(tile, bits):
     x, (values, scale, weight_ND) = fixed_rows(3, 640), matrix(bits, 640, 160)
     got_STN = skinny_matmul(x, values, scale, bits=bits, tile=tile)
@@ -171,18 +169,17 @@ def test_sums_of_8_bits_are_exact_integers():
     halves_PD, values_ND = np.zeros((2 * MOST_ROWS, depth)), np.full((32, depth), 127)
     halves_PD[MOST_ROWS] = 127
     values_ND[:, 0], values_ND[:, depth // 2 :] = 126, -127
-    x = FixedPoint(jnp.asarray(halves_PD, jnp.int8), jnp.ones(1))
-    out = skinny_matmul(x, jnp.asarray(values_ND, jnp.int8), jnp.ones(32), bits=8, tile=Tile(256, 32, 4, 2, 1))
+    x = FixedPoint(jnp.asarray(np.int8(halves_PD)), jnp.ones(1))
+    out = skinny_matmul(x, jnp.asarray(np.int8(values_ND)), jnp.ones(32), bits=8, tile=Tile(256, 32, 4, 2, 1))
     np.testing.assert_array_equal(out, np.full((1, 1, 32), -127))
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_rows_times_a_matrix(bits):
+def test_rows_times_a_matrix():
     """The two together, off by what the rows are."""
     x_TD = normal(0, 4, 384)
-    values, scale, weight_ND = matrix(bits, 384, 96)
+    values, scale, weight_ND = matrix(8, 384, 96)
     fixed, _ = fixed_point(x_TD)
-    got_TN = np.sum(skinny_matmul(fixed, values, scale, bits=bits), axis=0)
+    got_TN = np.sum(skinny_matmul(fixed, values, scale, bits=8), axis=0)
     off = np.abs(got_TN - np.asarray(x_TD, np.float64) @ weight_ND.T)
     step_T1 = np.asarray(fixed.scale_T, np.float64)[:, None]
     assert np.all(off <= 0.6 * step_T1 * np.sum(np.abs(weight_ND), axis=1)), "beyond half a step of every element"
@@ -197,8 +194,7 @@ def gate_and_up(bits: int, rows: int, depth: int, width: int) -> tuple[tuple, np
     return (x, values, scale * shrink), *np.split(out_TN * float(shrink), 2, axis=1)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("tile", [None, Tile(128, 32, 4, 1, 10**6)])
+@pytest.mark.parametrize("bits, tile", [(8, None), (4, None), (4, Tile(128, 32, 4, 1, 10**6))])
 def test_gated(bits, tile):
     """silu of the first half of the columns, times the second."""
     args, gate, up = gate_and_up(bits, 3, 384, 160)
@@ -211,7 +207,7 @@ def test_gated_bfloat16():
     """Gate and up are rounded before they are multiplied, as plain matrix products of that dtype are."""
     args, *halves = gate_and_up(8, 8, 256, 128)
     got_TF = skinny_matmul(*args, bits=8, gated=jnp.dtype(jnp.bfloat16))
-    gate, up = (jnp.asarray(y, jnp.bfloat16).astype(jnp.float32) for y in halves)
+    gate, up = (np.float32(y.astype(jnp.bfloat16)) for y in halves)
     want_TF = (gate * jax.nn.sigmoid(gate) * up).astype(jnp.bfloat16)
     assert got_TF.dtype == jnp.bfloat16
     np.testing.assert_allclose(got_TF.astype(jnp.float32), want_TF.astype(jnp.float32), rtol=0.02)

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rapid bench` at the size of a CPU: what it prints is what was decoded, and a wrong decoder gets no speedup."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rapid_jax.bench import command, decoding
+from rapid_jax.bench.cases import Case, plain_bytes
+from rapid_jax.bench.command import _config, _kind
+from rapid_jax.bench.decoding import Decoding
+from rapid_jax.bench.figure import draw, rows_of
+from rapid_jax.bench.models import dialled, random_decoder, random_prefix
+from rapid_jax.cli import main
+from rapid_jax.runtime.errors import InputError
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+SMALL = ["bench", "--layers", "1", "--contexts", "64", "--short", "32", "--tokens", "24"]
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return Decoding(
+        _config("small", 1), jnp.dtype("float32"), short=32, tokens=24, memory_rate=1e10, tell=lambda _: None
+    )
+
+
+def test_the_command_measures_every_part_and_draws(tmp_path, capsys):
+    rows, figure = tmp_path / "rows.jsonl", tmp_path / "a" / "cost.png"
+    cases = "plain,plain/int8,quoting,prose,full:3,int8:3,int4:3"
+    assert main([*SMALL, "--cases", cases, "--json", str(rows), "--plot", str(figure)]) == 0
+    made = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["part"] for row in made].count("attention") == 3
+    by_name = {row["name"]: row for row in made if row["part"] == "decoding"}
+    assert len(by_name) == 7
+    out = capsys.readouterr().out
+    for name, row in by_name.items():
+        assert name in out and row["ms_per_token"] > 0
+        if name != "plain" and "kv int8" not in name:
+            assert row["same"] == "yes" and row["ratio"] == pytest.approx(
+                row["tokens_per_second"] / by_name["plain"]["tokens_per_second"], rel=0.9
+            )
+    assert by_name["plain, copies, quoting"]["tokens_per_round"] > 2
+    assert 1 < by_name["rapid, drafter full"]["tokens_per_round"] <= 4
+    assert by_name["rapid, drafter full"]["draft_steps"] == 3 * by_name["rapid, drafter full"]["rounds"]
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_dial_turns_acceptance(bench):
+    """At 0 the drafter, which differs by its context alone, always agrees."""
+    case = Case(64, drafter="full", gamma=3)
+    bench.dial = 0.0
+    assert bench._acceptance(case) == 1
+    bench.dial = 64.0
+    assert bench._acceptance(case) < 0.5
+    assert abs(bench.calibrate(case, 0.8) - 0.8) <= 0.1
+    bench.release()
+
+
+def test_what_differs_from_the_baseline_gets_no_ratio(bench, monkeypatch):
+    case = Case(64, drafter="full", gamma=3)
+    bench.dial = 0.5
+    good = bench.measure(case)
+    assert good.same == "yes" and good.ratio is not None
+    right = decoding.generate
+
+    def wrong(target, drafter, **settings):
+        made = right(target, drafter, **settings)
+        if drafter is not None:
+            made.tokens[0][5] = (made.tokens[0][5] + 7) % 2048
+        return made
+
+    monkeypatch.setattr(decoding, "generate", wrong)
+    bad = bench.measure(case)
+    assert bad.ratio is None and bad.same.startswith("no: token 5 of row 0 differs, by ")
+    bench.release()
+
+
+def test_the_command_fails_where_tokens_differ(monkeypatch, capsys):
+    monkeypatch.setattr(Decoding, "_compared", lambda *_: "no: token 1 of row 0 differs")
+    assert main([*SMALL, "--parts", "decoding", "--cases", "plain,full:3"]) == command.DIFFERENT
+    assert "no: token 1" in capsys.readouterr().out
+
+
+def test_a_plain_step_reads_weights_and_cache_once():
+    config = _config("llama-3.1-8b", None)
+    gib = 2**30
+    assert plain_bytes(config, Case(131072), 2) / gib == pytest.approx(13.98 + 16, abs=0.05)  # all but the embedding
+    assert plain_bytes(config, Case(131072, kv="int8"), 2) / gib == pytest.approx(13.98 + 8.25, abs=0.05)
+    assert plain_bytes(config, Case(131072, batch=4), 2) / gib == pytest.approx(13.98 + 64, abs=0.05)
+
+
+def test_random_models_say_the_next_id_and_the_dial_touches_attention_alone():
+    config = _config("small", 1)
+    decoder = random_decoder(config, jnp.dtype("float32"))
+    silent = dialled(decoder, 0.0)
+    assert not np.any(np.asarray(silent.blocks[0].o_NHD[...]))
+    np.testing.assert_array_equal(silent.blocks[0].gate_DF[...], decoder.blocks[0].gate_DF[...])
+    head = np.asarray(decoder.head_DV[...])
+    embedding = np.asarray(decoder.embed_VD[...])
+    votes = embedding[:50] @ head
+    assert (votes.argmax(axis=1) == np.arange(1, 51)).all()
+    prefix = random_prefix(config, batch=2, tokens=8, dtype=jnp.dtype("float32"))
+    assert prefix.layers[0].k_BKSH.shape == (2, 2, 8, 32) and int(prefix.used) == 8
+    assert len(jax.tree.leaves(prefix.layers)) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--cases", "int9:3"], "got 'int9:3'"),
+        (["--cases", "full"], "got 'full'"),
+        (["--cases", "int8:0"], "got 'int8:0'"),
+        (["--cases", "plain:4"], "got 'plain:4'"),
+        (["--cases", "plain/fp8"], "keys and values: expected of full, int8, got 'fp8'"),
+        (["--parts", "drawing"], "--parts: expected of attention, prefill, decoding, got 'drawing'"),
+        (["--shape", "llama-9"], "unknown shape 'llama-9'"),
+        (["--acceptance", "1"], "expected a share between 0 and 1, got 1.0"),
+        (["--json", "/dev/null/rows"], "--json: /dev/null/rows"),
+    ],
+)
+def test_bad_options_are_told_in_one_line(wrong, said, capsys):
+    assert main([*SMALL, *wrong]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert said in lines[-1] and lines[-1].startswith("rapid: ")
+
+
+def test_cases_by_name():
+    assert _kind("int8:auto/int8") == Case(0, drafter="int8", kv="int8", gamma="auto")
+    assert _kind("quoting") == Case(0, quoting=True) and _kind("prose") == Case(0, quoting=False)
+    assert str(_kind("int4:6/int8")) == "rapid, drafter int4, kv int8"
+
+
+def test_a_figure_needs_rows(tmp_path):
+    with pytest.raises(InputError, match="expected rows of batch 1"):
+        draw([{"part": "memory"}], tmp_path / "a.png")
+    with pytest.raises(InputError, match="expected JSON lines"):
+        rows_of(tmp_path / "none.jsonl")

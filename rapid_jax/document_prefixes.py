@@ -59,11 +59,15 @@ class DocumentPrefixes:
         if prefix is None:
             prefix = make()
             self._unsaved = None if store is None else (key, prefix)
-        if compute.kv == "int8":
-            self.save()  # in full: what is rounded is no longer there
-            prefix = rounded(prefix)
+        if compute.kv != "full":
+            self.save()  # what is rounded is no longer there in full
+        prefix = self.as_asked(prefix)
         self._memory[known] = prefix
         return prefix, reused
+
+    def as_asked(self, prefix: Prefix) -> Prefix:
+        """The prefix, rounded where the settings say so; the given one is then used up."""
+        return prefix if self._config.compute.kv == "full" else rounded(prefix)
 
     def save(self) -> None:
         """Stores what was made anew: many gigabytes of a long document, and the answer need not wait for them."""

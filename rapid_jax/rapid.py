@@ -264,7 +264,7 @@ class Rapid:
         short_prefix = self._drafter_prefix(shorts, None) if apart else None
         heads = [read.long.head for read in readings]
         make = partial(self._prefilled, decoder, heads, "prefill")
-        prefix, reused = self._prefixes.of(heads, make) if kept else (make(), False)
+        prefix, reused = self._prefixes.of(heads, make) if kept else (self._prefixes.as_asked(make()), False)
         target = Prompted(decoder, [read.long.tokens for read in readings], prefix, [len(head) for head in heads])
         if not shorts:
             return _Sides(target, None, heads, reused)

@@ -85,6 +85,7 @@ def generation(**changed) -> Generation:
         "finish_reasons": ["stop"],
         "drafted": [8],
         "accepted": [6],
+        "rejected": [1],
         "rounds": [2],
         "copied": [3],
         "copied_accepted": [1],

@@ -128,6 +128,44 @@ def test_a_stored_prefill_gives_the_same_answer_in_the_other_layout(config, tmp_
     assert not Rapid(other_chunk, quiet=True).answer(words(200), QUESTION).prefix_reused
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_rounded_weights_draft_and_the_answer_stays_the_targets(rapid, config, weights):
+    rounded = replace(config, models=replace(config.models, drafter_weights=weights))
+    answer = Rapid(rounded, quiet=True).answer(words(200), QUESTION)
+    assert answer.token_ids == rapid.answer(words(200), QUESTION).token_ids
+    assert sum(answer.generation.drafted) > 0
+
+
+def test_a_rounded_prefix_is_stored_in_full_and_answers_nearly_the_same(config, tmp_path):
+    cache = CacheConfig(folder=str(tmp_path), prefix_gib=1)
+    speculation = SpeculationConfig(mode="target")
+    full = Rapid(replace(config, cache=cache, speculation=speculation), quiet=True)
+    halved = Rapid(replace(full.config, compute=replace(config.compute, kv="int8")), quiet=True)
+    first = halved.answer(words(200), QUESTION)
+    assert {kv.k_BKSH.dtype.name for kv in next(iter(halved._prefixes._memory.values())).layers} == {"int8"}
+    second = full.answer(words(200), QUESTION)
+    assert (first.prefix_reused, second.prefix_reused) == (False, True)
+    assert first.token_ids[:4] == second.token_ids[:4]
+    read = halved.read(words(200), QUESTION)
+    assert halved.answers([read], kept=False)[0].token_ids == first.token_ids
+
+
+@pytest.mark.parametrize(
+    ("models", "mesh", "said"),
+    [
+        ({"layout": "stacked"}, {}, "models.drafter_weights int8 needs models.layout unrolled, got stacked"),
+        (
+            {},
+            {"model": 2},
+            "models.drafter_weights int8 is for one device, got mesh data 1 x fsdp 1 x context 1 x model 2",
+        ),
+    ],
+)
+def test_rounded_weights_are_for_one_device(config, models, mesh, said):
+    with pytest.raises(InputError, match=said):
+        replace(config, models=replace(config.models, drafter_weights="int8", **models), mesh=MeshConfig(**mesh))
+
+
 def test_the_answer_does_not_wait_for_the_disk(config, tmp_path, monkeypatch):
     kept = replace(
         config, cache=CacheConfig(folder=str(tmp_path), prefix_gib=1), speculation=SpeculationConfig(mode="target")

@@ -32,6 +32,11 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
     floors = {row["case"]["context"]: row["floor_ms"] for row in rows if row["name"] == "plain" and row["floor_ms"]}
     line(panel, [(context, ms, None, None) for context, ms in sorted(floors.items())], "floor of plain", 6, thin=True)
     panel.set_yscale("log")
+    low, high = min(row["ms_per_token"] for row in rows), max(row["ms_per_token"] for row in rows)
+    ticks = [step * 10**power for power in range(-3, 6) for step in (1, 2, 5)]
+    panel.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    panel.set_yticks([], minor=True)
+    panel.set_ylim(0.7 * low, 1.4 * high)
     number_axis(panel, [row["case"]["context"] for row in rows], "tokens of context", doubling=True)
     panel.set_ylabel("milliseconds a token")
     panel.legend(fontsize=8)

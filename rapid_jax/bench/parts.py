@@ -47,7 +47,7 @@ class Attention:
     context: int
     tokens: int
     kernel_us: float
-    xla_us: float | None  # plain XLA in one block, the reference
+    xla_us: float  # plain XLA in one block, the reference
     rate: float  # bytes of keys and values a second, by the kernel
     share: float  # of what the memory gives
     error: float  # of the kernel, relative to the reference

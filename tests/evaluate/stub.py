@@ -59,7 +59,7 @@ class Stub:
 
     def _answer(self, mode: Any, read: Reading, text: str) -> Answer:
         tokens = [ord(letter) for letter in text]
-        lists = {name: [0] for name in ("drafted", "accepted", "rounds", "copied", "copied_accepted")}
+        lists = {name: [0] for name in ("drafted", "accepted", "rejected", "rounds", "copied", "copied_accepted")}
         seconds = dict.fromkeys(("prepare_seconds", "compile_seconds", "decode_seconds"), 0.5)
         steps: dict[str, Any] = {"draft_steps": 0, "target_steps": 1, "gammas": {0: 1}}
         made = Generation(

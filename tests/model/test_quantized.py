@@ -122,9 +122,9 @@ def _logits(graph: Any, state: Any, tokens_BT: jax.Array, pos_BT: jax.Array) -> 
     return decoder.logits(hidden_BTD)
 
 
-def logits(decoder: Decoder, tokens: int = 12) -> np.ndarray:
-    tokens_BT = np.random.default_rng(0).integers(0, 96, (1, tokens))
-    return np.asarray(_logits(*nnx.split(decoder), tokens_BT, np.arange(tokens)[None]))
+def logits(decoder: Decoder) -> np.ndarray:
+    tokens_BT = np.random.default_rng(0).integers(0, 96, (1, 8))
+    return np.asarray(_logits(*nnx.split(decoder), tokens_BT, np.arange(8)[None]))
 
 
 def relative(got, want) -> float:
@@ -228,40 +228,39 @@ def run(decoder: Decoder, block: QuantizedBlock, x: jax.Array | Pending, rows: t
     return through(state, x)
 
 
-def cast_to(dtype, module: nnx.Module) -> Any:
-    """The module with what is bfloat16 or float32 of that dtype, but for the scales of steps."""
-    graph, state = nnx.split(module)
+def in_bfloat16(block: QuantizedBlock) -> QuantizedBlock:
+    """With the norms and biases of a bfloat16 model."""
+    graph, state = nnx.split(block)
 
     def one(path: tuple, leaf: jax.Array) -> jax.Array:
-        fixed = leaf.dtype == jnp.int8 or "scale" in jax.tree_util.keystr(path)
-        return leaf if fixed else leaf.astype(dtype)
+        name = jax.tree_util.keystr(path)
+        return leaf.astype(jnp.bfloat16) if "norm" in name or "bias" in name else leaf
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(one, state))
 
 
-def test_a_block_s_fast_path_is_no_worse_than_its_plain_one(request):
+def test_a_block_s_fast_path_is_its_plain_one(request):
     """In bfloat16, after a block that left its last product in parts."""
     decoder = decoder_of(QWEN)
-    block = cast_to(jnp.bfloat16, QuantizedBlock(cast(Any, decoder.blocks)[1], QWEN.head_dim, 4))
+    block = in_bfloat16(QuantizedBlock(cast(Any, decoder.blocks)[1], QWEN.head_dim, 4))
     x, parts = (np.random.default_rng(2).normal(size=shape) * 2 for shape in ((2, 3, 128), (3, 6, 128)))
     given = Pending(jnp.asarray(x.astype(jnp.bfloat16)), jnp.asarray(np.float32(parts)))
-    np.testing.assert_allclose(given.summed().astype(jnp.float32), x + parts.sum(axis=0).reshape(x.shape), atol=0.1)
-    exact = run(decoder, cast_to(jnp.float32, block), given.summed().astype(jnp.float32))
+    np.testing.assert_allclose(np.float32(given.summed()), x + parts.sum(axis=0).reshape(x.shape), atol=0.1)
     plain = run(decoder, block, given.summed())
     calls = request.getfixturevalue("calls")
     fast = run(decoder, block, given)
     assert calls == {"fixed_point": 4, "skinny_matmul": 4}
-    for got, want, truth in zip(*map(jax.tree.leaves, (fast, plain, exact)), strict=True):
+    for got, want in zip(*map(jax.tree.leaves, (fast, plain)), strict=True):
         assert got.dtype == want.dtype and got.shape == want.shape
-        assert relative(got, truth) <= 1.2 * relative(want, truth) < 0.02
+        assert relative(got, want) < 0.005
 
 
 def test_a_decoder_s_fast_path_is_its_plain_one(request):
     copy = quantized(decoder_of(QWEN), 8)
-    want = logits(copy, tokens=5)
+    want = logits(copy)
     calls = request.getfixturevalue("calls")
     _logits.clear_cache()
-    got = logits(copy, tokens=5)
+    got = logits(copy)
     assert calls == {"fixed_point": 9, "skinny_matmul": 9}
     assert relative(got, want) < 5e-4
 
@@ -277,7 +276,7 @@ def test_a_packed_matrix_s_fast_path(calls):
 
 @pytest.mark.parametrize("config, time, fast", [(QWEN, 4, 4), (QWEN, 5, 8), (QWEN, 17, 0), (LLAMA, 1, 1)])
 def test_what_the_fast_path_is_for(config, time, fast, calls):
-    """All of a block for 8 rows, its matrices for some more; of a hidden size of 96, no group, the last matrix alone."""
+    """All of a block for 8 rows, its matrices for some more; of a hidden size of 96, the last matrix alone."""
     decoder = decoder_of(config)
     block = QuantizedBlock(cast(Any, decoder.blocks)[0], config.head_dim, 8)
     x_BTD = jax.ShapeDtypeStruct((2, time, config.hidden_size), jnp.float32)

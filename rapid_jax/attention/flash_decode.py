@@ -19,11 +19,12 @@ from rapid_jax.attention.partial import Partial, Rows, Slots
 
 LOW = -1e30  # stands for -inf where a difference of two must not be NaN
 MOST_ROWS = 128  # more are not a few
+MOST_FLOAT16 = 65504.0
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the kernel is cut; by measurement (tests/benchmarks/decode_kernels.py)."""
+    """How the kernel is cut; by measurement (WORKSPACE.md)."""
 
     block: int  # slots at a time
     warps: int
@@ -178,7 +179,7 @@ def _kernel(q_ref, row_pos_ref, blocks_ref, *refs, rows, scale, block, shares, s
             first, last = jnp.int32(0), jnp.where(share == shares, blocks, 0)
         elif len(slots) > 1:
             last = jnp.where(share == shares, first, last)
-        query_RH = q_RH.astype(jnp.float16) if scaled[index] else q_RH
+        query_RH = jnp.clip(q_RH, -MOST_FLOAT16, MOST_FLOAT16).astype(jnp.float16) if scaled[index] else q_RH
         attend = partial(_attend, query_RH, row_pos_R, side, size=size, scale=scale, block=block, packed=packed)
         carry = lax.fori_loop(first, last, attend, carry)
     out_RH, max_R, sum_R = carry
@@ -210,7 +211,7 @@ def _attend(q_RH, row_pos_R, side, index, carry, *, size, scale, block, packed):
     if scales:
         weight_RS *= _load(scales[1].at[here], inside, 0)[None, :] * 127  # of the size of the values
         v_HS = _float16(_load(v_ref.at[:, here], None if inside is None else inside[None, :], 0), packed)
-        added_RH = _product(weight_RS.astype(jnp.float16), v_HS, 1) * (1 / 127)
+        added_RH = _product(jnp.minimum(weight_RS, MOST_FLOAT16).astype(jnp.float16), v_HS, 1) * (1 / 127)
     else:
         added_RH = _product(weight_RS.astype(q_RH.dtype), _load(v_ref.at[here, :], wide, 0).astype(q_RH.dtype), 0)
     return out_RH * keep_R[:, None] + added_RH, new_R, sum_R

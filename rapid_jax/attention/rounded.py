@@ -15,7 +15,9 @@ from rapid_jax.attention.cache import KV, Prefix
 
 
 def rounded(prefix: Prefix) -> Prefix:
-    """The prefix with int8 keys and values; the given one's are deleted, a layer at a time."""
+    """The prefix with int8 keys and values; the given one's are deleted, a layer at a time. A rounded one stays."""
+    if prefix.layers and (prefix.layers if isinstance(prefix.layers, KV) else prefix.layers[0]).k_scale_BKS is not None:
+        return prefix
     if isinstance(prefix.layers, KV):
         return replace(prefix, layers=_replaced(prefix.layers))
     return replace(prefix, layers=tuple(map(_replaced, prefix.layers)))

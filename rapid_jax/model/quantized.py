@@ -118,7 +118,7 @@ class QuantizedBlock(Block):
         B, T, D = x_BTD.shape
         packed = (self.qkv, self.o, self.gate_up, self.down)
         if jax.default_backend() != "gpu" or not all(matrix.fits(B * T) for matrix in packed):
-            return super().__call__(x_BTD, cos, sin, attend, layer)
+            return super().__call__(x.summed() if isinstance(x, Pending) else x, cos, sin, attend, layer)
         x_TD = x_BTD.reshape(B * T, D)
         fixed, x_TD = fixed_point(x_TD, parts_STD=parts, norm_D=self.attention_norm_D[...], eps=self.norm_eps)
         q_BTNH, k_BTKH, v_BTKH = self.heads(jnp.sum(self.qkv.times(fixed), axis=0).reshape(B, T, -1), x_TD.dtype)
@@ -162,6 +162,13 @@ class QuantizedDecoder(Decoder):
         weight, axes = decoder.head
         self.packed_head = Packed(weight if axes == "DV" else weight.T, bits)
 
+    @property
+    def head(self) -> tuple[jax.Array, str]:
+        """(what the copy's head stands for, its axes)."""
+        packed = self.packed_head
+        weight_VD = restored(packed.values[...], packed.scale[...], packed.bits)[:, : packed.depth]
+        return weight_VD.astype(self.embed_VD[...].dtype), "VD"
+
     def final_norm(self, x_BTD: jax.Array | Pending) -> jax.Array:
         """The last layer's output, normalised: what `logits` takes."""
         return super().final_norm(x_BTD.summed() if isinstance(x_BTD, Pending) else x_BTD)
@@ -174,8 +181,10 @@ class QuantizedDecoder(Decoder):
 def quantized(decoder: Decoder, bits: WeightBits) -> QuantizedDecoder:
     """The decoder's copy in so many bits, on the same device; the original stays as it is.
 
-    Raises InputError for a decoder on a mesh or in the stacked layout.
+    Raises InputError for a decoder on a mesh, in the stacked layout, or quantised already.
     """
+    if isinstance(decoder, QuantizedDecoder):
+        raise InputError("quantised weights: expected a decoder in full, got one that is quantised already")
     if decoder.mesh is not None or isinstance(decoder.blocks, Block):
         raise InputError("quantised weights: expected one device and layout unrolled, got a mesh or layout stacked")
     return QuantizedDecoder(decoder, bits)

@@ -25,7 +25,7 @@ _STEPS = 127 * 128  # of the largest element of a row
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class FixedPoint:
-    """Rows x[t] = (128 high[t] + low[t]) scale[t], accurate to 2^-15 of each row's largest element."""
+    """Rows x[t] = (128 high[t] + low[t]) scale[t]: 16,256 steps to each row's largest element."""
 
     halves_PD: jax.Array  # int8 [16, D]: high halves from row 0 on, low ones from row 8 on; the others are junk
     scale_T: jax.Array  # float32
@@ -33,7 +33,7 @@ class FixedPoint:
 
 @dataclass(frozen=True)
 class Tile:
-    """How the matrix is cut; by measurement (tests/benchmarks/decode_kernels.py)."""
+    """How the matrix is cut; by measurement (WORKSPACE.md)."""
 
     deep: int  # weights of a column at a time
     wide: int  # columns of a program

@@ -283,3 +283,17 @@ def test_what_the_fast_path_is_for(config, time, fast, calls):
     out_BTD, _ = jax.eval_shape(partial(run, decoder, block, rows=(2, time)), x_BTD)
     assert out_BTD.shape == x_BTD.shape and out_BTD.dtype == x_BTD.dtype
     assert calls["fixed_point"] == calls["skinny_matmul"] == fast
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_copys_head_is_what_its_logits_are_made_by(bits):
+    copy = quantized(decoder_of(LLAMA), bits)
+    hidden_BTD = jax.random.normal(jax.random.key(3), (1, 2, LLAMA.hidden_size))
+    weight, axes = copy.head
+    wanted = np.einsum(f"BTD,{axes}->BTV", np.asarray(hidden_BTD, np.float64), np.asarray(weight, np.float64))
+    np.testing.assert_allclose(copy.logits(hidden_BTD), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_copy_of_a_copy_is_refused():
+    with pytest.raises(InputError, match="got one that is quantised already"):
+        quantized(quantized(decoder_of(LLAMA), 8), 4)

@@ -17,13 +17,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-
 _COUNT = itertools.count(1)
 
 
 @pytest.fixture(autouse=True)
 def few_mappings():
-    """Forgets compiled programs in time: each maps memory some ten times, and XLA crashes at Linux's 65,530 mappings."""
+    """Forgets compiled programs in time: each maps memory ten times, and XLA crashes at Linux's 65,530 mappings."""
     yield
     maps = Path("/proc/self/maps")
     if next(_COUNT) % 20 == 0 and "jax" in sys.modules and maps.is_file() and maps.read_bytes().count(b"\n") > 25_000:

@@ -84,10 +84,13 @@ def run(options: argparse.Namespace) -> int:
     kinds = [_kind(text) for text in options.cases.split(",")]
     if not 0 < options.acceptance < 1:
         raise InputError(f"--acceptance: expected a share between 0 and 1, got {options.acceptance}")
+    others: list[dict[str, Any]] = []
     if options.plot is not None:
+        from rapid_jax.bench.figure import rows_of
         from rapid_jax.evaluate.plotting import require
 
         require()
+        others = [row for path in options.others for row in rows_of(path)]
     prepare_jax(programs=True, cache=None)
     import jax
 
@@ -106,9 +109,9 @@ def run(options: argparse.Namespace) -> int:
     if "prefill" in parts:
         _prefill(rows, config, options, contexts, sizes)
     if options.plot is not None:
-        from rapid_jax.bench.figure import draw, rows_of
+        from rapid_jax.bench.figure import draw
 
-        draw([*rows.kept, *(row for path in options.others for row in rows_of(path))], options.plot)
+        draw([*rows.kept, *others], options.plot)
     return 0 if good else DIFFERENT
 
 

@@ -26,10 +26,10 @@ def by_blocks(rows: Rows, sides: Sides, used: Used, scale: float, axis: str | No
     """In plain XLA."""
     del used  # a loop of unknown length would be no faster: a prefix has few empty slots
     far, near = sides
-    partial = attend_blockwise(rows, far, scale=scale, block=block)
+    seen = attend_blockwise(rows, far, scale=scale, block=block)
     if axis is not None:
-        partial = merged_over(partial, axis)
-    return finish(merge(partial, attend_blockwise(rows, near, scale=scale, block=block)), rows.q_BKRH.dtype)
+        seen = merged_over(seen, axis)
+    return finish(merge(seen, attend_blockwise(rows, near, scale=scale, block=block)), rows.q_BKRH.dtype)
 
 
 def by_kernel(

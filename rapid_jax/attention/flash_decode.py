@@ -3,7 +3,8 @@
 
 The keys are split over programs, for a few rows keep no more than one multiprocessor busy each (Flash-Decoding, Dao et
 al. 2023). Program (j, k, b) attends to share j of row b's prefix for kv head k; one program more has the tail. Each
-leaves an un-normalised `Partial`, and a sum over the shares ends it. Scores, weights and sums are float32.
+leaves an un-normalised `Partial`, and a sum over the shares ends it. Scores, softmax and sums are float32; softmax
+weights meet the values in the queries' dtype, or float16 where those are rounded.
 """
 
 from dataclasses import dataclass

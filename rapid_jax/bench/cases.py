@@ -10,7 +10,6 @@ from rapid_jax.plan.cost import matrices
 
 Drafter: TypeAlias = Literal["none", "full", "int8", "int4"]  # none: plain decoding
 KvBits: TypeAlias = Literal["full", "int8"]
-WEIGHT_BITS = {"full": 16, "int8": 8, "int4": 4.25}  # of a weight, its share of a scale included
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from rapid_jax.bench.cases import Case, Drafter, Measured, plain_bytes
 from rapid_jax.bench.models import dialled, random_decoder, random_prefix
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.model.quantized import quantized
+from rapid_jax.model.quantized import BITS, quantized
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import read
 from rapid_jax.speculative.generate import Generation, Prompted, generate
@@ -62,14 +62,16 @@ class Decoding:
             same = self._compared(case, baseline[1], generation.tokens)
             exact = case.kv == "full"
             ratio = made / seconds / baseline[0] if same in ("yes", "until a tie") or not exact else None
-        rejected = sum(generation.rejected)
-        looked = sum(generation.accepted) + rejected
-        floor = None if self.memory_rate is None else 1e3 * self._bytes(case) / self.memory_rate
+        floor = (
+            None
+            if self.memory_rate is None
+            else 1e3 * plain_bytes(self.config, case, self.dtype.itemsize) / self.memory_rate
+        )
         return Measured(
             case=case,
             ms_per_token=1e3 * seconds * case.batch / made,
             tokens_per_second=made / seconds,
-            acceptance=sum(generation.accepted) / looked if looked else None,
+            acceptance=_acceptance(generation),
             tokens_per_round=made / max(sum(generation.rounds), 1),
             rounds=generation.target_steps,
             draft_steps=generation.draft_steps,
@@ -104,17 +106,12 @@ class Decoding:
         self._plain.clear()
 
     def _acceptance(self, case: Case) -> float:
-        generation = self._decoded(case)
-        accepted = sum(generation.accepted)
-        return accepted / max(accepted + sum(generation.rejected), 1)
+        return _acceptance(self._decoded(case)) or 0.0
 
     def _baseline(self, case: Case) -> tuple[float, list[list[int]]]:
         if case.baseline not in self._plain:
             self.measure(case.baseline)
         return self._plain[case.baseline]
-
-    def _bytes(self, case: Case) -> float:
-        return plain_bytes(self.config, case, self.dtype.itemsize)
 
     def _decoded(self, case: Case) -> Generation:
         target = self._target(case)
@@ -182,7 +179,7 @@ class Decoding:
         decoder = self._decoder()
         if drafter == "full":
             return decoder
-        return self._hold("copy", (drafter, self.dial), lambda: quantized(decoder, 8 if drafter == "int8" else 4))
+        return self._hold("copy", (drafter, self.dial), lambda: quantized(decoder, BITS[drafter]))
 
     def _compared(self, case: Case, wanted: list[list[int]], got: list[list[int]]) -> str:
         for row, (one, other) in enumerate(zip(wanted, got, strict=True)):
@@ -210,3 +207,10 @@ class Decoding:
         logits, _ = jax.jit(partial(read, plan=plan, rows=1))(side, tail, fed)
         z_V = np.asarray(logits[row, -1], np.float64)
         return float((z_V[first] - z_V[second]) / z_V.std())
+
+
+def _acceptance(generation: Generation) -> float | None:
+    """Of the drafts that were looked at, how many were accepted; None where there were none."""
+    accepted = sum(generation.accepted)
+    looked = accepted + sum(generation.rejected)
+    return accepted / looked if looked else None

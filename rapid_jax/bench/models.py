@@ -19,13 +19,12 @@ from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.placement import abstract
 
+SIGNAL = 1.35  # the vote for the next id, in units of the largest of as many random logits as there are ids
+
 
 @partial(jax.jit, static_argnums=(1, 2))
 def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, std: float) -> jax.Array:
     return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
-
-
-SIGNAL = 1.35  # the vote for the next id, in units of the largest of as many random logits as there are ids
 
 
 def random_decoder(config: ModelConfig, dtype: jnp.dtype, seed: int = 0) -> Decoder:

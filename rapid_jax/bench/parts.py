@@ -100,11 +100,7 @@ def attention(config: ModelConfig, dtype: jnp.dtype, context: int, tokens: int, 
 
 
 def prefill_seconds(decoder: Decoder, tokens: int, chunk: int, *, seed: int = 0) -> float:
-    """Seconds to read a prompt of so many random tokens, after one chunk that compiles."""
+    """Seconds to read a prompt of so many random tokens, after a first time that compiles."""
     prompt = np.random.default_rng(seed).integers(0, decoder.config.vocab_size, tokens).tolist()
     dtype = decoder.embed_VD[...].dtype
-    run = partial(prefill, decoder, chunk=chunk, dtype=dtype)
-    jax.block_until_ready(run([prompt]))
-    start = time.perf_counter()
-    jax.block_until_ready(run([prompt]))
-    return time.perf_counter() - start
+    return best_seconds(lambda: prefill(decoder, [prompt], chunk=chunk, dtype=dtype), repeats=1)

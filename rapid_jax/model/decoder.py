@@ -40,9 +40,10 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
 def _project(spec: str, x: jax.Array, weight: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
     """einsum accumulated in float32; float32 weights are multiplied in full float32 on every backend."""
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    rows, x = x.shape[:2], _several(x)
-    out = jnp.einsum(spec, x, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
-    out = out[: rows[0], : rows[1]]
+    rows = _several(x)
+    out = jnp.einsum(spec, rows, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+    if rows is not x:
+        out = out[:, :1]
     return out if bias is None else out + bias[...]
 
 

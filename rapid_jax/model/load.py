@@ -18,7 +18,7 @@ from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.gguf_io import GgufCheckpoint
 from rapid_jax.model.hf_io import HfCheckpoint
 from rapid_jax.model.placement import build
-from rapid_jax.model.quantized import quantized
+from rapid_jax.model.quantized import BITS, quantized
 from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of
 from rapid_jax.runtime.axes import PARAM, Table, with_copied_kv
 from rapid_jax.runtime.errors import InputError
@@ -47,7 +47,7 @@ class LoadedModel:
 
     def with_weights(self, weights: Literal["int8", "int4"]) -> "LoadedModel":
         """The model with a rounded copy of its weights; this one stays as it is."""
-        return dataclasses.replace(self, decoder=quantized(self.decoder, 8 if weights == "int8" else 4))
+        return dataclasses.replace(self, decoder=quantized(self.decoder, BITS[weights]))
 
     @cached_property
     def weights_hash(self) -> str:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """A copy of a decoder whose matrices are stored in 8 or 4 bits: a drafter that reads a half or a quarter of the bytes.
 
-Weights alone are rounded; activations, sums and the cache keep their precision. What the copy says is its own
-distribution q, so verification by the target stays exact. 8 bits: one scale a column, the largest weight is 127 steps.
-4 bits: one scale for every `GROUP` weights of a column, the largest weight is -8 steps.
+What the copy says is its own distribution q, so verification by the target stays exact. Weights alone are rounded here;
+on a GPU the few rows of a decoding step meet them as fixed-point numbers of 15 bits (`skinny.py`). 8 bits: one scale a
+column, the largest weight is 127 steps. 4 bits: one scale for every `GROUP` weights of a column, the largest weight is
+-8 steps.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, cast
 
 import jax
@@ -21,6 +24,7 @@ from rapid_jax.model.skinny import GROUP, MOST_ROWS, FixedPoint, fixed_point, sk
 from rapid_jax.runtime.errors import InputError
 
 WeightBits: TypeAlias = Literal[8, 4]
+BITS: Mapping[str, WeightBits] = MappingProxyType({"int8": 8, "int4": 4})  # by the names of settings
 FEW = 4 * MOST_ROWS  # rows: reading the rounded weights once for every `MOST_ROWS` still beats restoring them
 
 

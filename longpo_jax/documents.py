@@ -127,9 +127,8 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, seed: int, *, quiet:
     for id, domain, text, tokens in _counted(usable(), tokenizer):
         least, most = min(least, tokens), max(most, tokens)
         if tokens > config.max_tokens and config.longer == "split":
-            for part, piece in enumerate(_parts(text, tokenizer, config.max_tokens)):
-                document = Document(f"{id}.{part}", domain, piece, len(tokenizer.encode_quoted(piece)))
-                _keep(document, config, store, dropped, "part")
+            for part, (piece, count) in enumerate(_parts(text, tokenizer, config.max_tokens)):
+                _keep(Document(f"{id}.{part}", domain, piece, count), config, store, dropped, "part")
         else:
             _keep(Document(id, domain, text, tokens), config, store, dropped, "document")
     if store.left_out:
@@ -207,14 +206,15 @@ class _Store:
         return Documents(self._spool, [entry for _, _, entry in sorted(self._last_first, reverse=True)])
 
 
-def _parts(text: str, tokenizer: Tokenizer, limit: int) -> list[str]:
-    """Consecutive parts of at most `limit` tokens each, cut at paragraphs where there are any."""
+def _parts(text: str, tokenizer: Tokenizer, limit: int) -> list[tuple[str, int]]:
+    """Consecutive parts of at most `limit` tokens each, cut at paragraphs where there are any, and their tokens."""
     spans, budget = tokenizer.spans(text), limit
     while True:
         parts = [text[group.start : group.end] for group in groups(text, spans, "paragraphs", budget)]
-        excess = max(len(tokenizer.encode_quoted(part)) for part in parts) - limit
+        counts = tokenizer.counts(parts)
+        excess = max(counts) - limit
         if excess <= 0 or budget == 1:
-            return parts
+            return list(zip(parts, counts, strict=True))
         budget = max(1, budget - excess)  # some tokenizers make more tokens of a part alone than it has in the whole
 
 

@@ -3,14 +3,16 @@
 
     python -m tests.benchmarks.longpo_quality --models smollm2 RUN/export --text BOOK.txt \\
         [--lengths 4096 8192 16384 32768] [--samples 20] [--perplexity 1024 2048 4096] [--windows 32] \\
-        [--rope-theta T] [--json OUT]
+        [--rope-theta T] [--json OUT] [--plot OUT.png]
+    python -m tests.benchmarks.longpo_quality --seen OUT ... [--names N ...] [--plot OUT.png]
 
 Needle: a sentence "The secret number of the NAME is DIGITS." stands in the text at evenly spread depths, and the chat
 model, greedy, is asked for the number; an answer counts if the 7 digits are in it, commas left out. A prompt has the
 length's tokens or a few less, the template included. A model's own limit of positions is not enforced.
 Perplexity: windows evenly spread over the text, each by itself, no template. Models with the same tokenizer read the
 same windows: the change from the first model, in brackets, is of pairs of windows. Intervals are of 95 %: Wilson's for
-accuracy, Student's over windows for perplexity. --rope-theta replaces the base of every model.
+accuracy, Student's over windows for perplexity. --rope-theta replaces the base of every model. --seen measures nothing:
+it reads what --json wrote, and puts models of one name together (seeds of a run): their mean.
 """
 
 import argparse
@@ -113,7 +115,7 @@ def _answers(model: LoadedModel, prompts: list[list[int]], chunk: int) -> list[s
     return [model.tokenizer.decode(tokens) for tokens in made.tokens]
 
 
-def wilson(hits: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson(hits: float, count: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's score interval of a share, of 95 %."""
     share = hits / count
     middle, spread = share + z * z / (2 * count), z * math.sqrt((share * (1 - share) + z * z / (4 * count)) / count)
@@ -209,10 +211,51 @@ def table(results: list[dict[str, Any]]) -> str:
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
+def pooled(results: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+    """One result a name: the mean of its models' needles, perplexities of the first.
+
+    Its models read the same prompts, so intervals are those of one model that was right as often.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name in dict.fromkeys(names):
+        same = [one for one, other in zip(results, names, strict=True) if other == name]
+        needle = {}
+        for length, first in same[0]["needle"].items():
+            count = len(first["samples"])
+            share = float(np.mean([one["needle"][length]["accuracy"] for one in same]))
+            needle[length] = {"accuracy": share, "interval": wilson(share * count, count)}
+        found[name] = same[0] | {"model": name, "needle": needle}
+    return list(found.values())
+
+
+def plot(results: list[dict[str, Any]], path: Path) -> None:
+    """Needles found against length, a line a model."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for index, one in enumerate(results):
+        lengths = [int(length) for length in one["needle"]]
+        share = np.asarray([needle["accuracy"] for needle in one["needle"].values()])
+        low, high = np.asarray([needle["interval"] for needle in one["needle"].values()]).T
+        shifted = np.asarray(lengths) * 1.02 ** (index - len(results) / 2)
+        spread = 100 * np.stack([share - low, high - share])
+        axes.errorbar(shifted, 100 * share, spread, marker="o", capsize=3, label=one["model"])
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
+    axes.set(xlabel="tokens", ylabel="needles found, %", ylim=(-2, 102))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replace_file(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["smollm2"])
-    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--seen", nargs="+", type=Path, help="results of earlier runs, in place of --models")
+    parser.add_argument("--names", nargs="+", help="of the models in --seen")
+    parser.add_argument("--text", type=Path)
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384, 32768])
     parser.add_argument("--samples", type=int, default=20)
     parser.add_argument("--perplexity", type=int, nargs="*", default=[1024, 2048, 4096])
@@ -224,7 +267,17 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=20 * 32768, help="prompt tokens of all rows of a call")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
     given = parser.parse_args()
+    if given.seen:
+        every = [one for path in given.seen for one in json.loads(path.read_text())["models"]]
+        results = pooled(every, given.names or [one["model"] for one in every])
+        print(table(results))
+        if given.plot is not None:
+            plot(results, given.plot)
+        return
+    if given.text is None:
+        parser.error("--text: expected a text to find needles in")
     text = given.text.read_text(encoding="utf-8")
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {given.samples} samples a length", flush=True)
     results = [measure(source, text, given) for source in given.models]
@@ -234,6 +287,8 @@ def main() -> None:
         device = jax.devices()[0].device_kind
         with replace_file(given.json) as temporary:
             temporary.write_text(json.dumps({"settings": settings, "device": device, "models": results}, indent=1))
+    if given.plot is not None:
+        plot(results, given.plot)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,9 @@ def _advice(result: Any, config: RapidConfig, topology: Topology) -> str:
     if share <= LARGEST_SHARE:
         least = math.ceil(share * 100) / 100
         more = f"the card has room for it, {FRACTION_NAMES[0]}={least:.2f} or more in the run's environment gives it"
-        return advice(result, "less", dict.fromkeys(result.bytes_per_chip, more))
+        return advice(
+            result, f"{topology.generation.hbm_bytes / GIB:.2f} GiB", dict.fromkeys(result.bytes_per_chip, more)
+        )
     shorter = "a lower models.max_context, or a card with more memory"
     reading = result.program == "round" and config.compute.kv == "full"
     changes = {

@@ -114,7 +114,7 @@ def test_what_does_not_fit_says_what_would_help(capsys):
 def test_a_card_that_jax_takes_too_little_of(monkeypatch, capsys):
     words = ("--context", "393216", "--program", "round")
     assert status_of(*words, topology="h100") == command.DOES_NOT_FIT
-    assert "XLA_CLIENT_MEM_FRACTION=0.84 or more" in capsys.readouterr().err
+    assert "XLA_CLIENT_MEM_FRACTION=0.83 or more" in capsys.readouterr().err
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     assert status_of(*words, topology="h100") == 0
     assert "90% of 79.65, as JAX takes it" in capsys.readouterr().out

@@ -111,6 +111,7 @@ def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[A
             arguments = (model.decoder, tokens_BT, prefix.layers, prefix.pos_BS, used, tokens_BT)
             return prefill._chunk_stacked.lower(*arguments, strategy=strategy)
         config = model.decoder.config
+        assert model.mesh is not None, "nothing is compiled for a GPU"
         spec = NamedSharding(model.mesh, strategy.spec("x_BTD"))
         x_BTD = jax.ShapeDtypeStruct((1, layout.chunk, config.hidden_size), model.dtype, sharding=spec)
         angle = jax.ShapeDtypeStruct((1, layout.chunk, config.head_dim // 2), jnp.float32, sharding=spec)

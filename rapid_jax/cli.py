@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `rapid`: answer a question about a document, evaluate, plan a run on a TPU slice, convert a checkpoint.
+"""The command `rapid`: answer a question about a document, evaluate, plan a run, convert a checkpoint.
 
 Standard output carries the answer and nothing else; progress, what was retrieved and the summary go to standard error.
 Exit status: 0 done, 2 input that cannot be used (one line says why), 3 a plan that does not fit, 75 another process of
@@ -79,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
     answer.add_argument("--compare", action="store_true", help="answer in modes target and retrieval as well")
     answer.add_argument("--save-config", metavar="FILE", help="write the settings that ran")
     answer.add_argument("--quiet", action="store_true", help="print the answer alone; warnings still show")
-    plan = commands.add_parser("plan", help="what a run needs of a TPU slice, without hardware", allow_abbrev=False)
+    plan = commands.add_parser("plan", help="what a run needs of a TPU slice or a GPU, without it", allow_abbrev=False)
     plan.set_defaults(run=command.run)
     command.add_arguments(plan)
     bench = commands.add_parser("bench", help="how fast this machine decodes", allow_abbrev=False)

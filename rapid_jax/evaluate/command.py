@@ -17,6 +17,7 @@ from rapid_jax.runtime.command_line import prepare_jax, say
 from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.progress import progress
 
 SUITES = {
     "ruler": "rapid_jax.evaluate.ruler",
@@ -102,7 +103,7 @@ def evaluate(options: argparse.Namespace) -> None:
                 f"got {max(suite_options.lengths)}"
             )
         begun = time.perf_counter()
-        samples = list(_samples(options.suite)(suite_options, measure))
+        samples = _made(_samples(options.suite)(suite_options, measure), quiet=options.quiet or not run.leads)
         _check(samples, options.suite, context, measure if config.models.too_long == "error" else None)
         if run.leads and not options.quiet:
             say(f"evaluate: {len(samples)} samples in {time.perf_counter() - begun:.0f} s")
@@ -209,6 +210,16 @@ def _share(text: str) -> Any:
 
 def _samples(suite: str) -> Callable[[SuiteOptions, Measure], Iterable[Sample]]:
     return importlib.import_module(SUITES[suite]).samples
+
+
+def _made(samples: Iterable[Sample], *, quiet: bool) -> list[Sample]:
+    """All of them: those of long prompts take a while to be of an exact length."""
+    found = []
+    with progress("making samples", None, "samples", quiet=quiet) as report:
+        for sample in samples:
+            found.append(sample)
+            report.advance(1)
+    return found
 
 
 def _templates(options: argparse.Namespace) -> str:

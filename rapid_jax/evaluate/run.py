@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import datetime
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -24,11 +25,13 @@ from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.mesh import check_agreed
 from rapid_jax.runtime.progress import progress
 
+NOW = datetime.datetime(2025, 1, 1)  # for templates that write the date: a sample has the same prompt on any day
 _SHOWN = 300  # characters of a prompt's ends, which so many tokens hold
 
 
 def measure_of(config: RapidConfig, tokenizer: Tokenizer) -> Measure:
-    """Tokens of a sample's whole prompt as the target reads it, and of the longest answer."""
+    """Tokens of a sample's whole prompt as the target reads it, and of the longest answer; `tokenizer` is dated NOW."""
+    tokenizer.now = NOW
 
     def measure(sample: Sample) -> int:
         template = sample.template or config.prompts.target
@@ -121,6 +124,9 @@ def _answered(
 ) -> list[dict[str, Any]]:
     """The lines of samples that are answered together; what is retrieved comes from `others`, if there are any."""
     rapid.load()
+    for name in ("target", "drafter"):
+        if name in vars(rapid):  # is loaded
+            getattr(rapid, name).tokenizer.now = NOW
     start = time.perf_counter()
     readings = [
         rapid.read(

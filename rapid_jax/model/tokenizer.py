@@ -58,6 +58,7 @@ class Tokenizer:
         self.has_chat_template = template is not None  # False: `chat` writes plain "User: ... Assistant:" text
         self._template = PLAIN if template is None else template
         self.stop_ids = self._stop_ids(model_eos)
+        self.now: datetime.datetime | None = None  # the time that `chat` goes by; None: the clock's
 
     @property
     def vocab_size(self) -> int:
@@ -133,10 +134,10 @@ class Tokenizer:
     ) -> str:
         """The prompt for `messages` (dicts of role and content), ready for `encode`.
 
-        `now` is the time for templates that write the date; None: the clock's.
+        `now` is the time for templates that write the date; None: the tokenizer's own, else the clock's.
         Raises InputError with the template's words when it refuses them (roles that do not alternate, say).
         """
-        return self._render(messages, add_generation_prompt, now)
+        return self._render(messages, add_generation_prompt, now or self.now)
 
     def stream(self) -> "Stream":
         """A decoder for ids that arrive a few at a time."""

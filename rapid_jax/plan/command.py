@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`rapid plan`: what a run needs of a TPU slice, before one is rented."""
+"""`rapid plan`: what a run needs of a TPU slice or a GPU, before one is rented."""
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rapid_jax.config import RapidConfig
 from rapid_jax.plan.architectures import SHAPES, Architecture, architecture_of
-from rapid_jax.plan.topologies import GENERATIONS, GIB, Topology, topology_of
+from rapid_jax.plan.topologies import FRACTION_NAMES, GENERATIONS, GIB, GPUS, Topology, card_of, topology_of
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
 
 DOES_NOT_FIT = 3  # exit status
+LARGEST_SHARE = 0.95  # of a GPU's memory that JAX may well be given: the rest is CUDA's own
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +26,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
     )
     names = ", ".join(f"{name}:{generation.shapes[0]}" for name, generation in GENERATIONS.items())
-    parser.add_argument("--topology", required=True, metavar="NAME", help=f"a TPU slice: {names}, v5p:4x4x4, ...")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        metavar="NAME",
+        help=f"a TPU slice: {names}, v5p:4x4x4, ...; or one GPU: {', '.join(GPUS)}",
+    )
     shapes = f"one of {', '.join(SHAPES)}"
     parser.add_argument("--shape", metavar="NAME", help=f"architecture of the target where its folder is not: {shapes}")
     parser.add_argument("--drafter-shape", metavar="NAME", help="the same of the drafter")
@@ -35,13 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the plan; 0 if every program fits, else 3."""
-    from rapid_jax.plan.report import advice, examined, table
+    from rapid_jax.plan.report import examined, table
 
     config = settings.load(RapidConfig, Path(options.config), options.set)
-    for name, kind in (("models.drafter_weights", config.models.drafter_weights), ("compute.kv", config.compute.kv)):
-        if kind != "full":
-            raise InputError(f"{name}: plans are of full weights and caches, expected full, got {kind}")
-    topology = topology_of(options.topology)
+    topology = _topology(config, options.topology)
     models = _architectures(config, options)
     context = _context(config, models[0], options.context)
     if not options.json:
@@ -52,10 +57,48 @@ def run(options: argparse.Namespace) -> int:
         fitting &= result.fits
         print(json.dumps(result.to_json()) if options.json else table([result]), flush=True)
         if not result.fits:
-            apart = program.name in ("draft", "drafter prefill") and config.drafter_mesh
-            mesh = config.drafter_mesh if apart and config.drafter_mesh else config.mesh
-            print(f"rapid: {advice(result, str(mesh))}", file=sys.stderr)
+            print(f"rapid: {_advice(result, config, topology)}", file=sys.stderr)
     return 0 if fitting else DOES_NOT_FIT
+
+
+def _topology(config: RapidConfig, name: str) -> Topology:
+    """The slice or the GPU; raises InputError, before any compiler is loaded, for settings that it is not planned with.
+
+    Rounded weights and caches are for one device, and not compiled for TPUs here.
+    """
+    card = card_of(name)
+    if card is not None:
+        return card
+    for setting, kind in (("models.drafter_weights", config.models.drafter_weights), ("compute.kv", config.compute.kv)):
+        if kind != "full":
+            raise InputError(
+                f"{setting}: plans for TPUs are of full weights and caches, expected full (or a GPU, --topology h200), "
+                f"got {kind}"
+            )
+    return topology_of(name)
+
+
+def _advice(result: Any, config: RapidConfig, topology: Topology) -> str:
+    """What to change about a program that does not fit."""
+    from rapid_jax.plan.report import advice
+
+    if topology.generation.platform == "tpu":
+        apart = result.program in ("draft", "drafter prefill") and config.drafter_mesh
+        return advice(result, str(config.drafter_mesh if apart and config.drafter_mesh else config.mesh))
+    share = result.bytes_per_chip["peak"] / GPUS[topology.name].hbm_bytes
+    if share <= LARGEST_SHARE:
+        least = math.ceil(share * 100) / 100
+        more = f"the card has room for it, {FRACTION_NAMES[0]}={least:.2f} or more in the run's environment gives it"
+        return advice(
+            result, f"{topology.generation.hbm_bytes / GIB:.2f} GiB", dict.fromkeys(result.bytes_per_chip, more)
+        )
+    shorter = "a lower models.max_context, or a card with more memory"
+    reading = result.program == "round" and config.compute.kv == "full"
+    changes = {
+        "weights": "a smaller target, models.drafter same, models.drafter_weights full or int4, or a TPU slice",
+        "cache": f"compute.kv int8, {shorter}" if reading else shorter,
+    }
+    return advice(result, f"{topology.name}, compute.prefill_chunk {config.compute.prefill_chunk}", changes)
 
 
 def _architectures(config: RapidConfig, options: argparse.Namespace) -> tuple[Architecture, Architecture | None]:
@@ -96,12 +139,21 @@ def _introduce(config: RapidConfig, models: Sequence[Architecture | None], topol
     chip = topology.generation
     assert target is not None
     print(f"target    {config.models.target}: {_said(target)}")
-    print(f"drafter   {'the target itself' if drafter is None else f'{config.models.drafter}: {_said(drafter)}'}")
+    kind, kv = config.models.drafter_weights, config.compute.kv
+    copy = "" if kind == "full" else f", in {kind} with its prompt in int8"
+    print(f"drafter   {'the target itself' if drafter is None else f'{config.models.drafter}: {_said(drafter)}'}{copy}")
     beyond = context > target.config.context_size
     note = f", beyond the target's {target.config.context_size}: it needs rope scaling for that" if beyond else ""
-    print(f"context   {context} tokens of prompt and answer{note}")
+    print(
+        f"context   {context} tokens of prompt and answer{note}{'' if kv == 'full' else f'; keys and values in {kv}'}"
+    )
     where = f"mesh {config.mesh}" + (f"; drafter_mesh {config.drafter_mesh}" if config.drafter_mesh else "")
-    print(f"devices   {topology.name}, {len(topology.devices)} of {chip.hbm_bytes / GIB:.2f} GiB for programs; {where}")
+    memory = f"{chip.hbm_bytes / GIB:.2f} GiB for programs"
+    if chip.platform == "gpu":
+        total = GPUS[topology.name].hbm_bytes
+        share = f"{chip.hbm_bytes / total:.0%} of {total / GIB:.2f}, as JAX takes it ({FRACTION_NAMES[0]})"
+        memory += f", {share}, nothing is compiled"
+    print(f"devices   {topology.name}, {len(topology.devices)} of {memory}; {where}")
 
 
 def _said(architecture: Architecture) -> str:

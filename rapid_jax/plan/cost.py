@@ -40,9 +40,18 @@ def matrices(config: ModelConfig) -> int:
     return config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
 
 
-def work_of(config: ModelConfig, mesh: MeshConfig, run: Pass, itemsize: int, *, split_tokens: bool) -> Work:
+def work_of(
+    config: ModelConfig,
+    mesh: MeshConfig,
+    run: Pass,
+    item: float,
+    cache_item: float | None = None,
+    *,
+    split_tokens: bool,
+) -> Work:
     """The work of a pass on one device.
 
+    `item`: bytes of a weight, and of an element of the cache unless `cache_item` says otherwise.
     `split_tokens`: tokens are split over the context axis (prefill); else every context device has all of them, and
     its own part of the slots.
     """
@@ -55,4 +64,4 @@ def work_of(config: ModelConfig, mesh: MeshConfig, run: Pass, itemsize: int, *, 
     kv_heads = max(config.num_kv_heads, mesh.model) / mesh.model
     slots = run.seen if split_tokens else run.seen / mesh.context
     cache = 2 * config.num_layers * kv_heads * config.head_dim * slots
-    return Work(flops, itemsize * (weights + cache))
+    return Work(flops, item * weights + (item if cache_item is None else cache_item) * cache)

@@ -8,24 +8,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
-from rapid_jax.attention.cache import Layers, Prefix, Tail, each_layer
+from rapid_jax.attention.cache import KV, Prefix, Tail, each_layer
+from rapid_jax.attention.kernels import kernel_of
+from rapid_jax.attention.rounded import _rounded
 from rapid_jax.config import RapidConfig
-from rapid_jax.model.decoder import Block, Decoder
-from rapid_jax.model.placement import abstract
+from rapid_jax.model.decoder import Block
+from rapid_jax.model.quantized import BITS, rounded
 from rapid_jax.plan.architectures import Architecture
-from rapid_jax.plan.cost import Pass, Work, work_of
+from rapid_jax.plan.cost import Pass, Work
+from rapid_jax.plan.models import PlannedModel, layout_of, planned
+from rapid_jax.plan.working import of_prefill, of_round, of_rounded_layers, of_rounded_matrix
 from rapid_jax.retrieval.config import chunk_count
-from rapid_jax.runtime.axes import PARAM, with_copied_kv
 from rapid_jax.runtime.mesh import make_mesh, make_meshes
-from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative import apart, prefill
 from rapid_jax.speculative.draft import Draft
 from rapid_jax.speculative.loop import run_rounds_on_tpu
 from rapid_jax.speculative.sampling import Knobs, Law
-from rapid_jax.speculative.start import RECENT, Sizes, gammas_of, plan_of, start_state, text_slots
-from rapid_jax.speculative.state import Plan, Side, State
+from rapid_jax.speculative.start import Sizes, gammas_of, plan_of, start_state, text_slots
+from rapid_jax.speculative.state import Plan, State
 
 QUESTION = 256  # tokens assumed for the question and the template's end, behind the document
 
@@ -41,52 +43,7 @@ class Program:
     total: Work  # of all calls
     calls: int = 1
     loops: tuple[int, ...] = ()  # how often a loop of unknown length runs, by nesting, outermost first
-
-
-@dataclass(frozen=True)
-class _Model:
-    """A model on its devices with one prompt."""
-
-    decoder: Decoder
-    mesh: Mesh
-    sizes: MeshConfig
-    dtype: jnp.dtype
-    prompt: int  # tokens in the prefix
-    layout: prefill.ChunkLayout
-
-    def whole(self, tree: Any) -> Any:
-        """Shapes that are the same on every device."""
-        sharding = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
-
-    def int32(self, *shape: int, name: str = "") -> Any:
-        """Integers that lie as their name says."""
-        spec = prefill.serving(self.decoder, block=1).spec(name)
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, spec))
-
-    def cache(self, slots: int, letter: str) -> Layers:
-        """Keys and values."""
-        made = jax.eval_shape(lambda: prefill.empty_cache(self.decoder, 1, slots, self.dtype, letter=letter))
-        sharding = prefill.cache_sharding(self.decoder, letter)
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), made)
-
-    def prefix(self) -> Prefix:
-        """The prompt's keys and values."""
-        slots = self.layout.slots
-        return Prefix(self.cache(slots, "S"), self.int32(1, slots, name="pos_BS"), self.int32())
-
-    def tail(self, sizes: Sizes, suffix: int) -> Tail:
-        """Of a run whose prompt has `suffix` tokens behind the prefix."""
-        return Tail(self.cache(sizes.tail(suffix), "G"), self.int32(1), self.int32(1))
-
-    def side(self) -> Side:
-        """What a round reads."""
-        return Side(self.decoder, self.prefix(), self.int32(1, RECENT), self.int32(1))
-
-    def work(self, run: Pass, *, split_tokens: bool = False) -> Work:
-        """Of one device."""
-        item = jnp.dtype(self.dtype).itemsize
-        return work_of(self.decoder.config, self.sizes, run, item, split_tokens=split_tokens)
+    working: int = 0  # bytes beside `resident` by the rules of `working.py`, for a GPU: its compiler is not here
 
 
 def programs_of(
@@ -97,42 +54,47 @@ def programs_of(
     `drafter` None: the target's own weights, or no drafter. The prompts are as long as they can be: the target's all
     but the answer, the drafter's what retrieval gives it. Raises InputError for what a run would refuse.
     """
-    mode = config.speculation.mode
-    first, second = make_meshes(config.mesh, config.drafter_mesh, devices)
-    first = first or make_mesh(config.mesh, devices[:1])
-    short = chunk_count(context, config.retrieval) * config.retrieval.chunk_tokens + QUESTION
-    long = short if mode == "retrieval" else max(context - config.sampling.max_new_tokens - QUESTION, 1)
-    ours = _model(config, target, first, config.mesh, long)
-    if mode in ("target", "retrieval"):
-        theirs = None
-    elif drafter is None:
-        theirs = replace(ours, prompt=short - 2, layout=_layout(config, config.mesh, short - 2))
-    else:
-        theirs = _model(config, drafter, second or first, config.drafter_mesh or config.mesh, short - 2)
-    alone = theirs is None or theirs.decoder is ours.decoder
+    ours, theirs = _models(config, devices, target, drafter, context)
+    own = theirs is not None and theirs.held is not ours.held  # weights of its own, or a copy
     together = theirs is not None and theirs.mesh == ours.mesh
-    beside = [] if alone or not together or theirs is None else [theirs.decoder]
+    beside = [theirs.held] if own and together and theirs is not None else []
     found = [_prefill(config, ours, "prefill", beside)]
-    if not alone and theirs is not None:
-        others = [ours.decoder, ours.prefix()] if together else []
+    if config.compute.kv != "full":
+        found.append(_rounded_prefix(ours, beside))
+    if theirs is not None and theirs.bits is not None:
+        found.insert(0, _rounded_weights(ours, theirs))
+    if own and theirs is not None:
+        others = [ours.held, ours.read_prefix()] if together else []
         found.append(_prefill(config, theirs, "drafter prefill", others))
     if theirs is not None and not together:
         return found + _halves(config, ours, theirs)
     return [*found, _round(config, ours, theirs)]
 
 
-def _layout(config: RapidConfig, mesh: MeshConfig, prompt: int) -> prefill.ChunkLayout:
-    return prefill.ChunkLayout.of(prompt, config.compute.prefill_chunk, mesh.context)
+def _models(
+    config: RapidConfig, devices: tuple[Any, ...], target: Architecture, drafter: Architecture | None, context: int
+) -> tuple[PlannedModel, PlannedModel | None]:
+    """(The target, the drafter or None where none drafts), each with the longest prompt that it may get."""
+    mode, bits = config.speculation.mode, BITS.get(config.models.drafter_weights)
+    first, second = make_meshes(config.mesh, config.drafter_mesh, devices)
+    if devices[0].platform == "gpu":
+        kernel_of(config.compute.kernel, "gpu", 1)  # what a run refuses
+    else:
+        first = first or make_mesh(config.mesh, devices[:1])
+    short = chunk_count(context, config.retrieval) * config.retrieval.chunk_tokens + QUESTION
+    long = short if mode == "retrieval" else max(context - config.sampling.max_new_tokens - QUESTION, 1)
+    ours = planned(config, target, first, config.mesh, long)
+    if mode in ("target", "retrieval"):
+        return ours, None
+    if drafter is None:
+        theirs = replace(ours, prompt=short - 2, layout=layout_of(config, config.mesh, short - 2), rounds_prefix=False)
+    else:
+        sizes = config.drafter_mesh or config.mesh
+        theirs = replace(planned(config, drafter, second or first, sizes, short - 2), rounds_prefix=False)
+    return ours, theirs if bits is None else theirs.rounded_to(bits, shared=drafter is None)
 
 
-def _model(config: RapidConfig, architecture: Architecture, mesh: Mesh, sizes: MeshConfig, prompt: int) -> _Model:
-    table = with_copied_kv(PARAM, sizes.replicate_kv)
-    dtype = jnp.dtype("bfloat16" if config.models.dtype == "auto" else config.models.dtype)
-    decoder = abstract(architecture.config, layout=config.models.layout, dtype=dtype, mesh=mesh, table=table)
-    return _Model(decoder, mesh, sizes, dtype, prompt, _layout(config, sizes, prompt))
-
-
-def _prefill(config: RapidConfig, model: _Model, name: str, others: list[Any]) -> Program:
+def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[Any]) -> Program:
     """One chunk of a prompt: the last, which sees all before it. `others` is what else its devices hold."""
     layout, compute = model.layout, config.compute
     block = min(layout.chunk, prefill.LARGEST_BLOCK)
@@ -149,23 +111,50 @@ def _prefill(config: RapidConfig, model: _Model, name: str, others: list[Any]) -
             arguments = (model.decoder, tokens_BT, prefix.layers, prefix.pos_BS, used, tokens_BT)
             return prefill._chunk_stacked.lower(*arguments, strategy=strategy)
         config = model.decoder.config
+        assert model.mesh is not None, "nothing is compiled for a GPU"
         spec = NamedSharding(model.mesh, strategy.spec("x_BTD"))
         x_BTD = jax.ShapeDtypeStruct((1, layout.chunk, config.hidden_size), model.dtype, sharding=spec)
         angle = jax.ShapeDtypeStruct((1, layout.chunk, config.head_dim // 2), jnp.float32, sharding=spec)
         arguments = (x_BTD, angle, angle, each_layer(prefix.layers)[0], prefix.pos_BS, used, tokens_BT)
         return prefill._chunk_layer.lower(model.decoder.blocks[0], *arguments, strategy=strategy)  # type: ignore[index]
 
-    resident = _by_kind(model.decoder, prefix, *others, other=(tokens_BT, tokens_BT, used))
+    resident = _by_kind(model.held, prefix, *others, other=(tokens_BT, tokens_BT, used))
     one = Work(works[-1].flops / parts, works[-1].hbm_bytes / parts)
     total = Work(math.fsum(work.flops for work in works), math.fsum(work.hbm_bytes for work in works))
-    return Program(name, lower, resident, one, total, layout.chunks * parts)
+    return Program(name, lower, resident, one, total, layout.chunks * parts, working=of_prefill(model))
+
+
+def _rounded_weights(target: PlannedModel, drafter: PlannedModel) -> Program:
+    """The drafter's copy being made, its largest matrix last; weights of its own are still there in full."""
+    bits, config = drafter.bits, drafter.decoder.config
+    assert bits is not None
+    matrix = jax.ShapeDtypeStruct((config.hidden_size, config.vocab_size), drafter.dtype)
+    apart = [drafter.decoder] if drafter.decoder is not target.decoder else []
+    work = Work(0.0, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(drafter.decoder)))
+    copy = drafter.rounded_to(bits, shared=True)  # the rest of it is in `drafter.decoder`, or the target's
+    resident = _by_kind(target.held, copy.held, *apart, other=())
+    working = of_rounded_matrix(drafter)
+    return Program("drafter rounding", lambda: rounded.lower(matrix, bits), resident, work, work, working=working)
+
+
+def _rounded_prefix(model: PlannedModel, others: list[Any]) -> Program:
+    """The prompt's keys and values being rounded, one layer at a time, or all where they are one array."""
+    prefix = model.prefix()
+    layers = [prefix.layers] if isinstance(prefix.layers, KV) else list(prefix.layers)
+    total = Work(0.0, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers)))
+    one = Work(0.0, total.hbm_bytes / len(layers))
+    resident = _by_kind(model.held, prefix, *others, other=())
+    working = of_rounded_layers(layers[0])
+    return Program(
+        "prefix rounding", lambda: _rounded.lower(layers[0]), resident, one, total, len(layers), working=working
+    )
 
 
 def _by_kind(*parts: Any, other: Any) -> dict[str, Any]:
-    """Decoders are weights, prefixes and tails are cache."""
+    """Prefixes and tails are cache, other parts are weights."""
     return {
-        "weights": [part for part in parts if isinstance(part, Decoder)],
-        "cache": [part for part in parts if not isinstance(part, Decoder)],
+        "weights": [part for part in parts if not isinstance(part, Prefix | Tail)],
+        "cache": [part for part in parts if isinstance(part, Prefix | Tail)],
         "other": other,
     }
 
@@ -182,7 +171,7 @@ class _Rounds:
     text: int
 
 
-def _rounds(config: RapidConfig, target: _Model, drafter: _Model | None) -> _Rounds:
+def _rounds(config: RapidConfig, target: PlannedModel, drafter: PlannedModel | None) -> _Rounds:
     speculation, sampling = config.speculation, config.sampling
     models = [target] if drafter is None else [target, drafter]
     vocabulary = min(model.decoder.config.vocab_size for model in models)
@@ -198,7 +187,7 @@ def _rounds(config: RapidConfig, target: _Model, drafter: _Model | None) -> _Rou
     return _Rounds(law, Knobs.of(sampling, speculation), plan, sizes, state, text)
 
 
-def _passes(rounds: _Rounds, target: _Model, drafter: _Model | None) -> tuple[Work, Work]:
+def _passes(rounds: _Rounds, target: PlannedModel, drafter: PlannedModel | None) -> tuple[Work, Work]:
     """(the drafts of a round one by one, their verification)."""
     gamma, copies = rounds.plan.gamma, rounds.plan.copies
     fed = gamma + 1 if gamma else copies + 1
@@ -210,7 +199,7 @@ def _passes(rounds: _Rounds, target: _Model, drafter: _Model | None) -> tuple[Wo
     return sum(works, Work()), verified
 
 
-def _round(config: RapidConfig, target: _Model, drafter: _Model | None) -> Program:
+def _round(config: RapidConfig, target: PlannedModel, drafter: PlannedModel | None) -> Program:
     """Draft and verify in one program."""
     rounds = _rounds(config, target, drafter)
     sides = target.side(), None if drafter is None else drafter.side()
@@ -225,14 +214,15 @@ def _round(config: RapidConfig, target: _Model, drafter: _Model | None) -> Progr
         arguments = (target_side, beside, text, state, knobs, target.int32())
         return run_rounds_on_tpu.lower(*arguments, law=rounds.law, plan=rounds.plan)
 
-    decoders = [target.decoder]
-    if drafter is not None and drafter.decoder is not target.decoder:
-        decoders.append(drafter.decoder)
+    decoders = [target.held]
+    if drafter is not None and drafter.held is not target.held:
+        decoders.append(drafter.held)
     caches = [x for x in (*(side.prefix for side in sides if side is not None), *tails) if x is not None]
     rest = replace(state, target_tail=None, draft_tail=None)  # type: ignore[arg-type]
     resident = _by_kind(*decoders, *caches, other=(text, rest, knobs))
     work = drafted + verified
-    return Program("round", lower, resident, work, work, loops=(1, _draft_loop(rounds.plan)))
+    working = of_round(rounds.plan)
+    return Program("round", lower, resident, work, work, loops=(1, _draft_loop(rounds.plan)), working=working)
 
 
 def _draft_loop(plan: Plan) -> int:
@@ -240,7 +230,7 @@ def _draft_loop(plan: Plan) -> int:
     return max(plan.gamma - (plan.copies == 0), 1)
 
 
-def _halves(config: RapidConfig, target: _Model, drafter: _Model) -> list[Program]:
+def _halves(config: RapidConfig, target: PlannedModel, drafter: PlannedModel) -> list[Program]:
     """Draft and verify on devices of their own."""
     rounds = _rounds(config, target, drafter)
     tail, near = drafter.tail(rounds.sizes, 0), target.tail(rounds.sizes, QUESTION)
@@ -261,9 +251,9 @@ def _halves(config: RapidConfig, target: _Model, drafter: _Model) -> list[Progra
         arguments = (target.side(), state, draft, texts[0], target.whole(knobs))
         return apart._verified_on_tpu.lower(*arguments, law=law, plan=plan)
 
-    theirs = _by_kind(drafter.decoder, side.prefix, tail, other=(texts[1], known, drafter.whole(knobs)))
+    theirs = _by_kind(drafter.held, side.prefix, tail, other=(texts[1], known, drafter.whole(knobs)))
     rest = replace(state, target_tail=None)  # type: ignore[arg-type]
-    ours = _by_kind(target.decoder, target.prefix(), near, other=(texts[0], rest, target.whole(knobs)))
+    ours = _by_kind(target.held, target.prefix(), near, other=(texts[0], rest, target.whole(knobs)))
     return [
         Program("draft", lower_draft, theirs, drafted, drafted, loops=(_draft_loop(plan),)),
         Program("verify", lower_verify, ours, verified, verified),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A compiled program against the chip: bytes by kind, the least time, and whether it fits."""
+"""A program, compiled or counted, against the chip: bytes by kind, the least time, and whether it fits."""
 
 import math
 import re
@@ -33,7 +33,7 @@ class Result:
     roofline: Mapping[str, float]  # seconds of one call: compute, hbm, interconnect
     calls: int
     total_seconds: float  # roofline of all calls
-    compile_seconds: float
+    compile_seconds: float | None  # None: counted, not compiled
     fits: bool
     text: str = ""  # of the compiled program; empty if it did not compile
 
@@ -43,22 +43,17 @@ class Result:
 
 
 def examined(program: Program, topology: Topology) -> Result:
-    """Compiles the program for the topology. One that the compiler finds too large is a result, too."""
+    """Compiles the program for the topology. One that the compiler finds too large is a result, too.
+
+    For a GPU nothing is compiled: what stays is counted, and working memory is what the program's rule says.
+    """
     chip = topology.generation
+    counted = chip.platform == "gpu"
     start = time.perf_counter()
-    text, found = "", []
-    try:
-        compiled = program.lower().compile()
-        memory = compiled.memory_analysis()
-        made = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
-        # Beyond the arguments, which are counted from `resident`: with what lies beside them on the chip.
-        added = max(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, 0)
-        text = compiled.as_text()
-        found = collectives(text, program.loops)
-    except jax.errors.JaxRuntimeError as error:
-        made, added = 0, _excess(str(error), program, chip)
-    seconds = time.perf_counter() - start
-    kinds = {name: tiled_bytes(program.resident.get(name, ())) for name in ("weights", "optimizer", "cache", "other")}
+    made, added, text, found = (0, program.working, "", []) if counted else _compiled(program, chip)
+    seconds = None if counted else time.perf_counter() - start
+    size = dense_bytes if counted else tiled_bytes
+    kinds = {name: size(program.resident.get(name, ())) for name in ("weights", "optimizer", "cache", "other")}
     kinds["activations"] = kinds.pop("other") + min(made, added)
     kinds["temporaries"] = added - min(made, added)
     kinds["peak"] = sum(kinds.values())
@@ -84,6 +79,25 @@ def examined(program: Program, topology: Topology) -> Result:
         fits=kinds["peak"] <= chip.hbm_bytes,
         text=text,
     )
+
+
+def _compiled(program: Program, chip: Generation) -> tuple[int, int, str, list[Collective]]:
+    """(Bytes of new results, bytes beyond the arguments at the peak, the program's text, its collectives)."""
+    try:
+        compiled = program.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        return 0, _excess(str(error), program, chip), "", []
+    memory = compiled.memory_analysis()
+    made = max(memory.output_size_in_bytes - memory.alias_size_in_bytes, 0)
+    # Beyond the arguments, which are counted from `resident`: with what lies beside them on the chip.
+    added = max(memory.peak_memory_in_bytes - memory.argument_size_in_bytes, 0)
+    text = compiled.as_text()
+    return made, added, text, collectives(text, program.loops)
+
+
+def dense_bytes(tree: Any) -> int:
+    """Bytes of all arrays of one device, one element behind the other."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def tiled_bytes(tree: Any) -> int:
@@ -149,13 +163,17 @@ def table(results: Sequence[Result]) -> str:
 def _rows(result: Result) -> Iterable[str]:
     parts, chip = result.bytes_per_chip, result.hbm_bytes
     share = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if name != "peak" and size)
+    chips = f"{result.chips} chip{'s' * (result.chips != 1)}"
     bound = max(result.roofline, key=lambda name: result.roofline[name])
-    yield f"{result.program}: {'fits' if result.fits else 'DOES NOT FIT'} {result.topology} ({result.chips} chips)"
+    yield f"{result.program}: {'fits' if result.fits else 'DOES NOT FIT'} {result.topology} ({chips})"
     yield f"  memory a chip  {_size(parts['peak'])} of {_size(chip)} ({parts['peak'] / chip:.0%}): {share}"
     spent = ", ".join(f"{name} {_time(seconds)}" for name, seconds in result.roofline.items())
     calls = "" if result.calls == 1 else f"; {result.calls} calls {_time(result.total_seconds)}"
     yield f"  at the least   {_time(result.roofline_seconds)} a call, bound by {bound}: {spent}{calls}"
     yield f"  arithmetic     {result.flops_per_chip:.3g} FLOPs a chip and call"
+    if result.compile_seconds is None:
+        yield "  counted        from shapes; temporaries by rule, not compiled"
+        return
     moved = [f"{kind} {row['count']} x, {_size(row['bytes'])}" for kind, row in sorted(result.collectives.items())]
     yield f"  collectives    {'; '.join(moved) or 'none'}, a chip and call"
     yield f"  compiled in    {result.compile_seconds:.1f} s"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TPU slices by name, and their devices without hardware: what programs are compiled for ahead of time.
+"""TPU slices by name, and their devices without hardware: what programs are compiled for ahead of time. GPUs by name.
 
 jax is imported when devices are asked for: the command line knows the names without it.
 """
@@ -10,9 +10,9 @@ import importlib.util
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from rapid_jax.runtime.errors import InputError
 
@@ -39,6 +39,7 @@ class Generation:
 
     Peaks are Google's published figures (cloud.google.com/tpu/docs/v5e, v5p, v6e, tpu7x: "System architecture"); the
     memory is what the compiler lets a program have, which is less than the chip's by what libtpu keeps for itself.
+    GPUs: NVIDIA's data sheets (SXM, dense); the memory is the share of the card's that JAX takes.
     """
 
     flops: float  # bfloat16 a second
@@ -47,6 +48,7 @@ class Generation:
     link_rate: float  # bytes a second over one link of the interconnect, one way
     shapes: tuple[str, ...]
     devices_per_chip: int = 1
+    platform: Literal["tpu", "gpu"] = "tpu"  # for gpu there is no compiler without one: programs are counted
 
 
 _TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
@@ -60,13 +62,30 @@ GENERATIONS: Mapping[str, Generation] = MappingProxyType(
         "tpu7x": Generation(1153e12, int(94.75 * GIB), 3690e9, 100e9, _TORUS, devices_per_chip=2),
     }
 )
+# One card; the memory is all that nvidia-smi shows.
+GPUS: Mapping[str, Generation] = MappingProxyType(
+    {
+        "h100": Generation(989e12, 81559 * 2**20, 3350e9, 0.0, (), platform="gpu"),
+        "h200": Generation(989e12, 143771 * 2**20, 4800e9, 0.0, (), platform="gpu"),
+    }
+)
+FRACTION = 0.75  # of a GPU's memory: what JAX takes when it starts, and all that it uses
+FRACTION_NAMES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")  # another one; the second is the older
+
+
+@dataclass(frozen=True)
+class Card:
+    """Stands for a GPU that need not be there."""
+
+    platform: str = "gpu"
+    process_index: int = 0
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of TPU chips."""
+    """A slice of TPU chips, or one GPU."""
 
-    name: str  # v5p:4x4x4
+    name: str  # v5p:4x4x4, h200
     generation: Generation
     devices: tuple[Any, ...]
 
@@ -97,6 +116,37 @@ def chips_of(name: str) -> int:
     """How many chips a topology's name stands for; loads nothing."""
     generation_of(name)
     return math.prod(int(side) for side in name.partition(":")[2].split("x"))
+
+
+def card_of(name: str) -> Topology | None:
+    """The GPU of that name, with the memory that JAX takes of it under this environment; None: no GPU's name.
+
+    Raises InputError for several of them, and for a fraction that is none.
+    """
+    family, colon, _ = name.lower().partition(":")
+    if family not in GPUS:
+        return None
+    if colon:
+        raise InputError(f"--topology {name}: plans are of one GPU, expected one of {', '.join(GPUS)}")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # shapes are all that is asked for; no machine's GPU is taken
+    card = GPUS[family]
+    return Topology(family, replace(card, hbm_bytes=int(card.hbm_bytes * _fraction())), (Card(),))
+
+
+def _fraction() -> float:
+    """Of a GPU's memory, the share that JAX would take."""
+    given = next(((name, os.environ[name]) for name in FRACTION_NAMES if os.environ.get(name)), None)
+    if given is None:
+        return FRACTION
+    try:
+        share = float(given[1])
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise InputError(f"{given[0]}: expected a share of the GPU's memory above 0 and up to 1, got {given[1]!r}")
+    return share
 
 
 def topology_of(name: str) -> Topology:

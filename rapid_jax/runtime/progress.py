@@ -29,7 +29,7 @@ class _Bar:
 class _Lines:
     """One line at most every `interval_s` seconds; nothing for work that ends before the first."""
 
-    def __init__(self, label: str, total: int, unit: str, interval_s: float):
+    def __init__(self, label: str, total: int | None, unit: str, interval_s: float):
         self._label, self._total, self._unit, self._interval_s = label, total, unit, interval_s
         self._done = 0
         self._start = self._last = time.monotonic()
@@ -41,12 +41,11 @@ class _Lines:
             return
         self._last = now
         rate = self._done / max(now - self._start, 1e-9)
-        left = max(self._total - self._done, 0) / rate
-        print(
-            f"{self._label}: {self._done}/{self._total} {self._unit}, {rate:.1f} {self._unit}/s, {left:.0f} s left",
-            file=sys.stderr,
-            flush=True,
-        )
+        of, left = "", ""
+        if self._total is not None:
+            of, left = f"/{self._total}", f", {max(self._total - self._done, 0) / rate:.0f} s left"
+        text = f"{self._label}: {self._done}{of} {self._unit}, {rate:.1f} {self._unit}/s{left}"
+        print(text, file=sys.stderr, flush=True)
 
 
 class _Silent:
@@ -55,8 +54,13 @@ class _Silent:
 
 
 @contextmanager
-def progress(label: str, total: int, unit: str, *, quiet: bool = False, interval_s: float = 10.0) -> Iterator[Progress]:
-    """Reports to stderr how much of `total` units is done, at what rate, and how long the rest will take."""
+def progress(
+    label: str, total: int | None, unit: str, *, quiet: bool = False, interval_s: float = 10.0
+) -> Iterator[Progress]:
+    """Reports to stderr how much of `total` units is done, at what rate, and how long the rest will take.
+
+    `total` None: not known beforehand, nor how long it will take.
+    """
     if quiet:
         yield _Silent()
     elif sys.stderr.isatty():

@@ -14,10 +14,12 @@ from rapid_jax.evaluate.folder import Answers, Share, begin, check_folder
 from rapid_jax.evaluate.modes import modes_of
 from rapid_jax.evaluate.report import report
 from rapid_jax.evaluate.results import read
-from rapid_jax.evaluate.run import decides, evaluate
+from rapid_jax.evaluate.run import NOW, decides, evaluate, measure_of
 from rapid_jax.evaluate.samples import Sample
+from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
 from tests.evaluate.stub import Stub
+from tests.tiny_models import tokenizer_files
 
 CONFIG = RapidConfig(models=ModelsConfig(target="smollm2"))
 MODES = modes_of("target,rapid:eta=5", CONFIG)
@@ -220,3 +222,18 @@ def test_modes_are_the_settings_with_changes():
 def test_modes_that_are_none(asked, said):
     with pytest.raises(InputError, match=said):
         modes_of(asked, CONFIG)
+
+
+def test_a_sample_has_the_same_prompt_on_any_day(tmp_path, monkeypatch):
+    """A template that writes the date: the date of evaluations while samples are made and answered, else today's."""
+    template = b"{{ strftime_now('%d %b %Y') }} {% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer = Tokenizer({**tokenizer_files(["the text 0123456789"]), "chat_template.jinja": template})
+    messages = [{"role": "user", "content": "the text"}]
+    today = tokenizer.chat(messages)
+    assert today != "01 Jan 2025 the text"
+    assert measure_of(CONFIG, tokenizer)(sample(0)) > 0
+    assert tokenizer.chat(messages) == "01 Jan 2025 the text"
+    monkeypatch.setattr(Stub, "with_config", lambda self, config: self)
+    stub = Stub(CONFIG, say)
+    evaluate(stub, SAMPLES[:1], MODES[:1], begun(tmp_path, samples=SAMPLES[:1]), quiet=True)  # type: ignore[arg-type]
+    assert stub.target.tokenizer.now == NOW

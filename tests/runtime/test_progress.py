@@ -70,3 +70,9 @@ def test_quiet_says_nothing(monkeypatch: pytest.MonkeyPatch):
     with progress("prefill", 4, "chunks", quiet=True) as report:
         report.advance(4)
     assert terminal.getvalue() == ""
+
+
+def test_work_of_unknown_length_says_no_time_left(capsys):
+    with progress("making", None, "samples", interval_s=0) as report:
+        report.advance(2)
+    assert capsys.readouterr().err.startswith("making: 2 samples, ")

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model on its devices with one prompt, with shapes in place of arrays: what the programs of a plan are given."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rapid_jax.attention.cache import Layers, Prefix, Tail
+from rapid_jax.attention.rounded import _rounded
+from rapid_jax.config import RapidConfig
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.model.placement import abstract
+from rapid_jax.model.quantized import GROUP, Packed, WeightBits, quantized
+from rapid_jax.plan.architectures import Architecture
+from rapid_jax.plan.cost import Pass, Work, work_of
+from rapid_jax.runtime.axes import PARAM, with_copied_kv
+from rapid_jax.runtime.mesh_config import MeshConfig
+from rapid_jax.speculative import prefill
+from rapid_jax.speculative.start import RECENT, Sizes
+from rapid_jax.speculative.state import Side
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model on its devices with one prompt."""
+
+    decoder: Decoder  # in full
+    held: Any  # what is in memory of its weights while it runs: the decoder, or a rounded copy
+    mesh: Mesh | None  # None: the one device of a GPU
+    sizes: MeshConfig
+    dtype: jnp.dtype
+    prompt: int  # tokens in the prefix
+    layout: prefill.ChunkLayout
+    bits: WeightBits | None = None  # of a rounded copy
+    rounds_prefix: bool = False
+
+    def rounded_to(self, bits: WeightBits, *, shared: bool) -> "PlannedModel":
+        """Its copy in so many bits, whose prompt is in 8; if `shared`, without what the copy has of the original."""
+        copy = jax.eval_shape(lambda decoder: quantized(decoder, bits), self.decoder)
+        blocks: Any = copy.blocks
+        packed: list[Packed] = [x for block in blocks for x in (block.qkv, block.o, block.gate_up, block.down)]
+        held = [*packed, copy.packed_head] if shared else copy
+        return replace(self, held=held, bits=bits, rounds_prefix=True)
+
+    def whole(self, tree: Any) -> Any:
+        """Shapes that are the same on every device."""
+        sharding = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+    def int32(self, *shape: int, name: str = "") -> Any:
+        """Integers that lie as their name says."""
+        spec = prefill.serving(self.decoder, block=1).spec(name)
+        sharding = None if self.mesh is None else NamedSharding(self.mesh, spec)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+    def cache(self, slots: int, letter: str) -> Layers:
+        """Keys and values."""
+        made = jax.eval_shape(lambda: prefill.empty_cache(self.decoder, 1, slots, self.dtype, letter=letter))
+        sharding = prefill.cache_sharding(self.decoder, letter)
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), made)
+
+    def prefix(self) -> Prefix:
+        """The prompt's keys and values as they are prefilled."""
+        slots = self.layout.slots
+        return Prefix(self.cache(slots, "S"), self.int32(1, slots, name="pos_BS"), self.int32())
+
+    def read_prefix(self) -> Prefix:
+        """The prompt's keys and values as rounds read them."""
+        prefix = self.prefix()
+        if not self.rounds_prefix:
+            return prefix
+        if isinstance(prefix.layers, tuple):
+            return replace(prefix, layers=tuple(jax.eval_shape(_rounded, kv) for kv in prefix.layers))
+        return replace(prefix, layers=jax.eval_shape(_rounded, prefix.layers))
+
+    def tail(self, sizes: Sizes, suffix: int) -> Tail:
+        """Of a run whose prompt has `suffix` tokens behind the prefix."""
+        return Tail(self.cache(sizes.tail(suffix), "G"), self.int32(1), self.int32(1))
+
+    def side(self) -> Side:
+        """What a round reads."""
+        return Side(self.decoder, self.read_prefix(), self.int32(1, RECENT), self.int32(1))
+
+    def work(self, run: Pass, *, split_tokens: bool = False) -> Work:
+        """Of one device. `split_tokens`: of prefill, whose cache is in full."""
+        config, item = self.decoder.config, jnp.dtype(self.dtype).itemsize
+        weight = {None: item, 8: 1.0, 4: 0.5 + 4 / GROUP}[self.bits]
+        rounded = self.rounds_prefix and not split_tokens
+        cached = 1 + 4 / config.head_dim if rounded else item
+        return work_of(config, self.sizes, run, weight, cached, split_tokens=split_tokens)
+
+
+def layout_of(config: RapidConfig, mesh: MeshConfig, prompt: int) -> prefill.ChunkLayout:
+    """How a prompt of so many tokens is prefilled."""
+    return prefill.ChunkLayout.of(prompt, config.compute.prefill_chunk, mesh.context)
+
+
+def planned(
+    config: RapidConfig, architecture: Architecture, mesh: Mesh | None, sizes: MeshConfig, prompt: int
+) -> PlannedModel:
+    """The model as the settings have it loaded; its prefix is rounded where they say so of the target's."""
+    table = with_copied_kv(PARAM, sizes.replicate_kv)
+    dtype = jnp.dtype("bfloat16" if config.models.dtype == "auto" else config.models.dtype)
+    decoder = abstract(architecture.config, layout=config.models.layout, dtype=dtype, mesh=mesh, table=table)
+    layout, rounds = layout_of(config, sizes, prompt), config.compute.kv != "full"
+    return PlannedModel(decoder, decoder, mesh, sizes, dtype, prompt, layout, rounds_prefix=rounds)

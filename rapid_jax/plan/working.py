@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Working memory of a run's programs on one GPU, by rule: there is no compiler for it here to ask.
+
+What lies beside the arrays that stay. Rules are upper bounds where XLA may or may not fuse; what is outside of JAX's
+own memory (the context of CUDA, code, workspaces of cuBLAS and cuDNN) is not part of them.
+"""
+
+import jax
+
+from rapid_jax.attention.cache import KV
+from rapid_jax.plan.models import PlannedModel
+from rapid_jax.speculative.prefill import LARGEST_BLOCK
+from rapid_jax.speculative.state import Plan
+
+FLOAT32 = 4
+
+
+def of_prefill(model: PlannedModel) -> int:
+    """Of one chunk of T tokens in one layer: x and its norm, the new keys and values, and the larger of
+
+    the MLP's gate and up in float32, and attention's: q, k, v before and after their rotation, two outputs in float32
+    (over the prefix, over the chunk), and scores and weights of one tile. cuDNN holds none, but the program has room
+    for the plain XLA that takes what cuDNN cannot. A rounded matrix is restored before it meets so many rows.
+    """
+    config, item, tokens = model.decoder.config, model.dtype.itemsize, model.layout.chunk
+    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    kept = 2 * item * (config.hidden_size + config.num_kv_heads * config.head_dim)
+    tile = 2 * FLOAT32 * config.num_heads * min(tokens, LARGEST_BLOCK) ** 2
+    attention = tokens * (2 * item * heads + 2 * FLOAT32 * config.num_heads * config.head_dim) + tile
+    restored = 0 if model.bits is None else 2 * FLOAT32 * config.hidden_size * config.intermediate_size
+    return tokens * kept + max(attention, tokens * 2 * FLOAT32 * config.intermediate_size) + restored
+
+
+def of_round(plan: Plan) -> int:
+    """Logits of the tokens that both models see, float32, four times: as read, warped, sorted, as probabilities."""
+    tokens = max(plan.gamma, plan.copies) + 1
+    return 2 * tokens * plan.vocabulary * FLOAT32 * 4
+
+
+def of_rounded_matrix(model: PlannedModel) -> int:
+    """The largest matrix, the head, turned in float32."""
+    return FLOAT32 * model.decoder.config.vocab_size * model.decoder.config.hidden_size
+
+
+def of_rounded_layers(kv: KV) -> int:
+    """The rounded layer, and its values before they are turned."""
+    elements = sum(x.size for x in jax.tree.leaves(kv))
+    slots = kv.k_BKSH.size // kv.k_BKSH.shape[-1]
+    return elements + 2 * FLOAT32 * slots + kv.v_BKSH.size

@@ -2,6 +2,7 @@
 """Attention of a few new tokens over a prefix and a tail, on one device's parts of them: by platform.
 
 gpu    `flash_decode.py`: a kernel that reads every key once
+tpu    `splash_decode.py`: a kernel that reads every key once, and plain XLA where layers are scanned
 else   plain XLA, a block of the prefix at a time; the reference
 """
 
@@ -46,6 +47,32 @@ def by_kernel(
     return finish(both, rows.q_BKRH.dtype)
 
 
-def decode_of(kernel: str, platform: str, block: int) -> Decode:
-    """What a strategy's kernel name means for decoding."""
-    return partial(by_kernel if platform == "gpu" and kernel != "xla" else by_blocks, block=block)
+def by_splash(
+    rows: Rows, sides: Sides, used: Used, scale: float, axis: str | None, *, block: int, interpret: bool = False
+) -> jax.Array:
+    """The prefix by the kernel for TPUs where it takes the shapes; the tail in plain XLA.
+
+    The prefix's positions ascend, empty slots last; how many are used is told by them.
+    """
+    from rapid_jax.attention.splash_decode import fits, splash_decode
+
+    far, near = sides
+    if not fits(rows, far):
+        return by_blocks(rows, sides, used, scale, axis, block=block)
+    seen = splash_decode(rows, far, scale=scale, interpret=interpret)
+    if axis is not None:
+        seen = merged_over(seen, axis)
+    return finish(merge(seen, attend_blockwise(rows, near, scale=scale, block=block)), rows.q_BKRH.dtype)
+
+
+def decode_of(kernel: str, platform: str, block: int, *, scanned: bool = False) -> Decode:
+    """What a strategy's kernel name means for decoding.
+
+    `scanned`: a layer's keys are a part of an array of all layers. XLA reads them there; a TPU kernel would have them
+    copied out for every token.
+    """
+    if kernel == "xla":
+        return partial(by_blocks, block=block)
+    if platform == "tpu":
+        return partial(by_blocks if scanned else by_splash, block=block)
+    return partial(by_kernel if platform == "gpu" else by_blocks, block=block)

@@ -43,9 +43,9 @@ class Strategy:
         """The kernel for the mesh's devices."""
         return kernel_of(self.kernel, platform_of(self.mesh), self.block)
 
-    def chosen_decode(self) -> Decode:
-        """How a few new tokens attend to a prefix and a tail."""
-        return decode_of(self.kernel, platform_of(self.mesh), self.block)
+    def chosen_decode(self, *, scanned: bool) -> Decode:
+        """How a few new tokens attend to a prefix and a tail; `scanned` as in `decode_of`."""
+        return decode_of(self.kernel, platform_of(self.mesh), self.block, scanned=scanned)
 
     def spec(self, name: str) -> PartitionSpec:
         """How an activation of this name lies on the mesh; a scalar's name is empty."""

@@ -123,7 +123,7 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
     # What a device has used of a prefix that is split over several is not told: empty slots are found by position.
     far_used = prefix.used if strategy.context == 1 else jnp.int32(prefix.pos_BS.shape[1])
     near_used = jnp.max(tail.length_B) + extra
-    over_both = strategy.chosen_decode()
+    over_both = strategy.chosen_decode(scanned=isinstance(prefix.layers, KV))
 
     def local(q_BGNH, k_BGKH, v_BGKH, pos_BG, near_k_BKGH, near_v_BKGH, near_pos_BG, slot_B, used, far_pos_BS, *far):
         rows = fold(q_BGNH, pos_BG, k_BGKH.shape[2])

@@ -52,7 +52,7 @@ class Splash:
 
         def attend(rows: Rows, slots: Slots) -> Partial:
             def planned(plan: Plan) -> Partial:
-                return _forward(rows, padded_slots(slots, plan.block_s), plan, scale, self.interpret)
+                return _forward(rows, slots, plan, scale, self.interpret)
 
             return _either(rows, slots, runs, planned, lambda: plain.forward(rows, slots, scale=scale, used=used))
 
@@ -190,8 +190,8 @@ def _tags(tag: jax.Array, filled: jax.Array) -> tuple[jax.Array, jax.Array, jax.
 
 
 def _forward(rows: Rows, slots: Slots, plan: Plan, scale: float, interpret: bool) -> Partial:
-    """Slots are whole blocks, or the plan visits only those that are."""
-    bq, bkv, R = plan.block_r, plan.block_s, rows.pos_BR.shape[1]
+    bq, bkv = plan.block_r, plan.block_s
+    R, slots = rows.pos_BR.shape[1], padded_slots(slots, bkv)
     out_KRH, (log_sum_KR,) = splash._splash_attention_forward(
         _mask(plan, _next_needed(plan.visit_rs, wrap=1)),
         _scaled(padded_rows(rows, bq).q_BKRH[0], scale),

@@ -285,9 +285,7 @@ def test_new_tokens_over_prefix_and_tail(monkeypatch):
     qkv = [jnp.asarray(np.float32(rng.normal(size=(B, G, heads, H)))) for heads in (N, K, K)]
     pos_BG = (tail.start_B + tail.length_B)[:, None] + jnp.arange(G)
 
-    monkeypatch.setattr(
-        Strategy, "chosen_decode", lambda self, **_: partial(by_kernel, block=self.block, interpret=True)
-    )
+    monkeypatch.setattr(Strategy, "chosen_decode", lambda self: partial(by_kernel, block=self.block, interpret=True))
     verb = attend_prefix_tail(prefix, tail, pos_BG, Strategy(block=BLOCK))
     got_BGNH, got_kv = jax.jit(verb)(*qkv, (prefix.layers[0], tail_kv))
     near = [np.array(x) for x in (tail_kv.k_BKSH, tail_kv.v_BKSH)]

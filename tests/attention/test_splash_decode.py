@@ -11,11 +11,11 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from rapid_jax.attention.cache import KV, Prefix, Tail
-from rapid_jax.attention.decoding import by_blocks, by_splash, decode_of
+from rapid_jax.attention.decoding import by_blocks, by_splash, decode_of, takes_stack
 from rapid_jax.attention.partial import Rows
 from rapid_jax.attention.splash_decode import MOST_ROWS, block_for, fits
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_prefix_tail
+from rapid_jax.attention.verbs import attend_prefix_tail, layers_of
 from tests.attention.test_flash_decode import Case, Made, Side, made, tagged, truth
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -24,10 +24,10 @@ BLOCK = 300  # of the plain path
 ONE = Case((Side(1024, 1024), Side(8, 3)), head_dim=64)
 CASES = {
     "one row": ONE,
-    "one row, most of the prefix empty": replace(ONE, sides=(Side(1536, 300), Side(8, 3))),
+    "one row, most of the prefix empty": replace(ONE, sides=(Side(1536, 512), Side(8, 3))),
     "one row, nothing in the tail": replace(ONE, sides=(Side(1024, 512), Side(8, 0))),
     "one row, nothing in the prefix": replace(ONE, sides=(Side(1024, 0), Side(8, 1))),
-    "rows of 4, no whole number of blocks": Case((Side(1100, 1090), Side(20, 5)), group=4, head_dim=128),
+    "rows of 4, a block and a part": Case((Side(1536, 1090), Side(20, 5)), group=4, head_dim=128),
     "11 tokens of 4 rows, some see nothing": Case(
         (Side(2560, 2100), Side(40, 37)), kv_heads=3, group=4, time=11, head_dim=64, blind=8
     ),
@@ -60,11 +60,11 @@ def test_bfloat16_is_about_as_near_as_plain():
     assert 0 < far <= 1.5 * plain_far, far / plain_far
 
 
-def test_blocks_that_no_row_sees_are_not_read():
+def test_blocks_that_are_empty_are_not_read():
     case = CASES["one row, most of the prefix empty"]
     given = made(case)
-    far, block = given.sides[0], block_for(1536)
-    assert 300 < block < 1536
+    far, block = given.sides[0], 2 * block_for(1536)  # of what follows the full ones, plain XLA looks at one
+    assert block == 1024
     junk = replace(
         far, k_BKSH=far.k_BKSH.at[:, :, block:].set(jnp.nan), v_BKSH=far.v_BKSH.at[:, :, block:].set(jnp.nan)
     )
@@ -72,15 +72,8 @@ def test_blocks_that_no_row_sees_are_not_read():
     np.testing.assert_array_equal(got, both_ways(given, case.scale)[0])
 
 
-def test_blocks_are_large_and_leave_little_over():
-    assert [block_for(slots) for slots in (131072, 9 * 8192, 131000, 1024, 1100, 512)] == [
-        4096,
-        4096,
-        2048,
-        1024,
-        512,
-        512,
-    ]
+def test_a_block_divides_the_slots():
+    assert [block_for(slots) for slots in (131072, 3 * 2048, 1024, 1536, 1100)] == [4096, 2048, 1024, 512, None]
 
 
 def test_what_the_kernel_takes():
@@ -112,20 +105,20 @@ def test_what_it_does_not_take_is_by_blocks(why):
     np.testing.assert_allclose(got, truth(given), atol=1e-5, rtol=0)
 
 
-def test_which_layers_decode_how():
-    """In the stacked layout plain XLA does: a kernel would have a layer's keys copied out of all layers'."""
-    chosen = {
-        (name, scanned): decode_of(name, "tpu", 7, scanned=scanned)
-        for name in ("auto", "splash", "xla")
-        for scanned in (False, True)
+def test_tpus_decode_by_it_unless_told_not_to():
+    chosen = {name: decode_of(name, "tpu", 7) for name in ("auto", "splash", "xla")}
+    assert {name: decode.func is by_splash for name, decode in chosen.items()} == {
+        "auto": True,
+        "splash": True,
+        "xla": False,
     }
-    assert {key for key, decode in chosen.items() if decode.func is by_splash} == {("auto", False), ("splash", False)}
     assert all(decode.keywords == {"block": 7} for decode in chosen.values())
+    assert takes_stack("auto", "tpu") and not takes_stack("xla", "tpu") and not takes_stack("auto", "gpu")
 
 
 def test_a_prefix_split_over_devices():
     """Each of two devices has a part: positions ascend on each, and the second's is not full."""
-    case = Case((Side(1024, 1024), Side(1024, 700), Side(80, 70)), group=4, time=2, head_dim=64, blind=4)
+    case = Case((Side(1536, 1536), Side(1536, 700), Side(80, 70)), group=4, time=2, head_dim=64, blind=4)
     given = made(case)
     far = jax.tree.map(lambda *x: jnp.concatenate(x, axis=min(2, x[0].ndim - 1)), *given.sides[:2])
     whole, keys = PartitionSpec(), PartitionSpec(None, None, "context")
@@ -141,27 +134,28 @@ def test_a_prefix_split_over_devices():
     np.testing.assert_allclose(got, truth(given), atol=1e-5, rtol=0)
 
 
-def test_new_tokens_over_prefix_and_tail(monkeypatch):
-    """Through the verb, in both layouts: the unrolled one alone is asked for as such."""
-    rng, (G, N, K, H) = np.random.default_rng(1), (3, 4, 2, 64)
-    given = made(Case((Side(1024, 700), Side(80, 62)), kv_heads=K, head_dim=H))
-    far, near = (KV(side.k_BKSH, side.v_BKSH) for side in given.sides)
+@pytest.mark.parametrize("why", ["kernel", "too short"])
+def test_new_tokens_over_prefix_and_tail(monkeypatch, why):
+    """Through the verb, in the stacked layout: each layer of a scan finds its own keys and values in the stack."""
+    rng, (G, N, K, H, L) = np.random.default_rng(1), (3, 4, 2, 64, 3)
+    slots, used = (1536, 700) if why == "kernel" else (200, 190)
+    given = made(Case((Side(slots, used),)))
+    far, near = (KV(*(rng.normal(size=(L, 1, K, size, H)).astype(np.float32) for _ in "kv")) for size in (slots, 80))
     qkv = [jnp.asarray(np.float32(rng.normal(size=(1, G, heads, H)))) for heads in (N, K, K)]
-    asked = []
+    prefix = Prefix(jax.tree.map(jnp.asarray, far), given.sides[0].pos_BS, given.used[0])
+    tail = Tail(jax.tree.map(jnp.asarray, near), jnp.asarray([used]), jnp.asarray([62]))
+    pos_BG = (tail.start_B + tail.length_B)[:, None] + jnp.arange(G)
 
-    def chosen(self, *, scanned: bool):
-        asked.append(scanned)
-        return partial(by_blocks, block=BLOCK) if scanned else partial(by_splash, block=BLOCK, interpret=True)
+    def attended() -> tuple[jax.Array, KV]:
+        strategy = Strategy(block=BLOCK)
+        verb = attend_prefix_tail(prefix, tail, pos_BG, strategy)
+        layers = layers_of(prefix, tail, strategy)
+        assert isinstance(layers[0], KV) != strategy.decodes_from_stack
+        return jax.jit(lambda: jax.lax.scan(lambda _, layer: (None, verb(*qkv, layer)), None, layers)[1])()
 
-    monkeypatch.setattr(Strategy, "chosen_decode", chosen)
-    outs = []
-    for stacked in (False, True):
-        layers = [jax.tree.map(lambda x: x[None], kv) if stacked else (kv,) for kv in (far, near)]
-        prefix = Prefix(layers[0], given.sides[0].pos_BS, given.used[0])
-        tail = Tail(layers[1], jnp.asarray([700]), jnp.asarray([62]))
-        pos_BG = (tail.start_B + tail.length_B)[:, None] + jnp.arange(G)
-        verb = attend_prefix_tail(prefix, tail, pos_BG, Strategy(block=BLOCK))
-        outs.append(jax.jit(verb)(*qkv, (far, near))[0])
-    assert asked == [False, True]
-    np.testing.assert_allclose(outs[0], outs[1], atol=1e-5, rtol=0)
-    assert np.any(outs[0] != outs[1]), "expected sums in another order"
+    want_LBGNH, want_kv = attended()
+    monkeypatch.setattr(Strategy, "decodes_from_stack", True)
+    monkeypatch.setattr(Strategy, "chosen_decode", lambda self: partial(by_splash, block=self.block, interpret=True))
+    got_LBGNH, got_kv = attended()
+    np.testing.assert_allclose(got_LBGNH, want_LBGNH, atol=1e-5, rtol=0)
+    jax.tree.map(np.testing.assert_array_equal, got_kv, want_kv)

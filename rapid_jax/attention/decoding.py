@@ -2,24 +2,28 @@
 """Attention of a few new tokens over a prefix and a tail, on one device's parts of them: by platform.
 
 gpu    `flash_decode.py`: a kernel that reads every key once
+tpu    `splash_decode.py`: the same, and the tail in plain XLA
 else   plain XLA, a block of the prefix at a time; the reference
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import jax
 
 from rapid_jax.attention.flash_decode import fits, flash_decode, flash_decoded
 from rapid_jax.attention.partial import Rows, Slots, attend_blockwise, finish, merge
 from rapid_jax.attention.ring import merged_over
+from rapid_jax.attention.splash_decode import Stack, splash_decode
+from rapid_jax.attention.splash_decode import fits as splash_fits
 
 Sides: TypeAlias = tuple[Slots, Slots]  # this device's part of the prefix; the tail, whole on every device
+StackSides: TypeAlias = tuple[Slots | Stack, Slots]
 Used: TypeAlias = tuple[jax.Array, jax.Array]  # slots from there on are empty
-# (rows, sides, used, scale, mesh axis that the prefix is split over) -> softmax over the keys of both times the values,
-# [B, K, R, H] in the queries' dtype
-Decode: TypeAlias = Callable[[Rows, Sides, Used, float, str | None], jax.Array]
+# (rows, `Sides`, or `StackSides` for `by_splash`, used, scale, mesh axis that the prefix is split over) -> softmax over
+# the keys of both times the values, [B, K, R, H] in the queries' dtype
+Decode: TypeAlias = Callable[[Rows, Any, Used, float, str | None], jax.Array]
 
 
 def by_blocks(rows: Rows, sides: Sides, used: Used, scale: float, axis: str | None, *, block: int) -> jax.Array:
@@ -46,6 +50,30 @@ def by_kernel(
     return finish(both, rows.q_BKRH.dtype)
 
 
+def by_splash(
+    rows: Rows, sides: StackSides, used: Used, scale: float, axis: str | None, *, block: int, interpret: bool = False
+) -> jax.Array:
+    """The prefix by the kernel for TPUs where it takes the shapes, the tail in plain XLA.
+
+    Empty slots of the prefix are last, and every query is behind it: how much is used is told by its positions.
+    """
+    far, near = sides
+    if not splash_fits(rows, far.every if isinstance(far, Stack) else far):
+        far = far.one() if isinstance(far, Stack) else far
+        return by_blocks(rows, (far, near), used, scale, axis, block=block)
+    seen = splash_decode(rows, far, scale=scale, interpret=interpret)
+    if axis is not None:
+        seen = merged_over(seen, axis)
+    return finish(merge(seen, attend_blockwise(rows, near, scale=scale, block=block)), rows.q_BKRH.dtype)
+
+
+def takes_stack(kernel: str, platform: str) -> bool:
+    """Whether what `decode_of` gives reads a layer's keys and values out of those of all layers."""
+    return platform == "tpu" and kernel != "xla"
+
+
 def decode_of(kernel: str, platform: str, block: int) -> Decode:
     """What a strategy's kernel name means for decoding."""
+    if takes_stack(kernel, platform):
+        return partial(by_splash, block=block)
     return partial(by_kernel if platform == "gpu" and kernel != "xla" else by_blocks, block=block)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from rapid_jax.attention.config import KernelName, Over
-from rapid_jax.attention.decoding import Decode, decode_of
+from rapid_jax.attention.decoding import Decode, decode_of, takes_stack
 from rapid_jax.attention.kernels import Kernel, kernel_of, platform_of
 from rapid_jax.attention.ring import Hops
 from rapid_jax.runtime.axes import ACT, spec_of
@@ -46,6 +46,11 @@ class Strategy:
     def chosen_decode(self) -> Decode:
         """How a few new tokens attend to a prefix and a tail."""
         return decode_of(self.kernel, platform_of(self.mesh), self.block)
+
+    @property
+    def decodes_from_stack(self) -> bool:
+        """Whether `chosen_decode` takes keys and values of all layers and the number of one."""
+        return takes_stack(self.kernel, platform_of(self.mesh))
 
     def spec(self, name: str) -> PartitionSpec:
         """How an activation of this name lies on the mesh; a scalar's name is empty."""

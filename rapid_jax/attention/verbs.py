@@ -16,6 +16,7 @@ from rapid_jax.attention.cache import KV, Prefix, Tail, write
 from rapid_jax.attention.forked import Forked
 from rapid_jax.attention.partial import Slots, finish, fold, merge, unfold
 from rapid_jax.attention.ring import attend_visitors, ring_attention
+from rapid_jax.attention.splash_decode import Stack
 from rapid_jax.attention.strategy import Strategy
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -112,8 +113,20 @@ def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Atte
     return attend
 
 
+def layers_of(prefix: Prefix, tail: Tail, strategy: Strategy) -> Any:
+    """What `attend_prefix_tail` wants of every layer, for `Decoder.hidden`: (the prefix's KV, the tail's KV).
+
+    In the stacked layout the layer's number may stand for the first: what is scanned over would be copied for a kernel.
+    """
+    if isinstance(prefix.layers, tuple) and isinstance(tail.layers, tuple):
+        return tuple(zip(prefix.layers, tail.layers, strict=True))
+    if isinstance(prefix.layers, KV) and strategy.decodes_from_stack:
+        return jnp.arange(prefix.layers.k_BKSH.shape[0], dtype=jnp.int32), tail.layers
+    return prefix.layers, tail.layers
+
+
 def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: Strategy) -> Attend:
-    """A few new tokens over the prefix and the tail, themselves included; `layer` is (prefix KV, tail KV).
+    """A few new tokens over the prefix and the tail, themselves included; `layer` is one of `layers_of`.
 
     Every device attends to its own part of the prefix, and the parts are summed: no key or value moves. Kept: the
     tail's KV with the new tokens written from slot `length_B` on. The tail's length is the caller's to move.
@@ -129,12 +142,19 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
         rows = fold(q_BGNH, pos_BG, k_BGKH.shape[2])
         near_kv = write(KV(near_k_BKGH, near_v_BKGH), k_BGKH.swapaxes(1, 2), v_BGKH.swapaxes(1, 2), slot_B)
         k_BKSH, v_BKSH, *scales = far
-        sides = (Slots(k_BKSH, v_BKSH, far_pos_BS, None, *scales), Slots(near_kv.k_BKSH, near_kv.v_BKSH, near_pos_BG))
-        out_BKRH = over_both(rows, sides, used, q_BGNH.shape[-1] ** -0.5, strategy.hops.axis)
+        *used, layer = used
+        prefix_slots = Slots(k_BKSH, v_BKSH, far_pos_BS, None, *scales)
+        far_side = prefix_slots if k_BKSH.ndim == 4 else Stack(prefix_slots, layer)
+        sides = (far_side, Slots(near_kv.k_BKSH, near_kv.v_BKSH, near_pos_BG))
+        out_BKRH = over_both(rows, sides, tuple(used), q_BGNH.shape[-1] ** -0.5, strategy.hops.axis)
         return unfold(out_BKRH, q_BGNH.shape[1]), near_kv.k_BKSH, near_kv.v_BKSH
 
-    def attend(q_BGNH, k_BGKH, v_BGKH, layer: tuple[KV, KV]):
+    def attend(q_BGNH, k_BGKH, v_BGKH, layer: tuple[KV | jax.Array, KV]):
         far, near = layer
+        index, letter = jnp.int32(0), ""
+        if not isinstance(far, KV):
+            assert isinstance(prefix.layers, KV)
+            index, letter, far = far, "L", prefix.layers
         k_BGKH, v_BGKH = strategy.with_copies(k_BGKH), strategy.with_copies(v_BGKH)
         given = {
             "q_BGNH": q_BGNH,
@@ -145,13 +165,13 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
             "near_v_BKGH": near.v_BKSH,
             "near_pos_BG": tail_pos_BG,
             "slot_B": tail.length_B,
-            "": (far_used, near_used),
+            "": (far_used, near_used, index),
             "far_pos_BS": prefix.pos_BS,
-            "far_k_BKSH": far.k_BKSH,
-            "far_v_BKSH" if far.v_scale_BKS is None else "far_v_BKHS": far.v_BKSH,
+            f"far_k_{letter}BKSH": far.k_BKSH,
+            f"far_v_{letter}{'BKSH' if far.v_scale_BKS is None else 'BKHS'}": far.v_BKSH,
         }
         if far.k_scale_BKS is not None:
-            given |= {"far_k_scale_BKS": far.k_scale_BKS, "far_v_scale_BKS": far.v_scale_BKS}
+            given |= {f"far_k_scale_{letter}BKS": far.k_scale_BKS, f"far_v_scale_{letter}BKS": far.v_scale_BKS}
         call = strategy.per_device(local, tuple(given), ("out_BGNH", "k_BKGH", "v_BKGH"))
         out_BGNH, *tail_kv = call(*given.values())
         return out_BGNH, KV(*tail_kv)

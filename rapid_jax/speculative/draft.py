@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rapid_jax.attention.cache import Tail
-from rapid_jax.attention.verbs import attend_prefix_tail
+from rapid_jax.attention.verbs import attend_prefix_tail, layers_of
 from rapid_jax.speculative.accept import leading_agreement
 from rapid_jax.speculative.lookup import propose
 from rapid_jax.speculative.prefill import serving
@@ -59,11 +59,9 @@ def read(side: Side, tail: Tail, tokens_BT: jax.Array, plan: Plan, *, rows: int)
     """(float32 logits after each of the last `rows` tokens [B, rows, V], the tail with all tokens written)."""
     T = tokens_BT.shape[1]
     pos_BT = (tail.start_B + tail.length_B)[:, None] + jnp.arange(T, dtype=jnp.int32)
-    attend = attend_prefix_tail(side.prefix, tail, pos_BT, serving(side.decoder, plan.block))
-    if isinstance(tail.layers, tuple) and isinstance(side.prefix.layers, tuple):
-        layers = tuple(zip(side.prefix.layers, tail.layers, strict=True))
-    else:
-        layers = (side.prefix.layers, tail.layers)
+    strategy = serving(side.decoder, plan.block)
+    attend = attend_prefix_tail(side.prefix, tail, pos_BT, strategy)
+    layers = layers_of(side.prefix, tail, strategy)
     hidden_BTD, kept = side.decoder.hidden(tokens_BT, pos_BT, attend, layers)
     logits = side.decoder.logits(hidden_BTD[:, T - rows :])[..., : plan.vocabulary]
     return logits, Tail(kept, tail.start_B, tail.length_B + T)

@@ -18,7 +18,7 @@ from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, each_layer, empt
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.attention.order import zigzag
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_chunk, attend_prefix_tail
+from rapid_jax.attention.verbs import attend_chunk, attend_prefix_tail, layers_of
 from rapid_jax.model.decoder import Block, Decoder
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import placed, replicated
@@ -201,8 +201,9 @@ def _tail_layer(block: Block, x_BTD, cos, sin, far: KV, near: KV, prefix: Prefix
 
 @partial(jax.jit, donate_argnames="layers", static_argnames="strategy")
 def _tail_stacked(decoder: Decoder, tokens_BG, prefix: Prefix, tail: Tail, layers: KV, pos_BG, *, strategy):
-    attend = attend_prefix_tail(prefix, replace(tail, layers=layers), pos_BG, strategy)
-    return decoder.hidden(tokens_BG, pos_BG, attend, (prefix.layers, layers))[1]
+    tail = replace(tail, layers=layers)
+    attend = attend_prefix_tail(prefix, tail, pos_BG, strategy)
+    return decoder.hidden(tokens_BG, pos_BG, attend, layers_of(prefix, tail, strategy))[1]
 
 
 def extend(

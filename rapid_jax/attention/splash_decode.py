@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of a few query rows over a long prefix on TPUs: JAX's splash kernel over the blocks that are full.
+
+Every block of keys and values is fetched once, from where it lies, also in an array of all layers: to the kernel all
+of it is one line of blocks, and each kv head is told which of them are its own. No score leaves the chip's fast memory.
+The last, partly filled block is attended by plain XLA. As in `splash.py`, float32 is multiplied at the kernel's own
+precision.
+
+JAX's other kernels for decoding do not fit: `paged_attention` takes one query position and tells no softmax sums, so
+that nothing can be merged with it; `ragged_paged_attention` wants keys beside values in pages of all heads.
+"""
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rapid_jax.attention.partial import Partial, Rows, Slots, attend_block, block_of, merge
+
+TILE_ROWS = 16  # of 16-bit numbers
+MOST_ROWS = 256  # more are not a few
+BLOCKS = (4096, 2048, 1024, 512)  # slots: large, for every step of the kernel costs time besides its transfer
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Stack:
+    """The slots of one layer, as keys and values of all layers [L, B, K, S, H] and which layer is meant."""
+
+    every: Slots  # all fields but the positions and the tags with a leading layer axis
+    layer: jax.Array  # int32 scalar
+
+    def one(self) -> Slots:
+        """The layer's slots. To a kernel, unlike to XLA, this is a copy."""
+        names = ("k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS")
+        given = {name: getattr(self.every, name) for name in names}
+        found = {
+            name: lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for name, x in given.items() if x is not None
+        }
+        return replace(self.every, **found)
+
+
+def block_for(slots: int) -> int | None:
+    """The largest block that divides the slots."""
+    return next((block for block in BLOCKS if slots % block == 0), None)
+
+
+def fits(rows: Rows, slots: Slots) -> bool:
+    """Whether the kernel takes these: one sequence of whole blocks, not rounded, no tags, heads of whole or half lanes.
+
+    `slots` may be a stack's `every`.
+    """
+    B, _, R, H = rows.q_BKRH.shape
+    tags = rows.branch_BR is not None and slots.branch_BS is not None
+    plain = slots.k_scale_BKS is None and not tags and rows.reach_BR is None
+    return plain and B == 1 and R <= MOST_ROWS and H % 64 == 0 and block_for(slots.pos_BS.shape[1]) is not None
+
+
+def splash_decode(rows: Rows, far: Slots | Stack, *, scale: float, interpret: bool = False) -> Partial:
+    """Attention of the rows over one sequence's slots, empty ones last; a row at a position sees every filled one.
+
+    What comes of the full blocks is divided and rounded to the queries' dtype before the rest is added.
+    """
+    slots = far if isinstance(far, Slots) else far.every
+    size = slots.pos_BS.shape[1]
+    block = block_for(size)
+    assert block is not None
+    filled = jnp.sum(slots.pos_BS >= 0, dtype=jnp.int32)
+    full = filled // block
+    start = jnp.minimum(full * block, size - block)  # of the last block; if that is full, too, it holds no more
+    index = jnp.arange(size, dtype=jnp.int32)
+    late = replace(slots, pos_BS=jnp.where(index >= full * block, slots.pos_BS, -1))
+    rest = block_of(late, start, block) if isinstance(far, Slots) else _block_of_layer(late, far.layer, start, block)
+    layer = jnp.int32(0) if isinstance(far, Slots) else far.layer
+    return merge(_full_blocks(rows, slots, layer, full, block, scale, interpret), attend_block(rows, rest, scale=scale))
+
+
+def _block_of_layer(slots: Slots, layer: jax.Array, start: jax.Array, size: int) -> Slots:
+    def of(x: jax.Array) -> jax.Array:
+        return lax.dynamic_slice(x, (layer, 0, 0, start, 0), (1, *x.shape[1:3], size, x.shape[4]))[0]
+
+    return Slots(of(slots.k_BKSH), of(slots.v_BKSH), lax.dynamic_slice_in_dim(slots.pos_BS, start, size, axis=1))
+
+
+def _full_blocks(rows: Rows, slots: Slots, layer, full, block: int, scale: float, interpret: bool) -> Partial:
+    """Of the first `full` blocks of each kv head of the layer, without a mask."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
+
+    _, K, R, H = rows.q_BKRH.shape
+    steps = slots.pos_BS.shape[1] // block
+    padded = -(R // -TILE_ROWS) * TILE_ROWS
+    step = jnp.arange(steps, dtype=jnp.int32)
+    # Beyond the full blocks the last of them stays named, so that no other is fetched.
+    own = jnp.minimum(step, jnp.maximum(full - 1, 0)) + steps * (layer * K + jnp.arange(K, dtype=jnp.int32))[:, None]
+    visit = jnp.broadcast_to((step < full).astype(jnp.int32), own.shape)
+    q_KRH = (rows.q_BKRH[0].astype(jnp.float32) * scale).astype(rows.q_BKRH.dtype)  # the kernel knows no scale
+    out_KRH, (log_sum_KR,) = splash._splash_attention_forward(
+        MaskInfo(own[:, None], None, visit[:, None], None, None),
+        jnp.pad(q_KRH, ((0, 0), (0, padded - R), (0, 0))),
+        slots.k_BKSH.reshape(-1, H),
+        slots.v_BKSH.reshape(-1, H),
+        None,
+        None,
+        mask_value=splash.DEFAULT_MASK_VALUE,
+        is_mqa=True,
+        block_sizes=splash.BlockSizes(block_q=padded, block_kv=block, block_kv_compute=512),
+        residual_checkpoint_name=None,
+        save_residuals=True,
+        mask_function=None,
+        interpret=interpret,
+    )
+    sees_R = (rows.pos_BR[0] >= 0) & (full > 0)
+    return Partial(
+        jnp.where(sees_R[:, None], out_KRH[:, :R].astype(jnp.float32), 0.0)[None],
+        jnp.where(sees_R, log_sum_KR[:, :R], -jnp.inf)[None],
+        jnp.broadcast_to(sees_R.astype(jnp.float32), (1, K, R)),
+    )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two processes on this machine as one run: the same answer as one process, and no process outlives the other."""
 
+import json
 import os
 import signal
 import socket
@@ -100,6 +101,34 @@ def test_two_processes_answer_as_one_does(question, mesh, more):
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
     assert results[0][1] == answer
     assert results[1][1] == "" and "retrieved" not in results[1][2]
+
+
+def test_two_processes_evaluate_as_one_does(question, tmp_path):
+    """Both compute every answer; one of them writes them, once."""
+    lines = [
+        {"document": words(300, seed=seed), "question": "w12 w34?", "answers": ["w5"], "max_new_tokens": 6}
+        for seed in (1, 2, 3)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = [*question[question.index("--set") :], "--set", "sampling.temperature=0.0"]
+    command = ["-m", "rapid_jax", "evaluate", "--suite", "qa", "--data", str(data), "--modes", "target", *settings]
+
+    def answers(name: str) -> list[dict]:
+        folder = tmp_path / name
+        assert {path.name for path in folder.glob("report.*")} == {"report.md", "report.html"}
+        return [json.loads(line) for line in (folder / "answers-target.jsonl").read_text().splitlines()]
+
+    code, _, err = finished(spawn([*command, "--out", str(tmp_path / "one")], environment(1)))
+    assert code == 0, err
+    port, both = free_port(), [*command, "--set", "mesh.context=8", "--out", str(tmp_path / "two")]
+    pair = [spawn(both, environment(4, (port, 2, index))) for index in (0, 1)]
+    results = [finished(process) for process in pair]
+    assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
+    assert "report:" in results[0][2] and "report:" not in results[1][2]
+    kept = ("id", "answer", "prompt_hash", "score")
+    one, two = ([[line[name] for name in kept] for line in answers(name)] for name in ("one", "two"))
+    assert len(one) == 3 and one == two
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from rapid_jax.speculative.config import SpeculationConfig
 
-GAMMAS = (0, 2, 5, 10)  # what gamma = auto chooses from
+GAMMAS = (0, 1, 2, 5, 10)  # what gamma = auto chooses from
 TRIAL = 2  # rounds that a first look takes; after one alone, a single unlucky draft would decide
 
 
@@ -153,7 +153,9 @@ class AutoGamma:
     def _observe_time(self, gamma: int, now: float) -> None:
         known = self.seconds.get(gamma)
         if gamma and self.idle:  # the drafter first read what it had missed: no more than a bound
-            if known is not None:
+            if known is not None and 1.5 * now < known:  # what was known was a hiccup: time it again, nothing missed
+                del self.seconds[gamma]
+            elif known is not None:
                 self.seconds[gamma] = min(known, now)
         elif known is None or 1.5 * now < known:  # the first, or the one before it was a hiccup of the machine
             self.seconds[gamma] = now

@@ -89,18 +89,27 @@ def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None
     return Frame(tokenizer, tokenizer.encode_template(before, first=True), after)
 
 
+def context_of(config: RapidConfig, positions: int) -> int:
+    """Tokens that a prompt and its answer may have, of a target that was made for so many `positions`.
+
+    Raises InputError if `models.max_context` asks for more.
+    """
+    most = config.models.max_context or positions
+    if most > positions:
+        raise InputError(
+            f"models.max_context: expected at most the {positions} positions that {config.models.target} was made "
+            f"for, got {most}; a longer context needs rope scaling in the checkpoint's config.json"
+        )
+    return most
+
+
 def visible(config: RapidConfig, target: LoadedModel, document: str, around: int) -> tuple[str, int]:
     """(what the target reads of the document, the tokens of the whole document); `around` are the prompt's others.
 
     What is cut depends on the question only where it takes more than 1/32 of the context: one prefill serves the
     questions that are shorter.
     """
-    most = config.models.max_context or target.config.context_size
-    if most > target.config.context_size:
-        raise InputError(
-            f"models.max_context: expected at most the {target.config.context_size} positions that {target.source} "
-            f"was made for, got {most}; a longer context needs rope scaling in the checkpoint's config.json"
-        )
+    most = context_of(config, target.config.context_size)
     left = most - config.sampling.max_new_tokens
     usual = frame(target.tokenizer, config.prompts.target, "?", config.prompts.system).size + most // 32
     keep = left - max(around, usual) if left > usual else left - around

@@ -24,14 +24,16 @@ def rounded(prefix: Prefix) -> Prefix:
 
 
 def _replaced(kv: KV) -> KV:
-    new = jax.block_until_ready(_rounded(kv))
+    new = jax.block_until_ready(rounded_layer(kv))
     kv.k_BKSH.delete()
     kv.v_BKSH.delete()
     return new
 
 
 @jax.jit
-def _rounded(kv: KV) -> KV:
+def rounded_layer(kv: KV) -> KV:
+    """Keys and values in 8 bits with a float32 scale a slot and head; values by dimension. A program of its own."""
+
     def one(x_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = x_BKSH.astype(jnp.float32)
         scale_BKS = jnp.max(jnp.abs(x), axis=-1) / 127

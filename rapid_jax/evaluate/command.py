@@ -91,12 +91,13 @@ def evaluate(options: argparse.Namespace) -> None:
         run.start_jax()
         from rapid_jax.evaluate import run as module
         from rapid_jax.model.load import open_checkpoint
+        from rapid_jax.prompts import context_of
         from rapid_jax.rapid import Rapid
         from rapid_jax.runtime.mesh import check_agreed
 
         checkpoint, tokenizer = open_checkpoint(config.models.target)
-        measure, context = module.measure_of(config, tokenizer), config.models.max_context
-        context = context or checkpoint.config.context_size
+        measure = module.measure_of(config, tokenizer)
+        context = context_of(config, checkpoint.config.context_size)
         if max(suite_options.lengths, default=0) > context:
             raise InputError(
                 f"--lengths: expected at most the {context} tokens of models.max_context, or else of the checkpoint, "

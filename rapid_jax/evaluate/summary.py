@@ -96,8 +96,8 @@ def _estimate(row: Row, scores: Mapping[Cell, _Scores]) -> Estimate | None:
 
 
 def percent(share: float) -> str:
-    """With one decimal and without a sign of its own."""
-    return f"{100 * share:.1f}"
+    """With one decimal, and no minus before a zero."""
+    return f"{round(100 * share, 1) + 0.0:.1f}"
 
 
 def shown(got: Estimate | None) -> str:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rapid_jax.attention.cache import Layers, Prefix, Tail
-from rapid_jax.attention.rounded import _rounded
+from rapid_jax.attention.rounded import rounded_layer
 from rapid_jax.config import RapidConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.placement import abstract
@@ -73,8 +73,8 @@ class PlannedModel:
         if not self.rounds_prefix:
             return prefix
         if isinstance(prefix.layers, tuple):
-            return replace(prefix, layers=tuple(jax.eval_shape(_rounded, kv) for kv in prefix.layers))
-        return replace(prefix, layers=jax.eval_shape(_rounded, prefix.layers))
+            return replace(prefix, layers=tuple(jax.eval_shape(rounded_layer, kv) for kv in prefix.layers))
+        return replace(prefix, layers=jax.eval_shape(rounded_layer, prefix.layers))
 
     def tail(self, sizes: Sizes, suffix: int) -> Tail:
         """Of a run whose prompt has `suffix` tokens behind the prefix."""

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from rapid_jax.attention.cache import KV, Prefix, Tail, each_layer
 from rapid_jax.attention.kernels import kernel_of
-from rapid_jax.attention.rounded import _rounded
+from rapid_jax.attention.rounded import rounded_layer
 from rapid_jax.config import RapidConfig
 from rapid_jax.model.decoder import Block
 from rapid_jax.model.quantized import BITS, rounded
@@ -146,7 +146,7 @@ def _rounded_prefix(model: PlannedModel, others: list[Any]) -> Program:
     resident = _by_kind(model.held, prefix, *others, other=())
     working = of_rounded_layers(layers[0])
     return Program(
-        "prefix rounding", lambda: _rounded.lower(layers[0]), resident, one, total, len(layers), working=working
+        "prefix rounding", lambda: rounded_layer.lower(layers[0]), resident, one, total, len(layers), working=working
     )
 
 

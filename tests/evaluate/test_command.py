@@ -80,6 +80,7 @@ def test_an_evaluation_its_report_and_a_comparison(tiny, tmp_path, capfd):
         (["--lengths", "999999"], "--lengths: expected at most the 2048 tokens"),
         (["--text", "x"], "--text: --suite qa has no use for it"),
         (["--set", "models.max_context=200"], "documents/q0: expected at most 200 tokens with the answer, got"),
+        (["--set", "models.max_context=4096"], "models.max_context: expected at most the 2048 positions that"),
         (["--lengths", "4k"], "--lengths: expected a whole number of at least 1, got '4k'"),
         (["--depths", "2"], "--depths: expected depths from 0 to 1, got 2"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),

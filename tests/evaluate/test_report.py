@@ -12,6 +12,7 @@ from rapid_jax.evaluate import figures, ruler
 from rapid_jax.evaluate.page import Bold, Heading, Table, Verbatim, markdown, page, text
 from rapid_jax.evaluate.report import report
 from rapid_jax.evaluate.results import read
+from rapid_jax.evaluate.summary import percent
 from rapid_jax.runtime.errors import InputError
 from tests.evaluate.synthetic import folder, grid, line
 
@@ -294,3 +295,7 @@ def test_texts_mean_nothing_in_markdown_and_html():
     found = page(blocks, {})
     assert "<title>a *b*</title>" in found and "<pre>\n\n&lt;x&gt;</pre>" in found and "<td>&lt;1&gt;</td>" in found
     assert "<strong>x_</strong>" in found
+
+
+def test_no_minus_stands_before_a_zero():
+    assert [percent(share) for share in (-1e-17, 0.0, -0.0004, 0.125, 1.0)] == ["0.0", "0.0", "0.0", "12.5", "100.0"]

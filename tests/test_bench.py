@@ -138,3 +138,17 @@ def test_a_figure_needs_rows(tmp_path):
         draw([{"part": "memory"}], tmp_path / "a.png")
     with pytest.raises(InputError, match="expected JSON lines"):
         rows_of(tmp_path / "none.jsonl")
+
+
+def test_the_gap_to_another_token_is_of_the_logits_that_plain_decoding_chose_by(bench):
+    """And reading the text by pieces of another width moves them by no more than rounding."""
+    bench.dial = 0.5
+    case = Case(64, batch=2)
+    said = bench._decoded(case).tokens[1]
+    for at in (0, 7, 8, 20):
+        logits = [bench._logits(case, 1, said[:at], width) for width in decoding.WIDTHS]
+        assert [int(z_V.argmax()) for z_V in logits] == [said[at]] * 2
+        np.testing.assert_allclose(*logits, atol=1e-4)
+    gap, tie = bench._gap(case, 1, said[:9], said[9], (said[9] + 1) % 2048)
+    assert gap > 0.1 and tie < 1e-3
+    bench.release()

@@ -232,7 +232,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     """Needles found against length, a line a model."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(8.5, 4), layout="constrained")
     axes = figure.subplots()
     for index, one in enumerate(results):
         lengths = [int(length) for length in one["needle"]]
@@ -245,7 +245,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     axes.set_xticks(lengths, [f"{length // 1024}K" for length in lengths])
     axes.set(xlabel="tokens", ylabel="needles found, %", ylim=(-2, 102))
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     with replace_file(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
 

@@ -7,7 +7,7 @@ the passage among those of other questions, which hold none of the answers.
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +49,7 @@ class Passage(NamedTuple):
     words: tuple[str, ...]
 
 
-def samples(options: SuiteOptions, measure: Measure) -> list[Sample]:
+def samples(options: SuiteOptions, measure: Measure) -> Iterator[Sample]:
     """The questions of the file `options.data` (.jsonl, .json with a list; .gz too), as its fields say.
 
     Over documents (task "documents"): as they are, in the order of the file, all of them or as many as are asked for,
@@ -57,7 +57,8 @@ def samples(options: SuiteOptions, measure: Measure) -> list[Sample]:
     copying the document; the answer has at most the line's `max_new_tokens`, else 64. A line may have an `id`.
 
     With passages (task "passages"): see `composed`; SAMPLES of them a length unless another number is asked for, the
-    same questions at every length. Those whose passage does not hold an answer are left out.
+    same questions at every length. Those whose passage does not hold an answer are left out. Raises InputError at once
+    for what is wrong with the options or the file, and while samples are made for a length that cannot hold one.
     """
     path = data_of(options, SUITE, _EXPECTED)
     rows = list(records(path))
@@ -66,7 +67,7 @@ def samples(options: SuiteOptions, measure: Measure) -> list[Sample]:
     if task == DOCUMENTS:
         if options.lengths or options.depths:
             raise InputError(f"suite {SUITE}: {path} has whole documents: lengths and depths are of no use")
-        return _documents(rows, options)
+        return iter(_documents(rows, options))
     if not options.lengths:
         raise InputError(f"suite {SUITE}: expected --lengths, which passages are put together to, got none")
     haystack.positive("lengths", options.lengths)
@@ -77,11 +78,11 @@ def samples(options: SuiteOptions, measure: Measure) -> list[Sample]:
     wanted = SAMPLES if options.samples is None else options.samples
     picked = [usable[at] for at in chosen(len(usable), wanted, f"{options.seed}/{SUITE}/{PASSAGES}")]
     others = _passages(questions)
-    return [
+    return (
         composed(questions[at], others, number=at, length=length, options=options, measure=measure, source=path)
         for length in options.lengths
         for at in picked
-    ]
+    )
 
 
 def _documents(rows: Sequence[tuple[str, Record]], options: SuiteOptions) -> list[Sample]:

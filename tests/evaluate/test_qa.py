@@ -9,7 +9,6 @@ import re
 import pytest
 
 from rapid_jax.evaluate import qa
-from rapid_jax.evaluate.qa import samples
 from rapid_jax.evaluate.samples import SuiteOptions
 from rapid_jax.evaluate.scoring import normalised, score
 from rapid_jax.model.tokenizer import Tokenizer
@@ -19,6 +18,10 @@ from tests.tiny_models import tokenizer_files
 
 NAMES = ("Anna Bell", "Ben Fox", "Cid Mar", "Dora Lind", "Ed Horn")
 HEADER = re.compile(r"Document \[(\d+)\] \(Title: ([^\n]+)\)\n([^\n]+)")
+
+
+def samples(options: SuiteOptions, measure) -> list:
+    return list(qa.samples(options, measure))
 
 
 @pytest.fixture(scope="module")

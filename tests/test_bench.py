@@ -152,3 +152,9 @@ def test_the_gap_to_another_token_is_of_the_logits_that_plain_decoding_chose_by(
     gap, tie = bench._gap(case, 1, said[:9], said[9], (said[9] + 1) % 2048)
     assert gap > 0.1 and tie < 1e-3
     bench.release()
+
+
+def test_a_reader_that_contradicts_itself_makes_no_tie_of_everything(bench, monkeypatch):
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(bench, "_logits", lambda *_: rng.normal(size=2048))
+    assert bench._gap(Case(64), 0, [], 1, 2)[1] == decoding.LARGEST_TIE

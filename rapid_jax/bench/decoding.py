@@ -25,7 +25,7 @@ from rapid_jax.model.quantized import BITS, quantized
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import read
 from rapid_jax.speculative.generate import Generation, Prompted, generate
-from rapid_jax.speculative.prefill import new_tail
+from rapid_jax.speculative.prefill import extend, new_tail
 from rapid_jax.speculative.state import Plan, Side
 
 BLOCK = 16384  # slots that plain XLA attends at once
@@ -210,17 +210,18 @@ class Decoding:
     def _logits(self, case: Case, row: int, before: list[int], width: int) -> np.ndarray:
         """float64 [V]: the target's after a row's prompt and `before`, read by `width` tokens at once."""
         target = self._target(case)
-        tail = new_tail(target.decoder, [case.context] * case.batch, self.tokens + max(WIDTHS), self.dtype)
-        none_B = jnp.zeros(case.batch, jnp.int32)
-        side = Side(target.decoder, target.prefix, none_B[:, None], none_B)
+        decoder, prefix = target.decoder, target.prefix
         fed = [target.prompts[row][-1], *before]
+        last = (len(fed) - 1) // width * width
+        tail = new_tail(decoder, [case.context] * case.batch, self.tokens + max(WIDTHS), self.dtype)
+        tail = extend(decoder, prefix, tail, [fed[:last]] * case.batch, width=width, block_size=BLOCK)
+        none_B = jnp.zeros(case.batch, jnp.int32)
+        side = Side(decoder, prefix, none_B[:, None], none_B)
+        piece_BT = np.zeros((case.batch, width), np.int32)
+        piece_BT[:, : len(fed) - last] = fed[last:]
         plan = Plan(0, 0, 1, BLOCK, self.config.vocab_size)
-        logits = None
-        for start in range(0, len(fed), width):
-            piece = [*fed[start : start + width], *[0] * width][:width]
-            logits, tail = _read(side, tail, jnp.asarray([piece] * case.batch, jnp.int32), plan=plan, rows=width)
-        assert logits is not None
-        return np.asarray(logits[row, (len(fed) - 1) % width], np.float64)
+        logits_BTV, _ = _read(side, tail, jnp.asarray(piece_BT), plan=plan, rows=width)
+        return np.asarray(logits_BTV[row, len(fed) - 1 - last], np.float64)
 
 
 _read = jax.jit(read, static_argnames=("plan", "rows"))

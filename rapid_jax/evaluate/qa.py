@@ -7,7 +7,7 @@ the passage among those of other questions, which hold none of the answers.
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +49,7 @@ class Passage(NamedTuple):
     words: tuple[str, ...]
 
 
-def samples(options: SuiteOptions, measure: Measure) -> Iterator[Sample]:
+def samples(options: SuiteOptions, measure: Measure) -> Iterable[Sample]:
     """The questions of the file `options.data` (.jsonl, .json with a list; .gz too), as its fields say.
 
     Over documents (task "documents"): as they are, in the order of the file, all of them or as many as are asked for,
@@ -67,7 +67,7 @@ def samples(options: SuiteOptions, measure: Measure) -> Iterator[Sample]:
     if task == DOCUMENTS:
         if options.lengths or options.depths:
             raise InputError(f"suite {SUITE}: {path} has whole documents: lengths and depths are of no use")
-        return iter(_documents(rows, options))
+        return _documents(rows, options)
     if not options.lengths:
         raise InputError(f"suite {SUITE}: expected --lengths, which passages are put together to, got none")
     haystack.positive("lengths", options.lengths)

@@ -97,7 +97,12 @@ def _estimate(row: Row, scores: Mapping[Cell, _Scores]) -> Estimate | None:
 
 def percent(share: float) -> str:
     """With one decimal, and no minus before a zero."""
-    return f"{round(100 * share, 1) + 0.0:.1f}"
+    return f"{_tenths(share):.1f}"
+
+
+def _tenths(share: float) -> float:
+    """In %, rounded to what is printed, so that no "-0.0" is."""
+    return round(100 * share, 1) + 0.0
 
 
 def shown(got: Estimate | None) -> str:
@@ -109,5 +114,5 @@ def shown_difference(got: Estimate | None) -> str:
     """A difference as +2.5 [+0.4, +4.6]."""
     if not got:
         return "-"
-    mean, low, high = (round(100 * part, 1) + 0.0 for part in (got.mean, got.low, got.high))  # + 0.0: no "-0.0"
+    mean, low, high = map(_tenths, (got.mean, got.low, got.high))
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"

@@ -152,12 +152,13 @@ class AutoGamma:
 
     def _observe_time(self, gamma: int, now: float) -> None:
         known = self.seconds.get(gamma)
+        was_hiccup = known is not None and 1.5 * now < known  # of the machine
         if gamma and self.idle:  # the drafter first read what it had missed: no more than a bound
-            if known is not None and 1.5 * now < known:  # what was known was a hiccup: time it again, nothing missed
-                del self.seconds[gamma]
+            if was_hiccup:
+                del self.seconds[gamma]  # to be timed again, with nothing missed
             elif known is not None:
                 self.seconds[gamma] = min(known, now)
-        elif known is None or 1.5 * now < known:  # the first, or the one before it was a hiccup of the machine
+        elif known is None or was_hiccup:
             self.seconds[gamma] = now
         else:
             self.seconds[gamma] = 0.7 * known + 0.3 * min(now, 1.5 * known)

@@ -80,7 +80,7 @@ def test_settles_on_the_gamma_with_the_most_tokens_a_second(acceptance, draft_st
 
 
 @pytest.mark.parametrize("draft_step", [0.355, 0.52])
-def test_every_other_draft_accepted_is_no_slower_than_plain_decoding(draft_step):
+def test_with_every_other_draft_accepted_no_answer_loses_more_than_a_twentieth(draft_step):
     """A draft step of 0.355 and 0.52 target passes: an 8B target over 131,072 tokens, int8 and bfloat16, on an H200."""
     ratios = []
     for seed in range(40):
@@ -102,7 +102,8 @@ def test_a_useless_drafter_costs_little(acceptance):
         plain = Machine(lambda _: 0.0, seed=seed)
         drive(plain, machine.emitted, FixedGamma(0, 8))
         losses.append(machine.seconds / plain.seconds - 1)
-        assert machine.gammas.count(0) > 0.85 * len(machine.gammas)
+        # At 0.3 a round of one draft loses little, so it is left later.
+        assert machine.gammas.count(0) > (0.85 if acceptance == 0.3 else 0.9) * len(machine.gammas)
     assert np.mean(losses) <= 0.05, losses
 
 

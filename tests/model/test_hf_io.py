@@ -236,13 +236,15 @@ def test_peak_memory_is_the_model_and_a_few_of_its_tensors(layout, large_checkpo
         capture_output=True,
         text=True,
         check=True,
+        # Blocks of tensors are given back at once: the peak is then of what is held, not of what malloc keeps (40 MB
+        # more in one run than in another).
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"},
     )
     loading, saving = map(int, run.stdout.split())
     tensors = safetensors_file.tensors_in(large_checkpoint / SINGLE).values()
     model, largest = sum(tensor.size for tensor in tensors), max(tensor.size for tensor in tensors)
-    # The tensor as read, its copy on the device and, in a stack, its turned form; compiled programs take some 30 MB,
-    # and what the allocator has not given back yet up to as much again.
-    assert model <= loading <= saving <= model + 3 * largest + 80e6
+    # The tensor as read, its copy on the device and, in a stack, its turned form; compiled programs take 20 to 55 MB.
+    assert model <= loading <= saving <= model + 3 * largest + 70e6
 
 
 MESH = """

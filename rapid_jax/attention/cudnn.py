@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax._src.cudnn import fused_attention_stablehlo as fused
 
+from rapid_jax.attention.contract import check_backward, check_contract
 from rapid_jax.attention.kernels import Cotangent, Gradients
 from rapid_jax.attention.partial import Partial, Rows, Slots, nothing_seen
 from rapid_jax.attention.xla import Xla
@@ -47,6 +48,7 @@ class Cudnn:
         self, rows: Rows, slots: Slots, *, scale: float, runs: int = 0, used: jax.Array | None = None
     ) -> Partial:
         """Attention of the rows over the slots; what cuDNN attends is divided, and rounded to the queries' dtype."""
+        check_contract("cudnn", rows, slots)
         if not _fits(rows, slots):
             return Xla(self.block).forward(rows, slots, scale=scale, used=used)
 
@@ -70,6 +72,7 @@ class Cudnn:
 
     def backward(self, rows: Rows, slots: Slots, cotangent: Cotangent, *, scale: float, runs: int = 0) -> Gradients:
         """cuDNN's backward pass, given the output and the softmax sum over all keys."""
+        check_backward("cudnn", rows, slots, cotangent)
         if not _fits(rows, slots):
             return Xla(self.block).backward(rows, slots, cotangent, scale=scale)
 

@@ -5,18 +5,24 @@ The keys are split over programs, for a few rows keep no more than one multiproc
 al. 2023). Program (j, k, b) attends to share j of row b's prefix for kv head k; one program more has the tail. Each
 leaves an un-normalised `Partial`, and a sum over the shares ends it. Scores, softmax and sums are float32; softmax
 weights meet the values in the queries' dtype, or float16 where those are rounded.
+
+A prefix of one sequence under many is read once for all of them: their query rows are rows of one (`over_shared`).
 """
 
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from rapid_jax.attention.partial import Partial, Rows, Slots
+from rapid_jax.attention.contract import check_contract
+from rapid_jax.attention.partial import Partial, Rows, Slots, finish, merge
+from rapid_jax.attention.shared_prefix import is_shared, over_shared
+from rapid_jax.runtime.contract import contract
 
 LOW = -1e30  # stands for -inf where a difference of two must not be NaN
 MOST_ROWS = 128  # more are not a few
@@ -58,13 +64,21 @@ def flash_decode(
 ) -> Partial:
     """Attention of the rows over one or two sets of slots, un-normalised; slots of each from its `used` on are empty.
 
-    The same as `attend_block` over them in one, but for rounding. The first set is shared out, the second is short.
+    The same as `attend_block` over them in one, but for rounding. The first set is shared out, the second is short. A
+    set of one sequence is that of all rows. Raises ValueError, while tracing, for shapes that do not go together.
     """
-    out, peak, total = _shares(rows, sides, used, scale=scale, shape=shape, interpret=interpret)
-    top_BKR = jnp.max(peak, axis=2)
-    finite_BKR = jnp.where(top_BKR == -jnp.inf, 0.0, top_BKR)
-    weight = jnp.exp(peak - finite_BKR[:, :, None])
-    return Partial(jnp.sum(out * weight[..., None], axis=2), top_BKR, jnp.sum(total * weight, axis=2))
+    _check(rows, sides, used)
+    how = {"scale": scale, "shape": shape, "interpret": interpret}
+    if not any(is_shared(rows, side) for side in sides):
+        return _summed(*_shares(rows, sides, used, **how))
+
+    def over(side: Slots, count: jax.Array) -> Partial:
+        def attend(rows: Rows) -> Partial:
+            return _summed(*_shares(rows, (side,), (count,), **how))
+
+        return over_shared(rows, attend, most=MOST_ROWS) if is_shared(rows, side) else attend(rows)
+
+    return reduce(merge, [over(side, count) for side, count in zip(sides, used, strict=True)])
 
 
 def flash_decoded(
@@ -77,6 +91,10 @@ def flash_decoded(
     interpret: bool = False,
 ) -> jax.Array:
     """`flash_decode`, finished: [B, K, R, H] in the queries' dtype, 0 for a row that saw nothing."""
+    _check(rows, sides, used)
+    if any(is_shared(rows, side) for side in sides):
+        seen = flash_decode(rows, sides, used, scale=scale, shape=shape, interpret=interpret)
+        return finish(seen, rows.q_BKRH.dtype)
     out, peak, total = _shares(rows, sides, used, scale=scale, shape=shape, interpret=interpret)
     B, K, shares, R, H = out.shape
     padded = pl.next_power_of_2(shares)
@@ -94,6 +112,29 @@ def flash_decoded(
         interpret=interpret,
         name="flash_decode_finish",
     )(out, peak, total)
+
+
+def _check(rows: Rows, sides: tuple[Slots, ...], used: tuple[jax.Array, ...]) -> None:
+    with contract("flash_decode"):
+        assert 1 <= len(sides) <= 2, f"expected one or two sets of slots, got {len(sides)}"
+        assert len(used) == len(sides), f"expected {len(sides)} counts of used slots, got {len(used)}"
+        chex.assert_shape(used, ())
+        chex.assert_type(used, [jnp.int32] * len(used))
+    for side in sides:
+        check_contract("flash_decode", rows, side, shared=True, quantized=True)
+        with contract("flash_decode"):
+            assert fits(rows, side), (
+                f"expected at most {MOST_ROWS} rows of a kv head, heads of a power of two from 16 on and no branch "
+                f"tags, got rows {rows.q_BKRH.shape}"
+            )
+
+
+def _summed(out: jax.Array, peak: jax.Array, total: jax.Array) -> Partial:
+    """The shares' sum."""
+    top_BKR = jnp.max(peak, axis=2)
+    finite_BKR = jnp.where(top_BKR == -jnp.inf, 0.0, top_BKR)
+    weight = jnp.exp(peak - finite_BKR[:, :, None])
+    return Partial(jnp.sum(out * weight[..., None], axis=2), top_BKR, jnp.sum(total * weight, axis=2))
 
 
 def _finish_kernel(out_ref, max_ref, sum_ref, finished_ref, *, shares):

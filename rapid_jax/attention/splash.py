@@ -22,6 +22,7 @@ from jax import lax
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
+from rapid_jax.attention.contract import check_backward, check_contract
 from rapid_jax.attention.kernels import Cotangent, Gradients
 from rapid_jax.attention.partial import Partial, Rows, Slots, block_of, padded_rows, padded_slots, visible
 from rapid_jax.attention.xla import Xla
@@ -46,6 +47,7 @@ class Splash:
         self, rows: Rows, slots: Slots, *, scale: float, runs: int = 0, used: jax.Array | None = None
     ) -> Partial:
         """Attention of the rows over the slots; `out_BKRH` is divided and rounded to the queries' dtype already."""
+        check_contract("splash", rows, slots)
         plain = Xla(self.block)
         if not _fits(rows, slots):
             return plain.forward(rows, slots, scale=scale, runs=runs, used=used)
@@ -60,6 +62,7 @@ class Splash:
 
     def backward(self, rows: Rows, slots: Slots, cotangent: Cotangent, *, scale: float, runs: int = 0) -> Gradients:
         """Two kernels that recompute the scores: one for dq, one for dk and dv; each rounds to the inputs' dtype."""
+        check_backward("splash", rows, slots, cotangent)
         plain = Xla(self.block)
         if not _fits(rows, slots):
             return plain.backward(rows, slots, cotangent, scale=scale, runs=runs)

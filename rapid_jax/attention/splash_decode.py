@@ -12,11 +12,15 @@ that nothing can be merged with it; `ragged_paged_attention` wants keys beside v
 
 from dataclasses import dataclass, replace
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rapid_jax.attention.contract import check_contract
 from rapid_jax.attention.partial import Partial, Rows, Slots, attend_block, block_of, merge
+from rapid_jax.attention.shared_prefix import is_shared, over_shared
+from rapid_jax.runtime.contract import contract
 
 TILE_ROWS = 16  # of 16-bit numbers
 MOST_ROWS = 256  # more are not a few
@@ -49,20 +53,25 @@ def block_for(slots: int) -> int | None:
 def fits(rows: Rows, slots: Slots) -> bool:
     """Whether the kernel takes these: one sequence of whole blocks, not rounded, no tags, heads of whole or half lanes.
 
-    `slots` may be a stack's `every`.
+    Rows may be of several sequences that share that one. `slots` may be a stack's `every`.
     """
-    B, _, R, H = rows.q_BKRH.shape
+    R, H = rows.q_BKRH.shape[2:]
     tags = rows.branch_BR is not None and slots.branch_BS is not None
     plain = slots.k_scale_BKS is None and not tags and rows.reach_BR is None
-    return plain and B == 1 and R <= MOST_ROWS and H % 64 == 0 and block_for(slots.pos_BS.shape[1]) is not None
+    sequences, S = slots.pos_BS.shape
+    return plain and sequences == 1 and R <= MOST_ROWS and H % 64 == 0 and block_for(S) is not None
 
 
 def splash_decode(rows: Rows, far: Slots | Stack, *, scale: float, interpret: bool = False) -> Partial:
     """Attention of the rows over one sequence's slots, empty ones last; a row at a position sees every filled one.
 
-    What comes of the full blocks is divided and rounded to the queries' dtype before the rest is added.
+    What comes of the full blocks is divided and rounded to the queries' dtype before the rest is added. Rows of several
+    sequences are rows of one (`over_shared`). Raises ValueError, while tracing, for shapes that do not go together.
     """
     slots = far if isinstance(far, Slots) else far.every
+    _check(rows, far)
+    if is_shared(rows, slots):
+        return over_shared(rows, lambda rows: splash_decode(rows, far, scale=scale, interpret=interpret), most=MOST_ROWS)
     size = slots.pos_BS.shape[1]
     block = block_for(size)
     assert block is not None
@@ -74,6 +83,21 @@ def splash_decode(rows: Rows, far: Slots | Stack, *, scale: float, interpret: bo
     rest = block_of(late, start, block) if isinstance(far, Slots) else _block_of_layer(late, far.layer, start, block)
     layer = jnp.int32(0) if isinstance(far, Slots) else far.layer
     return merge(_full_blocks(rows, slots, layer, full, block, scale, interpret), attend_block(rows, rest, scale=scale))
+
+
+def _check(rows: Rows, far: Slots | Stack) -> None:
+    slots = far if isinstance(far, Slots) else far.every
+    with contract("splash_decode"):
+        if isinstance(far, Stack):
+            chex.assert_shape(far.layer, ())
+            chex.assert_rank([slots.k_BKSH, slots.v_BKSH], 5)
+            chex.assert_equal_shape([slots.k_BKSH, slots.v_BKSH])
+        assert fits(rows, slots), (
+            f"expected one sequence of whole blocks in full, at most {MOST_ROWS} rows of a kv head, heads of 64 or "
+            f"more and no branch tags, got rows {rows.q_BKRH.shape} and slots {slots.k_BKSH.shape}"
+        )
+    one = jax.eval_shape(far.one) if isinstance(far, Stack) else slots
+    check_contract("splash_decode", rows, one, shared=True)
 
 
 def _block_of_layer(slots: Slots, layer: jax.Array, start: jax.Array, size: int) -> Slots:

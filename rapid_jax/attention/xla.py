@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rapid_jax.attention.contract import check_backward, check_contract
 from rapid_jax.attention.kernels import Cotangent, Gradients
 from rapid_jax.attention.partial import (
     Partial,
@@ -36,11 +37,13 @@ class Xla:
         self, rows: Rows, slots: Slots, *, scale: float, runs: int = 0, used: jax.Array | None = None
     ) -> Partial:
         """Attention of the rows over the slots."""
+        check_contract("xla", rows, slots)
         del runs
         return attend_tiled(rows, slots, scale=scale, tile=self.block * rows.group, block=self.block, used=used)
 
     def backward(self, rows: Rows, slots: Slots, cotangent: Cotangent, *, scale: float, runs: int = 0) -> Gradients:
         """Loops over the blocks of slots, and for each over the tiles of rows that see some of it."""
+        check_backward("xla", rows, slots, cotangent)
         del runs
         S, R = slots.pos_BS.shape[1], rows.pos_BR.shape[1]
         block, tile = min(S, self.block), min(R, self.block * rows.group)

@@ -11,11 +11,14 @@ import math
 from dataclasses import dataclass
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+
+from rapid_jax.runtime.contract import contract
 
 MOST_ROWS = 8  # their high and low halves fill the 16 rows of a matrix unit
 GROUP = 128  # weights of a column that share a scale, in 4 bits
@@ -51,7 +54,7 @@ def tile_of(bits: int, depth: int, gated: bool) -> Tile:
 
 def fits(rows: int, depth: int, width: int) -> bool:
     """Whether the kernels take `rows` rows times a [depth, width] matrix."""
-    return rows <= MOST_ROWS and depth % GROUP == 0 and width % 32 == 0
+    return 1 <= rows <= MOST_ROWS and depth % GROUP == 0 and width % 32 == 0
 
 
 def fixed_point(
@@ -65,9 +68,16 @@ def fixed_point(
     """(x as fixed-point rows, x), by one program a row.
 
     `parts_STD` are float32 addends of x, what a matrix product left in several; the sum comes back in x's dtype. With
-    `norm_D` the rows are the RMS norm of that sum times `norm_D`.
+    `norm_D` the rows are the RMS norm of that sum times `norm_D`. Raises ValueError, while tracing, for other shapes.
     """
-    T, D = x_TD.shape
+    with contract("fixed_point"):
+        chex.assert_rank(x_TD, 2)
+        T, D = x_TD.shape
+        assert 1 <= T <= MOST_ROWS, f"expected 1 to {MOST_ROWS} rows, got {T}"
+        chex.assert_shape([] if parts_STD is None else [parts_STD], (None, T, D))
+        chex.assert_type([] if parts_STD is None else [parts_STD], jnp.float32)
+        chex.assert_shape([] if norm_D is None else [norm_D], (D,))
+        chex.assert_type([x_TD] if norm_D is None else [x_TD, norm_D], float)
     lanes = pl.next_power_of_2(D)
     row = pl.BlockSpec((None, lanes), lambda t: (t, 0))
     given = [(x_TD, row)]
@@ -138,9 +148,18 @@ def skinny_matmul(
 
     bits 8: `weight` is int8 [N, D], `scale` float32 [N]. 4: int8 [N, D / 2], each of which holds two weights of a group
     of `GROUP`: of the group's first half in the low four bits, of its second half in the high ones, in two's
-    complement; `scale` is float32 [D / GROUP, N].
+    complement; `scale` is float32 [D / GROUP, N]. Raises ValueError, while tracing, for other shapes.
     """
-    T, (N, stored), D = x.scale_T.shape[0], weight.shape, x.halves_PD.shape[1]
+    with contract("skinny_matmul"):
+        assert bits in (4, 8), f"expected 4 or 8 bits, got {bits}"
+        chex.assert_rank([x.halves_PD, x.scale_T, weight], [2, 1, 2])
+        T, (N, stored), D = x.scale_T.shape[0], weight.shape, x.halves_PD.shape[1]
+        assert fits(T, D, N), f"expected 1 to {MOST_ROWS} rows, depths of {GROUP} and widths of 32, got {T} x {D} x {N}"
+        chex.assert_shape(
+            [x.halves_PD, weight, scale],
+            [(2 * MOST_ROWS, D), (N, D * bits // 8), (N,) if bits == 8 else (D // GROUP, N)],
+        )
+        chex.assert_type([x.halves_PD, weight, x.scale_T, scale], [jnp.int8, jnp.int8, jnp.float32, jnp.float32])
     tile = tile or tile_of(bits, D, gated is not None)
     ins, columns = (1, N) if gated is None else (2, N // 2)
     wide, deep = math.gcd(tile.wide // ins, columns), math.gcd(tile.deep, D)

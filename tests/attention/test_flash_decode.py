@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoding kernel, interpreted, against the attention algebra and against dense attention in float64."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial, reduce
 
 import jax
@@ -12,54 +12,18 @@ from jax.sharding import PartitionSpec
 
 from rapid_jax.attention.cache import KV, Prefix, Tail
 from rapid_jax.attention.decoding import by_blocks, by_kernel, decode_of
+from rapid_jax.attention import flash_decode as flash_decode_module
 from rapid_jax.attention.flash_decode import MOST_ROWS, Shape, fits, flash_decode, flash_decoded
 from rapid_jax.attention.partial import Partial, Rows, Slots, attend_block, finish, merge
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_prefix_tail
+from tests.attention.decode_cases import FLOAT16, Case, Made, Side, made, tagged, truth
 from tests.reference import dense_attention, visible
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "reads_inside")
 
 SMALL = Shape(block=32, warps=4, stages=2, programs=9)
 BLOCK = 48  # of the plain path
-FLOAT16 = 3 * 2**-11  # the weights of a rounded prefix are off by half a step of this; values here are below 3
-
-
-@dataclass(frozen=True)
-class Side:
-    """How many slots there are, how many are used, and a run of empty ones among those."""
-
-    slots: int
-    used: int
-    hole: tuple[int, int] = (0, 0)
-    int8: bool = False
-
-
-@dataclass(frozen=True)
-class Case:
-    """`time` tokens of `group` query heads each; `blind` rows of the last batch row are at position -1."""
-
-    sides: tuple[Side, ...]
-    batch: int = 1
-    kv_heads: int = 2
-    group: int = 1
-    time: int = 1
-    head_dim: int = 16
-    blind: int = 0
-
-    @property
-    def scale(self) -> float:
-        return self.head_dim**-0.5
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Made:
-    """A case in numbers."""
-
-    rows: Rows
-    sides: tuple[Slots, ...]
-    used: tuple[jax.Array, ...]
 
 
 # Positions ascend over the sides, a row's own among the last `time` of them. Cases of one shape are one program.
@@ -74,6 +38,11 @@ CASES = {
     "33 rows, some see nothing": Case((Side(75, 64), Side(40, 37)), batch=2, time=33, kv_heads=1, blind=5),
     "8 bits": Case((Side(200, 190, (30, 40), int8=True), Side(8, 6)), batch=2, group=4, time=3, blind=4),
     "8 bits, more than 64 rows": Case((Side(70, 70, int8=True), Side(33, 33)), kv_heads=1, group=4, time=20),
+    "one prefix under 3 rows": Case((Side(100, 90, (20, 45), shared=True), Side(8, 5)), batch=3, group=2),
+    "one prefix under 5 rows of 28, read twice": Case((Side(75, 75, shared=True), Side(40, 37)), 5, 1, 4, 7, blind=9),
+    "one prefix in 8 bits under 4 rows": Case((Side(70, 70, int8=True, shared=True), Side(8, 3)), 4, group=2, time=2),
+    "one prefix under 2 rows, empty tails": Case((Side(64, 60, shared=True), Side(8, 0)), batch=2),
+    "one prefix, empty, under 2 rows": Case((Side(64, 0, shared=True), Side(8, 2)), batch=2),
 }
 PARTIAL = {
     "a prefix and a tail": CASES["rows of 4"],
@@ -81,55 +50,6 @@ PARTIAL = {
     "a tail of 1": Case((Side(1, 1),), group=7),
     "a tail of 0": Case((Side(1, 0),), group=7),
 }
-
-
-def positions_of(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
-    """(positions of each side's slots [B, S], of the rows [B, R]); the sequences of a batch start apart."""
-    start_B, slots = 1000 * np.arange(case.batch)[:, None], []
-    end_B = start_B
-    for side in case.sides:
-        index = np.arange(side.slots)
-        inside = (index < side.used) & ~((index >= side.hole[0]) & (index < side.hole[1]))
-        slots.append(np.where(inside, end_B + index, -1).astype(np.int32))
-        end_B = end_B + side.used
-    pos_BR = np.repeat(np.maximum(end_B - case.time, 0) + np.arange(case.time), case.group, axis=1)
-    if case.blind:
-        pos_BR[-1, -case.blind :] = -1
-    return slots, pos_BR.astype(np.int32)
-
-
-def made(case: Case, dtype=jnp.float32) -> Made:
-    rng = np.random.default_rng(0)
-    B, K, R, H = case.batch, case.kv_heads, case.group * case.time, case.head_dim
-    pos, pos_BR = positions_of(case)
-    sides = []
-    for side, pos_BS in zip(case.sides, pos, strict=True):
-        shape = (B, K, side.slots, H)
-        if side.int8:
-            k, v = (rng.integers(-127, 128, shape, np.int8) for _ in range(2))
-            scales = [jnp.asarray(np.float32(rng.uniform(0.2, 3, shape[:3]) / 127)) for _ in range(2)]
-            sides.append(Slots(jnp.asarray(k), jnp.asarray(v.swapaxes(2, 3)), jnp.asarray(pos_BS), None, *scales))
-        else:
-            kv = [jnp.asarray((size * rng.normal(size=shape)).astype(dtype)) for size in (1.5, 1)]
-            sides.append(Slots(*kv, jnp.asarray(pos_BS)))
-    q_BKRH = (2 * rng.normal(size=(B, K, R, H))).astype(jnp.bfloat16)  # float32 and float16 have it too
-    rows = Rows(jnp.asarray(q_BKRH.astype(dtype)), jnp.asarray(pos_BR), group=case.group)
-    return Made(rows, tuple(sides), tuple(jnp.asarray(np.int32(side.used)) for side in case.sides))
-
-
-def truth(given: Made) -> np.ndarray:
-    """float64 [B, K, R, H]: dense attention over the numbers that the slots stand for."""
-
-    def numbers(side: Slots) -> tuple[np.ndarray, np.ndarray]:
-        k, v = (np.asarray(x, np.float64) for x in (side.k_BKSH, side.v_BKSH))
-        if side.k_scale_BKS is None:
-            return k, v
-        return k * np.asarray(side.k_scale_BKS)[..., None], v.swapaxes(2, 3) * np.asarray(side.v_scale_BKS)[..., None]
-
-    k_BKSH, v_BKSH = (np.concatenate(x, axis=2) for x in zip(*map(numbers, given.sides), strict=True))
-    seen = visible(given.rows.pos_BR, np.concatenate([side.pos_BS for side in given.sides], axis=1))
-    q_BKRH = np.asarray(given.rows.q_BKRH, np.float64)
-    return dense_attention(*(x.swapaxes(1, 2) for x in (q_BKRH, k_BKSH, v_BKSH)), seen).swapaxes(1, 2)
 
 
 @partial(jax.jit, static_argnames="scale")
@@ -219,11 +139,24 @@ def test_bfloat16_is_no_worse_than_plain():
     assert 0 < far <= 1.2 * plain_far, far / plain_far
 
 
-def tagged(given: Made) -> Made:
-    """The rows and slots of three branches."""
-    rows = replace(given.rows, branch_BR=jnp.ones_like(given.rows.pos_BR))
-    sides = tuple(replace(side, branch_BS=side.pos_BS % 3) for side in given.sides)
-    return replace(given, rows=rows, sides=sides)
+def test_a_prefix_indexed_by_the_row_is_found_out():
+    """What a device would read behind the array: the guard of these tests sees it."""
+    given = made(CASES["one prefix under 3 rows"])
+    with pytest.raises(IndexError, match=r"a block from \[1, "):
+        flash_decode_module._shares(given.rows, given.sides, given.used, scale=1.0, shape=SMALL, interpret=True)
+
+
+def test_a_shared_prefix_is_read_once_for_as_many_rows_as_fit(monkeypatch):
+    calls = []
+    shares = flash_decode_module._shares
+    monkeypatch.setattr(flash_decode_module, "_shares", lambda *args, **how: calls.append(args) or shares(*args, **how))
+    given = made(CASES["one prefix under 5 rows of 28, read twice"])
+    flash_decoded(given.rows, given.sides, given.used, scale=1.0, shape=SMALL, interpret=True)
+    assert [(rows.q_BKRH.shape, len(side)) for rows, side, _ in calls] == [
+        ((1, 1, 84, 16), 1),  # three sequences of 28 rows, over the prefix
+        ((1, 1, 56, 16), 1),  # the other two
+        ((5, 1, 28, 16), 1),  # every sequence over its own tail
+    ]
 
 
 def test_what_the_kernel_takes():

@@ -16,7 +16,7 @@ from rapid_jax.attention.partial import Rows
 from rapid_jax.attention.splash_decode import MOST_ROWS, block_for, fits
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_prefix_tail, layers_of
-from tests.attention.test_flash_decode import Case, Made, Side, made, tagged, truth
+from tests.attention.decode_cases import Case, Made, Side, made, tagged, truth
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -30,6 +30,10 @@ CASES = {
     "rows of 4, a block and a part": Case((Side(1536, 1090), Side(20, 5)), group=4, head_dim=128),
     "11 tokens of 4 rows, some see nothing": Case(
         (Side(2560, 2100), Side(40, 37)), kv_heads=3, group=4, time=11, head_dim=64, blind=8
+    ),
+    "one prefix under 3 rows": Case((Side(1024, 700, shared=True), Side(8, 3)), batch=3, group=2, head_dim=64),
+    "one prefix under 5 rows of 60, read twice": Case(
+        (Side(1024, 1024, shared=True), Side(40, 37)), 5, 1, 4, 15, head_dim=64, blind=9
     ),
 }
 

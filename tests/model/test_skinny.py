@@ -11,7 +11,7 @@ import pytest
 from rapid_jax.model import skinny
 from rapid_jax.model.skinny import GROUP, MOST_ROWS, FixedPoint, Tile, fits
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
+pytestmark = pytest.mark.usefixtures("quick_compiles", "reads_inside")
 
 fixed_point = partial(skinny.fixed_point, interpret=True)
 skinny_matmul = partial(skinny.skinny_matmul, interpret=True)
@@ -219,3 +219,34 @@ def test_what_the_kernels_take():
     assert not fits(MOST_ROWS + 1, 128, 32)
     assert not fits(1, 192, 32) and not fits(1, 64, 32)
     assert not fits(1, 128, 48) and not fits(1, 128, 16)
+
+
+def test_what_does_not_go_together_is_refused_while_tracing():
+    x_TD, norm_D, parts_STD = normal(0, 3, 384), jnp.ones(384), normal(1, 2, 3, 384)
+    for args, options in (
+        ((normal(0, MOST_ROWS + 1, 384),), {}),
+        ((normal(0, 2, 3, 384),), {}),
+        ((jnp.ones((3, 384), jnp.int32),), {}),
+        ((x_TD,), {"norm_D": norm_D[1:]}),
+        ((x_TD,), {"parts_STD": parts_STD[:, 1:]}),
+        ((x_TD,), {"parts_STD": parts_STD.astype(jnp.bfloat16)}),
+    ):
+        with pytest.raises(ValueError, match="^fixed_point: "):
+            jax.eval_shape(partial(fixed_point, **options), *args)
+    for bits in (8, 4):
+        x, (values, scale, _) = fixed_rows(3, 384), matrix(bits, 384, 96)
+        jax.eval_shape(partial(skinny_matmul, bits=bits), x, values, scale)
+        for given in (
+            (fixed_rows(3, 256), values, scale),
+            (x, values[:, 1:], scale),
+            (x, values[1:], scale),
+            (x, values, scale[..., 1:]),
+            (x, values.astype(jnp.int32), scale),
+            (x, values, scale.astype(jnp.bfloat16)),
+            (FixedPoint(x.halves_PD, jnp.ones(MOST_ROWS + 1)), values, scale),
+            (FixedPoint(x.halves_PD[1:], x.scale_T), values, scale),
+        ):
+            with pytest.raises(ValueError, match="^skinny_matmul: "):
+                jax.eval_shape(partial(skinny_matmul, bits=bits), *given)
+        with pytest.raises(ValueError, match="^skinny_matmul: expected 4 or 8 bits, got 6"):
+            skinny_matmul(x, values, scale, bits=6)

@@ -25,6 +25,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz", type=int, default=1, help="how many times as many cases the fuzzers try")
 
 
+GPU_TESTS = Path(__file__).parent / "gpu"
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """tests/gpu is for `bash launch/test_gpu.sh`, which puts cuda into JAX_PLATFORMS."""
+    return True if collection_path == GPU_TESTS and "cuda" not in os.environ["JAX_PLATFORMS"] else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says what a run left out as a whole."""
+    if "cuda" not in os.environ["JAX_PLATFORMS"]:
+        terminalreporter.write_line("tests/gpu: not collected, they need an NVIDIA GPU: bash launch/test_gpu.sh")
+    elif importlib.util.find_spec("seqio") is None:
+        terminalreporter.write_line("LongPO's training: not tested, TensorFlow (extra longpo) is not installed here")
+
+
 @pytest.fixture(autouse=True)
 def few_mappings():
     """Forgets compiled programs in time: each maps memory ten times, and XLA crashes at Linux's 65,530 mappings."""
@@ -40,7 +56,8 @@ def quick_compiles():
     """For modules of many programs that run for milliseconds: XLA makes the passes that it needs alone."""
     import jax
 
-    jax.config.update("jax_disable_most_optimizations", True)
+    # On a GPU what is compiled is tested, so as it is compiled for use.
+    jax.config.update("jax_disable_most_optimizations", "cuda" not in os.environ["JAX_PLATFORMS"])
     yield
     jax.config.update("jax_disable_most_optimizations", False)
 

@@ -3,6 +3,7 @@
 
 import json
 import random
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -42,22 +43,28 @@ def tokenizer_files(corpus: list[str]) -> dict[str, bytes]:
     }
 
 
-def save_decoder(folder: Path, *, seed: int = 0, corpus: list[str] | None = None) -> Path:
-    """A model of two layers; another seed is another model, another corpus another vocabulary."""
+def save_decoder(
+    folder: Path, *, seed: int = 0, corpus: list[str] | None = None, sizes: Mapping[str, int] | None = None
+) -> Path:
+    """A model of two layers; another seed is another model, another corpus another vocabulary.
+
+    `sizes` are keys of its config.json that are to be otherwise.
+    """
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=MAX_POSITIONS,
-        initializer_range=0.25,  # far from uniform distributions
-        tie_word_embeddings=False,
-        bos_token_id=None,
-        eos_token_id=2,
-    )
+    given = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": MAX_POSITIONS,
+        "initializer_range": 0.25,  # far from uniform distributions
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+    }
+    config = LlamaConfig(**given | dict(sizes or {}))
     LlamaForCausalLM(config).save_pretrained(folder)
     for name, content in tokenizer_files(corpus or [" ".join(WORDS), "the text and the question"]).items():
         (folder / name).write_bytes(content)

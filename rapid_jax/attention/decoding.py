@@ -51,7 +51,7 @@ def by_kernel(
 
 
 def by_splash(
-    rows: Rows, sides: StackSides, used: Used, scale: float, axis: str | None, *, block: int, interpret: bool = False
+    rows: Rows, sides: StackSides, used: Used, scale: float, axis: str | None, *, block: int, interpret: Any = False
 ) -> jax.Array:
     """The prefix by the kernel for TPUs where it takes the shapes, the tail in plain XLA.
 

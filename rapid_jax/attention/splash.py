@@ -41,7 +41,7 @@ class Splash:
     """`Kernel` on TPUs. `block` is of the XLA path; `interpret` runs the kernels on any platform, slowly."""
 
     block: int
-    interpret: bool = False
+    interpret: Any = False  # or Pallas's InterpretParams
 
     def forward(
         self, rows: Rows, slots: Slots, *, scale: float, runs: int = 0, used: jax.Array | None = None
@@ -192,7 +192,7 @@ def _tags(tag: jax.Array, filled: jax.Array) -> tuple[jax.Array, jax.Array, jax.
     return least, greatest, jnp.where(branch == NEVER, 0, branch)
 
 
-def _forward(rows: Rows, slots: Slots, plan: Plan, scale: float, interpret: bool) -> Partial:
+def _forward(rows: Rows, slots: Slots, plan: Plan, scale: float, interpret: Any) -> Partial:
     bq, bkv = plan.block_r, plan.block_s
     R, slots = rows.pos_BR.shape[1], padded_slots(slots, bkv)
     out_KRH, (log_sum_KR,) = splash._splash_attention_forward(
@@ -218,7 +218,7 @@ def _forward(rows: Rows, slots: Slots, plan: Plan, scale: float, interpret: bool
     )
 
 
-def _backward(rows: Rows, slots: Slots, cotangent: Cotangent, plan: Plan, scale: float, interpret: bool) -> Gradients:
+def _backward(rows: Rows, slots: Slots, cotangent: Cotangent, plan: Plan, scale: float, interpret: Any) -> Gradients:
     bq, bkv, R, S = plan.block_r, plan.block_s, rows.pos_BR.shape[1], slots.pos_BS.shape[1]
     rows, slots = padded_rows(rows, bq), padded_slots(slots, bkv)
     extra = ((0, 0), (0, plan.limit_R.shape[0] - R))

@@ -11,6 +11,7 @@ that nothing can be merged with it; `ragged_paged_attention` wants keys beside v
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import chex
 import jax
@@ -62,16 +63,19 @@ def fits(rows: Rows, slots: Slots) -> bool:
     return plain and sequences == 1 and R <= MOST_ROWS and H % 64 == 0 and block_for(S) is not None
 
 
-def splash_decode(rows: Rows, far: Slots | Stack, *, scale: float, interpret: bool = False) -> Partial:
+def splash_decode(rows: Rows, far: Slots | Stack, *, scale: float, interpret: Any = False) -> Partial:
     """Attention of the rows over one sequence's slots, empty ones last; a row at a position sees every filled one.
 
     What comes of the full blocks is divided and rounded to the queries' dtype before the rest is added. Rows of several
-    sequences are rows of one (`over_shared`). Raises ValueError, while tracing, for shapes that do not go together.
+    sequences are rows of one (`over_shared`). `interpret` may be Pallas's InterpretParams. Raises ValueError, while
+    tracing, for shapes that do not go together.
     """
     slots = far if isinstance(far, Slots) else far.every
     _check(rows, far)
     if is_shared(rows, slots):
-        return over_shared(rows, lambda rows: splash_decode(rows, far, scale=scale, interpret=interpret), most=MOST_ROWS)
+        return over_shared(
+            rows, lambda rows: splash_decode(rows, far, scale=scale, interpret=interpret), most=MOST_ROWS
+        )
     size = slots.pos_BS.shape[1]
     block = block_for(size)
     assert block is not None
@@ -107,7 +111,7 @@ def _block_of_layer(slots: Slots, layer: jax.Array, start: jax.Array, size: int)
     return Slots(of(slots.k_BKSH), of(slots.v_BKSH), lax.dynamic_slice_in_dim(slots.pos_BS, start, size, axis=1))
 
 
-def _full_blocks(rows: Rows, slots: Slots, layer, full, block: int, scale: float, interpret: bool) -> Partial:
+def _full_blocks(rows: Rows, slots: Slots, layer, full, block: int, scale: float, interpret: Any) -> Partial:
     """Of the first `full` blocks of each kv head of the layer, without a mask."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo

@@ -59,7 +59,7 @@ class Made:
 
 
 def positions_of(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
-    """(positions of each side's slots [B, S], of the rows [B, R]); the sequences of a batch start apart, if they can."""
+    """(positions of each side's slots [B, S], of the rows [B, R]); sequences of a batch start apart, if they can."""
     apart = 0 if any(side.shared for side in case.sides) else 1000
     end_B, slots = apart * np.arange(case.batch)[:, None], []
     for side in case.sides:

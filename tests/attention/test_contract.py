@@ -147,15 +147,15 @@ def test_splash_decode(stacked):
         with pytest.raises(ValueError, match=r"^splash_decode: "):
             trace(function, other_rows, stack(other_slots) if stacked else other_slots)
     rows, slots = rows_and_slots(2, 2)
-    with pytest.raises(ValueError, match="^splash_decode: expected one sequence of whole blocks"):
+    with pytest.raises(ValueError, match=r"^splash_decode: expected one sequence of whole blocks"):
         trace(function, rows, stack(slots) if stacked else slots)
 
 
 def test_numbers_of_sets_and_of_used_slots():
     rows, slots = rows_and_slots()
     for sides, used in (((), ()), ((slots,) * 3, (COUNT,) * 3), ((slots,), (COUNT, COUNT))):
-        with pytest.raises(ValueError, match="^flash_decode: expected"):
+        with pytest.raises(ValueError, match=r"^flash_decode: expected"):
             jax.eval_shape(partial(flash_decode, scale=1.0, interpret=True), rows, sides, used)
     for count in (changed(COUNT, shape=(1,)), changed(COUNT, dtype=jnp.float32)):
-        with pytest.raises(ValueError, match="^flash_decode: Error in"):
+        with pytest.raises(ValueError, match=r"^flash_decode: Error in"):
             jax.eval_shape(partial(flash_decode, scale=1.0, interpret=True), rows, (slots,), (count,))

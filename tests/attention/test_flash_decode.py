@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from rapid_jax.attention import flash_decode as flash_decode_module
 from rapid_jax.attention.cache import KV, Prefix, Tail
 from rapid_jax.attention.decoding import by_blocks, by_kernel, decode_of
-from rapid_jax.attention import flash_decode as flash_decode_module
 from rapid_jax.attention.flash_decode import MOST_ROWS, Shape, fits, flash_decode, flash_decoded
 from rapid_jax.attention.partial import Partial, Rows, Slots, attend_block, finish, merge
 from rapid_jax.attention.strategy import Strategy

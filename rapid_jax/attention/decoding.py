@@ -4,6 +4,8 @@
 gpu    `flash_decode.py`: a kernel that reads every key once
 tpu    `splash_decode.py`: the same, and the tail in plain XLA
 else   plain XLA, a block of the prefix at a time; the reference
+
+Each takes a prefix of one sequence under the rows of many, and reads it once for all of them.
 """
 
 from collections.abc import Callable
@@ -15,6 +17,7 @@ import jax
 from rapid_jax.attention.flash_decode import fits, flash_decode, flash_decoded
 from rapid_jax.attention.partial import Rows, Slots, attend_blockwise, finish, merge
 from rapid_jax.attention.ring import merged_over
+from rapid_jax.attention.shared_prefix import is_shared, over_shared
 from rapid_jax.attention.splash_decode import Stack, splash_decode
 from rapid_jax.attention.splash_decode import fits as splash_fits
 
@@ -30,7 +33,8 @@ def by_blocks(rows: Rows, sides: Sides, used: Used, scale: float, axis: str | No
     """In plain XLA."""
     del used  # a loop of unknown length would be no faster: a prefix has few empty slots
     far, near = sides
-    seen = attend_blockwise(rows, far, scale=scale, block=block)
+    attend = partial(attend_blockwise, slots=far, scale=scale, block=block)
+    seen = over_shared(rows, attend, most=rows.pos_BR.size) if is_shared(rows, far) else attend(rows)
     if axis is not None:
         seen = merged_over(seen, axis)
     return finish(merge(seen, attend_blockwise(rows, near, scale=scale, block=block)), rows.q_BKRH.dtype)

@@ -128,7 +128,7 @@ def one_update(folder: Path, dtype: str) -> dict[str, Any]:
     for index in range(2):
         chosen, rejected = Answer(" ".join(WORDS[:9]), 9, True), Answer(" ".join(WORDS[20:26]), 6, False)
         turn = Turn((0, 300), (0, 100), "As the text says,", "what of w1?", chosen, rejected)
-        text = DOCUMENT[: 3600 - 900 * index]
+        text = DOCUMENT[: 3000 - 900 * index]
         records.append(Record(f"doc-{index}", "book", text, len(text), None, (turn,), index, "settings"))
     scores = Scorer(config, quiet=True).scores(records)
     step = Step(config, model.decoder, transform_of(config.optimizer, 10))

@@ -21,5 +21,5 @@ if ! "$python" -c 'import jax; jax.devices("gpu")' 2>/dev/null; then
 fi
 "$python" -c 'import jax; print("jax", jax.__version__, "on", jax.devices("gpu")[0].device_kind)'
 # Plugins that happen to be installed would warn, and a warning is a failure.
-export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=2
 exec "$python" -m pytest -p xdist tests/gpu tests/attention/test_kernels.py --numprocesses 4 --dist worksteal "$@"

@@ -34,32 +34,29 @@ from rapid_jax.runtime.axes import TRAINED
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from tests.retrieval.encoders import WORDS
 
-TOKENS = 24
+TOKENS = 16
 DOCUMENT = "\n\n".join(" ".join(WORDS[(7 * line + at * at) % 90] for at in range(10)) for line in range(120))
 QUESTIONS = ("w12 w34 w56?", "w1?", "w80 w81 w82 w83 w84?", "w40 w2?")
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=TOKENS)
+# What differs from float32 in full. Each is programs of its own to compile, so few of them have much in them.
 VARIANTS: dict[str, dict[str, dict[str, Any]]] = {
-    "target": {"speculation": {"mode": "target"}},
-    "rapid": {"speculation": {"mode": "rapid", "gamma": 3}},
-    "lossless, copies on": {"speculation": {"mode": "lossless", "gamma": 5, "lookup": "on"}},
-    "phat": {"speculation": {"mode": "phat", "gamma": 2}},
-    "retrieval": {"speculation": {"mode": "retrieval"}},
-    "int8 drafter": {"models": {"drafter_weights": "int8"}},
-    "int4 drafter": {"models": {"drafter_weights": "int4"}},
-    "int8 keys and values": {"compute": {"kv": "int8"}},
-    "bfloat16": {"models": {"dtype": "bfloat16"}},
+    "rapid": {},
+    "target, int8 keys and values": {"speculation": {"mode": "target"}, "compute": {"kv": "int8"}},
+    "int4 drafter, copies on": {"models": {"drafter_weights": "int4"}, "speculation": {"lookup": "on"}},
     "bfloat16, int8 drafter, keys and values": {
         "models": {"dtype": "bfloat16", "drafter_weights": "int8"},
         "compute": {"kv": "int8"},
     },
 }
 
+PAIRS = {"plain": ("float32", False), "drafted": ("float32", True), "bfloat16": ("bfloat16", True)}  # dtype, drafted
 
-def config_of(folder: Path, name: str = "rapid") -> RapidConfig:
+
+def config_of(folder: Path, name: str) -> RapidConfig:
     base = RapidConfig(
         models=ModelsConfig(target=str(folder / "model"), encoder=str(folder / "encoder"), dtype="float32"),
         retrieval=RetrievalConfig(chunk_tokens=64, min_tokens=128),
-        speculation=SpeculationConfig(gamma=3),
+        speculation=SpeculationConfig(gamma=3, lookup="off"),
         sampling=GREEDY,
         compute=ComputeConfig(prefill_chunk=256, attention_block=1024),
         cache=CacheConfig(folder=str(folder / f"cache-{jax.default_backend()}"), prefix_gib=0, programs=False),
@@ -69,23 +66,21 @@ def config_of(folder: Path, name: str = "rapid") -> RapidConfig:
 
 def answers(folder: Path) -> dict[str, list[list[list[int]]]]:
     """name -> [prompt, answer] of each question; all questions at once, over the one document."""
-    found, models = {}, {}
+    found, base = {}, Rapid(config_of(folder, "rapid"), quiet=True)
     for name in VARIANTS:
         config = config_of(folder, name)
-        rapid = models.setdefault(config.models, Rapid(config, quiet=True))
-        if rapid.config.mesh == config.mesh and rapid.config != config:
-            rapid = rapid.with_config(config)
+        rapid = base.with_config(config) if config.models == base.config.models else Rapid(config, quiet=True)
         rapid.load()
         readings = [rapid.read(DOCUMENT, question) for question in QUESTIONS]
-        prompts = [(read.short if name == "retrieval" else read.long).tokens for read in readings]  # type: ignore[union-attr]
-        found[name] = [[p, a.token_ids] for p, a in zip(prompts, rapid.answers(readings), strict=True)]
+        said = rapid.answers(readings)
+        found[name] = [[read.long.tokens, answer.token_ids] for read, answer in zip(readings, said, strict=True)]
     return found
 
 
 def cli(folder: Path) -> dict[str, Any]:
     """What `rapid answer` prints about the first question."""
     config, document = (folder / f"{jax.default_backend()}.{suffix}" for suffix in ("yaml", "txt"))
-    settings.save(config_of(folder), config)
+    settings.save(config_of(folder, "rapid"), config)
     document.write_text(DOCUMENT)
     told = io.StringIO()
     with contextlib.redirect_stdout(told):
@@ -104,20 +99,14 @@ def longpo_config(folder: Path, dtype: str) -> LongPOConfig:
     )
 
 
-def about_one_document(folder: Path, dtype: str) -> dict[str, list[list[list[int]]]]:
-    """What `longpo pairs` does with a document's questions: plainly, and drafted from a shorter text."""
+def about_one_document(folder: Path, dtype: str, drafted: bool) -> list[str]:
+    """What `longpo pairs` has answered to a document's questions, plainly or drafted from a shorter text."""
     generator = Generator(longpo_config(folder, dtype), quiet=True)
     dialogues = [Dialogue(generator.tokenizer, [question]) for question in QUESTIONS]
     head = dialogues[0].before + generator.tokenizer.encode_quoted(DOCUMENT)
+    drafts = [dialogue.shared(DOCUMENT[:600]) for dialogue in dialogues] if drafted else None
     tails = [dialogue.first for dialogue in dialogues]
-    drafts = [dialogue.shared(DOCUMENT[:600]) for dialogue in dialogues]
-    found = {}
-    for name, given in (("pairs", None), ("pairs, drafted", drafts)):
-        said = generator.answers_about(head, tails, GREEDY, range(4), drafts=given)
-        ids = [generator.tokenizer.encode_quoted(answer.text) for answer in said]
-        found[f"{name}, {dtype}"] = [[[*head, *tail], tokens] for tail, tokens in zip(tails, ids, strict=True)]
-        assert len({answer.text for answer in said}) > 1
-    return found
+    return [answer.text for answer in generator.answers_about(head, tails, GREEDY, range(4), drafts=drafts)]
 
 
 def one_update(folder: Path, dtype: str) -> dict[str, Any]:
@@ -144,11 +133,14 @@ def one_update(folder: Path, dtype: str) -> dict[str, Any]:
 
 def main(folder: Path) -> None:
     """Prints it all."""
-    said = answers(folder)
-    for dtype in ("float32", "bfloat16"):
-        said |= about_one_document(folder, dtype)
-    longpo = {dtype: one_update(folder, dtype) for dtype in ("float32", "bfloat16")}
-    print(json.dumps({"platform": jax.default_backend(), "answers": said, "cli": cli(folder), "longpo": longpo}))
+    said = {
+        "platform": jax.default_backend(),
+        "answers": answers(folder),
+        "cli": cli(folder),
+        "pairs": {kind: about_one_document(folder, *how) for kind, how in PAIRS.items()},
+        "longpo": {dtype: one_update(folder, dtype) for dtype in ("float32", "bfloat16")},
+    }
+    print(json.dumps(said))
 
 
 if __name__ == "__main__":

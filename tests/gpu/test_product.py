@@ -41,7 +41,8 @@ def said(folder) -> dict[str, dict]:
     """What each platform says, at once."""
     started = {}
     for platform in ("cuda", "cpu"):
-        variables = os.environ | {"JAX_PLATFORMS": platform, "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}
+        # Compiling is most of the time, and looking for each product's best way most of that.
+        variables = os.environ | {"JAX_PLATFORMS": platform, "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
         command = [sys.executable, "-m", "tests.gpu.product", str(folder)]
         started[platform] = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     found = {}
@@ -68,22 +69,21 @@ def gaps(model: LlamaForCausalLM, prompt: list[int], tokens: list[int]) -> np.nd
 @pytest.mark.parametrize("name", VARIANTS)
 def test_four_questions_over_one_document(said, truth, name):
     """Every row, not the first alone."""
-    allowed = TIE if "int8 keys" not in name and "bfloat16" not in name else ROUNDED
+    allowed = ROUNDED if "int8" in name else TIE
     for row, (prompt, tokens) in enumerate(said["cuda"]["answers"][name]):
         assert tokens and (len(tokens) == TOKENS or tokens[-1] == 2)
         assert np.max(gaps(truth, prompt, tokens)) <= allowed, (row, gaps(truth, prompt, tokens))
-        if allowed == TIE and (on_cpu := said["cpu"]["answers"][name][row][1]) != tokens:
-            assert np.max(gaps(truth, prompt, on_cpu)) <= TIE, (row, "the CPU's")
+        on_cpu = said["cpu"]["answers"][name][row][1]
+        assert on_cpu == tokens or np.max(gaps(truth, prompt, on_cpu)) <= allowed, (row, "the CPU's")
     assert len({tuple(tokens) for _, tokens in said["cuda"]["answers"][name]}) > 1, "expected answers that differ"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["pairs", "pairs, drafted"])
-def test_what_pairs_answers_about_a_document(said, name, dtype):
-    """The texts are the CPU's."""
-    got, want = (said[platform]["answers"][f"{name}, {dtype}"] for platform in ("cuda", "cpu"))
-    same = [a[1] == b[1] for a, b in zip(got, want, strict=True)]
-    assert all(same) if dtype == "float32" else sum(same) >= 2, list(zip(got, want, strict=True))
+def test_what_pairs_answers_about_a_document(said):
+    """The texts are the CPU's, drafted or not; in bfloat16 some may turn at a near tie."""
+    for kind in ("plain", "drafted"):
+        assert said["cuda"]["pairs"][kind] == said["cpu"]["pairs"]["plain"], kind
+    rounded = zip(said["cuda"]["pairs"]["bfloat16"], said["cpu"]["pairs"]["plain"], strict=True)
+    assert sum(a[:8] == b[:8] for a, b in rounded) >= 3, "expected answers that begin alike"
 
 
 def test_rapid_answer(said):

@@ -7,7 +7,8 @@ import json
 import pytest
 import transformers
 
-from rapid_jax.model.config import ModelConfig, Rope, from_hf, to_hf
+from rapid_jax.model.config import ModelConfig, from_hf, to_hf
+from rapid_jax.model.rope_config import Rope
 from rapid_jax.runtime.errors import InputError
 from tests.model.conftest import FAMILIES, LLAMA3, SIZES, YARN
 
@@ -93,8 +94,8 @@ def test_an_override_of_the_rope_base_is_exported():
         (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        (LLAMA | {"hidden_size": 30}, "hidden_size 30"),
-        (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        (LLAMA | {"hidden_size": 30}, "hidden_size must be a multiple .*got 30"),
+        (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads must be a divisor .*got 3"),
         (LLAMA | {"vocab_size": "100"}, "vocab_size"),
         ({key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}, "rms_norm_eps"),
         ({key: value for key, value in MISTRAL.items() if key != "num_key_value_heads"}, "num_key_value_heads"),

@@ -157,9 +157,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
 
 def _family(config: Fields) -> Family:
-    model_type = config.text("model_type")
-    family = next((family for family in _ARCHITECTURES if family == model_type), None)
-    if family is None:
+    family: Any = config.text("model_type")
+    if family not in _ARCHITECTURES:
         raise config.error("model_type", f"one of {', '.join(_ARCHITECTURES)}: others are not supported")
     if any(name != _ARCHITECTURES[family] for name in config.texts("architectures", [])):
         raise config.error("architectures", f"[{_ARCHITECTURES[family]!r}]: others are not supported")

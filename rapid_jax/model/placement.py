@@ -165,7 +165,7 @@ def _placed(weight: Weight, source: _Source, mesh: Mesh | None, table: Table) ->
         return jax.device_put(source.whole())
     rows = source.rows()  # several devices may hold the same rows, or other columns of them
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: Any) -> np.ndarray:
         first, last, _ = index[0].indices(shape[0])
         return rows(first, last)[:, *index[1:]]
 

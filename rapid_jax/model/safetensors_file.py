@@ -67,9 +67,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     end = base
     for tensor in sorted(found.values(), key=lambda tensor: (tensor.start, tensor.size)):
         if tensor.start != end:
-            raise InputError(
-                f"{path}: {shown(tensor.name)} begins at byte {tensor.start}, the one before ends at {end}"
-            )
+            raise InputError(f"{path}: {shown(tensor.name)} begins at byte {tensor.start}, expected {end}")
         end += tensor.size
     if end != actual:
         cut = "cut short" if end > actual else "not a safetensors file"

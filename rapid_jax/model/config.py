@@ -39,6 +39,7 @@ _MOST: Final = {
     "head_dim": 2**14,
     "max_position_embeddings": MOST_POSITIONS,
 }
+_MOST_EPS: Final = 0.1  # of a norm; nothing is left of a hidden state whose square is far below it
 _MOST_ID: Final = 2**31 - 1  # of a token: an int32
 # Keys that change what the weights mean, or which files they are in.
 _WHOLLY_REFUSED: Final = {
@@ -94,7 +95,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     _refuse_unsupported(family, fields)
     _check_token_ids(fields)
     heads, hidden, layers = (_size(fields, key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
-    if fields.get("head_dim") is None and hidden % heads:
+    if hidden % heads and (family == "llama" or fields.get("head_dim") is None):
         raise fields.error("hidden_size", f"a multiple of num_attention_heads, {heads}")
     head_dim = hidden // heads if fields.get("head_dim") is None else _size(fields, "head_dim")
     if head_dim % 2:
@@ -114,7 +115,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=fields.number("rms_norm_eps", least=0.0, most=1.0),
+        norm_eps=fields.number("rms_norm_eps", above=0.0, most=_MOST_EPS),
         rope=read_rope(fields, max_positions),
         max_positions=max_positions,
         tie_embeddings=fields.truth("tie_word_embeddings", False),

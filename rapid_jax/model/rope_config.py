@@ -8,7 +8,7 @@ from rapid_jax.runtime.json_input import Fields, shown
 
 MOST_POSITIONS: Final = 2**30  # of a context; a position is an int32
 # Beyond these a frequency or an angle in float32 is 0, infinite or not a number.
-_MOST_THETA: Final = 1e30
+_MOST_THETA: Final = 1e15
 _LEAST_FACTOR, _MOST_FACTOR = 1e-6, 1e6
 
 

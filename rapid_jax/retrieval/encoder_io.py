@@ -117,7 +117,7 @@ def read_config(folder: Path, pooling: Pooling | None = None) -> EncoderConfig:
         ffn_dim=sizes["intermediate_size"],
         num_positions=sizes["max_position_embeddings"],
         position_offset=offset,
-        norm_eps=stated.number("layer_norm_eps", least=0.0, most=1.0),
+        norm_eps=stated.number("layer_norm_eps", above=0.0, most=0.1),
         activation=_one_of(stated, "hidden_act", ACTIVATION_NAMES) if "hidden_act" in stated else "gelu",
         pooling=pooling or _read_pooling(folder, model_type),
         max_tokens=min(usable, max_tokens or usable),
@@ -149,14 +149,12 @@ def _read_pooling(folder: Path, model_type: str) -> Pooling:
     elif not (pooling_folder / "config.json").is_file():
         return _POOLING_WITHOUT_FILES[model_type]
     stated = read_object(pooling_folder / "config.json")
-    switches = [key for key in stated if key.startswith("pooling_mode_")]
     if "pooling_mode" in stated:  # over any switches, as there
         listed = isinstance(stated["pooling_mode"], list)
         modes = stated.texts("pooling_mode") if listed else [stated.text("pooling_mode")]
-    elif switches:
-        modes = [key.removeprefix("pooling_mode_") for key in switches if stated.truth(key)]
     else:
-        modes = ["mean"]
+        switches = [key for key in stated if key.startswith("pooling_mode_")]
+        modes = [key.removeprefix("pooling_mode_") for key in switches if stated.truth(key)]
     if len(modes) != 1 or modes[0] not in _POOLINGS:
         raise InputError(f"{stated.source}: expected pooling by mean or by cls, got {shown(modes)}")
     return _POOLINGS[modes[0]]
@@ -171,7 +169,7 @@ def _pooling_path(file: Path) -> str:
     if modules[0].text("path") != "":
         raise modules[0].error("path", "'': a model in a folder of its own is not supported")
     path = modules[1].text("path")
-    if not path or Path(path).name != path:
+    if not path.isprintable() or Path(path).name != path or not path:
         raise modules[1].error("path", "the name of a folder in this one")
     return path
 

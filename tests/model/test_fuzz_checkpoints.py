@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def meaning_to_transformers(given: dict[str, Any]) -> dict[str, Any] | None:
     """The same of transformers; None where it refuses the config, in one of its many ways."""
     given = {key: value for key, value in given.items() if key not in BESIDE}
     try:
-        theirs = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(json.loads(json.dumps(given)))
+        theirs: Any = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(json.loads(json.dumps(given)))
         rotary = LlamaRotaryEmbedding(theirs)
         window = getattr(theirs, "sliding_window", None)
         assert window is None or window >= theirs.max_position_embeddings, "our decoder has no windows"
@@ -183,7 +184,7 @@ def damaged_files(data: bytes, rng: random.Random, flips: int) -> Iterator[tuple
         yield f"added {value!r}", with_header(header | {"more": value}, rest)
     yield "deep", with_header(b'{"a":' * 100_000 + b"1" + b"}" * 100_000, rest)
     tensors = [name for name in header if name != "__metadata__"]
-    for first, second in zip(tensors, tensors[1:], strict=False):
+    for first, second in pairwise(tensors):
         moved = header[first] | {"data_offsets": header[second]["data_offsets"]}
         yield f"{first} over {second}", with_header(header | {first: moved}, rest)
     for length in (0, 1, 2, end - 9, end - 7, len(data), 2**31, 2**32, 2**62, 2**63, 2**64 - 1):

@@ -8,6 +8,7 @@ that are not used here and that fail to load beside another TensorFlow than it w
 import functools
 import json
 import math
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -87,6 +88,21 @@ def _build_tree(vectors_NE: np.ndarray, leaves: int) -> Any:
         .reorder(count)
         .build()
     )
+
+
+def _check_searcher(searcher: Any, ids: np.ndarray, dim: int, leaves: int) -> None:
+    """Raises ValueError, or ScaNN's RuntimeError, if the searcher holds something else than the manifest says."""
+    if len(np.unique(ids)) != len(ids):
+        raise ValueError("two rows have the same id")
+    rows = 0 if searcher is None else searcher.size()
+    if rows != len(ids):
+        raise ValueError(f"it holds {rows} rows and {len(ids)} ids")
+    if searcher is None:
+        return
+    stated = re.search(r"num_children: (\d+)", searcher.config())
+    if leaves != (int(stated[1]) if stated else 0):
+        raise ValueError(f"it does not have {leaves} leaves")
+    searcher.search_batched(np.zeros((1, dim), np.float32), final_num_neighbors=1)
 
 
 class Index:
@@ -195,8 +211,10 @@ class Index:
             kind, leaves = manifest.text("kind"), manifest.whole("leaves", most=len(ids))
             if kind not in ("exact", "tree") or (kind == "tree") != (leaves > 0):
                 raise manifest.error("kind", f"exact or tree, as its {leaves} leaves are")
-            searcher = _load_scann().load_searcher(str(folder)) if len(ids) else None
-            return cls(searcher, kind, ids, manifest.whole("dim", least=1, most=_MOST_DIM), leaves)
+            dim = manifest.whole("dim", least=1, most=_MOST_DIM)
+            searcher = _load_scann().load_searcher(str(folder)) if hashes else None
+            _check_searcher(searcher, ids, dim, leaves)
+            return cls(searcher, kind, ids, dim, leaves)
         except (InputError, OSError, ValueError, RuntimeError) as error:
             said = str(error) if isinstance(error, InputError) else repr(error)
             raise InputError(f"index {folder}: cannot be read: {said}") from None

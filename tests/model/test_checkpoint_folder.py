@@ -114,7 +114,7 @@ def test_a_name_that_leads_nowhere_is_one_line(source, words):
 
 
 def test_a_file_of_weights_is_answered_with_its_folder(folder):
-    with pytest.raises(InputError, match="name the folder that holds config.json"):
+    with pytest.raises(InputError, match=r"name the folder that holds config\.json"):
         open_checkpoint(folder / SINGLE)
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -28,7 +29,7 @@ WITHIN = {"V": "model", "N": "model", "K": "model", "F": "model", "D": "fsdp"}
 def folder(tmp_path_factory) -> Path:
     """Sizes that eight devices can share, and biases."""
     path = tmp_path_factory.mktemp("even")
-    sizes = SIZES | {"vocab_size": 104, "num_attention_heads": 4, "num_key_value_heads": 4}
+    sizes: dict[str, Any] = SIZES | {"vocab_size": 104, "num_attention_heads": 4, "num_key_value_heads": 4}
     transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)).save_pretrained(path)
     return path
 
@@ -37,7 +38,8 @@ class Recorder:
     """A checkpoint's `read` that remembers the ranges of rows it was asked for."""
 
     def __init__(self, folder: Path):
-        self.checkpoint, self.ranges = HfCheckpoint(folder), {}
+        self.checkpoint = HfCheckpoint(folder)
+        self.ranges: dict[str, list[range]] = {}
 
     def read(self, key: str, rows: range | None = None):
         array = self.checkpoint.read(key, rows)
@@ -55,15 +57,18 @@ def expected_parts(weight: Weight, mesh: dict[str, int], trained: bool) -> int:
     return mesh.get(axis, 1) * (mesh.get("context", 1) if trained and axis == "fsdp" else 1)
 
 
-@pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 @pytest.mark.parametrize(
-    ("mesh", "trained"),
-    [({"fsdp": 2, "model": 4}, False), ({"data": 8}, False), ({"fsdp": 2, "context": 2, "model": 2}, True)],
+    ("layout", "mesh", "trained"),
+    [
+        ("stacked", {"fsdp": 2, "model": 4}, False),
+        ("unrolled", {"data": 8}, False),
+        ("unrolled", {"fsdp": 2, "context": 2, "model": 2}, True),
+    ],
 )
-def test_each_row_is_read_once_and_in_the_parts_that_devices_hold(mesh, trained, layout, folder, quick_compiles):
+def test_each_row_is_read_once_and_in_the_parts_that_devices_hold(layout, mesh, trained, folder, quick_compiles):
     recorder = Recorder(folder)
     config = recorder.checkpoint.config
-    options = {"layout": layout, "dtype": jnp.dtype("float32"), "quiet": True}
+    options: dict[str, Any] = {"layout": layout, "dtype": jnp.dtype("float32"), "quiet": True}
     on_mesh = build(
         config,
         recorder.read,
@@ -83,9 +88,8 @@ def test_each_row_is_read_once_and_in_the_parts_that_devices_hold(mesh, trained,
 def test_an_array_that_is_only_read_whole_is_read_once(folder, quick_compiles):
     recorder = Recorder(folder)
     mesh = make_mesh(MeshConfig(fsdp=2, model=4))
-    build(
-        recorder.checkpoint.config, recorder.read, mesh=mesh, layout="unrolled", dtype=jnp.dtype("float32"), quiet=True
-    )
+    options: dict[str, Any] = {"layout": "unrolled", "dtype": jnp.dtype("float32"), "quiet": True}
+    build(recorder.checkpoint.config, recorder.read, mesh=mesh, **options)
     assert all(len(parts) == 1 for parts in recorder.ranges.values())
 
 

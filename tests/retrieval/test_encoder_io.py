@@ -123,6 +123,52 @@ def test_pooling_and_length_come_from_the_sentence_transformers_files(tmp_path):
     assert read_config(save(tmp_path / "d", "xlm-roberta")).pooling == "cls"
 
 
+@pytest.mark.parametrize(("mode", "expected"), [("mean", "mean"), ("cls", "cls"), (["cls"], "cls")])
+def test_the_newer_spelling_of_pooling(mode, expected, tmp_path):
+    folder = save(tmp_path, "bert", pooling="max_tokens")
+    stated = {"embedding_dimension": 32, "pooling_mode": mode, "include_prompt": True}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps(stated))
+    assert read_config(folder).pooling == expected
+    restate(folder / "1_Pooling" / "config.json", pooling_mode_cls_token=False, pooling_mode_mean_tokens=True)
+    assert read_config(folder).pooling == expected  # it goes before the older switches
+
+
+@pytest.mark.parametrize("mode", ["max", "weightedmean", ["mean", "cls"], [], "", None, 1, {}])
+def test_a_newer_pooling_that_is_not_this_one_is_refused(mode, tmp_path):
+    folder = save(tmp_path, "bert", pooling="cls_token")
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": mode}))
+    with pytest.raises(InputError, match=r"1_Pooling/config\.json: .*(pooling|pooling_mode)"):
+        read_config(folder)
+
+
+def test_switches_are_true_or_false(tmp_path):
+    folder = save(tmp_path, "bert", pooling="cls_token")
+    restate(folder / "1_Pooling" / "config.json", pooling_mode_max_tokens="false")
+    with pytest.raises(InputError, match="pooling_mode_max_tokens must be true or false, got 'false'"):
+        read_config(folder)
+
+
+def test_a_length_in_the_file_of_another_family(tmp_path):
+    folder = save(tmp_path, "xlm-roberta")
+    (folder / "sentence_xlm-roberta_config.json").write_text(json.dumps({"max_seq_length": 20}))
+    assert read_config(folder).max_tokens == 20
+
+
+def test_an_encoder_that_says_it_is_a_decoder_is_refused(folder):
+    restate(folder / "config.json", is_decoder=True)
+    with pytest.raises(InputError, match="is_decoder"):
+        read_config(folder)
+
+
+def test_an_array_that_is_stored_under_the_name_it_is_shared_by(tmp_path):
+    folder = save(tmp_path, "bert")
+    expected, tensors = vectors(folder), load_file(folder / "model.safetensors")
+    tensors["lm_head.decoder.weight"] = tensors.pop("embeddings.word_embeddings.weight")
+    shared = {"embeddings.word_embeddings.weight": "lm_head.decoder.weight"}
+    save_file(tensors, folder / "model.safetensors", metadata=shared)
+    np.testing.assert_array_equal(vectors(folder), expected)
+
+
 def test_pooling_of_another_kind_is_refused(tmp_path):
     with pytest.raises(InputError, match="max_tokens"):
         read_config(save(tmp_path, "bert", pooling="max_tokens"))

@@ -14,8 +14,8 @@ import safetensors.torch
 import transformers
 
 from rapid_jax.model.checkpoint_folder import INDEX, SINGLE
-from rapid_jax.model.hf_io import HfCheckpoint
-from rapid_jax.model.hf_names import EMBEDDING, HEAD
+from rapid_jax.model.hf_io import HfCheckpoint, write_checkpoint
+from rapid_jax.model.hf_names import EMBEDDING, HEAD, weights
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.plan.architectures import architecture_of
 from rapid_jax.runtime.errors import InputError
@@ -171,3 +171,13 @@ def test_a_plan_reads_a_config_as_a_load_does(folder):
     deep(folder)
     with pytest.raises(InputError, match="nested at most"):
         architecture_of(str(folder))
+
+
+def test_whatever_a_config_carries_is_written_back(folder, tmp_path):
+    given = json.loads((folder / "config.json").read_text())
+    carried = {"note": "half a character: \ud800", "deep": [[{"a": None}]], "large": 10**30}
+    (folder / "config.json").write_text(json.dumps(given | carried))
+    opened = HfCheckpoint(folder)
+    arrays = ((weight, opened.read(weight.key)) for weight in weights(opened.config))
+    write_checkpoint(tmp_path / "out", opened.config, arrays, dtype="float32", files={})
+    assert HfCheckpoint(tmp_path / "out").config == opened.config

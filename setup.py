@@ -29,7 +29,6 @@ CORE = [
     "chex>=0.1.91,<0.2",
     "numpy>=2.0,<3",
     "tokenizers>=0.22,<1",
-    "safetensors>=0.5.3,<1",
     "gguf>=0.17,<1",
     "jinja2>=3.1.4,<4",
     "PyYAML>=6.0.2,<7",
@@ -59,6 +58,7 @@ EXTRAS = {
     ],
     "test": [
         *DOCUMENTS,
+        "safetensors>=0.5.3,<1",
         "pytest>=9,<10",
         "pytest-xdist>=3.6,<4",
         "ruff>=0.15,<0.18",

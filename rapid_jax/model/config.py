@@ -4,9 +4,11 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
+from rapid_jax.model.rope_config import MOST_POSITIONS, Rope, read_rope, rope_scaling
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import Fields
 
 Family = Literal["llama", "mistral", "qwen2"]
 _ARCHITECTURES: dict[Family, str] = {
@@ -25,27 +27,26 @@ _STATED = frozenset(
         *("torch_dtype", "dtype", "transformers_version", "_name_or_path"),
     )
 )
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: base, and how its frequencies are scaled for longer contexts.
-
-    `scaling` names the rule; the fields below it belong to that rule and are None for the others.
-    """
-
-    theta: float
-    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
-    factor: float | None = None  # linear, llama3, yarn: the context is stretched by this
-    low_freq_factor: float | None = None  # llama3
-    high_freq_factor: float | None = None  # llama3
-    original_max_positions: int | None = None  # llama3, yarn: context length before scaling
-    beta_fast: float | None = None  # yarn
-    beta_slow: float | None = None  # yarn
-    attention_factor: float | None = None  # yarn: multiplies cos and sin; None = derived from factor
-    mscale: float | None = None  # yarn
-    mscale_all_dim: float | None = None  # yarn
-    truncate: bool = True  # yarn: round the correction range to whole dimensions
+# Of each size, several times that of the largest model there is: what is larger is damage, and is said before anything
+# as long as it is made.
+_MOST: Final = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**18,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 2**12,
+    "num_attention_heads": 2**12,
+    "num_key_value_heads": 2**12,
+    "head_dim": 2**14,
+    "max_position_embeddings": MOST_POSITIONS,
+}
+_MOST_EPS: Final = 0.1  # of a norm; nothing is left of a hidden state whose square is far below it
+_MOST_ID: Final = 2**31 - 1  # of a token: an int32
+# Keys that change what the weights mean, or which files they are in.
+_WHOLLY_REFUSED: Final = {
+    "quantization_config": "a checkpoint of quantised weights",
+    "per_layer_config": "a layer with a configuration of its own",
+    "transformers_weights": "a file of weights by another name",
+}
 
 
 @dataclass(frozen=True)
@@ -86,43 +87,43 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """The architecture that a Hugging Face config.json describes, as transformers reads it.
 
     Both spellings of rope are read: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`. Raises
-    InputError naming the key when the config asks for something that would change a number and is not implemented.
+    InputError naming the file and the key when a value is of another type or size than a model can have, and when the
+    config asks for something that would change a number and is not implemented. `Fields` bring the name of their file.
     """
-    family = _family(config)
-    _refuse_unsupported(family, config)
-    heads = _whole(config, "num_attention_heads")
-    hidden = _whole(config, "hidden_size")
-    max_positions = _whole(config, "max_position_embeddings")
-    if config.get("head_dim") is None and hidden % heads:
-        raise InputError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    head_dim = hidden // heads if config.get("head_dim") is None else _whole(config, "head_dim")
+    fields = config if isinstance(config, Fields) else Fields(config, "config.json")
+    family = _family(fields)
+    _refuse_unsupported(family, fields)
+    _check_token_ids(fields)
+    heads, hidden, layers = (_size(fields, key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    if hidden % heads and (family == "llama" or fields.get("head_dim") is None):
+        raise fields.error("hidden_size", f"a multiple of num_attention_heads, {heads}")
+    head_dim = hidden // heads if fields.get("head_dim") is None else _size(fields, "head_dim")
     if head_dim % 2:
-        raise InputError(f"config.json: head_dim {head_dim} is odd; rotary embedding turns pairs")
+        raise InputError(f"{fields.source}: head_dim {head_dim} is odd; rotary embedding turns pairs")
     # Llama's first checkpoints leave the number of kv heads out, and any family may write null: one a query head.
-    implied = family == "llama" or "num_key_value_heads" in config
-    kv_heads = heads if implied and config.get("num_key_value_heads") is None else _whole(config, "num_key_value_heads")
+    implied = family == "llama" or "num_key_value_heads" in fields
+    kv_heads = heads if implied and fields.get("num_key_value_heads") is None else _size(fields, "num_key_value_heads")
     if heads % kv_heads:
-        raise InputError(
-            f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
-        )
-    layers = _whole(config, "num_hidden_layers")
-    _refuse_sliding_window(family, config, layers, max_positions)
-    return ModelConfig(
+        raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
+    max_positions = _size(fields, "max_position_embeddings")
+    read = ModelConfig(
         family=family,
-        vocab_size=_whole(config, "vocab_size"),
+        vocab_size=_size(fields, "vocab_size"),
         hidden_size=hidden,
-        intermediate_size=_whole(config, "intermediate_size"),
+        intermediate_size=_size(fields, "intermediate_size"),
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        norm_eps=_number(config, "rms_norm_eps"),
-        rope=_rope(config, max_positions),
+        norm_eps=fields.number("rms_norm_eps", above=0.0, most=_MOST_EPS),
+        rope=read_rope(fields, max_positions),
         max_positions=max_positions,
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=fields.truth("tie_word_embeddings", False),
         qkv_bias=family == "qwen2",
-        carried=json.dumps({key: config[key] for key in sorted(config) if key not in _STATED}, sort_keys=True),
+        carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
+    _refuse_sliding_window(fields, read)
+    return read
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -145,7 +146,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": config.rope.theta,
-        "rope_scaling": _rope_scaling(config.rope),
+        "rope_scaling": rope_scaling(config.rope),
     }
     # What the decoder does, whatever the original file said about a window that never closed.
     stated |= {
@@ -156,116 +157,60 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     return config.carried_keys() | stated
 
 
-def _family(config: Mapping[str, Any]) -> Family:
-    family = config.get("model_type")
+def _family(config: Fields) -> Family:
+    family: Any = config.text("model_type")
     if family not in _ARCHITECTURES:
-        raise InputError(f"config.json: model_type {family!r} is not supported; supported: {', '.join(_ARCHITECTURES)}")
-    for name in config.get("architectures") or []:
-        if name != _ARCHITECTURES[family]:
-            raise InputError(
-                f"config.json: architecture {name!r} is not supported; expected {_ARCHITECTURES[family]!r}"
-            )
+        raise config.error("model_type", f"one of {', '.join(_ARCHITECTURES)}: others are not supported")
+    if any(name != _ARCHITECTURES[family] for name in config.texts("architectures", [])):
+        raise config.error("architectures", f"[{_ARCHITECTURES[family]!r}]: others are not supported")
     return family
 
 
-def _refuse_unsupported(family: Family, config: Mapping[str, Any]) -> None:
-    if config.get("hidden_act", "silu") != "silu":
-        raise InputError(f"config.json: hidden_act {config['hidden_act']!r} is not supported; expected 'silu'")
-    refused = {"quantization_config": "quantised weights", "use_mrope": "multimodal rotary embedding"}
+def _refuse_unsupported(family: Family, config: Fields) -> None:
+    if "hidden_act" in config and config.text("hidden_act") != "silu":
+        raise config.error("hidden_act", "'silu': others are not supported")
+    for key, meaning in _WHOLLY_REFUSED.items():
+        if config.get(key) is not None:
+            raise config.error(key, f"null: {meaning} is not supported")
+    switched = {"use_mrope": "multimodal rotary embedding"}
     if family == "llama":
-        refused |= {"attention_bias": "biases on all four attention projections", "mlp_bias": "biases in the MLP"}
-    for key, meaning in refused.items():
-        if config.get(key):
-            raise InputError(f"config.json: {key} ({meaning}) is not supported")
+        switched |= {"attention_bias": "biases on all four attention projections", "mlp_bias": "biases in the MLP"}
+    for key, meaning in switched.items():
+        if config.truth(key, False):
+            raise config.error(key, f"false: {meaning} is not supported")
 
 
-def _refuse_sliding_window(family: Family, config: Mapping[str, Any], layers: int, max_positions: int) -> None:
-    """A window narrower than the longest sequence is refused: every layer here sees the whole sequence."""
-    if family == "mistral":
-        window = config.get("sliding_window", 4096)  # transformers' value where the key is absent
-        sliding = True
-    elif family == "qwen2":
-        window = config.get("sliding_window", 4096)
-        kinds = config.get("layer_types")
-        full_layers = config.get("max_window_layers", 28)
-        sliding = "sliding_attention" in kinds if kinds else full_layers < layers
-        sliding = sliding and bool(config.get("use_sliding_window", False))
+def _check_token_ids(config: Fields) -> None:
+    """Refuses ids that are no ids. They are carried, not used here; -1 is what old checkpoints write for no padding."""
+    for key in ("bos_token_id", "pad_token_id"):
+        config.whole(key, None, least=-1)
+    if isinstance(config.get("eos_token_id"), list):
+        config.wholes("eos_token_id", most=_MOST_ID)
     else:
-        return
-    if sliding and window is not None and window < max_positions:
+        config.whole("eos_token_id", None, most=_MOST_ID)
+
+
+def _refuse_sliding_window(config: Fields, read: ModelConfig) -> None:
+    """A window narrower than the longest sequence is refused: every layer here sees the whole sequence."""
+    kinds = config.texts("layer_types", None)
+    if kinds is not None and set(kinds) - {"full_attention", "sliding_attention"}:
+        raise config.error("layer_types", "a list of full_attention and sliding_attention: others are not supported")
+    if kinds is not None and len(kinds) != read.num_layers:
+        raise config.error("layer_types", f"a list of as many as num_hidden_layers, {read.num_layers}")
+    # transformers' values where the keys are absent; where sliding_window is null no window closes.
+    window = 4096 if "sliding_window" not in config else config.whole("sliding_window", None)
+    full_layers = config.whole("max_window_layers", 28)
+    if read.family == "qwen2":
+        sliding = full_layers < read.num_layers if kinds is None else "sliding_attention" in kinds
+        sliding = config.truth("use_sliding_window", False) and sliding
+    else:
+        sliding = read.family == "mistral"
+    if sliding and window is not None and window < read.context_size:
         raise InputError(
-            f"config.json: sliding_window {window} is narrower than max_position_embeddings {max_positions}; "
+            f"{config.source}: sliding_window {window} is narrower than the context of {read.context_size}; "
             "sliding-window attention is not supported"
         )
 
 
-def _rope(config: Mapping[str, Any], max_positions: int) -> Rope:
-    """Precedence as in transformers: rope_scaling over rope_parameters, and a base inside either over the outer one."""
-    given: dict[str, Any] = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise InputError(f"config.json: rope type {kind!r} is not supported; supported: default, linear, llama3, yarn")
-    partial = given.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise InputError(f"config.json: partial_rotary_factor {partial} is not supported; expected 1")
-    theta = given.get("rope_theta", config.get("rope_theta"))
-    theta = 10000.0 if theta is None else float(theta)
-    if kind == "default":
-        return Rope(theta)
-    original = config.get("original_max_position_embeddings", given.get("original_max_position_embeddings"))
-    original = max_positions if original is None else int(original)
-    if kind == "yarn" and given.get("factor") is None:
-        given["factor"] = max_positions / original
-    factor = _number(given, "factor")
-    if kind == "linear":
-        return Rope(theta, "linear", factor)
-    if kind == "llama3":
-        low, high = _number(given, "low_freq_factor"), _number(given, "high_freq_factor")
-        return Rope(theta, "llama3", factor, low, high, original)
-    optional = {
-        key: None if given.get(key) is None else _number(given, key)
-        for key in ("attention_factor", "mscale", "mscale_all_dim")
-    }
-    return Rope(
-        theta,
-        "yarn",
-        factor,
-        original_max_positions=original,
-        beta_fast=float(given.get("beta_fast") or 32),
-        beta_slow=float(given.get("beta_slow") or 1),
-        truncate=bool(given.get("truncate", True)),
-        **optional,
-    )
-
-
-def _rope_scaling(rope: Rope) -> dict[str, Any] | None:
-    if rope.scaling == "default":
-        return None
-    given: dict[str, Any] = {
-        "rope_type": rope.scaling,
-        "factor": rope.factor,
-        "low_freq_factor": rope.low_freq_factor,
-        "high_freq_factor": rope.high_freq_factor,
-        "original_max_position_embeddings": rope.original_max_positions,
-        "beta_fast": rope.beta_fast,
-        "beta_slow": rope.beta_slow,
-        "attention_factor": rope.attention_factor,
-        "mscale": rope.mscale,
-        "mscale_all_dim": rope.mscale_all_dim,
-        "truncate": None if rope.truncate else False,
-    }
-    return {key: value for key, value in given.items() if value is not None}
-
-
-def _whole(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"config.json: {key} must be a positive whole number, got {value!r}")
-    return value
-
-
-def _number(config: Mapping[str, Any], key: str) -> float:
-    value = config.get(key)
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise InputError(f"config.json: {key} must be a number, got {value!r}")
-    return float(value)
+def _size(config: Fields, key: str) -> int:
+    return config.whole(key, least=1, most=_MOST[key])

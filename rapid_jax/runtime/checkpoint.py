@@ -33,6 +33,7 @@ import numpy as np
 
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, digest_file, replace_folder
+from rapid_jax.runtime.json_input import Fields, read_object
 
 if TYPE_CHECKING:
     import orbax.checkpoint as ocp
@@ -108,7 +109,7 @@ class Checkpoint:
     """A checkpoint on disk whose manifest is whole; an item's files are checked when it is restored."""
 
     folder: Path
-    note: Mapping[str, Any]
+    note: Fields
     _items: Mapping[str, Any]
 
     @property
@@ -172,15 +173,41 @@ def read(folder: Path) -> Checkpoint:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no checkpoint there")
     try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
-        content, checksum = manifest["content"], manifest["sha256"]
-        if digest(_canonical(content)) != checksum:
-            raise ValueError("its checksum does not match")
-        if content["format"] != _FORMAT:
-            raise ValueError(f"it has format {content['format']}, this program reads {_FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        manifest = read_object(folder / _MANIFEST)
+        content: Fields = manifest.fields("content")
+        if digest(_canonical(dict(content))) != manifest.text("sha256"):
+            raise InputError("its checksum does not match")
+        if content.whole("format") != _FORMAT:
+            raise content.error("format", f"{_FORMAT}, which this program reads")
+        return Checkpoint(folder, content.fields("note"), MappingProxyType(_items(content.fields("items"))))
+    except (OSError, InputError) as error:
         raise DamagedCheckpoint(f"{folder}: {_MANIFEST} is unusable: {_one_line(error)}") from error
-    return Checkpoint(folder, MappingProxyType(content["note"]), MappingProxyType(content["items"]))
+
+
+def _items(stated: Fields) -> dict[str, Any]:
+    """The items of a manifest, of the types that `write` gives them."""
+    items = {}
+    for name in stated:
+        if name != Path(name).name:
+            raise stated.error(name, "of an item whose name is that of a folder in this one")
+        arrays, files = (stated.fields(name).fields(key) for key in ("arrays", "files"))
+        for array in arrays:
+            dtype, shape = _pair(arrays, array)
+            if not isinstance(dtype, str) or not isinstance(shape, list):
+                raise arrays.error(array, "a type and a shape")
+        for file in files:
+            size, sha256 = _pair(files, file)
+            if not isinstance(size, int) or not isinstance(sha256, str):
+                raise files.error(file, "a size and a hash")
+        items[name] = {"arrays": dict(arrays), "files": dict(files)}
+    return items
+
+
+def _pair(fields: Fields, key: str) -> tuple[Any, Any]:
+    value = fields[key]
+    if not isinstance(value, list) or len(value) != 2:
+        raise fields.error(key, "a list of two")
+    return value[0], value[1]
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -79,6 +79,14 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def user_path(name: str | Path) -> Path:
+    """The path that a user names, `~` and `~name` read as shells do. Raises InputError for an unknown `~name`."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise InputError(f"{name}: no such user's home folder") from error
+
+
 def default_cache_dir() -> Path:
     """`$RAPID_JAX_CACHE`, else `$XDG_CACHE_HOME/rapid_jax`, else `~/.cache/rapid_jax`; read when called."""
     chosen = os.environ.get("RAPID_JAX_CACHE")

@@ -18,12 +18,16 @@ MOST_BYTES: Final = 2**28  # of one file; the largest that belongs to a model, a
 MOST_DEPTH: Final = 64  # of lists and objects in each other; what walks a value recursively stays within Python's stack
 MOST_WHOLE: Final = 2**53  # beyond it JSON readers disagree about a number
 _REQUIRED: Final = object()  # default of a key that must be there
+_LFS_POINTER: Final = b"version https://git-lfs.github.com/spec/"
+_LONGEST_PATH: Final = 200  # of keys, as an error names it
 
 
-def parse_json(data: bytes | str, source: str) -> Any:
+def parse_json(data: bytes | str, source: str, most_bytes: int = MOST_BYTES) -> Any:
     """The value of a JSON text in UTF-8. Raises InputError naming `source` for anything else, and beyond the limits."""
-    if len(data) > MOST_BYTES:
-        raise InputError(f"{source}: expected JSON of at most {MOST_BYTES} bytes, got {len(data)}")
+    if len(data) > most_bytes:
+        raise InputError(f"{source}: expected JSON of at most {most_bytes} bytes, got {len(data)}")
+    if isinstance(data, bytes):
+        refuse_lfs_pointer(data, source)
     try:
         value = json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
     except RecursionError as error:
@@ -35,24 +39,38 @@ def parse_json(data: bytes | str, source: str) -> Any:
     return value
 
 
-def parse_object(data: bytes | str, source: str) -> "Fields":
+def parse_object(data: bytes | str, source: str, most_bytes: int = MOST_BYTES) -> "Fields":
     """The object of a JSON text. Raises InputError as `parse_json` does, and for another kind of value."""
-    value = parse_json(data, source)
+    return _as_object(parse_json(data, source, most_bytes), source)
+
+
+def _as_object(value: Any, source: str) -> "Fields":
     if not isinstance(value, dict):
         raise InputError(f"{source}: expected a JSON object, got {shown(value)}")
     return Fields(value, source)
 
 
-def read_object(path: Path) -> "Fields":
-    """The object in a JSON file. Raises InputError as `parse_object` does, and where there is no such file."""
+def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+    """The value in a JSON file. Raises InputError as `parse_json` does, and where there is no such file to be read."""
     try:
         if not path.is_file():
-            raise FileNotFoundError(path)
-        if (size := path.stat().st_size) > MOST_BYTES:
-            raise InputError(f"{path}: expected JSON of at most {MOST_BYTES} bytes, got {size}")
-        return parse_object(path.read_bytes(), str(path))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
+            raise InputError(f"{path}: no such file")
+        if (size := path.stat().st_size) > most_bytes:
+            raise InputError(f"{path}: expected JSON of at most {most_bytes} bytes, got {size}")
+        return parse_json(path.read_bytes(), str(path), most_bytes)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def read_object(path: Path, most_bytes: int = MOST_BYTES) -> "Fields":
+    """The object in a JSON file. Raises InputError as `read_json` does, and for another kind of value."""
+    return _as_object(read_json(path, most_bytes), str(path))
+
+
+def refuse_lfs_pointer(first: bytes, source: str) -> None:
+    """Raises InputError if a file that begins so stands for one that Git LFS has not fetched yet."""
+    if first.startswith(_LFS_POINTER):
+        raise InputError(f"{source}: a Git LFS pointer and not the file itself; fetch it with git lfs pull")
 
 
 def shown(value: Any) -> str:
@@ -84,23 +102,36 @@ class Fields(Mapping[str, Any]):
         """The error of a value at `key` that is not what was expected."""
         value = self._values.get(key, _REQUIRED)
         got = "no such key" if value is _REQUIRED else "null" if value is None else shown(value)
-        return InputError(f"{self.source}: {self._path}{key} must be {expected}, got {got}")
+        place = f"{self._path}{key}"
+        if len(place) > _LONGEST_PATH or not place.isprintable():  # keys are somebody else's words, too
+            place = shown(place)
+        return InputError(f"{self.source}: {place} must be {expected}, got {got}")
 
     def whole(self, key: str, default: Any = _REQUIRED, *, least: int = 0, most: int = MOST_WHOLE) -> Any:
         """A whole number from `least` to `most`; truth values and 2.0 are none."""
         limits = f"from {least} to {most}" if most < MOST_WHOLE else f"of at least {least}"
         return self._checked(key, default, f"a whole number {limits}", lambda value: _is_whole(value, least, most))
 
-    def number(self, key: str, default: Any = _REQUIRED, *, above: float = -math.inf, most: float = 1e30) -> Any:
-        """A finite number above `above` and at most `most`, as a float."""
-        limit = "" if above == -math.inf else f" above {above:g}"
+    def number(
+        self,
+        key: str,
+        default: Any = _REQUIRED,
+        *,
+        above: float = -math.inf,
+        least: float = -1e30,
+        most: float = 1e30,
+    ) -> Any:
+        """A finite number above `above`, of at least `least` and at most `most`, as a float."""
+        limits = [f"above {above:g}"] if above > -math.inf else []
+        limits += [f"of at least {least:g}"] if least > -1e30 else []
+        limits += [f"of at most {most:g}"] if most < 1e30 else []
 
         def right(value: Any) -> bool:
             if not isinstance(value, int | float) or isinstance(value, bool):
                 return False
-            return above < value <= most and value >= -most
+            return value > above and least <= value <= most
 
-        value = self._checked(key, default, f"a number{limit}", right)
+        value = self._checked(key, default, " ".join(["a number", " and ".join(limits)]).rstrip(), right)
         return float(value) if right(value) else value
 
     def truth(self, key: str, default: Any = _REQUIRED) -> Any:

@@ -32,6 +32,7 @@ from rapid_jax.model.decoder import Layout
 from rapid_jax.runtime import checkpoint
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.json_input import shown
 from rapid_jax.runtime.mesh import placed, replicated
 from rapid_jax.runtime.progress import progress
 from rapid_jax.speculative.prefix_arrays import (
@@ -46,6 +47,7 @@ from rapid_jax.speculative.prefix_arrays import (
 
 _log = logging.getLogger(__name__)
 _PART_BYTES = 1 << 30  # of layers that are on the host at a time
+_MOST_LAYERS, _MOST_SLOTS = 2**12, 2**31 - 1  # of a prefix that can have been stored
 _YOUNG_S = 60.0  # a folder is made an instant before its lock is taken
 # Nothing else is ever removed, whatever folder a user has chosen for the store.
 _ENTRY = re.compile(r"[0-9a-f]{64}")
@@ -94,7 +96,7 @@ class PrefixStore:
                 return None
             try:
                 prefix = self._read(folder, key, layout)
-            except (checkpoint.DamagedCheckpoint, OSError) as error:
+            except (checkpoint.DamagedCheckpoint, InputError, OSError) as error:
                 _log.warning("stored document in %s is unusable and will be computed again: %s", folder, error)
                 if _taken(folder, held, fcntl.LOCK_EX | fcntl.LOCK_NB):
                     _remove(folder)
@@ -152,15 +154,18 @@ class PrefixStore:
 
     def _read(self, folder: Path, key: str, layout: Layout) -> Prefix:
         stored = checkpoint.read(folder / "checkpoint")
-        if stored.note.get("key") != key:
-            raise checkpoint.DamagedCheckpoint(f"{folder}: it holds another document, {stored.note.get('key')!r}")
-        count, slots = stored.note["layers"], slots_on(self._mesh, stored.note["slots"])
+        note = stored.note
+        if note.text("key") != key:
+            raise checkpoint.DamagedCheckpoint(f"{folder}: it holds another document, {shown(note['key'])}")
+        count, per_part = note.whole("layers", least=1, most=_MOST_LAYERS), note.whole("layers_per_part", least=1)
+        used = note.whole("used", most=_MOST_SLOTS)
+        slots = slots_on(self._mesh, note.whole("slots", least=max(used, 1), most=_MOST_SLOTS))
         pos_BS = stored.restore("positions")["pos_BS"]
         pos_BS = np.pad(pos_BS, ((0, 0), (0, slots - pos_BS.shape[1])), constant_values=-1)
         layers: list[KV] = []
         stack: KV | None = None
         with progress("reading the document's cache", count, "layers", quiet=self._quiet) as report:
-            for part in _parts(count, stored.note["layers_per_part"]):
+            for part in _parts(count, per_part):
                 arrays = stored.restore(_item(part))
                 for layer in part:
                     kv = to_devices(arrays.pop(f"{layer}.k_BKSH"), arrays.pop(f"{layer}.v_BKSH"), slots, self._mesh)
@@ -170,8 +175,8 @@ class PrefixStore:
                         stack = with_layer(empty_stack(count, kv) if stack is None else stack, kv, layer)
                 report.advance(len(part))
         spec = Strategy(block=1, mesh=self._mesh, batch=("data",)).spec("pos_BS")
-        used = replicated(self._mesh, np.int32(stored.note["used"]))
-        return Prefix(tuple(layers) if stack is None else stack, placed(self._mesh, spec, pos_BS), used)
+        layers_or_stack = tuple(layers) if stack is None else stack
+        return Prefix(layers_or_stack, placed(self._mesh, spec, pos_BS), replicated(self._mesh, np.int32(used)))
 
     def _copies(self, prefix: Prefix) -> int:
         held = jax.tree.leaves(prefix.layers)[0].shape[-3]

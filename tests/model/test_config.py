@@ -7,8 +7,10 @@ import json
 import pytest
 import transformers
 
-from rapid_jax.model.config import ModelConfig, Rope, from_hf, to_hf
+from rapid_jax.model.config import ModelConfig, from_hf, to_hf
+from rapid_jax.model.rope_config import Rope
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import Fields
 from tests.model.conftest import FAMILIES, LLAMA3, SIZES, YARN
 
 LLAMA = {
@@ -93,8 +95,8 @@ def test_an_override_of_the_rope_base_is_exported():
         (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        (LLAMA | {"hidden_size": 30}, "hidden_size 30"),
-        (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        (LLAMA | {"hidden_size": 30}, "hidden_size must be a multiple .*got 30"),
+        (LLAMA | {"num_key_value_heads": 3}, "num_key_value_heads must be a divisor .*got 3"),
         (LLAMA | {"vocab_size": "100"}, "vocab_size"),
         ({key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}, "rms_norm_eps"),
         ({key: value for key, value in MISTRAL.items() if key != "num_key_value_heads"}, "num_key_value_heads"),
@@ -122,3 +124,110 @@ def test_yarn_defaults_are_transformers_own():
     rope = from_hf(LLAMA | {"rope_scaling": YARN}).rope
     assert (rope.beta_fast, rope.beta_slow, rope.truncate, rope.attention_factor) == (32.0, 1.0, True, None)
     assert isinstance(from_hf(LLAMA), ModelConfig)
+
+
+def rope(**values) -> dict:
+    return LLAMA | {"rope_scaling": values}
+
+
+ORIGINAL = "original_max_position_embeddings"
+YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        # another type than a model's number has
+        (LLAMA | {"rope_scaling": "yarn"}, "rope_scaling must be an object, got 'yarn'"),
+        (LLAMA | {"rope_scaling": ["yarn"]}, "rope_scaling must be an object"),
+        (LLAMA | {"rope_parameters": 3}, "rope_parameters must be an object"),
+        (LLAMA | {"architectures": "LlamaForCausalLM"}, "architectures must be a list of strings"),
+        (LLAMA | {"model_type": ["llama"]}, "model_type must be a string"),
+        (LLAMA | {"hidden_act": {}}, "hidden_act must be a string"),
+        (LLAMA | {"tie_word_embeddings": "false"}, "tie_word_embeddings must be true or false"),
+        (LLAMA | {"attention_bias": "false"}, "attention_bias must be true or false"),
+        (LLAMA | {"quantization_config": {}}, "quantization_config must be null"),
+        (LLAMA | {"per_layer_config": {"0": {}}}, "per_layer_config must be null"),
+        (MISTRAL | {"sliding_window": "4096"}, "sliding_window must be a whole number"),
+        (MISTRAL | {"sliding_window": 0}, "sliding_window 0 is narrower"),
+        (QWEN2 | {"use_sliding_window": "false"}, "use_sliding_window must be true or false"),
+        (QWEN2 | {"max_window_layers": "2"}, "max_window_layers must be a whole number"),
+        (QWEN2 | {"layer_types": "full_attention"}, "layer_types must be a list of strings"),
+        (QWEN2 | {"layer_types": ["full_attention"]}, "layer_types must be a list of as many"),
+        (QWEN2 | {"layer_types": ["linear_attention"] * 2}, "layer_types must be a list of full_attention"),
+        *((LLAMA | {"eos_token_id": value}, "eos_token_id must be") for value in ("</s>", [2, None], 2.0, -1, [2**31])),
+        *((LLAMA | {key: "x"}, f"{key} must be") for key in ("bos_token_id", "pad_token_id")),
+        # sizes that no model has
+        *(
+            (LLAMA | {key: 4_000_000_000}, f"{key} must be a whole number from 1 to")
+            for key in (
+                "num_hidden_layers",
+                "hidden_size",
+                "vocab_size",
+                "intermediate_size",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "max_position_embeddings",
+            )
+        ),
+        *(
+            (LLAMA | {"rms_norm_eps": value}, "rms_norm_eps must be a number")
+            for value in (float("nan"), float("inf"), 0, -1e-5, 1e300, "1e-5", True)
+        ),
+        # angles that are none
+        *(
+            (LLAMA | {"rope_theta": value}, "rope_theta must be a number")
+            for value in (0, 0.0, -1e4, 1.0, float("nan"), float("inf"), 1e300, "1e6", None, True)
+        ),
+        (rope(rope_type="linear", factor=2.0, rope_theta=None), "rope_scaling.rope_theta must be a number"),
+        *(
+            (rope(rope_type="linear", factor=value), "rope_scaling.factor must be a number")
+            for value in (0.0, -4.0, float("nan"), 1e-300, 1e300, None)
+        ),
+        (LLAMA | {"rope_scaling": LLAMA3 | {"low_freq_factor": 0.0}}, "low_freq_factor must be a number"),
+        (
+            LLAMA | {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}},
+            "high_freq_factor must be above",
+        ),
+        (LLAMA | {"rope_scaling": YARN | {"beta_fast": 0}}, "beta_fast must be a number"),
+        (LLAMA | {"rope_scaling": YARN | {"beta_slow": 1e-320}}, "beta_slow must be a number"),
+        (LLAMA | {"rope_scaling": YARN | {"attention_factor": 0.0}}, "attention_factor must be a number"),
+        (LLAMA | {"rope_scaling": YARN | {"mscale": -1.0}}, "mscale must be a number"),
+        (LLAMA | {"rope_scaling": YARN | {"truncate": None}}, "truncate must be true or false, got null"),
+        (
+            LLAMA | {"rope_scaling": YARN | {"original_max_position_embeddings": 0}},
+            "original_max_position_embeddings must",
+        ),
+        (
+            LLAMA | {"rope_scaling": YARN, "original_max_position_embeddings": None},
+            "original_max_position_embeddings must",
+        ),
+        (LLAMA | {"rope_scaling": YARN | {"factor": 1e6}}, "factor must be such that the context has at most"),
+        (rope(rope_type="yarn", original_max_position_embeddings=4096), "factor must be"),
+        # a rule without its name, or with another for each kind of layer
+        (rope(factor=4.0), "rope_scaling.rope_type must be there beside 'factor', got no such key"),
+        (
+            LLAMA | {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "rope_parameters.full_attention",
+        ),
+        (rope(rope_type=None, factor=4.0), "rope_scaling.rope_type must be a string, got null"),
+        # the window is as long as the context before yarn stretches it
+        (MISTRAL | {"sliding_window": 4096, "rope_scaling": YARN_TO_16384}, "narrower than the context of 16384"),
+    ],
+)
+def test_a_value_that_no_model_can_have_names_file_and_key(given, line):
+    with pytest.raises(InputError, match=r"^models/a/config\.json: ") as caught:
+        from_hf(Fields(given, "models/a/config.json"))
+    assert line in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_null_is_no_such_key_where_transformers_has_a_default():
+    nulls = ("head_dim", "num_key_value_heads", "rope_scaling", "quantization_config", "architectures", "eos_token_id")
+    changed = dataclasses.replace(from_hf(LLAMA | dict.fromkeys(nulls)), carried="{}")
+    assert changed == dataclasses.replace(from_hf(LLAMA), carried="{}")
+    assert from_hf(LLAMA | {"rope_scaling": YARN | {"beta_fast": None, "mscale": None}}).rope.beta_fast == 32
+    assert (
+        from_hf(LLAMA | {"max_position_embeddings": 131072, "rope_scaling": YARN | {"factor": None}}).rope.factor == 4
+    )

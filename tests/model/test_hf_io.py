@@ -130,6 +130,7 @@ def without_index(folder):
 
 def index_to(entries):
     def apply(folder):
+        (folder / SINGLE).rename(folder / "part.safetensors")
         (folder / INDEX).write_text(json.dumps({"weight_map": entries}))
 
     return apply
@@ -150,14 +151,14 @@ def index_to(entries):
         (rewrite(lambda tensors: tensors.update({"model.norm.weight": np.zeros(32, np.int8)})), "I8"),
         (cut, f"{SINGLE}: cut short"),
         (lambda folder: (folder / SINGLE).write_bytes(b"\x02\0\0\0\0\0\0\0[]"), "not a safetensors file"),
-        (lambda folder: (folder / SINGLE).write_bytes(b"PK"), "not a whole safetensors file"),
+        (lambda folder: (folder / SINGLE).write_bytes(b"PK"), "not a safetensors file: it begins with b'PK'"),
         (lambda folder: (folder / SINGLE).unlink(), "expected model.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
         (lambda folder: (folder / "config.json").write_text("{"), "config.json: not JSON"),
         (pickled, "pickled"),
-        (without_index, f"{INDEX}: no such file"),
-        (index_to({"model.norm.weight": "gone.safetensors"}), "gone.safetensors: no such file"),
-        (index_to({"nothing": SINGLE}), "no tensor nothing"),
+        (without_index, "found model-00001-of-00002.safetensors"),
+        (index_to({"model.norm.weight": "gone.safetensors"}), "'gone.safetensors', and there is no such file"),
+        (index_to({"nothing": "part.safetensors"}), "no tensor 'nothing'"),
         (index_to({"model.norm.weight": "../elsewhere.safetensors"}), "not the name of a file"),
     ],
 )

@@ -11,8 +11,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from rapid_jax.model.config import Rope, from_hf
+from rapid_jax.model.config import from_hf
 from rapid_jax.model.rope import inverse_frequencies, rotate, rotation
+from rapid_jax.model.rope_config import Rope
 
 
 def llama3(factor, original, low=1.0, high=4.0):

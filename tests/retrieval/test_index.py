@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.retrieval.index import Index
 from rapid_jax.runtime.errors import InputError
+from tests.json_mutations import VALUES, amiss, mutations
 
 AUTO = RetrievalConfig()
 TREE = replace(AUTO, index="tree")
@@ -197,3 +199,29 @@ assert "scann" in sys.modules and "tensorflow" not in sys.modules, "imported by 
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
+
+
+def test_a_manifest_with_each_value_replaced(tmp_path):
+    folder, rows = tmp_path / "index", random_rows(60)
+    Index.build(rows, TREE).save(folder)
+    expected = Index.load(folder).search(rows[:5], 10)
+    given = json.loads((folder / "manifest.json").read_text())
+    ids = given["ids"]
+    few = [(f"ids begin with {value!r}", given | {"ids": [value, *ids[1:]]}) for value in VALUES if value != 0]
+    few += [("fewer ids", given | {"ids": ids[1:]}), ("more ids", given | {"ids": [*ids, 60]})]
+    few += [(f"ids = {value!r}", given | {"ids": value}) for value in VALUES]
+    rest = {key: value for key, value in given.items() if key != "ids"}
+    cases = [(what, {"ids": ids, **case}) for what, case in mutations(rest)] + few
+    cases += [(f"all of it = {value!r}", value) for value in VALUES]
+
+    def check(case: object) -> None:
+        (folder / "manifest.json").write_text(json.dumps(case))
+        found = Index.load(folder).search(rows[:5], 10)
+        np.testing.assert_array_equal(found[0], expected[0])
+        assert "ids begin" in what or np.array_equal(found[1], expected[1])
+
+    wrong = []
+    for what, case in cases:
+        wrong.append(amiss(what, partial(check, case)))
+    assert len(wrong) > 200
+    assert not any(wrong), "\n".join(list(filter(None, wrong))[:20])

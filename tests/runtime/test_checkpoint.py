@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -22,6 +23,8 @@ import pytest
 from rapid_jax.runtime import checkpoint
 from rapid_jax.runtime.checkpoint import DamagedCheckpoint
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest
+from tests.json_mutations import amiss, mutations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -156,7 +159,7 @@ def test_a_manifest_that_is_missing_broken_edited_or_of_another_checkpoint_is_fo
 
 def test_a_manifest_of_another_format_is_refused(saved: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checkpoint, "_FORMAT", 2)
-    with pytest.raises(DamagedCheckpoint, match="it has format 1, this program reads 2"):
+    with pytest.raises(DamagedCheckpoint, match="format must be 2, which this program reads, got 1"):
         checkpoint.read(saved)
 
 
@@ -227,3 +230,25 @@ def test_only_one_process_may_write(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         checkpoint.write(tmp_path / "a", {}),
     ):
         pytest.fail("the writer was given out")
+
+
+def test_a_manifest_with_each_value_replaced_and_its_checksum_made_again(saved: Path):
+    """Whoever can write the folder can also write the checksum: what is not damage is still of the right types."""
+    path = saved / "manifest.json"
+    given = json.loads(path.read_text())["content"]
+    del given["items"]["model"]
+
+    def check(case: object) -> None:
+        content = json.dumps(case, sort_keys=True)
+        path.write_text(json.dumps({"content": case, "sha256": digest(content)}))
+        try:
+            stored = checkpoint.read(saved)
+            for item in stored.items:
+                stored.restore(item)
+        except DamagedCheckpoint as error:
+            raise InputError(str(error)) from error
+
+    cases = [(what, case) for what, case in mutations(given) if "note" not in what]
+    assert len(cases) > 200
+    wrong = [said for what, case in cases if (said := amiss(what, partial(check, case)))]
+    assert not wrong, "\n".join(wrong[:20])

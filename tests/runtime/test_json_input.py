@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """JSON from outside: the value, or one line that names file and key."""
 
+from pathlib import Path
+
 import pytest
 
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.json_input import MOST_DEPTH, parse_json, parse_object, read_object
+from rapid_jax.runtime.json_input import MOST_DEPTH, Fields, parse_json, parse_object, read_json, read_object
 
 OBJECT = b'{"n": 3, "x": 0.5, "b": true, "s": "a", "l": [1, 2], "t": ["a"], "o": {"n": 4}, "e": [{"n": 5}], "z": null}'
 
@@ -92,3 +94,45 @@ def test_files(tmp_path):
         read_object(path)
     with pytest.raises(InputError, match="no such file"):
         read_object(tmp_path)
+
+
+def test_numbers_within_limits_of_their_own():
+    fields = parse_object('{"x": 0.5}', "c.json")
+    assert fields.number("x", least=0.5, most=0.5) == 0.5
+    with pytest.raises(InputError, match=r"x must be a number of at least 1 and of at most 2, got 0\.5"):
+        fields.number("x", least=1, most=2)
+    with pytest.raises(InputError, match=r"x must be a number above 0\.5, got 0\.5"):
+        fields.number("x", above=0.5)
+
+
+@pytest.mark.parametrize("key", ["a\nb", "\x1b[2J", "\ud800", "k" * 10_000])
+def test_keys_of_others_are_shown_on_one_line(key):
+    fields = Fields({key: {}}, "c.json")
+    for read in (fields.whole, fields.fields(key).whole):
+        with pytest.raises(InputError) as raised:
+            read(key)
+        assert str(raised.value).isprintable() and len(str(raised.value)) < 300
+
+
+def test_a_file_that_git_lfs_has_not_fetched_is_named_so(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n")
+    with pytest.raises(InputError, match=r"config\.json: a Git LFS pointer and not the file itself"):
+        read_object(tmp_path / "config.json")
+
+
+def test_a_limit_of_bytes(tmp_path):
+    (tmp_path / "a.json").write_text("[1, 2]")
+    assert read_json(tmp_path / "a.json", 6) == [1, 2]
+    for read in (lambda: read_json(tmp_path / "a.json", 5), lambda: parse_json(b"[1, 2]", "a.json", 5)):
+        with pytest.raises(InputError, match=r"a\.json: expected JSON of at most 5 bytes, got 6"):
+            read()
+
+
+def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.json").write_text("{}")
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(InputError, match=r"a\.json: cannot be read: Permission denied"):
+        read_json(tmp_path / "a.json")

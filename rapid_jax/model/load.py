@@ -92,10 +92,11 @@ def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, 
     path = _smollm2() if source == SMOLLM2 else Path(source).expanduser()
     if path.is_dir():
         folder = HfCheckpoint(path)
-        return folder, tokenizer_of(path, folder.config.carried_keys().get("eos_token_id"))
+        return folder, tokenizer_of(path, folder.config.carried_keys().get("eos_token_id"), rows=folder.config.vocab_size)
     if path.suffix == ".gguf":
         file = GgufCheckpoint(path)
-        return file, Tokenizer(file.tokenizer_files(), file.config.carried_keys().get("eos_token_id"))
+        eos = file.config.carried_keys().get("eos_token_id")
+        return file, Tokenizer(file.tokenizer_files(), eos, rows=file.config.vocab_size, place=path)
     raise InputError(f"{source}: expected a checkpoint folder, a .gguf file or the name {SMOLLM2!r}")
 
 

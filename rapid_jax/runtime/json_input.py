@@ -84,6 +84,7 @@ class Fields(Mapping[str, Any]):
         """The error of a value at `key` that is not what was expected."""
         value = self._values.get(key, _REQUIRED)
         got = "no such key" if value is _REQUIRED else "null" if value is None else shown(value)
+        key = key if key.isprintable() and len(key) <= 60 else shown(key)
         return InputError(f"{self.source}: {self._path}{key} must be {expected}, got {got}")
 
     def whole(self, key: str, default: Any = _REQUIRED, *, least: int = 0, most: int = MOST_WHOLE) -> Any:

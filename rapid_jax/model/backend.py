@@ -17,7 +17,10 @@ _LOADING = threading.RLock()
 
 
 def read_backend(data: bytes, source: str) -> tokenizers.Tokenizer:
-    """The tokenizer of a tokenizer.json. Raises InputError if it cannot be read, or gives tokens other ids than stated."""
+    """The tokenizer of a tokenizer.json.
+
+    Raises InputError if it cannot be read, or if the library gives a token another id than the file states.
+    """
     stated = parse_object(data, source).each("added_tokens", ())
     with _LOADING, _silent(), guarded(f"{source}: cannot be read"):
         backend = tokenizers.Tokenizer.from_str(data.decode("utf-8-sig"))

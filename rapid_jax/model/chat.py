@@ -63,6 +63,32 @@ class ChatTemplate:
         raise InputError(f"the checkpoint's chat template {what}: {_one_line(answer['error'])}")
 
 
+def mark_of(name: str) -> str:
+    """A text that stands in a message for another one until it is rendered.
+
+    It has what a template could change in a message (letters of both cases, spaces, lines, quotes, HTML), so that one
+    that does is found out.
+    """
+    return f"\N{REFERENCE MARK}Of {name}:\n\n  <b> & 'c'\\ \"D\"\N{REFERENCE MARK}"
+
+
+def parted(text: str, marks: Sequence[str]) -> list[str]:
+    """A rendered prompt parted at marks that its messages held, which are where other words are put in.
+
+    Raises InputError unless the template wrote each of them as it was, once, and in their order.
+    """
+    parts = []
+    if (count := max(map(text.count, marks))) > 1:
+        raise InputError(f"the checkpoint's chat template wrote a message {count} times, expected once")
+    for mark in marks:
+        before, found, text = text.partition(mark)
+        if not found:
+            raise InputError("the checkpoint's chat template dropped or changed a message, expected it as it is, once")
+        parts.append(before)
+    parts.append(text)
+    return parts
+
+
 class _Renderer:
     """The process that renders, started when it is first asked and again after one that ended."""
 

@@ -92,7 +92,8 @@ def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, 
     path = _smollm2() if source == SMOLLM2 else Path(source).expanduser()
     if path.is_dir():
         folder = HfCheckpoint(path)
-        return folder, tokenizer_of(path, folder.config.carried_keys().get("eos_token_id"), rows=folder.config.vocab_size)
+        eos = folder.config.carried_keys().get("eos_token_id")
+        return folder, tokenizer_of(path, eos, rows=folder.config.vocab_size)
     if path.suffix == ".gguf":
         file = GgufCheckpoint(path)
         eos = file.config.carried_keys().get("eos_token_id")

@@ -7,9 +7,9 @@ vocabulary, a whole word), the words are encoded by a copy whose model lacks the
 Where it has no others for them, they are refused.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import tokenizers
 
@@ -17,6 +17,13 @@ from rapid_jax.model.backend import backend_of, encoding_of, encodings_of, setti
 from rapid_jax.runtime.errors import InputError
 
 _NOT_TEXT = "\U0010ffff"  # a code point that Unicode assigns to nothing, ever
+
+
+class _Unknown(NamedTuple):
+    """The token that stands for what a vocabulary does not have."""
+
+    token: str
+    id: int
 
 
 class Quoting:
@@ -27,15 +34,20 @@ class Quoting:
 
     def __init__(self, backend: tokenizers.Tokenizer, special: frozenset[int], harmful: frozenset[int]):
         self._settings = settings = settings_of(backend)
-        self._unknown, self._unknown_id = _unknown_of(settings["model"], backend)
-        self._controls = controls = harmful | {id for id in special if id != self._unknown_id}
+        self._unknown = unknown = _unknown_of(settings["model"], backend)
+        self._controls = controls = harmful | (special if unknown is None else special - {unknown.id})
         self._spelt = {token for id in controls if (token := backend.id_to_token(id)) is not None}
         for token in settings["added_tokens"]:
-            token["special"] = token["special"] or token["id"] in controls
+            # One that swallows the space beside it is not looked for either: the text would lose the space.
+            strips = token["lstrip"] or token["rstrip"]
+            token["special"] = token["special"] or strips or token["id"] in controls
         self._plain = self._made(settings)
 
     def encode(self, text: str) -> tokenizers.Encoding:
-        """The tokens, and the characters that each stands for. Raises InputError if the text needs one that controls."""
+        """The tokens, and the characters that each stands for.
+
+        Raises InputError if the tokenizer has nothing but a token that controls for a part of the text.
+        """
         encoding = encoding_of(self._plain, text)
         return encoding if self._harmless(text, encoding.ids) else self._of_others(text, encoding)
 
@@ -44,18 +56,18 @@ class Quoting:
         encodings = zip(texts, encodings_of(self._plain, texts), strict=True)
         return [len(found if self._harmless(text, found.ids) else self.encode(text)) for text, found in encodings]
 
-    def _harmless(self, text: str, ids: Iterable[int]) -> bool:
+    def _harmless(self, text: str, ids: Sequence[int]) -> bool:
         if not self._controls.isdisjoint(ids):
             return False
         # The token of unknown words is no harm where a word is unknown, but it should not be spelt.
-        return self._unknown is None or self._unknown not in text or self._unknown_id not in ids
+        return self._unknown is None or self._unknown.token not in text or self._unknown.id not in ids
 
     def _of_others(self, text: str, first: tokenizers.Encoding) -> tokenizers.Encoding:
         """The tokens by the copy that lacks what controls; `first` are those with it."""
         found = encoding_of(self._lacking, text)
         written = bytearray(len(text))
         for id, (start, end) in zip(found.ids, found.offsets, strict=True):
-            if id not in self._controls and id != self._unknown_id:
+            if id not in self._controls and (self._unknown is None or id != self._unknown.id):
                 written[start:end] = b"1" * (end - start)
         for id, (start, end) in zip(first.ids, first.offsets, strict=True):
             lost = (at for at in range(start, end) if not written[at] and not text[at].isspace())
@@ -76,7 +88,7 @@ class Quoting:
     @cached_property
     def _lacking(self) -> tokenizers.Tokenizer:
         model = self._settings["model"]
-        spelt = self._spelt if self._unknown is None else self._spelt | {self._unknown}
+        spelt = self._spelt if self._unknown is None else self._spelt | {self._unknown.token}
         # What one character or byte is written with stays: without it the character would vanish from the text.
         lacking = {token for token in spelt if len(token) > 1 and not (model.get("byte_fallback") and _is_byte(token))}
         return self._made(_without(self._settings, lacking))
@@ -87,7 +99,9 @@ class Quoting:
         expected = {token["content"]: token["id"] for token in settings["added_tokens"]}
         got = {token.content: id for id, token in made.get_added_tokens_decoder().items()}
         if expected != got:
-            raise InputError("tokenizer.json: its added tokens have no fixed ids, so that quoted text cannot be encoded")
+            raise InputError(
+                "tokenizer.json: its added tokens have no fixed ids, so that quoted text cannot be encoded"
+            )
         return made
 
 
@@ -102,9 +116,7 @@ def _without(settings: dict[str, Any], lacking: set[str]) -> dict[str, Any]:
     if "merges" in model:
         inner = model.get("continuing_subword_prefix") or ""
         model["merges"] = [
-            pair
-            for pair in model["merges"]
-            if lacking.isdisjoint((*pair, pair[0] + pair[1].removeprefix(inner)))
+            pair for pair in model["merges"] if lacking.isdisjoint((*pair, pair[0] + pair[1].removeprefix(inner)))
         ]
     if model.get("unk_token") in new:
         model["unk_token"] = new[model["unk_token"]]
@@ -112,13 +124,13 @@ def _without(settings: dict[str, Any], lacking: set[str]) -> dict[str, Any]:
     return settings | {"model": model, "added_tokens": added}
 
 
-def _unknown_of(model: dict[str, Any], backend: tokenizers.Tokenizer) -> tuple[str | None, int | None]:
-    """(the token that stands for what the vocabulary does not have, its id), where there is one."""
-    if model.get("unk_id") is not None:
-        return backend.id_to_token(model["unk_id"]), model["unk_id"]
-    token = model.get("unk_token")
-    id = None if token is None else backend.token_to_id(token)
-    return (None, None) if id is None else (token, id)
+def _unknown_of(model: dict[str, Any], backend: tokenizers.Tokenizer) -> _Unknown | None:
+    if (id := model.get("unk_id")) is not None:
+        token = backend.id_to_token(id)
+        return None if token is None else _Unknown(token, id)
+    if (token := model.get("unk_token")) is None:
+        return None
+    return None if (id := backend.token_to_id(token)) is None else _Unknown(token, id)
 
 
 def _is_byte(token: str) -> bool:

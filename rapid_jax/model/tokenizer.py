@@ -58,13 +58,15 @@ class Tokenizer:
         self._backend = read_backend(self.files["tokenizer.json"], f"{place}tokenizer.json")
         config.add_tokens(self._backend)
         self.special_tokens = config.special_tokens
+        named = {id for token in config.all_special if (id := self.id_of(token)) is not None}
+        self._special = self.special_ids | named  # some tokens are special by a config alone
         self.has_chat_template = config.template is not None  # False: `chat` writes plain "User: ... Assistant:" text
         self._template = ChatTemplate(PLAIN if config.template is None else config.template, self.special_tokens)
         self._warned = self.has_chat_template
         spelt = [self.special_tokens.get("eos_token")]
         spelt += [token for token in _END_OF_TURN if token in self._template.source]
-        named = {id for token in spelt if token is not None and (id := self.id_of(token)) is not None}
-        self.stop_ids = tuple(sorted(named | config.eos_ids(model_eos)))
+        ends = {id for token in spelt if token is not None and (id := self.id_of(token)) is not None}
+        self.stop_ids = tuple(sorted(ends | config.eos_ids(model_eos)))
         self.now: datetime.datetime | None = None  # the time that `chat` goes by; None: the clock's
 
     @cached_property
@@ -190,11 +192,11 @@ class Tokenizer:
 
     @cached_property
     def _quoting(self) -> Quoting:
-        return Quoting(self._backend, self.special_ids, self._harmful)
+        return Quoting(self._backend, self._special, self._harmful)
 
     @cached_property
     def _quoting_unspaced(self) -> Quoting:
-        return Quoting(self._unspaced, self.special_ids, self._harmful)
+        return Quoting(self._unspaced, self._special, self._harmful)
 
     @cached_property
     def _harmful(self) -> frozenset[int]:
@@ -225,7 +227,22 @@ def tokenizer_of(folder: Path, model_eos: Any = None, *, rows: int | None = None
     return Tokenizer(files, model_eos, rows=rows, place=folder)
 
 
-
+def check_same_vocabulary(target: Tokenizer, drafter: Tokenizer, source: str) -> None:
+    """Raises InputError unless both tokenizers give every id the same meaning; `source` names the drafter."""
+    if target.fingerprint == drafter.fingerprint:
+        return
+    for token_id in range(min(target.vocab_size, drafter.vocab_size)):
+        ours, theirs = target.token_of(token_id), drafter.token_of(token_id)
+        if ours != theirs:
+            raise InputError(
+                f"the drafter must have the target's vocabulary: expected token {token_id} to be {ours!r}, "
+                f"got {theirs!r} in {source}"
+            )
+    if target.vocab_size != drafter.vocab_size:
+        raise InputError(
+            f"the drafter must have the target's vocabulary: expected {target.vocab_size} tokens, "
+            f"got {drafter.vocab_size} in {source}"
+        )
 
 
 def _without_space(part: Any) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the files beside tokenizer.json say: special tokens, added tokens, the chat template, the ids that end an answer.
+"""What the files beside tokenizer.json say: special tokens, added tokens, chat template, ids that end an answer.
 
 Which file wins where two say the same is transformers' rule.
 """
@@ -28,7 +28,8 @@ class TokenizerConfig:
         self._states_added = self._config.fields("added_tokens_decoder", None) is not None
         map_ = self._object("special_tokens_map.json")
         self._maps = [self._config] if self._states_added else [map_, self._config]  # the first that has a token wins
-        self.special_tokens = self._special_tokens()
+        self.special_tokens = self._special_tokens()  # by name, such as bos_token
+        self.all_special = list(dict.fromkeys([*self.special_tokens.values(), *self._extra()]))
         self.template = self._template()
 
     def add_tokens(self, backend: tokenizers.Tokenizer) -> None:
@@ -49,9 +50,8 @@ class TokenizerConfig:
                     f"got id {id}"
                 )
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
-        named = [*self.special_tokens.values(), *self._extra()]
         with guarded(f"{self._place}tokenizer_config.json: special tokens"):
-            backend.add_special_tokens([token for token in dict.fromkeys(named) if token not in added])
+            backend.add_special_tokens([token for token in self.all_special if token not in added])
 
     def eos_ids(self, model_eos: Any) -> set[int]:
         """The ids that end an answer, by config.json's eos_token_id and by generation_config.json's."""
@@ -97,7 +97,7 @@ class TokenizerConfig:
 
     def _added_tokens(self, backend: tokenizers.Tokenizer) -> dict[int, tokenizers.AddedToken]:
         """Those of added_tokens.json, which older checkpoints have; tokenizer.json's win."""
-        given, special = self._object("added_tokens.json"), set(self.special_tokens.values()) | set(self._extra())
+        given, special = self._object("added_tokens.json"), set(self.all_special)
         found = {}
         for content in given:
             if not content:

@@ -11,9 +11,10 @@ from typing import Any
 import tokenizers
 
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.json_input import parse_object
+from rapid_jax.runtime.json_input import parse_object, shown
 
 _LOADING = threading.RLock()
+_MOST_ID = 2**22  # the largest vocabularies have some 2**18 tokens
 
 
 def read_backend(data: bytes, source: str) -> tokenizers.Tokenizer:
@@ -28,10 +29,13 @@ def read_backend(data: bytes, source: str) -> tokenizers.Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         backend.decode(backend.encode("a B\n1<.").ids)
+        most = max(backend.get_vocab(with_added_tokens=True).values(), default=0)
+    if most > _MOST_ID:
+        raise InputError(f"{source}: expected ids of at most {_MOST_ID}, got {most}")
     for token in stated:
         content, id = token.text("content"), token.whole("id")
         if (found := backend.token_to_id(content)) != id:
-            raise InputError(f"{source}: added token {content!r} must be the next id, {found}, got id {id}")
+            raise InputError(f"{source}: added token {shown(content)} must be the next id, {found}, got id {id}")
     return backend
 
 

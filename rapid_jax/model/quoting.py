@@ -15,6 +15,7 @@ import tokenizers
 
 from rapid_jax.model.backend import backend_of, encoding_of, encodings_of, settings_of
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import shown
 
 _NOT_TEXT = "\U0010ffff"  # a code point that Unicode assigns to nothing, ever
 
@@ -81,8 +82,8 @@ class Quoting:
     def _refusal(self, text: str, id: int, start: int, end: int) -> InputError:
         token = self._plain.id_to_token(id)
         return InputError(
-            f"the text has {text[start:end]!r} at character {start}, for which this tokenizer has only {token!r}, a "
-            f"token that controls the model: expected a text without it"
+            f"the text has {shown(text[start:end])} at character {start}, for which this tokenizer has only "
+            f"{shown(token)}, a token that controls the model: expected a text without it"
         )
 
     @cached_property

@@ -15,6 +15,7 @@ from rapid_jax.model.quoting import Quoting
 from rapid_jax.model.tokenizer_config import TokenizerConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.json_input import shown
 
 # What goes with the weights of a checkpoint when it is exported, where the checkpoint has it.
 FILES = (
@@ -167,8 +168,8 @@ class Tokenizer:
     def _checked(self, ids: list[int]) -> list[int]:
         if self._rows is not None and ids and (most := max(ids)) >= self._rows:
             raise InputError(
-                f"the prompt holds token {self.token_of(most)!r}, id {most}: expected ids below {self._rows}, the rows "
-                f"of the model's embedding"
+                f"the prompt holds token {shown(self.token_of(most))}, id {most}: expected ids below {self._rows}, the "
+                f"rows of the model's embedding"
             )
         return ids
 

@@ -11,7 +11,7 @@ import tokenizers
 
 from rapid_jax.model.backend import guarded
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.json_input import Fields, parse_object
+from rapid_jax.runtime.json_input import Fields, parse_object, shown
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _EXTRA = ("extra_special_tokens", "additional_special_tokens")
@@ -46,8 +46,8 @@ class TokenizerConfig:
         for id, token in sorted(stated.items()):
             if token.content not in known and (found := backend.token_to_id(token.content)) != id:
                 raise InputError(
-                    f"{self._place}{name}: {token.content!r} must be the next id behind tokenizer.json's, {found}, "
-                    f"got id {id}"
+                    f"{self._place}{name}: {shown(token.content)} must be the next id behind tokenizer.json's, "
+                    f"{found}, got id {id}"
                 )
         added = {token.content for token in backend.get_added_tokens_decoder().values()}
         with guarded(f"{self._place}tokenizer_config.json: special tokens"):
@@ -127,7 +127,7 @@ class TokenizerConfig:
         else:
             raise fields.error("chat_template", "a string, or templates by name")
         if "default" not in templates:
-            names = ", ".join(map(repr, templates)) or "none"
+            names = ", ".join(map(shown, templates)) or "none"
             raise InputError(f"{fields.source}: chat_template must have a template named 'default', got {names}")
         return templates["default"]
 
@@ -145,7 +145,7 @@ def _added_token(fields: Fields) -> tokenizers.AddedToken:
     if not content:
         raise fields.error("content", "a token's text")
     flags = {flag: fields.truth(flag) for flag in _FLAGS if fields.get(flag) is not None}
-    with guarded(f"{fields.source}: added_tokens_decoder: {content!r}"):
+    with guarded(f"{fields.source}: added_tokens_decoder: {shown(content)}"):
         return tokenizers.AddedToken(content, **flags)
 
 

@@ -113,7 +113,6 @@ CHANGED = [
         " | replace('\n', ' ')",
         ".split() | join(' ')",
         " | indent(2)",
-        "[1:]",
     )
 ]
 

@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import math
 import os
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import parse_object, shown
 
 _LOADING = threading.RLock()
+_MOST_GROWTH = 1000  # replacements are of a character or two by another
 _MOST_ID = 2**22  # the largest vocabularies have some 2**18 tokens
 
 
@@ -22,7 +24,10 @@ def read_backend(data: bytes, source: str) -> tokenizers.Tokenizer:
 
     Raises InputError if it cannot be read, or if the library gives a token another id than the file states.
     """
-    stated = parse_object(data, source).each("added_tokens", ())
+    fields = parse_object(data, source)
+    stated = fields.each("added_tokens", ())
+    if math.prod(_growths([value for key, value in fields.items() if key != "model"])) > _MOST_GROWTH:
+        raise InputError(f"{source}: its replacements may make a text more than {_MOST_GROWTH} times as long")
     with _LOADING, _silent(), guarded(f"{source}: cannot be read"):
         backend = tokenizers.Tokenizer.from_str(data.decode("utf-8-sig"))
         # Settings of whoever saved the file: they would cut long documents and pad short ones.
@@ -74,6 +79,14 @@ def check_unicode(text: str, name: str = "the text") -> None:
         raise InputError(
             f"{name}: expected valid Unicode, got {char!r}, half of a surrogate pair, at character {error.start}"
         ) from None
+
+
+def _growths(value: Any) -> Iterator[int]:
+    """By how much each replacement in a part of tokenizer.json may lengthen a text."""
+    if isinstance(value, dict) and value.get("type") == "Replace":
+        yield max(len(str(value.get("content"))), 1)
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _growths(inner)
 
 
 @contextlib.contextmanager

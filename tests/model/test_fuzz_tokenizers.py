@@ -150,6 +150,16 @@ def test_damaged_files_are_one_line(name, request):
         refused(files | {name: bytes(data)})
 
 
+@pytest.mark.parametrize("steps", [1, 40])
+def test_replacements_that_swell_a_text_are_one_line(steps):
+    step = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * (5000 if steps == 1 else 2)}
+    settings = json.loads(sentencepiece_files()["tokenizer.json"])
+    swelling = {"type": "Sequence", "normalizers": [step] * steps}
+    for part in ({"normalizer": swelling}, {"decoder": {"type": "Sequence", "decoders": [step] * steps}}):
+        with pytest.raises(InputError, match="its replacements may make a text"):
+            Tokenizer({"tokenizer.json": json.dumps(settings | part).encode()})
+
+
 HANG = "{% for a in range(99999) %}{% for b in range(99999) %}X{% endfor %}{% endfor %}"
 GROW = "{% set n = namespace(x=START) %}{% for i in range(99) %}{% set n.x = NEXT %}{% endfor %}{{ n.x }}"
 GROWING = [

@@ -28,15 +28,15 @@ class _Unknown(NamedTuple):
 
 
 class Quoting:
-    """Encodes words into ids that neither are special nor among `harmful`.
+    """Encodes words into ids that are neither among `special` nor among `ends`, those that end an answer.
 
-    The special token for what the vocabulary does not have is left where words are unknown, unless it is harmful.
+    The token for what the vocabulary does not have is left where words are unknown, unless it ends an answer.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special: frozenset[int], harmful: frozenset[int]):
+    def __init__(self, backend: tokenizers.Tokenizer, special: frozenset[int], ends: frozenset[int]):
         self._settings = settings = settings_of(backend)
         self._unknown = unknown = _unknown_of(settings["model"], backend)
-        self._controls = controls = harmful | (special if unknown is None else special - {unknown.id})
+        self._controls = controls = ends | (special if unknown is None else special - {unknown.id})
         self._spelt = {token for id in controls if (token := backend.id_to_token(id)) is not None}
         for token in settings["added_tokens"]:
             # One that swallows the space beside it is not looked for either: the text would lose the space.

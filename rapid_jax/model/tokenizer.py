@@ -3,6 +3,7 @@
 
 import datetime
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +34,7 @@ FILES = (
 # Ends of a turn that a chat template may write without the checkpoint's configs naming them.
 _END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
 _SPACES = ("\N{LOWER ONE EIGHTH BLOCK}", "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}")  # how vocabularies spell one
+_MARKER = re.compile(r"<(?!0x..>).+>|\[.+\]")  # how tokens between messages are spelt; <0x0A> is a byte
 _NOW = datetime.datetime(2025, 1, 1)
 # Dialogues in which a template shows the tokens that it writes; it may refuse some of them.
 _ROLES = (("user",), ("user", "assistant"), ("system", "user", "assistant", "user"))
@@ -193,26 +195,27 @@ class Tokenizer:
 
     @cached_property
     def _quoting(self) -> Quoting:
-        return Quoting(self._backend, self._special, self._harmful)
+        return Quoting(self._backend, self._special | self._written, frozenset(self.stop_ids))
 
     @cached_property
     def _quoting_unspaced(self) -> Quoting:
-        return Quoting(self._unspaced, self._special, self._harmful)
+        return Quoting(self._unspaced, self._special | self._written, frozenset(self.stop_ids))
 
     @cached_property
-    def _harmful(self) -> frozenset[int]:
-        """Ids that end an answer, or that the chat template writes between messages."""
+    def _written(self) -> frozenset[int]:
+        """Ids of the tokens that the chat template writes between messages."""
         added = self._backend.get_added_tokens_decoder()
         written: set[int] = set()
         if self.has_chat_template:
             text = "\0".join(self._template.literals())
             written = {id for id, token in added.items() if token.content in text}
             for roles in _ROLES:
-                written |= self._written([{"role": role, "content": "x"} for role in roles])
-            written = {id for id in written if id in added and not added[id].content.isspace()}
-        return frozenset(written | set(self.stop_ids))
+                written |= self._rendered([{"role": role, "content": "x"} for role in roles])
+            plain = {id for id, token in added.items() if token.content.isspace()}
+            written = {id for id in written - plain if id in added or _MARKER.fullmatch(self.token_of(id) or "")}
+        return frozenset(written)
 
-    def _written(self, messages: Messages) -> set[int]:
+    def _rendered(self, messages: Messages) -> set[int]:
         try:
             ends = (self._template.render(messages, end, _NOW) for end in (True, False))
             return {id for text in ends for id in encoding_of(self._backend, text).ids}

@@ -44,6 +44,19 @@ def merging(files: dict[str, bytes]) -> dict[str, bytes]:
     return changed(files, model=model, pre_tokenizer=level)
 
 
+def markers_in_the_vocabulary() -> dict[str, bytes]:
+    """ChatML's tokens are words of the vocabulary, and no list of added tokens has them."""
+    files = byte_level_files(chat_template=CHATML)
+    settings = json.loads(files["tokenizer.json"])
+    added = [token for token in settings["added_tokens"] if "im_" not in token["content"]]
+    cut = {"type": "Split", "pattern": {"Regex": r"<\|im_\w+\|>|\s|\w+"}, "behavior": "Isolated", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = settings["model"] | {"ignore_merges": True}
+    return changed(
+        files, added_tokens=added, model=model, pre_tokenizer={"type": "Sequence", "pretokenizers": [cut, level]}
+    )
+
+
 def taking_words_whole() -> dict[str, bytes]:
     files = byte_level_files(chat_template=INST)
     cut = {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False}
@@ -81,6 +94,7 @@ def kinds() -> dict[str, dict[str, bytes]]:
         "tokens that swallow spaces": with_flags(ordinary, lstrip=True, rstrip=True, normalized=True, special=False),
         "merges that spell them": merging(byte_level_files(chat_template=INST)),
         "merges that spell the template's": merging(with_flags(ordinary, special=False)),
+        "markers that are no added tokens": markers_in_the_vocabulary(),
         "whole words": taking_words_whole(),
         "unigram": unigram(),
         "words": word_level(),

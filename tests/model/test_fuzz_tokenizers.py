@@ -160,6 +160,17 @@ def test_replacements_that_swell_a_text_are_one_line(steps):
             Tokenizer({"tokenizer.json": json.dumps(settings | part).encode()})
 
 
+@pytest.mark.parametrize("pattern", ["(a+)+$", "(?:1|1?)+x", "( +)+$", "(a*)*b|(a+)+c$"])
+def test_a_pattern_that_tries_without_end_is_one_line(pattern):
+    cut = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    settings = json.loads(byte_level_files()["tokenizer.json"]) | {"pre_tokenizer": cut}
+    files = {"tokenizer.json": json.dumps(settings).encode()}
+    begun = time.monotonic()
+    if not refused(files):
+        Tokenizer(files).encode_quoted("a" * 5000 + "1" * 5000 + " " * 5000)
+    assert time.monotonic() - begun < SECONDS
+
+
 HANG = "{% for a in range(99999) %}{% for b in range(99999) %}X{% endfor %}{% endfor %}"
 GROW = "{% set n = namespace(x=START) %}{% for i in range(99) %}{% set n.x = NEXT %}{% endfor %}{{ n.x }}"
 GROWING = [

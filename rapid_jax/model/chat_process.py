@@ -6,6 +6,7 @@ A template is somebody else's program. Jinja's sandbox keeps it from files and f
 script by chat.py, imports Jinja alone, and answers one request a line until its input ends.
 """
 
+import contextlib
 import json
 import resource
 import signal
@@ -29,7 +30,8 @@ def main() -> None:
     sys.path[:] = json.loads(sys.stdin.readline())
     environment = _environment()
     limit = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY if limit < 0 else min(MEMORY, limit), limit))
+    with contextlib.suppress(ValueError, OSError):  # macOS sets no such limit; the seconds bound what is taken there
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY if limit < 0 else min(MEMORY, limit), limit))
     template_of = lru_cache(8)(environment.from_string)
     for line in sys.stdin:
         request = json.loads(line)

@@ -16,7 +16,7 @@ from rapid_jax.model.quoting import Quoting
 from rapid_jax.model.tokenizer_config import TokenizerConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
-from rapid_jax.runtime.json_input import shown
+from rapid_jax.runtime.json_input import MOST_BYTES, shown
 
 # What goes with the weights of a checkpoint when it is exported, where the checkpoint has it.
 FILES = (
@@ -227,8 +227,17 @@ class Tokenizer:
 
 def tokenizer_of(folder: Path, model_eos: Any = None, *, rows: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder; `model_eos` is config.json's eos_token_id, `rows` the embedding's."""
-    files = {name: (folder / name).read_bytes() for name in FILES if (folder / name).is_file()}
+    files = {name: _bytes_of(folder / name) for name in FILES if (folder / name).is_file()}
     return Tokenizer(files, model_eos, rows=rows, place=folder)
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        if (size := path.stat().st_size) > MOST_BYTES:
+            raise InputError(f"{path}: expected a file of at most {MOST_BYTES} bytes, got {size}")
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
 def check_same_vocabulary(target: Tokenizer, drafter: Tokenizer, source: str) -> None:

@@ -200,3 +200,19 @@ def test_an_error_names_the_folder(tmp_path):
     folder = saved(byte_level_files(bos_token=5), tmp_path)
     with pytest.raises(InputError, match=rf"^{folder}/tokenizer_config.json: bos_token must be a token's text.*got 5"):
         tokenizer_of(folder)
+
+
+def test_files_that_are_too_large_or_unreadable_are_one_line(tmp_path, monkeypatch):
+    folder = saved(byte_level_files(), tmp_path)
+    with (folder / "merges.txt").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InputError, match=r"merges\.txt: expected a file of at most \d+ bytes, got 1099511627776"):
+        tokenizer_of(folder)
+    (folder / "merges.txt").unlink()
+
+    def fail(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(type(folder), "read_bytes", fail)
+    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read: Permission denied"):
+        tokenizer_of(folder)

@@ -56,7 +56,7 @@ class ChatTemplate:
         return self._asked(literals=True)["literals"]
 
     def _asked(self, **request: Any) -> dict[str, Any]:
-        answer = _RENDERER.ask({"template": self.source, "seconds": SECONDS} | request)
+        answer = RENDERER.ask({"template": self.source, "seconds": SECONDS} | request)
         if "error" not in answer:
             return answer
         what = "is not valid" if answer["stage"] == "read" else "refused the messages"
@@ -89,7 +89,7 @@ def parted(text: str, marks: Sequence[str]) -> list[str]:
     return parts
 
 
-class _Renderer:
+class Renderer:
     """The process that renders, started when it is first asked and again after one that ended."""
 
     def __init__(self) -> None:
@@ -153,5 +153,5 @@ def _one_line(words: str) -> str:
     return "".join(char if char.isprintable() else "?" for char in line[:300])
 
 
-_RENDERER = _Renderer()
-atexit.register(_RENDERER.close)
+RENDERER = Renderer()
+atexit.register(RENDERER.close)

@@ -80,10 +80,9 @@ def test_a_template_that_does_not_end_is_ended_and_the_next_one_is_rendered(monk
     assert time.monotonic() - begun < 30
 
 
-def test_a_renderer_that_somebody_ended_is_started_anew():
+def test_a_renderer_that_was_closed_is_started_anew():
     assert rendered("{{ messages[1].content }}") == "the cat"
-    chat._RENDERER._process.kill()
-    chat._RENDERER._process.wait()
+    chat.RENDERER.close()
     assert rendered("{{ messages[1].content }}") == "the cat"
 
 

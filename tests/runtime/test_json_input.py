@@ -92,3 +92,11 @@ def test_files(tmp_path):
         read_object(path)
     with pytest.raises(InputError, match="no such file"):
         read_object(tmp_path)
+
+
+def test_a_key_from_outside_stays_on_the_line():
+    fields = parse_object(json.dumps({"a\nb\x1b": "x", "k" * 500: "x"}), "file.json")
+    for key in fields:
+        with pytest.raises(InputError, match="must be a whole number") as error:
+            fields.whole(key)
+        assert str(error.value).isprintable() and len(str(error.value)) < 200

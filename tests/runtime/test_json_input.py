@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """JSON from outside: the value, or one line that names file and key."""
 
+import json
+
 import pytest
 
 from rapid_jax.runtime.errors import InputError

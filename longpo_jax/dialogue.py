@@ -13,11 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longpo_jax.records import Answer
+from rapid_jax.model.chat import mark_of, parted
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
 
 _NOW = datetime.datetime(2025, 1, 1)  # for templates that write the date: a row has the same tokens on any day
-_MARK = "\N{REFERENCE MARK}"
+_CONTEXT = mark_of("context")
 
 
 @dataclass(frozen=True)
@@ -35,19 +36,19 @@ class Dialogue:
 
     def __init__(self, tokenizer: Tokenizer, instructions: Sequence[str]):
         self._tokenizer = tokenizer
-        marked = [f"{_MARK}context{_MARK}\n\n{_MARK}question0{_MARK}"]
-        marked += [f"{_MARK}question{index}{_MARK}" for index in range(1, len(instructions))]
-        answers = [f"{_MARK}answer{index}{_MARK}" for index in range(len(instructions))]
-        before, rest = self._split(self._rendered(marked[:1], []), f"{_MARK}context{_MARK}")
-        gap, end = self._split(rest, f"{_MARK}question0{_MARK}")
+        questions = [mark_of(f"question{index}") for index in range(len(instructions))]
+        answers = [mark_of(f"answer{index}") for index in range(len(instructions))]
+        self._marks = [_CONTEXT, *questions, *answers]
+        marked = [f"{_CONTEXT}\n\n{questions[0]}", *questions[1:]]
+        before, gap, end = parted(self._rendered(marked[:1], []), (_CONTEXT, questions[0]))
         self.before = tokenizer.encode_template(before, first=True)  # up to the context
         self.first = self._around(gap, instructions[0], end)  # up to the first answer
         self.between = []  # from behind each answer to the next one
         for index in range(1, len(instructions)):
-            _, behind = self._split(self._rendered(marked[: index + 1], answers[:index]), answers[index - 1])
-            head, end = self._split(behind, marked[index])
+            text = self._rendered(marked[: index + 1], answers[:index])
+            _, head, end = parted(text, (answers[index - 1], questions[index]))
             self.between.append(self._around(head, instructions[index], end))
-        _, closing = self._split(self._rendered(marked, answers), answers[-1])
+        _, closing = parted(self._rendered(marked, answers), answers[-1:])
         self.between.append(self._ended(tokenizer.encode_template(closing)))
 
     def shared(self, context: str) -> list[int]:
@@ -66,22 +67,18 @@ class Dialogue:
         return Branch(tokens, turns)
 
     def _around(self, before: str, instruction: str, after: str) -> list[int]:
-        template = self._tokenizer.encode_template
         quoted = self._tokenizer.encode_quoted(instruction, follows=not before.endswith(" "))
-        return template(before) + quoted + template(after)
+        return self._tokenizer.encode_template(before) + quoted + self._tokenizer.encode_template(after)
 
     def _rendered(self, users: Sequence[str], answers: Sequence[str]) -> str:
         messages = []
         for index, user in enumerate(users):
             messages.append({"role": "user", "content": user})
             messages += [{"role": "assistant", "content": answer} for answer in answers[index : index + 1]]
-        return self._tokenizer.chat(messages, add_generation_prompt=len(answers) < len(users), now=_NOW)
-
-    def _split(self, text: str, mark: str) -> tuple[str, str]:
-        before, found, after = text.partition(mark)
-        if not found:
-            raise InputError("the checkpoint's chat template dropped a message of the dialogue")
-        return before, after
+        text = self._tokenizer.chat(messages, add_generation_prompt=len(answers) < len(users), now=_NOW)
+        if any(text.count(mark) > 1 for mark in self._marks):
+            raise InputError("the checkpoint's chat template wrote a message of the dialogue twice, expected once")
+        return text
 
     def _ended(self, tokens: list[int]) -> list[int]:
         """Up to the end token, nothing if there is none."""

@@ -4,13 +4,15 @@
 from dataclasses import dataclass
 
 from rapid_jax.config import RapidConfig
+from rapid_jax.model.backend import check_unicode
+from rapid_jax.model.chat import mark_of, parted
 from rapid_jax.model.load import LoadedModel
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.retrieval.select import Selection
 from rapid_jax.runtime.errors import InputError
 
-_DOCUMENT = "\N{REFERENCE MARK}document\N{REFERENCE MARK}"
-_QUESTION = "\N{REFERENCE MARK}question\N{REFERENCE MARK}"
+_DOCUMENT, _QUESTION = mark_of("document"), mark_of("question")
+_SPACE = " \n "  # around a message it shows whether a chat template strips it
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Frame:
     tokenizer: Tokenizer
     before: list[int]
     after: list[int]
+    strips: bool = False  # the chat template strips the space that the document begins with
 
     @property
     def size(self) -> int:
@@ -41,7 +44,8 @@ class Frame:
 
     def around(self, document: str) -> Prompt:
         """The prompt with the document in place. Tokens never span the document's edges."""
-        return Prompt(self.before + self.tokenizer.encode_quoted(document), self.after)
+        text = document.lstrip() if self.strips else document
+        return Prompt(self.before + self.tokenizer.encode_quoted(text), self.after)
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,11 @@ class Reading:
 
 def message(tokenizer: Tokenizer, text: str, system: str | None) -> Prompt:
     """A prompt of one user message, quoted; its tail is one token."""
-    messages = [{"role": "user", "content": _DOCUMENT}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    before, mark, after = tokenizer.chat(messages).partition(_DOCUMENT)
-    if not mark:
-        raise InputError("the checkpoint's chat template dropped the user's message")
+    before, after = _parts(tokenizer, _DOCUMENT, system, _DOCUMENT)
+    if text != text.strip():
+        bare = _parts(tokenizer, _SPACE + _DOCUMENT + _SPACE, system, _DOCUMENT)
+        text = text.lstrip() if bare[0] == before else text
+        text = text.rstrip() if bare[1] == after else text
     tokens = tokenizer.encode_template(before, first=True) + tokenizer.encode_quoted(text)
     tokens += tokenizer.encode_template(after)
     return Prompt(tokens[:-1], tokens[-1:])
@@ -71,22 +74,33 @@ def message(tokenizer: Tokenizer, text: str, system: str | None) -> Prompt:
 def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None, begins: str = "") -> Frame:
     """The user message `template` in the checkpoint's chat template, ready for a document; the answer `begins` so.
 
-    The question and the document are quoted: a special token spelt out in them does not end the user's turn.
+    The question and the document are quoted: a special token spelt out in them does not end the user's turn. Where the
+    chat template strips a message, space at its edges is left out of them too.
     """
     if not question.strip():
         raise InputError("expected a question, got an empty one")
+    check_unicode(question, "the question")
     message = template.replace("{document}", _DOCUMENT).replace("{question}", _QUESTION)
+    before, between, end = _parts(tokenizer, message, system, _DOCUMENT, _QUESTION)
+    strips, first = False, message.lstrip().startswith(_DOCUMENT)
+    if first or question != question.rstrip():
+        bare = _parts(tokenizer, _SPACE + message + _SPACE, system, _DOCUMENT, _QUESTION)
+        strips = first and bare[0] == before
+        if message.rstrip().endswith(_QUESTION) and bare[2] == end:
+            question = question.rstrip()
+    asked = tokenizer.encode_quoted(question, follows=not between.endswith(" "))
+    if not asked:
+        raise InputError("expected a question that this model's tokenizer has tokens for, got one without any")
+    after = tokenizer.encode_template(between) + asked + tokenizer.encode_template(end + begins)
+    return Frame(tokenizer, tokenizer.encode_template(before, first=True), after, strips)
+
+
+def _parts(tokenizer: Tokenizer, message: str, system: str | None, *marks: str) -> list[str]:
+    """What the chat template makes of a user's message, parted at the marks in it."""
     messages = [{"role": "user", "content": message}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    before, document_mark, rest = tokenizer.chat(messages).partition(_DOCUMENT)
-    between, question_mark, end = rest.partition(_QUESTION)
-    end += begins
-    if not document_mark or not question_mark:
-        raise InputError("the checkpoint's chat template dropped the user's message")
-    asked = tokenizer.encode_quoted(question, follows=not between.endswith(" "))
-    after = tokenizer.encode_template(between) + asked + tokenizer.encode_template(end)
-    return Frame(tokenizer, tokenizer.encode_template(before, first=True), after)
+    return parted(tokenizer.chat(messages), marks)
 
 
 def context_of(config: RapidConfig, positions: int) -> int:
@@ -134,9 +148,12 @@ def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, 
     """
     if not document.strip():
         raise InputError("expected a document with text in it, got an empty one")
+    check_unicode(document, "the document")
     if room < 1:
         raise InputError(f"no room for a document: {1 - room} tokens too many around it; raise models.max_context")
     spans = tokenizer.spans(document)
+    if not spans:
+        raise InputError("expected a document that this model's tokenizer has tokens for, got one without any")
     if len(spans) <= room:
         return document, len(spans)
     if too_long == "error":

@@ -42,7 +42,7 @@ def test_an_empty_question_is_refused(question, tokenizer):
 
 def test_a_chat_template_that_drops_the_message_is_refused():
     files = tokenizer_files(["x"]) | {"chat_template.jinja": b"{{ 'Hello' }}"}
-    with pytest.raises(InputError, match="dropped the user's message"):
+    with pytest.raises(InputError, match="dropped or changed a message"):
         frame(Tokenizer(files), TEMPLATE, "Who?", None)
 
 

@@ -104,10 +104,12 @@ def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, 
         path = _smollm2() if source == SMOLLM2 else user_path(source)
         if path.is_dir():
             folder = HfCheckpoint(path)
-            return folder, tokenizer_of(path, folder.config.carried_keys().get("eos_token_id"))
+            eos = folder.config.carried_keys().get("eos_token_id")
+            return folder, tokenizer_of(path, eos, rows=folder.config.vocab_size)
         if path.suffix.lower() == ".gguf":
             file = GgufCheckpoint(path)
-            return file, Tokenizer(file.tokenizer_files(), file.config.carried_keys().get("eos_token_id"))
+            eos = file.config.carried_keys().get("eos_token_id")
+            return file, Tokenizer(file.tokenizer_files(), eos, rows=file.config.vocab_size, place=path)
         got = "a file of another kind" if path.exists() else "no file or folder of that name"
     except OSError as error:
         raise InputError(f"{source}: cannot be read: {error.strerror}") from error

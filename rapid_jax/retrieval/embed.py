@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from tokenizers import Tokenizer
 
+from rapid_jax.model.backend import encoding_of, encodings_of, read_backend
 from rapid_jax.retrieval.encoder import Pooling
 from rapid_jax.retrieval.encoder_io import encoder_folder, fingerprint, load_encoder, read_config
 from rapid_jax.runtime.errors import InputError
@@ -63,15 +64,10 @@ class Embedder:
 
     def _read_tokenizer(self) -> Tokenizer:
         path = self.folder / "tokenizer.json"
-        if not path.exists():
+        if not path.is_file():
             raise InputError(f"encoder: expected the file {path}, found none")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the package raises no narrower class
-            raise InputError(f"encoder: {path} is no tokenizer: {error}") from None
         # Folders ship with truncation and padding of their own (MiniLM: to 128); both are done here.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
+        tokenizer = read_backend(path.read_bytes(), f"encoder: {path}")
         # "[SEP]" in a document is text, not the end of a segment.
         tokenizer.encode_special_tokens = True
         if tokenizer.get_vocab_size() > self.config.vocab_size:
@@ -83,7 +79,7 @@ class Embedder:
 
     def _read_template(self) -> tuple[list[int], list[int], int]:
         """The special tokens before and after a text, and an id to fill rows with (masked, so any id will do)."""
-        encoding = self._tokenizer.encode("a")
+        encoding = encoding_of(self._tokenizer, "a", add_special_tokens=True)
         content = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
         if not content:
             raise InputError(f"encoder {self.folder}: its tokenizer makes no token of the letter a")
@@ -114,7 +110,7 @@ class Embedder:
         capacity = self.config.max_tokens - len(self._before) - len(self._after)
         pieces: list[np.ndarray] = []
         owners: list[int] = []
-        for owner, encoding in enumerate(self._tokenizer.encode_batch(list(texts), add_special_tokens=False)):
+        for owner, encoding in enumerate(encodings_of(self._tokenizer, list(texts))):
             cut = windows(encoding.ids, capacity)
             pieces += cut
             owners += [owner] * len(cut)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer as Backend
 
 from longpo_jax.dialogue import Dialogue
 from longpo_jax.records import Answer
+from rapid_jax.model.chat import mark_of
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
@@ -137,8 +138,7 @@ def test_special_tokens_spelt_out_stay_text(family):
 
 
 def test_marks_like_ours_in_the_text_are_text(family):
-    mark = "\N{REFERENCE MARK}"
-    text = f"{mark}answer0{mark}{mark}context{mark}"
+    text = mark_of("answer0") + mark_of("context")
     tokens, turns = sequence(family.ours, text, (text, text), said((text, text)))
     assert labelled(family.ours, tokens, turns, 1) == labelled(family.ours, tokens, turns, 2) == text + family.end
     assert family.ours.decode(tokens, skip_special_tokens=False).count(text) == 5
@@ -199,7 +199,7 @@ def test_a_template_that_writes_the_date_has_the_same_tokens_on_any_day():
     "template", ["{{ messages[0].content }}", "{{ messages[-1].content }}", "{{ messages[0].role }}"]
 )
 def test_a_template_that_drops_a_message_is_an_input_error(template):
-    with pytest.raises(InputError, match="dropped a message"):
+    with pytest.raises(InputError, match="dropped or changed a message"):
         Dialogue(Tokenizer(byte_level_files(chat_template=template)), QUESTIONS)
 
 

@@ -48,7 +48,8 @@ def begins_as_html(text: str) -> bool:
 def html_text(markup: str) -> str:
     """The text that a browser shows, blocks apart by blank lines, and the title.
 
-    Takes time linear in the page's length. What an open quote, tag, comment or script swallows up to the page's end is not shown, as in a browser.
+    Takes time linear in the page's length. What an open quote, tag, comment or script swallows up to the page's end
+    is not shown, as in a browser.
     """
     page = _Page()
     head = markup[:4096]

@@ -4,6 +4,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of
 from rapid_jax.runtime.axes import PARAM, Table, with_copied_kv
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, digest_file
+from rapid_jax.runtime.input_files import open_regular
 
 LoadDtype = Literal["auto", "float32", "bfloat16"]
 SMOLLM2 = "smollm2"
@@ -89,14 +91,23 @@ def load_model(
 
 def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, Tokenizer]:
     """The checkpoint at `source`, its weights checked but not read yet, and its tokenizer."""
-    path = _smollm2() if source == SMOLLM2 else Path(source).expanduser()
-    if path.is_dir():
+    path = _smollm2() if source == SMOLLM2 else Path(os.path.expanduser(source))
+    if os.path.isdir(path):  # False, not an error, for what is no name of a folder
         folder = HfCheckpoint(path)
         return folder, tokenizer_of(path, folder.config.carried_keys().get("eos_token_id"))
-    if path.suffix == ".gguf":
+    if path.suffix.lower() == ".gguf" or _begins_as_gguf(path):
         file = GgufCheckpoint(path)
         return file, Tokenizer(file.tokenizer_files(), file.config.carried_keys().get("eos_token_id"))
     raise InputError(f"{source}: expected a checkpoint folder, a .gguf file or the name {SMOLLM2!r}")
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    """Whether a file is GGUF whatever its name: caches of downloads name files by their hash."""
+    try:
+        with open_regular(path) as file:
+            return file.read(4) == b"GGUF"
+    except (OSError, ValueError):  # not there, of another kind, or no name of a file
+        return False
 
 
 def arithmetic(name: str) -> jnp.dtype:

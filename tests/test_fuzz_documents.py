@@ -3,7 +3,6 @@
 
 import codecs
 import gzip
-import io
 import itertools
 import json
 import random
@@ -22,38 +21,11 @@ from rapid_jax.runtime.errors import InputError
 from tests.test_documents import PAGE, pdf
 
 SECONDS = 2.0  # of one case, most of them take a thousandth
-TAGS = "p div span b a li ul table tr td pre br title script style template textarea xmp plaintext svg x-y".split()
+TAGS = ("p", "div", "b", "a", "li", "ul", "table", "tr", "td", "pre", "br", "title", "script", "style", "template")
+TAGS += ("textarea", "xmp", "plaintext", "svg", "x-y")
 SCRAPS = ["<", ">", "</", "/>", "<!", "<!--", "-->", "--!>", "<![CDATA[", "]]>", "<?", "?>", "<![[x", "<!doctype html>"]
-SCRAPS += [
-    "&",
-    "&#",
-    "&#x",
-    "&amp;",
-    "&#0;",
-    "&#xD800;",
-    f"&#{'9' * 5000};",
-    "&nosuch;",
-    "&notit;",
-    "=",
-    "'",
-    '"',
-    "= '",
-]
-SCRAPS += [
-    " ",
-    "\n",
-    "\r\n",
-    "\t",
-    "\f",
-    "\xa0",
-    "text",
-    "caf\xe9",
-    "\u65e5",
-    "\U0001f600",
-    "\ufeff",
-    "\x1b[31m",
-    "a b",
-]
+SCRAPS += ["&", "&#", "&#x", "&amp;", "&#0;", "&#xD800;", f"&#{'9' * 5000};", "&nosuch;", "&notit;", "=", "'", '"']
+SCRAPS += [" ", "\n", "\r\n", "\t", "\f", "\xa0", "text", "caf\xe9", "\u65e5", "\U0001f600", "\ufeff", "\x1b[31m"]
 
 
 def soup(cases: random.Random) -> str:
@@ -188,7 +160,7 @@ def test_damaged_corpora(tmp_path, request):
             try:
                 found = list(texts(path))
                 outcomes["read"] += 1
-                # Both formats have checks of their contents: what is read is right, or the empty beginning of it.
+                # The format has a check of its contents: what is read is right, or whole members of it.
                 assert not name.endswith(".gz") or found in (right, right[:15], [""], []) or data[:4] != whole[:4]
             except InputError as error:
                 assert str(path) in str(error) and len(str(error).splitlines()) == 1
@@ -205,6 +177,4 @@ def texts(path) -> Iterator[str]:
 def test_names_and_contents_of_nothing(tried):
     for name in ("a.pdf", "a.html", "a.txt", "a"):
         for data in (b"", b" ", b"\n" * 1000, b"%PDF-", b"%PDF-1.7", b"<html>", b"<!--", b"\xff\xfe", b"\0" * 1000):
-            assert (
-                tried(name, data) is None or data.startswith((b"%PDF", b"<")) or io.BytesIO(data).read() == b"\xff\xfe"
-            )
+            assert tried(name, data) is None or data == b"<!--"  # text, where nothing else says that it is a page

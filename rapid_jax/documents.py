@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ _TAKEN_AS = {"ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "i
 _TAKEN_AS |= {"gb2312": "gb18030", "gbk": "gb18030", "euc_kr": "cp949", "shift_jis": "cp932"}
 _MOST_BYTES = 1 << 28  # of a file
 _MOST_CHARACTERS = 1 << 26  # of the text in it: some 16 million tokens
+_PAGE_SECONDS = 60.0  # of reading a page of a PDF: most take a hundredth of a second
 _HEAD = 1 << 16  # bytes in which a page must have begun as one
 
 
@@ -132,9 +134,17 @@ def _pdf_text(data: bytes, name: str) -> str:
 
 def _pages(reader: "pypdf.PdfReader") -> Iterator[str]:
     """The text of each page, until there is more than is read anyway."""
-    characters = 0
+    characters, end = 0, 0.0
+
+    def in_time(*_: object) -> None:
+        # Forms that show each other twice would be read 2^depth times; pypdf goes on behind a form that fails.
+        if time.monotonic() > end:
+            raise TimeoutError(f"a page takes longer than {_PAGE_SECONDS} s")
+
     for page in reader.pages:
-        text = page.extract_text().strip()
+        end = time.monotonic() + _PAGE_SECONDS
+        text = page.extract_text(visitor_operand_before=in_time).strip()
+        in_time()
         characters += len(text)
         yield text
         if characters > _MOST_CHARACTERS:

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import socket
+import time
 from types import SimpleNamespace
 
 import pypdf
@@ -210,6 +211,31 @@ def test_a_pdf_that_gives_no_text_is_refused_in_one_line(data, message, tmp_path
         read_document(str(tmp_path / "paper.pdf"))
     assert len(str(caught.value).splitlines()) == 1
     assert capfd.readouterr().err == ""
+
+
+def pdf_of_forms(depth: int) -> bytes:
+    """A page with a form that shows another one twice, and so on."""
+    objects = [b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Count 1/Kids[3 0 R]>>"]
+    objects += [b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]/Resources<</XObject<</X 5 0 R>>>>/Contents 4 0 R>>"]
+    objects += [b"<</Length 5>>stream\n/X Do\nendstream"]
+    for number in range(depth):
+        inner = b"/Resources<</XObject<</X %d 0 R>>>>/Length 11>>stream\n/X Do /X Do\nendstream" % (6 + number)
+        objects.append(b"<</Type/XObject/Subtype/Form/BBox[0 0 9 9]" + inner)
+    data, table = b"%PDF-1.7\n", b"0000000000 65535 f \n"
+    for number, body in enumerate(objects, 1):
+        table += b"%010d 00000 n \n" % len(data)
+        data += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    end = b"trailer\n<</Size %d/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (len(objects) + 1, len(data))
+    return data + b"xref\n0 %d\n" % (len(objects) + 1) + table + end
+
+
+def test_a_page_that_takes_for_ever_is_refused_in_time(tmp_path, monkeypatch):
+    (tmp_path / "a.pdf").write_bytes(pdf_of_forms(40))
+    monkeypatch.setattr("rapid_jax.documents._PAGE_SECONDS", 0.3)
+    begin = time.monotonic()
+    with pytest.raises(InputError, match=r"a\.pdf: the PDF cannot be read: a page takes longer than 0\.3 s"):
+        read_document(str(tmp_path / "a.pdf"))
+    assert time.monotonic() - begin < 10
 
 
 PAGE = """<!DOCTYPE html><html><head><title>Cats &amp; dogs</title><style>p { color: red }</style>

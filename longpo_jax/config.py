@@ -50,6 +50,8 @@ class CorpusConfig:
     sources: tuple[str, ...] = ()  # DOMAIN=FOLDER or DOMAIN=GLOB of .txt, .md, .tex, .jsonl, each also .gz or .zst
     weights: tuple[float, ...] = ()  # of the domains while training, in order; empty: by how many pairs each has
     text_key: str = "text"  # where a JSONL line keeps its text; a line may also be a bare string
+    max_mib: int = 16  # of a document as it is read (a file, or a JSONL line); larger ones are dropped and counted
+    follow_links: bool = False  # links that lead out of a source's folder; they are left out and counted otherwise
     min_tokens: int = 65536  # of a document
     max_tokens: int = 131072
     longer: Literal["drop", "split"] = "drop"  # split: into consecutive documents of at most max_tokens, at paragraphs
@@ -74,6 +76,7 @@ class CorpusConfig:
             all(math.isfinite(weight) and weight > 0 for weight in self.weights),
             f"weights: expected numbers > 0, got {self.weights}",
         )
+        _require(1 <= self.max_mib <= 1024, f"max_mib: expected 1 to 1024, got {self.max_mib}")
         _require(self.documents is None or self.documents >= 1, f"documents: expected at least 1, got {self.documents}")
 
 

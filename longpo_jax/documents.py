@@ -17,11 +17,14 @@ import zstandard
 
 from longpo_jax.config import CorpusConfig
 from longpo_jax.excerpts import groups
-from longpo_jax.sources import files_of, texts_of
+from longpo_jax.sources import files_of
+from longpo_jax.texts import texts_of
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
 
 _TOGETHER = 4_000_000  # characters that are tokenised at once, at least
+_CHARACTERS = 16  # a token hardly ever has as many in the mean over a text
+_MARGIN = 64  # tokens by which a text's beginning alone may differ from the same in the whole text
 
 
 @dataclass(frozen=True)
@@ -109,26 +112,33 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, seed: int, *, quiet:
     its number), and if there is no document at all or none in the window.
     """
     dropped: Counter[str] = Counter()
-    files = files_of(config.sources, dropped)
+    files = files_of(config.sources, dropped, follow_links=config.follow_links)
     store = _Store(seed, config.documents)
     least, most = sys.maxsize, 0
+    parts: dict[str, int] = {}  # of a document that is split, so far
+    largest = max(_TOGETHER, _CHARACTERS * config.max_tokens)
 
     def usable() -> Iterator[tuple[str, str, str]]:
-        for id, domain, text in texts_of(files, config.text_key, quiet=quiet):
+        for id, domain, text in texts_of(files, config.text_key, config.max_mib, dropped, quiet=quiet):
             reason = _unusable(text)
             if reason is not None:
                 dropped[reason] += 1
             # Whether a document that is split is beyond the limit is known for each of its parts alone.
             elif config.longer == "drop" and store.beyond(id):
                 store.left_out += 1
+            elif config.longer == "split" and len(text) > largest:
+                for piece in _pieces(text, largest):
+                    parts.setdefault(id, 0)
+                    yield id, domain, piece
             else:
                 yield id, domain, text
 
-    for id, domain, text, tokens in _counted(usable(), tokenizer):
+    for id, domain, text, tokens in _counted(usable(), tokenizer, config.max_tokens):
         least, most = min(least, tokens), max(most, tokens)
-        if tokens > config.max_tokens and config.longer == "split":
-            for part, (piece, count) in enumerate(_parts(text, tokenizer, config.max_tokens)):
+        if config.longer == "split" and (tokens > config.max_tokens or id in parts):
+            for part, (piece, count) in enumerate(_parts(text, tokenizer, config.max_tokens), parts.get(id, 0)):
                 _keep(Document(f"{id}.{part}", domain, piece, count), config, store, dropped, "part")
+                parts[id] = part + 1
         else:
             _keep(Document(id, domain, text, tokens), config, store, dropped, "document")
     if store.left_out:
@@ -138,20 +148,43 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, seed: int, *, quiet:
     return Corpus(store.documents(), dict(dropped))
 
 
-def _counted(texts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, str, str, int]]:
-    """With the tokens of each; some texts are counted at once, by all processors."""
-    rest = iter(texts)
+def _counted(
+    texts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer, most: int
+) -> Iterator[tuple[str, str, str, int]]:
+    """With the tokens of each; some texts are counted at once, by all processors.
+
+    Of a text that has far more than `most` tokens in its beginning the rest is not counted: the number is estimated.
+    """
+    rest, limit = iter(texts), _CHARACTERS * most
     while True:
         group, characters = [], 0
         for item in rest:
             group.append(item)
-            characters += len(item[2])
+            characters += min(len(item[2]), limit)
             if characters >= _TOGETHER:
                 break
         if not group:
             return
-        counts = tokenizer.counts([text for *_, text in group])
-        yield from ((*item, count) for item, count in zip(group, counts, strict=True))
+        counts = tokenizer.counts([text[:limit] for *_, text in group])
+        for item, count in zip(group, counts, strict=True):
+            size = len(item[2])
+            if size > limit:
+                count = count * size // limit if count > most + _MARGIN else tokenizer.counts([item[2]])[0]
+            yield *item, count
+
+
+def _pieces(text: str, limit: int) -> Iterator[str]:
+    """The text in consecutive pieces of at most `limit` characters, cut at a paragraph, line or word if there is one.
+
+    Of a text of any length no more than a piece is then tokenised at once.
+    """
+    at = 0
+    while len(text) - at > limit:
+        ends = (text.rfind(mark, at + limit // 2, at + limit) + len(mark) for mark in ("\n\n", "\n", " "))
+        end = next((end for end in ends if end > at + limit // 2), at + limit)
+        yield text[at:end]
+        at = end
+    yield text[at:]
 
 
 def _keep(document: Document, config: CorpusConfig, store: "_Store", dropped: Counter[str], kind: str) -> None:

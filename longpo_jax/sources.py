@@ -1,26 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files that the sources of a corpus name, and the texts in them: plain or JSON lines, gzip or zstd."""
+"""The files that the sources of a corpus name: regular ones, that lie in the folder of their source."""
 
+import functools
 import glob
-import json
 import os
 import re
-import zlib
+import stat
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
-
-import zstandard
 
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.progress import progress
 
-_TEXT, _LINES, _PACKED = (".txt", ".md", ".tex"), ".jsonl", (".gz", ".zst")
+TEXT, LINES, PACKED = (".txt", ".md", ".tex"), ".jsonl", (".gz", ".zst")
 _KINDS = "a .txt, .md, .tex or .jsonl file (or one of those with .gz or .zst)"
-_BLOCK = 1 << 20
-_WINDOW_BYTES = 1 << 31  # of a .zst file made with --long
+_LINK = "link that leads out of its source's folder (corpus.follow_links)"
 
 
 @dataclass(frozen=True)
@@ -32,23 +28,23 @@ class File:
     path: Path
 
 
-def files_of(sources: Sequence[str], dropped: Counter[str]) -> list[File]:
+def files_of(sources: Sequence[str], dropped: Counter[str], *, follow_links: bool = False) -> list[File]:
     """Every file of the sources (DOMAIN=FOLDER, DOMAIN=GLOB) in the order of their names; hidden ones are passed over.
 
-    Files of other kinds are counted in `dropped`. Raises InputError for no source, one without a file, and two files of
-    one name.
+    Files of other kinds, pipes and the like, and links that lead out of a source's folder unless they are followed, are
+    counted in `dropped`. Raises InputError for no source, one without a file, and two files of one name.
     """
     if not sources:
         raise InputError("corpus.sources: expected DOMAIN=FOLDER or DOMAIN=GLOB, got none")
     found: dict[str, File] = {}
     for source in sources:
         domain, _, place = source.partition("=")
-        matches = _matches(Path(place).expanduser())
-        known = {name: path for name, path in matches.items() if _suffix(path) in (*_TEXT, _LINES)}
+        left_out: Counter[str] = Counter()
+        known = _Place(Path(os.path.expanduser(place)), follow_links, left_out).files()
         if not known:
-            raise InputError(f"corpus.sources: {source}: expected {_KINDS} there, found none")
-        if len(known) < len(matches):
-            dropped["file of another kind"] += len(matches) - len(known)
+            reasons = "".join(f", {count} x {reason}" for reason, count in left_out.items())
+            raise InputError(f"corpus.sources: {source}: expected {_KINDS} there, found none{reasons}")
+        dropped.update(left_out)
         for name, path in known.items():
             try:
                 name.encode()
@@ -56,126 +52,99 @@ def files_of(sources: Sequence[str], dropped: Counter[str]) -> list[File]:
                 raise InputError(f"corpus.sources: {source}: expected names in UTF-8, got {name!a}") from error
             file = File(f"{domain}/{name}", domain, path)
             other = found.setdefault(file.name, file).path
-            if other.resolve() != path.resolve():
+            if os.path.realpath(other) != os.path.realpath(path):
                 raise InputError(f"corpus.sources: {other} and {path} are both {file.name}: name the domains apart")
     return [found[name] for name in sorted(found)]
 
 
-def _matches(place: Path) -> dict[str, Path]:
-    """The files in a folder, or that a pattern matches, by their names below the folder that holds them all."""
-    if place.exists():
-        found, root = [place], place if place.is_dir() else place.parent
-    else:
-        found = [Path(match) for match in glob.glob(str(place), recursive=True)]
-        parts = [index for index, part in enumerate(place.parts) if re.search(r"[*?[]", part)]
-        root = Path(*place.parts[: parts[0]]) if parts else place.parent
-    files = (file for path in found for file in (_below(path) if path.is_dir() else [path]))
-    return {file.relative_to(root).as_posix(): file for file in files}
-
-
-def _below(folder: Path) -> Iterator[Path]:
-    """All files but the hidden ones, in folders that are links, too."""
-    seen = set()
-    for path, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(path)
-        folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
-        if real not in seen:
-            yield from (Path(path, name) for name in names if not name.startswith("."))
-        seen.add(real)
-
-
-def _suffix(path: Path) -> str:
-    bare = path.with_suffix("") if path.suffix.lower() in _PACKED else path
+def suffix_of(path: Path) -> str:
+    """What is in a file, by its name without the suffix of its compression: ".txt" for a.TXT.gz."""
+    bare = path.with_suffix("") if path.suffix.lower() in PACKED else path
     return bare.suffix.lower()
 
 
-def texts_of(files: Sequence[File], key: str, *, quiet: bool) -> Iterator[tuple[str, str, str]]:
-    """(id, domain, text) of every document, lines ending in a newline. A text that was not UTF-8 has surrogates in it.
+class _Place:
+    """A folder, a file or a pattern that a source names; what is not taken there is counted in `left_out`."""
 
-    The id is the file's name, "#", and which of the file it is. A line of a .jsonl file is a text or an object with one
-    as `key`. Raises InputError for a file that cannot be read and, with its number, for a line that is neither.
-    """
+    def __init__(self, place: Path, follow_links: bool, left_out: Counter[str]):
+        self._place, self._follow, self._left_out = place, follow_links, left_out
+        self._named = os.path.exists(place)
+        if self._named:
+            self._root = place if place.is_dir() else place.parent
+        else:
+            parts = [index for index, part in enumerate(place.parts) if re.search(r"[*?[]", part)]
+            self._root = Path(*place.parts[: parts[0]]) if parts else place.parent
+        self._real = functools.cache(os.path.realpath)  # of folders
+
+    def files(self) -> dict[str, Path]:
+        """The files of texts by their names below the folder that holds them all."""
+        found = {}
+        for path in [self._place] if self._named else self._matches():
+            for file in self._below(path) if os.path.isdir(path) else [path]:
+                if self._is_taken(file):
+                    found[file.relative_to(self._root).as_posix()] = file
+        return found
+
+    def _matches(self) -> Iterator[Path]:
+        """What the pattern matches. `**` is walked here: glob would follow links in circles."""
+        parts = self._place.parts
+        at = parts.index("**") if "**" in parts else len(parts)
+        for match in glob.iglob(str(Path(*parts[:at]))):
+            if at == len(parts):
+                yield Path(match)
+            else:
+                yield from (
+                    path for path in self._below(Path(match)) if _fits(path.relative_to(match).parts, parts[at:])
+                )
+
+    def _below(self, folder: Path) -> Iterator[Path]:
+        """All files but the hidden ones, in links to folders, too, if links are followed."""
+        if not self._is_inside(folder):
+            self._left_out[_LINK] += 1
+            return
+        seen = set()
+        for path, folders, names in os.walk(folder, followlinks=self._follow):
+            real = os.path.realpath(path)
+            folders[:] = [] if real in seen else sorted(name for name in folders if not name.startswith("."))
+            if real not in seen:
+                yield from (Path(path, name) for name in names if not name.startswith("."))
+            seen.add(real)
+            # A link to a folder inside is passed over: the folder is walked where it is.
+            if outside := sum(not self._is_inside(Path(path, name)) for name in folders):
+                self._left_out[_LINK] += outside
+
+    def _is_inside(self, path: Path) -> bool:
+        """Whether a file or folder is in the source's folder, or links are followed anywhere."""
+        if self._follow or (self._named and path == self._place):
+            return True
+        root = Path(self._real(self._root))
+        real = os.path.realpath(path) if path.is_symlink() else os.path.join(self._real(path.parent), path.name)
+        return Path(real).is_relative_to(root)
+
+    def _is_taken(self, path: Path) -> bool:
+        if suffix_of(path) not in (*TEXT, LINES):
+            self._left_out["file of another kind"] += 1
+        elif not self._is_inside(path):
+            self._left_out[_LINK] += 1
+        elif not _may_be_regular(path):
+            self._left_out["pipe, device or socket"] += 1
+        else:
+            return True
+        return False
+
+
+def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether a path, or a folder that it lies in, matches the pattern, whose `**` stands for any number of folders."""
+    if not pattern:
+        return True
+    if pattern[0] == "**":
+        return any(_fits(parts[at:], pattern[1:]) for at in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
+
+
+def _may_be_regular(path: Path) -> bool:
+    """Whether it is a regular file, or one that cannot be looked at: reading it says why."""
     try:
-        total = sum(file.path.stat().st_size for file in files)
-    except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
-    with progress("reading documents", total // _BLOCK, "MiB", quiet=quiet) as report:
-        done = 0
-
-        def advance(size: int) -> None:
-            nonlocal done
-            report.advance((done + size) // _BLOCK - done // _BLOCK)
-            done += size
-
-        for file in files:
-            for index, text in _texts(file.path, key, advance):
-                yield f"{file.name}#{index}", file.domain, re.sub("\r\n?", "\n", text) if "\r" in text else text
-
-
-def _texts(path: Path, key: str, advance: Callable[[int], None]) -> Iterator[tuple[int, str]]:
-    data = _unpacked(path, _blocks(path, advance))
-    if _suffix(path) != _LINES:
-        yield 0, b"".join(data).decode("utf-8-sig", "surrogateescape")
-        return
-    for index, line in _lines(data):
-        yield index, _of_line(f"{path}, line {index + 1}", line, key)
-
-
-def _of_line(place: str, line: bytes, key: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{place}: expected JSON: {' '.join(str(error).split())}") from error
-    if isinstance(value, dict):
-        if key not in value:
-            raise InputError(f"{place}: expected the key {key!r} (corpus.text_key), got {', '.join(map(repr, value))}")
-        value = value[key]
-    if not isinstance(value, str):
-        raise InputError(f"{place}: expected a text or an object with one as {key!r}, got {type(value).__name__}")
-    return value
-
-
-def _lines(data: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, each with its index among all lines."""
-    index, rest = 0, b""
-    for piece in data:
-        *whole, rest = (rest + piece).split(b"\n")
-        yield from ((at, line) for at, line in enumerate(whole, index) if line.strip())
-        index += len(whole)
-    if rest.strip():
-        yield index, rest
-
-
-def _blocks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
-    try:
-        with open(path, "rb") as file:
-            while block := file.read(_BLOCK):
-                advance(len(block))
-                yield block
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _unpacked(path: Path, blocks: Iterable[bytes]) -> Iterator[bytes]:
-    """The bytes without their compression, whose frames may follow one another. InputError if they are damaged."""
-    suffix = path.suffix.lower()
-    if suffix not in _PACKED:
-        yield from blocks
-        return
-
-    def new() -> Any:
-        if suffix == ".gz":
-            return zlib.decompressobj(31)
-        return zstandard.ZstdDecompressor(max_window_size=_WINDOW_BYTES).decompressobj()
-
-    stream, begun = new(), False
-    try:
-        for data in blocks:
-            while data:
-                yield stream.decompress(data)
-                begun, data = not stream.eof, stream.unused_data if stream.eof else b""
-                stream = new() if stream.eof else stream
-    except (zlib.error, zstandard.ZstdError) as error:
-        raise InputError(f"{path}: cannot be unpacked: {error}") from error
-    if begun:
-        raise InputError(f"{path}: cannot be unpacked: it ends too early")
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return True

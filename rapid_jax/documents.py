@@ -4,54 +4,62 @@
 import codecs
 import io
 import logging
+import os
 import re
 import sys
-import warnings
+import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from rapid_jax.html_text import begins_as_html, html_text
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.input_files import blocks, byte_order_mark, open_regular
+
+if TYPE_CHECKING:
+    import pypdf
 
 STDIN = "-"
 
 _log = logging.getLogger(__name__)
 _EXTRA = "pip install rapid-jax[documents]"
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# The longer mark first: UTF-32 (little endian) starts with the mark of UTF-16.
-_MARKS = (
-    (codecs.BOM_UTF8, "utf-8"),
-    (codecs.BOM_UTF32_LE, "utf-32-le"),
-    (codecs.BOM_UTF32_BE, "utf-32-be"),
-    (codecs.BOM_UTF16_LE, "utf-16-le"),
-    (codecs.BOM_UTF16_BE, "utf-16-be"),
-)
-# HTML elements that stand on lines of their own; others run on in the line.
-_BLOCKS = (
-    *("address", "article", "aside", "blockquote", "body", "caption", "dd", "details", "div", "dl", "dt", "fieldset"),
-    *("figcaption", "figure", "footer", "form", "h1", "h2", "h3", "h4", "h5", "h6", "header", "hr", "li", "main"),
-    *("nav", "ol", "p", "pre", "section", "summary", "table", "title", "ul"),
-)
 _CHARSET = re.compile(rb"<meta[^>]+charset\s*=\s*[\"']?([\w:.-]+)", re.IGNORECASE)
-_UNREAD = ("script", "style", "template", "noscript")
+_ENCODINGS = re.compile(
+    r"utf-8|ascii|iso8859-\d+|cp(125\d|866|874|932|949)|koi8-[ru]|mac-(roman|cyrillic)|gb\w+|big5\w*|euc_\w+|"
+    r"shift_jis|iso2022_jp|tis-620"
+)
+_TAKEN_AS = {"ascii": "cp1252", "iso8859-1": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874"}
+_TAKEN_AS |= {"gb2312": "gb18030", "gbk": "gb18030", "euc_kr": "cp949", "shift_jis": "cp932"}
+_MOST_BYTES = 1 << 28  # of a file
+_MOST_CHARACTERS = 1 << 26  # of the text in it: some 16 million tokens
+_PAGE_SECONDS = 60.0  # of reading a page of a PDF: most take a hundredth of a second
+_HEAD = 1 << 16  # bytes in which a page must have begun as one
 
 
 def read_document(source: str) -> str:
-    """The text of the file `source`, or of standard input for "-"; never empty.
+    """The text of the file `source`, or of standard input for "-"; never empty, at most 2^26 characters.
 
-    A PDF is known by its first bytes, HTML by the file's name (.html, .htm), all else is text: UTF-8, or what a byte
-    order mark says. Bytes that do not fit the encoding become U+FFFD, with a warning that counts them. Line ends are
-    made "\\n" where there are others, since blank lines are what a document is first cut at: offsets into a document
-    are offsets into this text. Raises InputError for whatever cannot be read or has no text in it.
+    A PDF is known by its first bytes or the file's name (.pdf), HTML by the name (.html, .htm, .xhtml) or by beginning
+    with a doctype or the element html, head or body; all else is text: UTF-8, or what a byte order mark says. Bytes
+    that do not fit the encoding become U+FFFD, with a warning that counts them. Line ends are made "\\n" where there
+    are others, since blank lines are what a document is first cut at: offsets into a document are offsets into this
+    text. Raises InputError for whatever cannot be read, is no regular file (pipes that a shell opened, /dev/stdin and
+    /dev/fd/N, are read), has more than 256 MiB, or has no text in it.
     """
     name = "standard input" if source == STDIN else source
-    data = _bytes_of(source)
-    if data.startswith(b"%PDF-") or Path(source).suffix.lower() == ".pdf":
+    data = _bytes_of(source, name)
+    suffix = Path(source).suffix.lower()
+    if data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"%PDF-") or suffix == ".pdf":
         text = _pdf_text(data, name)
-    elif Path(source).suffix.lower() in (".html", ".htm"):
-        text = _html_text(data, name)
+    elif suffix in (".html", ".htm", ".xhtml") or begins_as_html(_head(data)):
+        text = html_text(_decoded(data, name, _html_encoding(_CHARSET.search(data[:4096]))))
     else:
         text = _decoded(data, name, "utf-8")
     if "\0" in text:
         raise InputError(f"{name}: expected text, got a binary file (byte 0 at character {text.index(chr(0))})")
+    if len(text) > _MOST_CHARACTERS:
+        raise InputError(f"{name}: expected at most {_MOST_CHARACTERS} characters of text, got {len(text)}")
     if "\r" in text:
         text = re.sub("\r\n?", "\n", text)
     if not text.strip():
@@ -59,22 +67,30 @@ def read_document(source: str) -> str:
     return text
 
 
-def _bytes_of(source: str) -> bytes:
-    if source == STDIN:
+def _bytes_of(source: str, name: str) -> bytes:
+    try:
+        if source != STDIN:
+            with open_regular(os.path.expanduser(source), or_open_already=True) as file:
+                return b"".join(blocks(file, _MOST_BYTES, name))
         if sys.stdin is None:
             raise InputError("standard input: expected a document, but it is closed")
-        return sys.stdin.buffer.read()
-    try:
-        return Path(source).expanduser().read_bytes()
+        return b"".join(blocks(sys.stdin.buffer, _MOST_BYTES, name))
+    except InputError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise InputError(f"document {source}: cannot be read: {reason}") from error
+        raise InputError(f"document {name}: cannot be read: {reason}") from error
+
+
+def _head(data: bytes) -> str:
+    mark, encoding = byte_order_mark(data)
+    return data[len(mark) : _HEAD].decode(encoding or "utf-8", "replace")
 
 
 def _decoded(data: bytes, name: str, otherwise: str) -> str:
     """The text of the bytes in the encoding of their byte order mark, or in `otherwise` if they have none."""
-    mark, encoding = next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", otherwise))
-    body = data[len(mark) :]
+    mark, marked = byte_order_mark(data)
+    body, encoding = data[len(mark) :], marked or otherwise
     try:
         return body.decode(encoding)
     except UnicodeDecodeError:
@@ -104,7 +120,7 @@ def _pdf_text(data: bytes, name: str) -> str:
         reader = pypdf.PdfReader(io.BytesIO(data))
         # Many files are encrypted with the empty password: anyone may read them.
         locked = reader.is_encrypted and not reader.decrypt("")
-        text = "" if locked else "\n\n".join(page.extract_text().strip() for page in reader.pages)
+        text = "" if locked else "\n\n".join(_pages(reader))
     except Exception as error:  # a damaged file raises anything, from KeyError to RecursionError
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{name}: the PDF cannot be read: {reason}") from error
@@ -116,41 +132,33 @@ def _pdf_text(data: bytes, name: str) -> str:
     return text.replace("\0", _REPLACEMENT).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def _html_text(data: bytes, name: str) -> str:
-    """The text that a browser shows, blocks apart by blank lines, and the title."""
-    try:
-        import bs4
-        from bs4.element import NavigableString
-    except ImportError as error:
-        raise InputError(f"{name}: reading HTML needs beautifulsoup4: {_EXTRA}") from error
-    declared = _CHARSET.search(data[:4096])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # guesses about the markup
-        soup = bs4.BeautifulSoup(_decoded(data, name, _html_encoding(declared)), "html.parser")
-    for tag in soup(_UNREAD):
-        tag.decompose()
-    for node in soup.find_all(string=True):
-        if type(node) is NavigableString and node.find_parent("pre") is None:  # its subclasses are comments and such
-            node.replace_with(re.sub(r"\s+", " ", node))
-    for tag in soup.find_all("br"):
-        tag.replace_with("\n")
-    for tag in soup.find_all(("tr", "td", "th")):
-        tag.append("\n" if tag.name == "tr" else " ")
-    for tag in soup.find_all(_BLOCKS):
-        tag.insert_before("\n\n")
-        tag.insert_after("\n\n")
-    text = "\n".join(line.rstrip() for line in soup.get_text().split("\n"))
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r"(?m)^ (?! )", "", text)).strip()
+def _pages(reader: "pypdf.PdfReader") -> Iterator[str]:
+    """The text of each page, until there is more than is read anyway."""
+    characters, end = 0, 0.0
+
+    def in_time(*_: object) -> None:
+        # Forms that show each other twice would be read 2^depth times; pypdf goes on behind a form that fails.
+        if time.monotonic() > end:
+            raise TimeoutError(f"a page takes longer than {_PAGE_SECONDS} s")
+
+    for page in reader.pages:
+        end = time.monotonic() + _PAGE_SECONDS
+        text = page.extract_text(visitor_operand_before=in_time).strip()
+        in_time()
+        characters += len(text)
+        yield text
+        if characters > _MOST_CHARACTERS:
+            return
 
 
 def _html_encoding(declared: re.Match[bytes] | None) -> str:
-    """What the page says its encoding is, if it can be, as browsers take it: Latin-1 is Windows' extension of it."""
-    name = declared[1].decode().lower() if declared else "utf-8"
+    """What the page says its encoding is, if browsers know it, as they take it: Latin-1 is Windows' extension of it.
+
+    Others of Python's codecs are no encodings of pages: some are slow, warn, or decode to halves of UTF-16 pairs. The
+    declaration itself was read as single bytes, so UTF-16 and UTF-32 cannot be true.
+    """
     try:
-        b"a".decode(name)
-    except (LookupError, UnicodeError):  # no encoding, or none of text
+        encoding = codecs.lookup(declared[1].decode().lower() if declared else "utf-8").name
+    except LookupError:
         return "utf-8"
-    encoding = codecs.lookup(name).name
-    if encoding.startswith(("utf-16", "utf-32")):  # the declaration itself was read as single bytes
-        return "utf-8"
-    return "cp1252" if encoding in ("iso8859-1", "ascii") else encoding
+    return _TAKEN_AS.get(encoding, encoding) if _ENCODINGS.fullmatch(encoding) else "utf-8"

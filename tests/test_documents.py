@@ -6,6 +6,9 @@ import codecs
 import io
 import logging
 import os
+import socket
+import time
+from types import SimpleNamespace
 
 import pypdf
 import pytest
@@ -101,9 +104,61 @@ def test_a_file_without_permission_is_refused(tmp_path, monkeypatch):
         raise PermissionError(13, os.strerror(13), str(path))
 
     # The superuser may read any file, so the refusal is the operating system's in name only.
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
     with pytest.raises(InputError, match="cannot be read: Permission denied"):
         read_document(str(path))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket"])
+def test_what_may_never_end_is_not_opened(kind, tmp_path):
+    path = tmp_path / "document.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        listening = socket.socket(socket.AF_UNIX)
+        listening.bind(str(path))
+        listening.close()
+    with pytest.raises(InputError, match=rf"document\.txt: .*expected a regular file, got a {kind}"):
+        read_document(str(path))
+
+
+def test_a_pipe_that_a_shell_opened_is_read():
+    read, write = os.pipe()
+    os.write(write, b"from a command")
+    os.close(write)
+    assert read_document(f"/dev/fd/{read}") == "from a command"
+    os.close(read)
+
+
+def test_more_than_the_limit_is_refused_without_reading_it_all(tmp_path, monkeypatch):
+    path = tmp_path / "huge.txt"
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)
+    for source in (str(path), "-"):
+        with open(path, "rb", buffering=0) as endless:
+            monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BufferedReader(endless)))
+            with pytest.raises(InputError, match="expected at most 256 MiB, got more"):
+                read_document(source)
+    path.write_text("x" * (2**26 + 1))
+    with pytest.raises(InputError, match="expected at most 67108864 characters of text, got 67108865"):
+        read_document(str(path))
+
+
+def test_standard_input_that_is_a_folder_is_one_line(tmp_path, monkeypatch):
+    folder = os.open(tmp_path, os.O_RDONLY)
+    buffer = SimpleNamespace(read=lambda size: os.read(folder, size))
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=buffer))
+    with pytest.raises(InputError, match="standard input: cannot be read: Is a directory"):
+        read_document("-")
+    os.close(folder)
+
+
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/x.txt", "x" * 5000, "caf\udce9"])
+def test_names_that_cannot_be_are_one_line(source):
+    with pytest.raises(InputError, match="cannot be read"):
+        read_document(source)
 
 
 def pdf(*pages: str, password: str | None = None) -> bytes:
@@ -128,7 +183,7 @@ def pdf(*pages: str, password: str | None = None) -> bytes:
 def test_a_pdf_is_read_page_by_page_by_name_or_by_its_first_bytes(tmp_path, monkeypatch):
     data = pdf("First page.", "Second page.")
     (tmp_path / "paper.pdf").write_bytes(data)
-    (tmp_path / "paper.txt").write_bytes(data)
+    (tmp_path / "paper.txt").write_bytes(b"\n" + data)
     assert read_document(str(tmp_path / "paper.pdf")) == "First page.\n\nSecond page."
     assert read_document(str(tmp_path / "paper.txt")) == "First page.\n\nSecond page."
     given_stdin(monkeypatch, data)
@@ -158,6 +213,31 @@ def test_a_pdf_that_gives_no_text_is_refused_in_one_line(data, message, tmp_path
     assert capfd.readouterr().err == ""
 
 
+def pdf_of_forms(depth: int) -> bytes:
+    """A page with a form that shows another one twice, and so on."""
+    objects = [b"<</Type/Catalog/Pages 2 0 R>>", b"<</Type/Pages/Count 1/Kids[3 0 R]>>"]
+    objects += [b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 9 9]/Resources<</XObject<</X 5 0 R>>>>/Contents 4 0 R>>"]
+    objects += [b"<</Length 5>>stream\n/X Do\nendstream"]
+    for number in range(depth):
+        inner = b"/Resources<</XObject<</X %d 0 R>>>>/Length 11>>stream\n/X Do /X Do\nendstream" % (6 + number)
+        objects.append(b"<</Type/XObject/Subtype/Form/BBox[0 0 9 9]" + inner)
+    data, table = b"%PDF-1.7\n", b"0000000000 65535 f \n"
+    for number, body in enumerate(objects, 1):
+        table += b"%010d 00000 n \n" % len(data)
+        data += b"%d 0 obj\n%s\nendobj\n" % (number, body)
+    end = b"trailer\n<</Size %d/Root 1 0 R>>\nstartxref\n%d\n%%%%EOF" % (len(objects) + 1, len(data))
+    return data + b"xref\n0 %d\n" % (len(objects) + 1) + table + end
+
+
+def test_a_page_that_takes_for_ever_is_refused_in_time(tmp_path, monkeypatch):
+    (tmp_path / "a.pdf").write_bytes(pdf_of_forms(40))
+    monkeypatch.setattr("rapid_jax.documents._PAGE_SECONDS", 0.3)
+    begin = time.monotonic()
+    with pytest.raises(InputError, match=r"a\.pdf: the PDF cannot be read: a page takes longer than 0\.3 s"):
+        read_document(str(tmp_path / "a.pdf"))
+    assert time.monotonic() - begin < 10
+
+
 PAGE = """<!DOCTYPE html><html><head><title>Cats &amp; dogs</title><style>p { color: red }</style>
 <script>if (1 < 2) alert("no");</script></head><body><!-- not shown --><h1>On <em>cats</em></h1>
 <p>A cat has
@@ -183,10 +263,14 @@ def f():
     return 1"""
 
 
-def test_html_is_the_text_that_is_shown(tmp_path):
-    for name in ("page.html", "page.HTM"):
+def test_html_is_the_text_that_is_shown(tmp_path, monkeypatch):
+    for name in ("page.html", "page.HTM", "page.xhtml", "page", "page.txt"):
         (tmp_path / name).write_text(PAGE)
         assert read_document(str(tmp_path / name)) == SHOWN
+    given_stdin(monkeypatch, PAGE.encode())
+    assert read_document("-") == SHOWN
+    (tmp_path / "page").write_bytes(codecs.BOM_UTF16_BE + PAGE.encode("utf-16-be"))
+    assert read_document(str(tmp_path / "page")) == SHOWN
 
 
 @pytest.mark.parametrize(
@@ -199,6 +283,9 @@ def test_html_is_the_text_that_is_shown(tmp_path):
         (b"<p>caf\xe9</p>", "caf\ufffd", "1 byte sequence is not UTF-8"),
         (b"<meta charset=utf-16>caf\xc3\xa9", "caf\u00e9", ""),
         (b"<meta charset=rot13>caf\xc3\xa9", "caf\u00e9", ""),
+        (b"<meta charset=unicode_escape>\\ud800", "\\ud800", ""),
+        (b"<meta charset=utf-7>+ADw-", "+ADw-", ""),
+        (b"<meta charset=gb2312>\x81\x30\x81\x30", "\x80", ""),
         (b"<meta charset=nonsense><p>caf\xe9</p>", "caf\ufffd", "1 byte sequence is not UTF-8"),
     ],
 )
@@ -214,16 +301,15 @@ def test_html_that_shows_nothing_is_refused(tmp_path):
         read_document(str(tmp_path / "page.html"))
 
 
-@pytest.mark.parametrize(("name", "package"), [("a.pdf", "pypdf"), ("a.html", "bs4")])
-def test_without_the_extra_the_command_that_installs_it_is_named(name, package, tmp_path, monkeypatch):
-    (tmp_path / name).write_bytes(b"x")
+def test_without_the_extra_the_command_that_installs_it_is_named(tmp_path, monkeypatch):
+    (tmp_path / "a.pdf").write_bytes(b"x")
     original = builtins.__import__
 
     def without(wanted, *args, **kwargs):
-        if wanted == package:
+        if wanted == "pypdf":
             raise ImportError(f"No module named {wanted!r}")
         return original(wanted, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(InputError, match=r"pip install rapid-jax\[documents\]"):
-        read_document(str(tmp_path / name))
+        read_document(str(tmp_path / "a.pdf"))

@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import Fields, shown
 
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
+_NAMED = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}  # tokenizer.ggml.*_token_id
 
 # A word with its leading character, up to {digits} digits, punctuation with line ends, line ends, other space.
 _SPLIT = (
@@ -40,64 +42,81 @@ _CUTS = {
 }
 
 
-def tokenizer_files(metadata: Mapping[str, Any]) -> dict[str, bytes]:
+def tokenizer_files(metadata: Mapping[str, Any], source: str = "GGUF metadata") -> dict[str, bytes]:
     """tokenizer.json, tokenizer_config.json and generation_config.json for a GGUF file's metadata.
 
-    Raises InputError naming the tokenizer model or pre-tokenizer when it is not one of those known here.
+    Unused tokens behind all others, with which llama.cpp fills the vocabulary up to the rows of the embedding, are left
+    out, as they are in the checkpoint's own files. Raises InputError naming `source` and the key for what is missing,
+    of another type, or contradicts another key, and for a tokenizer model or pre-tokenizer that is not known here.
     """
-    kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
+    fields = Fields(metadata, source)
+    kind, pre = fields.text("tokenizer.ggml.model"), fields.text("tokenizer.ggml.pre")
     if kind != "gpt2":
         raise InputError(
-            f"GGUF tokenizer model {kind!r} is not supported (expected 'gpt2'): use the Hugging Face folder"
+            f"{source}: GGUF tokenizer model {shown(kind)} is not supported (expected 'gpt2'): "
+            "use the Hugging Face folder"
         )
     if pre not in _CUTS:
-        raise InputError(f"GGUF pre-tokenizer {pre!r} is not supported; supported: {', '.join(_CUTS)}")
-    tokens = metadata["tokenizer.ggml.tokens"]
-    special = {
-        name: tokens[id]
-        for name, key in (
-            ("bos_token", "bos"),
-            ("eos_token", "eos"),
-            ("unk_token", "unknown"),
-            ("pad_token", "padding"),
-        )
-        if (id := metadata.get(f"tokenizer.ggml.{key}_token_id")) is not None
-    }
-    add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", _CUTS[pre].add_bos))
+        raise InputError(f"{source}: GGUF pre-tokenizer {shown(pre)} is not supported; supported: {', '.join(_CUTS)}")
+    tokens, ids = fields.texts("tokenizer.ggml.tokens"), _named_ids(fields)
+    special = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "unk", "pad") if name in ids}
+    add_bos = fields.truth("tokenizer.ggml.add_bos_token", _CUTS[pre].add_bos)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": add_bos,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": metadata[f"{metadata['general.architecture']}.context_length"],
+        "model_max_length": fields.whole(f"{fields.text('general.architecture')}.context_length", least=1),
         **special,
     }
-    if "tokenizer.chat_template" in metadata:
-        config["chat_template"] = metadata["tokenizer.chat_template"]
-    bos = special.get("bos_token") if add_bos else None
-    backend = _backend(tokens, metadata, _CUTS[pre], bos)
+    if (template := fields.text("tokenizer.chat_template", None)) is not None:
+        config["chat_template"] = template
+    settings = _backend(fields, tokens, _CUTS[pre], ids).to_str()
+    if add_bos and "bos" in ids:
+        settings = json.dumps(json.loads(settings) | {"post_processor": _prepending(special["bos_token"], ids["bos"])})
     return {
-        "tokenizer.json": backend.to_str().encode(),
+        "tokenizer.json": settings.encode(),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
-        "generation_config.json": json.dumps(token_ids(metadata), indent=2).encode(),
+        "generation_config.json": json.dumps(token_ids(fields), indent=2).encode(),
     }
 
 
-def token_ids(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def token_ids(fields: Fields) -> dict[str, Any]:
     """bos_token_id, eos_token_id (a list where a turn ends otherwise than a text) and pad_token_id."""
-    found = {
-        name: metadata[f"tokenizer.ggml.{key}_token_id"]
-        for name, key in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding"))
-        if f"tokenizer.ggml.{key}_token_id" in metadata
-    }
-    turn = metadata.get("tokenizer.ggml.eot_token_id")
-    if turn is not None and turn != found.get("eos_token_id"):
-        found["eos_token_id"] = [id for id in (found.get("eos_token_id"), turn) if id is not None]
+    ids = _named_ids(fields)
+    found: dict[str, Any] = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad") if name in ids}
+    if "eot" in ids and ids["eot"] != ids.get("eos"):
+        found["eos_token_id"] = [ids[name] for name in ("eos", "eot") if name in ids]
     return found
 
 
-def _backend(tokens: list[str], metadata: Mapping[str, Any], cut: _Cut, bos: str | None) -> Tokenizer:
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+def _named_ids(fields: Fields) -> dict[str, int]:
+    tokens, found = fields.texts("tokenizer.ggml.tokens"), {}
+    for name, key in ((name, f"tokenizer.ggml.{key}_token_id") for name, key in _NAMED.items()):
+        if (id := fields.whole(key, None, most=len(tokens) - 1)) is None:
+            continue
+        if not tokens[id]:
+            raise fields.error(key, "the id of a token that is spelt somehow")
+        found[name] = id
+    return found
+
+
+def _backend(fields: Fields, tokens: list[str], cut: _Cut, ids: Mapping[str, int]) -> Tokenizer:
+    kinds = fields.wholes("tokenizer.ggml.token_type", most=6)
+    if len(kinds) != len(tokens):
+        raise InputError(
+            f"{fields.source}: tokenizer.ggml.token_type must have {len(tokens)} values, one for each of "
+            f"tokenizer.ggml.tokens, got {len(kinds)}"
+        )
     vocabulary = {token: id for id, token in enumerate(tokens)}
+    if len(vocabulary) < len(tokens):
+        twice = next(token for id, token in enumerate(tokens) if vocabulary[token] != id)
+        raise InputError(f"{fields.source}: tokenizer.ggml.tokens has {shown(twice)} twice")
+    merges = _merges(fields, vocabulary)
+    needed = {vocabulary[part] for merge in merges for part in (*merge, "".join(merge))} | set(ids.values())
+    end = len(tokens)
+    while end > 1 and kinds[end - 1] == _UNUSED and end - 1 not in needed:
+        end -= 1
+    vocabulary = {token: id for id, token in enumerate(tokens[:end])}
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut.ignore_merges))  # pyright: ignore[reportArgumentType]
     if cut.nfc:
         backend.normalizer = normalizers.NFC()
@@ -108,12 +127,32 @@ def _backend(tokens: list[str], metadata: Mapping[str, Any], cut: _Cut, bos: str
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([first, level])
     backend.decoder = decoders.ByteLevel()
-    kinds = metadata["tokenizer.ggml.token_type"]
     for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
         found = [token for token, its in zip(tokens, kinds, strict=True) if its == kind]
         backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in found])
-    if bos is not None:
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
-        )
     return backend
+
+
+def _merges(fields: Fields, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    merges = []
+    for merge in fields.texts("tokenizer.ggml.merges"):
+        left, space, right = merge.partition(" ")
+        if not space or any(part not in vocabulary for part in (left, right, left + right)):
+            raise InputError(
+                f"{fields.source}: tokenizer.ggml.merges must have two tokens and a space between them that make up a "
+                f"third, got {shown(merge)}"
+            )
+        merges.append((left, right))
+    return merges
+
+
+def _prepending(bos: str, id: int) -> dict[str, Any]:
+    """The post-processor of a tokenizer.json that begins each text with a token, whatever it is spelt like."""
+    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [begin, first],
+        "pair": [begin, first, begin, second],
+        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
+    }

@@ -23,6 +23,7 @@ from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of
 from rapid_jax.runtime.axes import PARAM, Table, with_copied_kv
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, digest_file, user_path
+from rapid_jax.runtime.input_files import open_regular
 
 LoadDtype = Literal["auto", "float32", "bfloat16"]
 SMOLLM2 = "smollm2"
@@ -106,7 +107,7 @@ def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, 
             folder = HfCheckpoint(path)
             eos = folder.config.carried_keys().get("eos_token_id")
             return folder, tokenizer_of(path, eos, rows=folder.config.vocab_size)
-        if path.suffix.lower() == ".gguf":
+        if path.suffix.lower() == ".gguf" or _begins_as_gguf(path):
             file = GgufCheckpoint(path)
             eos = file.config.carried_keys().get("eos_token_id")
             return file, Tokenizer(file.tokenizer_files(), eos, rows=file.config.vocab_size, place=path)
@@ -116,6 +117,15 @@ def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, 
     if path.suffix == ".safetensors":
         got += "; name the folder that holds config.json and the weights"
     raise InputError(f"{source}: expected a checkpoint folder, a .gguf file or the name {SMOLLM2!r}, got {got}")
+
+
+def _begins_as_gguf(path: Path) -> bool:
+    """Whether a file is GGUF whatever its name: caches of downloads name files by their hash."""
+    try:
+        with open_regular(path) as file:
+            return file.read(4) == b"GGUF"
+    except (OSError, ValueError):  # not there, of another kind, or no name of a file
+        return False
 
 
 def arithmetic(name: str) -> jnp.dtype:

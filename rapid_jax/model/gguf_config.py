@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The architecture that a GGUF file's metadata describes, as llama.cpp reads it (llama-model.cpp: load_hparams)."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import numpy as np
+
+from rapid_jax.model import gguf_file
+from rapid_jax.model.config import ModelConfig, Rope, from_hf
+from rapid_jax.model.gguf_names import ROPE_FACTORS, gguf_name
+from rapid_jax.model.gguf_tokenizer import token_ids
+from rapid_jax.model.hf_names import EMBEDDING, HEAD
+from rapid_jax.model.rope import inverse_frequencies
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import Fields, shown
+
+# Metadata that changes a number where it has another value than these, and that the decoder has no part for.
+_WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...]]] = {
+    "expert_count": (0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.scale": (0,),
+    "attention.output_scale": (0, 1),
+    "attention.temperature_scale": (0,),
+    "attn_logit_softcapping": (0,),
+    "final_logit_softcapping": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "use_parallel_residual": (False,),
+    "rope.scaling.attn_factor": (1,),
+    "rope.scaling.alpha": (0,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+}
+_ROPE_KEYS: Final = (
+    *("dimension_count", "freq_base", "scale_linear", "scaling.type", "scaling.factor", "scaling.finetuned"),
+    *("scaling.original_context_length", "scaling.yarn_ext_factor", "scaling.yarn_attn_factor"),
+    *("scaling.yarn_beta_fast", "scaling.yarn_beta_slow"),
+)
+
+
+def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> ModelConfig:
+    """The architecture; raises InputError naming the file and the key for what is wrong or not implemented."""
+    architecture = metadata.text("general.architecture")
+    if architecture not in ("llama", "qwen2"):
+        raise InputError(
+            f"{metadata.source}: architecture {shown(architecture)} is not supported; supported: llama, qwen2"
+        )
+    if (parts := metadata.whole("split.count", 1)) > 1:
+        raise InputError(f"{metadata.source}: one of {parts} parts; join them with llama.cpp's gguf-split --merge")
+    if gguf_name(EMBEDDING) not in tensors:
+        raise InputError(f"{metadata.source}: tensor {gguf_name(EMBEDDING)} is missing")
+    rows, tokens = tensors[gguf_name(EMBEDDING)].shape[0], len(metadata.texts("tokenizer.ggml.tokens"))
+    if rows != tokens:
+        raise InputError(
+            f"{metadata.source}: tokenizer.ggml.tokens must have {rows} tokens, one for each row of "
+            f"{gguf_name(EMBEDDING)}, got {tokens}"
+        )
+    _refuse_unsupported(metadata, f"{architecture}.")
+
+    def whole(key: str, *default: int, least: int = 1, **limits: int) -> int:
+        return metadata.whole(f"{architecture}.{key}", *default, least=least, **limits)
+
+    heads, hidden, context = whole("attention.head_count"), whole("embedding_length"), whole("context_length")
+    kv_heads = whole("attention.head_count_kv", heads)
+    if heads % kv_heads:
+        raise metadata.error(f"{architecture}.attention.head_count_kv", f"a divisor of the {heads} of head_count")
+    if f"{architecture}.attention.key_length" not in metadata and hidden % heads:
+        raise metadata.error(f"{architecture}.embedding_length", f"a multiple of the {heads} of attention.head_count")
+    head_dim = whole("attention.key_length", hidden // heads)
+    for key in ("rope.dimension_count", "attention.value_length", "attention.key_length"):
+        if head_dim % 2 or whole(key, head_dim) != head_dim:
+            raise metadata.error(f"{architecture}.{key}", f"{head_dim}, as the size of a head, which must be even")
+    if 0 < whole("attention.sliding_window", context, least=0) < context:
+        raise metadata.error(f"{architecture}.attention.sliding_window", f"at least context_length, {context}")
+    theta = _shortest(metadata.number(f"{architecture}.rope.freq_base", 10000.0, above=1))
+    return from_hf(
+        {
+            "model_type": architecture,
+            "vocab_size": rows,
+            "hidden_size": hidden,
+            "intermediate_size": whole("feed_forward_length"),
+            "num_hidden_layers": whole("block_count", most=len(tensors)),
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": head_dim,
+            "rms_norm_eps": _shortest(
+                metadata.number(f"{architecture}.attention.layer_norm_rms_epsilon", above=1e-30, most=1)
+            ),
+            "max_position_embeddings": context,
+            "tie_word_embeddings": gguf_name(HEAD) not in tensors,
+            "rope_theta": theta,
+            "rope_scaling": _rope_scaling(metadata, tensors, architecture, theta, head_dim, context),
+            **token_ids(metadata),
+        }
+    )
+
+
+def _refuse_unsupported(metadata: Fields, prefix: str) -> None:
+    for key, harmless in _WITHOUT_EFFECT.items():
+        if prefix + key in metadata and metadata[prefix + key] not in harmless:
+            raise metadata.error(prefix + key, f"{' or '.join(map(str, harmless))}, others are not supported")
+    for key in metadata:
+        part = key.removeprefix(f"{prefix}rope.")
+        if part != key and part not in _ROPE_KEYS and f"rope.{part}" not in _WITHOUT_EFFECT:
+            raise InputError(f"{metadata.source}: {key} is not supported")
+
+
+def _rope_scaling(
+    metadata: Fields,
+    tensors: Mapping[str, gguf_file.Tensor],
+    architecture: str,
+    theta: float,
+    head_dim: int,
+    context: int,
+) -> dict[str, Any] | None:
+    """What `rope_scaling` of a config.json says for it.
+
+    Without a type the factor is linear's, under its older key, too, and a factor of 0 is 1: llama.cpp's rules.
+    """
+    prefix = f"{architecture}.rope."
+    kind = metadata.text(f"{prefix}scaling.type", "linear")
+    if kind not in ("none", "linear", "yarn"):
+        raise metadata.error(f"{prefix}scaling.type", "none, linear or yarn, others are not supported")
+    key = f"{prefix}scaling.factor" if f"{prefix}scaling.factor" in metadata else f"{prefix}scale_linear"
+    factor = _shortest(metadata.number(key, 1.0)) or 1.0
+    if factor < 1e-6:
+        raise metadata.error(key, "a number of at least 0")
+    for part, harmless in (("ext_factor", (-1, 1) if kind == "yarn" else (-1, 0)), ("attn_factor", (1,))):
+        if (found := metadata.get(f"{prefix}scaling.yarn_{part}")) is not None and found not in harmless:
+            raise metadata.error(f"{prefix}scaling.yarn_{part}", " or ".join(map(str, harmless)))
+    scaled = kind != "none" and factor != 1
+    if ROPE_FACTORS in tensors:
+        if scaled:
+            raise metadata.error(key, f"1 beside the tensor {ROPE_FACTORS}")
+        return _llama3_scaling(tensors[ROPE_FACTORS], theta, head_dim)
+    if not scaled:
+        return None
+    found = {"rope_type": kind, "factor": factor}
+    if kind == "yarn":
+        fast = _shortest(metadata.number(f"{prefix}scaling.yarn_beta_fast", 32.0, above=0))
+        slow = _shortest(metadata.number(f"{prefix}scaling.yarn_beta_slow", 1.0, above=0))
+        if slow > fast:
+            raise metadata.error(f"{prefix}scaling.yarn_beta_slow", f"at most yarn_beta_fast, {fast}")
+        original = metadata.whole(f"{prefix}scaling.original_context_length", 0) or context
+        found |= {"original_max_position_embeddings": original, "beta_fast": fast, "beta_slow": slow}
+    return found
+
+
+def _llama3_scaling(table: gguf_file.Tensor, theta: float, head_dim: int) -> dict[str, Any]:
+    """Llama 3's rope scaling from the table of divisors that llama.cpp makes of it.
+
+    The table does not determine the rule's numbers; those of every released Llama 3.1 to 3.3 are tried, and the table
+    must follow from them.
+    """
+    plain, _ = inverse_frequencies(Rope(theta), head_dim)
+    factors = gguf_file.read(table) if table.shape == plain.shape else np.zeros(1)
+    if np.isfinite(factors).all() and factors.min() > 0:
+        rule = Rope(theta, "llama3", float(round(float(factors.max()), 3)), 1.0, 4.0, 8192)
+        scaled, _ = inverse_frequencies(rule, head_dim)
+        if np.allclose(plain / scaled, factors, rtol=1e-4, atol=0):
+            return {
+                "rope_type": "llama3",
+                "factor": rule.factor,
+                "low_freq_factor": rule.low_freq_factor,
+                "high_freq_factor": rule.high_freq_factor,
+                "original_max_position_embeddings": rule.original_max_positions,
+            }
+    raise InputError(
+        f"{table.file}: {ROPE_FACTORS} does not follow Llama 3's rule with frequency factors 1 and 4 of 8192"
+    )
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is this float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What llama.cpp's files call the weights that Hugging Face's name otherwise."""
+
+from typing import Final
+
+from rapid_jax.model.hf_names import EMBEDDING, HEAD
+
+ROPE_FACTORS: Final = "rope_freqs.weight"  # of llama.cpp alone: the divisors of Llama 3's rope scaling
+_PARTS: Final = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+_OUTSIDE: Final = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
+
+
+def gguf_name(key: str) -> str:
+    """The GGUF name of a Hugging Face key: model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight."""
+    if key in _OUTSIDE:
+        return _OUTSIDE[key]
+    layer, part = key.removeprefix("model.layers.").split(".", 1)
+    stem, _, kind = part.rpartition(".")
+    return f"blk.{layer}.{_PARTS[stem]}.{kind}"

@@ -20,10 +20,13 @@ MOST_WHOLE: Final = 2**53  # beyond it JSON readers disagree about a number
 _REQUIRED: Final = object()  # default of a key that must be there
 
 
-def parse_json(data: bytes | str, source: str) -> Any:
-    """The value of a JSON text in UTF-8. Raises InputError naming `source` for anything else, and beyond the limits."""
-    if len(data) > MOST_BYTES:
-        raise InputError(f"{source}: expected JSON of at most {MOST_BYTES} bytes, got {len(data)}")
+def parse_json(data: bytes | str, source: str, *, most: int = MOST_BYTES) -> Any:
+    """The value of a JSON text in UTF-8 of at most `most` bytes.
+
+    Raises InputError naming `source` for anything else, and beyond the limits.
+    """
+    if len(data) > most:
+        raise InputError(f"{source}: expected JSON of at most {most} bytes, got {len(data)}")
     try:
         value = json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
     except RecursionError as error:
@@ -84,7 +87,10 @@ class Fields(Mapping[str, Any]):
         """The error of a value at `key` that is not what was expected."""
         value = self._values.get(key, _REQUIRED)
         got = "no such key" if value is _REQUIRED else "null" if value is None else shown(value)
-        return InputError(f"{self.source}: {self._path}{key} must be {expected}, got {got}")
+        place = f"{self._path}{key}"
+        return InputError(
+            f"{self.source}: {place if place.isprintable() else shown(place)} must be {expected}, got {got}"
+        )
 
     def whole(self, key: str, default: Any = _REQUIRED, *, least: int = 0, most: int = MOST_WHOLE) -> Any:
         """A whole number from `least` to `most`; truth values and 2.0 are none."""

@@ -92,3 +92,14 @@ def test_files(tmp_path):
         read_object(path)
     with pytest.raises(InputError, match="no such file"):
         read_object(tmp_path)
+
+
+def test_a_caller_may_set_another_limit():
+    assert parse_json(b"[1, 2]", "c.json", most=6) == [1, 2]
+    with pytest.raises(InputError, match=r"c.json: expected JSON of at most 5 bytes, got 6"):
+        parse_json(b"[1, 2]", "c.json", most=5)
+
+
+def test_a_key_that_a_terminal_would_obey_is_told_by_number():
+    with pytest.raises(InputError, match=r"^c.json: 'o.\\x1b\[2J' must be a whole number of at least 0, got 'a'$"):
+        parse_object(b'{"o": {"\\u001b[2J": "a"}}', "c.json").fields("o").whole("\x1b[2J")

@@ -2,7 +2,7 @@
 """Everything that a run of RAPID can be told: one dataclass a section of the YAML file."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rapid_jax.attention.config import KernelName, Over
@@ -32,6 +32,10 @@ class ModelsConfig:
             )
         if self.max_context is not None and self.max_context < 1:
             raise InputError(f"models.max_context: expected at least 1, got {self.max_context}")
+
+    def loads_as(self, other: "ModelsConfig") -> bool:
+        """Whether what is loaded is the same; how much of a document is read may differ."""
+        return replace(self, max_context=other.max_context, too_long=other.too_long) == other
 
 
 @dataclass(frozen=True)

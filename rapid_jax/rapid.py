@@ -237,9 +237,9 @@ class Rapid:
         )
 
     def with_config(self, config: RapidConfig) -> "Rapid":
-        """The same loaded models under other settings of retrieval, speculation, sampling, prompts or stop texts."""
-        if replace(config.models, max_context=None) != replace(self.config.models, max_context=None):
-            raise ValueError("with_config keeps the models: models.* must be the same")
+        """The same loaded models under other settings, and other models.max_context and models.too_long."""
+        if not config.models.loads_as(self.config.models):
+            raise ValueError("with_config keeps the models: models.* must be the same, but max_context and too_long")
         if (config.mesh, config.drafter_mesh) != (self.config.mesh, self.config.drafter_mesh):
             raise ValueError("with_config keeps the models where they are: mesh and drafter_mesh must be the same")
         other = Rapid(config, quiet=self._quiet)

@@ -2,6 +2,8 @@
 """`rapid bench` at the size of a CPU: what it prints is what was decoded, and a wrong decoder gets no speedup."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -31,12 +33,30 @@ def bench():
 def test_the_command_measures_every_part_and_draws(tmp_path, capsys):
     rows, figure = tmp_path / "rows.jsonl", tmp_path / "a" / "cost.png"
     cases = "plain,plain/int8,quoting,prose,full:3,int8:3,int4:3"
-    assert main([*SMALL, "--cases", cases, "--json", str(rows), "--plot", str(figure)]) == 0
+    others = ["--with", str(Path(__file__).parent / "benchmarks" / "h200.jsonl")]
+    assert main([*SMALL, "--cases", cases, "--json", str(rows), "--plot", str(figure), *others]) == 0
     made = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["part"] for row in made].count("attention") == 3
-    by_name = {row["name"]: row for row in made if row["part"] == "decoding"}
+    decoded = [row for row in made if row["part"] == "decoding"]
+    by_name = {row["name"]: row for row in decoded}
     assert len(by_name) == 7
     out = capsys.readouterr().out
+    lines = out.splitlines()
+    for row in decoded:
+        assert row["timings"] == 3 and 0 < row["ms_least"] <= row["ms_per_token"] <= row["ms_most"]
+        assert any(
+            f"{row['ms_per_token']:.2f}  " in line and f" {row['dial']:.4g}  {row['name']} " in line for line in lines
+        )
+        if row["ratio"] is not None:
+            # What a ratio is of stands before it, in the file and in the table.
+            before = decoded[: decoded.index(row)]
+            plain = [other for other in before if other["name"] == "plain" and other["dial"] == row["dial"]][-1]
+            assert plain["ms_per_token"] == row["baseline_ms"]
+            assert row["ratio"] == pytest.approx(row["baseline_ms"] / row["ms_per_token"])
+    assert len({row["dial"] for row in decoded}) > 1 and rows_of(rows)
+    for name, part in (("seconds", "prefill"), ("short_seconds", "prefill"), ("kernel_us", "attention")):
+        (row, *_) = [row for row in made if row["part"] == part]
+        assert 0 < row[f"{name}_least"] <= row[name] <= row[f"{name}_most"]
     for name, row in by_name.items():
         assert name in out and row["ms_per_token"] > 0
         if name != "plain" and "kv int8" not in name:
@@ -81,6 +101,28 @@ def test_the_command_fails_where_tokens_differ(monkeypatch, capsys):
     monkeypatch.setattr(Decoding, "_compared", lambda *_: "no: token 1 of row 0 differs")
     assert main([*SMALL, "--parts", "decoding", "--cases", "plain,full:3"]) == command.DIFFERENT
     assert "no: token 1" in capsys.readouterr().out
+
+
+def test_the_median_and_the_ends_are_of_the_timings(bench, monkeypatch):
+    """A run that is slow once moves no median; one that says something else once is seen."""
+    case = Case(64, drafter="full", gamma=3)
+    bench.dial = 0.5
+    right, seconds = decoding.generate, iter([9.0, 1.0, 5.0, 2.0] * 3)
+
+    def timed(*given, **settings):
+        return replace(right(*given, **settings), decode_seconds=next(seconds))
+
+    monkeypatch.setattr(decoding, "generate", timed)
+    plain, found = bench.measure(case.baseline), bench.measure(case)
+    assert (plain.ms_least, plain.ms_per_token, plain.ms_most) == pytest.approx((1000 / 24, 2000 / 24, 5000 / 24))
+    assert plain.tokens_per_second == pytest.approx(12) and (plain.baseline_ms, plain.ratio) == (None, None)
+    assert (found.baseline_ms, found.ratio, found.dial) == (plain.ms_per_token, 1.0, 0.5)
+    monkeypatch.setattr(bench, "_compared", lambda case, wanted, got: got)
+    tokens = ["yes", "no: token 1", "until a tie", "yes"]
+    for worst in ("no: token 1", "until a tie", "yes"):
+        assert bench._worst(case, [], tokens) == worst
+        tokens = [said for said in tokens if said != worst]
+    bench.release()
 
 
 def test_a_plain_step_reads_weights_and_cache_once():
@@ -138,6 +180,48 @@ def test_a_figure_needs_rows(tmp_path):
         draw([{"part": "memory"}], tmp_path / "a.png")
     with pytest.raises(InputError, match="expected JSON lines"):
         rows_of(tmp_path / "none.jsonl")
+
+
+ROW = {
+    "part": "decoding",
+    "name": "a $x$ \x1b",
+    "case": {"context": 64, "batch": 1, "quoting": None},
+    "ms_per_token": 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"name": 3}, "name must be a string, got 3"),
+        ({"ms_per_token": None}, "ms_per_token must be a number above 0, got null"),
+        ({"ms_per_token": "2"}, "ms_per_token must be a number above 0, got '2'"),
+        ({"ms_per_token": float("nan")}, "ms_per_token must be a number above 0, got nan"),
+        ({"floor_ms": [1]}, r"floor_ms must be a number above 0, got \[1\]"),
+        ({"ms_most": -1}, "ms_most must be a number above 0, got -1"),
+        ({"case": "plain"}, "case must be an object, got 'plain'"),
+        ({"case": {"context": 10**30, "batch": 1}}, "case.context must be a whole number from 1 to"),
+        ({"case": {"context": 64}}, "case.batch must be a whole number of at least 1, got no such key"),
+        ({"case": ROW["case"] | {"quoting": 1}}, "case.quoting must be true or false, got 1"),
+    ],
+)
+def test_a_row_that_cannot_be_drawn_is_named(tmp_path, change, said):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in (ROW, {"part": "memory"}, ROW | change)))
+    with pytest.raises(InputError, match=f"rows.jsonl:3: {said}"):
+        rows_of(path)
+    for lines in ("[]", "{", "1" * 5000):
+        path.write_text(lines)
+        with pytest.raises(InputError, match=r"rows.jsonl:1: "):
+            rows_of(path)
+
+
+def test_rows_with_the_spread_and_without_are_drawn(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    other = ROW | {"case": ROW["case"] | {"context": 128}, "ms_least": 1.5, "ms_most": 3.0, "floor_ms": None}
+    path.write_text("".join(json.dumps(row) + "\n" for row in (ROW, other)))
+    draw(rows_of(path), tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_gap_to_another_token_is_of_the_logits_that_plain_decoding_chose_by(bench):

@@ -74,6 +74,15 @@ def test_another_configuration_shares_models_and_prefill_and_changes_the_rest(ra
         rapid.with_config(replace(rapid.config, models=replace(rapid.config.models, target="other")))
 
 
+def test_a_configuration_that_cuts_documents_shares_models_too(rapid):
+    models = replace(rapid.config.models, max_context=200)
+    with pytest.raises(InputError, match="the document is too long"):
+        under(rapid, mode="target").with_config(replace(rapid.config, models=models)).answer(words(400), QUESTION)
+    models = replace(models, too_long="middle")
+    other = rapid.with_config(replace(rapid.config, models=models))
+    assert other.target is rapid.target and other.answer(words(400), QUESTION).target_tokens <= 200
+
+
 def test_retrieval_alone_answers_as_the_target_does_from_the_retrieved_text(rapid, config):
     retrieved = under(rapid, mode="retrieval").answer(words(200), QUESTION)
     assert retrieved.selection is not None and retrieved.gamma == 0

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is measured, what came of it, and the least time that it could have taken."""
 
+import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
@@ -35,11 +36,29 @@ class Case:
 
 
 @dataclass(frozen=True)
+class Timing:
+    """Several timings of one thing, in one unit."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Sequence[float], unit: float = 1.0) -> "Timing":
+        """Of the values, each in so many of the unit."""
+        return cls(unit * statistics.median(values), unit * min(values), unit * max(values))
+
+
+@dataclass(frozen=True)
 class Measured:
-    """What a case took. Times are of all rows of the batch together."""
+    """What a case took. Times are of all rows of the batch together, medians of several timings."""
 
     case: Case
+    dial: float  # of the models that decoded
     ms_per_token: float  # of one row: milliseconds in which every row gets a token, on average
+    ms_least: float  # of the timings
+    ms_most: float
+    timings: int
     tokens_per_second: float  # of all rows
     acceptance: float | None  # of the drafts that were looked at, how many were accepted
     tokens_per_round: float
@@ -48,7 +67,8 @@ class Measured:
     compile_seconds: float
     floor_ms: float | None  # of a plain token: weights and cache read once, at the memory's rate
     same: str  # as plain decoding at temperature 0: "yes", "until a tie", or what differs
-    ratio: float | None  # tokens/s over the baseline's; None without one, and where the tokens differ
+    baseline_ms: float | None  # plain decoding's ms_per_token at this dial; None of plain decoding itself
+    ratio: float | None  # baseline_ms over ms_per_token; None without one, and where the tokens differ
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -65,15 +85,19 @@ def plain_bytes(config: ModelConfig, case: Case, itemsize: int) -> float:
 
 def table(rows: Sequence[Measured]) -> Iterator[str]:
     """A line a case."""
-    head = f"{'context':>8} {'batch':>5} {'gamma':>5}  {'case':<36} {'ms/token':>9} {'tokens/s':>9} {'floor':>6}"
-    yield f"{head} {'accepted':>8} {'a round':>7} {'ratio':>6}  same tokens"
+    head = f"{'context':>8} {'batch':>5} {'gamma':>5} {'dial':>6}  {'case':<36} {'ms/token':>9} {'least to most':>16}"
+    yield (
+        f"{head} {'tokens/s':>9} {'floor':>6} {'accepted':>8} {'a round':>7} {'plain ms':>8} {'ratio':>6}  same tokens"
+    )
     for row in rows:
         case = row.case
         accepted = "" if row.acceptance is None else f"{row.acceptance:.3f}"
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
         floor = "" if row.floor_ms is None else f"{row.floor_ms:.2f}"
-        speeds = f"{row.ms_per_token:>9.2f} {row.tokens_per_second:>9.1f} {floor:>6}"
+        plain = "" if row.baseline_ms is None else f"{row.baseline_ms:.2f}"
+        spread = f"{row.ms_least:.2f} to {row.ms_most:.2f}"
+        speeds = f"{row.ms_per_token:>9.2f} {spread:>16} {row.tokens_per_second:>9.1f} {floor:>6}"
         yield (
-            f"{case.context:>8} {case.batch:>5} {case.gamma:>5}  {case!s:<36} {speeds} {accepted:>8} "
-            f"{row.tokens_per_round:>7.2f} {ratio:>6}  {row.same}"
+            f"{case.context:>8} {case.batch:>5} {case.gamma:>5} {row.dial:>6.4g}  {case!s:<36} {speeds} {accepted:>8} "
+            f"{row.tokens_per_round:>7.2f} {plain:>8} {ratio:>6}  {row.same}"
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from rapid_jax.bench.cases import Case, Drafter, KvBits, table
+from rapid_jax.bench.cases import Case, Drafter, KvBits, Timing, table
 from rapid_jax.model.config import ModelConfig, from_hf
 from rapid_jax.plan.architectures import SHAPES
 from rapid_jax.runtime.command_line import prepare_jax, say
@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cases", default=CASES, metavar="LIST", help=f"what decodes: {GRAMMAR}; by default {CASES}")
     parser.add_argument("--acceptance", type=float, default=0.9, metavar="A", help="of the drafts, by turning the dial")
     parser.add_argument("--tokens", help="to decode, a prompt", **number)
+    parser.add_argument("--repeats", default=3, help="timings of everything: medians are told; by default 3", **number)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="by default float32 on a CPU")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST", help=f"of {', '.join(PARTS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there, a JSON object a line")
@@ -152,14 +153,15 @@ def _attention(
     from rapid_jax.bench.parts import attention
 
     print("attention of a layer")
-    print(f"{'context':>8} {'tokens':>6} {'us':>8} {'TB/s':>6} {'share':>7} {'xla us':>8}  error")
+    print(f"{'context':>8} {'tokens':>6} {'us':>8} {'least to most':>18} {'TB/s':>6} {'share':>7} {'xla us':>8}  error")
     made = []
     for context in contexts:
         for tokens in (1, 8, 16):
-            row = attention(config, _dtype(options), context, tokens, rate)
+            row = attention(config, _dtype(options), context, tokens, rate, options.repeats)
             rows.add("attention", row.to_json())
             made.append(row.rate)
-            speed = f"{row.kernel_us:>8.1f} {row.rate / 1e12:>6.2f} {row.share:>7.2f} {row.xla_us:>8.1f}"
+            spread = f"{row.kernel_us_least:.1f} to {row.kernel_us_most:.1f}"
+            speed = f"{row.kernel_us:>8.1f} {spread:>18} {row.rate / 1e12:>6.2f} {row.share:>7.2f} {row.xla_us:>8.1f}"
             print(f"{context:>8} {tokens:>6} {speed}  {row.error:.1e}", flush=True)
     print()
     return made
@@ -171,20 +173,25 @@ def _prefill(rows: _Rows, config: ModelConfig, options: argparse.Namespace, cont
 
     decoder = random_decoder(config, _dtype(options))
     short = options.short or sizes.short
-    drafter = prefill_seconds(decoder, short, sizes.chunk)
+    drafter = prefill_seconds(decoder, short, sizes.chunk, options.repeats)
     for context in contexts:
-        seconds = prefill_seconds(decoder, context, sizes.chunk)
-        row = {"context": context, "seconds": seconds, "short": short, "short_seconds": drafter}
-        rows.add("prefill", row)
-        share = f"the drafter's {short} in {drafter:.2f} s, {drafter / seconds:.1%} of it"
-        print(f"prefill of {context}: {seconds:.2f} s, {context / seconds:.0f} tokens/s; {share}", flush=True)
+        long = prefill_seconds(decoder, context, sizes.chunk, options.repeats)
+        ends = {"seconds_least": long.least, "seconds_most": long.most}
+        row = {"context": context, "seconds": long.median, **ends, "short": short, "short_seconds": drafter.median}
+        rows.add("prefill", row | {"short_seconds_least": drafter.least, "short_seconds_most": drafter.most})
+        share = f"the drafter's {short} in {_spread(drafter)}, {drafter.median / long.median:.1%} of it"
+        print(f"prefill of {context}: {_spread(long)}, {context / long.median:.0f} tokens/s; {share}", flush=True)
+
+
+def _spread(timing: Timing) -> str:
+    return f"{timing.median:.2f} s ({timing.least:.2f} to {timing.most:.2f})"
 
 
 def _decoding(rows: _Rows, config: ModelConfig, options, sizes: Sizes, rate: float, kinds: list[Case]) -> bool:
     from rapid_jax.bench.decoding import Decoding
 
     tokens, short = options.tokens or sizes.tokens, options.short or sizes.short
-    bench = Decoding(config, _dtype(options), short, tokens, memory_rate=rate, tell=say)
+    bench = Decoding(config, _dtype(options), short, tokens, options.repeats, memory_rate=rate, tell=say)
     good, lines = True, 0
     for context in options.contexts or sizes.contexts:
         for batch in options.batch:
@@ -196,12 +203,14 @@ def _decoding(rows: _Rows, config: ModelConfig, options, sizes: Sizes, rate: flo
                     first = replace(case, gamma=4 if case.gamma == "auto" else case.gamma)
                     reached = bench.calibrate(first, options.acceptance)
                     say(f"{case}, context {context}: dial {bench.dial:.4g}, {reached:.3f} accepted")
-                row = bench.measure(case)
-                rows.add("decoding", row.to_json() | {"dial": bench.dial, "peak_bytes": _peak()})
-                for text in list(table([row]))[min(lines, 1) :]:
-                    print(text, flush=True)
-                lines += 1
-                good &= not row.same.startswith("no")
+                # With the dial plain decoding says something else: it is measured, and told, at each.
+                for each in (case,) if bench.knows_baseline(case) or case == case.baseline else (case.baseline, case):
+                    row = bench.measure(each)
+                    rows.add("decoding", row.to_json() | {"peak_bytes": _peak()})
+                    for text in list(table([row]))[min(lines, 1) :]:
+                        print(text, flush=True)
+                    lines += 1
+                    good &= not row.same.startswith("no")
             bench.release()
     peak = _peak()
     print(f"peak memory of the device: {peak / 2**30:.2f} GiB\n" if peak else "")

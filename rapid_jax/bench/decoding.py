@@ -17,7 +17,7 @@ import numpy as np
 
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.rounded import rounded
-from rapid_jax.bench.cases import Case, Drafter, Measured, plain_bytes
+from rapid_jax.bench.cases import Case, Drafter, Measured, Timing, plain_bytes
 from rapid_jax.bench.models import dialled, random_decoder, random_prefix
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
@@ -44,46 +44,52 @@ class Decoding:
     dtype: jnp.dtype
     short: int  # tokens of the drafter's prompt
     tokens: int  # to decode, a row
+    timings: int = 3  # of each case
     memory_rate: float | None = None  # bytes a second, for floors
     seed: int = 0
     dial: float = 0.0
     tell: Callable[[str], None] = print
     _held: dict[Any, Any] = field(default_factory=dict)  # one of each kind: models and prompts are large
-    _plain: dict[Case, tuple[float, list[list[int]]]] = field(default_factory=dict)
+    _plain: dict[Case, tuple[float, list[list[int]]]] = field(default_factory=dict)  # its ms a token, its tokens
 
     def measure(self, case: Case) -> Measured:
-        """Decodes twice, the first time to compile; the second is timed."""
+        """Decodes once to compile, then `timings` times; tokens and rounds are those of the median one."""
         baseline = None if case == case.baseline else self._baseline(case)
-        generation = self._decoded(case)
-        compile_seconds = generation.compile_seconds
-        generation = self._decoded(case)
-        seconds = generation.decode_seconds
-        made = sum(map(len, generation.tokens))
+        compile_seconds = self._decoded(case).compile_seconds
+        runs = sorted((self._decoded(case) for _ in range(self.timings)), key=lambda run: run.decode_seconds)
+        middle = runs[(len(runs) - 1) // 2]
+        made = sum(map(len, middle.tokens))
+        ms = Timing.of([run.decode_seconds for run in runs], 1e3 * case.batch / made)
         same, ratio = "", None
         if baseline is None:
-            self._plain[case] = (made / seconds, generation.tokens)
+            self._plain[case] = (ms.median, middle.tokens)
         else:
-            same = self._compared(case, baseline[1], generation.tokens)
+            same = self._worst(case, baseline[1], [run.tokens for run in runs])
             exact = case.kv == "full"
-            ratio = made / seconds / baseline[0] if same in ("yes", "until a tie") or not exact else None
-        floor = (
-            None
-            if self.memory_rate is None
-            else 1e3 * plain_bytes(self.config, case, self.dtype.itemsize) / self.memory_rate
-        )
+            ratio = baseline[0] / ms.median if same in ("yes", "until a tie") or not exact else None
+        rate = self.memory_rate
         return Measured(
             case=case,
-            ms_per_token=1e3 * seconds * case.batch / made,
-            tokens_per_second=made / seconds,
-            acceptance=_acceptance(generation),
-            tokens_per_round=made / max(sum(generation.rounds), 1),
-            rounds=generation.target_steps,
-            draft_steps=generation.draft_steps,
+            dial=self.dial,
+            ms_per_token=ms.median,
+            ms_least=ms.least,
+            ms_most=ms.most,
+            timings=len(runs),
+            tokens_per_second=1e3 * case.batch / ms.median,
+            acceptance=_acceptance(middle),
+            tokens_per_round=made / max(sum(middle.rounds), 1),
+            rounds=middle.target_steps,
+            draft_steps=middle.draft_steps,
             compile_seconds=compile_seconds,
-            floor_ms=floor,
+            floor_ms=None if rate is None else 1e3 * plain_bytes(self.config, case, self.dtype.itemsize) / rate,
             same=same,
+            baseline_ms=None if baseline is None else baseline[0],
             ratio=ratio,
         )
+
+    def knows_baseline(self, case: Case) -> bool:
+        """Whether plain decoding was measured as the models are now; if not, `measure` does that first."""
+        return case.baseline in self._plain
 
     def calibrate(self, case: Case, acceptance: float) -> float:
         """Turns the dial until the case's drafts are accepted at about this rate; the rate that was reached.
@@ -184,6 +190,11 @@ class Decoding:
         if drafter == "full":
             return decoder
         return self._hold("copy", (drafter, self.dial), lambda: quantized(decoder, BITS[drafter]))
+
+    def _worst(self, case: Case, wanted: list[list[int]], found: list[list[list[int]]]) -> str:
+        """What `_compared` says of the run that is least like plain decoding."""
+        said = [self._compared(case, wanted, got) for at, got in enumerate(found) if got not in found[:at]]
+        return max(said, key=lambda word: (word != "yes", word != "until a tie", word.startswith("no")))
 
     def _compared(self, case: Case, wanted: list[list[int]], got: list[list[int]]) -> str:
         for row, (one, other) in enumerate(zip(wanted, got, strict=True)):

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the cost of a token grows with the context: one figure of a benchmark's rows."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rapid_jax.evaluate.plotting import line, number_axis, panels, png, require
+from rapid_jax.evaluate.plotting import line, number_axis, panels, png, require, texts_as_they_are
+from rapid_jax.runtime.command_line import harmless
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file
+from rapid_jax.runtime.json_input import MOST_BYTES, Fields, parse_object
 
 
 def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
@@ -17,19 +18,26 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
     `rows` are those of `rapid bench --json`, batch 1. Raises InputError without matplotlib or without rows.
     """
     require()
-    rows = [row for row in rows if row.get("case", {}).get("batch") == 1 and row["case"].get("quoting") is None]
+    rows = [row for row in rows if "case" in row and row["case"]["batch"] == 1 and row["case"].get("quoting") is None]
     if not rows:
         raise InputError("--plot: expected rows of batch 1 without copies, got none")
+    with texts_as_they_are():
+        content = _drawn(rows)
+    with replace_file(target) as file:
+        file.write_bytes(content)
+
+
+def _drawn(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """The figure as PNG."""
     figure, (panel,) = panels(1, 1, (7.0, 4.5))
     names = list(dict.fromkeys(row["name"] for row in rows))
     for index, name in enumerate(names):
-        best: dict[int, float] = {}
-        for row in rows:
-            if row["name"] == name:
-                context = row["case"]["context"]
-                best[context] = min(best.get(context, float("inf")), row["ms_per_token"])
-        line(panel, [(context, ms, None, None) for context, ms in sorted(best.items())], name, index)
-    floors = {row["case"]["context"]: row["floor_ms"] for row in rows if row["name"] == "plain" and row["floor_ms"]}
+        best: dict[int, Mapping[str, Any]] = {}
+        for row in sorted((row for row in rows if row["name"] == name), key=lambda row: row["ms_per_token"]):
+            best.setdefault(row["case"]["context"], row)
+        points = [(at, row["ms_per_token"], row.get("ms_least"), row.get("ms_most")) for at, row in best.items()]
+        line(panel, sorted(points), harmless(name), index)
+    floors = {row["case"]["context"]: row["floor_ms"] for row in rows if row["name"] == "plain" and row.get("floor_ms")}
     line(panel, [(context, ms, None, None) for context, ms in sorted(floors.items())], "floor of plain", 6, thin=True)
     panel.set_yscale("log")
     low, high = min(row["ms_per_token"] for row in rows), max(row["ms_per_token"] for row in rows)
@@ -40,13 +48,35 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
     number_axis(panel, [row["case"]["context"] for row in rows], "tokens of context", doubling=True)
     panel.set_ylabel("milliseconds a token")
     panel.legend(fontsize=8)
-    with replace_file(target) as file:
-        file.write_bytes(png(figure))
+    return png(figure)
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file that `rapid bench --json` or another measurement in its form left."""
+    """The rows of a file that `rapid bench --json` or another measurement in its form left, of any version.
+
+    Raises InputError, which names line and key, for a row of decoding that cannot be drawn.
+    """
+    if not path.is_file():
+        raise InputError(f"{path}: expected JSON lines of rapid bench, got no such file")
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: expected JSON lines of rapid bench: {error}") from error
+        with open(path, "rb") as file:
+            lines = file.read(MOST_BYTES + 1).splitlines()
+    except OSError as error:
+        raise InputError(f"{path}: expected JSON lines of rapid bench: {error.strerror}") from error
+    found = [parse_object(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
+    for row in found:
+        if row.get("case") is not None:
+            _check(row)
+    return [{key: value for key, value in row.items() if value is not None} for row in found]
+
+
+def _check(row: Fields) -> None:
+    """Raises InputError for what a figure cannot be drawn of."""
+    row.text("name")
+    row.number("ms_per_token", above=0.0)
+    for name in ("ms_least", "ms_most", "floor_ms"):  # those of other programs and of older versions lack some
+        row.number(name, None, above=0.0)
+    case = row.fields("case")
+    case.whole("context", least=1, most=2**40)
+    case.whole("batch", least=1)
+    case.truth("quoting", None)

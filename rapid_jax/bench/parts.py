@@ -15,6 +15,7 @@ from jax import lax
 from rapid_jax.attention.decoding import by_blocks, decode_of
 from rapid_jax.attention.kernels import platform_of
 from rapid_jax.attention.partial import Rows, Slots
+from rapid_jax.bench.cases import Timing
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.speculative.prefill import prefill
@@ -22,31 +23,33 @@ from rapid_jax.speculative.prefill import prefill
 TAIL = 256  # slots of it in the attention that is timed
 
 
-def best_seconds(call: Callable[[], Any], repeats: int = 3) -> float:
-    """The least of some calls, after one that compiles."""
+def seconds_of(call: Callable[[], Any], repeats: int = 3) -> Timing:
+    """The seconds of some calls, after one that compiles."""
     jax.block_until_ready(call())
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
         jax.block_until_ready(call())
         seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return Timing.of(seconds)
 
 
 def memory_rate(size: int) -> float:
     """Bytes a second that the device's memory gives at best: of a copy of `size` bytes, read and written, or a sum."""
     rows = jnp.arange(size // 4, dtype=jnp.int32)
     copied, summed = jax.jit(jnp.copy), jax.jit(jnp.sum)
-    return max(2 * size / best_seconds(lambda: copied(rows)), size / best_seconds(lambda: summed(rows)))
+    return max(2 * size / seconds_of(lambda: copied(rows)).least, size / seconds_of(lambda: summed(rows)).least)
 
 
 @dataclass(frozen=True)
 class Attention:
-    """Of one layer, `tokens` new ones over a prompt; microseconds."""
+    """Of one layer, `tokens` new ones over a prompt; microseconds, medians of several timings."""
 
     context: int
     tokens: int
     kernel_us: float
+    kernel_us_least: float  # of the timings
+    kernel_us_most: float
     xla_us: float  # plain XLA in one block, the reference
     rate: float  # bytes of keys and values a second, by the kernel
     share: float  # of what the memory gives
@@ -57,7 +60,9 @@ class Attention:
         return asdict(self)
 
 
-def attention(config: ModelConfig, dtype: jnp.dtype, context: int, tokens: int, memory: float) -> Attention:
+def attention(
+    config: ModelConfig, dtype: jnp.dtype, context: int, tokens: int, memory: float, repeats: int = 3
+) -> Attention:
     """Times what a decoder of this shape does in every layer, as this platform does it, beside plain XLA."""
     K, H, group = config.num_kv_heads, config.head_dim, config.num_heads // config.num_kv_heads
     size = 2 * K * context * H * dtype.itemsize
@@ -89,18 +94,20 @@ def attention(config: ModelConfig, dtype: jnp.dtype, context: int, tokens: int, 
 
     ours, plain = decode_of("auto", platform_of(None), context), partial(by_blocks, block=context)
     calls = [repeated(decode) for decode in (ours, plain)]
-    kernel, xla = (best_seconds(lambda call=call: call(q_BKRH, layers)) / rounds / sets for call in calls)
+    kernel, xla = (seconds_of(lambda call=call: call(q_BKRH, layers), repeats) for call in calls)
+    us, each = 1e6 / rounds / sets, kernel.median / rounds / sets
     rows, sides = Rows(q_BKRH, pos_BR, None, group), (layers[0], near)
     got, wanted = (
         np.asarray(jax.jit(lambda rows, sides, f=f: f(rows, sides, used, H**-0.5, None))(rows, sides), np.float64)
         for f in (ours, plain)
     )
     error = float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted))
-    return Attention(context, tokens, 1e6 * kernel, 1e6 * xla, size / kernel, size / kernel / memory, error)
+    times = us * kernel.median, us * kernel.least, us * kernel.most, us * xla.median
+    return Attention(context, tokens, *times, size / each, size / each / memory, error)
 
 
-def prefill_seconds(decoder: Decoder, tokens: int, chunk: int, *, seed: int = 0) -> float:
+def prefill_seconds(decoder: Decoder, tokens: int, chunk: int, repeats: int = 3, *, seed: int = 0) -> Timing:
     """Seconds to read a prompt of so many random tokens, after a first time that compiles."""
     prompt = np.random.default_rng(seed).integers(0, decoder.config.vocab_size, tokens).tolist()
     dtype = decoder.embed_VD[...].dtype
-    return best_seconds(lambda: prefill(decoder, [prompt], chunk=chunk, dtype=dtype), repeats=1)
+    return seconds_of(lambda: prefill(decoder, [prompt], chunk=chunk, dtype=dtype), repeats)

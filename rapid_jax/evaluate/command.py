@@ -4,16 +4,17 @@
 import argparse
 import importlib
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from rapid_jax.config import RapidConfig
+from rapid_jax.evaluate.folder import begin, check_folder, check_same
+from rapid_jax.evaluate.modes import LIMIT, LabelledMode, explicit_settings, modes_of
 from rapid_jax.evaluate.samples import Measure, Sample, SuiteOptions
 from rapid_jax.runtime import settings
-from rapid_jax.runtime.command_line import prepare_jax, say
+from rapid_jax.runtime.command_line import harmless, prepare_jax, say
 from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
@@ -44,7 +45,9 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
     )
     parser.add_argument(
-        "--modes", metavar="LIST", help="target,retrieval,sd,rapid,phat; with changes as rapid:eta=5; else the config's"
+        "--modes",
+        metavar="LIST",
+        help="target,retrieval,lossless,rapid,phat; with changes as rapid:eta=5; else the config's",
     )
     parser.add_argument("--tasks", metavar="LIST", help="only these of the suite")
     parser.add_argument("--lengths", metavar="LIST", help="tokens of prompt and answer, as 4096,8192")
@@ -74,57 +77,85 @@ def add_compare(parser: argparse.ArgumentParser) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    """Runs an evaluation and writes its report."""
+    """Runs an evaluation, writes its report and prints its scores."""
     with meet() as run:
-        config = _config(options)
-        from rapid_jax.evaluate.folder import begin, check_folder
-        from rapid_jax.evaluate.modes import modes_of
-        from rapid_jax.evaluate.plotting import require
+        explicit = explicit_settings(options.set)
+        config = _config(options, explicit)
+        if options.modes and "speculation.mode" in explicit:
+            raise InputError("speculation.mode: --modes says which modes there are, expected one of the two")
 
-        modes = modes_of(options.modes or config.speculation.mode, config)
+        modes = modes_of(options.modes or config.speculation.mode, config, explicit)
         suite_options, share = _suite_options(options), _share(options.share)
         folder = options.out or Path("runs") / f"evaluate-{options.suite}"
         if run.leads:
             check_folder(folder, resume=options.resume or share.count > 1)
-            require()
         prepare_jax(programs=config.cache.programs, cache=_cache(config))
         run.start_jax()
         from rapid_jax.evaluate import run as module
-        from rapid_jax.model.load import open_checkpoint
-        from rapid_jax.prompts import context_of
         from rapid_jax.rapid import Rapid
         from rapid_jax.runtime.mesh import check_agreed
 
-        checkpoint, tokenizer = open_checkpoint(config.models.target)
-        measure = module.measure_of(config, tokenizer)
-        context = context_of(config, checkpoint.config.context_size)
-        if max(suite_options.lengths, default=0) > context:
-            raise InputError(
-                f"--lengths: expected at most the {context} tokens of models.max_context, or else of the checkpoint, "
-                f"got {max(suite_options.lengths)}"
-            )
-        begun = time.perf_counter()
-        samples = _made(_samples(options.suite)(suite_options, measure), quiet=options.quiet or not run.leads)
-        _check(samples, options.suite, context, measure if config.models.too_long == "error" else None)
-        if run.leads and not options.quiet:
-            say(f"evaluate: {len(samples)} samples in {time.perf_counter() - begun:.0f} s")
-        described = {
-            "suite": options.suite,
-            "options": {key: value for key, value in asdict(suite_options).items() if key not in ("data", "text")},
-            "samples": len(samples),
-            "digest": digest(*(digest(repr(sample)) for sample in samples)),
-            "templates": _templates(options),
-            "settings": module.decides(config),
-        }
+        quiet = options.quiet or not run.leads
+        samples, described = _prepared(options, suite_options, config, modes, explicit, quiet=quiet)
         check_agreed("samples", described["digest"])
+        if run.leads:
+            check_same(folder, described)
         rapid = Rapid(_widest(modes), quiet=True)  # the others share what it has loaded
         rapid.load()
         if run.leads:
             begin(folder, described, config)
-        quiet = options.quiet or not run.leads
         module.evaluate(rapid, samples, modes, folder, share=share, batch=options.batch, leads=run.leads, quiet=quiet)
         if run.leads and share.count == 1:
             _write_report(folder, None)
+
+
+def _prepared(
+    options: argparse.Namespace,
+    suite_options: SuiteOptions,
+    config: RapidConfig,
+    modes: Sequence[LabelledMode],
+    explicit: Collection[str],
+    *,
+    quiet: bool,
+) -> tuple[list[Sample], dict[str, Any]]:
+    """(the samples, what suite.json says of the run). Raises InputError for all that can be found without weights."""
+    from rapid_jax.evaluate import checks
+    from rapid_jax.evaluate.run import decides, measure_of
+    from rapid_jax.model.load import open_checkpoint
+    from rapid_jax.prompts import context_of
+
+    checkpoint, tokenizer = open_checkpoint(config.models.target)
+    positions = checkpoint.config.context_size
+    context = max(context_of(mode.config, positions) for mode in modes)
+    if max(suite_options.lengths, default=0) > context:
+        raise InputError(
+            f"--lengths: expected at most the {context} tokens of models.max_context, or else of the checkpoint, "
+            f"got {max(suite_options.lengths)}"
+        )
+    limit = config.sampling.max_new_tokens if LIMIT in explicit else None
+    measure, begun = checks.limited(measure_of(config, tokenizer), limit), time.perf_counter()
+    samples = _made(_samples(options.suite)(suite_options, measure), quiet=quiet)
+    samples = checks.limit_answers(samples, limit)
+    checks.check_samples(samples, options.suite)
+    checks.check_prompts(samples, modes, explicit)
+    checks.check_fits(samples, modes, tokenizer, positions, config)
+    limits = checks.limits_of(samples)
+    if not quiet:
+        ends = sorted({end for both in limits.values() for end in both})
+        said = f"{ends[0]:,}" if len(ends) == 1 else f"{ends[0]:,} to {ends[-1]:,}"
+        whose = f"by {LIMIT}" if limit else "by the suite"
+        took = time.perf_counter() - begun
+        say(f"evaluate: {len(samples)} samples in {took:.0f} s; answers have at most {said} tokens, {whose}")
+    described = {
+        "suite": options.suite,
+        "options": {key: value for key, value in asdict(suite_options).items() if key not in ("data", "text")},
+        "samples": len(samples),
+        "max_new_tokens": limits,
+        "digest": digest(*(digest(repr(sample)) for sample in samples)),
+        "templates": _templates(options),
+        "settings": decides(config, limit),
+    }
+    return samples, described
 
 
 def _widest(modes: Sequence[Any]) -> RapidConfig:
@@ -134,7 +165,7 @@ def _widest(modes: Sequence[Any]) -> RapidConfig:
 
 
 def report(options: argparse.Namespace) -> None:
-    """Writes the report of an evaluation."""
+    """Writes the report of an evaluation and prints its scores."""
     _write_report(options.folder, options.out)
 
 
@@ -146,19 +177,22 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def _write_report(folder: Path, out: Path | None) -> None:
+    from rapid_jax.evaluate.plotting import missing
     from rapid_jax.evaluate.report import report as write
 
-    write(folder, out)
-    say(f"report: {(out or folder) / 'report.md'}, report.html")
+    if missing():
+        say(f"report: without figures, {missing()}")
+    page, scores = write(folder, out)
+    print(f"{scores}\n\nreport: {harmless(str(page.with_suffix('.md')))}, {page.name}")
 
 
-def _config(options: argparse.Namespace) -> RapidConfig:
+def _config(options: argparse.Namespace, explicit: Collection[str]) -> RapidConfig:
     if options.config:
         config = settings.load(RapidConfig, Path(options.config), options.set)
     else:
         config = settings.defaults(RapidConfig, options.set)
     # A document is read once in an evaluation: keeping its prefix on disk would only fill the disk.
-    return replace(config, cache=replace(config.cache, prefix_gib=0.0))
+    return config if "cache.prefix_gib" in explicit else replace(config, cache=replace(config.cache, prefix_gib=0.0))
 
 
 def _cache(config: RapidConfig) -> Path | None:
@@ -230,24 +264,3 @@ def _templates(options: argparse.Namespace) -> str:
 
     folder = options.data if options.data.is_dir() else options.data.parent
     return "the benchmark's own" if templates_of(folder)[1] else "ours"
-
-
-def _check(samples: list[Sample], suite: str, context: int, measure: Measure | None) -> None:
-    """Raises InputError for what would fail later; with `measure` for a sample that does not fit, too."""
-    from rapid_jax.evaluate import scoring
-
-    twice = [name for name, count in Counter(sample.id for sample in samples).items() if count > 1]
-    if twice:
-        raise InputError(
-            f"--suite {suite}: expected every sample once, got {twice[0]!r} twice: a task or length twice?"
-        )
-    for sample in samples if measure else ():
-        if measure is not None and sample.length is None and (tokens := measure(sample)) > context:
-            raise InputError(
-                f"{sample.id}: expected at most {context} tokens with the answer, got {tokens}; "
-                "--set models.too_long=middle cuts the document"
-            )
-    if not samples:
-        raise InputError(f"--suite {suite}: expected samples, got none: check --tasks, --lengths and --data")
-    for metric in dict.fromkeys(sample.metric for sample in samples):
-        scoring.check(metric)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rapid_jax.evaluate.details import NAMED, shown_value
-from rapid_jax.evaluate.page import Block, Bold, Heading, Table, Verbatim, markdown, text
+from rapid_jax.evaluate.page import Block, Bold, Heading, Table, Verbatim, markdown, plain, text
 from rapid_jax.evaluate.results import Outcome, Results, named, read
-from rapid_jax.evaluate.statistics import FEW
 from rapid_jax.evaluate.summary import (
+    NEEDED,
     Cell,
     Row,
     difference,
@@ -65,7 +65,7 @@ def contrast(one: Path, other: Path, out: Path | None = None) -> str:
     if out is not None:
         with replace_file(out / FILE) as temporary:
             temporary.write_bytes(markdown(blocks).encode("utf-8", "replace"))
-    return _plain(blocks)
+    return plain(blocks)
 
 
 def _compared(one: Results, other: Results) -> list[_Compared]:
@@ -111,7 +111,8 @@ def _blocks(results: Sequence[Results], names: Sequence[str], compared: Sequence
     one, other = names
     blocks: list[Block] = [Heading(f"{other} against {one} on {results[0].suite}", 1)]
     blocks.append(text("Scores in %; differences in points with 95 % intervals, paired by sample."))
-    blocks.append(text(f"Few samples: fewer than {FEW} questions. Right: a score of {percent(RIGHT)} or more."))
+    blocks.append(text(NEEDED))
+    blocks.append(text(f"Right: a score of {percent(RIGHT)} or more."))
     asked = _different(*(found.options for found in results))
     if asked:
         blocks.append(text(f"Not the same was asked for: {_said(asked)}."))
@@ -203,7 +204,7 @@ def _line(name: str, row: Row, item: _Compared) -> list[str]:
     gained = difference(row, item.others, item.ones)
     if gained is None:  # not for rows of the pairs' own cells
         return [name, "0", "-", "-", "-", "-"]
-    verdict = Bold(gained.verdict) if gained.sure else gained.verdict
+    verdict = Bold(gained.verdict) if gained.clear else gained.verdict
     scores = [percent(got.mean) if got else "-" for got in means]
     return [name, f"{gained.scores:,}", *scores, shown_difference(gained), verdict]
 
@@ -234,29 +235,3 @@ def _told(pair: Pair, names: Sequence[str]) -> str:
 def _cut(said: str) -> str:
     shown = " ".join(said.split()) or "(empty)"
     return shown if len(shown) <= _WIDTH else shown[: _WIDTH - 3] + "..."
-
-
-def _plain(blocks: Sequence[Block]) -> str:
-    """The blocks as text for a terminal."""
-    parts = []
-    for block in blocks:
-        match block:
-            case Heading():
-                parts.append(f"{block.text}\n{'=' * len(block.text) if block.level == 1 else '-' * len(block.text)}")
-            case Table():
-                parts.append(_aligned([block.head, *block.rows]))
-            case Verbatim():
-                parts.append("\n".join(f"  {line}" for line in block.text.split("\n")))
-            case _:
-                parts.append("".join(getattr(block, "parts", ())))
-    return "\n\n".join(parts)
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
-    """The first and the last column to the left, numbers to the right."""
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    shown = []
-    for first, *numbers, last in lines:
-        cells = (number.rjust(width) for number, width in zip(numbers, widths[1:-1], strict=True))
-        shown.append("  ".join([first.ljust(widths[0]), *cells, last]))
-    return "\n".join(shown)

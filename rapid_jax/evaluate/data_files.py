@@ -2,7 +2,6 @@
 """The files of questions that benchmarks publish and users have: JSON lists and JSON lines, read strictly."""
 
 import gzip
-import json
 import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,8 +10,10 @@ from typing import Any
 
 from rapid_jax.evaluate.samples import SuiteOptions
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import parse_json, shown
 
 Record = dict[str, Any]
+MOST_BYTES = 2**30  # of a file, unpacked: the largest that a benchmark publishes has some 500 MB
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -20,23 +21,22 @@ def records(path: Path) -> Iterator[tuple[str, Record]]:
     """(where it stands, the object) of every object in the file, for messages: "FILE: line 3" or "FILE: item 3".
 
     The file is one JSON list of objects or has an object a line (blank lines are passed over), in UTF-8, packed by gzip
-    if its name ends in .gz. Raises InputError for a file that cannot be read, has no object, or has anything else.
+    if its name ends in .gz. Raises InputError for a file that cannot be read, has more than MOST_BYTES (unpacked), has
+    no object, or has anything else.
     """
-    found = False
+    found, size, number = False, 0, 0
     try:
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: expected a file, got something else")
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                line = line.removeprefix(_BOM) if number == 1 else line
-                if not line.strip():
-                    continue
-                if not found and line.lstrip().startswith(b"["):
-                    items = _parsed(line + file.read(), f"{path}: line", number)
-                    places = [f"{path}: item {at}" for at in range(1, len(items) + 1)]
-                else:
-                    items, places = [_parsed(line, f"{path}: line", number)], [f"{path}: line {number}"]
-                for place, item in zip(places, items, strict=True):
-                    if not isinstance(item, dict):
-                        raise InputError(f"{place}: expected a JSON object, got {_shown(item)}")
+            while line := file.readline(MOST_BYTES + 1 - size):
+                number += 1
+                whole = not found and line.removeprefix(_BOM).lstrip().startswith(b"[")
+                data = line + file.read(MOST_BYTES + 1 - size - len(line)) if whole else line
+                size += len(data)
+                if size > MOST_BYTES:
+                    raise InputError(f"{path}: expected at most {MOST_BYTES} bytes of JSON, got more")
+                for place, item in _items(data.removeprefix(_BOM), path, number, whole=whole):
                     found = True
                     yield place, item
     except (OSError, EOFError, zlib.error) as error:
@@ -46,22 +46,20 @@ def records(path: Path) -> Iterator[tuple[str, Record]]:
         raise InputError(f"{path}: expected JSON objects, one a line or in a list, got none")
 
 
-def _parsed(data: bytes, place: str, first: int) -> Any:
-    """The JSON value of `data`, which starts in line `first` of the file."""
-    try:
-        return json.loads(data.decode())
-    except UnicodeDecodeError as error:
-        line = first + data.count(b"\n", 0, error.start)
-        raise InputError(f"{place} {line}: expected UTF-8, got the byte 0x{data[error.start]:02x}") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place} {first + error.lineno - 1}: expected JSON: {error.msg}") from error
-    except RecursionError as error:
-        raise InputError(f"{place} {first}: expected JSON, got one nested too deeply") from error
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}..."
+def _items(data: bytes, path: Path, number: int, *, whole: bool) -> Iterator[tuple[str, Record]]:
+    """(where it stands, the object) of line `number`, or of a list that is the `whole` file from there on."""
+    if not data.strip():
+        return
+    if whole:
+        values = parse_json(b"\n" * (number - 1) + data, str(path), most_bytes=2 * MOST_BYTES)
+        items = [(f"{path}: item {at}", value) for at, value in enumerate(values, 1)]
+    else:
+        place = f"{path}: line {number}"
+        items = [(place, parse_json(data, place))]
+    for place, item in items:
+        if not isinstance(item, dict):
+            raise InputError(f"{place}: expected a JSON object, got {shown(item)}")
+        yield place, item
 
 
 def text_of(record: Mapping[str, Any], key: str, place: str) -> str:
@@ -71,9 +69,9 @@ def text_of(record: Mapping[str, Any], key: str, place: str) -> str:
     """
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
-        got = _shown(value) if key in record else "no such field"
+        got = shown(value) if key in record else "no such field"
         raise InputError(f"{place}: expected {key!r} to be a text that is not empty, got {got}")
-    return _whole(value)
+    return whole_text(value)
 
 
 def texts_of(record: Mapping[str, Any], key: str, place: str) -> tuple[str, ...]:
@@ -81,12 +79,13 @@ def texts_of(record: Mapping[str, Any], key: str, place: str) -> tuple[str, ...]
     value = record.get(key)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        got = _shown(value) if key in record else "no such field"
+        got = shown(value) if key in record else "no such field"
         raise InputError(f"{place}: expected {key!r} to be a text or a list of texts that are not empty, got {got}")
-    return tuple(_whole(text) for text in texts)
+    return tuple(whole_text(text) for text in texts)
 
 
-def _whole(text: str) -> str:
+def whole_text(text: str) -> str:
+    """The text with U+FFFD for halves of surrogate pairs."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

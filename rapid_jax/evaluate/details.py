@@ -51,16 +51,15 @@ def warnings(results: Results) -> Iterator[str]:
     common = set.intersection(*ids)
     if any(found != common for found in ids):
         yield f"modes have not answered the same samples ({len(common):,} are common to all): trust differences alone."
-    counts: dict[tuple, int] = {}
+    asked: dict[tuple, set] = {}
     for label, outcomes in results.by_label.items():
         for outcome in outcomes:
-            key = (label, outcome.task, outcome.length)
-            counts[key] = counts.get(key, 0) + 1
-    few = [count for count in counts.values() if count < FEW]
+            asked.setdefault((label, outcome.task, outcome.length), set()).add((outcome.question, outcome.answers))
+    few = [questions for questions in asked.values() if len(questions) < FEW]
     if few:
         yield (
-            f"{len(few):,} of {len(counts):,} scores (a task, length and mode) are of fewer than {FEW} samples: their "
-            "intervals are narrower than the truth."
+            f"{len(few):,} of {len(asked):,} scores (a task, length and mode) are of fewer than {FEW} questions, which "
+            "is too few for an interval."
         )
 
 

@@ -3,13 +3,14 @@
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rapid_jax.evaluate import plotting
 from rapid_jax.evaluate.results import Outcome, Results, mode_of, named
 from rapid_jax.evaluate.statistics import Estimate
 from rapid_jax.evaluate.summary import Row, acceptances, cells_of, estimate, overall, rows, speeds
+from rapid_jax.runtime.command_line import harmless
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,9 +36,20 @@ class Drawn:
 
 def draw(results: Results) -> list[Drawn]:
     """All figures that there is data for, in the order of the report. Equal results give equal bytes."""
-    made = [_scores(results), _one_length(results), _tasks(results), _depths(results), _speed(results)]
-    made += [_ablation(results, setting) for setting in _ABLATED]
+    results = _printable(results)
+    with plotting.texts_as_they_are():
+        made = [_scores(results), _one_length(results), _tasks(results), _depths(results), _speed(results)]
+        made += [_ablation(results, setting) for setting in _ABLATED]
     return [figure for figure in made if figure]
+
+
+def _printable(results: Results) -> Results:
+    """The same with names that any font and any terminal can show."""
+    by_label = {
+        harmless(label): tuple(replace(outcome, task=harmless(outcome.task)) for outcome in outcomes)
+        for label, outcomes in results.by_label.items()
+    }
+    return replace(results, by_label=by_label)
 
 
 def _scores(results: Results) -> Drawn | None:
@@ -230,6 +242,8 @@ def _series(results: Results, setting: str) -> dict[str, dict[float, str]]:
     named_by: dict[str, bool] = {}
     for label in results.labels:
         changed = dict(results.by_label[label][0].settings)
+        if mode_of(label) in ("target", "retrieval") and changed.get("lookup") == "off":
+            del changed["lookup"]  # what these modes are without being asked
         said = [key for key in changed if key in (setting, setting.rpartition(".")[2])]
         for key in said:
             del changed[key]
@@ -250,4 +264,5 @@ def _lengths(results: Results) -> list[int]:
 
 
 def _point(place: float, got: Estimate) -> plotting.Point:
-    return place, 100 * got.mean, 100 * got.low, 100 * got.high
+    low, high = (None if end is None else 100 * end for end in (got.low, got.high))
+    return place, 100 * got.mean, low, high

@@ -35,10 +35,7 @@ class Share:
 
 
 class Answers:
-    """The lines of one mode on disk, and which samples have one in any share of the run.
-
-    Raises InputError for a file that is damaged, and if another run writes to it.
-    """
+    """The lines of one mode on disk. Raises InputError if another run writes to its file."""
 
     def __init__(self, folder: Path, label: str, share: Share, *, leads: bool):
         self._path = folder / f"answers-{label}{share.ending}.jsonl"
@@ -50,7 +47,6 @@ class Answers:
                 self._file.close()
                 raise InputError(f"{self._path}: expected no other run there, got one that is at work") from error
             os.truncate(self._path, results.torn_at(self._path))  # a line that was torn when the run was killed
-        self.finished = results.finished(folder, label)
 
     def close(self) -> None:
         """Others may write."""
@@ -80,19 +76,28 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         raise InputError(f"{folder}: expected a folder without an evaluation, got one: --resume goes on with it")
 
 
+def check_same(folder: Path, described: Mapping[str, Any]) -> None:
+    """Raises InputError for a folder of another run, or with a line that is no sample's; none at all is right."""
+    if not (folder / results.SUITE).is_file():
+        return
+    there = results.read_suite(folder / results.SUITE)
+    described = json.loads(json.dumps(dict(described), default=str))
+    for key in (*described, *there):
+        if described.get(key) != there.get(key):
+            raise InputError(
+                f"{folder} was begun with {key} = {json.dumps(there.get(key)):.80}, expected "
+                f"{json.dumps(described.get(key)):.80}: choose another --out"
+            )
+    results.finished(folder, described["suite"])
+
+
 def begin(folder: Path, described: Mapping[str, Any], config: RapidConfig) -> None:
     """Makes the folder of a run, or checks that what is there is this run. Raises InputError if it is another."""
     path = folder / results.SUITE
-    described = json.loads(json.dumps(dict(described), default=str))
     if path.is_file():
-        there = results.read_suite(path)
-        for key in (*described, *there):
-            if described.get(key) != there.get(key):
-                raise InputError(
-                    f"{folder} was begun with {key} = {json.dumps(there.get(key)):.80}, expected "
-                    f"{json.dumps(described.get(key)):.80}: choose another --out"
-                )
+        check_same(folder, described)
         return
+    described = json.loads(json.dumps(dict(described), default=str))
     folder.mkdir(parents=True, exist_ok=True)
     settings.save(config, folder / results.SETTINGS)
     with replace_file(path) as temporary:

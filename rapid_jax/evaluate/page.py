@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A page made of a few kinds of blocks, as Markdown and as HTML that needs nothing else.
+"""A page made of a few kinds of blocks, as Markdown, as HTML that needs nothing else, as text for a terminal.
 
-Every text given is shown as it is: what it would mean in Markdown or HTML is escaped.
+Every text given is shown as it is: what it would mean in Markdown or HTML, or to a terminal, is escaped.
 """
 
 import base64
 import html
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from rapid_jax.runtime.command_line import harmless
 
 _STYLE = (
     "body{font:16px/1.5 sans-serif;margin:2em auto;padding:0 1em;max-width:75em;color:#1a1a1a}"
@@ -85,6 +88,45 @@ def page(blocks: Sequence[Block], pictures: Mapping[str, bytes]) -> str:
         f"<style>{_STYLE}</style></head><body>\n"
         + "\n".join(_html(block, pictures) for block in blocks)
         + "\n</body></html>\n"
+    )
+
+
+def plain(blocks: Sequence[Block]) -> str:
+    """The blocks as text for a terminal, without pictures."""
+    parts = []
+    for block in blocks:
+        match block:
+            case Heading():
+                said = harmless(block.text)
+                parts.append(f"{said}\n{('=' if block.level == 1 else '-') * _columns(said)}")
+            case Table():
+                parts.append(_aligned([[harmless(cell) for cell in line] for line in (block.head, *block.rows)]))
+            case Verbatim():
+                parts.append("\n".join(f"  {harmless(line)}" for line in block.text.split("\n")))
+            case Text():
+                parts.append(harmless("".join(block.parts)))
+    return "\n\n".join(parts)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right; a last one without a number to the left."""
+    widths = [max(_columns(line[column]) for line in lines) for column in range(len(lines[0]))]
+    left = {0} if any(letter.isdigit() for line in lines[1:] for letter in line[-1]) else {0, len(widths) - 1}
+    shown = []
+    for line in lines:
+        cells = []
+        for column, (cell, width) in enumerate(zip(line, widths, strict=True)):
+            space = " " * (width - _columns(cell))
+            cells.append(cell + space if column in left else space + cell)
+        shown.append("  ".join(cells).rstrip())
+    return "\n".join(shown)
+
+
+def _columns(said: str) -> int:
+    """How many columns of a terminal a text takes: letters of East Asia two, marks upon letters none."""
+    return sum(
+        0 if unicodedata.combining(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        for letter in said
     )
 
 

@@ -4,9 +4,11 @@
 Colours are those of Okabe and Ito, and cividis for heat: the colour-blind tell them apart, and so does grey print.
 """
 
+import contextlib
 import io
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rapid_jax.evaluate.results import named
@@ -18,18 +20,26 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A6D3B")
 _MARKERS = "osD^vPX*"
+_DPI, _PIXELS = 120, 16000  # and the longest side that an image may have
 _STYLES = ("-", "--", ":")  # of the lines after the first eight, and the next
 
 # (x, middle, low, high); low and high are None where nothing is known about them.
 Point = tuple[float, float, float | None, float | None]
 
 
-def require() -> None:
-    """Raises InputError where there is no matplotlib."""
+def missing() -> str:
+    """What figures lack here, and how to get it; nothing if they can be drawn."""
     try:
         import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise InputError("expected matplotlib for the figures, got none: pip install 'rapid-jax[evaluate]'") from error
+    except ImportError:
+        return "which need matplotlib: pip install matplotlib"
+    return ""
+
+
+def require() -> None:
+    """Raises InputError where figures cannot be drawn."""
+    if missing():
+        raise InputError(f"expected to draw figures, {missing()}")
 
 
 def panels(count: int, columns: int, size: tuple[float, float]) -> tuple["Figure", list["Axes"]]:
@@ -49,18 +59,13 @@ def line(panel: "Axes", points: Sequence[Point], label: str, index: int, *, thin
     """The points joined, with error bars where their ends are known; `index` picks colour, marker and dashes."""
     if not points:
         return
-    places, middles, lows, highs = zip(*points, strict=True)
+    places, middles, lows, _ = zip(*points, strict=True)
     style: dict[str, Any] = {
         "color": COLOURS[index % 8],
         "marker": _MARKERS[index % 8],
         "linestyle": _STYLES[index // 8 % 3],
     }
-    errors = None
-    if None not in lows:
-        errors = [
-            [max(middle - low, 0) for middle, low in zip(middles, lows, strict=True)],
-            [max(high - middle, 0) for middle, high in zip(middles, highs, strict=True)],
-        ]
+    errors = None if all(low is None for low in lows) else _errors(points)
     style |= {"markersize": 3.5, "linewidth": 1, "elinewidth": 0.6} if thin else {"markersize": 5, "capsize": 2.5}
     panel.errorbar(places, middles, errors, label=label, **style)
 
@@ -69,12 +74,16 @@ def dots(panel: "Axes", rows: Sequence[tuple[float, Point]], label: str, index: 
     """A mark at each (height, point) with its error bar lying down; the place of a point is not used."""
     heights = [height for height, _ in rows]
     middles = [point[1] for _, point in rows]
-    errors = [
-        [max(middle - (low or 0), 0) for _, (_, middle, low, _) in rows],
-        [max((high or 0) - middle, 0) for _, (_, middle, _, high) in rows],
-    ]
+    errors = _errors([point for _, point in rows])
     style: dict[str, Any] = {"color": COLOURS[index % 8], "marker": _MARKERS[index % 8], "linestyle": "none"}
     panel.errorbar(middles, heights, xerr=errors, label=label, markersize=5, capsize=2.5, **style)
+
+
+def _errors(points: Sequence[Point]) -> list[list[float]]:
+    """How far bars reach below and above; not at all where the ends are not known."""
+    below = [0.0 if low is None else max(middle - low, 0.0) for _, middle, low, _ in points]
+    above = [0.0 if high is None else max(high - middle, 0.0) for _, middle, _, high in points]
+    return [below, above]
 
 
 def beside(length: float, index: int, count: int) -> float:
@@ -126,8 +135,19 @@ def legend(figure: "Figure", axes: Sequence["Axes"], order: Sequence[str]) -> No
     figure.legend([entries[name] for name in drawn], drawn, loc="outside right upper", fontsize=9, frameon=False)
 
 
+@contextlib.contextmanager
+def texts_as_they_are() -> Iterator[None]:
+    """While figures are made: a dollar sign begins no formula, and what the font lacks is a box without a warning."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
+        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
+        yield
+
+
 def png(figure: "Figure") -> bytes:
     """The figure's bytes: equal figures give equal bytes."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=120)
+    figure.savefig(buffer, format="png", dpi=min(_DPI, _PIXELS / max(figure.get_size_inches())))
     return buffer.getvalue()

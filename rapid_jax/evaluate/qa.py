@@ -16,13 +16,15 @@ from rapid_jax.evaluate import haystack, scoring
 from rapid_jax.evaluate.data_files import Record, chosen, data_of, id_of, records, tasks_of, text_of, texts_of
 from rapid_jax.evaluate.samples import Measure, Sample, SuiteOptions
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import shown
 
 SUITE = "qa"
 DOCUMENTS, PASSAGES = "documents", "passages"
 SAMPLES = 100  # a length, of questions with passages
 _ANSWER_TOKENS = {DOCUMENTS: 64, PASSAGES: 32}
 _METRIC = {DOCUMENTS: "qa_f1", PASSAGES: "contains"}
-_EXPECTED = "a JSONL file with document, question, answers or with question, answers, title, passage"
+_KEYS = {DOCUMENTS: ("document", "question", "answers"), PASSAGES: ("question", "answers", "title", "passage")}
+_EXPECTED = f"a JSONL file with {', '.join(_KEYS[DOCUMENTS])} or with {', '.join(_KEYS[PASSAGES])}"
 _BRIEF = "{document}\n\nQuestion: {question}\nGive the answer alone, in as few words as you can."
 _AMONG = (
     "The numbered documents below are search results. One of them has the answer to the question at the end; most have "
@@ -62,16 +64,16 @@ def samples(options: SuiteOptions, measure: Measure) -> Iterable[Sample]:
     """
     path = data_of(options, SUITE, _EXPECTED)
     rows = list(records(path))
-    task = DOCUMENTS if "document" in rows[0][1] else PASSAGES
+    task = _task_of(*rows[0])
     tasks_of(options, SUITE, (task,))
     if task == DOCUMENTS:
         if options.lengths or options.depths:
             raise InputError(f"suite {SUITE}: {path} has whole documents: lengths and depths are of no use")
         return _documents(rows, options)
+    questions = [_question(record, place) for place, record in rows]
     if not options.lengths:
         raise InputError(f"suite {SUITE}: expected --lengths, which passages are put together to, got none")
     haystack.positive("lengths", options.lengths)
-    questions = [_question(record, place) for place, record in rows]
     usable = [at for at, question in enumerate(questions) if _answered(question)]
     if not usable:
         raise InputError(f"{path}: expected passages that hold an answer to their question, got none")
@@ -82,6 +84,20 @@ def samples(options: SuiteOptions, measure: Measure) -> Iterable[Sample]:
         composed(questions[at], others, number=at, length=length, options=options, measure=measure, source=path)
         for length in options.lengths
         for at in picked
+    )
+
+
+def _task_of(place: str, record: Record) -> str:
+    """The task that the keys of a file's first line are of; InputError, which names those that lack, for none."""
+    if "document" in record:
+        return DOCUMENTS
+    if "passage" in record or "title" in record:
+        return PASSAGES
+    missing = {task: [key for key in keys if key not in record] for task, keys in _KEYS.items()}
+    got = ", ".join(map(shown, record)) or "none"
+    raise InputError(
+        f"{place}: expected the keys {', '.join(_KEYS[DOCUMENTS])} (missing: {', '.join(missing[DOCUMENTS])}) or "
+        f"{', '.join(_KEYS[PASSAGES])} (missing: {', '.join(missing[PASSAGES])}), got the keys {got}"
     )
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rapid_jax.evaluate import details, figures, plotting
-from rapid_jax.evaluate.page import Block, Bold, Heading, Picture, Table, markdown, page, text
+from rapid_jax.evaluate.page import Block, Bold, Heading, Picture, Table, markdown, page, plain, text
 from rapid_jax.evaluate.results import Results, named, read
-from rapid_jax.evaluate.statistics import FEW
 from rapid_jax.evaluate.summary import (
+    NEEDED,
     Row,
     cells_of,
     difference,
@@ -26,18 +26,18 @@ from rapid_jax.runtime.files import replace_file
 _SPLITS = 12  # a tag with more values than this is no split
 
 
-def report(folder: Path, out: Path | None = None) -> Path:
+def report(folder: Path, out: Path | None = None) -> tuple[Path, str]:
     """Writes report.md, report.html and the figures of an evaluation into `out`, by default its own folder.
 
-    The HTML page needs nothing else. Equal results give equal files. Returns the page's path; raises InputError where
-    there are no results, no matplotlib, or a file is in the way.
+    The HTML page needs nothing else. Equal results give equal files; without matplotlib there are no figures. Returns
+    (the page's path, a plain text of the scores); raises InputError where there are no results, or a file is in the
+    way.
     """
-    plotting.require()
     results = read(folder)
     place = folder if out is None else out
     if place.exists() and not place.is_dir():
         raise InputError(f"{place}: expected a folder to write to, got a file")
-    drawn = figures.draw(results)
+    drawn = [] if plotting.missing() else figures.draw(results)
     pictures = {figure.file: figure.png for figure in drawn}
     blocks = list(_blocks(results, drawn))
     files = dict(pictures)
@@ -46,7 +46,14 @@ def report(folder: Path, out: Path | None = None) -> Path:
     for name, content in files.items():
         with replace_file(place / name) as temporary:
             temporary.write_bytes(content)
-    return place / "report.html"
+    return place / "report.html", _printed(results)
+
+
+def _printed(results: Results) -> str:
+    """The scores as text for a terminal, with what a reader must know of them."""
+    blocks = [Heading(f"{results.suite}, scores in %", 1), text(f"{_finished(results)} {NEEDED}")]
+    blocks += [text(f"Warning: {warning}") for warning in details.warnings(results)]
+    return plain([*blocks, *_score_tables(results)])
 
 
 def _blocks(results: Results, drawn: Sequence[figures.Drawn]) -> Iterator[Block]:
@@ -61,10 +68,14 @@ def _blocks(results: Results, drawn: Sequence[figures.Drawn]) -> Iterator[Block]
     yield from details.samples(results)
 
 
-def _about(results: Results) -> Iterator[Block]:
+def _finished(results: Results) -> str:
     counts = [f"{label} ({len(outcomes):,})" for label, outcomes in results.by_label.items()]
     whole = "" if results.samples is None else f" of {results.samples:,}"
-    yield text(f"Samples finished{whole}: {', '.join(counts)}.")
+    return f"Samples finished{whole}: {', '.join(counts)}."
+
+
+def _about(results: Results) -> Iterator[Block]:
+    yield text(_finished(results))
     yield text(f"Lengths: {', '.join(map(named, results.lengths))}.")
     if results.options:
         options = (f"{name} {json.dumps(value)}" for name, value in results.options.items() if value not in (None, []))
@@ -75,7 +86,9 @@ def _about(results: Results) -> Iterator[Block]:
     if settings:
         said = ", ".join(f"{name} {details.shown_value(value)}" for name, value in settings)
         yield text(f"Settings, where a mode's name does not say otherwise: {said}.")
-    yield text("Scores are in %, brackets are 95 % bootstrap intervals.")
+    yield text(f"Scores are in %, brackets are 95 % bootstrap intervals. {NEEDED}")
+    if plotting.missing():
+        yield text(f"There are no figures, {plotting.missing()}.")
     if None in results.lengths:
         yield text(f"Length {named(None)}: documents have the length they have.")
     for warning in details.warnings(results):
@@ -84,8 +97,12 @@ def _about(results: Results) -> Iterator[Block]:
 
 def _scores(results: Results) -> Iterator[Block]:
     yield Heading("Scores")
-    yield from _tables(results, results.labels, lambda row, label: shown(estimate(row, results.by_label[label])))
+    yield from _score_tables(results)
     yield from _splits(results)
+
+
+def _score_tables(results: Results) -> Iterator[Block]:
+    yield from _tables(results, results.labels, lambda row, label: shown(estimate(row, results.by_label[label])))
 
 
 def _differences(results: Results) -> Iterator[Block]:
@@ -98,13 +115,10 @@ def _differences(results: Results) -> Iterator[Block]:
         if got is None:
             return "-"
         said = f"{got.verdict} {shown_difference(got)}"
-        return Bold(said) if got.sure else said
+        return Bold(said) if got.clear else said
 
     yield Heading(f"Differences from {first}")
-    yield text(
-        f"In points, over the samples that {first} has answered too; none where the interval holds 0. Of fewer than "
-        f"{FEW} questions nothing is bold: such intervals are too narrow."
-    )
+    yield text(f"In points, over the samples that {first} has answered too; none where the interval holds 0.")
     yield from _tables(results, others, cell)
 
 

@@ -4,7 +4,7 @@
 A label is a mode with what differs from the run's settings, as rapid-eta=5.
 """
 
-import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -12,84 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rapid_jax.evaluate.outcome import FORMER_NAMES, Outcome, is_plain, outcome_of
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import MOST_BYTES, Fields, parse_object, read_object, shown
 
-SCHEMA = 1
 SUITE = "suite.json"
 SETTINGS = "settings.yaml"
 ANSWERS = "answers-*.jsonl"
 # The order in which modes are shown: what the others are compared with first. Others follow by name.
-MODES = ("target", "retrieval", "sd", "lossless", "rapid", "phat")
+MODES = ("target", "retrieval", "lossless", "rapid", "phat")
 
-_NUMBER = (int, float)
-_NONE = type(None)
-# Field -> the types that it may have in a line; a bool is no number.
-_FIELDS: Mapping[str, tuple[type, ...]] = {
-    "id": (str,),
-    "suite": (str,),
-    "task": (str,),
-    "length": (int, _NONE),
-    "depth": (*_NUMBER, _NONE),
-    "tags": (dict,),
-    "mode": (str,),
-    "metric": (str,),
-    "score": _NUMBER,
-    "answer": (str,),
-    "thoughts": (str,),
-    "answers": (list,),
-    "question": (str,),
-    "prompt_hash": (str,),
-    "prompt_ends": (list,),
-    "draft_ends": (list, _NONE),
-    "prompt_tokens": (int,),
-    "document_tokens": (int,),
-    "truncated": (bool,),
-    "finish_reason": (str,),
-    "new_tokens": (int,),
-    "chunks": (list,),
-    "draft_tokens": (int, _NONE),
-    "acceptance": (*_NUMBER, _NONE),
-    "tokens_per_round": (*_NUMBER, _NONE),
-    "tokens_per_second": (*_NUMBER, _NONE),
-    "prefix_reused": (bool,),
-    "seconds": (dict,),
-    "settings": (dict,),
-}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One sample answered in one mode. Fields are those of the line."""
-
-    id: str
-    suite: str
-    task: str
-    length: int | None
-    depth: float | None
-    tags: Mapping[str, str]
-    mode: str  # the label
-    metric: str
-    score: float  # 0 to 1
-    answer: str  # the one that is scored
-    thoughts: str  # of a sample in two stages the first answer, else ""
-    answers: tuple[str, ...]
-    question: str
-    prompt_hash: str
-    prompt_ends: tuple[str, ...]  # the first and the last characters of the prompt as the model reads it
-    draft_ends: tuple[str, ...] | None  # the same of the drafter's prompt
-    prompt_tokens: int
-    document_tokens: int
-    truncated: bool  # the document did not fit and was cut
-    finish_reason: str  # stop, or length if any stage was cut
-    new_tokens: int
-    chunks: tuple[Mapping[str, Any], ...]  # what was retrieved: start, end, tokens, score
-    draft_tokens: int | None
-    acceptance: float | None
-    tokens_per_round: float | None
-    tokens_per_second: float | None
-    prefix_reused: bool  # the document's prefill was there already
-    seconds: Mapping[str, float]
-    settings: Mapping[str, Any]  # what the label changes
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -135,24 +68,11 @@ def read(folder: Path) -> Results:
     """The results in a folder.
 
     A last line without its end is a sample that was being written: it is left out and its label noted. Raises
-    InputError with file and line for any other line that is no sample's, for a sample that a label has twice (its score
-    would count twice), and where there is nothing to read.
+    InputError with file, line and key for any other line that is no sample's, for a sample that a label has twice (its
+    score would count twice), and where there is nothing to read.
     """
     suite = read_suite(folder / SUITE)
-    files = sorted(folder.glob(ANSWERS))
-    by_label: dict[str, tuple[Outcome, ...]] = {}
-    torn = []
-    for path in files:
-        outcomes, whole = _read_answers(path, suite["suite"])
-        if not outcomes:
-            continue
-        label, others = outcomes[0].mode, by_label.get(outcomes[0].mode, ())
-        twice = {outcome.id for outcome in others} & {outcome.id for outcome in outcomes}
-        if twice:
-            raise InputError(f"{path}: expected every sample of {label} once, got {min(twice)!r} in another file too")
-        by_label[label] = others + outcomes  # of shares of a run
-        if not whole:
-            torn.append(label)
+    by_label, torn = _by_label(folder, suite["suite"])
     if not by_label:
         raise InputError(f"{folder}: expected the answers of an evaluation, got no finished sample in {ANSWERS}")
     labels = sorted(by_label, key=_shown)
@@ -161,7 +81,7 @@ def read(folder: Path) -> Results:
         suite=suite["suite"],
         by_label={label: by_label[label] for label in labels},
         options=suite.get("options") or {},
-        templates=str(suite.get("templates") or ""),
+        templates=suite.get("templates") or "",
         settings=_flat(suite.get("settings") or {}),
         samples=suite.get("samples"),
         torn=tuple(label for label in labels if label in torn),
@@ -172,32 +92,30 @@ def read_suite(path: Path) -> dict[str, Any]:
     """What suite.json says. Raises InputError where there is none, and for one that is not a run's."""
     if not path.is_file():
         raise InputError(f"{path.parent}: expected the folder of an evaluation, got no {path.name} there")
-    try:
-        suite = json.loads(path.read_bytes())
-    except ValueError:
-        suite = None
-    if not isinstance(suite, dict) or not isinstance(suite.get("suite"), str):
-        raise InputError(f"{path}: expected an object with a suite's name, got something else")
-    for name, kind, said in (("options", dict, "an object"), ("settings", dict, "an object"), ("samples", int, "int")):
-        if not isinstance(suite.get(name), kind | _NONE):
-            raise InputError(f"{path}: expected {name} to be {said}, got {_shortened(suite, name)}")
-    return suite
+    suite = read_object(path)
+    suite.text("suite")
+    suite.text("templates", None)
+    suite.whole("samples", None)
+    for name in ("options", "settings"):
+        _check_plain(suite.fields(name, None))
+    return dict(suite)
 
 
-def finished(folder: Path, label: str) -> set[str]:
-    """The ids of a label's samples that have a whole line, in the files of all shares of a run.
+def _check_plain(section: Fields | None) -> None:
+    """Raises InputError for a value, in sections of it too, that no setting can have."""
+    for key, value in (section or {}).items():
+        if section is not None and isinstance(value, dict):
+            _check_plain(section.fields(key))
+        elif section is not None and not is_plain(value):
+            raise section.error(key, "a text, a number, true, false, null or a list of these")
 
-    Less is checked than by `read`. Raises InputError with file and line for a line of the label that has no id.
+
+def finished(folder: Path, suite: str) -> dict[str, set[str]]:
+    """Label -> the ids of its samples that have a whole line, in the files of all shares of a run.
+
+    Raises InputError as `read` does, but for a folder without any.
     """
-    found: set[str] = set()
-    for path in sorted(folder.glob(ANSWERS)):
-        for place, values in _lines(path):
-            if values.get("mode") != label:
-                break  # a file is of one label
-            if not isinstance(values.get("id"), str):
-                raise InputError(f"{place}: expected id to be str, got {_shortened(values, 'id')}")
-            found.add(values["id"])
-    return found
+    return {label: {outcome.id for outcome in outcomes} for label, outcomes in _by_label(folder, suite)[0].items()}
 
 
 def torn_at(path: Path) -> int:
@@ -236,57 +154,52 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(file:line, the object) of every whole line. Raises InputError for one that is no object."""
+def _by_label(folder: Path, suite: str) -> tuple[dict[str, tuple[Outcome, ...]], set[str]]:
+    """(the outcomes of each label in the order of the files, the labels with a last line that is not whole)."""
+    by_label: dict[str, tuple[Outcome, ...]] = {}
+    torn = set()
+    for path in sorted(folder.glob(ANSWERS)):
+        outcomes, whole, former = _read_answers(path, suite)
+        if not outcomes:
+            continue
+        label, others = outcomes[0].mode, by_label.get(outcomes[0].mode, ())
+        twice = {outcome.id for outcome in others} & {outcome.id for outcome in outcomes}
+        if former:
+            left = f"; {len(twice)} samples that another file of {label} has are left out" if twice else ""
+            _log.warning("%s: mode %s is called %s now%s", path, former, FORMER_NAMES[former], left)
+            outcomes = tuple(outcome for outcome in outcomes if outcome.id not in twice)
+        elif twice:
+            raise InputError(f"{path}: expected every sample of {label} once, got {min(twice)!r} in another file too")
+        by_label[label] = others + outcomes  # of shares of a run
+        if not whole:
+            torn.add(label)
+    return by_label, torn
+
+
+def _lines(path: Path) -> Iterator[Fields]:
+    """The objects of every whole line. Raises InputError for one that is no object."""
+    if not path.is_file():
+        raise InputError(f"{path}: expected a file, got something else")
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith(b"\n"):
+        for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES + 1), b""), start=1):
+            if not line.endswith(b"\n") and len(line) <= MOST_BYTES:
                 return
-            place = f"{path}:{number}"
-            try:
-                values = json.loads(line)
-            except ValueError:
-                values = None
-            if not isinstance(values, dict):
-                said = line[:40].decode(errors="replace").rstrip("\n")
-                raise InputError(f"{place}: expected a line of a sample, got {said!r}")
-            yield place, values
+            yield parse_object(line, f"{path}:{number}")
 
 
-def _read_answers(path: Path, suite: str) -> tuple[tuple[Outcome, ...], bool]:
-    """The outcomes of a file, and whether its last line is whole."""
+def _read_answers(path: Path, suite: str) -> tuple[tuple[Outcome, ...], bool, str]:
+    """(the outcomes of a file, whether its last line is whole, the mode's name where it is a former one or "")."""
     found: dict[str, Outcome] = {}
-    label = None
-    for place, values in _lines(path):
-        outcome = _outcome(values, place)
+    label, former = None, ""
+    for line in _lines(path):
+        outcome = outcome_of(line)
         label = label or outcome.mode
+        if line["mode"] != outcome.mode:
+            former = mode_of(line["mode"])
         for name, expected, got in (("suite", suite, outcome.suite), ("mode", label, outcome.mode)):
             if got != expected:
-                raise InputError(f"{place}: expected {name} {expected!r}, got {got!r}")
+                raise line.error(name, shown(expected))
         if outcome.id in found:
-            raise InputError(f"{place}: expected every sample once, got {outcome.id!r} again")
+            raise InputError(f"{line.source}: expected every sample once, got id {shown(outcome.id)} again")
         found[outcome.id] = outcome
-    return tuple(found.values()), torn_at(path) == path.stat().st_size
-
-
-def _outcome(values: Mapping[str, Any], place: str) -> Outcome:
-    if values.get("schema") != SCHEMA:
-        raise InputError(f"{place}: expected schema {SCHEMA}, got {values.get('schema')!r}")
-    for name, types in _FIELDS.items():
-        value = values.get(name)
-        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-            kinds = " or ".join("null" if kind is _NONE else kind.__name__ for kind in types)
-            raise InputError(f"{place}: expected {name} to be {kinds}, got {_shortened(values, name)}")
-    if not 0 <= values["score"] <= 1:
-        raise InputError(f"{place}: expected a score from 0 to 1, got {values['score']!r}")
-    for name, count, said in (("answers", None, "texts"), ("prompt_ends", 2, "2 texts"), ("draft_ends", 2, "2 texts")):
-        texts = values[name]
-        if texts is not None and not (all(isinstance(x, str) for x in texts) and count in (None, len(texts))):
-            raise InputError(f"{place}: expected {name} to be {said}, got {_shortened(values, name)}")
-    kept: dict[str, Any] = {name: values[name] for name in _FIELDS}
-    kept |= {name: tuple(value) for name, value in kept.items() if isinstance(value, list)}
-    return Outcome(**kept)
-
-
-def _shortened(values: Mapping[str, Any], name: str) -> str:
-    return repr(values[name])[:40] if name in values else "nothing"
+    return tuple(found.values()), torn_at(path) == path.stat().st_size, former

@@ -2,16 +2,17 @@
 """RULER's question answering (qa_1, qa_2): the gold paragraphs of a question among others, from the user's file."""
 
 import itertools
-import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rapid_jax.evaluate.data_files import MOST_BYTES, whole_text
 from rapid_jax.evaluate.haystack import exact, needed_length
 from rapid_jax.evaluate.samples import Measure, Sample
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import Fields, parse_json
 
 FILES = {"qa_1": "squad.json", "qa_2": "hotpotqa.json"}  # in a folder; a file alone is known by what is in it
 
@@ -115,22 +116,19 @@ def _parts(texts: Sequence[str], size: int) -> list[str]:
 
 
 def _read(file: Path) -> tuple[str, Paragraphs]:
+    if not file.is_file():
+        raise InputError(f"data {file}: cannot be read: there is no such file")
     try:
-        content = json.loads(file.read_bytes())
+        with open(file, "rb") as opened:
+            content = parse_json(opened.read(MOST_BYTES + 1), f"data {file}", most_bytes=MOST_BYTES)
     except OSError as error:
         raise InputError(f"data {file}: cannot be read: {error.strerror}") from error
-    except ValueError as error:  # of JSON and of its encoding
-        raise InputError(f"data {file}: not JSON: {error}") from error
-    if isinstance(content, dict) and isinstance(content.get("data"), list):
-        task, load = "qa_1", lambda: _squad(content["data"])
+    if isinstance(content, dict) and "data" in content:
+        task, found = "qa_1", _squad(Fields(content, f"data {file}"))
     elif isinstance(content, list) and content and isinstance(content[0], dict) and "context" in content[0]:
-        task, load = "qa_2", lambda: _hotpot(content)
+        task, found = "qa_2", _hotpot(Fields({"list": content}, f"data {file}").each("list"))
     else:
         raise InputError(f"data {file}: expected the JSON of SQuAD (an object with data) or of HotpotQA (a list)")
-    try:
-        found = load()
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"data {file}: an entry is not as {FILES[task]} has them: {error!r}") from error
     paragraphs = {text for question in found for text in question.gold + question.beside}
     if not found:
         raise InputError(f"data {file}: expected questions with answers, got none")
@@ -139,29 +137,50 @@ def _read(file: Path) -> tuple[str, Paragraphs]:
     return task, Paragraphs(tuple(found), tuple(sorted(paragraphs)))
 
 
-def _squad(articles: Sequence[Mapping[str, Any]]) -> list[Question]:
+def _squad(content: Fields) -> list[Question]:
     found = []
-    for article in articles:
-        contexts = [paragraph["context"] for paragraph in article["paragraphs"]]
-        for paragraph in article["paragraphs"]:
-            gold = paragraph["context"]
+    for article in content.each("data"):
+        paragraphs = article.each("paragraphs")
+        contexts = [_text(paragraph, "context") for paragraph in paragraphs]
+        for paragraph, gold in zip(paragraphs, contexts, strict=True):
             beside = tuple(dict.fromkeys(text for text in contexts if text != gold))
-            for asked in paragraph["qas"]:
-                texts = (answer["text"] for answer in asked["answers"])
-                answers = tuple(dict.fromkeys(text for text in texts if isinstance(text, str) and text.strip()))
-                if answers and not asked.get("is_impossible"):
-                    found.append(Question(asked["question"].strip(), answers, (gold,), beside))
+            for asked in paragraph.each("qas"):
+                texts = (whole_text(answer.text("text", "")) for answer in asked.each("answers"))
+                answers = tuple(dict.fromkeys(text for text in texts if text.strip()))
+                if answers and not asked.truth("is_impossible", False):
+                    found.append(Question(_text(asked, "question").strip(), answers, (gold,), beside))
     return found
 
 
-def _hotpot(entries: Sequence[Mapping[str, Any]]) -> list[Question]:
+def _hotpot(entries: Sequence[Fields]) -> list[Question]:
     found = []
     for entry in entries:
-        titles = {title for title, _ in entry["supporting_facts"]}
-        texts = {title: f"{title}\n{''.join(sentences)}" for title, sentences in entry["context"]}
-        gold = tuple(text for title, text in texts.items() if title in titles)
+        titles = {title for title, _ in _pairs(entry, "supporting_facts", int, "a list of [title, sentence's number]")}
+        context = _pairs(entry, "context", list, "a list of [title, list of sentences]")
+        if not all(isinstance(sentence, str) for _, sentences in context for sentence in sentences):
+            raise entry.error("context", "a list of [title, list of sentences]")
+        texts = {title: whole_text(f"{title}\n{''.join(sentences)}") for title, sentences in context}
         if not titles <= set(texts):
-            raise ValueError(f"a supporting fact of {entry['question']!r} is in none of its paragraphs")
+            raise entry.error("supporting_facts", "of paragraphs that are in context")
+        gold = tuple(text for title, text in texts.items() if title in titles)
         beside = tuple(text for title, text in texts.items() if title not in titles)
-        found.append(Question(entry["question"].strip(), (entry["answer"],), gold, beside))
+        found.append(Question(_text(entry, "question").strip(), (_text(entry, "answer"),), gold, beside))
     return found
+
+
+def _text(fields: Fields, key: str) -> str:
+    text = fields.text(key)
+    if not text.strip():
+        raise fields.error(key, "a text that is not empty")
+    return whole_text(text)
+
+
+def _pairs(entry: Fields, key: str, second: type, expected: str) -> list[tuple[str, Any]]:
+    """The pairs of a title and another value; InputError for anything else, and for none."""
+    pairs = entry.get(key)
+    right = isinstance(pairs, list) and bool(pairs)
+    for pair in pairs if isinstance(pairs, list) else ():
+        right &= isinstance(pair, list) and [type(item) for item in pair] == [str, second]
+    if not right or not isinstance(pairs, list):
+        raise entry.error(key, expected)
+    return [(title, value) for title, value in pairs]

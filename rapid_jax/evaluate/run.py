@@ -13,9 +13,10 @@ from typing import Any
 
 from rapid_jax.answer import Answer
 from rapid_jax.config import RapidConfig
-from rapid_jax.evaluate import results
 from rapid_jax.evaluate.folder import Answers, Share
 from rapid_jax.evaluate.modes import LabelledMode
+from rapid_jax.evaluate.outcome import SCHEMA
+from rapid_jax.evaluate.results import finished
 from rapid_jax.evaluate.samples import Measure, Sample
 from rapid_jax.evaluate.scoring import score
 from rapid_jax.model.tokenizer import Tokenizer
@@ -41,10 +42,15 @@ def measure_of(config: RapidConfig, tokenizer: Tokenizer) -> Measure:
     return measure
 
 
-def decides(config: RapidConfig) -> dict[str, Any]:
-    """The settings that decide answers: not where models lie on devices, nor caches."""
+def decides(config: RapidConfig, limit: int | None = None) -> dict[str, Any]:
+    """The settings that decide answers: not where models lie on devices, nor caches.
+
+    max_new_tokens is among them only as the `limit` of all answers; without one the samples have their own.
+    """
     plain = dataclasses.asdict(config)
-    return {name: plain[name] for name in ("models", "retrieval", "speculation", "sampling", "prompts", "stop")}
+    found = {name: plain[name] for name in ("models", "retrieval", "speculation", "sampling", "prompts", "stop")}
+    del found["sampling"]["max_new_tokens"]
+    return found if limit is None else found | {"sampling": found["sampling"] | {"max_new_tokens": limit}}
 
 
 def evaluate(
@@ -70,23 +76,34 @@ def evaluate(
         for mode in modes:
             files[mode.label] = Answers(folder, mode.label, share, leads=leads)
             stack.callback(files[mode.label].close)
-        left = [(mode.label, s.id) for mode in modes for s in mine if s.id not in files[mode.label].finished]
+        there = finished(folder, samples[0].suite) if samples else {}
+        done = {mode.label: there.get(mode.label, set()) for mode in modes}
+        left = [(mode.label, s.id) for mode in modes for s in mine if s.id not in done[mode.label]]
         check_agreed("samples to answer", left, batch)
         report = stack.enter_context(progress("evaluate", len(left), "answers", quiet=quiet or not leads))
         ready: dict[tuple[str, int], Rapid] = {}
         for group in _groups(mine, batch):
             for mode in modes:
-                todo = [sample for sample in group if sample.id not in files[mode.label].finished]
+                todo = [sample for sample in group if sample.id not in done[mode.label]]
                 if not todo:
                     continue
-                key = mode.label, todo[0].max_new_tokens
+                key = mode.label, mode.limit or todo[0].max_new_tokens
                 if key not in ready:
-                    sampling = replace(mode.config.sampling, max_new_tokens=todo[0].max_new_tokens)
-                    ready[key] = rapid.with_config(replace(mode.config, sampling=sampling))
+                    sampling = replace(mode.config.sampling, max_new_tokens=key[1])
+                    ready[key] = _dated(rapid.with_config(replace(mode.config, sampling=sampling)))
                 files[mode.label].add(
                     _answered(ready[key], todo, mode, _others(mine, todo) if mode.unrelated else None)
                 )
                 report.advance(len(todo))
+
+
+def _dated(rapid: Rapid) -> Rapid:
+    """The same with its models loaded, whose templates write the date of evaluations."""
+    rapid.load()
+    for name in ("target", "drafter"):
+        if name in vars(rapid):  # is loaded
+            getattr(rapid, name).tokenizer.now = NOW
+    return rapid
 
 
 def _ordered(samples: Sequence[Sample]) -> list[Sample]:
@@ -123,10 +140,6 @@ def _answered(
     rapid: Rapid, samples: Sequence[Sample], mode: LabelledMode, others: Sequence[str] | None
 ) -> list[dict[str, Any]]:
     """The lines of samples that are answered together; what is retrieved comes from `others`, if there are any."""
-    rapid.load()
-    for name in ("target", "drafter"):
-        if name in vars(rapid):  # is loaded
-            getattr(rapid, name).tokenizer.now = NOW
     start = time.perf_counter()
     readings = [
         rapid.read(
@@ -141,7 +154,7 @@ def _answered(
     retrieval = (time.perf_counter() - start) / len(samples)
     seeds = [_seed(rapid.config.sampling.seed, sample.id) for sample in samples]
     answers = rapid.answers(readings, seeds)
-    last = answers if samples[0].then is None else _concluded(rapid, samples, answers, seeds)
+    last = answers if samples[0].then is None else _concluded(rapid, samples, mode, answers, seeds)
     lines = []
     for sample, reading, answer, final in zip(samples, readings, answers, last, strict=True):
         line = _line(sample, reading, answer, mode, retrieval, rapid)
@@ -155,12 +168,12 @@ def _answered(
 
 
 def _concluded(
-    rapid: Rapid, samples: Sequence[Sample], answers: Sequence[Answer], seeds: Sequence[int]
+    rapid: Rapid, samples: Sequence[Sample], mode: LabelledMode, answers: Sequence[Answer], seeds: Sequence[int]
 ) -> list[Answer]:
     """The target's answers to the second messages, which hold the first answers and no document."""
     config = rapid.config
     speculation = replace(config.speculation, mode="target", lookup="off")
-    sampling = replace(config.sampling, max_new_tokens=samples[0].then_tokens)
+    sampling = replace(config.sampling, max_new_tokens=mode.limit or samples[0].then_tokens)
     alone = rapid.with_config(replace(config, speculation=speculation, sampling=sampling))
     tokenizer, system = rapid.target.tokenizer, config.prompts.system
     texts = [
@@ -178,7 +191,7 @@ def _line(
     drafts = reading.short if reading.short is not prompt else None
     copied = ("id", "suite", "task", "length", "depth", "metric", "question")
     return {
-        "schema": results.SCHEMA,
+        "schema": SCHEMA,
         **{name: getattr(sample, name) for name in copied},
         "tags": dict(sample.tags),
         "answers": list(sample.answers),

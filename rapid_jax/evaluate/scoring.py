@@ -87,7 +87,7 @@ def _rouge():
     try:
         return importlib.import_module("rouge_score.rouge_scorer")
     except ImportError as error:
-        raise InputError("rouge_l_sum needs the package rouge-score: pip install 'rapid-jax[evaluate]'") from error
+        raise InputError("rouge_l_sum needs the package rouge-score: pip install rouge-score") from error
 
 
 def choice(prediction: str, answers: Sequence[str]) -> float:

@@ -8,7 +8,8 @@ import numpy as np
 
 from rapid_jax.runtime.errors import InputError
 
-FEW = 20  # questions below which a bootstrap interval is too narrow to be relied on
+FEW = 20  # different questions below which there is no interval and no verdict: a bootstrap of them is too narrow
+FEWEST = 5  # the same of the questions of any one task in an average
 _BLOCK = 1 << 22  # numbers drawn at a time
 
 
@@ -23,35 +24,40 @@ class Estimate(NamedTuple):
     """A mean and the ends of its interval: from 0 to 1 or, of differences, from -1 to 1."""
 
     mean: float
-    low: float
-    high: float
+    low: float | None  # both None where there are too few questions for an interval
+    high: float | None
     scores: int  # how many, or pairs of them
     questions: int  # different ones
 
     @property
-    def few(self) -> bool:
-        """Whether the interval is too narrow to be relied on."""
-        return self.questions < FEW
-
-    @property
     def clear(self) -> bool:
-        """Of a difference: whether its interval leaves out 0; if not, it is to be reported as none."""
-        return self.low > 0 or self.high < 0
-
-    @property
-    def sure(self) -> bool:
-        """Of a difference: whether it is clear, and the interval to be relied on."""
-        return self.clear and not self.few
+        """Of a difference: whether it has an interval that leaves out 0; if not, it is to be reported as none."""
+        return self.low is not None and self.high is not None and (self.low > 0 or self.high < 0)
 
     @property
     def verdict(self) -> str:
         """Of a difference: what is to be said of it."""
-        said = "no difference" if not self.clear else "better" if self.mean > 0 else "worse"
-        return f"{said} (few samples)" if self.few else said
+        if self.low is None:
+            return "too few questions"
+        return "no difference" if not self.clear else "better" if self.mean > 0 else "worse"
 
 
-def estimate(cells: Sequence[Cell], *, seed: int = 0, resamples: int = 2000, level: float = 0.95) -> Estimate:
-    """The weighted sum of the cells' means, and its percentile bootstrap interval.
+class _Stratum(NamedTuple):
+    """Questions that are drawn among each other."""
+
+    moves: np.ndarray  # what each of them moves the mean by
+    cells: list[int]  # that they are in
+
+
+def estimate(
+    cells: Sequence[Cell],
+    *,
+    span: tuple[float, float] = (0.0, 1.0),
+    seed: int = 0,
+    resamples: int = 2000,
+    level: float = 0.95,
+) -> Estimate:
+    """The weighted sum of the cells' means, and its percentile bootstrap interval; scores lie in `span`.
 
     What is drawn with replacement are questions, each with all of its scores: one that is asked at several lengths or
     in several tasks is one piece of evidence, not several. Questions are drawn among those of their own cell, and of
@@ -59,26 +65,44 @@ def estimate(cells: Sequence[Cell], *, seed: int = 0, resamples: int = 2000, lev
     A question adds weight (score - mean) / count of each of its scores' cells: exactly the mean of what is drawn where
     every question is in the same cells, else to first order.
 
-    Equal arguments give equal results, in any order of cells and scores. Scores that are all the same give that value
-    three times; so does a single score. Such an interval of no width says that the scores do not vary, not that the
-    mean is known: with few scores (ten of ten right) the truth may well lie outside. Below FEW questions the interval
-    is too narrow in general. Raises InputError for no cells, no scores in one, a number that is not finite, a weight
-    that is not above 0, and a level outside (0, 1).
+    There is no interval of fewer than FEW questions, nor where fewer than FEWEST are drawn among each other. Where no
+    draw differs from another (all answers right) a bootstrap says nothing: the interval is then the exact one of how
+    often other questions would come out differently (`_unseen`). Equal arguments give equal results, in any order of
+    cells and scores. Raises InputError for no cells, no scores in one, a number that is not finite, a weight that is
+    not above 0, and a level outside (0, 1).
     """
     if resamples < 1 or not 0 < level < 1:
         raise InputError(f"expected resamples >= 1 and a level between 0 and 1, got {resamples} and {level}")
     weights, values = _checked(cells)
     # The least and the most that a draw can be.
     mean, least, most = (float(weights @ [of(scores) for scores in values]) for of in (_mean, np.min, np.max))
+    strata = _strata(cells)
+    sizes = [moves.size for moves, _ in strata]
+    count, questions = sum(scores.size for scores in values), sum(sizes)
+    if questions < FEW or min(sizes) < FEWEST:
+        return Estimate(mean, None, None, count, questions)
     generator = np.random.default_rng(seed)
     draws = np.full(resamples, mean)
-    strata = _strata(cells)
-    for parts in strata:
-        draws += parts.size * _means(parts, generator, resamples)
+    for moves, _ in strata:
+        draws += moves.size * _means(moves, generator, resamples)
     draws = np.clip(np.round(draws, 12), least, most)  # a draw of 0 is 0, not a little above
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    questions = sum(parts.size for parts in strata)
-    return Estimate(mean, float(low), float(high), sum(scores.size for scores in values), questions)
+    low, high = map(float, np.quantile(draws, [(1 - level) / 2, (1 + level) / 2]))
+    if draws.min() == draws.max():
+        low = mean - _unseen(strata, level, [w * (_mean(x) - span[0]) for w, x in zip(weights, values, strict=True)])
+        high = mean + _unseen(strata, level, [w * (span[1] - _mean(x)) for w, x in zip(weights, values, strict=True)])
+    return Estimate(mean, float(low), float(high), count, questions)
+
+
+def _unseen(strata: Sequence[_Stratum], level: float, reaches: Sequence[float]) -> float:
+    """How far the mean may be off where all questions came out alike and others could move each cell by its reach.
+
+    Of one stratum of n this is Clopper and Pearson's bound (Biometrika 26, 1934) for none of n, times the reach. Of
+    several it is that of the fewest questions for what they count, which is at least as wide (by Jensen's inequality).
+    """
+    found = [(moves.size, max(sum(reaches[cell] for cell in cells), 0.0)) for moves, cells in strata]
+    whole = sum(reach for _, reach in found)
+    counts = [size * whole / reach for size, reach in found if reach > 0]
+    return whole * (1 - ((1 - level) / 2) ** (1 / min(counts))) if counts else 0.0
 
 
 def _checked(cells: Sequence[Cell]) -> tuple[np.ndarray, list[np.ndarray]]:
@@ -95,8 +119,8 @@ def _checked(cells: Sequence[Cell]) -> tuple[np.ndarray, list[np.ndarray]]:
     return weights, values
 
 
-def _strata(cells: Sequence[Cell]) -> list[np.ndarray]:
-    """What each question moves the mean by, put together by the questions that are drawn among each other."""
+def _strata(cells: Sequence[Cell]) -> list[_Stratum]:
+    """All questions, put together by the cells that share some."""
     moves: dict[Hashable, float] = {}
     first: dict[Hashable, int] = {}  # question -> a cell that it is in
     joined = list(range(len(cells)))  # cell -> another cell that shares questions with it, or itself
@@ -114,7 +138,9 @@ def _strata(cells: Sequence[Cell]) -> list[np.ndarray]:
     found: dict[int, list[float]] = {}
     for question, move in moves.items():
         found.setdefault(root(first[question]), []).append(move)
-    return [np.asarray(parts) for parts in sorted(map(sorted, found.values()))]
+    members = {place: [cell for cell in range(len(cells)) if root(cell) == place] for place in found}
+    strata = [_Stratum(np.asarray(sorted(parts)), members[place]) for place, parts in found.items()]
+    return sorted(strata, key=lambda stratum: stratum.moves.tolist())
 
 
 def _mean(values: np.ndarray) -> float:

@@ -7,8 +7,12 @@ from typing import TypeAlias
 
 from rapid_jax.evaluate import ruler, statistics
 from rapid_jax.evaluate.results import Outcome, Results
-from rapid_jax.evaluate.statistics import Estimate
+from rapid_jax.evaluate.statistics import FEW, FEWEST, Estimate
 
+NEEDED = (
+    f"Intervals and verdicts need {FEW} different questions, and {FEWEST} of every task in an average; "
+    "without them scores stand alone."
+)
 Cell: TypeAlias = tuple[str, int | None]  # task and length
 _Scores: TypeAlias = Mapping[str, tuple[Hashable, float]]  # id -> (question, score)
 
@@ -65,7 +69,7 @@ def difference(row: Row, one: Iterable[Outcome], other: Iterable[Outcome]) -> Es
     for cell in row.weights:
         mine, theirs = ones.get(cell, {}), others.get(cell, {})
         pairs[cell] = {id: (asked, score - theirs[id][1]) for id, (asked, score) in mine.items() if id in theirs}
-    return _estimate(row, pairs)
+    return _estimate(row, pairs, span=(-1.0, 1.0))
 
 
 def acceptances(outcomes: Iterable[Outcome]) -> list[float]:
@@ -90,9 +94,9 @@ def _scores(outcomes: Iterable[Outcome]) -> dict[Cell, _Scores]:
     return {**found}
 
 
-def _estimate(row: Row, scores: Mapping[Cell, _Scores]) -> Estimate | None:
+def _estimate(row: Row, scores: Mapping[Cell, _Scores], span: tuple[float, float] = (0.0, 1.0)) -> Estimate | None:
     cells = [statistics.Cell(weight, list(scores.get(cell, {}).values())) for cell, weight in row.weights.items()]
-    return statistics.estimate(cells) if all(cell.scores for cell in cells) else None
+    return statistics.estimate(cells, span=span) if all(cell.scores for cell in cells) else None
 
 
 def percent(share: float) -> str:
@@ -106,13 +110,18 @@ def _tenths(share: float) -> float:
 
 
 def shown(got: Estimate | None) -> str:
-    """A score as 75.0 [70.1, 79.8]."""
-    return f"{percent(got.mean)} [{percent(got.low)}, {percent(got.high)}]" if got else "-"
+    """A score as 75.0 [70.1, 79.8], or 75.0 alone where there are too few questions for an interval."""
+    if not got:
+        return "-"
+    if got.low is None or got.high is None:
+        return percent(got.mean)
+    return f"{percent(got.mean)} [{percent(got.low)}, {percent(got.high)}]"
 
 
 def shown_difference(got: Estimate | None) -> str:
-    """A difference as +2.5 [+0.4, +4.6]."""
+    """A difference as +2.5 [+0.4, +4.6], or +2.5 alone where there are too few questions for an interval."""
     if not got:
         return "-"
-    mean, low, high = map(_tenths, (got.mean, got.low, got.high))
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]"
+    if got.low is None or got.high is None:
+        return f"{_tenths(got.mean):+.1f}"
+    return f"{_tenths(got.mean):+.1f} [{_tenths(got.low):+.1f}, {_tenths(got.high):+.1f}]"

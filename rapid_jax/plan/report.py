@@ -20,7 +20,7 @@ LANES, SUBLANES = 128, 8  # of a tile of 32-bit numbers, into which the device's
 
 @dataclass(frozen=True)
 class Result:
-    """One program on one topology; bytes, FLOPs and collectives are of one device and one call."""
+    """One program on one topology; bytes, FLOPs and collectives are of one device and one call, the longest."""
 
     program: str
     topology: str
@@ -29,13 +29,18 @@ class Result:
     bytes_per_chip: Mapping[str, int]  # weights, optimizer, cache, activations, temporaries, and the peak of them all
     flops_per_chip: float
     collectives: Mapping[str, Mapping[str, int]]
-    roofline_seconds: float  # of one call
-    roofline: Mapping[str, float]  # seconds of one call: compute, hbm, interconnect
+    roofline_seconds: float  # of the longest call
+    roofline: Mapping[str, float]  # seconds of the longest call: compute, hbm, interconnect
     calls: int
-    total_seconds: float  # roofline of all calls
+    total_seconds: float  # roofline of all calls: of a prompt's chunks the earlier ones attend to fewer tokens
     compile_seconds: float | None  # None: counted, not compiled
     fits: bool
     text: str = ""  # of the compiled program; empty if it did not compile
+
+    @property
+    def alike(self) -> bool:
+        """Whether all calls take the same."""
+        return self.total_seconds > 0.999 * self.calls * self.roofline_seconds
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, without the program's text."""
@@ -168,9 +173,11 @@ def _rows(result: Result) -> Iterable[str]:
     yield f"{result.program}: {'fits' if result.fits else 'DOES NOT FIT'} {result.topology} ({chips})"
     yield f"  memory a chip  {_size(parts['peak'])} of {_size(chip)} ({parts['peak'] / chip:.0%}): {share}"
     spent = ", ".join(f"{name} {_time(seconds)}" for name, seconds in result.roofline.items())
-    calls = "" if result.calls == 1 else f"; {result.calls} calls {_time(result.total_seconds)}"
-    yield f"  at the least   {_time(result.roofline_seconds)} a call, bound by {bound}: {spent}{calls}"
-    yield f"  arithmetic     {result.flops_per_chip:.3g} FLOPs a chip and call"
+    which = "a call" if result.alike else "the longest call"
+    fewer = "" if result.alike else ", the earlier ones attend to fewer tokens"
+    calls = "" if result.calls == 1 else f"; all {result.calls} calls {_time(result.total_seconds)}{fewer}"
+    yield f"  at the least   {_time(result.roofline_seconds)} {which}, bound by {bound}: {spent}{calls}"
+    yield f"  arithmetic     {result.flops_per_chip:.3g} FLOPs a chip, {which}"
     if result.compile_seconds is None:
         yield "  counted        from shapes; temporaries by rule, not compiled"
         return

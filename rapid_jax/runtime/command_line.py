@@ -73,6 +73,11 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+def harmless(text: str) -> str:
+    """The text on one line without anything that a terminal obeys: other characters than printable ones by number."""
+    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
+
+
 @contextlib.contextmanager
 def _heard_interrupts() -> Iterator[None]:
     """Ctrl-C is not lost where nothing can be raised: in what the garbage collector calls, JAX's callback above all."""
@@ -96,5 +101,5 @@ def _heard_interrupts() -> Iterator[None]:
 
 
 def _fail(name: str, message: str) -> int:
-    say(f"{name}: {' '.join(message.splitlines())}")
+    say(f"{name}: {harmless(' '.join(message.splitlines()))}")
     return 2

@@ -16,7 +16,7 @@ SETTINGS = {
 
 def line(task: str, length: int | None, number: int, mode: str, score: float, **more) -> dict:
     """A sample's line; its answer is right where the score is 1."""
-    drafts = mode.startswith(("rapid", "sd"))
+    drafts = mode.startswith(("rapid", "lossless", "sd"))
     size = length or 3000
     found = {
         "schema": 1,

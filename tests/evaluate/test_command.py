@@ -41,7 +41,14 @@ def test_an_evaluation_its_report_and_a_comparison(tiny, tmp_path, capfd):
     modes = ["--modes", "target,rapid:eta=5", "--batch", "3", "--quiet"]
     assert main(["evaluate", *tiny, *modes, "--out", one]) == 0
     captured = capfd.readouterr()
-    assert captured.out == "" and captured.err == f"report: {one}/report.md, report.html\n"
+    head = "qa, scores in %\n===============\n\nSamples finished of 3: target (3), rapid-eta=5 (3)."
+    assert captured.out.startswith(head) and captured.err == ""
+    scores = [line.split() for line in captured.out.splitlines() if line.startswith(("task", "documents"))]
+    assert scores[0] == ["task", "target", "rapid-eta=5"] and scores[1][0] == "documents" and len(scores) == 2
+    assert captured.out.endswith(f"\n\nreport: {one}/report.md, report.html\n")
+    suite = json.loads((Path(one) / "suite.json").read_text())
+    assert suite["max_new_tokens"] == {"documents": [64, 64]}
+    assert "max_new_tokens" not in suite["settings"]["sampling"]
     assert sorted(path.name for path in Path(one).iterdir() if path.suffix != ".png") == [
         "answers-rapid-eta=5.jsonl",
         "answers-target.jsonl",
@@ -68,7 +75,26 @@ def test_an_evaluation_its_report_and_a_comparison(tiny, tmp_path, capfd):
     assert main(["report", other]) == 0 and (Path(other) / "report.md").exists()
     capfd.readouterr()
     assert main(["compare", one, other]) == 0
-    assert "no difference" in capfd.readouterr().out
+    assert "too few questions" in capfd.readouterr().out
+
+
+def test_settings_that_an_evaluation_has_defaults_for_are_honoured(tiny, tmp_path, capfd):
+    out = tmp_path / "out"
+    limits = ["--set", "sampling.max_new_tokens=4", "--set", "speculation.lookup=on", "--set", "sampling.seed=7"]
+    limits += ["--set", "cache.prefix_gib=0.5"]
+    modes = ["--modes", "target,target:max_new_tokens=2:models.too_long=middle:models.max_context=150"]
+    assert main(["evaluate", *tiny, *limits, *modes, "--out", str(out)]) == 0
+    err = capfd.readouterr().err
+    assert "answers have at most 4 tokens, by sampling.max_new_tokens" in err
+    suite = json.loads((out / "suite.json").read_text())
+    assert suite["max_new_tokens"] == {"documents": [4, 4]} and suite["settings"]["sampling"]["max_new_tokens"] == 4
+    assert suite["settings"]["sampling"]["seed"] == 7 and suite["settings"]["speculation"]["lookup"] == "on"
+    assert "prefix_gib: 0.5\n" in (out / "settings.yaml").read_text()
+    lines = {path.stem: [json.loads(x) for x in path.read_text().splitlines()] for path in out.glob("answers-*")}
+    whole, cut = (lines[name] for name in sorted(lines))
+    assert [line["new_tokens"] for line in whole] == [4] * 3 and [line["new_tokens"] for line in cut] == [2] * 3
+    assert not any(line["truncated"] for line in whole) and all(line["truncated"] for line in cut)
+    assert all(line["prompt_tokens"] <= 148 for line in cut) and "lookup" not in whole[0]["settings"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +105,35 @@ def test_an_evaluation_its_report_and_a_comparison(tiny, tmp_path, capfd):
         (["--lengths", "256"], "has whole documents: lengths and depths are of no use"),
         (["--lengths", "999999"], "--lengths: expected at most the 2048 tokens"),
         (["--text", "x"], "--text: --suite qa has no use for it"),
-        (["--set", "models.max_context=200"], "documents/q0: expected at most 200 tokens with the answer, got"),
+        (
+            ["--set", "models.max_context=200"],
+            "documents/q0 in mode rapid: expected at most 200 tokens with the answer, got",
+        ),
+        (
+            [
+                "--set",
+                "models.too_long=middle",
+                "--modes",
+                "target,target:models.too_long=error:models.max_context=200",
+            ],
+            "documents/q0 in mode target-models.too_long=error-models.max_context=200: expected at most 200 tokens",
+        ),
+        (
+            ["--modes", "target:models.too_long=middle:models.max_context=70"],
+            "expected at most 70 tokens around the document, the answer among them, got",
+        ),
+        (["--modes", "target:models.max_context=4096"], "models.max_context: expected at most the 2048 positions that"),
+        (["--modes", "target:models.layout=stacked"], "expected a setting that a mode may change"),
+        (
+            ["--modes", "target:max_new_tokens=2000"],
+            "documents/q0 in mode target-max_new_tokens=2000: expected at most",
+        ),
+        (
+            ["--set", "prompts.target='{document} {question}'"],
+            "prompts.target: expected it not to be set, since qa asks",
+        ),
+        (["--modes", "rapid:prompts.drafter='{document} {question}'"], "prompts.drafter: expected it not to be set"),
+        (["--modes", "target", "--set", "speculation.mode=rapid"], "speculation.mode: --modes says which modes"),
         (["--set", "models.max_context=4096"], "models.max_context: expected at most the 2048 positions that"),
         (["--lengths", "4k"], "--lengths: expected a whole number of at least 1, got '4k'"),
         (["--depths", "2"], "--depths: expected depths from 0 to 1, got 2"),

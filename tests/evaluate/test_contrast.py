@@ -62,7 +62,7 @@ def test_changed_answers_are_listed_ten_a_direction(tmp_path: Path):
 def test_no_change_lists_nothing(tmp_path: Path):
     lines = grid("target", first(5))
     found = contrast(*pair(tmp_path, {"target": lines}, {"target": lines}))
-    assert " went " not in found and cells(found, "all")[3:] == ["+0.0 [+0.0, +0.0]", "no difference"]
+    assert " went " not in found and cells(found, "all")[3:] == ["+0.0 [-16.8, +16.8]", "no difference"]
 
 
 def test_settings_that_differ_are_listed_with_those_that_everyone_asks_for(tmp_path: Path):
@@ -88,12 +88,12 @@ def test_prompts_may_differ_and_only_common_samples_count(tmp_path: Path):
     one = {"target": grid("target", first(5), count=20), "rapid": grid("rapid", first(5))}
     other = {
         "target": grid("target", first(5), count=30, prompt_hash="other", prompt_tokens=9),
-        "sd": grid("sd", first(5)),
+        "lossless": grid("lossless", first(5)),
     }
     found = contrast(*pair(tmp_path, one, other, samples=30))
     assert "40 samples compared, 20 that only one of them has left out." in found
     assert "Not the same was asked for: samples - and 30." in found
-    assert "no such samples: rapid." in found and "no such samples: sd." in found
+    assert "no such samples: rapid." in found and "no such samples: lossless." in found
     assert "no such samples: target." not in found
 
 
@@ -103,11 +103,18 @@ def test_equal_ids_that_ask_something_else_are_not_compared(tmp_path: Path):
         line |= {"answers": ["green"]} if number < 7 else {"question": "another?"} if number < 10 else {}
     found = contrast(*pair(tmp_path, {"target": one}, {"target": other}))
     assert "30 samples compared, 10 whose question or right answers differ left out." in found
-    assert cells(found, "task, 4K")[0] == "10" and cells(found, "task, 4K")[4] == "no difference (few samples)"
+    assert cells(found, "task, 4K")[0] == "10" and cells(found, "task, 4K")[4] == "too few questions"
     for line in other:
         line["question"] = "another?"
     with pytest.raises(InputError, match=r"samples in common, got none: asked for were seed 0 and seed 0, text b"):
         contrast(*pair(tmp_path, {"target": one}, {"target": other}, text="b"))
+
+
+def test_what_models_say_does_nothing_to_a_terminal(tmp_path: Path):
+    lines = {"target": grid("target", first(5), answer="\x1b]0;owned\x07 \x1b[2J\u202e")}
+    other = {"target": grid("target", first(16), ["task"])}
+    found = contrast(*pair(tmp_path, lines, other))
+    assert r"\x1b]0;owned\x07 \x1b[2J\u202e" in found and all(x.isprintable() for x in found.replace("\n", ""))
 
 
 def test_different_suites_and_modes_are_refused(tmp_path: Path):

@@ -3,6 +3,7 @@
 
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -32,16 +33,18 @@ def test_lists_and_lines_give_the_same_objects(tmp_path, packed):
 @pytest.mark.parametrize(
     "data, message",
     [
-        (b'{"a": 1}\n{"a": }\n', "line 2: expected JSON"),
-        (b'\n[{"a": 1},\n{"a": }]\n', "line 3: expected JSON"),
-        (b'[{"a": 1},\n{"a": "\xff"}]\n', "line 2: expected UTF-8, got the byte 0xff"),
-        (b'{"a": 1}\n{"a": "\xff"}\n', "line 2: expected UTF-8"),
+        (b'{"a": 1}\n{"a": }\n', "line 2: not JSON: Expecting value"),
+        (b'\n[{"a": 1},\n{"a": }]\n', "not JSON: Expecting value: line 3 column 7"),
+        (b'[{"a": 1},\n{"a": "\xff"}]\n', "not JSON: 'utf-8' codec can't decode byte 0xff"),
+        (b'{"a": 1}\n{"a": "\xff"}\n', "line 2: not JSON: 'utf-8' codec can't decode byte 0xff"),
         (b'{"a": 1}\n7\n', "line 2: expected a JSON object, got 7"),
         (b'[{"a": 1}, "b"]', "item 2: expected a JSON object, got 'b'"),
         (b'{"a": 1}\n[{"a": 1}]\n', "line 2: expected a JSON object"),
         (b"\n\n", "expected JSON objects, one a line or in a list, got none"),
         (b"[]", "expected JSON objects, one a line or in a list, got none"),
-        (b"[" * 100_000, "line 1: expected JSON, got one nested too deeply"),
+        (b"[" * 100_000, "expected JSON nested at most 64 deep, got more"),
+        (b'{"a": ' * 70 + b"1" + b"}" * 70, "line 1: expected JSON nested at most 64 deep, got more"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "line 1: not JSON: Exceeds the limit"),
     ],
 )
 def test_what_is_no_such_file_is_named(tmp_path, data, message):
@@ -63,6 +66,24 @@ def test_files_that_cannot_be_read_are_input_errors(tmp_path):
         (tmp_path / f"{name}.gz").write_bytes(data)
         with pytest.raises(InputError, match=rf"{name}.gz: (cannot be read|line 1)"):
             list(data_files.records(tmp_path / f"{name}.gz"))
+
+
+def test_a_file_is_read_up_to_a_limit_and_nothing_else_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_files, "MOST_BYTES", 100)
+    for name, data in {
+        "lines": b'{"a": 1}\n' * 20,
+        "list": b"[" + b'{"a": 1},' * 20 + b"1]",
+        "line": b" " * 200,
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(data))
+        for path in (tmp_path / name, tmp_path / f"{name}.gz"):
+            with pytest.raises(InputError, match="expected at most 100 bytes of JSON, got more"):
+                list(data_files.records(path))
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(InputError, match="expected a file, got something else"):
+            list(data_files.records(path))
 
 
 def test_fields_are_checked_and_made_whole():

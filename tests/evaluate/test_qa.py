@@ -180,6 +180,27 @@ def test_a_line_that_is_no_question_is_named(tmp_path, measure, row, message):
         samples(SuiteOptions(data=path), measure)
 
 
+@pytest.mark.parametrize(
+    "keys, missing",
+    [
+        (("context", "question", "answers"), ("document", "title, passage")),
+        (("text", "query"), ("document, question, answers", "question, answers, title, passage")),
+    ],
+)
+def test_a_file_of_other_keys_is_told_which_are_missing(tmp_path, measure, keys, missing):
+    path = write(tmp_path, [dict.fromkeys(keys, "words")])
+    said = (
+        f"line 1: expected the keys .* .missing: {missing[0]}. or .* .missing: {missing[1]}., got the keys '{keys[0]}'"
+    )
+    for lengths in ((), (500,)):
+        with pytest.raises(InputError, match=said):
+            samples(SuiteOptions(data=path, lengths=lengths), measure)
+    # What lacks a key of passages hears of it before it hears of lengths.
+    path = write(tmp_path, [{"question": "Who?", "answers": "me", "passage": "It is me."}])
+    with pytest.raises(InputError, match="line 1: expected 'title' to be a text that is not empty, got no such field"):
+        samples(SuiteOptions(data=path), measure)
+
+
 def test_passages_need_their_fields(tmp_path, measure):
     for key in ("question", "answers", "title", "passage"):
         path = write(tmp_path, [gold(0), gold(1, **{key: None})])

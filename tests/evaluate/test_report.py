@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rapid_jax.evaluate import figures, ruler
-from rapid_jax.evaluate.page import Bold, Heading, Table, Verbatim, markdown, page, text
+from rapid_jax.evaluate.page import Bold, Heading, Table, Verbatim, markdown, page, plain, text
 from rapid_jax.evaluate.report import report
 from rapid_jax.evaluate.results import read
 from rapid_jax.evaluate.summary import percent
@@ -44,17 +44,24 @@ def size(png: bytes) -> tuple[int, int]:
 
 def test_scores_and_differences_are_the_known_ones(tmp_path: Path):
     run = folder(
-        tmp_path, {"target": grid("target", some(10)), "sd": grid("sd", some(11)), "rapid": grid("rapid", some(16))}
+        tmp_path, {mode: grid(mode, some(count)) for mode, count in (("target", 10), ("lossless", 11), ("rapid", 16))}
     )
-    assert report(run) == run / "report.html"
+    place, printed = report(run)
+    assert place == run / "report.html"
     found = written(run)
-    target, sd, rapid = row(found, "4K")
-    assert target.startswith("50.0 [") and sd.startswith("55.0 [") and rapid.startswith("80.0 [")
+    target, lossless, rapid = row(found, "4K")
+    assert target.startswith("50.0 [") and lossless.startswith("55.0 [") and rapid.startswith("80.0 [")
+    lines = printed.splitlines()
+    assert lines[:2] == ["qa, scores in %", "==============="]
+    assert [re.split(r"\s{2,}", line) for line in lines if line.startswith(("length", "4K"))] == [
+        ["length", "target", "lossless", "rapid"],
+        ["4K", target, lossless, rapid],
+    ]
     low, high = map(float, re.findall(r"\d+\.\d", target)[1:])
     assert 25 <= low < 50 < high <= 75
     assert row(found, "all")[0].startswith("50.0 [")
-    sd, rapid = row(found, "4K", 1)
-    assert sd.startswith("no difference +5.0 [+0.0, ")
+    lossless, rapid = row(found, "4K", 1)
+    assert lossless.startswith("no difference +5.0 [+0.0, ")
     assert re.fullmatch(r"\*\*better \+30\.0 \[\+\d+\.\d, \+\d+\.\d\]\*\*", rapid)
     assert "Warning" not in found
 
@@ -68,7 +75,7 @@ def test_rulers_averages_weigh_tasks_and_groups(tmp_path: Path):
     found = written(run)
     assert row(found, "average of 13 tasks")[0].startswith(f"{100 * 8.5 / 13:.1f} [")
     assert row(found, "average of NIAH, VT, QA")[0].startswith("50.0 [")
-    assert row(found, "cwe")[0] == "0.0 [0.0, 0.0]"
+    assert row(found, "cwe")[0] == "0.0 [0.0, 16.8]"
     for group in (*ruler.GROUPS, "Aggregation"):
         assert f"\n### {group}\n" in found
     part = folder(tmp_path / "part", {"target": grid("target", right, ruler.TASKS[:11], [4096])}, "ruler")
@@ -83,7 +90,7 @@ def test_splits_are_by_tag(tmp_path: Path):
     report(run)
     found = written(run)
     assert row(found, "difficulty: easy")[0].startswith("50.0 [") and row(found, "difficulty: hard") == [
-        "0.0 [0.0, 0.0]"
+        "0.0 [0.0, 16.8]"
     ]
     assert "id: " not in found and "Length own" in found
 
@@ -110,7 +117,7 @@ def test_what_makes_scores_meaningless_is_told(tmp_path: Path):
     assert warnings[1] == "**Warning:** answers end at their limit of tokens: 25.0 % at 8K (target)."
     assert "last line was not whole and is left out: rapid" in warnings[2]
     assert "37 are common to all" in warnings[3]
-    assert "2 of 4 scores" in warnings[4] and "fewer than 20 samples" in warnings[4]
+    assert "2 of 4 scores" in warnings[4] and "fewer than 20 questions" in warnings[4]
     assert len(warnings) == 5
 
 
@@ -122,9 +129,21 @@ def test_the_head_names_settings_and_few_samples_make_nothing_bold(tmp_path: Pat
     named = "models.target big, models.drafter small, models.encoder minilm, models.max_context null, "
     named += "models.too_long error, sampling.temperature 0.0, speculation.gamma 10, speculation.eta 10.0."
     assert named in found
+    assert "Intervals and verdicts need 20 different questions, and 5 of every task in an average" in found
     # The same 19 questions at both lengths are 19 in all, too.
     for name in ("4K", "all"):
-        assert row(found, name, 1)[0].startswith("better (few samples) +78.9 [")
+        assert row(found, name) == ["10.5", "89.5"] and row(found, name, 1) == ["too few questions +78.9"]
+
+
+def test_one_question_in_many_samples_has_no_interval(tmp_path: Path):
+    by_label = {
+        mode: [line("task", 4096, n, mode, score, question="The one?") for n in range(30)]
+        for mode, score in (("target", 0.0), ("rapid", 1.0))
+    }
+    printed = report(folder(tmp_path, by_label))[1]
+    assert row(written(tmp_path), "task", 1) == ["0.0", "100.0"]
+    assert row(written(tmp_path), "task", 3) == ["too few questions +100.0"]
+    assert re.search(r"^task +0.0 +100.0$", printed, re.M)
 
 
 def test_the_same_questions_at_more_lengths_do_not_narrow_an_interval(tmp_path: Path):
@@ -268,7 +287,24 @@ def test_what_models_say_is_never_live(tmp_path: Path):
     assert r"\<b\>task\</b\>" in written(run)
 
 
-def test_missing_matplotlib_and_a_file_in_the_way_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_names_of_any_letters_are_drawn_and_printed(tmp_path: Path):
+    """Dollars begin no formula, what the font lacks is no warning, and a terminal obeys nothing."""
+    tasks = ["$\\frac$", "\x1b]0;owned\x07\x1b[2J", "答え\n| a", "\u202egnp.exe", "\ud800", "<b>_"]
+    by_label = {mode: grid(mode, some(5), tasks) for mode in ("target", "$x_\x1b[31m")}
+    printed = report(folder(tmp_path, by_label))[1]
+    assert {path.name for path in tmp_path.glob("*.png")} == {"scores.png", "tasks.png", "speed.png"}
+    assert all(letter.isprintable() for letter in printed.replace("\n", ""))
+    table = [line for line in printed.splitlines() if "25.0 [" in line]
+    assert any(line.startswith(r"\x1b]0;owned\x07\x1b[2J  ") for line in table)
+    assert any(line.startswith(r"答え\n| a  ") for line in table)
+
+
+def test_a_table_is_aligned_by_the_columns_of_a_terminal():
+    found = plain([Table(["task", "n"], [["答え", "1.0"], ["abcdef", "10.0"], ["e\u0301", "2.0"]])])
+    assert found.splitlines() == ["task       n", "答え     1.0", "abcdef  10.0", "e\u0301        2.0"]
+
+
+def test_without_matplotlib_there_is_a_report_without_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     run = folder(tmp_path / "run", {"target": grid("target", some(5))})
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match=r"file: expected a folder to write to, got a file"):
@@ -276,9 +312,10 @@ def test_missing_matplotlib_and_a_file_in_the_way_are_one_line(tmp_path: Path, m
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(InputError, match=r"expected matplotlib for the figures, got none: pip install 'rapid-jax"):
-        report(run)
-    assert sorted(path.name for path in run.iterdir()) == ["answers-target.jsonl", "suite.json"]
+    assert "25.0" in report(run)[1]
+    names = ["answers-target.jsonl", "report.html", "report.md", "suite.json"]
+    assert sorted(path.name for path in run.iterdir()) == names
+    assert "There are no figures, which need matplotlib: pip install matplotlib." in written(run)
 
 
 def test_texts_mean_nothing_in_markdown_and_html():

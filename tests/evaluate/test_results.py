@@ -2,6 +2,7 @@
 """Reading a run's folder: what is kept, what is left out, what is refused."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,23 @@ def test_lines_come_back_by_label_in_the_order_of_the_modes(tmp_path: Path):
 
 def test_the_settings_of_a_label_are_the_runs_with_its_changes(tmp_path: Path):
     said = {"eta": 5, "retrieval.min_tokens": 2048}
-    results = read(folder(tmp_path, {"sd-x": grid("sd-x", right, settings=said)}))
-    changed = {"speculation.mode": "sd", "speculation.eta": 5, "retrieval.min_tokens": 2048}
-    assert results.settings_of("sd-x") == {**results.settings, **changed}
+    results = read(folder(tmp_path, {"phat-x": grid("phat-x", right, settings=said)}))
+    changed = {"speculation.mode": "phat", "speculation.eta": 5, "retrieval.min_tokens": 2048}
+    assert results.settings_of("phat-x") == {**results.settings, **changed}
+
+
+def test_the_former_name_of_a_mode_is_read_as_todays(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    run = folder(tmp_path, {"sd": grid("sd", right), "sd-gamma=5": grid("sd-gamma=5", right)})
+    results = read(run)
+    assert results.labels == ("lossless", "lossless-gamma=5")
+    assert results.settings_of("lossless")["speculation.mode"] == "lossless"
+    assert finished(run, "qa")["lossless"] == {line["id"] for line in grid("sd", right)}
+    assert "answers-sd.jsonl: mode sd is called lossless now" in caplog.text and caplog.text.count("\n") == 4
+    # A run that went on under the new name, and samples answered under both.
+    folder(run, {"lossless": grid("lossless", right, count=3)})
+    caplog.clear()
+    assert len(read(run).by_label["lossless"]) == 40
+    assert "; 6 samples that another file of lossless has are left out" in caplog.text
 
 
 @pytest.mark.parametrize("cut", [1, 10, 400])
@@ -57,19 +72,27 @@ def test_a_mode_without_a_finished_sample_is_no_mode(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"score": "1"}, r"expected score to be int or float, got '1'"),
-        ({"score": True}, r"expected score to be int or float, got True"),
-        ({"score": 1.5}, r"expected a score from 0 to 1, got 1.5"),
-        ({"score": float("nan")}, r"expected a score from 0 to 1, got nan"),
-        ({"schema": 2}, r"expected schema 1, got 2"),
-        ({"length": "4K"}, r"expected length to be int or null, got '4K'"),
-        ({"answers": [1]}, r"expected answers to be texts, got \[1\]"),
-        ({"prompt_ends": ["a"]}, r"expected prompt_ends to be 2 texts, got \['a'\]"),
-        ({"draft_ends": ["a", 1]}, r"expected draft_ends to be 2 texts, got \['a', 1\]"),
-        ({"prefix_reused": 1}, r"expected prefix_reused to be bool, got 1"),
-        ({"suite": "ruler"}, r"expected suite 'qa', got 'ruler'"),
-        ({"mode": "rapid"}, r"expected mode 'target', got 'rapid'"),
-        ({"id": "task/4096/0"}, r"expected every sample once, got 'task/4096/0' again"),
+        ({"score": "1"}, r"score must be a number, got '1'"),
+        ({"score": True}, r"score must be a number, got True"),
+        ({"score": None}, r"score must be a number from 0 to 1, got null"),
+        ({"score": 1.5}, r"score must be a number from 0 to 1, got 1.5"),
+        ({"score": float("nan")}, r"score must be a number, got nan"),
+        ({"schema": 2}, r"schema must be 1, got 2"),
+        ({"length": "4K"}, r"length must be a whole number from 1 to 1099511627776, got '4K'"),
+        ({"length": 10**30}, r"length must be a whole number from 1 to .*, got 1000000000000000000000000000000"),
+        ({"length": -1}, r"length must be a whole number from 1 to .*, got -1"),
+        ({"depth": 2}, r"depth must be a number from 0 to 1, got 2"),
+        ({"tags": {"a": {"b": 1}}}, r"tags.a must be a string, got {'b': 1}"),
+        ({"seconds": {"decode": "1"}}, r"seconds.decode must be a number of at least 0, got '1'"),
+        ({"settings": {"eta": {}}}, r"settings.eta must be a text, a number, .*, got {}"),
+        ({"tokens_per_second": -1}, r"tokens_per_second must be a number of at least 0, got -1"),
+        ({"answers": [1]}, r"answers must be a list of strings, got \[1\]"),
+        ({"prompt_ends": ["a"]}, r"prompt_ends must be a list of 2 strings, got \['a'\]"),
+        ({"draft_ends": ["a", 1]}, r"draft_ends must be a list of strings, got \['a', 1\]"),
+        ({"prefix_reused": 1}, r"prefix_reused must be true or false, got 1"),
+        ({"suite": "ruler"}, r"suite must be 'qa', got 'ruler'"),
+        ({"mode": "rapid"}, r"mode must be 'target', got 'rapid'"),
+        ({"id": "task/4096/0"}, r"expected every sample once, got id 'task/4096/0' again"),
     ],
 )
 def test_a_line_that_is_no_samples_is_one_line_with_its_place(tmp_path: Path, changed: dict, said: str):
@@ -86,15 +109,22 @@ def test_a_damaged_line_before_the_last_is_refused(tmp_path: Path, content: byte
     run = folder(tmp_path, {"target": grid("target", right)})
     path = run / "answers-target.jsonl"
     path.write_bytes(content + b"\n" + path.read_bytes())
-    with pytest.raises(InputError, match=r"answers-target.jsonl:1: expected a line of a sample, got '"):
+    with pytest.raises(InputError, match=r"answers-target.jsonl:1: (not JSON|expected a JSON object)"):
         read(run)
 
 
 def test_a_missing_field_is_named(tmp_path: Path):
     one = line("task", 4096, 0, "target", 1.0)
     del one["prompt_tokens"]
-    with pytest.raises(InputError, match=r"jsonl:1: expected prompt_tokens to be int, got nothing"):
+    with pytest.raises(InputError, match=r"jsonl:1: prompt_tokens must be a whole number .*, got no such key"):
         read(folder(tmp_path, {"target": [one]}))
+
+
+def test_a_line_may_lack_what_may_be_null(tmp_path: Path):
+    nullable = ("depth", "length", "draft_ends", "draft_tokens", "acceptance", "tokens_per_round", "tokens_per_second")
+    one = {key: value for key, value in line("task", 4096, 0, "rapid", 1.0).items() if key not in nullable}
+    (found,) = read(folder(tmp_path, {"rapid": [one]})).by_label["rapid"]
+    assert [getattr(found, name) for name in nullable] == [None] * len(nullable)
 
 
 def test_shares_of_a_run_are_one_and_a_sample_is_not_in_two_of_them(tmp_path: Path):
@@ -114,13 +144,17 @@ def test_finished_samples_are_those_of_whole_lines_in_all_shares(tmp_path: Path)
     run = folder(tmp_path, shares | {"rapid-eta=5": grid("rapid-eta=5", right, ["other"])})
     torn = run / "answers-rapid.1-of-2.jsonl"
     torn.write_bytes(torn.read_bytes()[:-10])
-    assert finished(run, "rapid") == {line["id"] for line in whole[:-1]}
-    assert len(finished(run, "rapid-eta=5")) == 40 and finished(run, "target") == set()
+    found = finished(run, "qa")
+    assert found["rapid"] == {line["id"] for line in whole[:-1]}
+    assert len(found["rapid-eta=5"]) == 40 and "target" not in found
     lines = torn.read_bytes().split(b"\n")
-    for broken, said in ((b"{", "a line of a sample, got '{'"), (b'{"mode": "rapid", "id": 1}', "id to be str, got 1")):
+    for broken, said in (
+        (b"{", "not JSON"),
+        (b'{"schema": 1, "mode": "rapid", "id": 1}', "id must be a string, got 1"),
+    ):
         torn.write_bytes(b"\n".join([lines[0], broken, *lines[2:]]))
-        with pytest.raises(InputError, match=rf"answers-rapid.1-of-2.jsonl:2: expected {said}"):
-            finished(run, "rapid")
+        with pytest.raises(InputError, match=rf"answers-rapid.1-of-2.jsonl:2: {said}"):
+            finished(run, "qa")
 
 
 @pytest.mark.parametrize(
@@ -137,10 +171,26 @@ def test_a_folder_without_an_evaluation_is_refused(tmp_path: Path):
     folder(tmp_path, {})
     with pytest.raises(InputError, match=r"expected the answers of an evaluation, got no finished sample"):
         read(tmp_path)
-    for content in ("[]", "{", '{"suite": 1}', '{"suite": "qa", "options": []}', '{"suite": "qa", "settings": 1}'):
+    for content, said in {
+        "[]": r"expected a JSON object, got \[\]",
+        "{": "not JSON",
+        '{"suite": 1}': "suite must be a string, got 1",
+        '{"suite": "qa", "options": []}': r"options must be an object, got \[\]",
+        '{"suite": "qa", "settings": 1}': "settings must be an object, got 1",
+        '{"suite": "qa", "settings": {"models": {"max_context": 1e999}}}': "settings.models.max_context must be",
+        '{"suite": "qa", "samples": true}': "samples must be a whole number",
+        '{"suite": "qa", "templates": []}': "templates must be a string",
+    }.items():
         (tmp_path / "suite.json").write_text(content)
-        with pytest.raises(InputError, match=r"suite.json: expected "):
+        with pytest.raises(InputError, match=rf"suite.json: {said}"):
             read_suite(tmp_path / "suite.json")
+
+
+def test_what_is_no_file_is_not_opened(tmp_path: Path):
+    run = folder(tmp_path, {"target": grid("target", right)})
+    os.mkfifo(run / "answers-rapid.jsonl")
+    with pytest.raises(InputError, match=r"answers-rapid.jsonl: expected a file, got something else"):
+        read(run)
 
 
 @pytest.mark.parametrize(

@@ -137,13 +137,26 @@ def test_a_file_alone_is_known_by_its_content_and_gives_what_it_has(data: Path):
         ("{", "not JSON"),
         ("[]", "expected the JSON of SQuAD"),
         ('{"data": []}', "expected questions with answers, got none"),
-        ('{"data": [{"title": "x"}]}', "an entry is not as squad.json has them: KeyError"),
+        ('{"data": [{"title": "x"}]}', r"data\[0\].paragraphs must be a list of objects, got no such key"),
         (
             json.dumps({"data": [{"paragraphs": squad(1)["data"][0]["paragraphs"][:1]}]}),
             "besides the gold ones, got none",
         ),
-        (json.dumps([hotpot()[0] | {"supporting_facts": [["Nowhere", 0]]}]), "a supporting fact of .* none of its"),
-        (json.dumps([{"context": []}]), "an entry is not as hotpotqa.json has them: KeyError"),
+        (
+            json.dumps([hotpot()[0] | {"supporting_facts": [["Nowhere", 0]]}]),
+            r"list\[0\].supporting_facts must be of paragraphs that are in context, got \[\['Nowhere', 0\]\]",
+        ),
+        (json.dumps([{"context": []}]), r"list\[0\].supporting_facts must be a list of .*, got no such key"),
+        (json.dumps([hotpot()[0] | {"context": [["a", ["b"], 1]]}]), r"list\[0\].context must be a list of \[title"),
+        (json.dumps([hotpot()[0] | {"context": [["a", [1]]]}]), r"list\[0\].context must be a list of \[title"),
+        (json.dumps([hotpot()[0] | {"answer": 3}]), r"list\[0\].answer must be a string, got 3"),
+        ('{"data": 3}', "data must be a list of objects, got 3"),
+        (
+            json.dumps(
+                {"data": [{"paragraphs": [{"context": "a", "qas": [{"question": 3, "answers": [{"text": "a"}]}]}]}]}
+            ),
+            r"data\[0\].paragraphs\[0\].qas\[0\].question must be a string, got 3",
+        ),
     ],
 )
 def test_data_that_cannot_be_used_is_refused(tmp_path: Path, content: str, said: str):

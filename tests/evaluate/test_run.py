@@ -160,6 +160,28 @@ def test_thoughts_are_followed_by_the_question_for_the_answer(tmp_path):
     assert [(mode, limit) for mode, limit, _ in stub.groups] == [("rapid", 20), ("target", 7)]
 
 
+def test_a_limit_of_a_mode_stands_before_the_samples(tmp_path):
+    modes = modes_of("target,target:max_new_tokens=5", CONFIG)
+    asked = [sample(number, then="You said: {answer} So?", then_tokens=7) for number in range(2)]
+    stub = Stub(CONFIG, lambda *_: "key")
+    evaluate(stub, asked, modes, begun(tmp_path), quiet=True)  # type: ignore[arg-type]
+    assert sorted({(mode, limit) for mode, limit, _ in stub.groups}) == [("target", limit) for limit in (5, 7, 20)]
+
+
+def test_a_bar_changes_nothing(tmp_path):
+    for name, quiet in (("quiet", True), ("told", False)):
+        evaluate(Stub(CONFIG, say), SAMPLES, MODES, begun(tmp_path / name), batch=3, quiet=quiet)  # type: ignore[arg-type]
+    assert lines_in(tmp_path / "quiet") == lines_in(tmp_path / "told")
+
+
+def test_a_folder_with_a_damaged_line_is_not_gone_on_with(tmp_path):
+    evaluate(Stub(CONFIG, say), SAMPLES[:2], MODES[:1], begun(tmp_path), quiet=True)  # type: ignore[arg-type]
+    path = tmp_path / "answers-target.jsonl"
+    path.write_text(path.read_text().replace('"score": 1.0', '"score": 2.0', 1))
+    with pytest.raises(InputError, match=r"answers-target.jsonl:1: score must be a number from 0 to 1, got 2.0"):
+        begun(tmp_path, resume=True)
+
+
 def test_another_run_is_not_gone_on_with(tmp_path):
     begun(tmp_path)
     with pytest.raises(InputError, match="expected a folder without an evaluation, got one: --resume"):
@@ -190,9 +212,9 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch)
 
 
 def test_modes_are_the_settings_with_changes():
-    found = modes_of("sd,rapid:eta=20:min_tokens=2048,phat,retrieval:retrieval.chunk_tokens=64", CONFIG)
+    found = modes_of("lossless,rapid:eta=20:min_tokens=2048,phat,retrieval:retrieval.chunk_tokens=64", CONFIG)
     assert [mode.label for mode in found] == [
-        "sd",
+        "lossless",
         "rapid-eta=20-min_tokens=2048",
         "phat",
         "retrieval-retrieval.chunk_tokens=64",
@@ -203,6 +225,23 @@ def test_modes_are_the_settings_with_changes():
     assert replace(found[2].config, speculation=CONFIG.speculation) == CONFIG
     plain = modes_of("target,retrieval,rapid,target:lookup=on", CONFIG)
     assert [mode.config.speculation.lookup for mode in plain] == ["off", "off", "auto", "on"]
+    assert [mode.changes for mode in plain] == [{"lookup": "off"}] * 2 + [{}, {"lookup": "on"}]
+    asked = modes_of("target,rapid", CONFIG, ["speculation.lookup"])
+    assert [mode.config.speculation.lookup for mode in asked] == ["auto", "auto"] and asked[0].changes == {}
+    kept = "target:models.too_long=middle:models.max_context=512:stop=[x]:prompts.system=brief:max_new_tokens=5"
+    (other,) = modes_of(kept, CONFIG)
+    assert other.config.models == ModelsConfig(target="smollm2", too_long="middle", max_context=512)
+    assert (other.config.stop, other.config.prompts.system, other.limit) == (("x",), "brief", 5)
+    (long,) = modes_of(f"rapid:prompts.system={'word ' * 100}", CONFIG)
+    assert len(long.label) < 120 and long.label.startswith("rapid-")
+
+
+def test_a_mode_by_its_former_name(caplog):
+    found = modes_of("sd:gamma=5", CONFIG)
+    assert [(mode.label, mode.config.speculation.mode) for mode in found] == [("lossless-gamma=5", "lossless")]
+    assert "--modes: sd is called lossless now; the next release does not know sd" in caplog.text
+    with pytest.raises(InputError, match="expected each mode once, got 'sd' again"):
+        modes_of("lossless,sd", CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +249,16 @@ def test_modes_are_the_settings_with_changes():
     [
         ("fast", "expected modes of .*, got 'fast'"),
         ("rapid:eta", "--modes: expected KEY=VALUE or unrelated behind a colon, got 'eta' in 'rapid:eta'"),
-        ("rapid:models.drafter=x", "expected a setting that a mode may change, got 'models.drafter'"),
-        ("rapid:mesh.model=2", "expected a setting that a mode may change, got 'mesh.model'"),
-        ("rapid:mode=target", "expected a setting that a mode may change, got 'mode'"),
-        ("rapid:max_new_tokens=5", "expected a setting that a mode may change, got 'max_new_tokens'"),
+        ("rapid:models.drafter=x", "expected a setting that a mode may change .*, got 'models.drafter'"),
+        ("rapid:models.dtype=float32", "expected a setting that a mode may change .*, got 'models.dtype'"),
+        ("rapid:batch_size=2", "expected a setting that a mode may change .*, got 'batch_size'"),
+        ("rapid:compute.kv=int8", "expected a setting that a mode may change .*, got 'compute.kv'"),
+        ("rapid:cache.prefix_gib=1", "expected a setting that a mode may change .*, got 'cache.prefix_gib'"),
+        ("target:models.too_long=tail", "models.too_long: expected one of 'error', 'middle', 'head', got 'tail'"),
+        ("rapid:retrieval=1", "unknown setting 'retrieval'"),
+        ("rapid:mesh.model=2", "expected a setting that a mode may change .*, got 'mesh.model'"),
+        ("rapid:mode=target", "expected a setting that a mode may change .*, got 'mode'"),
+        ("rapid:max_new_tokens=0", "max_new_tokens must be >= 1, got 0"),
         ("rapid:speed=1", "unknown setting 'speed'"),
         ("target,target", "expected each mode once"),
         ("", "expected modes of"),

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from rapid_jax.evaluate import statistics
-from rapid_jax.evaluate.statistics import Cell, Estimate, estimate
+from rapid_jax.evaluate.statistics import FEW, FEWEST, Cell, estimate
 from rapid_jax.runtime.errors import InputError
 
 
@@ -17,13 +18,39 @@ def cell(scores: Sequence[float], name: str = "", weight: float = 1.0) -> Cell:
     return Cell(weight, [(f"{name}{number}", score) for number, score in enumerate(scores)])
 
 
-def interval(scores: Sequence[float], **more) -> tuple[float, float, float]:
+def interval(scores: Sequence[float], **more) -> tuple:
     return estimate([cell(scores)], **more)[:3]
 
 
-def test_equal_scores_and_a_single_one_are_exact():
-    for scores in ([0.1] * 7, [0.1], [1.0] * 1000, [0.0] * 3, [1 / 3] * 9):
-        assert interval(scores) == (scores[0], scores[0], scores[0])
+def test_few_questions_have_no_interval_and_no_verdict():
+    for scores in ([0.1] * 7, [0.1], [0.0] * 3, [0.0, 1.0] * 9 + [1.0], [1.0] * (FEW - 1)):
+        found = estimate([cell(scores)])
+        assert found.mean == pytest.approx(np.mean(scores)) and found[1:3] == (None, None)
+        assert not found.clear and found.verdict == "too few questions"
+    assert interval([1.0] * FEW)[1] is not None
+    # Neither have many scores of few questions, nor averages with a task of few.
+    assert estimate([Cell(1.0, [("one", score) for score in [1.0, 0.0] * 50])])[1:3] == (None, None)
+    for count, known in ((FEWEST - 1, False), (FEWEST, True)):
+        found = estimate([cell([0.0, 1.0] * 50, "many", 0.5), cell([1.0] * count, "few", 0.5)])
+        assert (found.low is not None) == known
+
+
+@pytest.mark.parametrize("count", [FEW, 50, 1000])
+def test_where_nothing_varies_the_interval_is_the_exact_one(count: int):
+    """A bootstrap of answers that are all right says that the next one will be."""
+    low, high = binomtest(count, count).proportion_ci(method="exact")
+    assert interval([1.0] * count) == (1.0, pytest.approx(low), pytest.approx(high))
+    assert interval([0.0] * count) == (0.0, 0.0, pytest.approx(1 - low))
+    assert interval([0.25] * count) == (0.25, pytest.approx(0.25 * low), pytest.approx(1 - 0.75 * low))
+    tied = estimate([cell([0.0] * count)], span=(-1, 1))
+    assert tied[:3] == (0.0, pytest.approx(low - 1), pytest.approx(1 - low)) and tied.verdict == "no difference"
+    won = estimate([cell([1.0] * count)], span=(-1, 1))
+    assert won[:3] == (1.0, pytest.approx(2 * low - 1), 1.0) and won.verdict == "better"
+    # Of several tasks alike all questions count, of unlike ones none less than it should.
+    alike = estimate([cell([1.0] * count, name, 0.25) for name in "abcd"])
+    assert alike.low == pytest.approx(binomtest(4 * count, 4 * count).proportion_ci(method="exact").low)
+    unlike = estimate([cell([1.0] * count, "a", 0.5), cell([1.0] * 5 * count, "b", 0.5)])
+    assert unlike.low == pytest.approx(binomtest(2 * count, 2 * count).proportion_ci(method="exact").low)
 
 
 def test_an_interval_is_the_normal_one_where_that_holds():
@@ -74,14 +101,13 @@ def test_results_depend_on_the_seed_alone(monkeypatch):
 def test_verdicts_need_an_interval_without_zero_and_enough_questions():
     generator = np.random.default_rng(0)
     better = estimate([cell([0.05 + 0.02 * (index % 3 - 1) for index in range(60)])])
-    assert better.clear and better.sure and better.verdict == "better" and 0.04 < better.low < 0.05 < better.high < 0.06
+    assert better.clear and better.verdict == "better" and 0.04 < better.low < 0.05 < better.high < 0.06
     worse = estimate([cell([-1.0, -0.5] * 10)])
-    assert worse.sure and worse.verdict == "worse" and worse.scores == worse.questions == 20
+    assert worse.clear and worse.verdict == "worse" and worse.scores == worse.questions == 20
     few = estimate([cell([1.0, 0.5] * 9 + [0.5])])
-    assert few.clear and not few.sure and few.verdict == "better (few samples)"
+    assert not few.clear and few.verdict == "too few questions"
     none = estimate([cell([float(x) for x in generator.integers(-1, 2, size=80)])])
     assert none.low < 0 < none.high and not none.clear and none.verdict == "no difference"
-    assert estimate([cell([0.0] * 80)]) == Estimate(0, 0, 0, 80, 80) and not estimate([cell([0.0] * 80)]).clear
     # One of twenty better: an interval that begins at 0 exactly, whatever is rounded.
     for count in range(20, 60):
         assert estimate([cell([1.0] + [0.0] * (count - 1))]).low == 0
@@ -89,18 +115,18 @@ def test_verdicts_need_an_interval_without_zero_and_enough_questions():
 
 def test_tasks_count_by_their_weights_and_are_resampled_apart():
     few, many = cell([1.0] * 5, "few", 0.5), cell([0.0] * 500, "many", 0.5)
-    assert estimate([few, many])[:3] == (0.5, 0.5, 0.5)  # one pool of scores would vary, and have another mean
-    scores = {"b": [0.0, 1.0] * 50, "a": [1.0, 0.0, 0.0, 0.0] * 25, "c": [0.3]}
+    found = estimate([few, many])  # one pool of scores would vary, and have another mean
+    assert found.mean == 0.5 and found.low == pytest.approx(0.5 * 0.025 ** (1 / 5))
+    assert found.high == pytest.approx(1 - 0.5 * 0.025 ** (1 / 500))
+    scores = {"b": [0.0, 1.0] * 50, "a": [1.0, 0.0, 0.0, 0.0] * 25, "c": [0.3] * 5}
     mixed = [cell(found, name, weight) for weight, (name, found) in zip((0.5, 0.3, 0.2), scores.items(), strict=True)]
     found = estimate(mixed)
-    assert found.mean == pytest.approx(0.5 * 0.5 + 0.3 * 0.25 + 0.2 * 0.3) and found.scores == found.questions == 201
+    assert found.mean == pytest.approx(0.5 * 0.5 + 0.3 * 0.25 + 0.2 * 0.3) and found.scores == found.questions == 205
     half = 1.96 * math.sqrt(0.25 * 0.25 / 100 + 0.09 * 0.1875 / 100)
     assert found.high - found.mean == pytest.approx(half, rel=0.15)
     assert found.mean - found.low == pytest.approx(half, rel=0.15)
     assert found[1:] == estimate(mixed[::-1])[1:]
     assert estimate(mixed, seed=1)[1:3] != found[1:3]
-    constant = estimate([cell([0.1] * 3, name, 1 / 7) for name in "abcdefg"])
-    assert constant.low == constant.mean == constant.high
 
 
 def test_a_question_that_is_asked_again_is_one_piece_of_evidence():
@@ -115,7 +141,8 @@ def test_a_question_that_is_asked_again_is_one_piece_of_evidence():
     assert others.high - others.low == pytest.approx((once.high - once.low) / math.sqrt(2), rel=0.1)
     # Right in one cell where it is wrong in the other: nothing varies.
     against = estimate([cell(scores, weight=0.5), cell([1 - score for score in scores], weight=0.5)])
-    assert against[:3] == pytest.approx((0.5, 0.5, 0.5), abs=1e-9)
+    half = 0.5 * (1 - 0.025 ** (1 / 100))
+    assert against[:3] == pytest.approx((0.5, 0.5 - half, 0.5 + half), abs=1e-9)
 
 
 def test_what_cannot_be_averaged_is_an_input_error():

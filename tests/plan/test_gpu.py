@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -152,3 +153,11 @@ def test_people_are_told_that_nothing_was_compiled(capsys):
     out = capsys.readouterr().out
     assert "the target itself, in int8 with its prompt in int8" in out
     assert "round: fits h200 (1 chip)" in out and "temporaries by rule, not compiled" in out
+    # A prompt's last chunk sees all before it: what is said of it is not said of the others.
+    told = dict(re.findall(r"^(\S.*): fits.*\n.*\n  at the least +(.*)", out, re.M))
+    longest, count, total = re.fullmatch(
+        r"([\d.]+) ms the longest call, .*; all (\d+) calls ([\d.]+) s, the earlier ones attend to fewer tokens",
+        told["prefill"],
+    ).groups()
+    assert 0.5 * float(longest) * int(count) < 1000 * float(total) < float(longest) * int(count)
+    assert " ms a call, bound by hbm" in told["round"] and "calls" not in told["round"]

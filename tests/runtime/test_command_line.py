@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An interruption ends a command wherever it comes."""
+"""An interruption ends a command wherever it comes; an error is one line that does nothing to a terminal."""
 
 import gc
 import signal
 import sys
 import time
 
-from rapid_jax.runtime.command_line import status_of
+from rapid_jax.runtime.command_line import harmless, status_of
 from rapid_jax.runtime.distributed import INTERRUPTED
+from rapid_jax.runtime.errors import InputError
 
 
 class Ring:
@@ -58,3 +59,13 @@ def test_a_hook_that_is_put_over_it_stays(monkeypatch):
 
     assert status_of(lambda: setattr(sys, "unraisablehook", other), "name", out_of_memory="") == 0
     assert sys.unraisablehook is other
+
+
+def test_errors_and_texts_of_others_do_nothing_to_a_terminal(capsys):
+    assert harmless("a\x1b[2J\u202e\ud800é答\n") == r"a\x1b[2J\u202e\ud800é答\n"
+
+    def work() -> None:
+        raise InputError("a\x1b]0;owned\x07.json: no such\nfile")
+
+    assert status_of(work, "rapid", out_of_memory="") == 2
+    assert capsys.readouterr().err == "rapid: a\\x1b]0;owned\\x07.json: no such file\n"

@@ -15,6 +15,7 @@ from longpo_jax.config import LongPOConfig
 from longpo_jax.round import rounds_of, run_round, run_rounds, run_stage
 from rapid_jax import __version__
 from rapid_jax.runtime import settings
+from rapid_jax.runtime.agreement import backend_fields, check_agreed, code_fields, left_out
 from rapid_jax.runtime.command_line import prepare_jax, status_of
 from rapid_jax.runtime.distributed import meet
 
@@ -26,6 +27,9 @@ _HELP = {
     "round": "the four stages in order",
     "rounds": "rounds on ever longer documents, each from the last one's export",
 }
+
+# Where things lie, on each machine, and what process 0 alone tells: what is in the files is compared by each stage.
+_OWN = ("run", "model.source", "corpus.sources", "compute.programs", "train.tensorboard", "train.wandb")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,11 +75,20 @@ def config_of(options: argparse.Namespace) -> LongPOConfig:
     return config
 
 
+def deciding(config: LongPOConfig) -> dict[str, object]:
+    """The settings that must be the same for all processes of a run, "section.key" -> value."""
+    fields = left_out(settings.flat(config), _OWN)
+    return fields | {"domains of corpus.sources": [place.partition("=")[0] for place in config.corpus.sources]}
+
+
 def _run(options: argparse.Namespace) -> None:
     with meet(name="longpo") as run:  # before anything can go wrong here alone
         config = config_of(options)
         prepare_jax(programs=config.compute.programs)
+        check_agreed({"command": options.command, **code_fields("rapid_jax", "longpo_jax"), **deciding(config)})
         run.start_jax()
+        if run.count > 1:
+            check_agreed(backend_fields())
         told = {"leads": run.leads, "quiet": options.quiet or not run.leads}
         if options.command == "rounds":
             run_rounds(config, **told)

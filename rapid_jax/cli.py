@@ -24,6 +24,7 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.command_line import prepare_jax, say, status_of
 from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import cache_dir
 
 if TYPE_CHECKING:
     from rapid_jax.answer import Answer
@@ -119,8 +120,10 @@ def _answer(options: argparse.Namespace) -> None:
                     _check_output(option, Path(path), options)
             if options.save_config:
                 _save(config, Path(options.save_config))
-        folder = Path(config.cache.folder).expanduser() if config.cache.folder else None
-        prepare_jax(programs=config.cache.programs, cache=folder)
+        prepare_jax(programs=config.cache.programs, cache=cache_dir(config.cache.folder))
+        from rapid_jax.identity import check_same_command
+
+        check_same_command("answer", vars(options), config)
         run.start_jax()
         _answer_with(config, document, options, trace, leads=run.leads)
 

@@ -16,7 +16,7 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.command_line import prepare_jax, say
 from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.files import cache_dir, digest
 from rapid_jax.runtime.progress import progress
 
 SUITES = {
@@ -87,13 +87,17 @@ def evaluate(options: argparse.Namespace) -> None:
         if run.leads:
             check_folder(folder, resume=options.resume or share.count > 1)
             require()
-        prepare_jax(programs=config.cache.programs, cache=_cache(config))
+        prepare_jax(programs=config.cache.programs, cache=cache_dir(config.cache.folder))
+        from rapid_jax.identity import check_same_command, check_same_models
+
+        check_same_command(f"evaluate {options.suite}", vars(options), config)
         run.start_jax()
+        check_same_models(_widest(modes))
         from rapid_jax.evaluate import run as module
         from rapid_jax.model.load import open_checkpoint
         from rapid_jax.prompts import context_of
         from rapid_jax.rapid import Rapid
-        from rapid_jax.runtime.mesh import check_agreed
+        from rapid_jax.runtime.agreement import check_agreed
 
         checkpoint, tokenizer = open_checkpoint(config.models.target)
         measure = module.measure_of(config, tokenizer)
@@ -116,7 +120,7 @@ def evaluate(options: argparse.Namespace) -> None:
             "templates": _templates(options),
             "settings": module.decides(config),
         }
-        check_agreed("samples", described["digest"])
+        check_agreed({"samples": described["digest"]})
         rapid = Rapid(_widest(modes), quiet=True)  # the others share what it has loaded
         rapid.load()
         if run.leads:
@@ -159,10 +163,6 @@ def _config(options: argparse.Namespace) -> RapidConfig:
         config = settings.defaults(RapidConfig, options.set)
     # A document is read once in an evaluation: keeping its prefix on disk would only fill the disk.
     return replace(config, cache=replace(config.cache, prefix_gib=0.0))
-
-
-def _cache(config: RapidConfig) -> Path | None:
-    return Path(config.cache.folder).expanduser() if config.cache.folder else None
 
 
 def _suite_options(options: argparse.Namespace) -> SuiteOptions:

@@ -62,6 +62,14 @@ def dump(settings: "DataclassInstance") -> str:
     return strict_yaml.emit(_tree_of(settings))
 
 
+def flat(settings: "DataclassInstance") -> dict[str, Any]:
+    """Every setting, "section.key" -> value, in the order of the settings file; a section that is null as one value."""
+    found: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(settings).items():
+        found |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    return found
+
+
 def save(settings: "DataclassInstance", path: Path) -> None:
     """Writes `dump(settings)` to `path`, whole or not at all."""
     text = dump(settings)

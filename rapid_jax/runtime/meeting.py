@@ -7,6 +7,7 @@ or "no" and a reason. Whoever says anything else, too much or nothing at all is 
 
 import contextlib
 import ipaddress
+import os
 import re
 import selectors
 import socket
@@ -27,6 +28,7 @@ _GREETING_BYTES = 100
 _REASON_BYTES = 400
 _MOST_CALLERS = 256  # that have not greeted yet; the oldest goes when another comes
 _MOST_PROCESSES = 65536
+_WAITING = 256  # connections that the system holds until they are accepted
 _SENDING_S = 10  # until a process that reads nothing is given up
 _GREETING = re.compile(rb"([0-9]{1,5}) ([0-9]{1,5})(?: ([0-9a-f]{64}))?\n")
 
@@ -98,10 +100,11 @@ def _gathered(seat: Seat, patience: float) -> dict[int, socket.socket]:
     with _listening(seat) as server, _Door(seat, server) as door:
         while not door.all_are_there():
             if time.monotonic() > deadline:
-                missing = sorted(set(range(1, seat.count)) - door.peers.keys())
+                lacking = sorted(set(range(1, seat.count)) - door.peers.keys())
+                missing = ", ".join(map(str, lacking[:20])) + (" ..." if len(lacking) > 20 else "")
                 raise InputError(
                     f"expected {seat.count} processes at port {seat.port} within {patience:.0f} s, got "
-                    f"{len(door.peers) + 1}: missing {_some(missing)}{door.remark}"
+                    f"{len(door.peers) + 1}: missing {missing}{door.remark}"
                 )
             door.attend(min(deadline - time.monotonic(), 0.5))
         peers, door.peers = door.peers, {}
@@ -112,24 +115,20 @@ def _gathered(seat: Seat, patience: float) -> dict[int, socket.socket]:
     return peers
 
 
-def _some(numbers: list[int]) -> str:
-    rest = f" and {len(numbers) - 20} more" if len(numbers) > 20 else ""
-    return ", ".join(map(str, numbers[:20])) + rest
-
-
 @contextlib.contextmanager
 def _listening(seat: Seat) -> Iterator[socket.socket]:
     """A server at the port: of this machine alone where the address is, else of every network that it is in."""
     try:
         if seat.is_local and seat.host != "localhost":
             family = socket.AF_INET6 if ":" in seat.host else socket.AF_INET
-            server = socket.create_server((seat.host, seat.port), family=family, backlog=_MOST_CALLERS)
+            server = socket.create_server((seat.host, seat.port), family=family, backlog=_WAITING)
         else:
             both = socket.has_dualstack_ipv6()
             family = socket.AF_INET6 if both else socket.AF_INET
-            server = socket.create_server(("", seat.port), family=family, backlog=_MOST_CALLERS, dualstack_ipv6=both)
+            server = socket.create_server(("", seat.port), family=family, backlog=_WAITING, dualstack_ipv6=both)
     except OSError as error:
-        raise InputError(f"{ADDRESS}: process 0 cannot listen at port {seat.port}: {error.strerror}") from error
+        reason = os.strerror(error.errno) if error.errno else error
+        raise InputError(f"{ADDRESS}: process 0 cannot listen at port {seat.port}: {reason}") from error
     with server:
         server.setblocking(False)
         yield server

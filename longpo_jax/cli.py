@@ -16,7 +16,7 @@ from longpo_jax.round import rounds_of, run_round, run_rounds, run_stage
 from rapid_jax import __version__
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import backend_fields, check_agreed, code_fields, left_out
-from rapid_jax.runtime.command_line import prepare_jax, status_of
+from rapid_jax.runtime.command_line import Place, prepare_jax, status_of
 from rapid_jax.runtime.distributed import meet
 
 _HELP = {
@@ -34,9 +34,13 @@ _OWN = ("run", "model.source", "corpus.sources", "compute.programs", "train.tens
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; wrong usage leaves by argparse's SystemExit(2)."""
-    options = parser().parse_args(argv)
+
+    def work() -> int | None:
+        options = parser().parse_args(argv)
+        return options.run(options)
+
     return status_of(
-        lambda: options.run(options),
+        work,
         "longpo",
         out_of_memory="a larger mesh.fsdp or mesh.context, train.remat=layer, or a smaller train.logits_chunk may help",
     )
@@ -52,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     for name, said in _HELP.items():
         command = commands.add_parser(name, help=said, allow_abbrev=False)
         command.set_defaults(run=_run, command=name)
-        command.add_argument("--config", required=True, metavar="FILE", help="settings, as configs/longpo/*.yaml")
+        command.add_argument(
+            "--config", required=True, action=Place, metavar="FILE", help="settings, as configs/longpo/*.yaml"
+        )
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
         )
@@ -62,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     plan.add_arguments(planned)
     report = commands.add_parser("report", help="draw the curves of runs", allow_abbrev=False)
     report.set_defaults(run=_report)
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, a round or its training")
-    report.add_argument("--out", type=Path, metavar="DIR", help="where to write; by default into the first RUN")
+    report.add_argument("runs", nargs="+", action=Place, metavar="RUN", help="folder of a run, a round or its training")
+    report.add_argument("--out", action=Place, metavar="DIR", help="where to write; by default into the first RUN")
     return longpo
 
 

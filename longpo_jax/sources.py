@@ -15,6 +15,7 @@ from typing import Any
 import zstandard
 
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import local_path
 from rapid_jax.runtime.progress import progress
 
 _TEXT, _LINES, _PACKED = (".txt", ".md", ".tex"), ".jsonl", (".gz", ".zst")
@@ -43,7 +44,7 @@ def files_of(sources: Sequence[str], dropped: Counter[str]) -> list[File]:
     found: dict[str, File] = {}
     for source in sources:
         domain, _, place = source.partition("=")
-        matches = _matches(Path(place).expanduser())
+        matches = _matches(local_path(place, "corpus.sources"))
         known = {name: path for name, path in matches.items() if _suffix(path) in (*_TEXT, _LINES)}
         if not known:
             raise InputError(f"corpus.sources: {source}: expected {_KINDS} there, found none")

@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import local_path
 
 STDIN = "-"
 
@@ -65,7 +66,7 @@ def _bytes_of(source: str) -> bytes:
             raise InputError("standard input: expected a document, but it is closed")
         return sys.stdin.buffer.read()
     try:
-        return Path(source).expanduser().read_bytes()
+        return local_path(source, "document").read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise InputError(f"document {source}: cannot be read: {reason}") from error

@@ -13,7 +13,7 @@ from typing import Any
 from rapid_jax.config import RapidConfig
 from rapid_jax.evaluate.samples import Measure, Sample, SuiteOptions
 from rapid_jax.runtime import settings
-from rapid_jax.runtime.command_line import prepare_jax, say
+from rapid_jax.runtime.command_line import Place, prepare_jax, say
 from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import cache_dir, digest
@@ -39,7 +39,9 @@ _USED = {  # options that a suite uses
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """The options of `evaluate`."""
     parser.add_argument("--suite", required=True, choices=tuple(SUITES))
-    parser.add_argument("--config", metavar="FILE", help="settings to start from, as configs/rapid/*.yaml")
+    parser.add_argument(
+        "--config", action=Place, metavar="FILE", help="settings to start from, as configs/rapid/*.yaml"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
     )
@@ -50,27 +52,29 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", metavar="LIST", help="tokens of prompt and answer, as 4096,8192")
     parser.add_argument("--depths", metavar="LIST", help="of needle: 0 the start, 1 the end, as 0,0.5,1")
     parser.add_argument("--samples", type=_count, metavar="N", help="a task and length; of needle, a depth and length")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="the benchmark's own file or folder")
-    parser.add_argument("--text", type=Path, metavar="PATH", help="a text, or a folder of them, that haystacks are of")
+    parser.add_argument("--data", action=Place, metavar="PATH", help="the benchmark's own file or folder")
+    parser.add_argument(
+        "--text", action=Place, metavar="PATH", help="a text, or a folder of them, that haystacks are of"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of samples")
     parser.add_argument("--batch", type=_count, default=1, metavar="N", help="samples answered at once")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="this run's share of the samples, from 0/N")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="by default runs/evaluate-SUITE")
+    parser.add_argument("--out", action=Place, metavar="DIR", help="by default runs/evaluate-SUITE")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
     """The options of `report`."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="of an evaluation")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; by default into DIR")
+    parser.add_argument("folder", action=Place, metavar="DIR", help="of an evaluation")
+    parser.add_argument("--out", action=Place, metavar="DIR", help="where to write; by default into DIR")
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """The options of `compare`."""
-    parser.add_argument("one", type=Path, metavar="DIR1", help="of an evaluation")
-    parser.add_argument("other", type=Path, metavar="DIR2", help="of another on the same samples")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the comparison there too")
+    parser.add_argument("one", action=Place, metavar="DIR1", help="of an evaluation")
+    parser.add_argument("other", action=Place, metavar="DIR2", help="of another on the same samples")
+    parser.add_argument("--out", action=Place, metavar="DIR", help="write the comparison there too")
 
 
 def evaluate(options: argparse.Namespace) -> None:

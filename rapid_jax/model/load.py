@@ -22,7 +22,7 @@ from rapid_jax.model.quantized import BITS, quantized
 from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of
 from rapid_jax.runtime.axes import PARAM, Table, with_copied_kv
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file
+from rapid_jax.runtime.files import digest, digest_file, local_path
 
 LoadDtype = Literal["auto", "float32", "bfloat16"]
 SMOLLM2 = "smollm2"
@@ -89,7 +89,7 @@ def load_model(
 
 def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, Tokenizer]:
     """The checkpoint at `source`, its weights checked but not read yet, and its tokenizer."""
-    path = _smollm2() if source == SMOLLM2 else Path(source).expanduser()
+    path = _smollm2() if source == SMOLLM2 else local_path(source, "model")
     if path.is_dir():
         folder = HfCheckpoint(path)
         return folder, tokenizer_of(path, folder.config.carried_keys().get("eos_token_id"))

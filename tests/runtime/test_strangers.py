@@ -92,11 +92,13 @@ def test_strangers_of_every_kind_change_nothing(monkeypatch):
     assert is_closed(slow)  # turned away though it went on speaking
     begun = time.monotonic()
     second = Meeting(one)
-    first.ended(), second.ended()
+    for part in (first, second):
+        part.ended()
     assert time.monotonic() - begun < 5 and list(first.peers) == [1] and list(second.peers) == [0]
     for connection in (*held, slow):
         connection.close()
-    first.close(), second.close()
+    for part in (first, second):
+        part.close()
 
 
 def test_more_strangers_than_are_heard_at_once_keep_nobody_out(monkeypatch):
@@ -108,7 +110,8 @@ def test_more_strangers_than_are_heard_at_once_keep_nobody_out(monkeypatch):
     assert list(second.ended().peers) == [0] and list(first.ended().peers) == [1]
     for connection in held:
         connection.close()
-    first.close(), second.close()
+    for part in (first, second):
+        part.close()
 
 
 def test_another_token_or_none_takes_no_seat():
@@ -142,7 +145,8 @@ def test_who_comes_again_has_the_seat_and_who_has_gone_has_none():
     assert [sorted(part.ended().peers) for part in (first, second, third)] == [[1, 2], [0], [0]]
     for part in (first, second, third):
         part.close()
-    eager.close(), stale.close()
+    eager.close()
+    stale.close()
 
 
 class Server(threading.Thread):
@@ -198,7 +202,8 @@ def seated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], tuple[
     monkeypatch.setattr(os, "_exit", leave)
 
     def end(said: bytes) -> tuple[int, str]:
-        lines.clear(), status.clear(), over.clear()
+        for kept in (lines, status, over):
+            kept.clear()
         ours, theirs = socket.socketpair()
         opened.extend((ours, theirs))
         theirs.settimeout(0.5)
@@ -250,7 +255,8 @@ def pair() -> Iterator[tuple[Run, Run]]:
     runs = Run(Seat("h", 1, 2, 0), {1: ours}, patience=SOON_S), Run(Seat("h", 1, 2, 1), {0: theirs}, patience=SOON_S)
     with runs[0], runs[1]:
         yield runs
-    ours.close(), theirs.close()
+    ours.close()
+    theirs.close()
 
 
 def test_all_get_what_is_made_of_the_words_of_all(pair):
@@ -345,7 +351,8 @@ def test_fuzzed_strangers_never_stop_the_meeting(request, monkeypatch):
         assert list(first.ended().peers) == [1] and list(second.ended().peers) == [0], (first.error, second.error)
         for connection in held:
             connection.close()
-        first.close(), second.close()
+        for part in (first, second):
+            part.close()
 
 
 def test_a_fuzzed_process_ends_the_run_with_a_known_status(request, seated):

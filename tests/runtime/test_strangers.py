@@ -125,6 +125,15 @@ def test_another_token_or_none_takes_no_seat():
         assert "secret" not in f"{one!r} {said}"
 
 
+def test_who_is_missing_is_named():
+    zero, _, two, _ = seats(4)
+    first, third = Meeting(zero, patience=1), Meeting(two, patience=1)
+    assert str(first.ended().error) == f"expected 4 processes at port {zero.port} within 1 s, got 2: missing 1, 3"
+    assert str(third.ended().error) == (
+        f"process 2: the 4 processes of this run did not meet at 127.0.0.1:{zero.port} within 1 s"
+    )
+
+
 def test_who_comes_again_has_the_seat_and_who_has_gone_has_none():
     zero, one, two = seats(3)
     first = Meeting(zero)

@@ -91,11 +91,13 @@ class Run:
     def _heard(self, index: int, patience: float) -> str:
         try:
             said = self._said[index].get(timeout=patience)
-        except queue.Empty:
-            said = None
-        text = None if said is None else parse_json(said, f"process {index}")
+        except queue.Empty as error:
+            raise InputError(f"expected a word of process {index} within {patience:.0f} s, got none") from error
+        if said is None:
+            raise InputError(f"expected a word of process {index}, got its goodbye: does it run another command?")
+        text = parse_json(said, f"process {index}")
         if not isinstance(text, str):
-            raise InputError(f"expected a word of process {index} within {patience:.0f} s, got none")
+            raise InputError(f"process {index}: expected a JSON text, got another value")
         return text
 
     def __enter__(self) -> "Run":

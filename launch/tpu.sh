@@ -265,7 +265,7 @@ setup_slice() {
 }
 
 run_program() {
-    local restarts run problem workers coordinator=${OPTION[coordinator]:-:$PORT}
+    local restarts run problem workers token coordinator=${OPTION[coordinator]:-:$PORT}
     ((${#REST[@]})) || fail "run: expected a program after --, got none"
     restarts=$(whole_number restarts 0)
     [[ $coordinator =~ ^[^:]*:[0-9]{1,5}$ ]] ||
@@ -278,8 +278,10 @@ run_program() {
     workers=$(joined "${WORKERS[@]}")
     [[ $coordinator != :* ]] || coordinator=${WORKERS[0]}$coordinator
     run=$(date -u +%Y%m%d-%H%M%S)
-    ! dry || run=RUN
-    ask "$WORKER start $(quoted "$workers" "$coordinator" "$run" "$restarts" "${REST[@]}")"
+    # What the run's processes know each other by; nobody else who reaches the coordinator's port takes a place.
+    token=$(od -An -N 16 -t x1 /dev/urandom | tr -d ' \n')
+    ! dry || run=RUN token=TOKEN
+    ask "RAPID_RUN_TOKEN=$token $WORKER start $(quoted "$workers" "$coordinator" "$run" "$restarts" "${REST[@]}")"
     problem=$(complaint started)
     if [[ -n $problem ]]; then # those that did start would wait for the others
         ask "$WORKER stop 10 $run"

@@ -78,7 +78,7 @@ install_checkout() { # WORKERS ARCHIVE [extra ...]
     answer "ready $(<"$RUNS/checkout")"
 }
 
-set_environment() { # NUMBER COUNT COORDINATOR: what JAX needs, and nothing else
+set_environment() { # NUMBER COUNT COORDINATOR: what JAX needs, beside RAPID_RUN_TOKEN, which tpu.sh gives to start
     local name
     # Left behind by a preempted job of several slices: JAX would wait for the slices that are gone.
     for name in "${!MEGASCALE_@}"; do unset "$name"; done

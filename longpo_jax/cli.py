@@ -15,7 +15,8 @@ from longpo_jax.config import LongPOConfig
 from longpo_jax.round import rounds_of, run_round, run_rounds, run_stage
 from rapid_jax import __version__
 from rapid_jax.runtime import settings
-from rapid_jax.runtime.command_line import prepare_jax, status_of
+from rapid_jax.runtime.agreement import backend_fields, check_agreed, code_fields, left_out
+from rapid_jax.runtime.command_line import Place, prepare_jax, status_of
 from rapid_jax.runtime.distributed import meet
 
 _HELP = {
@@ -27,12 +28,19 @@ _HELP = {
     "rounds": "rounds on ever longer documents, each from the last one's export",
 }
 
+# Where things lie, on each machine, and what process 0 alone tells: what is in the files is compared by each stage.
+_OWN = ("run", "model.source", "corpus.sources", "compute.programs", "train.tensorboard", "train.wandb")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; wrong usage leaves by argparse's SystemExit(2)."""
-    options = parser().parse_args(argv)
+
+    def work() -> int | None:
+        options = parser().parse_args(argv)
+        return options.run(options)
+
     return status_of(
-        lambda: options.run(options),
+        work,
         "longpo",
         out_of_memory="a larger mesh.fsdp or mesh.context, train.remat=layer, or a smaller train.logits_chunk may help",
     )
@@ -48,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     for name, said in _HELP.items():
         command = commands.add_parser(name, help=said, allow_abbrev=False)
         command.set_defaults(run=_run, command=name)
-        command.add_argument("--config", required=True, metavar="FILE", help="settings, as configs/longpo/*.yaml")
+        command.add_argument(
+            "--config", required=True, action=Place, metavar="FILE", help="settings, as configs/longpo/*.yaml"
+        )
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
         )
@@ -58,8 +68,8 @@ def parser() -> argparse.ArgumentParser:
     plan.add_arguments(planned)
     report = commands.add_parser("report", help="draw the curves of runs", allow_abbrev=False)
     report.set_defaults(run=_report)
-    report.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, a round or its training")
-    report.add_argument("--out", type=Path, metavar="DIR", help="where to write; by default into the first RUN")
+    report.add_argument("runs", nargs="+", action=Place, metavar="RUN", help="folder of a run, a round or its training")
+    report.add_argument("--out", action=Place, metavar="DIR", help="where to write; by default into the first RUN")
     return longpo
 
 
@@ -71,11 +81,20 @@ def config_of(options: argparse.Namespace) -> LongPOConfig:
     return config
 
 
+def deciding(config: LongPOConfig) -> dict[str, object]:
+    """The settings that must be the same for all processes of a run, "section.key" -> value."""
+    fields = left_out(settings.flat(config), _OWN)
+    return fields | {"domains of corpus.sources": [place.partition("=")[0] for place in config.corpus.sources]}
+
+
 def _run(options: argparse.Namespace) -> None:
     with meet(name="longpo") as run:  # before anything can go wrong here alone
         config = config_of(options)
         prepare_jax(programs=config.compute.programs)
+        check_agreed({"command": options.command, **code_fields("rapid_jax", "longpo_jax"), **deciding(config)})
         run.start_jax()
+        if run.count > 1:
+            check_agreed(backend_fields())
         told = {"leads": run.leads, "quiet": options.quiet or not run.leads}
         if options.command == "rounds":
             run_rounds(config, **told)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import local_path
 from rapid_jax.runtime.mesh_config import MeshConfig
 
 Objective = Literal["longpo", "dpo", "sft", "solopo"]
@@ -40,6 +41,7 @@ class PolicyConfig:
     generation_rope_theta: float | None = None
 
     def __post_init__(self):
+        local_path(self.source, "source")
         _require_above_0(self, "rope_theta", "reference_rope_theta", "generation_rope_theta")
 
 
@@ -70,6 +72,7 @@ class CorpusConfig:
             _require(
                 bool(domain and equals and place), f"sources: expected DOMAIN=FOLDER or DOMAIN=GLOB, got {source!r}"
             )
+            local_path(place, "sources")
         domains = {source.partition("=")[0] for source in self.sources}
         _require(len(self.weights) in (0, len(domains)), f"weights: expected {len(domains)}, got {len(self.weights)}")
         _require(
@@ -266,6 +269,7 @@ class LongPOConfig:
     rounds: tuple[str, ...] = ()  # of `longpo rounds`: for each round, KEY=VALUE settings that differ, split by spaces
 
     def __post_init__(self):
+        local_path(self.run, "run")
         mesh, train = self.mesh, self.train
         rows, pieces = mesh.data * mesh.fsdp, 2 * mesh.context if mesh.context > 1 else 1
         _require(

@@ -21,6 +21,7 @@ from longpo_jax.sources import files_of
 from longpo_jax.texts import texts_of
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest
 
 _TOGETHER = 4_000_000  # characters that are tokenised at once, at least
 _CHARACTERS = 16  # a token hardly ever has as many in the mean over a text
@@ -44,6 +45,7 @@ class _Entry:
     tokens: int
     offset: int
     size: int
+    digest: str  # of the text
 
 
 class _Spool:
@@ -53,8 +55,8 @@ class _Spool:
         self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - it lives as long as the documents
         weakref.finalize(self, self._file.close)
 
-    def append(self, text: str) -> tuple[int, int]:
-        """Where it is now: (offset, bytes)."""
+    def append(self, text: str) -> tuple[int, int, str]:
+        """Where it is now: (offset, bytes), and the digest of the text."""
         packed = zstandard.compress(text.encode(), 1)
         offset = self._file.tell()
         try:
@@ -63,7 +65,7 @@ class _Spool:
         except OSError as error:
             where = tempfile.gettempdir()
             raise InputError(f"{where}: expected room for the documents ($TMPDIR), got: {error.strerror}") from error
-        return offset, len(packed)
+        return offset, len(packed), digest(text)
 
     def read(self, offset: int, size: int) -> str:
         return zstandard.decompress(os.pread(self._file.fileno(), size, offset)).decode()
@@ -85,6 +87,11 @@ class Documents(Sequence[Document]):
     def ids(self) -> list[str]:
         """Of each document, without reading it."""
         return [entry.id for entry in self._entries]
+
+    @property
+    def digest(self) -> str:
+        """Of all that they are, in their order, without reading it."""
+        return digest(*(part for entry in self._entries for part in (entry.id, str(entry.tokens), entry.digest)))
 
     @overload
     def __getitem__(self, index: int) -> Document: ...

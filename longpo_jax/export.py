@@ -10,15 +10,17 @@ import jax.numpy as jnp
 
 from longpo_jax.checkpoints import newest, restore_weights
 from longpo_jax.config import LongPOConfig
-from longpo_jax.stages import identity_of, inputs_of, is_done, mark_done
+from longpo_jax.stages import identity_of, inputs_of, is_to_skip, mark_done
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.hf_io import save_hf
+from rapid_jax.model.identity import identity_of as model_identity
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.model.placement import abstract
+from rapid_jax.runtime.agreement import READING_S, check_agreed
 from rapid_jax.runtime.axes import TRAINED, with_copied_kv
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.mesh import agreed, make_meshes
+from rapid_jax.runtime.mesh import make_meshes
 
 
 def run_export(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
@@ -30,7 +32,8 @@ def run_export(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet:
     del quiet
     place = folder / "export"
     inputs = inputs_of(config, "export") | {"train": identity_of(folder / "train")}
-    if agreed(leads and is_done(place, inputs)):
+    check_agreed(model_identity(config.model.source, config.model.dtype), patience=READING_S)
+    if is_to_skip(place, inputs, leads=leads):
         return
     checkpoint, tokenizer = open_checkpoint(config.model.source)
     decoder = trained(config, checkpoint.config, folder / "train" / "checkpoints")

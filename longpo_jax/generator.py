@@ -8,10 +8,10 @@ from functools import cached_property
 from flax import nnx
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.identity import identity_of
 from longpo_jax.records import Answer
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.model.decoder import Decoder
+from rapid_jax.model.identity import identity_of
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig

@@ -20,12 +20,13 @@ from longpo_jax.excerpts import Excerpt, excerpts_of
 from longpo_jax.filters import reason_to_drop
 from longpo_jax.generator import Generator
 from longpo_jax.records import Answer, Record, Turn, Writer
-from longpo_jax.stages import inputs_of, is_done, mark_done
+from longpo_jax.stages import inputs_of, is_to_skip, mark_done
 from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.runtime.agreement import check_agreed
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
-from rapid_jax.runtime.mesh import agreed, check_agreed
+from rapid_jax.runtime.mesh import agreed
 from rapid_jax.runtime.progress import progress
 from rapid_jax.speculative.config import SamplingConfig
 
@@ -43,14 +44,13 @@ def run_pairs(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: 
     folder = folder / "pairs"
     generator = Generator(config, quiet=quiet)
     inputs = inputs_of(config, "pairs") | generator.identity
-    check_agreed("settings and model", sorted(inputs.items()))
-    if agreed(leads and is_done(folder, inputs)):
+    if is_to_skip(folder, inputs, leads=leads):
         return
     maker = PairMaker(config, generator, digest(repr(sorted(inputs.items()))))
     writer = Writer(folder, inputs, shard_pairs=config.pairs.shard_pairs) if leads else None
     corpus = read_corpus(config.corpus, generator.tokenizer, config.seed, quiet=quiet)
     documents = corpus.documents
-    check_agreed("documents", len(documents), documents[0].id, documents[-1].id)
+    check_agreed({"documents": documents.digest})
     finished = int(agreed(0 if writer is None else _resumed(writer, corpus, folder)))
     with progress("pairs", len(documents) - finished, "documents", quiet=quiet or not leads) as report:
         for document, record, counts in maker.made(documents, finished):

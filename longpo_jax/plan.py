@@ -13,6 +13,7 @@ from rapid_jax.plan.architectures import SHAPES, Architecture, architecture_of
 from rapid_jax.plan.command import DOES_NOT_FIT
 from rapid_jax.plan.topologies import GENERATIONS, GIB, Topology, topology_of
 from rapid_jax.runtime import settings
+from rapid_jax.runtime.command_line import Place
 
 _CHANGES = {
     "weights": "split them over more chips: a larger mesh.context, mesh.fsdp or mesh.model",
@@ -24,7 +25,9 @@ _CHANGES = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `plan`."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="settings, as configs/longpo/*.yaml")
+    parser.add_argument(
+        "--config", required=True, action=Place, metavar="FILE", help="settings, as configs/longpo/*.yaml"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
     )

@@ -24,14 +24,14 @@ import jax
 import numpy as np
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.identity import identity_of
 from longpo_jax.records import Record, digest_of, read_records
 from longpo_jax.remat import wrapping
 from longpo_jax.rows import batched
 from longpo_jax.samples import Parts, all_turns, one_turn
-from longpo_jax.stages import inputs_of, is_done, mark_done, summary_of
+from longpo_jax.stages import inputs_of, is_done, is_to_skip, mark_done, summary_of
 from longpo_jax.step import row_log_probs
 from rapid_jax.attention.strategy import Strategy
+from rapid_jax.model.identity import identity_of
 from rapid_jax.model.load import LoadedModel, load_model
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.axes import TRAINED
@@ -55,7 +55,7 @@ def run_reference(config: LongPOConfig, folder: Path, *, leads: bool = True, qui
     """
     place = folder / "reference"
     inputs = reference_inputs(config, folder)
-    if agreed(leads and is_done(place, inputs)):
+    if is_to_skip(place, inputs, leads=leads):
         return
     count = sum(1 for _ in read_records(folder / "pairs"))  # a damaged one is told before the first is scored
     if config.objective.name != "sft":

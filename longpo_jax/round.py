@@ -13,6 +13,7 @@ from pathlib import Path
 from longpo_jax.config import LongPOConfig
 from longpo_jax.stages import STAGES, has_ended, working_in
 from rapid_jax.runtime import settings
+from rapid_jax.runtime.agreement import check_shared
 from rapid_jax.runtime.errors import InputError
 
 SETTINGS = "settings.yaml"  # in a round's folder: as they were when a stage last ended well
@@ -44,11 +45,12 @@ def rounds_of(config: LongPOConfig) -> list[LongPOConfig]:
 def run_stage(stage: str, config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
     """One of `stages.STAGES` of the round in `folder`; skipped if done. No process returns before it is all there.
 
-    Raises InputError if another run is at work there, too.
+    Raises InputError if another run is at work there, too, and if the processes of this one do not share the folder.
     """
     from rapid_jax.runtime.mesh import agreed
 
     with working_in(folder, stage) if leads else contextlib.nullcontext():
+        check_shared(folder, "run folder")
         _stage(stage)(config, folder, leads=leads, quiet=quiet)
         if leads:
             settings.save(config, folder / SETTINGS)

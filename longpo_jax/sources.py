@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import local_path
 
 TEXT, LINES, PACKED = (".txt", ".md", ".tex"), ".jsonl", (".gz", ".zst")
 _KINDS = "a .txt, .md, .tex or .jsonl file (or one of those with .gz or .zst)"
@@ -40,7 +41,7 @@ def files_of(sources: Sequence[str], dropped: Counter[str], *, follow_links: boo
     for source in sources:
         domain, _, place = source.partition("=")
         left_out: Counter[str] = Counter()
-        known = _Place(Path(os.path.expanduser(place)), follow_links, left_out).files()
+        known = _Place(local_path(place, "corpus.sources"), follow_links, left_out).files()
         if not known:
             reasons = "".join(f", {count} x {reason}" for reason, count in left_out.items())
             raise InputError(f"corpus.sources: {source}: expected {_KINDS} there, found none{reasons}")

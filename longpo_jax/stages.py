@@ -5,7 +5,6 @@ A stage that is done with the same inputs is skipped; one that is done with othe
 """
 
 import contextlib
-import dataclasses
 import fcntl
 import json
 import os
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from longpo_jax.config import LongPOConfig
+from rapid_jax.runtime import settings
+from rapid_jax.runtime.agreement import READING_S, check_agreed
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, replace_file
 
@@ -89,9 +90,7 @@ def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
     Not among them: model.source, for which a stage adds a digest of the model it has loaded, and what an earlier stage
     has made, for which it adds `identity_of` that stage's folder.
     """
-    flat: dict[str, Any] = {}
-    for name, value in dataclasses.asdict(config).items():
-        flat |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    flat = settings.flat(config)
     flat["corpus.weights"] = sorted(config.corpus.weight_of.items())
     matters = {key for key in flat if key in _MATTERS[stage] or f"{key.partition('.')[0]}.*" in _MATTERS[stage]}
     return {key: value for key, value in flat.items() if key in matters and key not in _EXCEPT.get(stage, ())}
@@ -113,6 +112,17 @@ def is_done(folder: Path, inputs: Mapping[str, Any]) -> bool:
                 f"choose another run folder, or delete {folder} to make it again"
             )
     return True
+
+
+def is_to_skip(folder: Path, inputs: Mapping[str, Any], *, leads: bool) -> bool:
+    """Whether the stage of `folder` is done with these inputs, which all processes of a run must have.
+
+    The one that `leads` looks. Raises InputError as `is_done`, and where the processes have not the same inputs.
+    """
+    check_agreed(inputs, patience=READING_S)
+    from rapid_jax.runtime.mesh import agreed
+
+    return bool(agreed(leads and is_done(folder, inputs)))
 
 
 def has_ended(folder: Path) -> bool:

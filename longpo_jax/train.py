@@ -20,19 +20,19 @@ from jax.experimental import multihost_utils
 
 from longpo_jax.checkpoints import Checkpoints, Found, newest, restore
 from longpo_jax.config import LongPOConfig
-from longpo_jax.identity import identity_of
 from longpo_jax.metrics import Metrics, check_installed, peak_flops, read_metrics
 from longpo_jax.optimizer import schedule_of, transform_of
 from longpo_jax.reference import read_references, reference_inputs
-from longpo_jax.stages import inputs_of, is_done, mark_done
+from longpo_jax.stages import inputs_of, is_to_skip, mark_done
 from longpo_jax.step import Sample, Step, TrainState
+from rapid_jax.model.identity import identity_of
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
 from rapid_jax.runtime.axes import TRAINED
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.distributed import INTERRUPTED, LOST_PEER
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
-from rapid_jax.runtime.mesh import agreed, check_agreed, make_meshes
+from rapid_jax.runtime.mesh import make_meshes
 
 
 def run_train(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
@@ -46,9 +46,8 @@ def run_train(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: 
     reference = reference_inputs(config, folder)
     inputs = inputs_of(config, "train") | identity_of(config.model.source, config.model.dtype)
     inputs |= {"pairs": reference["pairs"], "reference": digest(repr(sorted(reference.items())))}
-    if agreed(leads and is_done(place, inputs)):
+    if is_to_skip(place, inputs, leads=leads):
         return
-    check_agreed("settings, records and model", sorted(inputs.items()))
     references = read_references(folder / "reference", reference)
     found = _begun(place, inputs)
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2") == "2":  # as the command sets it

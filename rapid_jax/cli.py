@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rapid_jax import __version__
 from rapid_jax.bench import command as benchmark
@@ -21,9 +21,10 @@ from rapid_jax.documents import STDIN, read_document
 from rapid_jax.evaluate import command as evaluation
 from rapid_jax.plan import command
 from rapid_jax.runtime import settings
-from rapid_jax.runtime.command_line import prepare_jax, say, status_of
+from rapid_jax.runtime.command_line import Place, prepare_jax, say, status_of
 from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import cache_dir
 
 if TYPE_CHECKING:
     from rapid_jax.answer import Answer
@@ -45,9 +46,13 @@ _TEXTS = ("model", "drafter", "mode")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status; wrong usage leaves by argparse's SystemExit(2)."""
-    options = parser().parse_args(argv)
+
+    def work() -> int | None:
+        options = parser().parse_args(argv)
+        return options.run(options)
+
     return status_of(
-        lambda: options.run(options),
+        work,
         "rapid",
         out_of_memory="the models and the document's cache do not fit; a lower models.max_context may",
     )
@@ -58,16 +63,21 @@ def parser() -> argparse.ArgumentParser:
     rapid = argparse.ArgumentParser(prog="rapid", description="RAPID: long-context answers, drafted by retrieval.")
     rapid.add_argument("--version", action="version", version=f"rapid {__version__}")
     commands = rapid.add_subparsers(required=True, metavar="COMMAND")
+    text: dict[str, Any] = {"action": Place, "as_path": False}
     answer = commands.add_parser("answer", help="answer a question about a document", allow_abbrev=False)
     answer.set_defaults(run=_answer)
-    answer.add_argument("--document", required=True, metavar="FILE|-", help="text, PDF or HTML; - is standard input")
+    answer.add_argument(
+        "--document", required=True, **text, metavar="FILE|-", help="text, PDF or HTML; - is standard input"
+    )
     answer.add_argument("--question", required=True, metavar="TEXT")
-    answer.add_argument("--config", metavar="FILE", help="settings to start from, as configs/rapid/*.yaml")
+    answer.add_argument("--config", **text, metavar="FILE", help="settings to start from, as configs/rapid/*.yaml")
     answer.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
     )
-    answer.add_argument("--model", metavar="DIR|FILE.gguf|smollm2", help="the long-context target")
-    answer.add_argument("--drafter", metavar="same|DIR|FILE.gguf", help="reads the retrieved text; same: the target")
+    answer.add_argument("--model", **text, metavar="DIR|FILE.gguf|smollm2", help="the long-context target")
+    answer.add_argument(
+        "--drafter", **text, metavar="same|DIR|FILE.gguf", help="reads the retrieved text; same: the target"
+    )
     answer.add_argument("--mode", metavar="rapid|lossless|phat|target|retrieval", help="how the answer is made")
     answer.add_argument("--temperature", metavar="T", help="0 is greedy")
     answer.add_argument("--eta", metavar="E", help="how strongly the drafter's distribution pulls the target's")
@@ -75,9 +85,9 @@ def parser() -> argparse.ArgumentParser:
     answer.add_argument("--max-new-tokens", metavar="N")
     answer.add_argument("--seed", metavar="S")
     answer.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
-    answer.add_argument("--trace", metavar="FILE.html", help="write where each token came from, and FILE.yaml")
+    answer.add_argument("--trace", **text, metavar="FILE.html", help="write where each token came from, and FILE.yaml")
     answer.add_argument("--compare", action="store_true", help="answer in modes target and retrieval as well")
-    answer.add_argument("--save-config", metavar="FILE", help="write the settings that ran")
+    answer.add_argument("--save-config", **text, metavar="FILE", help="write the settings that ran")
     answer.add_argument("--quiet", action="store_true", help="print the answer alone; warnings still show")
     plan = commands.add_parser("plan", help="what a run needs of a TPU slice or a GPU, without it", allow_abbrev=False)
     plan.set_defaults(run=command.run)
@@ -96,8 +106,8 @@ def parser() -> argparse.ArgumentParser:
     evaluation.add_compare(compare)
     convert = commands.add_parser("convert", help="write a checkpoint as a Hugging Face folder", allow_abbrev=False)
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", metavar="IN", help="checkpoint folder, .gguf file, or smollm2")
-    convert.add_argument("target", metavar="OUT", help="folder that does not exist yet, or is empty")
+    convert.add_argument("source", **text, metavar="IN", help="checkpoint folder, .gguf file, or smollm2")
+    convert.add_argument("target", **text, metavar="OUT", help="folder that does not exist yet, or is empty")
     convert.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16", help="auto loses nothing")
     convert.add_argument("--quiet", action="store_true", help="no progress")
     return rapid
@@ -119,8 +129,10 @@ def _answer(options: argparse.Namespace) -> None:
                     _check_output(option, Path(path), options)
             if options.save_config:
                 _save(config, Path(options.save_config))
-        folder = Path(config.cache.folder).expanduser() if config.cache.folder else None
-        prepare_jax(programs=config.cache.programs, cache=folder)
+        prepare_jax(programs=config.cache.programs, cache=cache_dir(config.cache.folder))
+        from rapid_jax.identity import check_same_command
+
+        check_same_command("answer", vars(options), config)
         run.start_jax()
         _answer_with(config, document, options, trace, leads=run.leads)
 

@@ -8,6 +8,7 @@ from typing import Literal
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import cache_dir, local_path
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 
@@ -26,6 +27,8 @@ class ModelsConfig:
     too_long: Literal["error", "middle", "head"] = "error"  # middle: the middle is cut out, as in the paper
 
     def __post_init__(self):
+        for name in ("target", "drafter", "encoder"):
+            local_path(getattr(self, name), f"models.{name}")
         if self.drafter_weights != "full" and self.layout != "unrolled":
             raise InputError(
                 f"models.drafter_weights {self.drafter_weights} needs models.layout unrolled, got {self.layout}"
@@ -86,6 +89,7 @@ class CacheConfig:
     programs: bool = True
 
     def __post_init__(self):
+        cache_dir(self.folder)
         if not (math.isfinite(self.prefix_gib) and self.prefix_gib >= 0):
             raise InputError(f"cache.prefix_gib: expected a number >= 0, got {self.prefix_gib}")
 

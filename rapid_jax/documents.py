@@ -4,7 +4,6 @@
 import codecs
 import io
 import logging
-import os
 import re
 import sys
 import time
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from rapid_jax.html_text import begins_as_html, html_text
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import local_path
 from rapid_jax.runtime.input_files import blocks, byte_order_mark, open_regular
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def read_document(source: str) -> str:
 def _bytes_of(source: str, name: str) -> bytes:
     try:
         if source != STDIN:
-            with open_regular(os.path.expanduser(source), or_open_already=True) as file:
+            with open_regular(local_path(source, "document"), or_open_already=True) as file:
                 return b"".join(blocks(file, _MOST_BYTES, name))
         if sys.stdin is None:
             raise InputError("standard input: expected a document, but it is closed")

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
@@ -19,6 +18,7 @@ from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.rounded import rounded
 from rapid_jax.config import RapidConfig
 from rapid_jax.document_prefixes import DocumentPrefixes
+from rapid_jax.identity import check_same_models, check_same_prompts
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
 from rapid_jax.model.tokenizer import check_same_vocabulary
@@ -27,8 +27,8 @@ from rapid_jax.retrieval.embed import Embedder
 from rapid_jax.retrieval.encoder_io import encoder_folder, read_config
 from rapid_jax.retrieval.retriever import Retriever
 from rapid_jax.retrieval.select import Selection
-from rapid_jax.runtime.files import default_cache_dir
-from rapid_jax.runtime.mesh import check_agreed, make_meshes
+from rapid_jax.runtime.files import cache_dir
+from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.runtime.progress import progress
 from rapid_jax.speculative.config import Mode
@@ -62,7 +62,7 @@ class Rapid:
     def __init__(self, config: RapidConfig, *, quiet: bool = False):
         self.config = config
         self._quiet = quiet
-        self._cache = Path(config.cache.folder).expanduser() if config.cache.folder else default_cache_dir()
+        self._cache = cache_dir(config.cache.folder)
 
     @cached_property
     def target(self) -> LoadedModel:
@@ -105,6 +105,7 @@ class Rapid:
         if mode in _DRAFTING and models.drafter != "same":
             target, drafter = (open_checkpoint(source)[1] for source in (models.target, models.drafter))
             check_same_vocabulary(target, drafter, models.drafter)
+        check_same_models(self.config)
 
     @cached_property
     def _meshes(self) -> tuple[Mesh | None, Mesh | None]:
@@ -112,9 +113,8 @@ class Rapid:
         return make_meshes(self.config.mesh, self.config.drafter_mesh)
 
     def _load(self, source: str, mesh: Mesh | None, config: MeshConfig) -> LoadedModel:
-        models, copied = self.config.models, config.replicate_kv
-        how = {"layout": models.layout, "dtype": models.dtype, "quiet": self._quiet}
-        return load_model(source, mesh=mesh, replicate_kv=copied, **how)
+        how = {"layout": self.config.models.layout, "dtype": self.config.models.dtype, "quiet": self._quiet}
+        return load_model(source, mesh=mesh, replicate_kv=config.replicate_kv, **how)
 
     def answer(
         self,
@@ -129,7 +129,7 @@ class Rapid:
         self.load()
         loaded = time.perf_counter()
         read, retrieved = self.read(document, question, on_retrieved=on_retrieved), time.perf_counter()
-        check_agreed("prompts and settings", read.long, read.short, config.speculation, config.sampling)
+        check_same_prompts(config, [read])
         transcript = Transcript(self.target.tokenizer, config.stop, on_text)
         try:
             begun = time.perf_counter()
@@ -193,7 +193,7 @@ class Rapid:
 
         `seeds`: one a reading, else the settings' for each. What was prefilled is `kept` for the next call.
         """
-        check_agreed("prompts and settings", *((read.long, read.short) for read in readings), self.config.speculation)
+        check_same_prompts(self.config, readings, seeds)
         start = time.perf_counter()
         transcripts = [Transcript(self.target.tokenizer, self.config.stop, None) for _ in readings]
         sides = self._prompted(readings, kept=kept)

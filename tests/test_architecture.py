@@ -20,6 +20,7 @@ MODEL = ATTENTION | {"rapid_jax.model"}
 RETRIEVAL = MODEL | {"rapid_jax.retrieval"}
 SPECULATIVE = MODEL | {"rapid_jax.speculative"}
 FACADE_PARTS = {"rapid_jax.config", "rapid_jax.prompts", "rapid_jax.answer", "rapid_jax.document_prefixes"}
+FACADE_PARTS |= {"rapid_jax.identity"}
 FACADE = RETRIEVAL | SPECULATIVE | FACADE_PARTS | {"rapid_jax.rapid"}
 TOOLS = {"rapid_jax.evaluate", "rapid_jax.bench", "rapid_jax.plan"}
 
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "rapid_jax.prompts": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
     "rapid_jax.document_prefixes": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
     "rapid_jax.answer": RETRIEVAL | SPECULATIVE,
+    "rapid_jax.identity": RETRIEVAL | {"rapid_jax.config", "rapid_jax.prompts"},
     "rapid_jax.rapid": FACADE,
     "rapid_jax.html_text": set(),
     "rapid_jax.documents": RUNTIME | {"rapid_jax.html_text"},

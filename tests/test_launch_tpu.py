@@ -6,6 +6,7 @@ Nothing here talks to Google Cloud. The stand-in gcloud runs the same command in
 """
 
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -66,7 +67,7 @@ cp launch/probe .venv/bin/probe
 PROBE = r"""#!/usr/bin/env bash
 printf 'argument <%s>\n' "$@"
 echo "folder $PWD"
-env | grep -E '^(JAX|MEGASCALE|PYTHONUNBUFFERED)' | sort
+env | grep -E '^(JAX|MEGASCALE|PYTHONUNBUFFERED|RAPID)' | sort
 """
 
 
@@ -199,6 +200,7 @@ STATE = (
     """ || echo "rapid-worker $(hostname -I | tr " " ,) bare"'"""
 )
 WORKER = "bash rapid_jax/launch/tpu_worker.sh"
+START = f"RAPID_RUN_TOKEN=TOKEN {WORKER} start"
 
 
 @pytest.mark.parametrize(
@@ -253,7 +255,7 @@ WORKER = "bash rapid_jax/launch/tpu_worker.sh"
             [
                 DESCRIBE,
                 STATE,
-                f"{SSH} '--command={WORKER} start ADDRESS_0,ADDRESS_1 ADDRESS_0:8476 RUN 0 rapid answer --seed 1'",
+                f"{SSH} '--command={START} ADDRESS_0,ADDRESS_1 ADDRESS_0:8476 RUN 0 rapid answer --seed 1'",
             ],
         ),
         (
@@ -261,7 +263,7 @@ WORKER = "bash rapid_jax/launch/tpu_worker.sh"
             [
                 DESCRIBE,
                 STATE,
-                f"{SSH} '--command={WORKER} start ADDRESS_0,ADDRESS_1 ADDRESS_0:9000 RUN 3 rapid'",
+                f"{SSH} '--command={START} ADDRESS_0,ADDRESS_1 ADDRESS_0:9000 RUN 3 rapid'",
             ],
         ),
         (["tail", "demo"], [f"{SSH} '--command={WORKER} tail 20 follow'"]),
@@ -480,12 +482,14 @@ ARGUMENTS = [
 def test_a_run_gets_its_arguments_its_environment_and_its_log(make_slice: Callable[..., Slice]):
     demo = make_slice().set_up()
     demo.run("--", "probe", *ARGUMENTS, "two\nlines")
+    tokens = set()
     for number, log in enumerate(demo.ended()):
         assert [line for line in log.splitlines() if line.startswith("argument")] == [
             f"argument <{argument}>" for argument in ARGUMENTS
         ] + ["argument <two"]
         assert f"folder {demo.homes[number]}/rapid_jax\n" in log
-        variables = [line for line in log.splitlines() if line.startswith(("JAX", "MEGASCALE", "PYTHON"))]
+        variables = [line for line in log.splitlines() if line.startswith(("JAX", "MEGASCALE", "PYTHON", "RAPID"))]
+        tokens.add(variables.pop())
         assert variables == [
             "JAX_COORDINATOR_ADDRESS=10.164.0.12:8476",
             "JAX_NUM_PROCESSES=3",
@@ -495,6 +499,11 @@ def test_a_run_gets_its_arguments_its_environment_and_its_log(make_slice: Callab
         ]
         assert f"worker {number} of 3 starts: probe two\\ words" in log and "ended with exit status 0" in log
         assert (demo.homes[number] / "rapid_runs" / "latest.log").resolve().name.endswith(f".worker-{number}.log")
+        assert "RAPID_RUN_TOKEN" not in log.partition("argument")[0]
+    (token,) = tokens  # of all workers, and of this run alone
+    assert re.fullmatch("RAPID_RUN_TOKEN=[0-9a-f]{32}", token)
+    demo.run("--", "probe")
+    assert all(token not in log and "RAPID_RUN_TOKEN=" in log for log in demo.ended())
 
 
 def test_arguments_survive_the_dry_run_too(plain: Script):

@@ -14,7 +14,7 @@ from typing import Any, get_args
 from rapid_jax.bench.cases import Case, Drafter, KvBits, Timing, table
 from rapid_jax.model.config import ModelConfig, from_hf
 from rapid_jax.plan.architectures import SHAPES
-from rapid_jax.runtime.command_line import prepare_jax, say
+from rapid_jax.runtime.command_line import Place, prepare_jax, say
 from rapid_jax.runtime.errors import InputError
 
 DIFFERENT = 1  # exit status: something did not decode the baseline's tokens
@@ -73,10 +73,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", default=3, help="timings of everything: medians are told; by default 3", **number)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="by default float32 on a CPU")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST", help=f"of {', '.join(PARTS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there, a JSON object a line")
-    parser.add_argument("--with", type=Path, action="append", default=[], dest="others", metavar="FILE",
+    parser.add_argument("--json", action=Place, metavar="FILE", help="write every row there, a JSON object a line")
+    parser.add_argument("--with", action=Place, many=True, default=[], dest="others", metavar="FILE",
                         help="rows measured elsewhere in the same form, for the figure")  # fmt: skip
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw milliseconds a token against context")
+    parser.add_argument("--plot", action=Place, metavar="FILE.png", help="draw milliseconds a token against context")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rapid_jax.evaluate.plotting import line, number_axis, panels, png, require, texts_as_they_are
-from rapid_jax.runtime.command_line import harmless
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, printable
 from rapid_jax.runtime.files import replace_file
 from rapid_jax.runtime.json_input import MOST_BYTES, Fields, parse_object
 
@@ -36,7 +35,7 @@ def _drawn(rows: Sequence[Mapping[str, Any]]) -> bytes:
         for row in sorted((row for row in rows if row["name"] == name), key=lambda row: row["ms_per_token"]):
             best.setdefault(row["case"]["context"], row)
         points = [(at, row["ms_per_token"], row.get("ms_least"), row.get("ms_most")) for at, row in best.items()]
-        line(panel, sorted(points), harmless(name), index)
+        line(panel, sorted(points), printable(name), index)
     floors = {row["case"]["context"]: row["floor_ms"] for row in rows if row["name"] == "plain" and row.get("floor_ms")}
     line(panel, [(context, ms, None, None) for context, ms in sorted(floors.items())], "floor of plain", 6, thin=True)
     panel.set_yscale("log")

@@ -14,10 +14,10 @@ from rapid_jax.evaluate.folder import begin, check_folder, check_same
 from rapid_jax.evaluate.modes import LIMIT, LabelledMode, explicit_settings, modes_of
 from rapid_jax.evaluate.samples import Measure, Sample, SuiteOptions
 from rapid_jax.runtime import settings
-from rapid_jax.runtime.command_line import harmless, prepare_jax, say
+from rapid_jax.runtime.command_line import Place, prepare_jax, say
 from rapid_jax.runtime.distributed import meet
-from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.errors import InputError, printable
+from rapid_jax.runtime.files import cache_dir, digest
 from rapid_jax.runtime.progress import progress
 
 SUITES = {
@@ -40,7 +40,9 @@ _USED = {  # options that a suite uses
 def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """The options of `evaluate`."""
     parser.add_argument("--suite", required=True, choices=tuple(SUITES))
-    parser.add_argument("--config", metavar="FILE", help="settings to start from, as configs/rapid/*.yaml")
+    parser.add_argument(
+        "--config", action=Place, metavar="FILE", help="settings to start from, as configs/rapid/*.yaml"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
     )
@@ -53,27 +55,29 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", metavar="LIST", help="tokens of prompt and answer, as 4096,8192")
     parser.add_argument("--depths", metavar="LIST", help="of needle: 0 the start, 1 the end, as 0,0.5,1")
     parser.add_argument("--samples", type=_count, metavar="N", help="a task and length; of needle, a depth and length")
-    parser.add_argument("--data", type=Path, metavar="PATH", help="the benchmark's own file or folder")
-    parser.add_argument("--text", type=Path, metavar="PATH", help="a text, or a folder of them, that haystacks are of")
+    parser.add_argument("--data", action=Place, metavar="PATH", help="the benchmark's own file or folder")
+    parser.add_argument(
+        "--text", action=Place, metavar="PATH", help="a text, or a folder of them, that haystacks are of"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of samples")
     parser.add_argument("--batch", type=_count, default=1, metavar="N", help="samples answered at once")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="this run's share of the samples, from 0/N")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="by default runs/evaluate-SUITE")
+    parser.add_argument("--out", action=Place, metavar="DIR", help="by default runs/evaluate-SUITE")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
     """The options of `report`."""
-    parser.add_argument("folder", type=Path, metavar="DIR", help="of an evaluation")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write; by default into DIR")
+    parser.add_argument("folder", action=Place, metavar="DIR", help="of an evaluation")
+    parser.add_argument("--out", action=Place, metavar="DIR", help="where to write; by default into DIR")
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """The options of `compare`."""
-    parser.add_argument("one", type=Path, metavar="DIR1", help="of an evaluation")
-    parser.add_argument("other", type=Path, metavar="DIR2", help="of another on the same samples")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write the comparison there too")
+    parser.add_argument("one", action=Place, metavar="DIR1", help="of an evaluation")
+    parser.add_argument("other", action=Place, metavar="DIR2", help="of another on the same samples")
+    parser.add_argument("--out", action=Place, metavar="DIR", help="write the comparison there too")
 
 
 def evaluate(options: argparse.Namespace) -> None:
@@ -89,15 +93,19 @@ def evaluate(options: argparse.Namespace) -> None:
         folder = options.out or Path("runs") / f"evaluate-{options.suite}"
         if run.leads:
             check_folder(folder, resume=options.resume or share.count > 1)
-        prepare_jax(programs=config.cache.programs, cache=_cache(config))
+        prepare_jax(programs=config.cache.programs, cache=cache_dir(config.cache.folder))
+        from rapid_jax.identity import check_same_command, check_same_models
+
+        check_same_command(f"evaluate {options.suite}", vars(options), config)
         run.start_jax()
+        check_same_models(_widest(modes))
         from rapid_jax.evaluate import run as module
         from rapid_jax.rapid import Rapid
-        from rapid_jax.runtime.mesh import check_agreed
+        from rapid_jax.runtime.agreement import check_agreed
 
         quiet = options.quiet or not run.leads
         samples, described = _prepared(options, suite_options, config, modes, explicit, quiet=quiet)
-        check_agreed("samples", described["digest"])
+        check_agreed({"samples": described["digest"]})
         if run.leads:
             check_same(folder, described)
         rapid = Rapid(_widest(modes), quiet=True)  # the others share what it has loaded
@@ -183,7 +191,7 @@ def _write_report(folder: Path, out: Path | None) -> None:
     if missing():
         say(f"report: without figures, {missing()}")
     page, scores = write(folder, out)
-    print(f"{scores}\n\nreport: {harmless(str(page.with_suffix('.md')))}, {page.name}")
+    print(f"{scores}\n\nreport: {printable(str(page.with_suffix('.md')))}, {page.name}")
 
 
 def _config(options: argparse.Namespace, explicit: Collection[str]) -> RapidConfig:
@@ -193,10 +201,6 @@ def _config(options: argparse.Namespace, explicit: Collection[str]) -> RapidConf
         config = settings.defaults(RapidConfig, options.set)
     # A document is read once in an evaluation: keeping its prefix on disk would only fill the disk.
     return config if "cache.prefix_gib" in explicit else replace(config, cache=replace(config.cache, prefix_gib=0.0))
-
-
-def _cache(config: RapidConfig) -> Path | None:
-    return Path(config.cache.folder).expanduser() if config.cache.folder else None
 
 
 def _suite_options(options: argparse.Namespace) -> SuiteOptions:

@@ -10,7 +10,7 @@ from rapid_jax.evaluate import plotting
 from rapid_jax.evaluate.results import Outcome, Results, mode_of, named
 from rapid_jax.evaluate.statistics import Estimate
 from rapid_jax.evaluate.summary import Row, acceptances, cells_of, estimate, overall, rows, speeds
-from rapid_jax.runtime.command_line import harmless
+from rapid_jax.runtime.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,7 +46,7 @@ def draw(results: Results) -> list[Drawn]:
 def _printable(results: Results) -> Results:
     """The same with names that any font and any terminal can show."""
     by_label = {
-        harmless(label): tuple(replace(outcome, task=harmless(outcome.task)) for outcome in outcomes)
+        printable(label): tuple(replace(outcome, task=printable(outcome.task)) for outcome in outcomes)
         for label, outcomes in results.by_label.items()
     }
     return replace(results, by_label=by_label)

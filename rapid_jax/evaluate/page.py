@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rapid_jax.runtime.command_line import harmless
+from rapid_jax.runtime.errors import printable
 
 _STYLE = (
     "body{font:16px/1.5 sans-serif;margin:2em auto;padding:0 1em;max-width:75em;color:#1a1a1a}"
@@ -97,14 +97,14 @@ def plain(blocks: Sequence[Block]) -> str:
     for block in blocks:
         match block:
             case Heading():
-                said = harmless(block.text)
+                said = printable(block.text)
                 parts.append(f"{said}\n{('=' if block.level == 1 else '-') * _columns(said)}")
             case Table():
-                parts.append(_aligned([[harmless(cell) for cell in line] for line in (block.head, *block.rows)]))
+                parts.append(_aligned([[printable(cell) for cell in line] for line in (block.head, *block.rows)]))
             case Verbatim():
-                parts.append("\n".join(f"  {harmless(line)}" for line in block.text.split("\n")))
+                parts.append("\n".join(f"  {printable(line)}" for line in block.text.split("\n")))
             case Text():
-                parts.append(harmless("".join(block.parts)))
+                parts.append(printable("".join(block.parts)))
     return "\n\n".join(parts)
 
 

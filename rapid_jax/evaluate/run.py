@@ -22,8 +22,8 @@ from rapid_jax.evaluate.scoring import score
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.prompts import Reading, frame, message
 from rapid_jax.rapid import Rapid
+from rapid_jax.runtime.agreement import check_agreed
 from rapid_jax.runtime.files import digest
-from rapid_jax.runtime.mesh import check_agreed
 from rapid_jax.runtime.progress import progress
 
 NOW = datetime.datetime(2025, 1, 1)  # for templates that write the date: a sample has the same prompt on any day
@@ -79,7 +79,7 @@ def evaluate(
         there = finished(folder, samples[0].suite) if samples else {}
         done = {mode.label: there.get(mode.label, set()) for mode in modes}
         left = [(mode.label, s.id) for mode in modes for s in mine if s.id not in done[mode.label]]
-        check_agreed("samples to answer", left, batch)
+        check_agreed({"batch": batch, "answers that are there already": (len(left), left)})
         report = stack.enter_context(progress("evaluate", len(left), "answers", quiet=quiet or not leads))
         ready: dict[tuple[str, int], Rapid] = {}
         for group in _groups(mine, batch):

@@ -22,7 +22,7 @@ from rapid_jax.model.quantized import BITS, quantized
 from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of
 from rapid_jax.runtime.axes import PARAM, Table, with_copied_kv
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file, user_path
+from rapid_jax.runtime.files import digest, digest_file, local_path
 from rapid_jax.runtime.input_files import open_regular
 
 LoadDtype = Literal["auto", "float32", "bfloat16"]
@@ -102,7 +102,7 @@ def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, 
     Every way to a model goes through here: whatever is wrong with its files is an InputError of one line.
     """
     try:
-        path = _smollm2() if source == SMOLLM2 else user_path(source)
+        path = _smollm2() if source == SMOLLM2 else local_path(source, "model")
         if path.is_dir():
             folder = HfCheckpoint(path)
             eos = folder.config.carried_keys().get("eos_token_id")

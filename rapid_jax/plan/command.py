@@ -13,6 +13,7 @@ from rapid_jax.config import RapidConfig
 from rapid_jax.plan.architectures import SHAPES, Architecture, architecture_of
 from rapid_jax.plan.topologies import FRACTION_NAMES, GENERATIONS, GIB, GPUS, Topology, card_of, topology_of
 from rapid_jax.runtime import settings
+from rapid_jax.runtime.command_line import Place
 from rapid_jax.runtime.errors import InputError
 
 DOES_NOT_FIT = 3  # exit status
@@ -21,7 +22,9 @@ LARGEST_SHARE = 0.95  # of a GPU's memory that JAX may well be given: the rest i
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `plan`."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="settings, as configs/rapid/*.yaml")
+    parser.add_argument(
+        "--config", required=True, action=Place, metavar="FILE", help="settings, as configs/rapid/*.yaml"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
     )

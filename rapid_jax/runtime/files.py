@@ -4,12 +4,32 @@
 import contextlib
 import hashlib
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rapid_jax.runtime.errors import InputError
+
+_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*)://")
+_RESTLESS_S = 2.0  # a file that changed so lately may change again within one tick of its file system's clock
+
+
+def local_path(text: str | Path, what: str) -> Path:
+    """The path that a user gave as `what` (a setting, an option), ~ filled in.
+
+    Raises InputError for a place with a scheme, as gs://bucket/run or file:///run: Path would make a folder gs: of it.
+    """
+    scheme = _SCHEME.match(str(text))
+    if scheme is not None:
+        raise InputError(f"{what}: expected a path on this machine, got {str(text)!a}: no {scheme[1]}:// is read here")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:  # ~somebody
+        raise InputError(f"{what}: expected a path, got {str(text)!a}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -79,18 +99,39 @@ def digest_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def user_path(name: str | Path) -> Path:
-    """The path that a user names, `~` and `~name` read as shells do. Raises InputError for an unknown `~name`."""
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:
-        raise InputError(f"{name}: no such user's home folder") from error
+def digests_of(paths: Sequence[Path], kept: Path) -> list[str]:
+    """SHA-256 of each file's bytes, several files at once; read again only if a file has changed.
+
+    What was read is kept in the folder `kept`, named by everything that changes with a file: inode, size, the times of
+    the last change to its bytes and to its inode, the second of which no program can set.
+    """
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as readers:
+        return list(readers.map(lambda path: _digest_of(path, kept), paths))
+
+
+def _digest_of(path: Path, kept: Path) -> str:
+    before = path.stat()
+    marks = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
+    note = kept / f"{digest(str(path.resolve()), *map(str, marks))}.txt"
+    with contextlib.suppress(OSError, ValueError):
+        if re.fullmatch("[0-9a-f]{64}", known := note.read_text(encoding="ascii")):
+            return known
+    found = digest_file(path)
+    after = path.stat()
+    if after.st_ctime_ns == before.st_ctime_ns and time.time() - after.st_ctime > _RESTLESS_S:
+        with contextlib.suppress(OSError), replace_file(note) as temporary:
+            temporary.write_text(found, encoding="ascii")
+    return found
+
+
+def cache_dir(chosen: str | None) -> Path:
+    """The folder that the setting cache.folder names, else the default one."""
+    return local_path(chosen, "cache.folder") if chosen else default_cache_dir()
 
 
 def default_cache_dir() -> Path:
     """`$RAPID_JAX_CACHE`, else `$XDG_CACHE_HOME/rapid_jax`, else `~/.cache/rapid_jax`; read when called."""
-    chosen = os.environ.get("RAPID_JAX_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "rapid_jax"
+    for name, below in (("RAPID_JAX_CACHE", ""), ("XDG_CACHE_HOME", "rapid_jax")):
+        if chosen := os.environ.get(name):
+            return local_path(chosen, f"${name}") / below
+    return Path.home() / ".cache" / "rapid_jax"

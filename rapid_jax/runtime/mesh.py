@@ -14,7 +14,6 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from rapid_jax.runtime.axes import Table, letters_of, spec_of
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.mesh_config import AXES, MeshConfig
 
 
@@ -105,18 +104,6 @@ def agreed(number: float) -> float:
     if jax.process_count() == 1:
         return number
     return float(multihost_utils.broadcast_one_to_all(np.float32(number)))
-
-
-def check_agreed(what: str, *parts: object) -> None:
-    """Raises InputError, on every process, unless all have the same: they would wait for each other for ever."""
-    if jax.process_count() == 1:
-        return
-    mine = np.frombuffer(bytes.fromhex(digest(*map(repr, parts))), np.uint32)
-    every = multihost_utils.process_allgather(mine)
-    others = [index for index, theirs in enumerate(every) if not np.array_equal(theirs, every[0])]
-    if others:
-        named = ", ".join(map(str, others))
-        raise InputError(f"expected the same {what} on all {len(every)} processes, got others on {named} than on 0")
 
 
 def _here(array: jax.Array) -> jax.Array:

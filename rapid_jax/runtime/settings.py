@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 
 from rapid_jax.runtime import strict_yaml
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import replace_file
+from rapid_jax.runtime.files import local_path, replace_file
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -36,7 +36,7 @@ def load(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     `cls` itself refuses.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = local_path(path, "settings").read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
@@ -60,6 +60,14 @@ def changed(settings: T, overrides: Sequence[str], source: str) -> T:
 def dump(settings: "DataclassInstance") -> str:
     """YAML text with every field of `settings`, which `load` reads back to an equal instance."""
     return strict_yaml.emit(_tree_of(settings))
+
+
+def flat(settings: "DataclassInstance") -> dict[str, Any]:
+    """Every setting, "section.key" -> value, in the order of the settings file; a section that is null as one value."""
+    found: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(settings).items():
+        found |= {f"{name}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {name: value}
+    return found
 
 
 def save(settings: "DataclassInstance", path: Path) -> None:

@@ -252,6 +252,18 @@ with meet(name="longpo") as run:
 """
 
 
+def test_processes_with_a_run_folder_each_end_with_both_named(tmp_path):
+    """They would write each into its own, and wait for each other's files for ever."""
+    port, folders = free_port(), [tmp_path / "one", tmp_path / "other"]
+    pair = [spawn(["-c", TOGETHER, str(folders[index])], environment(1, (port, 2, index))) for index in (0, 1)]
+    results = [process.communicate(timeout=WAIT_S) for process in pair]
+    assert [process.returncode for process in pair] == [2, 2], results
+    for out, err in results:
+        assert out == "" and err.startswith("longpo: run folder: expected one folder that all 2 processes share, got ")
+        assert len(err.splitlines()) == 1 and all(str(folder) in err for folder in folders)
+    assert not list(tmp_path.iterdir())
+
+
 def test_no_process_leaves_a_stage_before_what_it_makes_is_there(tmp_path):
     port = free_port()
     pair = [spawn(["-c", TOGETHER, str(tmp_path)], environment(1, (port, 2, index))) for index in (0, 1)]

@@ -6,9 +6,9 @@ import signal
 import sys
 import time
 
-from rapid_jax.runtime.command_line import harmless, status_of
+from rapid_jax.runtime.command_line import status_of
 from rapid_jax.runtime.distributed import INTERRUPTED
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, printable
 
 
 class Ring:
@@ -62,7 +62,7 @@ def test_a_hook_that_is_put_over_it_stays(monkeypatch):
 
 
 def test_errors_and_texts_of_others_do_nothing_to_a_terminal(capsys):
-    assert harmless("a\x1b[2J\u202e\ud800é答\n") == r"a\x1b[2J\u202e\ud800é答\n"
+    assert printable("a\x1b[2J\u202e\ud800é答\n") == r"a\x1b[2J\u202e\ud800é答\n"
 
     def work() -> None:
         raise InputError("a\x1b]0;owned\x07.json: no such\nfile")

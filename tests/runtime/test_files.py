@@ -9,6 +9,7 @@ import pytest
 
 from rapid_jax.runtime import files
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import local_path
 
 
 def names(folder: Path) -> list[str]:
@@ -108,3 +109,25 @@ def test_the_cache_folder_follows_the_environment_of_the_moment(monkeypatch: pyt
     assert files.default_cache_dir() == Path("/xdg/rapid_jax")
     monkeypatch.setenv("RAPID_JAX_CACHE", "~/mine")
     assert files.default_cache_dir() == tmp_path / "mine"
+
+
+SCHEMES = ["gs://bucket/x", "s3://b", "http://h/x", "https://h", "file:///x", "GS://b", " gs://b", "hf://a/b"]
+NONE = [r"C:\runs\a", "C:/runs", "a:b", "gs:/bucket/x", "a/b://c", "1://x", "://x", "runs/a", "", "x y:z"]
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+def test_a_place_with_a_scheme_is_no_path(text):
+    with pytest.raises(InputError, match=r"^run: expected a path on this machine, got ") as error:
+        local_path(text, "run")
+    assert "://" in str(error.value) and str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("text", NONE)
+def test_other_names_with_a_colon_are_paths(text):
+    assert local_path(text, "run") == Path(text)
+    assert local_path("~/x", "run") == Path.home() / "x"
+
+
+def test_the_user_of_a_home_folder_must_be_there():
+    with pytest.raises(InputError, match=r"^run: expected a path, got '~nobody-of-that-name/x'"):
+        local_path("~nobody-of-that-name/x", "run")

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every option, argument and setting that is a file or a folder: one with a scheme is refused by name, first of all."""
+
+from pathlib import Path
+
+import pytest
+
+import longpo_jax.cli
+import rapid_jax.cli
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+GS = "gs://bucket/x"
+ANSWER = ("answer", "--document", "d.txt", "--question", "?")
+EVALUATE = ("evaluate", "--suite", "qa")
+BENCH = ("bench", "--shape", "small")
+TRAIN = ("train", "--config", str(CONFIGS / "longpo" / "smollm2_cpu.yaml"))
+
+
+def put(command: tuple[str, ...], *more: str) -> tuple[str, ...]:
+    """The command with more arguments; an option among them stands in the place of the same one."""
+    kept = list(command)
+    if more[0] in kept:
+        at = kept.index(more[0])
+        del kept[at : at + 2]
+    return (*kept, *more)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        *((put(ANSWER, option, GS), option) for option in ("--document", "--config", "--model", "--drafter")),
+        *((put(ANSWER, option, "s3://b/t.html"), option) for option in ("--trace", "--save-config")),
+        *((put(ANSWER, "--set", f"models.{name}={GS}"), f"models.{name}") for name in ("target", "drafter", "encoder")),
+        (put(ANSWER, "--set", "cache.folder=https://h/x"), "cache.folder"),
+        *((put(EVALUATE, option, GS), option) for option in ("--config", "--data", "--text", "--out")),
+        *((put(BENCH, option, GS), option) for option in ("--json", "--with", "--plot")),
+        (("plan", "--config", GS, "--topology", "v5p:2x2x1"), "--config"),
+        (("report", GS), "DIR"),
+        (("report", ".", "--out", GS), "--out"),
+        (("compare", ".", "file:///a"), "DIR2"),
+        (("convert", GS, "out"), "IN"),
+        (("convert", "smollm2", GS), "OUT"),
+    ],
+)
+def test_rapid_refuses_a_place_with_a_scheme(arguments, named, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert rapid_jax.cli.main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"{named}: expected a path on this machine, got " in err, err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (put(TRAIN, "--config", GS), "--config"),
+        (put(TRAIN, "--set", f"run={GS}"), "run"),
+        (put(TRAIN, "--set", f"model.source={GS}"), "source"),
+        (put(TRAIN, "--set", f'corpus.sources=["books={GS}"]'), "sources"),
+        (("plan", "--config", GS, "--topology", "v5p:2x2x1"), "--config"),
+        (("report", ".", GS), "RUN"),
+        (("report", ".", "--out", GS), "--out"),
+    ],
+)
+def test_longpo_refuses_a_place_with_a_scheme(arguments, named, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert longpo_jax.cli.main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1 and f"{named}: expected a path on this machine, got " in err, err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["RAPID_JAX_CACHE", "XDG_CACHE_HOME"])
+def test_the_cache_of_the_environment_is_a_place_too(name, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("RAPID_JAX_CACHE", raising=False)
+    monkeypatch.setenv(name, GS)
+    (tmp_path / "d.txt").write_text("text")
+    assert rapid_jax.cli.main([*ANSWER, "--set", "cache.folder=null"]) == 2
+    assert f"${name}: expected a path on this machine, got 'gs://bucket/x'" in capfd.readouterr().err

@@ -9,12 +9,12 @@ import sys
 import warnings
 from pathlib import Path
 
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, extra
 
 STDIN = "-"
 
 _log = logging.getLogger(__name__)
-_EXTRA = "pip install rapid-jax[documents]"
+_EXTRA = extra("documents")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # The longer mark first: UTF-32 (little endian) starts with the mark of UTF-16.
 _MARKS = (

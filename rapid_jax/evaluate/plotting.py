@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rapid_jax.evaluate.results import named
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, extra
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ def require() -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
-        raise InputError("expected matplotlib for the figures, got none: pip install 'rapid-jax[evaluate]'") from error
+        raise InputError(f"expected matplotlib for the figures, got none; {extra('evaluate')}") from error
 
 
 def panels(count: int, columns: int, size: tuple[float, float]) -> tuple["Figure", list["Axes"]]:

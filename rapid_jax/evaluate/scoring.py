@@ -7,7 +7,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, extra
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -87,7 +87,7 @@ def _rouge():
     try:
         return importlib.import_module("rouge_score.rouge_scorer")
     except ImportError as error:
-        raise InputError("rouge_l_sum needs the package rouge-score: pip install 'rapid-jax[evaluate]'") from error
+        raise InputError(f"rouge_l_sum needs the package rouge-score; {extra('evaluate')}") from error
 
 
 def choice(prediction: str, answers: Sequence[str]) -> float:

@@ -7,3 +7,8 @@ class InputError(ValueError):
 
     The command line prints the message without a traceback and exits with status 2.
     """
+
+
+def extra(name: str) -> str:
+    """What installs an extra of setup.py: the packages here are on no index."""
+    return f"run in the folder of rapid-jax's setup.py: pip install '.[{name}]'"

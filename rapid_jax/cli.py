@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rapid_jax.answer import Answer
     from rapid_jax.retrieval.select import Selection
 
-# Option -> the setting that it stands for, its value's name, its help. Those of `_TEXTS` are text whatever they are like.
+# Option -> the setting that it stands for, its value's name, its help. `_TEXTS` are never numbers.
 _OPTIONS = {
     "model": ("models.target", "DIR|FILE.gguf|smollm2", "the long-context target"),
     "drafter": ("models.drafter", "same|DIR|FILE.gguf", "reads the retrieved text; same: the target"),

@@ -140,9 +140,6 @@ class Rapid:
                 sides.wait()
             generation = self._generated(sides, [transcript], None, streamed=streamed)
             transcript.finish()
-        except InputError:  # the models give no answer: what they made of the document is of no use
-            self._prefixes.forget()
-            raise
         finally:  # whoever interrupts the answer keeps the prefill
             self._prefixes.save()
         first_token_at = transcript.first_token_at or time.perf_counter()
@@ -268,18 +265,22 @@ class Rapid:
         streamed: bool = False,
     ) -> Generation:
         speculation = self.config.speculation
-        return generate(
-            sides.target,
-            sides.drafter,
-            speculation=replace(speculation, rounds_per_read=1) if streamed else speculation,
-            sampling=self.sampling.config,
-            stops=self.target.tokenizer.stop_ids,
-            texts=sides.texts,
-            seeds=seeds,
-            block=self.config.compute.attention_block,
-            token_ids=self.target.token_ids,
-            on_tokens=lambda row, tokens, origins: transcripts[row].on_tokens(0, tokens, origins),
-        )
+        try:
+            return generate(
+                sides.target,
+                sides.drafter,
+                speculation=replace(speculation, rounds_per_read=1) if streamed else speculation,
+                sampling=self.sampling.config,
+                stops=self.target.tokenizer.stop_ids,
+                texts=sides.texts,
+                seeds=seeds,
+                block=self.config.compute.attention_block,
+                token_ids=self.target.token_ids,
+                on_tokens=lambda row, tokens, origins: transcripts[row].on_tokens(0, tokens, origins),
+            )
+        except InputError:  # the models give no answer: what they made of the document is of no use
+            self._prefixes.forget()
+            raise
 
     def _drafter_prefix(self, prompts: Sequence[list[int]], label: str | None) -> Prefix:
         make = partial(self._prefilled, self.drafter.decoder, label=label)

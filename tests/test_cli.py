@@ -104,6 +104,8 @@ def test_json_is_one_object_with_every_key(rapid, folder):
         "draft_steps",
         "rounds_by_gamma",
         "document_tokens",
+        "truncated",
+        "sampling",
         "prefix_reused",
         "seconds",
         "tokens_per_second",
@@ -225,7 +227,9 @@ def test_another_drafter_of_the_same_vocabulary_drafts(rapid, tmp_path):
 def test_compare_ends_with_an_aligned_table_of_the_three_ways(rapid):
     status, out, err = rapid("--compare", "--temperature", "0")
     assert (status, out) == (0, result(rapid, "--temperature", "0")["answer"] + "\n")
-    note, heading, *rows = err.splitlines()[-5:]
+    lines = err.splitlines()
+    start = next(number for number, line in enumerate(lines) if "prefilled once" in line)
+    note, heading, *rows = lines[start : start + 5]
     assert heading.split() == [
         "mode",
         "tokens/s",
@@ -233,14 +237,15 @@ def test_compare_ends_with_an_aligned_table_of_the_three_ways(rapid):
         "tokens/round",
         "prefill",
         "s",
+        "compile",
+        "s",
         "decode",
         "s",
-        "answer",
     ]
     assert [row.split()[0] for row in rows] == ["rapid", "target", "retrieval"]
     assert "prefilled once" in note
     assert "reused + " in rows[1] and "reused" not in rows[2]
-    for name in ("tokens/s", "acceptance", "tokens/round", "prefill s", "decode s"):
+    for name in ("tokens/s", "acceptance", "tokens/round", "prefill s", "compile s"):
         end = heading.index(name) + len(name)
         assert all(row[end - 1] != " " and row[end : end + 2] == "  " for row in rows)
     assert max(len(line) for line in (heading, *rows)) <= 120

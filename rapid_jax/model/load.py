@@ -84,14 +84,14 @@ def load_model(
     """
     checkpoint, tokenizer = open_checkpoint(source)
     config = checkpoint.config
+    path = checkpoint.folder if isinstance(checkpoint, HfCheckpoint) else checkpoint.path
+    generation = parse_object(tokenizer.files.get("generation_config.json", b"{}"), f"{path}/generation_config.json")
     if rope_theta is not None:
         config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, theta=rope_theta))
     table = with_copied_kv(table, replicate_kv)
     decoder = build(
         config, checkpoint.read, layout=layout, dtype=arithmetic(dtype), mesh=mesh, table=table, quiet=quiet
     )
-    path = checkpoint.folder if isinstance(checkpoint, HfCheckpoint) else checkpoint.path
-    generation = parse_object(tokenizer.files.get("generation_config.json", b"{}"), f"{path}/generation_config.json")
     return LoadedModel(decoder, tokenizer, path, tuple(checkpoint.weight_files), generation)
 
 

@@ -131,10 +131,10 @@ def test_the_laws_differ_and_the_test_would_notice(pair):
 @pytest.mark.parametrize("name", ["lossless", "rapid with copies"])
 def test_answers_are_of_the_tokenizers_ids_whatever_rows_the_models_have(name):
     """Five tokens with holes between them, eight rows of the target, six of the drafter, which lacks the last token."""
-    target, drafter = (Weights.lively(rows, sharpness=1.2).decoder() for rows in (8, 6))
+    target, drafter = (Weights.lively(rows, sharpness=1.2, seed=5).decoder() for rows in (8, 6))
     pair = Pair(target, drafter, [0, 1, 2, 4, 6])
     law = pair.law(LAWS[name])
     if name == "lossless":
         np.testing.assert_allclose(law, pair.target_law(), atol=1e-12)
-    assert law[4].sum() > 0.02, "the token that the drafter lacks was meant to occur"
+    assert law[4].sum() > 0.03, "the token that the drafter lacks was meant to occur"
     assert chi_square_p(pair.counts(LAWS[name]), law) > 1e-4

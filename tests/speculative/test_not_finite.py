@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logits that are not numbers end the command with the reason; they never pass for an answer."""
 
+import math
 from dataclasses import replace
 
 import jax
@@ -125,6 +126,5 @@ def test_a_row_that_no_token_has_may_hold_anything(weights):
 
 
 def test_the_first_layer_is_named_in_the_stacked_layout(weights):
-    array = np.float32(np.nan)
-    both = spoilt(spoilt(weights, UP, array), "model.layers.0.self_attn.o_proj.weight", array)
+    both = spoilt(spoilt(weights, UP, math.nan), "model.layers.0.self_attn.o_proj.weight", math.nan)
     assert why_not_finite(both.decoder("stacked")).startswith("model.layers.0.self_attn.o_proj.weight holds")

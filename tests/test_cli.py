@@ -17,6 +17,7 @@ from rapid_jax.cli import main
 from rapid_jax.config import RapidConfig
 from rapid_jax.runtime import settings
 from tests.retrieval import encoders
+from tests.test_answer import answer
 from tests.tiny_models import MAX_POSITIONS, save_decoder, words
 
 QUESTION = "w12 w34 w56?"
@@ -193,6 +194,23 @@ def test_a_second_run_reuses_the_documents_prefill(rapid, tmp_path):
     assert "prefill (document reused)" in rapid(*cache)[2]
     off = result(rapid, "--set", "cache.prefix_gib=0", *cache)
     assert (off["prefix_reused"], off["token_ids"]) == (False, first["token_ids"])
+
+
+@pytest.mark.parametrize(
+    ("truncated", "mode", "said"),
+    [
+        (False, "retrieval", ""),
+        (False, "rapid", ""),
+        (True, "retrieval", "the document has 900 tokens and was cut (models.too_long = error)\n"),
+        (True, "rapid", "the document has 900 tokens and was cut (models.too_long = error) to fit a prompt of 100\n"),
+    ],
+)
+def test_the_summary_says_cut_of_a_document_that_was(capsys, truncated, mode, said):
+    """In mode retrieval the target's prompt is shorter than the document, which is whole all the same."""
+    given = answer(mode=mode, truncated=truncated, document_tokens=900, target_tokens=100)
+    rapid_jax.cli._tell_summary(given, RapidConfig())
+    told = capsys.readouterr().err
+    assert said in told and ("cut" in told) == truncated
 
 
 def test_a_long_document_is_cut_where_that_is_asked_for(rapid, tmp_path):

@@ -3,6 +3,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.numpy
@@ -284,7 +285,7 @@ def test_an_answer_is_made_to_begin_with_words(rapid):
     assert "Read.\nw1 w2.\nAsked: w3?" in asked
 
 
-def test_rows_of_one_document_are_prefilled_once_and_stored_once(rapid, config, tmp_path, monkeypatch):
+def test_rows_of_one_document_are_prefilled_once_and_stored_once(rapid, config, monkeypatch):
     """One row serves them all; of several documents each is computed once."""
     prefilled: list[list[int]] = []
 
@@ -293,13 +294,18 @@ def test_rows_of_one_document_are_prefilled_once_and_stored_once(rapid, config, 
         return prefill(decoder, prompts, **how)
 
     monkeypatch.setattr("rapid_jax.rapid.prefill", counting)
-    cache = CacheConfig(folder=str(tmp_path), prefix_gib=1)
-    one = rapid.with_config(replace(config, cache=cache, speculation=SpeculationConfig(mode="target", lookup="off")))
+    one = rapid.with_config(
+        replace(
+            config,
+            cache=replace(config.cache, prefix_gib=1),
+            speculation=SpeculationConfig(mode="target", lookup="off"),
+        )
+    )
     asked = [(words(80, seed=41), question) for question in (QUESTION, "w1?", "w2 w3?")]
     readings = [one.read(*item) for item in asked]
     size = len(readings[0].long.head)
     together = one.answers(readings)
-    assert prefilled == [[size]] and len(list((tmp_path / "prefixes").iterdir())) == 1
+    assert prefilled == [[size]] and len(list(Path(config.cache.folder, "prefixes").glob("*"))) == 1
     assert [answer.token_ids for answer in together] == [one.answer(*item).token_ids for item in asked]
     assert prefilled == [[size]], "an answer alone finds the same prefill"
     other = one.read(words(80, seed=42), QUESTION)

@@ -59,6 +59,8 @@ def resolve(settings: SamplingSettings, own: Fields | None) -> ResolvedSampling:
     file = own.source.rpartition("/")[2] or "no generation_config.json"
     samples = own.truth("do_sample", False)
     stated: dict[str, Any] = {name: own.number(name, None) for name in ("temperature", "top_p", "min_p")}
+    if stated["top_p"] == 0:
+        stated["top_p"] = 1e-9  # the most probable token alone
     stated |= {"top_k": own.whole("top_k", None), "repetition_penalty": own.number("repetition_penalty", None)}
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}

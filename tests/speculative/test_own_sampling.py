@@ -51,6 +51,7 @@ def test_settings_go_before_the_file_one_by_one():
     )
     greedy = resolve(SamplingSettings(temperature=0.0), file).config
     assert (greedy.temperature, greedy.top_k, greedy.top_p, greedy.repetition_penalty) == (0, 0, 1, 1.1)
+    assert resolve(SamplingSettings(), own(do_sample=True, top_p=0)).config.top_p == 1e-9
     whole = SamplingConfig(temperature=0.8, top_k=3)
     assert resolve(whole, file).config == whole
 

@@ -3,6 +3,7 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import jax
 import numpy as np
@@ -34,7 +35,14 @@ def spoilt(weights: Weights, key: str, value: float, at=0) -> Weights:
     return Weights(weights.config, {**weights.arrays, key: array})
 
 
-def said(target: Prompted, drafter: Prompted | None = None, *, temperature: float = 0.0, lookup="off", **more) -> str:
+def said(
+    target: Prompted,
+    drafter: Prompted | None = None,
+    *,
+    temperature: float = 0.0,
+    lookup: Literal["off", "on"] = "off",
+    **more,
+) -> str:
     """The error of an answer that must be one."""
     with pytest.raises(InputError) as caught:
         generate(

@@ -3,7 +3,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from flax import nnx
 
@@ -17,6 +17,7 @@ from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Prompted, generate
 from rapid_jax.speculative.prefill import prefill
+from rapid_jax.speculative.shared_prefix import prefilled_once
 
 
 class Generator:
@@ -90,8 +91,8 @@ class Generator:
             return []
         rows = self._filled(range(len(tails)))
         decoder = self.model.decoder
-        # Attention broadcasts a prefix of one row over all rows; on a mesh each part of `data` has one.
-        prefix = self._prefilled(decoder, [head] * self.config.generation.mesh.data)
+        make = partial(self._prefilled, decoder)
+        prefix = prefilled_once([head] * len(rows), make, parts=self.config.generation.mesh.data)
         prompts = [head + tails[row] for row in rows]
         target, drafter = Prompted(decoder, prompts, prefix, [len(head)] * len(rows)), None
         if drafts is not None:
@@ -130,6 +131,7 @@ class Generator:
             stops=self.tokenizer.stop_ids,
             seeds=seeds,
             block=self.config.generation.attention_block,
+            token_ids=self.model.token_ids,
         )
         ended = [reason == "stop" for reason in generation.finish_reasons]
         said = [tokens[:-1] if stop else tokens for tokens, stop in zip(generation.tokens, ended, strict=True)]

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.prompts import Reading
 from rapid_jax.retrieval.select import Selection
-from rapid_jax.speculative.config import Mode
+from rapid_jax.speculative.config import Mode, SpeculationConfig
 from rapid_jax.speculative.generate import Generation
+from rapid_jax.speculative.own_sampling import ResolvedSampling
 
 OnText = Callable[[str], None]
 
@@ -30,7 +32,10 @@ class Answer:
     draft_tokens: int  # of the drafter's prompt
     document_tokens: int  # of the whole document, also where it was cut
     prefix_reused: bool  # the document was not prefilled anew
-    seconds: dict[str, float] = field(default_factory=dict)  # load, retrieval, prefill, compile, first_token, decode
+    # load, retrieval, prefill, compile (of programs for all that follows loading), first_token, decode
+    seconds: dict[str, float] = field(default_factory=dict)
+    truncated: bool = False  # the document did not fit and was cut
+    sampling: ResolvedSampling | None = None  # how it was drawn
 
     @property
     def tokens_per_second(self) -> float:
@@ -79,10 +84,45 @@ class Answer:
             "draft_steps": self.generation.draft_steps,
             "rounds_by_gamma": {str(gamma): rounds for gamma, rounds in self.generation.gammas.items()},
             "document_tokens": self.document_tokens,
+            "truncated": self.truncated,
+            "sampling": self.sampling and self.sampling.to_json(),
             "prefix_reused": self.prefix_reused,
             "seconds": self.seconds,
             "tokens_per_second": self.tokens_per_second,
         }
+
+
+def answer_of(
+    read: Reading,
+    transcript: "Transcript",
+    generation: Generation,
+    speculation: SpeculationConfig,
+    sampling: ResolvedSampling,
+    seconds: dict[str, float],
+    *,
+    reused: bool,
+) -> Answer:
+    """The finished answer of one row."""
+    reason = generation.finish_reasons[0]
+    drafted = read.short is not None and speculation.mode != "retrieval"
+    return Answer(
+        text=transcript.text,
+        token_ids=transcript.token_ids,
+        origins=transcript.origins,
+        finish_reason="stop" if reason == "interrupted" else reason,
+        mode=speculation.mode,
+        eta=speculation.effective_eta,
+        gamma=speculation.gamma if drafted else 0,
+        generation=generation,
+        selection=read.selection,
+        target_tokens=len((read.short if read.short and not drafted else read.long).tokens),
+        draft_tokens=len(read.short.tokens) if read.short and drafted else 0,
+        document_tokens=read.document_tokens,
+        prefix_reused=reused,
+        seconds=seconds,
+        truncated=read.truncated,
+        sampling=sampling,
+    )
 
 
 class Transcript:

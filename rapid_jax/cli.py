@@ -30,18 +30,25 @@ if TYPE_CHECKING:
     from rapid_jax.answer import Answer
     from rapid_jax.retrieval.select import Selection
 
-# Option -> the setting that it stands for; those of `_TEXTS` are text whatever they look like.
+# Option -> the setting that it stands for, its value's name, its help. `_TEXTS` are never numbers.
 _OPTIONS = {
-    "model": "models.target",
-    "drafter": "models.drafter",
-    "mode": "speculation.mode",
-    "temperature": "sampling.temperature",
-    "eta": "speculation.eta",
-    "gamma": "speculation.gamma",
-    "max_new_tokens": "sampling.max_new_tokens",
-    "seed": "sampling.seed",
+    "model": ("models.target", "DIR|FILE.gguf|smollm2", "the long-context target"),
+    "drafter": ("models.drafter", "same|DIR|FILE.gguf", "reads the retrieved text; same: the target"),
+    "mode": ("speculation.mode", "rapid|lossless|phat|target|retrieval", "how the answer is made"),
+    "temperature": ("sampling.temperature", "T", "0 is greedy"),
+    "eta": ("speculation.eta", "E", "how strongly the drafter's distribution pulls the target's"),
+    "gamma": ("speculation.gamma", "N|auto", "tokens drafted a round"),
+    "max_new_tokens": ("sampling.max_new_tokens", "N", "most tokens of the answer"),
+    "seed": ("sampling.seed", "S", "of what is drawn"),
 }
-_TEXTS = ("model", "drafter", "mode")
+_PLACES = ("model", "drafter")
+_TEXTS = (*_PLACES, "mode")
+_SAMPLING = (
+    "Sampling (temperature, top_k, top_p, min_p, repetition_penalty; --set sampling.KEY=VALUE) is by default the "
+    "checkpoint's own: generation_config.json by transformers' rules, temperature 0 where that does not say do_sample. "
+    "Without the file: temperature 0; top_k, min_p 0 and top_p, repetition_penalty 1, which are off. The summary and "
+    "--json say what ran, and where each value is from."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +71,13 @@ def parser() -> argparse.ArgumentParser:
     rapid.add_argument("--version", action="version", version=f"rapid {__version__}")
     commands = rapid.add_subparsers(required=True, metavar="COMMAND")
     text: dict[str, Any] = {"action": Place, "as_path": False}
-    answer = commands.add_parser("answer", help="answer a question about a document", allow_abbrev=False)
+    answer = commands.add_parser(
+        "answer",
+        help="answer a question about a document",
+        allow_abbrev=False,
+        description="What no option says is as --config has it, else as is shown here.",
+        epilog=_SAMPLING,
+    )
     answer.set_defaults(run=_answer)
     answer.add_argument(
         "--document", required=True, **text, metavar="FILE|-", help="text, PDF or HTML; - is standard input"
@@ -74,16 +87,11 @@ def parser() -> argparse.ArgumentParser:
     answer.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
     )
-    answer.add_argument("--model", **text, metavar="DIR|FILE.gguf|smollm2", help="the long-context target")
-    answer.add_argument(
-        "--drafter", **text, metavar="same|DIR|FILE.gguf", help="reads the retrieved text; same: the target"
-    )
-    answer.add_argument("--mode", metavar="rapid|lossless|phat|target|retrieval", help="how the answer is made")
-    answer.add_argument("--temperature", metavar="T", help="0 is greedy")
-    answer.add_argument("--eta", metavar="E", help="how strongly the drafter's distribution pulls the target's")
-    answer.add_argument("--gamma", metavar="N|auto", help="tokens drafted a round")
-    answer.add_argument("--max-new-tokens", metavar="N")
-    answer.add_argument("--seed", metavar="S")
+    for name, (key, value, said) in _OPTIONS.items():
+        place = text if name in _PLACES else {}
+        answer.add_argument(
+            f"--{name.replace('_', '-')}", **place, metavar=value, help=f"{said} (default: {_default(key)})"
+        )
     answer.add_argument("--json", action="store_true", help="print one JSON object instead of the answer's text")
     answer.add_argument("--trace", **text, metavar="FILE.html", help="write where each token came from, and FILE.yaml")
     answer.add_argument("--compare", action="store_true", help="answer in modes target and retrieval as well")
@@ -111,6 +119,14 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16", help="auto loses nothing")
     convert.add_argument("--quiet", action="store_true", help="no progress")
     return rapid
+
+
+def _default(name: str) -> str:
+    """What holds where neither an option nor a file says it."""
+    value: object = RapidConfig()
+    for key in name.split("."):
+        value = getattr(value, key)
+    return "the checkpoint's own, else 0" if value is None else str(value)
 
 
 def _answer(options: argparse.Namespace) -> None:
@@ -148,7 +164,7 @@ def _answer_with(
     answer = rapid.answer(
         document,
         options.question,
-        on_text=_print_piece if leads and not options.json else None,
+        on_text=None if options.json else _print_piece if leads else _print_nothing,  # the same rounds everywhere
         on_retrieved=None if options.quiet else _tell_retrieved,
     )
     if leads and not options.json:
@@ -176,6 +192,7 @@ def _report(answers: Sequence["Answer"], options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    prepare_jax(programs=False)
     from rapid_jax.model.convert import convert
 
     convert(options.source, Path(options.target), options.dtype, quiet=options.quiet)
@@ -185,8 +202,8 @@ def _convert(options: argparse.Namespace) -> None:
 
 def config_of(options: argparse.Namespace) -> RapidConfig:
     """The settings file or the defaults, --set over it, and the named options over that."""
-    named = {key: getattr(options, name) for name, key in _OPTIONS.items()}
-    texts = {_OPTIONS[name] for name in _TEXTS}
+    named = {key: getattr(options, name) for name, (key, _, _) in _OPTIONS.items()}
+    texts = {_OPTIONS[name][0] for name in _TEXTS}
     overrides = [
         f"{key}={json.dumps(value, ensure_ascii=False) if key in texts else value}"
         for key, value in named.items()
@@ -234,6 +251,10 @@ def _print_piece(text: str) -> None:
     print(text, end="", flush=True)
 
 
+def _print_nothing(text: str) -> None:
+    """The first process prints."""
+
+
 def _tell_retrieved(selection: "Selection") -> None:
     note = "; none reached the threshold, the best one is kept" if selection.fallback else ""
     say(
@@ -247,10 +268,11 @@ def _tell_retrieved(selection: "Selection") -> None:
 def _tell_summary(answer: "Answer", config: RapidConfig) -> None:
     seconds, acceptance = answer.seconds, answer.acceptance_rate
     say("")
-    if answer.document_tokens > answer.target_tokens:
+    if answer.truncated:
+        read = f" to fit a prompt of {answer.target_tokens}" if answer.mode != "retrieval" else ""
         say(
             f"the document has {answer.document_tokens} tokens and was cut (models.too_long = "
-            f"{config.models.too_long}) to fit a prompt of {answer.target_tokens}"
+            f"{config.models.too_long}){read}"
         )
     accepted = "" if acceptance is None else f", {acceptance:.0%} of the drafts accepted"
     say(
@@ -258,6 +280,8 @@ def _tell_summary(answer: "Answer", config: RapidConfig) -> None:
         f"({answer.finish_reason}) at {answer.tokens_per_second:.1f} tokens/s, "
         f"{answer.tokens_per_round:.2f} a round{accepted}"
     )
+    if answer.sampling is not None:
+        say(f"sampling: {answer.sampling}")
     reused = "prefill (document reused)" if answer.prefix_reused else "prefill"
     say(
         f"seconds: load {seconds['load']:.1f}, retrieval {seconds['retrieval']:.1f}, "

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One question answered three ways: by RAPID, from the whole document alone, from the retrieved text alone."""
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -9,7 +10,7 @@ from rapid_jax.rapid import Rapid
 from rapid_jax.speculative.config import Mode
 
 BASELINES: tuple[Mode, ...] = ("target", "retrieval")
-_HEADINGS = ("mode", "tokens/s", "acceptance", "tokens/round", "prefill s", "decode s", "answer")
+_HEADINGS = ("mode", "tokens/s", "acceptance", "tokens/round", "prefill s", "compile s", "decode s")
 
 
 def baselines(rapid: Rapid, document: str, question: str) -> Iterator[Answer]:
@@ -32,15 +33,16 @@ def row(answer: Answer) -> dict:
 
 
 def table(answers: Sequence[Answer], width: int) -> str:
-    """Aligned columns, a line an answer, each cut at `width` characters.
+    """Aligned columns, a line an answer, and below them every answer in full, in lines of `width` characters.
 
     The document is prefilled once: where an answer found that done, its prefill says "reused", and the seconds are
     those of the rest (the question and the drafter's prompt).
     """
     lines = [_HEADINGS, *(_cells(answer) for answer in answers)]
     sizes = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
-    sizes[-1] = max(width - sum(sizes[:-1]) - 2 * len(sizes[:-1]), 16)
-    return "\n".join(_aligned(line, sizes) for line in lines)
+    figures = [_aligned(line, sizes) for line in lines]
+    texts = [f"\n{answer.mode}:\n{_wrapped(answer.text, width)}" for answer in answers]
+    return "\n".join(figures + texts)
 
 
 def _cells(answer: Answer) -> tuple[str, ...]:
@@ -52,15 +54,20 @@ def _cells(answer: Answer) -> tuple[str, ...]:
         "-" if acceptance is None else f"{acceptance:.0%}",
         f"{answer.tokens_per_round:.2f}",
         f"reused + {prefill}" if answer.prefix_reused else prefill,
+        f"{answer.seconds['compile']:.1f}",
         f"{answer.seconds['decode']:.1f}",
-        " ".join(answer.text.split()),
     )
 
 
 def _aligned(cells: Sequence[str], sizes: Sequence[int]) -> str:
-    """The mode and the answer to the left, numbers to the right."""
-    mode, *numbers, answer = cells
-    room = sizes[-1]
-    shown = answer if len(answer) <= room else answer[: room - 3].rstrip() + "..."
-    figures = (number.rjust(size) for number, size in zip(numbers, sizes[1:-1], strict=True))
-    return "  ".join([mode.ljust(sizes[0]), *figures, shown])
+    """The mode to the left, numbers to the right."""
+    mode, *numbers = cells
+    figures = (number.rjust(size) for number, size in zip(numbers, sizes[1:], strict=True))
+    return "  ".join([mode.ljust(sizes[0]), *figures])
+
+
+def _wrapped(text: str, width: int) -> str:
+    """The text's own lines, broken between words where they are too long, and set in by two."""
+    room = max(width - 2, 20)
+    lines = (textwrap.wrap(line, room, break_long_words=False, break_on_hyphens=False) for line in text.splitlines())
+    return "\n".join(f"  {line}".rstrip() for parts in lines for line in parts or [""])

@@ -10,7 +10,7 @@ from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import cache_dir, local_path
 from rapid_jax.runtime.mesh_config import MeshConfig
-from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class RapidConfig:
     models: ModelsConfig = field(default_factory=ModelsConfig)
     retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
     stop: tuple[str, ...] = ()  # texts that end the answer, not part of it
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)  # of the target, and of a drafter that has none of its own

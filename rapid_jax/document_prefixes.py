@@ -69,6 +69,11 @@ class DocumentPrefixes:
         """The prefix, rounded where the settings say so; the given one is then used up."""
         return prefix if self._config.compute.kv == "full" else rounded(prefix)
 
+    def forget(self) -> None:
+        """What was made last is neither kept nor stored."""
+        self._unsaved = None
+        self._memory.clear()
+
     def save(self) -> None:
         """Stores what was made anew: many gigabytes of a long document, and the answer need not wait for them."""
         unsaved, self._unsaved = self._unsaved, None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rapid_jax.html_text import begins_as_html, html_text
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, extra
 from rapid_jax.runtime.files import local_path
 from rapid_jax.runtime.input_files import blocks, byte_order_mark, open_regular
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 STDIN = "-"
 
 _log = logging.getLogger(__name__)
-_EXTRA = "pip install rapid-jax[documents]"
+_EXTRA = extra("documents")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _CHARSET = re.compile(rb"<meta[^>]+charset\s*=\s*[\"']?([\w:.-]+)", re.IGNORECASE)
 _ENCODINGS = re.compile(

@@ -59,11 +59,13 @@ def check_same_models(config: RapidConfig) -> None:
     check_agreed(fields, patience=READING_S)
 
 
-def check_same_prompts(config: RapidConfig, readings: Sequence[Reading], seeds: Sequence[int] | None = None) -> None:
-    """Raises InputError, on every process of a run, unless all ask the models the same."""
+def check_same_prompts(
+    config: RapidConfig, readings: Sequence[Reading], seeds: Sequence[int] | None = None, *, streamed: bool = False
+) -> None:
+    """Raises InputError, on every process of a run, unless all ask the models the same, and all `streamed` or none."""
     prompts = {"prompts": [reading.long for reading in readings], "drafter's prompts": [r.short for r in readings]}
     if are_several():
-        check_agreed(prompts | {"seeds": seeds, "settings": deciding(config)})
+        check_agreed(prompts | {"seeds": seeds, "streamed": streamed, "settings": deciding(config)})
 
 
 def _of_encoder(folder: Path, cache: Path) -> dict[str, str]:

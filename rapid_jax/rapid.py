@@ -5,15 +5,15 @@ A drafter reads the retrieved chunks, a target reads the whole document; the dra
 the target's distribution is moved towards the drafter's (arXiv 2502.20330).
 """
 
+import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 
-import jax
 from jax.sharding import Mesh
 
-from rapid_jax.answer import Answer, OnText, Transcript
+from rapid_jax.answer import Answer, OnText, Transcript, answer_of
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.rounded import rounded
 from rapid_jax.config import RapidConfig
@@ -27,29 +27,21 @@ from rapid_jax.retrieval.embed import Embedder
 from rapid_jax.retrieval.encoder_io import encoder_folder, read_config
 from rapid_jax.retrieval.retriever import Retriever
 from rapid_jax.retrieval.select import Selection
+from rapid_jax.runtime.compiling import timed
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import cache_dir
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.runtime.progress import progress
+from rapid_jax.sides import Sides
 from rapid_jax.speculative.config import Mode
 from rapid_jax.speculative.generate import Generation, Prompted, generate
+from rapid_jax.speculative.own_sampling import ResolvedSampling, resolve
 from rapid_jax.speculative.prefill import prefill
+from rapid_jax.speculative.shared_prefix import distinct, prefilled_once, spread
 
+_log = logging.getLogger(__name__)
 _DRAFTING: tuple[Mode, ...] = ("rapid", "lossless", "phat")
-
-
-@dataclass(frozen=True)
-class _Sides:
-    """Both models with their prompts, and what level 0 may copy from."""
-
-    target: Prompted
-    drafter: Prompted | None
-    texts: Sequence[list[int]]
-    reused: bool = False  # the document was not prefilled anew
-
-    def wait(self) -> None:
-        """Until the prefixes are computed."""
-        jax.block_until_ready((self.target.prefix, None if self.drafter is None else self.drafter.prefix))
 
 
 class Rapid:
@@ -68,7 +60,11 @@ class Rapid:
     def target(self) -> LoadedModel:
         """The long-context model."""
         self._check_models()
-        return self._load(self.config.models.target, self._meshes[0], self.config.mesh)
+        target = self._load(self.config.models.target, self._meshes[0], self.config.mesh)
+        ignored = resolve(self.config.sampling, target.generation).ignored
+        if ignored:
+            _log.warning("%s: not implemented and ignored: %s", target.generation.source, ", ".join(ignored))
+        return target
 
     @cached_property
     def drafter(self) -> LoadedModel:
@@ -78,6 +74,11 @@ class Rapid:
             drafter = self._load(models.drafter, self._meshes[1], config.drafter_mesh or config.mesh)
             check_same_vocabulary(self.target.tokenizer, drafter.tokenizer, models.drafter)
         return drafter if models.drafter_weights == "full" else drafter.with_weights(models.drafter_weights)
+
+    @property
+    def sampling(self) -> ResolvedSampling:
+        """How answers are drawn: as the settings say, else as the target's checkpoint does."""
+        return resolve(self.config.sampling, self.target.generation)
 
     @cached_property
     def _embedder(self) -> Embedder:
@@ -128,28 +129,30 @@ class Rapid:
         start, config = time.perf_counter(), self.config
         self.load()
         loaded = time.perf_counter()
-        read, retrieved = self.read(document, question, on_retrieved=on_retrieved), time.perf_counter()
-        check_same_prompts(config, [read])
+        with timed() as retrieval:
+            read = self.read(document, question, on_retrieved=on_retrieved)
+        streamed = on_text is not None
+        check_same_prompts(config, [read], streamed=streamed)
         transcript = Transcript(self.target.tokenizer, config.stop, on_text)
         try:
-            begun = time.perf_counter()
-            sides = self._prompted([read])
-            sides.wait()
-            prefill_seconds = time.perf_counter() - begun
-            generation = self._generated(sides, [transcript], None)
+            with timed() as prefilling:
+                sides = self._prompted([read])
+                sides.wait()
+            generation = self._generated(sides, [transcript], None, streamed=streamed)
             transcript.finish()
         finally:  # whoever interrupts the answer keeps the prefill
             self._prefixes.save()
         first_token_at = transcript.first_token_at or time.perf_counter()
         seconds = {
             "load": loaded - start,
-            "retrieval": retrieved - loaded,
-            "prefill": prefill_seconds + generation.prepare_seconds,
-            "compile": generation.compile_seconds,
+            "retrieval": retrieval.working,
+            "prefill": prefilling.working + generation.prepare_seconds,
+            "compile": retrieval.compiling + prefilling.compiling + generation.compile_seconds,
             "first_token": first_token_at - loaded,
             "decode": generation.decode_seconds,
         }
-        return self._told(read, transcript, generation, seconds, reused=sides.reused)
+        how = config.speculation, self.sampling
+        return answer_of(read, transcript, generation, *how, seconds, reused=sides.reused)
 
     def load(self) -> None:
         """Loads what answers need and is not loaded yet."""
@@ -194,47 +197,25 @@ class Rapid:
         `seeds`: one a reading, else the settings' for each. What was prefilled is `kept` for the next call.
         """
         check_same_prompts(self.config, readings, seeds)
-        start = time.perf_counter()
         transcripts = [Transcript(self.target.tokenizer, self.config.stop, None) for _ in readings]
-        sides = self._prompted(readings, kept=kept)
-        sides.wait()
-        prefilled = time.perf_counter()
+        with timed() as prefilling:
+            sides = self._prompted(readings, kept=kept)
+            sides.wait()
         generation = self._generated(sides, transcripts, seeds)
         share = {
-            "prefill": prefilled - start + generation.prepare_seconds,
-            "compile": generation.compile_seconds,
+            "prefill": prefilling.working + generation.prepare_seconds,
+            "compile": prefilling.compiling + generation.compile_seconds,
             "decode": generation.decode_seconds,
         }
         seconds = {name: value / len(readings) for name, value in share.items()}
-        told = []
+        found = []
         for row, (read, transcript) in enumerate(zip(readings, transcripts, strict=True)):
             transcript.finish()
             own = replace(generation.row(row), decode_seconds=seconds["decode"])
-            told.append(self._told(read, transcript, own, seconds, reused=sides.reused))
+            how = self.config.speculation, self.sampling
+            found.append(answer_of(read, transcript, own, *how, seconds, reused=sides.reused))
         self._prefixes.save()
-        return told
-
-    def _told(
-        self, read: Reading, transcript: Transcript, generation: Generation, seconds: dict[str, float], *, reused: bool
-    ) -> Answer:
-        speculation, reason = self.config.speculation, generation.finish_reasons[0]
-        drafted = read.short is not None and speculation.mode != "retrieval"
-        return Answer(
-            text=transcript.text,
-            token_ids=transcript.token_ids,
-            origins=transcript.origins,
-            finish_reason="stop" if reason == "interrupted" else reason,
-            mode=speculation.mode,
-            eta=speculation.effective_eta,
-            gamma=speculation.gamma if drafted else 0,
-            generation=generation,
-            selection=read.selection,
-            target_tokens=len((read.short if read.short and not drafted else read.long).tokens),
-            draft_tokens=len(read.short.tokens) if read.short and drafted else 0,
-            document_tokens=read.document_tokens,
-            prefix_reused=reused,
-            seconds=seconds,
-        )
+        return found
 
     def with_config(self, config: RapidConfig) -> "Rapid":
         """The same loaded models under other settings, and other models.max_context and models.too_long."""
@@ -252,41 +233,58 @@ class Rapid:
             other.__dict__["_prefixes"] = self._prefixes.under(config)
         return other
 
-    def _prompted(self, readings: Sequence[Reading], *, kept: bool = True) -> _Sides:
+    def _prompted(self, readings: Sequence[Reading], *, kept: bool = True) -> Sides:
         """Prefilled prompts, one a row."""
         decoder, mode = self.target.decoder, self.config.speculation.mode
         shorts = [read.short.tokens for read in readings if read.short is not None]
         if mode == "retrieval":
-            prefix = self._prefilled(decoder, [tokens[:-1] for tokens in shorts], "prefill")
-            return _Sides(Prompted(decoder, shorts, prefix, [len(tokens) - 1 for tokens in shorts]), None, shorts)
+            make = partial(self._prefilled, decoder, label="prefill")
+            prefix = prefilled_once([tokens[:-1] for tokens in shorts], make)
+            return Sides(Prompted(decoder, shorts, prefix, [len(tokens) - 1 for tokens in shorts]), None, shorts)
         # On devices of its own the drafter reads while the target reads the document: nothing waits for it here.
         apart = bool(shorts) and self._meshes[0] != self._meshes[1]
         short_prefix = self._drafter_prefix(shorts, None) if apart else None
         heads = [read.long.head for read in readings]
-        make = partial(self._prefilled, decoder, heads, "prefill")
-        prefix, reused = self._prefixes.of(heads, make) if kept else (self._prefixes.as_asked(make()), False)
+        different, rows = distinct(heads)
+        make = partial(self._prefilled, decoder, different, "prefill")
+        prefix, reused = self._prefixes.of(different, make) if kept else (self._prefixes.as_asked(make()), False)
+        prefix = spread(prefix, rows)
         target = Prompted(decoder, [read.long.tokens for read in readings], prefix, [len(head) for head in heads])
         if not shorts:
-            return _Sides(target, None, heads, reused)
+            return Sides(target, None, heads, reused)
         short_prefix = short_prefix or self._drafter_prefix(shorts, "prefill (drafter)")
         drafter = Prompted(self.drafter.decoder, shorts, short_prefix, [len(tokens) - 2 for tokens in shorts])
-        return _Sides(target, drafter, [head + short for head, short in zip(heads, shorts, strict=True)], reused)
+        return Sides(target, drafter, [head + short for head, short in zip(heads, shorts, strict=True)], reused)
 
-    def _generated(self, sides: _Sides, transcripts: Sequence[Transcript], seeds: Sequence[int] | None) -> Generation:
-        return generate(
-            sides.target,
-            sides.drafter,
-            speculation=self.config.speculation,
-            sampling=self.config.sampling,
-            stops=self.target.tokenizer.stop_ids,
-            texts=sides.texts,
-            seeds=seeds,
-            block=self.config.compute.attention_block,
-            on_tokens=lambda row, tokens, origins: transcripts[row].on_tokens(0, tokens, origins),
-        )
+    def _generated(
+        self,
+        sides: Sides,
+        transcripts: Sequence[Transcript],
+        seeds: Sequence[int] | None,
+        *,
+        streamed: bool = False,
+    ) -> Generation:
+        speculation = self.config.speculation
+        try:
+            return generate(
+                sides.target,
+                sides.drafter,
+                speculation=replace(speculation, rounds_per_read=1) if streamed else speculation,
+                sampling=self.sampling.config,
+                stops=self.target.tokenizer.stop_ids,
+                texts=sides.texts,
+                seeds=seeds,
+                block=self.config.compute.attention_block,
+                token_ids=self.target.token_ids,
+                on_tokens=lambda row, tokens, origins: transcripts[row].on_tokens(0, tokens, origins),
+            )
+        except InputError:  # the models give no answer: what they made of the document is of no use
+            self._prefixes.forget()
+            raise
 
     def _drafter_prefix(self, prompts: Sequence[list[int]], label: str | None) -> Prefix:
-        prefix = self._prefilled(self.drafter.decoder, [tokens[:-2] for tokens in prompts], label)
+        make = partial(self._prefilled, self.drafter.decoder, label=label)
+        prefix = prefilled_once([tokens[:-2] for tokens in prompts], make)
         return prefix if self.config.models.drafter_weights == "full" else rounded(prefix)
 
     def _prefilled(self, decoder: Decoder, prompts: Sequence[list[int]], label: str | None) -> Prefix:

@@ -161,11 +161,13 @@ def _figures(answer: Answer) -> list[tuple[str, str]]:
         ("drafts accepted", "none drafted" if acceptance is None else f"{acceptance:.0%}"),
         ("tokens a round", f"{answer.tokens_per_round:.2f} in {answer.generation.target_steps} rounds"),
         ("ended by", answer.finish_reason),
+        ("sampling", str(answer.sampling or "")),
         ("prompt of the target", f"{answer.target_tokens} tokens, of a document of {answer.document_tokens}"),
         ("prompt of the drafter", f"{answer.draft_tokens} tokens"),
         ("loading", f"{seconds['load']:.1f} s"),
         ("retrieval", f"{seconds['retrieval']:.1f} s"),
-        ("prefill and compiling", f"{seconds['prefill']:.1f} s{reused}"),
+        ("prefill", f"{seconds['prefill']:.1f} s{reused}"),
+        ("compiling programs", f"{seconds['compile']:.1f} s"),
         ("decoding", f"{seconds['decode']:.1f} s"),
     ]
 

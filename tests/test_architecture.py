@@ -19,8 +19,9 @@ ATTENTION = RUNTIME | {"rapid_jax.attention"}
 MODEL = ATTENTION | {"rapid_jax.model"}
 RETRIEVAL = MODEL | {"rapid_jax.retrieval"}
 SPECULATIVE = MODEL | {"rapid_jax.speculative"}
-FACADE_PARTS = {"rapid_jax.config", "rapid_jax.prompts", "rapid_jax.answer", "rapid_jax.document_prefixes"}
-FACADE_PARTS |= {"rapid_jax.identity"}
+FACADE_PARTS = {
+    f"rapid_jax.{name}" for name in ("config", "prompts", "answer", "sides", "document_prefixes", "identity")
+}
 FACADE = RETRIEVAL | SPECULATIVE | FACADE_PARTS | {"rapid_jax.rapid"}
 TOOLS = {"rapid_jax.evaluate", "rapid_jax.bench", "rapid_jax.plan"}
 
@@ -35,7 +36,8 @@ MAY_IMPORT = {
     "rapid_jax.config": RETRIEVAL | SPECULATIVE,
     "rapid_jax.prompts": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
     "rapid_jax.document_prefixes": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
-    "rapid_jax.answer": RETRIEVAL | SPECULATIVE,
+    "rapid_jax.answer": RETRIEVAL | SPECULATIVE | {"rapid_jax.config", "rapid_jax.prompts"},
+    "rapid_jax.sides": SPECULATIVE,
     "rapid_jax.identity": RETRIEVAL | {"rapid_jax.config", "rapid_jax.prompts"},
     "rapid_jax.rapid": FACADE,
     "rapid_jax.html_text": set(),

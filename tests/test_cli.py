@@ -17,6 +17,7 @@ from rapid_jax.cli import main
 from rapid_jax.config import RapidConfig
 from rapid_jax.runtime import settings
 from tests.retrieval import encoders
+from tests.test_answer import answer
 from tests.tiny_models import MAX_POSITIONS, save_decoder, words
 
 QUESTION = "w12 w34 w56?"
@@ -104,6 +105,8 @@ def test_json_is_one_object_with_every_key(rapid, folder):
         "draft_steps",
         "rounds_by_gamma",
         "document_tokens",
+        "truncated",
+        "sampling",
         "prefix_reused",
         "seconds",
         "tokens_per_second",
@@ -193,6 +196,23 @@ def test_a_second_run_reuses_the_documents_prefill(rapid, tmp_path):
     assert (off["prefix_reused"], off["token_ids"]) == (False, first["token_ids"])
 
 
+@pytest.mark.parametrize(
+    ("truncated", "mode", "said"),
+    [
+        (False, "retrieval", ""),
+        (False, "rapid", ""),
+        (True, "retrieval", "the document has 900 tokens and was cut (models.too_long = error)\n"),
+        (True, "rapid", "the document has 900 tokens and was cut (models.too_long = error) to fit a prompt of 100\n"),
+    ],
+)
+def test_the_summary_says_cut_of_a_document_that_was(capsys, truncated, mode, said):
+    """In mode retrieval the target's prompt is shorter than the document, which is whole all the same."""
+    given = answer(mode=mode, truncated=truncated, document_tokens=900, target_tokens=100)
+    rapid_jax.cli._tell_summary(given, RapidConfig())
+    told = capsys.readouterr().err
+    assert said in told and ("cut" in told) == truncated
+
+
 def test_a_long_document_is_cut_where_that_is_asked_for(rapid, tmp_path):
     (tmp_path / "long.txt").write_text(words(1500, seed=1))
     refused(rapid(document=tmp_path / "long.txt"), "the document is too long", "models.too_long=middle or head")
@@ -225,7 +245,9 @@ def test_another_drafter_of_the_same_vocabulary_drafts(rapid, tmp_path):
 def test_compare_ends_with_an_aligned_table_of_the_three_ways(rapid):
     status, out, err = rapid("--compare", "--temperature", "0")
     assert (status, out) == (0, result(rapid, "--temperature", "0")["answer"] + "\n")
-    note, heading, *rows = err.splitlines()[-5:]
+    lines = err.splitlines()
+    start = next(number for number, line in enumerate(lines) if "prefilled once" in line)
+    note, heading, *rows = lines[start : start + 5]
     assert heading.split() == [
         "mode",
         "tokens/s",
@@ -233,14 +255,15 @@ def test_compare_ends_with_an_aligned_table_of_the_three_ways(rapid):
         "tokens/round",
         "prefill",
         "s",
+        "compile",
+        "s",
         "decode",
         "s",
-        "answer",
     ]
     assert [row.split()[0] for row in rows] == ["rapid", "target", "retrieval"]
     assert "prefilled once" in note
     assert "reused + " in rows[1] and "reused" not in rows[2]
-    for name in ("tokens/s", "acceptance", "tokens/round", "prefill s", "decode s"):
+    for name in ("tokens/s", "acceptance", "tokens/round", "prefill s", "compile s"):
         end = heading.index(name) + len(name)
         assert all(row[end - 1] != " " and row[end : end + 2] == "  " for row in rows)
     assert max(len(line) for line in (heading, *rows)) <= 120
@@ -282,8 +305,8 @@ def test_conversion_writes_a_folder_that_answers_the_same(rapid, folder, tmp_pat
         (["--set", "garbage"], ["--set garbage: expected section.key=value"]),
         (["--set", "sampling=1"], ["is a section"]),
         (["--mode", "fast"], ["expected one of 'rapid', 'lossless', 'phat', 'target', 'retrieval'", "'fast'"]),
-        (["--temperature", "hot"], ["sampling.temperature: expected a number, got 'hot'"]),
-        (["--temperature", "nan"], ["expected a number, got 'nan'"]),
+        (["--temperature", "hot"], ["sampling.temperature: expected a number or null, got 'hot'"]),
+        (["--temperature", "nan"], ["expected a number or null, got 'nan'"]),
         (["--temperature", ".inf"], ["temperature must be a number >= 0, got inf"]),
         (["--temperature", "-1"], ["temperature must be a number >= 0"]),
         (["--eta", "-1"], ["eta must be a number from 0"]),

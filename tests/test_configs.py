@@ -11,6 +11,7 @@ import yaml
 from rapid_jax.cli import config_of, parser
 from rapid_jax.config import RapidConfig
 from rapid_jax.runtime import settings
+from rapid_jax.runtime.errors import InputError
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted((ROOT / "configs" / "rapid").glob("*.yaml"))
@@ -84,3 +85,32 @@ def test_the_quickstart_asks_with_the_quickstarts_settings():
     words = shlex.split(line[1].replace("\\\n", " ").replace("$ROOT/", f"{ROOT}/").replace('"$@"', ""))
     assert "--compare" in words
     assert settings_of(words) == settings.load(RapidConfig, ROOT / "configs" / "rapid" / "quickstart.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("temperature=1", "did you mean 'sampling.temperature'?"),
+        ("speculation.temperature=1", "did you mean 'sampling.temperature'?"),
+        ("generation.topp=1", "did you mean 'sampling.top_p'?"),
+        ("samplng.temperature=1", "did you mean 'sampling'?"),
+        ("models.drafter_weight=int8", "did you mean 'drafter_weights'?"),
+        ("models.drafters=same", "did you mean 'drafter'?"),
+        ("kv=int8", "did you mean 'compute.kv'?"),
+        ("mnt=3", "did you mean 'sampling.max_new_tokens'?"),
+        ("context=3", "did you mean 'mesh.context' or 'drafter_mesh.context' or 'compute.context'?"),
+        ("foo=1", ""),
+        ("mesh.tensor=2", ""),
+    ],
+)
+def test_a_hint_names_what_was_likely_meant_or_nothing(override, hint):
+    with pytest.raises(InputError) as caught:
+        settings.defaults(RapidConfig, [override])
+    assert str(caught.value).endswith(hint) and ("did you mean" in str(caught.value)) == bool(hint)
+
+
+def test_a_file_has_hints_too(tmp_path: Path):
+    text = FILES[0].read_text(encoding="utf-8")
+    (tmp_path / "run.yaml").write_text(f"{text}\ngeneration: {{top_p: 0.9}}\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"unknown setting 'generation'; did you mean 'sampling\.top_p'\?$"):
+        settings.load(RapidConfig, tmp_path / "run.yaml")

@@ -311,5 +311,5 @@ def test_without_the_extra_the_command_that_installs_it_is_named(tmp_path, monke
         return original(wanted, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(InputError, match=r"pip install rapid-jax\[documents\]"):
+    with pytest.raises(InputError, match=r"pip install '\.\[documents\]'"):
         read_document(str(tmp_path / "a.pdf"))

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The facade as a library: one object, many questions, the same models under other settings."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import safetensors.numpy
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, PromptsConfig, RapidConfig
 from rapid_jax.rapid import Rapid
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh_config import MeshConfig
-from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.config import SamplingConfig, SamplingSettings, SpeculationConfig
+from rapid_jax.speculative.prefill import prefill
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
 
@@ -288,3 +292,66 @@ def test_an_answer_is_made_to_begin_with_words(rapid):
     template = "Read.\n{document}\nAsked: {question}"
     asked = rapid.target.tokenizer.decode(other.read("w1 w2.", "w3?", template=template).long.tokens)
     assert "Read.\nw1 w2.\nAsked: w3?" in asked
+
+
+def test_rows_of_one_document_are_prefilled_once_and_stored_once(rapid, config, monkeypatch):
+    """One row serves them all; of several documents each is computed once."""
+    prefilled: list[list[int]] = []
+
+    def counting(decoder, prompts, **how):
+        prefilled.append([len(prompt) for prompt in prompts])
+        return prefill(decoder, prompts, **how)
+
+    monkeypatch.setattr("rapid_jax.rapid.prefill", counting)
+    one = rapid.with_config(
+        replace(
+            config,
+            cache=replace(config.cache, prefix_gib=1),
+            speculation=SpeculationConfig(mode="target", lookup="off"),
+        )
+    )
+    asked = [(words(80, seed=41), question) for question in (QUESTION, "w1?", "w2 w3?")]
+    readings = [one.read(*item) for item in asked]
+    size = len(readings[0].long.head)
+    together = one.answers(readings)
+    assert prefilled == [[size]] and len(list(Path(config.cache.folder, "prefixes").glob("*"))) == 1
+    assert [answer.token_ids for answer in together] == [one.answer(*item).token_ids for item in asked]
+    assert prefilled == [[size]], "an answer alone finds the same prefill"
+    other = one.read(words(80, seed=42), QUESTION)
+    mixed = one.answers([readings[0], other, readings[1]], kept=False)
+    assert prefilled[1:] == [[size, len(other.long.head)]]
+    assert [mixed[0].token_ids, mixed[2].token_ids] == [answer.token_ids for answer in together[:2]]
+    assert mixed[1].token_ids == one.answers([other], kept=False)[0].token_ids
+
+
+def test_the_checkpoints_own_sampling_is_the_default_and_settings_go_before_it(config, tmp_path, caplog):
+    target = save_decoder(tmp_path / "model")
+    file = target / "generation_config.json"
+    file.write_text(json.dumps({"do_sample": True, "temperature": 0.6, "top_p": 0.9, "num_beams": 2}))
+    open_ = replace(config, models=replace(config.models, target=str(target)), sampling=SamplingSettings(seed=3))
+    found = Rapid(open_, quiet=True).sampling
+    assert found.config == SamplingConfig(temperature=0.6, top_k=50, top_p=0.9, seed=3)
+    assert caplog.messages == [f"{file}: not implemented and ignored: num_beams 2"]
+    given = Rapid(replace(open_, sampling=SamplingSettings(temperature=0.0)), quiet=True)
+    assert given.sampling.config == SamplingConfig(temperature=0.0)
+    file.write_text('{"do_sample": true, "top_k": "50"}')
+    with pytest.raises(InputError, match=f"{file}: top_k must be a whole number of at least 0, got '50'"):
+        Rapid(open_, quiet=True).load()
+
+
+def test_an_answer_from_weights_that_are_not_finite_is_refused_and_nothing_is_kept(config, tmp_path):
+    target = save_decoder(tmp_path / "model")
+    weights = safetensors.numpy.load_file(target / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
+    safetensors.numpy.save_file(weights, target / "model.safetensors", {"format": "pt"})
+    cache = CacheConfig(folder=str(tmp_path / "cache"), prefix_gib=1)
+    models = replace(config.models, target=str(target))
+    spoilt = Rapid(
+        replace(config, models=models, cache=cache, speculation=SpeculationConfig(mode="target")), quiet=True
+    )
+    told: list[str] = []
+    with pytest.raises(InputError, match=r"the target's logits are NaN.*: model.layers.1.mlp.up_proj.weight holds"):
+        spoilt.answer(words(50), QUESTION, on_text=told.append)
+    assert told == [] and not list((tmp_path / "cache").rglob("*.safetensors"))
+    with pytest.raises(InputError, match="up_proj"):
+        spoilt.answers([spoilt.read(words(50), QUESTION)])

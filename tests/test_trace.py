@@ -168,3 +168,10 @@ def test_an_unwritable_trace_is_one_line_and_leaves_nothing(tmp_path, tokenizer,
     with pytest.raises(InputError, match=r"trace\.html: the trace cannot be written: No space left on device"):
         write_trace(path, given, tokenizer, "Why?", RapidConfig())
     assert path.read_text() == "the last one" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("reused", [False, True])
+def test_compiling_is_a_line_of_its_own_whether_or_not_the_document_was_reused(tmp_path, tokenizer, reused):
+    rows = dict(traced(tmp_path, tokenizer, [5], [1], "a", prefix_reused=reused).rows[4:])
+    assert rows["compiling programs"] == "79.2 s"
+    assert rows["prefill"] == "2.0 s" + " (the document was not prefilled anew)" * reused

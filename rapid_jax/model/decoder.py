@@ -31,9 +31,13 @@ def _parameter(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.d
 
 
 def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in float32, result in x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in float32, result in x's dtype.
+
+    Where the mean overflows the result is NaN: zero, which the equation would give, passes for an answer.
+    """
     x32 = x.astype(jnp.float32)
-    normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
+    mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps
+    normed = x32 * jnp.where(jnp.isinf(mean), jnp.nan, jax.lax.rsqrt(mean))
     return weight_D * normed.astype(x.dtype)
 
 

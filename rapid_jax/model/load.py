@@ -7,10 +7,11 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from rapid_jax.model.config import ModelConfig, to_hf
@@ -24,6 +25,7 @@ from rapid_jax.runtime.axes import PARAM, Table, with_copied_kv
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, digest_file, local_path
 from rapid_jax.runtime.input_files import open_regular
+from rapid_jax.runtime.json_input import Fields, parse_object
 
 LoadDtype = Literal["auto", "float32", "bfloat16"]
 SMOLLM2 = "smollm2"
@@ -39,12 +41,18 @@ class LoadedModel:
     tokenizer: Tokenizer  # its `files` go with an export
     source: Path  # the folder or file it was read from
     weight_files: tuple[Path, ...]
-    generation: dict[str, Any]  # generation_config.json: the checkpoint's own temperature, top_p and the like
+    generation: Fields  # generation_config.json: the checkpoint's own temperature, top_p and the like
 
     @property
     def config(self) -> ModelConfig:
         """The decoder's architecture, with what the caller overrode."""
         return self.decoder.config
+
+    @cached_property
+    def token_ids(self) -> np.ndarray:
+        """The ids that are tokens, in order: an embedding may have more rows, and a vocabulary holes."""
+        ids = range(self.config.vocab_size)
+        return np.asarray([token_id for token_id in ids if self.tokenizer.token_of(token_id) is not None], np.int32)
 
     def with_weights(self, weights: Literal["int8", "int4"]) -> "LoadedModel":
         """The model with a rounded copy of its weights; this one stays as it is."""
@@ -78,6 +86,8 @@ def load_model(
     """
     checkpoint, tokenizer = open_checkpoint(source)
     config = checkpoint.config
+    path = checkpoint.folder if isinstance(checkpoint, HfCheckpoint) else checkpoint.path
+    generation = parse_object(tokenizer.files.get("generation_config.json", b"{}"), f"{path}/generation_config.json")
     if rope_theta is not None:
         config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, theta=rope_theta))
     table = with_copied_kv(table, replicate_kv)
@@ -91,8 +101,6 @@ def load_model(
         table=table,
         quiet=quiet,
     )
-    generation = json.loads(tokenizer.files.get("generation_config.json", b"{}"))
-    path = checkpoint.folder if isinstance(checkpoint, HfCheckpoint) else checkpoint.path
     return LoadedModel(decoder, tokenizer, path, tuple(checkpoint.weight_files), generation)
 
 

@@ -25,6 +25,7 @@ from rapid_jax.runtime.mesh import make_mesh, make_meshes
 from rapid_jax.speculative import apart, prefill
 from rapid_jax.speculative.draft import Draft
 from rapid_jax.speculative.loop import run_rounds_on_tpu
+from rapid_jax.speculative.own_sampling import resolve
 from rapid_jax.speculative.sampling import Knobs, Law
 from rapid_jax.speculative.start import Sizes, gammas_of, plan_of, start_state, text_slots
 from rapid_jax.speculative.state import Plan, State
@@ -172,9 +173,9 @@ class _Rounds:
 
 
 def _rounds(config: RapidConfig, target: PlannedModel, drafter: PlannedModel | None) -> _Rounds:
-    speculation, sampling = config.speculation, config.sampling
+    speculation, sampling = config.speculation, resolve(config.sampling, None).config
     models = [target] if drafter is None else [target, drafter]
-    vocabulary = min(model.decoder.config.vocab_size for model in models)
+    vocabulary = target.decoder.config.vocab_size
     gamma = 0 if drafter is None else max(gammas_of(speculation))
     law = Law.of(sampling, speculation, (vocabulary - 1,))
     plan = plan_of(speculation, block=config.compute.attention_block, vocabulary=vocabulary)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal
 
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, extra
 
 GIB = 2**30
 # Read by libtpu when it loads: no look for a machine's metadata, no log, and several processes at once.
@@ -153,7 +153,7 @@ def topology_of(name: str) -> Topology:
     """The slice of that name. Raises InputError for a wrong name, and where libtpu is not installed."""
     generation = generation_of(name)
     if importlib.util.find_spec("libtpu") is None:
-        raise InputError("planning needs the TPU compiler, which is not installed: pip install 'rapid-jax[tpu]'")
+        raise InputError(f"planning needs the TPU compiler, which is not installed; {extra('tpu')}")
     return Topology(name, generation, _devices(name))
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from rapid_jax.runtime.accelerators import without_tpu
 from rapid_jax.runtime.distributed import INTERRUPTED
 from rapid_jax.runtime.errors import InputError, legible
 from rapid_jax.runtime.files import default_cache_dir, local_path
@@ -88,6 +89,7 @@ def prepare_jax(*, programs: bool, cache: Path | None = None) -> None:
     The backends log errors only, and with `programs` compiled programs are kept between runs, in `cache` or the default
     cache folder.
     """
+    os.environ.update(without_tpu(os.environ))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "2")
     if programs:

@@ -17,3 +17,8 @@ def printable(text: str) -> str:
 def legible(text: str) -> str:
     """`printable`, on one line and with one space between words."""
     return printable(" ".join(text.split()))
+
+
+def extra(name: str) -> str:
+    """What installs an extra of setup.py: the packages here are on no index."""
+    return f"run in the folder of rapid-jax's setup.py: pip install '.[{name}]'"

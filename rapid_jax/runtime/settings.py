@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 _NO_FIT = object()
+_ALIKE = 0.7  # how much of a name must agree before it is hinted at
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 
 
@@ -82,7 +83,7 @@ def _assemble(cls: type[T], tree: Any, source: str, overrides: Sequence[str]) ->
         tree = _override(cls, tree, override)
     if overrides:
         source = f"{source} with " + " ".join(f"--set {override}" for override in overrides)
-    return _build(cls, tree, source, ())
+    return _build(cls, tree, source, (), cls)
 
 
 def _override(cls: type, tree: Any, override: str) -> Any:
@@ -99,13 +100,13 @@ def _override(cls: type, tree: Any, override: str) -> Any:
             raise InputError(f"{source}: {'.'.join(keys[:depth])!r} is a value and has no settings below it")
         known = _hints(section)
         if key not in known:
-            raise InputError(_unknown(source, keys[:depth], key, known))
+            raise InputError(_unknown(cls, source, keys[:depth], key, keys[-1]))
         hint = known[key]
     value = strict_yaml.parse(text, source)
     section = _section(hint)
     if section is not None and not (value is None and _admits_none(hint)):
         raise InputError(f"{source}: {name!r} is a section: set one of its settings ({', '.join(_hints(section))})")
-    return _put(tree, keys, _read(hint, value, source, keys))
+    return _put(tree, keys, _read(hint, value, source, keys, cls))
 
 
 def _put(tree: Any, keys: tuple[str, ...], value: Any) -> Any:
@@ -117,29 +118,30 @@ def _put(tree: Any, keys: tuple[str, ...], value: Any) -> Any:
     return branch | {keys[0]: _put(branch.get(keys[0]), keys[1:], value)}
 
 
-def _build(cls: type[T], tree: Any, source: str, keys: tuple[str, ...]) -> T:
+def _build(cls: type[T], tree: Any, source: str, keys: tuple[str, ...], root: type) -> T:
     place = f"{source}: {'.'.join(keys)}" if keys else source
     if not isinstance(tree, dict):
         raise InputError(f"{place}: expected a section of 'key: value' lines, got {_show(tree)}")
     known = _hints(cls)
     for key in tree:
         if key not in known:
-            raise InputError(_unknown(source, keys, key, known))
+            inner = next(iter(tree[key]), key) if isinstance(tree[key], dict) else key
+            raise InputError(_unknown(root, source, keys, key, inner))
     missing = [field.name for field in _fields(cls) if field.name not in tree and not field.metadata.get("optional")]
     if missing:
         names = ", ".join(repr(".".join((*keys, name))) for name in missing)
         raise InputError(f"{source}: missing {'setting' if len(missing) == 1 else 'settings'} {names}")
-    values = {name: _read(known[name], value, source, (*keys, name)) for name, value in tree.items()}
+    values = {name: _read(known[name], value, source, (*keys, name), root) for name, value in tree.items()}
     try:
         return cls(**values)
     except InputError as error:
         raise InputError(f"{place}: {error}") from error
 
 
-def _read(hint: Any, value: Any, source: str, keys: tuple[str, ...]) -> Any:
+def _read(hint: Any, value: Any, source: str, keys: tuple[str, ...], root: type) -> Any:
     section = _section(hint)
     if section is not None:
-        return None if value is None and _admits_none(hint) else _build(section, value, source, keys)
+        return None if value is None and _admits_none(hint) else _build(section, value, source, keys, root)
     fitted = _fit(hint, value)
     if fitted is _NO_FIT:
         raise InputError(f"{source}: {'.'.join(keys)}: expected {_describe(hint)}, got {_show(value)}")
@@ -199,11 +201,43 @@ def _describe(hint: Any) -> str:
     return _WORDS.get(hint, "a section")
 
 
-def _unknown(source: str, keys: tuple[str, ...], key: Any, known: dict[str, Any]) -> str:
-    nearest = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)
+def _unknown(root: type, source: str, keys: tuple[str, ...], key: Any, last: Any) -> str:
+    """The error of a key that `root` does not have below `keys`; `last` is the setting that was meant there."""
     where = f" in {'.'.join(keys)!r}" if keys else ""
-    hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    likely = _likely(root, keys, str(key), str(last))
+    hint = f"; did you mean {' or '.join(map(repr, likely))}?" if likely else ""
     return f"{source}: unknown setting {str(key)!r}{where}{hint}"
+
+
+def _likely(root: type, keys: tuple[str, ...], key: str, last: str) -> list[str]:
+    """What may have been meant: a key beside that looks so or begins so, else the places of a setting of that name.
+
+    A name is known by its initials too (lr: learning_rate). What looks like nothing has no hint.
+    """
+    cls: type = root
+    for name in keys:
+        cls = _section(_hints(cls)[name]) or cls
+    beside = difflib.get_close_matches(key, _hints(cls), n=1, cutoff=_ALIKE)
+    beside = beside or [name for name in _hints(cls) if name.startswith(f"{key}_")][:1]
+    if beside:
+        return beside
+    places = list(_paths(root))
+    for same in (lambda name: name == last, lambda name: "".join(part[:1] for part in name.split("_")) == last):
+        found = [place for place in places if same(place.rpartition(".")[2])]
+        if found:
+            return found[:3]
+    names = difflib.get_close_matches(last, {place.rpartition(".")[2] for place in places}, n=1, cutoff=_ALIKE)
+    return [place for place in places if names and place.rpartition(".")[2] == names[0]][:3]
+
+
+def _paths(cls: type, before: str = "") -> Iterator[str]:
+    """The full name of every setting."""
+    for name, hint in _hints(cls).items():
+        section = _section(hint)
+        if section is None:
+            yield before + name
+        else:
+            yield from _paths(section, f"{before}{name}.")
 
 
 def _fields(cls: type) -> Iterator[dataclasses.Field]:

@@ -2,6 +2,7 @@
 """What decides the tokens, apart from the two models and their prompts."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -17,27 +18,42 @@ def _require(holds: bool, message: str) -> None:
 
 
 @dataclass(frozen=True)
-class SamplingConfig:
-    """How a distribution is made of logits, in this order: repetition penalty, temperature, top-k, top-p, min-p."""
+class SamplingSettings:
+    """What is asked for of sampling; null is what the checkpoint asks for (`speculative/own_sampling.py`)."""
 
-    temperature: float = 1.0  # 0 = greedy
-    top_k: int = 0  # 0 = off
-    top_p: float = 1.0  # 1 = off
-    min_p: float = 0.0  # 0 = off
-    repetition_penalty: float = 1.0  # 1 = off
-    penalize: Literal["generated", "all"] = "generated"  # all = each model's own prompt too, as transformers does
+    temperature: float | None = None  # 0 = greedy
+    top_k: int | None = None  # 0 = off
+    top_p: float | None = None  # 1 = off
+    min_p: float | None = None  # 0 = off
+    repetition_penalty: float | None = None  # 1 = off
+    penalize: Literal["generated", "all"] | None = None  # all = each model's own prompt too, as transformers does
     max_new_tokens: int = 256
     seed: int = 0
 
     def __post_init__(self):
-        finite = math.isfinite(self.temperature) and math.isfinite(self.repetition_penalty)
-        _require(finite and self.temperature >= 0, f"temperature must be a number >= 0, got {self.temperature}")
-        _require(self.top_k >= 0, f"top_k must be >= 0 (0 = off), got {self.top_k}")
-        _require(0 < self.top_p <= 1, f"top_p must be in (0, 1], got {self.top_p}")
-        _require(0 <= self.min_p < 1, f"min_p must be in [0, 1), got {self.min_p}")
-        _require(self.repetition_penalty > 0, f"repetition_penalty must be > 0, got {self.repetition_penalty}")
-        _require(self.max_new_tokens >= 1, f"max_new_tokens must be >= 1, got {self.max_new_tokens}")
-        _require(0 <= self.seed < 2**32, f"seed must be in [0, 2^32), got {self.seed}")
+        def check(name: str, wanted: str, holds: Callable[[float], bool]) -> None:
+            value = getattr(self, name)
+            _require(value is None or holds(value), f"{name} must be {wanted}, got {value}")
+
+        check("temperature", "a number >= 0", lambda value: 0 <= value < math.inf)
+        check("top_k", ">= 0 (0 = off)", lambda value: value >= 0)
+        check("top_p", "in (0, 1]", lambda value: 0 < value <= 1)
+        check("min_p", "in [0, 1)", lambda value: 0 <= value < 1)
+        check("repetition_penalty", "a number > 0", lambda value: 0 < value < math.inf)
+        check("max_new_tokens", ">= 1", lambda value: value >= 1)
+        check("seed", "in [0, 2^32)", lambda value: 0 <= value < 2**32)
+
+
+@dataclass(frozen=True)
+class SamplingConfig(SamplingSettings):
+    """How a distribution is made of logits, in this order: repetition penalty, temperature, top-k, top-p, min-p."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    penalize: Literal["generated", "all"] = "generated"
 
 
 @dataclass(frozen=True)

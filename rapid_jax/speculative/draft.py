@@ -17,6 +17,7 @@ from rapid_jax.speculative.sampling import (
     Knobs,
     Law,
     draw,
+    limited,
     position_keys,
     seen_after,
     seen_before_each,
@@ -39,6 +40,7 @@ class Draft:
     copied_B: jax.Array  # int32, tokens that level 0 proposed
     copied_accepted_B: jax.Array  # int32
     steps: jax.Array  # int32 scalar, forward passes
+    faults: jax.Array  # int32 scalar, passes whose logits were not all numbers
 
     @classmethod
     def empty(cls, batch: int, slots: int, law: Law, vocabulary: int) -> "Draft":
@@ -52,18 +54,22 @@ class Draft:
             row,
             row,
             jnp.int32(0),
+            jnp.int32(0),
         )
 
 
 def read(side: Side, tail: Tail, tokens_BT: jax.Array, plan: Plan, *, rows: int) -> tuple[jax.Array, Tail]:
-    """(float32 logits after each of the last `rows` tokens [B, rows, V], the tail with all tokens written)."""
+    """(float32 logits after each of the last `rows` tokens [B, rows, V], the tail with all tokens written).
+
+    V are the rows of the model's own vocabulary: `limited` makes them those of the plan.
+    """
     T = tokens_BT.shape[1]
     pos_BT = (tail.start_B + tail.length_B)[:, None] + jnp.arange(T, dtype=jnp.int32)
     strategy = serving(side.decoder, plan.block)
     attend = attend_prefix_tail(side.prefix, tail, pos_BT, strategy)
     layers = layers_of(side.prefix, tail, strategy)
     hidden_BTD, kept = side.decoder.hidden(tokens_BT, pos_BT, attend, layers)
-    logits = side.decoder.logits(hidden_BTD[:, T - rows :])[..., : plan.vocabulary]
+    logits = side.decoder.logits(hidden_BTD[:, T - rows :])
     return logits, Tail(kept, tail.start_B, tail.length_B + T)
 
 
@@ -102,6 +108,7 @@ def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs,
     def step(index, carry, tokens_BT):
         draft, tail, seen_BV, open_B = carry
         logits, tail = read(side, tail, tokens_BT, plan, rows=1)
+        logits, finite_B = limited(logits, knobs, plan.vocabulary)
         z_BGV = warped(logits, law, knobs, None if seen_BV is None else seen_BV[:, None])
         token_B1 = draw(position_keys(state.key_B, Draw.DRAFT, state.count_B + index, 1), z_BGV, law)
         log_q_BGV = draft.log_q_BGV
@@ -113,6 +120,7 @@ def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs,
             log_q_BGV=log_q_BGV,
             length_B=draft.length_B + open_B,
             steps=draft.steps + 1,
+            faults=draft.faults + jnp.any(open_B & ~finite_B),
         )
         open_B &= ~(law.is_stop(token_B1) | _unsure(z_BGV, token_B1, law, knobs))[:, 0]
         return draft, tail, seen_after(seen_BV, token_B1, jnp.ones(batch, jnp.int32)), open_B
@@ -167,6 +175,7 @@ def draft_with_copies(
         copied_BW, count_B, recent_BR = copies_for(sequence, reach + state.count_B + at_B, reach, text_BM, plan)
         fed_BT = jnp.concatenate([recent_BR[:, -2:], copied_BW], axis=1)
         logits, longer = read(side, tail, fed_BT, plan, rows=width + 1)
+        logits, finite_B = limited(logits, knobs, plan.vocabulary)
         z_BGV = warped(logits, law, knobs, seen_before_each(seen_BV, copied_BW))
         keys_BG = position_keys(state.key_B, Draw.DRAFT, state.count_B + at_B, width + 1)
         drawn_BG = draw(keys_BG, z_BGV, law)
@@ -187,6 +196,7 @@ def draft_with_copies(
             draft.copied_B + count_B * open_B,
             draft.copied_accepted_B + n_B * open_B,
             draft.steps + 1,
+            draft.faults + jnp.any(open_B & ~finite_B),
         )
         still_B = open_B & ~ended_B & (draft.length_B < plan.gamma)
         # A row that goes on reads its last two drafts again. One that is finished keeps the last but one: after a full

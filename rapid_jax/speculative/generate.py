@@ -2,29 +2,24 @@
 """From two prefilled prompts to tokens: the host's part of speculation."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
 
 import jax
 import numpy as np
 
 from rapid_jax.attention.cache import Prefix, Tail
-from rapid_jax.attention.kernels import platform_of
 from rapid_jax.model.decoder import Decoder
+from rapid_jax.runtime.compiling import Timed, forget_programs, timed
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.mesh import agreed, replicated
-from rapid_jax.speculative.apart import run_rounds_apart
+from rapid_jax.runtime.mesh import replicated
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
-from rapid_jax.speculative.loop import run_rounds, run_rounds_on_tpu
 from rapid_jax.speculative.prefill import extend, new_tail
+from rapid_jax.speculative.rounds import OnTokens, Rounds
 from rapid_jax.speculative.sampling import Knobs, Law
-from rapid_jax.speculative.schedule import CopyGate, Observation, gamma_schedule
+from rapid_jax.speculative.schedule import gamma_schedule
 from rapid_jax.speculative.start import EXTEND_WIDTH, RECENT, Sizes, plan_of, start_state, text_slots
-from rapid_jax.speculative.state import Plan, Side, State
-
-# (row, new tokens, their origins) -> whether the row should stop
-OnTokens = Callable[[int, list[int], list[int]], bool]
+from rapid_jax.speculative.state import Side, State
 
 
 @dataclass(frozen=True)
@@ -54,7 +49,7 @@ class Generation:
     target_steps: int
     gammas: dict[int, int]  # rounds run with each gamma
     prepare_seconds: float  # prompt tokens after the prefixes
-    compile_seconds: float  # compiling the rounds, where they were not compiled yet
+    compile_seconds: float  # compiling what was not compiled yet, for either
     decode_seconds: float  # the rounds
 
     def row(self, row: int) -> "Generation":
@@ -101,137 +96,39 @@ def _seen(prompted: Prompted | None, vocabulary: int, sampling: SamplingConfig) 
     return seen_BV
 
 
-class _Rounds:
-    """The running state of one `generate` call, and what the host learns of it between calls of the device."""
+def _allowed(token_ids: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray | None:
+    """bool [V]: which of a model's rows are tokens; None where all are."""
+    allowed_V = np.zeros(vocabulary, bool)
+    ids = np.asarray(token_ids)
+    allowed_V[ids[ids < vocabulary]] = True
+    return None if allowed_V.all() else allowed_V
 
-    def __init__(
-        self, sides: tuple[Side, Side | None], text_BM: np.ndarray, state: State, law: Law, knobs: Knobs, plan: Plan
-    ):
-        self.sides, self.state, self.law, self.plan = sides, state, law, plan
-        self.meshes = [side.decoder.mesh for side in sides if side is not None]
-        self.texts = [replicated(mesh, text_BM) for mesh in self.meshes]
-        self.knobs = [replicated(mesh, knobs) for mesh in self.meshes]
-        self.gammas: dict[int, int] = {}
-        self.compile_seconds = 0.0
-        self.interrupted = [False] * text_BM.shape[0]
-        self._told = [0] * text_BM.shape[0]
-        self._compiled: set[Plan] = set()
-        self.host = self._read()
 
-    def _read(self) -> dict[str, Any]:
-        state = self.state
-        return jax.device_get(
-            {
-                "emitted": state.emitted_BO,
-                "origin": state.origin_BO,
-                "count": state.count_B,
-                "done": state.done_B,
-                "counts": state.counts,
-            }
-        )
-
-    def _call(self, plan: Plan, rounds: int) -> None:
-        target, drafter = self.sides
-        if drafter is not None and self.meshes[0] != self.meshes[1]:
-            sides, texts, knobs = (target, drafter), tuple(self.texts), tuple(self.knobs)
-            self.state = run_rounds_apart(sides, texts, self.state, knobs, rounds, law=self.law, plan=plan)
-            return
-        count = replicated(self.meshes[0], np.int32(rounds))
-        program = run_rounds_on_tpu if platform_of(self.meshes[0]) == "tpu" else run_rounds
-        beside = None if drafter is None else drafter.beside(target)
-        self.state = program(target, beside, self.texts[0], self.state, self.knobs[0], count, law=self.law, plan=plan)
-
-    def _compile(self, plan: Plan) -> None:
-        """Runs rounds of the plan that change nothing: none of them, or one with every row done."""
-        if len(set(self.meshes)) == 1:
-            return self._call(plan, 0)
-        self._set_done([True] * len(self.interrupted))
-        self._call(plan, 1)
-        self._set_done(self._ended())
-
-    def _ended(self) -> list[bool]:
-        return [bool(done) or cut for done, cut in zip(self.host["done"], self.interrupted, strict=True)]
-
-    def _set_done(self, done: Sequence[bool]) -> None:
-        self.state = replace(self.state, done_B=replicated(self.meshes[0], np.asarray(done)))
-
-    def run(self, speculation: SpeculationConfig, on_tokens: OnTokens | None) -> None:
-        """Calls of the device until every row is done."""
-        schedule = gamma_schedule(speculation, self.sides[1] is not None)
-        gate = CopyGate(gain=1.0 if speculation.lookup == "auto" else float("inf"))
-        # Copies that no drafter reads are verified against p itself: right where the law is p's own.
-        target_may_copy = self.law.greedy or speculation.effective_eta == 0
-        while not all(self._ended()):
-            gamma, rounds = schedule.choose()
-            rounds = rounds if self.gammas else 1  # the first tokens are not to wait for more
-            copying = speculation.lookup != "off" and gate.is_open() and (gamma > 0 or target_may_copy)
-            seen = self._advance(replace(self.plan, gamma=gamma, copies=self.plan.copies * copying), rounds)
-            schedule.observe(gamma, seen)
-            gate.observe(seen, copying)
-            if on_tokens is not None:
-                self._tell(on_tokens)
-
-    def _advance(self, plan: Plan, rounds: int) -> Observation:
-        """What `rounds` rounds of a plan did; a plan new to this run is first compiled, by zero rounds of it."""
-        start = time.perf_counter()
-        if plan not in self._compiled:
-            self._compile(plan)
-            jax.block_until_ready(self.state)
-            self._compiled.add(plan)
-            self.compile_seconds += time.perf_counter() - start
-            start = time.perf_counter()
-        self._call(plan, rounds)
-        before, self.host = self.host, self._read()
-        delta = jax.tree.map(lambda old, new: int(np.sum(new - old)), before["counts"], self.host["counts"])
-        self.gammas[plan.gamma] = self.gammas.get(plan.gamma, 0) + delta.rounds
-        passes = delta.draft_steps if plan.gamma else delta.rounds
-        return Observation(
-            seconds=agreed(time.perf_counter() - start),
-            rounds=delta.rounds,
-            row_rounds=delta.round_B,
-            accepted=delta.accepted_B,
-            rejections=delta.rejected_B,
-            copied_accepted=delta.copied_accepted_B,
-            copy_steps=passes * len(self.interrupted) if plan.copies else 0,
-            emitted=int(np.sum(self.host["count"] - before["count"])),
-        )
-
-    def _tell(self, on_tokens: OnTokens) -> None:
-        for row, count in enumerate(self.host["count"].tolist()):
-            if self.interrupted[row] or count == self._told[row]:
-                continue
-            span = slice(self._told[row], count)
-            self._told[row] = count
-            emitted, origin = self.host["emitted"][row, span].tolist(), self.host["origin"][row, span].tolist()
-            if on_tokens(row, emitted, origin):
-                self.interrupted[row] = True
-                self._set_done(self._ended())
-
-    def generation(self, prepare_seconds: float, decode_seconds: float) -> Generation:
-        """Everything emitted, and how."""
-        counts, lengths = self.host["counts"], self.host["count"].tolist()
-        tokens = [row[:length].tolist() for row, length in zip(self.host["emitted"], lengths, strict=True)]
-        reasons = [
-            "stop" if row and row[-1] in self.law.stops else "interrupted" if cut else "length"
-            for row, cut in zip(tokens, self.interrupted, strict=True)
-        ]
-        return Generation(
-            tokens=tokens,
-            origins=[row[:length].tolist() for row, length in zip(self.host["origin"], lengths, strict=True)],
-            finish_reasons=reasons,
-            drafted=counts.drafted_B.tolist(),
-            accepted=counts.accepted_B.tolist(),
-            rejected=counts.rejected_B.tolist(),
-            rounds=counts.round_B.tolist(),
-            copied=counts.copied_B.tolist(),
-            copied_accepted=counts.copied_accepted_B.tolist(),
-            draft_steps=int(counts.draft_steps),
-            target_steps=int(counts.rounds),
-            gammas=self.gammas,
-            prepare_seconds=prepare_seconds,
-            compile_seconds=self.compile_seconds,
-            decode_seconds=decode_seconds - self.compile_seconds,
-        )
+def _generation(rounds: Rounds, prepared: Timed, seconds: float) -> Generation:
+    """Everything emitted, and how."""
+    counts, lengths = rounds.host["counts"], rounds.host["count"].tolist()
+    tokens = [row[:length].tolist() for row, length in zip(rounds.host["emitted"], lengths, strict=True)]
+    reasons = [
+        "stop" if row and row[-1] in rounds.law.stops else "interrupted" if cut else "length"
+        for row, cut in zip(tokens, rounds.interrupted, strict=True)
+    ]
+    return Generation(
+        tokens=tokens,
+        origins=[row[:length].tolist() for row, length in zip(rounds.host["origin"], lengths, strict=True)],
+        finish_reasons=reasons,
+        drafted=counts.drafted_B.tolist(),
+        accepted=counts.accepted_B.tolist(),
+        rejected=counts.rejected_B.tolist(),
+        rounds=counts.round_B.tolist(),
+        copied=counts.copied_B.tolist(),
+        copied_accepted=counts.copied_accepted_B.tolist(),
+        draft_steps=int(counts.draft_steps),
+        target_steps=int(counts.rounds),
+        gammas=rounds.gammas,
+        prepare_seconds=prepared.working,
+        compile_seconds=prepared.compiling + rounds.compile_seconds,
+        decode_seconds=seconds - rounds.compile_seconds,
+    )
 
 
 def generate(
@@ -244,6 +141,7 @@ def generate(
     texts: Sequence[Sequence[int]] = (),
     seeds: Sequence[int] | None = None,
     block: int = 8192,
+    token_ids: Sequence[int] | np.ndarray | None = None,
     on_tokens: OnTokens | None = None,
 ) -> Generation:
     """Tokens for every row until a stop token, the length limit or the caller's word.
@@ -251,26 +149,34 @@ def generate(
     With a fixed gamma, row b's tokens depend on its own prompts and `seeds[b]` (default: the seed of the settings for
     every row), not on the rest of the batch. gamma = auto goes by the clock: the tokens need not be the same again
     except at temperature 0, and its rounds without drafts are the target's own law whatever eta is. `texts` is what
-    level 0 may copy from, as token ids: document, then retrieved text. The two models may differ in padded vocabulary;
-    only the ids that both have are used.
+    level 0 may copy from, as token ids: document, then retrieved text. Answers are made of `token_ids`, those that the
+    tokenizer has (default: those that both models have), whatever rows the models were padded to; a drafter may lack
+    some of them.
+
+    Raises InputError where a model gives logits that are not numbers.
     """
-    start = time.perf_counter()
     batch = len(target.prompts)
     sizes = Sizes.of(speculation, sampling)
-    vocabulary = min(side.decoder.config.vocab_size for side in (target, drafter) if side is not None)
-    target_side, target_tail = _side(target, uncached=1, sizes=sizes, block=block)
-    drafter_side, draft_tail = None, None
-    if drafter is not None:
-        drafter_side, draft_tail = _side(drafter, uncached=2, sizes=sizes, block=block)
-    seen = _seen(target, vocabulary, sampling), _seen(drafter, vocabulary, sampling)
-    host_state = start_state(seeds or [sampling.seed] * batch, sizes, sampling.max_new_tokens, seen)
-    placed_state = replicated(target.decoder.mesh, host_state)
-    state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state)
-    plan = plan_of(speculation, block=block, vocabulary=vocabulary)
-    text_BM = _text(texts or [[]] * batch, speculation.lookup_match)
-    law, knobs = Law.of(sampling, speculation, stops), Knobs.of(sampling, speculation)
-    rounds = _Rounds((target_side, drafter_side), text_BM, state, law, knobs, plan)
-    jax.block_until_ready((target_tail, draft_tail))
-    ready = time.perf_counter()
-    rounds.run(speculation, on_tokens)
-    return rounds.generation(ready - start, time.perf_counter() - ready)
+    vocabulary = target.decoder.config.vocab_size
+    if token_ids is None:
+        token_ids = range(min(vocabulary, vocabulary if drafter is None else drafter.decoder.config.vocab_size))
+    with timed() as prepared:
+        target_side, target_tail = _side(target, uncached=1, sizes=sizes, block=block)
+        drafter_side, draft_tail = None, None
+        if drafter is not None:
+            drafter_side, draft_tail = _side(drafter, uncached=2, sizes=sizes, block=block)
+        seen = _seen(target, vocabulary, sampling), _seen(drafter, vocabulary, sampling)
+        host_state = start_state(seeds or [sampling.seed] * batch, sizes, sampling.max_new_tokens, seen)
+        placed_state = replicated(target.decoder.mesh, host_state)
+        state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state)
+        plan = plan_of(speculation, block=block, vocabulary=vocabulary)
+        text_BM = _text(texts or [[]] * batch, speculation.lookup_match)
+        law = Law.of(sampling, speculation, stops)
+        knobs = Knobs.of(sampling, speculation, _allowed(token_ids, vocabulary))
+        rounds = Rounds((target_side, drafter_side), text_BM, state, law, knobs, plan)
+        jax.block_until_ready((target_tail, draft_tail))
+    start = time.perf_counter()
+    rounds.run(gamma_schedule(speculation, drafter is not None), speculation, on_tokens)
+    generation = _generation(rounds, prepared, time.perf_counter() - start)
+    forget_programs()
+    return generation

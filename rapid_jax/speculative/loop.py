@@ -23,6 +23,7 @@ from rapid_jax.speculative.sampling import (
     Knobs,
     Law,
     draw,
+    limited,
     position_keys,
     seen_after,
     seen_before_each,
@@ -95,6 +96,7 @@ def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, p
     fed_BT = jnp.concatenate([last_B1, draft.tokens_BG], axis=1)
     T = fed_BT.shape[1]
     logits, target_tail = read(target, state.target_tail, fed_BT, plan, rows=T)
+    logits, finite_B = limited(logits, knobs, plan.vocabulary)
     z_BGV = warped(logits, law, knobs, seen_before_each(state.target_seen_BV, draft.tokens_BG))
     token_keys_BG = position_keys(state.key_B, Draw.TOKEN, state.count_B, T)
     if plan.gamma:
@@ -107,7 +109,7 @@ def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, p
         token_B = jnp.take_along_axis(drawn_BG, n_B[:, None], axis=1)[:, 0]
     outline = replace(state, target_tail=replace(state.target_tail, layers=()), draft_tail=None)
     # Whole on every device: the host reads it, and of several hosts each reads its own copy.
-    state = whole(target.decoder.mesh, _committed(outline, draft, n_B, token_B, law, plan))
+    state = whole(target.decoder.mesh, _committed(outline, draft, n_B, token_B, ~finite_B, law, plan))
     return replace(state, target_tail=replace(state.target_tail, layers=target_tail.layers))
 
 
@@ -127,12 +129,13 @@ def _committed(
     draft: Draft,
     n_B: jax.Array,
     token_B: jax.Array,
+    faulty_B: jax.Array,
     law: Law,
     plan: Plan,
 ) -> State:
     """The state with the accepted drafts and the token after them, cut at a stop token and at the row's limit.
 
-    The tails' lengths are moved; what they hold is the caller's.
+    The tails' lengths are moved; what they hold is the caller's. `faulty_B`: the target's logits were not all numbers.
     """
     index = jnp.arange(draft.tokens_BG.shape[1] + 1)
     accepted = index < n_B[:, None]
@@ -168,6 +171,8 @@ def _committed(
             copied_accepted_B=counts.copied_accepted_B + copied_accepted_B * live_B,
             draft_steps=counts.draft_steps + draft.steps * jnp.any(live_B),
             rounds=counts.rounds + jnp.any(live_B),
+            target_faults=counts.target_faults + jnp.any(live_B & faulty_B),
+            draft_faults=counts.draft_faults + draft.faults * jnp.any(live_B),
             round_B=counts.round_B + live_B,
         ),
     )

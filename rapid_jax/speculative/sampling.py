@@ -4,6 +4,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -52,26 +53,44 @@ class Knobs:
     """The numbers of the sampling law, float32 scalars on the device: changing one compiles nothing."""
 
     temperature: jax.Array
-    top_p: jax.Array
+    outside: jax.Array  # 1 - top_p, the most that the nucleus leaves out
     min_p: jax.Array
     penalty: jax.Array
     eta: jax.Array
     alpha: jax.Array
     confidence_stop: jax.Array
+    allowed_V: Any = None  # bool, ids that may be drawn; None: every one
 
     @classmethod
-    def of(cls, sampling: SamplingConfig, speculation: SpeculationConfig) -> "Knobs":
+    def of(cls, sampling: SamplingConfig, speculation: SpeculationConfig, allowed_V: Any = None) -> "Knobs":
         """The numbers of these settings. A greedy law never divides by its temperature, kept at 1."""
         values = (
             sampling.temperature or 1.0,
-            sampling.top_p,
+            1 - sampling.top_p,
             sampling.min_p,
             sampling.repetition_penalty,
             speculation.effective_eta,
             speculation.alpha,
             speculation.confidence_stop,
         )
-        return cls(*(jnp.asarray(value, jnp.float32) for value in values))
+        return cls(*(jnp.asarray(value, jnp.float32) for value in values), allowed_V=allowed_V)
+
+
+def limited(logits_BTV: jax.Array, knobs: Knobs, vocabulary: int) -> tuple[jax.Array, jax.Array]:
+    """(logits [B, T, vocabulary], -inf where no token may be drawn; bool [B]: whether the others are all numbers).
+
+    A model with fewer rows than `vocabulary` gives the ids that it lacks no chance; one with more loses them.
+    """
+    logits_BTV = logits_BTV[..., :vocabulary]
+    finite_BTV = jnp.isfinite(logits_BTV)
+    if knobs.allowed_V is not None:
+        allowed_V = knobs.allowed_V[: logits_BTV.shape[-1]]
+        finite_BTV |= ~allowed_V
+        logits_BTV = jnp.where(allowed_V, logits_BTV, -jnp.inf)
+    lacking = vocabulary - logits_BTV.shape[-1]
+    if lacking:
+        logits_BTV = jnp.pad(logits_BTV, ((0, 0), (0, 0), (0, lacking)), constant_values=-jnp.inf)
+    return logits_BTV, jnp.all(finite_BTV, axis=(1, 2))
 
 
 def penalized(logits_V: jax.Array, seen_V: jax.Array, penalty: jax.Array) -> jax.Array:
@@ -92,19 +111,55 @@ def warped(logits: jax.Array, law: Law, knobs: Knobs, seen: jax.Array | None) ->
     if law.greedy:
         return z
     z = z / knobs.temperature
-    ranked = None
+    largest = None
     if law.top_k and law.top_k < z.shape[-1]:
-        ranked = jax.lax.top_k(z, law.top_k)[0]
-        z = jnp.where(z < ranked[..., -1:], -jnp.inf, z)
+        largest = jax.lax.top_k(z, law.top_k)[0]
+        z = jnp.where(z < largest[..., -1:], -jnp.inf, z)
     if law.nucleus:
-        if ranked is None:
-            ranked = jnp.sort(z, axis=-1, descending=True)
-        p = jax.nn.softmax(ranked, axis=-1)
-        kept = jnp.cumsum(p, axis=-1) - p < knobs.top_p
-        z = jnp.where(z < jnp.min(jnp.where(kept, ranked, jnp.inf), axis=-1, keepdims=True), -jnp.inf, z)
+        z = _nucleus(z, largest, knobs.outside)
     if law.min_p:
         z = jnp.where(z < jnp.max(z, axis=-1, keepdims=True) + jnp.log(knobs.min_p), -jnp.inf, z)
     return z
+
+
+def _nucleus(z: jax.Array, largest: jax.Array | None, outside: jax.Array) -> jax.Array:
+    """z with -inf for the least probable tokens, as many as have a mass of at most `outside` together.
+
+    `largest` are the k largest of z in falling order where all but them and what equals the last of them is -inf: then
+    nothing is sorted. Of equal tokens those of lower ids go first, as in transformers.
+    """
+    ranked = jnp.sort(z, axis=-1) if largest is None else jnp.flip(largest, axis=-1)
+    weight = jnp.exp(ranked - ranked[..., -1:])
+    # The first one stands for all that equal it: top-k keeps more than k where some are equal at its edge.
+    least = ranked[..., :1]
+    equal = jnp.sum(z == least, axis=-1, keepdims=True)
+    is_least = ranked == least
+    of_least = jnp.where(jnp.isfinite(least), weight[..., :1], 0.0)
+    above = jnp.where(is_least, 0.0, weight)
+    total = equal * of_least + jnp.sum(above, axis=-1, keepdims=True)
+    mass = (equal * of_least + jnp.cumsum(above, axis=-1)) / total
+    is_out = (mass <= outside) & ~is_least
+    is_out = is_out.at[..., -1].set(False)  # the most probable one always stays
+    kept = jnp.sum(~is_out & ~is_least, axis=-1, keepdims=True)
+    # Either some of the least stay, and all above them, or the edge lies above them.
+    share = of_least / total
+    guess = jnp.floor(outside / share)  # from below or above by rounding
+    dropped = guess - (guess * share > outside) + ((guess + 1) * share <= outside)
+    staying = jnp.where(of_least > 0, jnp.maximum(equal - dropped, 0), 0).astype(jnp.int32)
+    staying = jnp.where(is_least[..., -1:], jnp.maximum(staying, 1), staying)
+    edge = jnp.where(staying > 0, least, jnp.min(jnp.where(is_out | is_least, jnp.inf, ranked), axis=-1, keepdims=True))
+    room = jnp.where(staying > 0, staying, kept - jnp.sum(ranked > edge, axis=-1, keepdims=True))
+    at_edge = z == edge
+
+    def all_stay(z):
+        return jnp.where(z < edge, -jnp.inf, z)
+
+    def some_stay(z):
+        later = jnp.flip(jnp.cumsum(jnp.flip(at_edge, axis=-1), axis=-1), axis=-1)
+        return jnp.where((z < edge) | (at_edge & (later > room)), -jnp.inf, z)
+
+    is_split = jnp.any(jnp.sum(at_edge, axis=-1, keepdims=True) > room)
+    return jax.lax.cond(is_split, some_stay, all_stay, z)
 
 
 class Draw(IntEnum):

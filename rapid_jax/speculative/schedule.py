@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many tokens to draft next, and whether to copy: decided by the host between reads of the device."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 
 from rapid_jax.speculative.config import SpeculationConfig
 
@@ -21,6 +22,11 @@ class Observation:
     copied_accepted: int
     copy_steps: int  # forward passes that read copies
     emitted: int
+
+    @classmethod
+    def total(cls, calls: Sequence["Observation"]) -> "Observation":
+        """What calls one after the other did together."""
+        return cls(**{each.name: sum(getattr(call, each.name) for call in calls) for each in fields(cls)})
 
 
 @dataclass

@@ -35,7 +35,7 @@ class Plan:
     copies: int  # tokens that level 0 proposes at once
     match: int  # tokens that must agree before it proposes any
     block: int  # cache slots attended at once
-    vocabulary: int  # logits that both models have
+    vocabulary: int  # size of a distribution: the target's rows
     catch_up: bool = False  # the drafter may have missed rounds
 
 
@@ -70,12 +70,15 @@ class Counts:
     copied_accepted_B: jax.Array  # of those accepted by the model that read them first
     draft_steps: jax.Array  # scalar: forward passes of the drafter
     rounds: jax.Array  # scalar: forward passes of the target
+    target_faults: jax.Array  # scalar: passes of the target whose logits were not all numbers
+    draft_faults: jax.Array  # scalar: those of the drafter
     round_B: jax.Array  # rounds that the row took part in
 
     @classmethod
     def zero(cls, batch: int) -> "Counts":
         """Nothing has happened."""
-        scalars = ("draft_steps", "rounds")  # a buffer of its own for each: the state is donated
+        # A buffer of its own for each: the state is donated.
+        scalars = ("draft_steps", "rounds", "target_faults", "draft_faults")
         return cls(**{item.name: jnp.zeros(() if item.name in scalars else batch, jnp.int32) for item in fields(cls)})
 
 

@@ -74,7 +74,7 @@ def test_a_converted_folder_loads_equal_to_its_source(exported_smollm2, smollm2_
 
 def test_what_a_checkpoint_says_about_its_use_is_loaded(tiny):
     loaded = load_model(tiny, layout="stacked", quiet=True)
-    assert loaded.generation == {"eos_token_id": [2, 7], "temperature": 0.6}
+    assert dict(loaded.generation) == {"eos_token_id": [2, 7], "temperature": 0.6}
     assert set(loaded.tokenizer.stop_ids) >= {2, 7}
     assert loaded.decoder.embed_VD[...].dtype == jnp.float32  # "auto" on a CPU
     again = load_model(tiny, layout="unrolled", dtype="bfloat16", quiet=True)

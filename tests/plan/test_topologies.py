@@ -37,7 +37,7 @@ def test_chips():
 def test_a_missing_compiler_says_how_to_install_it(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "libtpu" else find(name))
-    with pytest.raises(InputError, match=r"not installed: pip install 'rapid-jax\[tpu\]'$"):
+    with pytest.raises(InputError, match=r"not installed; run in .*setup.py: pip install '\.\[tpu\]'$"):
         topology_of("v5p:2x2x1")
 
 

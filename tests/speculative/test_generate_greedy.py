@@ -130,6 +130,24 @@ def test_gamma_chosen_by_the_clock(questions, answer, scheduled):
     assert got.gammas.keys() == {0, 5}
 
 
+@pytest.mark.parametrize(("rounds_per_read", "largest"), [(1, 1), (4, 8)])
+def test_one_round_a_read_is_one_even_where_the_schedule_runs_several(
+    questions, answer, scheduled, rounds_per_read, largest
+):
+    """A trial of the schedule has several rounds; whoever listens round by round hears of each."""
+    script = scheduled(Script((0, 8)))
+    heard: list[int] = []
+
+    def listen(row: int, tokens: list[int], origins: list[int]) -> bool:
+        heard.append(len(tokens))
+        return False
+
+    speculation = SpeculationConfig(gamma="auto", lookup="off", rounds_per_read=rounds_per_read)
+    got = answer(speculation, GREEDY, on_tokens=listen)
+    assert got.tokens == questions.until_stop() and max(heard) == largest
+    assert sum(seen.rounds for seen in script.seen) == got.target_steps
+
+
 @pytest.mark.parametrize("limit", [19, 21, 22])
 def test_a_limit_inside_a_draft_cuts_it(questions, answer, limit):
     sampling = SamplingConfig(temperature=0, max_new_tokens=limit)

@@ -78,6 +78,32 @@ def test_filters_are_those_of_transformers(settings):
         assert np.isinf(got).any()
 
 
+def kept_by_both(z: np.ndarray, **settings) -> tuple[np.ndarray, np.ndarray]:
+    """Which tokens of logits [rows, V] stay, and which of them stay in transformers."""
+    config, history = SamplingConfig(**settings), np.zeros((len(z), 1), int)
+    return np.isfinite(ours(z, history, config)), np.isfinite(theirs(z, history, config))
+
+
+def test_tokens_that_are_equal_at_an_edge():
+    """Top-k keeps all that equal the last of k, and the nucleus is of them all."""
+    got, want = kept_by_both(np.array([[2, 1, 1, 1, 0]], np.float32), top_k=2, top_p=0.6)
+    assert got.tolist() == want.tolist() == [[True, False, False, True, False]]
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 3, 8])
+@pytest.mark.parametrize("size", [12, 60])
+def test_a_nucleus_of_many_equal_logits_is_that_of_transformers(size, top_k):
+    """Above 16 tokens torch sorts equal ones in no order: what is kept is then the same but for the ids."""
+    rng = np.random.default_rng(size + top_k)
+    z = rng.integers(-2, 3, (64, size)).astype(np.float32)
+    z[0], z[1:8, ::5] = 0, -np.inf
+    for top_p in (0.1, 0.3, 0.5, 0.6, 0.9, 0.95, 0.999):
+        got, want = kept_by_both(z, top_k=top_k, top_p=top_p)
+        if size > 16:
+            got, want = (np.sort(np.where(kept, z, -np.inf), axis=-1) for kept in (got, want))
+        np.testing.assert_array_equal(got, want)
+
+
 def test_order_is_penalty_temperature_filters():
     """The nucleus is of the tempered distribution, and the penalty comes before the temperature divides."""
     logits, history = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32)), np.array([[0]])

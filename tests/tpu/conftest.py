@@ -10,4 +10,4 @@ def pytest_collection_modifyitems(items):
     if importlib.util.find_spec("libtpu") is None:
         for item in items:
             if "tests/tpu/" in item.nodeid:
-                item.add_marker(pytest.mark.skip(reason="libtpu is not installed: pip install 'rapid-jax[tpu]'"))
+                item.add_marker(pytest.mark.skip(reason="libtpu is not installed: pip install '.[tpu]'"))

@@ -2,9 +2,12 @@
 """What a model is known by, for which nothing of it is loaded: digests of its weights, tokenizer and chat template."""
 
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from rapid_jax.model.load import arithmetic, open_checkpoint
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, digest_file
 
 
@@ -19,6 +22,16 @@ def identity_of(source: str, dtype: str) -> dict[str, str]:
         "model.tokenizer": tokenizer.fingerprint,
         "model.template": digest(*(part for item in rest for part in item), repr(tokenizer.stop_ids)),
     }
+
+
+def check_same_model(place: Path, made: Mapping[str, Any], model: Mapping[str, str], source: str) -> None:
+    """Raises InputError if the stage of `place` was made with another model than `source`, known by `model`."""
+    for key in ("model.weights", "model.tokenizer", "model.template"):
+        if made.get(key, model[key]) != model[key]:
+            raise InputError(
+                f"{place} was made with another model, with {key} = {str(made[key])[:60]}, expected {model[key]} as "
+                f"{source} has: choose another run folder or model.source"
+            )
 
 
 def _digest(path: Path) -> str:

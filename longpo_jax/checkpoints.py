@@ -2,21 +2,19 @@
 """Checkpoints of training: Orbax's CheckpointManager, with a note of where the run was and a list of what was written.
 
     FOLDER/<step>/weights, moments   arrays by name, each device's part written by it, readable on any mesh
-    FOLDER/<step>/note               JSON: schema, step, position, what decides the run, types and shapes of arrays
-    FOLDER/<step>/files.json         size of every file
+    FOLDER/<step>/note               JSON: schema, step, position, what decides the run, kinds and sums of arrays
+    FOLDER/<step>/files.json         size of every file (checkpoint_files.py)
 
-Orbax writes beside the training and gives the folder its name last; the list is written just before. A folder that has
-no list, or whose files have other sizes, is not used. Values carry no checksum: a flipped bit in one is not found.
+Orbax writes beside the training and gives the folder its name last; the list is written just before. Arrays whose sum
+(soundness.py) is another when they are read again are refused.
 """
 
 import contextlib
 import functools
-import json
 import logging
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +22,14 @@ import jax
 import numpy as np
 from flax import nnx
 
+from longpo_jax.checkpoint_files import SCHEMA, Found, one_line, write_list
+from longpo_jax.soundness import checksum
 from longpo_jax.step import TrainState
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import agreed, placed
 
-SCHEMA = 1
-_FILES = "files.json"
 _NONE = -1
-
-
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint that is whole; `note` is what `save` was given, with step, schema and arrays."""
-
-    folder: Path
-    note: Mapping[str, Any]
-
-    @property
-    def step(self) -> int:
-        """Updates made when it was written."""
-        return self.note["step"]
-
-
-def newest(folder: Path) -> Found | None:
-    """The newest checkpoint in `folder` that is whole, on every process the same; None if nothing was ever saved.
-
-    Says on standard error which newer ones are not. Raises InputError if there are some and none is whole, or the
-    newest is of another schema. `folder` is one that all processes see.
-    """
-    step = int(agreed(_newest_step(folder) if jax.process_index() == 0 else _NONE))
-    if step == _NONE:
-        return None
-    found = Found(folder / str(step), json.loads((folder / str(step) / "note" / "metadata").read_bytes()))
-    if found.note.get("schema") != SCHEMA:
-        raise InputError(f"{found.folder}: expected a checkpoint of schema {SCHEMA}, got {found.note.get('schema')}")
-    return found
 
 
 def restore_weights(found: Found, target: Decoder) -> Decoder:
@@ -138,6 +107,7 @@ class Checkpoints:
         step, args = int(state.step), self._ocp.args
         trees = {"weights": _named(nnx.state(state.weights, nnx.Param)), "moments": _named(state.moments)}
         shapes = {item: _kinds(tree) for item, tree in trees.items()}
+        sums = {item: int(checksum(list(tree.values()))) for item, tree in trees.items()}
         self._check_room(step, sum(x.nbytes for tree in trees.values() for x in tree.values()))
         with self._refusals(step):
             self._saving = step
@@ -145,7 +115,7 @@ class Checkpoints:
                 step,
                 args=args.Composite(
                     **{item: args.PyTreeSave(tree) for item, tree in trees.items()},
-                    note=args.JsonSave({**note, "schema": SCHEMA, "step": step, "arrays": shapes}),
+                    note=args.JsonSave({**note, "schema": SCHEMA, "step": step, "arrays": shapes, "sums": sums}),
                 ),
                 force=True,
             )
@@ -161,7 +131,7 @@ class Checkpoints:
     def _list(self) -> None:
         """Called by Orbax, on the first process, when all is written and the folder still has a temporary name."""
         for folder in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-            (folder / _FILES).write_text(json.dumps(_sizes(folder)), encoding="utf-8")
+            write_list(folder)
 
     def _check_room(self, step: int, needed: int) -> None:
         free = agreed(shutil.disk_usage(self.folder).free)
@@ -174,7 +144,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # ValueError: TensorStore's type for every error, a full disk too
-            failure = self._unsaved(step, _one_line(error))
+            failure = self._unsaved(step, one_line(error))
         if failure is not None:
             self._saving = _NONE
             raise InputError(failure)
@@ -183,53 +153,13 @@ class Checkpoints:
         return f"{self.folder}: step {step} could not be saved, earlier checkpoints stay: {reason}"
 
 
-def _newest_step(folder: Path) -> int:
-    """The newest step whose checkpoint is whole; says which are not."""
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdigit()] if folder.is_dir() else []
-    faults = []
-    for step in sorted(steps, reverse=True):
-        fault = _fault(folder / str(step))
-        if fault is None:
-            for line in faults:
-                say(f"{line}; going on from step {step}")
-            return step
-        faults.append(f"{folder / str(step)} is not whole: {fault}")
-    if faults:
-        raise InputError(f"expected a checkpoint that is whole, got none: {'; '.join(faults)}")
-    return _NONE
-
-
-def _fault(folder: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, if anything is."""
-    try:
-        expected = json.loads((folder / _FILES).read_bytes())
-        json.loads((folder / "note" / "metadata").read_bytes())
-    except (OSError, ValueError) as error:
-        return _one_line(error)
-    got = _sizes(folder)
-    for name, size in expected.items():
-        if got.get(name) != size:
-            return f"{name} has {got.get(name, 'no')} bytes, {size} were written"
-    return None
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    # What Orbax itself notes of a folder is rewritten when it gets its name.
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in paths
-        if path.name not in (_FILES, "_CHECKPOINT_METADATA")
-    }
-
-
 def _restored(found: Found, trees: Mapping[str, Any]) -> dict[str, Any]:
     """The trees with the arrays of the checkpoint's items in the place of shapes."""
     return {item: _restored_item(found, item, tree) for item, tree in trees.items()}
 
 
 def _restored_item(found: Found, item: str, tree: Any) -> Any:
-    stored, wanted = found.note["arrays"][item], _named(tree)
+    stored, wanted = found.note.fields("arrays").fields(item), _named(tree)
     kinds = _kinds(wanted)
     for name in (*wanted, *stored):
         ours, theirs = kinds.get(name, "no such array"), stored.get(name, "no such array")
@@ -245,9 +175,12 @@ def _restored_item(found: Found, item: str, tree: Any) -> Any:
             arrays = checkpointer.restore(
                 (found.folder / item).absolute(), args=ocp.args.PyTreeRestore(restore_args=how)
             )
-            return jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in wanted])
+        read = [arrays[name] for name in wanted]
+        if int(checksum(read)) == found.note.fields("sums").whole(item):
+            return jax.tree.unflatten(jax.tree.structure(tree), read)
+        failure = "it has other values than were written"
     except (ValueError, KeyError, OSError) as error:
-        failure = _one_line(error)
+        failure = one_line(error)
     raise InputError(f"{found.folder}: {item} cannot be read: {failure}: delete it to go on from the one before")
 
 
@@ -280,8 +213,3 @@ def _orbax() -> Any:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(is_kept)
     return ocp
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).partition("[tensorstore_spec=")[0].split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"  # TensorStore puts the cause last

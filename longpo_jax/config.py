@@ -165,6 +165,13 @@ class ObjectiveConfig:
         for name in ("beta", "preference_weight", "nll_weight", "alpha"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, f"{name}: expected a number >= 0, got {value}")
+        prefers = self.name != "sft" and self.preference_weight > 0 and self.beta > 0
+        _require(
+            self.nll_weight > 0 or prefers,
+            f"expected a loss that teaches {self.name} something, nll_weight above 0"
+            + ("" if self.name == "sft" else " or preference_weight and beta")
+            + f", got nll_weight {self.nll_weight}, preference_weight {self.preference_weight}, beta {self.beta}",
+        )
 
 
 @dataclass(frozen=True)
@@ -173,7 +180,7 @@ class OptimizerConfig:
 
     name: Literal["adamw", "rmsprop"] = "adamw"
     learning_rate: float = 5e-7
-    warmup_ratio: float = 0.1  # of all steps, linear from 0
+    warmup_ratio: float = 0.1  # of all steps, linear: update k of W has k / W of learning_rate
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warmup; cosine: to 0
     b1: float = 0.9  # adamw
     b2: float = 0.99  # adamw
@@ -185,6 +192,9 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require_above_0(self, "learning_rate", "eps", "clip_norm")
+        # In float32 the rate of a first update among millions is above 0, and every rate finite.
+        usable = 1e-20 <= self.learning_rate <= 1e20
+        _require(usable, f"learning_rate: expected 1e-20 to 1e20, got {self.learning_rate}")
         _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")
         for name in ("b1", "b2", "decay"):
             _require(0 <= getattr(self, name) < 1, f"{name}: expected 0 to below 1, got {getattr(self, name)}")
@@ -227,6 +237,16 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """What is written in the end."""
+
+    step: int | None = None  # the update after which; null = the last. Its checkpoint is to be there: train.keep
+
+    def __post_init__(self):
+        _require(self.step is None or self.step >= 1, f"step: expected at least 1, or null, got {self.step}")
+
+
+@dataclass(frozen=True)
 class GenerationConfig:
     """How the model's own answers are computed."""
 
@@ -264,6 +284,7 @@ class LongPOConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)  # of training and of the reference
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     rounds: tuple[str, ...] = ()  # of `longpo rounds`: for each round, KEY=VALUE settings that differ, split by spaces

@@ -29,8 +29,10 @@ from rapid_jax.plan.topologies import GENERATIONS
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.json_input import parse_object
 
 FILE = "metrics.jsonl"
+ROWS = ("seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "clu")  # what tasks.py imports, and seqio
 # Dense bfloat16 FLOP/s from NVIDIA's data sheets, the first that a device's name contains. TPUs: plan/topologies.py.
 _GPU_PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 _TPU_KINDS = {
@@ -49,7 +51,13 @@ def peak_flops(device_kind: str) -> float | None:
 
 
 def check_installed(train: TrainConfig) -> None:
-    """Raises InputError if the settings ask for a package that is not there."""
+    """Raises InputError if a package that training needs, or the settings ask for, is not there; none is imported."""
+    missing = [name for name in ROWS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"training reads its rows through seqio and TensorFlow, expected {', '.join(missing)}, not installed here: "
+            "pip install '.[longpo]' in a checkout (pairs, reference, export and report need none of them)"
+        )
     for name, package, asked in (
         ("tensorboard", "tensorboardX", train.tensorboard),
         ("wandb", "wandb", train.wandb is not None),
@@ -125,11 +133,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         raise InputError(f"{path}: expected the metrics of a training run, got no file")
     found = []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        try:
-            values = json.loads(line)
-        except ValueError:
-            values = None
-        if not _are_metrics(values):
+        values = _metrics_of(line)
+        if values is None or (found and values["step"] <= found[-1]["step"]):
             raise InputError(f"{path}:{number}: expected a line of metrics, got {line[:40].decode(errors='replace')!r}")
         found.append(values)
     if not found:
@@ -137,11 +142,13 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _are_metrics(values: Any) -> bool:
-    """Whether they are an update's: numbers, and nulls but for its step."""
-    if not isinstance(values, dict) or not isinstance(values.get("step"), int):
-        return False
-    return all(value is None or isinstance(value, int | float) for value in values.values())
+def _metrics_of(line: bytes) -> dict[str, Any] | None:
+    """An update's numbers and nulls, its step no null; None if the line is something else."""
+    try:
+        values = parse_object(line, FILE)
+        return {name: values.number(name, None) for name in values} | {"step": values.whole("step", least=1)}
+    except InputError:
+        return None
 
 
 def _cut(path: Path, resumed: int) -> None:
@@ -159,10 +166,8 @@ def _cut(path: Path, resumed: int) -> None:
 
 def _step(line: bytes) -> float:
     """Of a line that is no metrics, one that is past every update."""
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+    values = _metrics_of(line)
+    return math.inf if values is None else values["step"]
 
 
 def _told(line: Mapping[str, Any]) -> str:

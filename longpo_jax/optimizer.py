@@ -34,10 +34,11 @@ def transform_of(config: OptimizerConfig, steps: int) -> optax.GradientTransform
 
 
 def schedule_of(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate of the update that follows `count` others, of `steps` in all.
+    """The learning rate of the update that follows `count` others, of `steps` in all; above 0 for each of them.
 
-    It rises linearly from 0 over the first ceil(warmup_ratio * steps), then stays or falls to 0 as half a cosine: the
-    schedule of transformers' get_cosine_schedule_with_warmup.
+    Update k of the first W = ceil(warmup_ratio * steps) has k / W of the peak. Then it stays, or falls as half a cosine
+    that would be 0 after the last update, as in transformers' get_cosine_schedule_with_warmup, whose warmup counts from
+    0 instead: its first update changes nothing, and a run of one update trains nothing.
     """
     warmup = math.ceil(round(config.warmup_ratio * steps, 6))  # 0.1 * 30 is above 3 in floating point
     peak = config.learning_rate
@@ -46,9 +47,9 @@ def schedule_of(config: OptimizerConfig, steps: int) -> optax.Schedule:
         count = jnp.asarray(count, jnp.float32)
         after = jnp.full_like(count, peak)
         if config.schedule == "cosine":
-            share = jnp.clip((count - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-            after = peak * 0.5 * (1.0 + jnp.cos(jnp.pi * share))
-        return jnp.where(count < warmup, peak * count / max(warmup, 1), after)
+            left = jnp.clip((steps - count) / max(steps - warmup, 1), 0.0, 1.0)
+            after = peak * jnp.sin(0.5 * jnp.pi * left) ** 2  # (1 - cos(pi left)) / 2 rounds to 0 for the last of many
+        return jnp.where(count < warmup, peak * (count + 1) / max(warmup, 1), after)
 
     return rate
 

@@ -19,8 +19,10 @@ from longpo_jax.documents import Corpus, Document, read_corpus
 from longpo_jax.excerpts import Excerpt, excerpts_of
 from longpo_jax.filters import reason_to_drop
 from longpo_jax.generator import Generator
-from longpo_jax.records import Answer, Record, Turn, Writer
-from longpo_jax.stages import inputs_of, is_to_skip, mark_done
+from longpo_jax.journal import Writer
+from longpo_jax.records import Answer, Record, Turn
+from longpo_jax.shortfall import lost, warning
+from longpo_jax.stages import inputs_of, is_to_skip
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.agreement import check_agreed
 from rapid_jax.runtime.command_line import say
@@ -61,10 +63,13 @@ def run_pairs(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: 
         return
     summary = _summary(writer.counts, corpus.dropped)
     if not summary["pairs"]:
-        raise InputError(f"{folder}: expected pairs, got none: {_told(summary)}")
-    mark_done(folder, inputs, summary)
+        raise InputError(f"{folder}: expected pairs, got none: {_told(summary)}. {lost(summary)}")
+    writer.finish(summary)
     if not quiet:
         say(f"pairs: {_told(summary)}")
+    rows = summary["turns" if config.objective.name == "solopo" else "pairs"] * config.train.epochs
+    if (few := warning(config, rows, summary)) is not None:
+        say(f"longpo: {few}")
 
 
 def _resumed(writer: Writer, corpus: Corpus, folder: Path) -> int:
@@ -152,7 +157,10 @@ class PairMaker:
         for (work, excerpt, seed), answer in zip(asked, said, strict=True):
             questions = instruct.parsed(answer.text, config.instruct)
             if len(questions) < config.instruct.at_least:
-                work.counts[f"{_OF_TURNS}too few questions"] += 1
+                cut_off = (
+                    "" if answer.finished else ", cut off"
+                )  # at the limit of tokens: of the setting, not the model
+                work.counts[f"{_OF_TURNS}too few questions{cut_off}"] += 1
                 continue
             opener, question = instruct.drawn(questions, _seed(seed, "draw"))
             dialogue = Dialogue(tokenizer, [f"{opener} {question}"])

@@ -2,28 +2,26 @@
 """Preference pairs on disk: what a stage of generation leaves and training reads.
 
     pairs-00000.jsonl   a `Record` a line, `shard_pairs` lines a file
-    journal.jsonl       what the run was made with, then a line for every document that is finished, kept or not
-    done.json           written last (stages.py)
+    journal.jsonl       how far the stage has come (journal.py)
+    done.json           written last (stages.py); its summary has the number of records and a digest of all checksums
 
-A record is written before its line of the journal: what the journal does not name is cut away when a run goes on.
+Every line has a checksum (sealed.py).
 """
 
 import dataclasses
-import json
-import os
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from longpo_jax.sealed import place_of, stated_seal, unsealed
 from longpo_jax.stages import summary_of
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, digest_file
+from rapid_jax.runtime.json_input import Fields
 
-SCHEMA = 1
-_JOURNAL = "journal.jsonl"
-T = TypeVar("T")
+SCHEMA = 2
+_TOKENS_A_CHARACTER = 64  # at most, whatever a tokenizer's normaliser makes of a character
 
 
 @dataclass(frozen=True)
@@ -80,142 +78,123 @@ class Record:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, value: Any, source: str) -> "Record":
-        """InputError, naming `source`, for another schema and for whatever is not a record."""
-        if not isinstance(value, dict) or value.get("schema") != SCHEMA:
-            got = value.get("schema") if isinstance(value, dict) else type(value).__name__
-            raise InputError(f"{source}: expected a record of schema {SCHEMA}, got {got}")
+    def from_json(cls, value: Fields) -> "Record":
+        """Raises InputError, naming its place, for another schema and for whatever is not a record."""
+        if value.get("schema") != SCHEMA or isinstance(value.get("schema"), bool):
+            raise value.error("schema", f"{SCHEMA}, that of the records which this version makes")
+        _check_keys(value, cls)
+        document = _text(value, "document")
+        size = len(document)
+        turns = tuple(_turn(turn, size) for turn in value.each("turns"))
+        if not turns:
+            raise value.error("turns", "a list of one turn or more")
+        return cls(
+            id=_text(value, "id"),
+            domain=_text(value, "domain"),
+            document=document,
+            tokens=value.whole("tokens", most=_TOKENS_A_CHARACTER * (size + 1)),
+            cut=None if value["cut"] is None else _span(value, "cut", size),
+            turns=turns,
+            seed=value.whole("seed", most=2**32 - 1),
+            settings=_text(value, "settings"),
+        )
+
+
+def _turn(value: Fields, characters: int) -> Turn:
+    _check_keys(value, Turn)
+    return Turn(
+        excerpt=_span(value, "excerpt", characters),
+        excerpt_tokens=_span(value, "excerpt_tokens"),
+        opener=_text(value, "opener"),
+        question=_text(value, "question"),
+        chosen=_answer(value.fields("chosen")),
+        rejected=_answer(value.fields("rejected")),
+    )
+
+
+def _answer(value: Fields) -> Answer:
+    _check_keys(value, Answer)
+    return Answer(_text(value, "text"), value.whole("tokens"), value.truth("finished"))
+
+
+def _check_keys(value: Fields, cls: type) -> None:
+    """Raises InputError if a field of the class is not among the keys, or a key is none of its fields."""
+    names = {field.name for field in dataclasses.fields(cls)}
+    for name in sorted(names ^ value.keys()):
+        raise value.error(name, "there" if name in names else "no key of a record")
+
+
+def _text(value: Fields, name: str) -> str:
+    text = value.text(name)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise value.error(name, "text in Unicode") from error
+    return text
+
+
+def _span(value: Fields, name: str, size: int | None = None) -> tuple[int, int]:
+    """A stretch of what has `size` items."""
+    edges = value.wholes(name)
+    if len(edges) != 2 or edges[0] > edges[1] or (size is not None and edges[1] > size):
+        raise value.error(name, "the two ends of a stretch" + ("" if size is None else f" of {size} characters"))
+    return edges[0], edges[1]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Where a record lies: line `number` of a file, which begins at `offset`, with its checksum."""
+
+    file: str
+    number: int
+    offset: int
+    seal: str
+
+    def record(self) -> Record:
+        """Read from the file. Raises InputError if it is not the one that was there."""
+        path = Path(self.file)
         try:
-            size = len(value["document"])
-            turns = tuple(_turn(turn, size) for turn in value["turns"])
-            cut = None if value["cut"] is None else _span(value, "cut", size)
-            return _built(cls, {**value, "turns": turns, "cut": cut})
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{source}: expected a record of schema {SCHEMA}, got one with {error}") from error
-
-
-def _turn(value: dict[str, Any], characters: int) -> Turn:
-    answers = {name: _built(Answer, value[name]) for name in ("chosen", "rejected")}
-    spans = {"excerpt": _span(value, "excerpt", characters), "excerpt_tokens": _span(value, "excerpt_tokens")}
-    return _built(Turn, {**value, **answers, **spans})
-
-
-def _built(cls: type[T], values: dict[str, Any]) -> T:
-    """An instance whose plain fields have their types."""
-    for field in dataclasses.fields(cls):  # pyright: ignore[reportArgumentType]
-        if field.type in (str, int, bool) and type(values.get(field.name, field.default)) is not field.type:
-            raise TypeError(f"{field.name} = {values.get(field.name)!r:.60}")
-    return cls(**values)
-
-
-def _span(values: dict[str, Any], name: str, size: int | None = None) -> tuple[int, int]:
-    """`values[name]` if it is a stretch of what has `size` items."""
-    match values[name]:
-        case [int(start), int(end)] if 0 <= start <= end and (size is None or end <= size):
-            return start, end
-    raise ValueError(f"{name} = {values[name]!r:.60}")
-
-
-class Writer:
-    """Appends the documents of a run, one at a time, each whole or not at all, and goes on where a run was ended.
-
-    The folder is made with the first of them. Raises InputError if it holds records of an unfinished run of other
-    inputs, or files that are not as its journal says.
-    """
-
-    def __init__(self, folder: Path, inputs: Mapping[str, Any], *, shard_pairs: int):
-        self.finished: list[str] = []  # ids, in the order in which they were added
-        self.counts: Counter[str] = Counter()  # sums of what was counted
-        self._folder, self._shard_pairs, self._records = folder, shard_pairs, 0
-        self._header = {"schema": SCHEMA, "inputs": json.loads(json.dumps(dict(inputs)))}
-        lines = _whole_lines(folder / _JOURNAL)
-        self._new = not lines  # or only of documents that other settings made nothing of
-        if lines:
-            self._new = _are_others(self._header, lines[0], folder)
-        elif shards_of(folder):
-            raise InputError(f"{folder}: expected an empty folder or an unfinished run, got records without a journal")
-        try:
-            self._resume([] if self._new else lines[1:])
-        except (AttributeError, KeyError, TypeError) as error:
-            raise InputError(f"{folder / _JOURNAL}: expected a line a document, got one with {error}") from error
-
-    def _resume(self, lines: list[dict[str, Any]]) -> None:
-        """Takes in what the journal says, and cuts away what it does not name."""
-        ends: dict[str, int] = {}
-        for line in lines:
-            place = line["record"]
-            self._count(line["id"], place is not None, line["counts"])
-            ends |= {} if place is None else {place["file"]: place["end"]}
-        newest = max(ends, default="")
-        for path in shards_of(self._folder):
-            if path.name > newest:
-                path.unlink()
-            elif path.name == newest and path.stat().st_size > ends[newest]:
-                os.truncate(path, ends[newest])
-        for name, end in ends.items():
-            path = self._folder / name
-            size = path.stat().st_size if path.exists() else 0
-            if size != end:
-                raise InputError(f"{path}: expected {end} bytes, as the journal says, got {size}")
-
-    def add(self, id: str, record: Record | None, counts: Mapping[str, int]) -> None:
-        """The next document is finished: with a record, or dropped; `counts` says what was made of it, and why.
-
-        Raises InputError if the disk is full.
-        """
-        if self._new:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / _JOURNAL).unlink(missing_ok=True)
-            self._append(_JOURNAL, self._header)
-            self._new = False
-        place = None
-        if record is not None:
-            name = _shard(self._records // self._shard_pairs)
-            place = {"file": name, "end": self._append(name, record.to_json())}
-        self._append(_JOURNAL, {"id": id, "record": place, "counts": dict(counts)})
-        self._count(id, record is not None, counts)
-
-    def _append(self, name: str, value: Mapping[str, Any]) -> int:
-        """Puts a line behind a file, onto the disk itself; the file's size then."""
-        try:
-            with open(self._folder / name, "ab") as file:
-                file.write(json.dumps(value, ensure_ascii=False).encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-                return file.tell()
+            with open(path, "rb") as file:
+                file.seek(self.offset)
+                line = file.readline()
         except OSError as error:
-            raise InputError(f"{self._folder / name}: cannot be written: {error.strerror}") from error
-
-    def _count(self, id: str, kept: bool, counts: Mapping[str, int]) -> None:
-        self.finished.append(id)
-        self.counts.update(counts)
-        self._records += kept
+            raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+        record = record_of(line, path, self.number)
+        if stated_seal(line) != self.seal:
+            raise InputError(f"{path}:{self.number}: expected the record that was there at first, got another")
+        return record
 
 
 def read_records(folder: Path) -> Iterator[Record]:
     """The records of a finished run, in their order, one at a time.
 
-    Raises InputError if the run is not finished, and, naming file and line, for a line that is not a whole record of
-    this schema.
+    Raises InputError if the run is not finished, naming file and line for a line that is not what was written there or
+    no record of this schema, and in the end if some are missing.
     """
-    expected, seen = summary_of(folder).get("pairs"), set()
-    for index, path in enumerate(shards_of(folder)):
-        if path.name != _shard(index):
-            raise InputError(f"{folder}: expected {_shard(index)}, got {path.name}")
-        with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                record = record_of(line, path, number)
-                if record.id in seen:
-                    raise InputError(f"{path}:{number}: expected a document once, got {record.id!r} again")
-                seen.add(record.id)
-                yield record
-    if expected is not None and len(seen) != expected:
-        raise InputError(f"{folder}: expected {expected} records, got {len(seen)}")
+    for _, record in located(folder):
+        yield record
+
+
+def located(folder: Path) -> Iterator[tuple[Line, Record]]:
+    """As `read_records`, each with its place."""
+    done, ids, seals = Fields(summary_of(folder), str(folder), "summary of done.json: "), set(), []
+    expected, records = done.whole("pairs"), done.text("records")
+    for path, number, offset, data in lines_of(folder):
+        record = record_of(data, path, number)
+        if record.id in ids:
+            raise InputError(f"{path}:{number}: expected a document once, got {record.id!r} again")
+        ids.add(record.id)
+        seals.append(stated_seal(data))
+        yield Line(str(path), number, offset, seals[-1]), record
+    if len(seals) != expected:
+        raise InputError(f"{folder}: expected {expected} records, got {len(seals)}")
+    if digest(*seals) != records:
+        raise InputError(f"{folder}: expected the records that were made, got others")
 
 
 def record_of(line: bytes, path: Path, number: int) -> Record:
     """The record of a line. Raises InputError, naming file and line, for one that is not whole or of another schema."""
-    return Record.from_json(_parsed(line, path, number), f"{path}:{number}")
+    return Record.from_json(unsealed(line, place_of(path, number), f"{path}:{number}"))
 
 
 def shards_of(folder: Path) -> list[Path]:
@@ -231,40 +210,18 @@ def digest_of(folder: Path) -> str:
     return digest(*(part for path in shards for part in (path.name, digest_file(path))))
 
 
-def _shard(index: int) -> str:
+def lines_of(folder: Path) -> Iterator[tuple[Path, int, int, bytes]]:
+    """(file, number of the line, where it begins, the line) of all files that hold records."""
+    for index, path in enumerate(shards_of(folder)):
+        if path.name != shard_name(index):
+            raise InputError(f"{folder}: expected {shard_name(index)}, got {path.name}")
+        with open(path, "rb") as file:
+            offset = 0
+            for number, line in enumerate(file, start=1):
+                yield path, number, offset, line
+                offset += len(line)
+
+
+def shard_name(index: int) -> str:
+    """Of the file number `index`, counted from 0."""
     return f"pairs-{index:05d}.jsonl"
-
-
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal; a last one that was cut off is cut away."""
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    return [_parsed(line, path, number) for number, line in enumerate(whole.splitlines(keepends=True), start=1)]
-
-
-def _parsed(line: bytes, path: Path, number: int) -> Any:
-    if not line.endswith(b"\n"):
-        raise InputError(f"{path}:{number}: expected a whole line, got one that is cut off")
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise InputError(f"{path}:{number}: expected JSON, got {error}") from error
-
-
-def _are_others(expected: Mapping[str, Any], got: Any, folder: Path) -> bool:
-    """Whether a journal is of other inputs, but no record was made with them. Raises InputError if some were."""
-    schema = got.get("schema") if isinstance(got, dict) else type(got).__name__
-    if schema != SCHEMA or not isinstance(got.get("inputs"), dict):
-        raise InputError(f"{folder / _JOURNAL}: expected schema {SCHEMA} and inputs, got schema {schema}")
-    ours, theirs = expected["inputs"], got["inputs"]
-    for key in (*ours, *theirs):
-        if ours.get(key) != theirs.get(key) or (key in ours) != (key in theirs):
-            if not shards_of(folder):
-                return True
-            raise InputError(
-                f"{folder} holds an unfinished run with {key} = {json.dumps(theirs.get(key)):.60}, expected "
-                f"{json.dumps(ours.get(key)):.60}: choose another run folder, or delete {folder} to start again"
-            )
-    return False

@@ -28,7 +28,8 @@ from longpo_jax.records import Record, digest_of, read_records
 from longpo_jax.remat import wrapping
 from longpo_jax.rows import batched
 from longpo_jax.samples import Parts, all_turns, one_turn
-from longpo_jax.stages import inputs_of, is_done, is_to_skip, mark_done, summary_of
+from longpo_jax.sealed import place_of, sealed, unsealed
+from longpo_jax.stages import check_same_model, inputs_of, is_done, is_to_skip, made_with, mark_done, summary_of
 from longpo_jax.step import row_log_probs
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.identity import identity_of
@@ -43,6 +44,13 @@ from rapid_jax.speculative.prefill import bucket
 
 References: TypeAlias = Mapping[str, Sequence[float]]  # by name, an item a turn (dpo: one item)
 
+# Of each record, by objective.
+NAMES: Mapping[str, tuple[str, ...]] = {
+    "longpo": ("chosen", "rejected"),
+    "dpo": ("chosen", "rejected"),
+    "solopo": ("chosen", "rejected", "long_chosen"),
+    "sft": (),
+}
 _LEAST = 64  # places that a device's half of a zigzag part is padded to multiples of
 _OWNER = "inputs.txt"  # beside the scores: a digest of the inputs that they are of
 _TOGETHER = 32  # records between two writes
@@ -57,9 +65,11 @@ def run_reference(config: LongPOConfig, folder: Path, *, leads: bool = True, qui
     inputs = reference_inputs(config, folder)
     if is_to_skip(place, inputs, leads=leads):
         return
-    count = sum(1 for _ in read_records(folder / "pairs"))  # a damaged one is told before the first is scored
+    ids = [record.id for record in read_records(folder / "pairs")]  # a damaged one is told before the first is scored
+    count = len(ids)
     if config.objective.name != "sft":
-        done = _Scores(place, digest(json.dumps(inputs, sort_keys=True)), leads=leads)
+        key = digest(json.dumps(inputs, sort_keys=True))
+        done = _Scores(place, key, ids, NAMES[config.objective.name], leads=leads)
         first = int(agreed(done.count))
         scorer = Scorer(config, quiet=quiet) if first < count else None
         records = islice(read_records(folder / "pairs"), first, None)
@@ -72,33 +82,71 @@ def run_reference(config: LongPOConfig, folder: Path, *, leads: bool = True, qui
 
 
 def reference_inputs(config: LongPOConfig, folder: Path) -> dict[str, Any]:
-    """What the scores follow from: settings, weights, tokenizer, chat template, and the records."""
+    """What the scores follow from: settings, weights, tokenizer, chat template, and the records.
+
+    Raises InputError for records that another model has made: it teaches itself.
+    """
     inputs = inputs_of(config, "reference") | {"pairs": digest_of(folder / "pairs")}
-    if config.objective.name != "sft":
-        inputs |= identity_of(config.model.source, config.model.dtype)
-    return inputs
+    model = identity_of(config.model.source, config.model.dtype)
+    check_same_model(folder / "pairs", made_with(folder / "pairs"), model, config.model.source)
+    return inputs if config.objective.name == "sft" else inputs | model
 
 
 def read_references(place: Path, inputs: Mapping[str, Any]) -> dict[str, References]:
     """The scores of each record by its id. Raises InputError if there are none, or they are of other inputs."""
     if not is_done(place, inputs):
         raise InputError(f"{place}: expected the reference's log-probabilities, got none: run `longpo reference` first")
-    if _digests(place) != summary_of(place)["files"]:
+    if _digests(place) != summary_of(place).get("files"):
         raise InputError(
             f"{place}: expected the files that were written, got others: delete {place} to make them again"
         )
-    found = {}
-    for path in sorted(place.glob("scores-*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            scores = json.loads(line)
-            found[scores.pop("id")] = scores
-    return found
+    names = NAMES[inputs["objective.name"]]
+    return {id: scores for path in _files(place) for id, scores in _scores_in(path, names)}
+
+
+def check_references(references: Mapping[str, References], turns: Mapping[str, int], objective: str) -> None:
+    """Raises InputError if a record, given with how many turns it has, lacks a score."""
+    for id, count in turns.items() if NAMES[objective] else ():
+        if id not in references:
+            raise InputError(f"reference: expected log-probabilities of every record, got none of {id!r}")
+        expected = 1 if objective == "dpo" else count
+        for name in NAMES[objective]:
+            if len(references[id][name]) != expected:
+                raise InputError(
+                    f"reference: expected {expected} log-probabilities of the {name} answers of {id!r}, "
+                    f"got {len(references[id][name])}"
+                )
+
+
+def sums_of(scores: References, objective: str, turn: int) -> dict[str, float]:
+    """What the reference says of a row: of solopo of one turn, else of all together."""
+    if objective == "solopo":
+        return {name: values[turn] for name, values in scores.items()}
+    return {name: float(np.sum(np.asarray(values, np.float64))) for name, values in scores.items()}
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(place.glob("scores-*.jsonl"))
+
+
+def _digests(place: Path) -> dict[str, str]:
+    return {path.name: digest_file(path) for path in _files(place)}
+
+
+def _scores_in(path: Path, names: Sequence[str]) -> Iterator[tuple[str, References]]:
+    """(id, scores) of each line. Raises InputError, naming the line, for one that is not what was written there."""
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        values = unsealed(line, place_of(path, number), f"{path}:{number}")
+        yield values.text("id"), {name: values.numbers(name) for name in names}
 
 
 class _Scores:
-    """The scores on disk, in files that are written whole; each is of the same inputs."""
+    """The scores on disk, in files that are written whole; each is of the same inputs.
 
-    def __init__(self, place: Path, key: str, *, leads: bool):
+    `ids` are those of all records, in their order. Raises InputError for files that are not of the first of them.
+    """
+
+    def __init__(self, place: Path, key: str, ids: Sequence[str], names: Sequence[str], *, leads: bool):
         self._place, self._key, self._leads = place, key, leads
         self.count = 0
         self._files = 0
@@ -106,13 +154,19 @@ class _Scores:
         owner = place / _OWNER
         if leads and owner.is_file() and owner.read_text(errors="replace") == key:
             self._new = False
-            while (path := self._path(self._files)).is_file():
-                self.count += len(path.read_text(encoding="utf-8").splitlines())
+            for path in _files(place):
+                found = [id for id, _ in _scores_in(path, names)]
+                if path != self._path(self._files) or found != ids[self.count : self.count + _TOGETHER]:
+                    raise InputError(
+                        f"{path}: expected the scores of {_TOGETHER} records from number {self.count + 1} on, got "
+                        f"others: delete {place} to make them again"
+                    )
+                self.count += len(found)
                 self._files += 1
 
     def _begin(self) -> None:
         """Nothing is there but what these inputs make."""
-        for path in self._place.glob("scores-*.jsonl"):
+        for path in _files(self._place):
             path.unlink()
         with replace_file(self._place / _OWNER) as temporary:
             temporary.write_text(self._key)
@@ -126,13 +180,11 @@ class _Scores:
         if self._leads:
             if self._new:
                 self._begin()
-            with replace_file(self._path(self._files)) as temporary:
-                temporary.write_text("".join(json.dumps(score) + "\n" for score in scores), encoding="utf-8")
+            path = self._path(self._files)
+            with replace_file(path) as temporary:
+                lines = (sealed(score, place_of(path, number)) for number, score in enumerate(scores, start=1))
+                temporary.write_bytes(b"".join(lines))
         self._files += 1
-
-
-def _digests(place: Path) -> dict[str, str]:
-    return {path.name: digest_file(path) for path in sorted(place.glob("scores-*.jsonl"))}
 
 
 class Scorer:

@@ -63,10 +63,17 @@ def _trainings(run: Path) -> list[tuple[str, Path]]:
 
 def _drawn(runs: Mapping[str, list[dict[str, Any]]]) -> bytes:
     """A PNG of all panels that some run has."""
-    import matplotlib
+    try:
+        import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+        from matplotlib.ticker import MaxNLocator
+    except ImportError as error:
+        message = (
+            f"the report needs matplotlib, which cannot be imported ({error}): pip install '.[longpo]' in a checkout"
+        )
+        raise InputError(message) from error
 
     some = {name: keys for name, keys in _PANELS.items() if any(_points(lines, keys[0]) for lines in runs.values())}
     figure, axes = pyplot.subplots(-(-len(some) // 3), 3, figsize=(15, 3.6 * -(-len(some) // 3)), squeeze=False)
@@ -76,6 +83,7 @@ def _drawn(runs: Mapping[str, list[dict[str, Any]]]) -> bytes:
         panel.set_title(name)
         panel.set_xlabel("update")
         panel.grid(alpha=0.3)
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         for index, (run, lines) in enumerate(runs.items()):
             for style, key in zip(("-", "--"), keys, strict=False):
                 points = _points(lines, key)
@@ -83,7 +91,8 @@ def _drawn(runs: Mapping[str, list[dict[str, Any]]]) -> bytes:
                     continue
                 steps, values = zip(*points, strict=True)
                 label = f"{run} {key.rpartition('/')[2]}" if len(keys) > 1 else run
-                panel.plot(steps, values, ".", color=f"C{index}", alpha=0.3, markersize=3)
+                dot, size, alpha = ("o", 7, 1.0) if len(points) == 1 else (".", 3, 0.3)  # one has no line to it
+                panel.plot(steps, values, dot, color=f"C{index}", alpha=alpha, markersize=size)
                 panel.plot(steps, _smoothed(values), style, color=f"C{index}", label=label)
         panel.legend(fontsize=7)
     figure.tight_layout()

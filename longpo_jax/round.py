@@ -84,13 +84,22 @@ def _check(config: LongPOConfig, folder: Path, source: str) -> None:
 
 
 def _stage(name: str) -> Callable[..., None]:
-    """Imported when it runs: reading settings needs no jax, and no stage needs the libraries of another."""
-    if name == "pairs":
-        from longpo_jax.pairs import run_pairs as run
-    elif name == "reference":
-        from longpo_jax.reference import run_reference as run
-    elif name == "train":
-        from longpo_jax.train import run_train as run
-    else:
-        from longpo_jax.export import run_export as run
+    """Imported when it runs: reading settings needs no jax, and no stage needs the libraries of another.
+
+    Raises InputError if one of its libraries is not there.
+    """
+    try:
+        if name == "pairs":
+            from longpo_jax.pairs import run_pairs as run
+        elif name == "reference":
+            from longpo_jax.reference import run_reference as run
+        elif name == "train":
+            from longpo_jax.train import run_train as run
+        else:
+            from longpo_jax.export import run_export as run
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("longpo_jax", "rapid_jax"):
+            raise
+        hint = "pip install '.[longpo]' in a checkout"
+        raise InputError(f"longpo {name} needs the package {error.name}, which is not installed: {hint}") from error
     return run

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from longpo_jax.config import LongPOConfig, Objective
 from longpo_jax.dialogue import Branch, Dialogue
-from longpo_jax.records import Record, Turn, record_of, shards_of
+from longpo_jax.records import Line, Record, Turn, located
 from longpo_jax.rows import Row, needed, packed
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
@@ -77,41 +77,32 @@ def places_of(tokenizer: Tokenizer, record: Record, objective: Objective, turn: 
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a row comes from: a line of a file of records, and the turn that it is about."""
+class Place(Line):
+    """Where a row comes from: the line of a record, and the turn that it is about."""
 
-    file: str
-    number: int  # of the line
-    offset: int  # and where it begins
     turn: int
-
-    def record(self) -> Record:
-        """Read from the file."""
-        with open(self.file, "rb") as file:
-            file.seek(self.offset)
-            return record_of(file.readline(), Path(self.file), self.number)
 
 
 class Rows:
-    """The rows that the records of a folder give: those that fit, by domain, in the order of the records."""
+    """The rows that the records of a folder give: those that fit, by domain, in the order of the records.
+
+    Raises InputError for records that are not as they were written, and if no row is left.
+    """
 
     def __init__(self, config: LongPOConfig, pairs: Path, tokenizer: Tokenizer):
         self.config, self._tokenizer = config, tokenizer
         self.places: dict[str, list[Place]] = {}
+        self.turns: dict[str, int] = {}  # how many each record has, by its id
         self.too_long: Counter[str] = Counter()  # rows left out, by domain
         objective, train = config.objective.name, config.train
-        for path in shards_of(pairs):
-            with open(path, "rb") as file:
-                offset = 0
-                for number, line in enumerate(file, start=1):
-                    record = record_of(line, path, number)
-                    for turn in rows_of(record, objective):
-                        trunk, tail = places_of(tokenizer, record, objective, turn)
-                        if trunk > train.lengths[-1] or tail > train.tail:
-                            self.too_long[record.domain] += 1
-                        else:
-                            self.places.setdefault(record.domain, []).append(Place(str(path), number, offset, turn))
-                    offset += len(line)
+        for line, record in located(pairs):
+            self.turns[record.id] = len(record.turns)
+            for turn in rows_of(record, objective):
+                trunk, tail = places_of(tokenizer, record, objective, turn)
+                if trunk > train.lengths[-1] or tail > train.tail:
+                    self.too_long[record.domain] += 1
+                else:
+                    self.places.setdefault(record.domain, []).append(Place(**vars(line), turn=turn))
         if not self.places:
             raise InputError(
                 f"{pairs}: expected rows of at most {train.lengths[-1]} + {train.tail} places (train.lengths, "

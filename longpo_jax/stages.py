@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from longpo_jax.config import LongPOConfig
+from longpo_jax.sealed import sealed, unsealed
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import READING_S, check_agreed
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, replace_file
+from rapid_jax.runtime.files import digest, remove_leftovers, replace_file
 
-SCHEMA = 1
+SCHEMA = 2
 STAGES = ("pairs", "reference", "train", "export")  # in the order in which they run; each is a folder of a round
 _FILE = "done.json"
 # Settings that decide what a stage makes, "section.key" or a whole section "section.*". What changes speed, memory or
@@ -67,6 +68,8 @@ def working_in(folder: Path, stage: str) -> Iterator[None]:
             raise InputError(f"{folder}: expected a folder to write to, got one without the permission")
         with contextlib.suppress(OSError):  # no locks there
             _lock(held, folder)
+        for part in (folder, place):  # of runs that were killed
+            remove_leftovers(part)
         yield
     finally:
         os.close(held)
@@ -125,6 +128,16 @@ def is_to_skip(folder: Path, inputs: Mapping[str, Any], *, leads: bool) -> bool:
     return bool(agreed(leads and is_done(folder, inputs)))
 
 
+def check_same_model(place: Path, made: Mapping[str, Any], model: Mapping[str, str], source: str) -> None:
+    """Raises InputError if the stage of `place` was made with another model than `source`, known by `model`."""
+    for key in ("model.weights", "model.tokenizer", "model.template"):
+        if made.get(key, model[key]) != model[key]:
+            raise InputError(
+                f"{place} was made with another model, with {key} = {str(made[key])[:60]}, expected {model[key]} as "
+                f"{source} has: choose another run folder or model.source"
+            )
+
+
 def has_ended(folder: Path) -> bool:
     """Whether the stage of `folder` is done, whatever with."""
     return (folder / _FILE).is_file()
@@ -134,7 +147,12 @@ def mark_done(folder: Path, inputs: Mapping[str, Any], summary: Mapping[str, Any
     """Says that the stage of `folder` is done, with what, and what came of it (plain JSON values). One host does it."""
     with replace_file(folder / _FILE) as temporary:
         written = {"schema": SCHEMA, "inputs": dict(inputs), "summary": dict(summary)}
-        temporary.write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_bytes(sealed(written, _FILE, indent=1))
+
+
+def made_with(folder: Path) -> dict[str, Any]:
+    """The inputs of a stage. Raises InputError if it is not done."""
+    return _done(folder)["inputs"]
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -158,18 +176,14 @@ def _done(folder: Path) -> dict[str, Any]:
 def _read(folder: Path) -> dict[str, Any] | None:
     path = folder / _FILE
     try:
-        done = json.loads(path.read_text(encoding="utf-8"))
+        done = unsealed(path.read_bytes(), _FILE, str(path))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise InputError(f"{path}: expected JSON, got {error}") from error
-    if not isinstance(done, dict) or done.get("schema") != SCHEMA:
-        got = done.get("schema") if isinstance(done, dict) else type(done).__name__
-        raise InputError(f"{path}: expected schema {SCHEMA}, got {got}")
-    for part in ("inputs", "summary"):
-        if not isinstance(done.get(part), dict):
-            raise InputError(f"{path}: expected {part} in it, got none: delete {folder} to make it again")
-    return done
+    except InputError as error:
+        raise InputError(f"{error}: delete it, and `longpo {folder.name}` checks what is there") from error
+    if done.whole("schema", 0) != SCHEMA:
+        raise done.error("schema", f"{SCHEMA}, that of this version")
+    return {part: dict(done.fields(part)) for part in ("inputs", "summary")}
 
 
 def _said(inputs: Mapping[str, Any], key: str) -> str:

@@ -25,6 +25,7 @@ from longpo_jax.flops import flops_of, tokens_of
 from longpo_jax.loss import objective
 from longpo_jax.remat import wrapping
 from longpo_jax.rows import REJECTED, Row, batched
+from longpo_jax.soundness import all_finite
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_fork
 from rapid_jax.model.decoder import Decoder, Wrap
@@ -33,6 +34,7 @@ from rapid_jax.model.logprobs import token_log_probs
 from rapid_jax.runtime.axes import PARAM, spec_of
 from rapid_jax.runtime.mesh import placed
 
+TOLD = ("finite", "weights_finite")  # of an update, besides its metrics; truth values
 Batch = Mapping[str, Any]  # PLACES and reach_B; reference_*_B; of solopo also short_PLACES and short_reach_B
 
 
@@ -190,9 +192,10 @@ class Step:
         return self.gradients(state.weights, total, batch)
 
     def update(self, state: TrainState, total: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-        """(state after one update, means of the metrics, with grad_norm and finite).
+        """(state after one update, means of the metrics, with grad_norm and TOLD). The given state is used up.
 
-        If the gradient is not finite the state comes back as it was. The given state is used up.
+        finite: loss and gradient are; if not, the state comes back as it was. weights_finite: so are the weights that
+        came of it, which do not come back: a second copy of them would have to be kept.
         """
         return self.updated(state, total)
 
@@ -232,11 +235,11 @@ class Step:
         def kept(new, old):
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-        state = TrainState(
-            kept(state.step + 1, state.step), nnx.merge(graph, kept(moved, weights)), kept(moments, state.moments)
-        )
+        new = kept(moved, weights)
+        told = {"finite": finite, "weights_finite": all_finite(new)}
+        state = TrainState(kept(state.step + 1, state.step), nnx.merge(graph, new), kept(moments, state.moments))
         means = {name: value / count for name, value in metrics.items()}
-        return state, means | {"grad_norm": norm, "finite": finite}
+        return state, means | {"grad_norm": norm} | told
 
 
 def _metrics(name: str) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ import seqio
 import tensorflow as tf
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.reference import References
+from longpo_jax.reference import References, check_references, sums_of
 from longpo_jax.rows import Row
 from longpo_jax.samples import Place, Rows
 from longpo_jax.step import Sample
@@ -241,6 +241,7 @@ class Reader:
         self._config, self._references, self._start = config, references, start
         self._wanted = range(config.train.rows_per_step) if rows is None else rows
         self.rows = Rows(config, pairs, tokenizer)
+        check_references(references, self.rows.turns, config.objective.name)
         self._epochs = Epochs(self.rows)
         self._tails = {"row": self.rows.tail, "short": config.train.tail}
 
@@ -277,22 +278,12 @@ class Reader:
         name = item["id"].decode()
         row, short = (self._row(item, key, index) for index, key in enumerate(("row", "short")))
         assert row is not None
-        return Sample(name, row, short, self._sums(name, int(item["turn"])))
+        objective = self._config.objective.name
+        scores = {} if objective == "sft" else sums_of(self._references[name], objective, int(item["turn"]))
+        return Sample(name, row, short, scores)
 
     def _row(self, item: Mapping[str, Any], key: str, index: int) -> Row | None:
         if not item[key].size:
             return None
         fields = {f"{field}_T": array for field, array in zip(_FIELDS, item[key], strict=True)}
         return Row(**fields, reach=int(item["reach"][index]), tail=self._tails[key])
-
-    def _sums(self, name: str, turn: int) -> dict[str, float]:
-        """What the reference says of a row: of all its turns together."""
-        objective = self._config.objective.name
-        if objective == "sft":
-            return {}
-        if name not in self._references:
-            raise InputError(f"expected reference log-probabilities of every record, got none of {name!r}")
-        scores = self._references[name]
-        if objective == "solopo":
-            return {key: values[turn] for key, values in scores.items()}
-        return {key: float(np.sum(np.asarray(values, np.float64))) for key, values in scores.items()}

@@ -6,30 +6,34 @@ A run that is killed and started again makes the same updates on the same rows, 
 """
 
 import json
+import math
 import os
-import signal
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 
-from longpo_jax.checkpoints import Checkpoints, Found, newest, restore
+from longpo_jax.checkpoint_files import Found, newest
+from longpo_jax.checkpoints import Checkpoints, restore
 from longpo_jax.config import LongPOConfig
 from longpo_jax.metrics import Metrics, check_installed, peak_flops, read_metrics
 from longpo_jax.optimizer import schedule_of, transform_of
-from longpo_jax.reference import read_references, reference_inputs
-from longpo_jax.stages import inputs_of, is_to_skip, mark_done
-from longpo_jax.step import Sample, Step, TrainState
+from longpo_jax.pace import Clock
+from longpo_jax.reference import References, read_references, reference_inputs
+from longpo_jax.shortfall import lost, warning
+from longpo_jax.signals import Signals
+from longpo_jax.soundness import checksum, finite_each
+from longpo_jax.stages import has_ended, inputs_of, is_to_skip, mark_done, summary_of
+from longpo_jax.step import TOLD, Sample, Step, TrainState
 from rapid_jax.model.identity import identity_of
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
 from rapid_jax.runtime.axes import TRAINED
 from rapid_jax.runtime.command_line import say
-from rapid_jax.runtime.distributed import INTERRUPTED, LOST_PEER
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.mesh import make_meshes
@@ -42,7 +46,8 @@ def run_train(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: 
     gradient that is not finite, before any weight is touched; SystemExit with 75 or 130 when told to end.
     """
     place = folder / "train"
-    check_installed(config.train)
+    if not has_ended(place):
+        check_installed(config.train)
     reference = reference_inputs(config, folder)
     inputs = inputs_of(config, "train") | identity_of(config.model.source, config.model.dtype)
     inputs |= {"pairs": reference["pairs"], "reference": digest(repr(sorted(reference.items())))}
@@ -50,14 +55,14 @@ def run_train(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: 
         return
     references = read_references(folder / "reference", reference)
     found = _begun(place, inputs)
-    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2") == "2":  # as the command sets it
-        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow, imported by tasks, reports that it finds no GPU
-    from longpo_jax.tasks import Reader
-
-    reader = Reader(config, folder / "pairs", references, open_checkpoint(config.model.source)[1])
-    steps_of(config, reader.total)  # too few rows are told before the model is loaded
+    reader = _reader(config, folder / "pairs", references)
+    made = summary_of(folder / "pairs"), sum(reader.rows.too_long.values())
+    if reader.total < config.train.rows_per_step:
+        raise InputError(f"{_too_few(config, reader.total)}. {lost(*made)}")
+    if leads and (few := warning(config, reader.total, *made)) is not None:
+        say(f"longpo: {few}")
     model = policy_of(config, quiet=quiet)
-    with _Signals() as signals:
+    with Signals() as signals:
         summary = _Loop(config, place, model, inputs, signals).run(reader, found, leads=leads, quiet=quiet)
         if leads:
             mark_done(place, inputs, summary)
@@ -84,10 +89,26 @@ def steps_of(config: LongPOConfig, rows: int) -> int:
     """Updates of a run over `rows` rows in all. Raises InputError if there are too few for one."""
     steps = rows // config.train.rows_per_step
     if steps == 0:
-        raise InputError(
-            f"train.rows_per_step: expected at most the {rows} rows there are, got {config.train.rows_per_step}"
-        )
+        raise InputError(_too_few(config, rows))
     return steps if config.train.max_steps is None else min(steps, config.train.max_steps)
+
+
+def _too_few(config: LongPOConfig, rows: int) -> str:
+    return f"train.rows_per_step: expected at most the {rows} rows there are, got {config.train.rows_per_step}"
+
+
+def _reader(config: LongPOConfig, pairs: Path, references: Mapping[str, References]) -> Any:
+    """The rows, in the data's order. Raises InputError where seqio or TensorFlow cannot be imported."""
+    if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2") == "2":  # as the command sets it
+        os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow, imported by tasks, reports that it finds no GPU
+    try:
+        from longpo_jax.tasks import Reader
+    except ImportError as error:
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"training reads its rows through seqio and TensorFlow, which cannot be imported: {said}"
+        ) from error
+    return Reader(config, pairs, references, open_checkpoint(config.model.source)[1])
 
 
 def _begun(place: Path, inputs: dict[str, Any]) -> Found | None:
@@ -105,41 +126,10 @@ def _begun(place: Path, inputs: dict[str, Any]) -> Found | None:
     return found
 
 
-class _Signals:
-    """Notes SIGTERM and SIGINT while it is entered. All processes of a run agree on what was noted."""
-
-    def __init__(self):
-        self._noted: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: object) -> None:
-        if self._noted == number == signal.SIGINT:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
-        self._noted = number
-
-    def agreed(self) -> int | None:
-        """The exit status that one of the processes was asked for; None to go on."""
-        noted = self._noted or 0
-        if jax.process_count() > 1:
-            noted = int(np.max(multihost_utils.process_allgather(np.int32(noted))))
-        return {0: None, signal.SIGINT: INTERRUPTED}.get(noted, LOST_PEER)
-
-
 class _Loop:
     """Training on its devices."""
 
-    def __init__(
-        self, config: LongPOConfig, place: Path, model: LoadedModel, inputs: dict[str, Any], signals: _Signals
-    ):
+    def __init__(self, config: LongPOConfig, place: Path, model: LoadedModel, inputs: dict[str, Any], signals: Signals):
         self._config, self._place, self._inputs, self._signals = config, place, inputs, signals
         self._model = model
         self._microbatch = config.mesh.data * config.mesh.fsdp
@@ -166,9 +156,10 @@ class _Loop:
             say(f"train: {longer} of {longer + len(reader)} rows are longer than train.lengths or train.tail: left out")
         step = Step(config, self._model.decoder, transform_of(config.optimizer, steps))
         state = step.start(self._model.decoder)
+        self._begin(state, found)
         state = state if found is None else restore(found, state)
         first = int(state.step)
-        reader.start_at(0 if found is None else found.note["position"], self.held)
+        reader.start_at(0 if found is None else found.note.whole("position"), self.held)
         metrics = Metrics(
             self._place,
             steps=steps,
@@ -181,11 +172,30 @@ class _Loop:
         folder = self._place / "checkpoints"
         with Checkpoints(folder, start=first, keep=train.keep, keep_every=train.keep_every) as checkpoints:
             try:
-                self._updates(step, state, iter(reader), (first, steps), metrics, checkpoints)
+                state = self._updates(step, state, iter(reader), (first, steps), metrics, checkpoints)
             finally:
                 metrics.close()
+        if _sum(state) == self._started:
+            raise InputError(
+                f"{self._place}: expected training to change a weight, got none changed by {steps} updates: "
+                "optimizer.learning_rate, objective"
+            )
         made = {"steps": steps, "rows": steps * train.rows_per_step, "too_long": dict(reader.rows.too_long)}
         return made | {"last": read_metrics(self._place)[-1] if leads else {}}
+
+    def _begin(self, state: TrainState, found: Found | None) -> None:
+        """Notes what the run starts from. Raises InputError if a weight of the model is NaN or infinite."""
+        if found is not None:
+            self._started = found.note.whole("started")
+            return
+        finite = jax.tree.leaves_with_path(jax.device_get(finite_each(nnx.state(state.weights, nnx.Param))))
+        wrong = [jax.tree_util.keystr(path, simple=True, separator=".") for path, sound in finite if not sound]
+        if wrong:
+            raise InputError(
+                f"{self._config.model.source}: expected finite weights to train, got NaN or infinite ones in {wrong[0]}"
+                + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+            )
+        self._started = _sum(state)
 
     def _updates(
         self,
@@ -195,10 +205,10 @@ class _Loop:
         span: tuple[int, int],
         metrics: Metrics,
         checkpoints: Checkpoints,
-    ) -> None:
-        """The updates from the first of `span` on, up to the second, with what is told and saved of them."""
+    ) -> TrainState:
+        """The state after the updates from the first of `span` on, up to the second; tells and saves on the way."""
         train, (first, steps) = self._config.train, span
-        clock = _Clock(steps, sum(peak_flops(device.device_kind) or 0.0 for device in self._devices))
+        clock = Clock(steps, sum(peak_flops(device.device_kind) or 0.0 for device in self._devices))
         rate = schedule_of(self._config.optimizer, steps)
         saved = first
         for index in range(first, steps):
@@ -208,12 +218,15 @@ class _Loop:
                     checkpoints.save(state, self._note(index))
                 checkpoints.wait()
                 raise InputError(self._not_finite(found, index, ids))
+            if not found["weights_finite"]:
+                checkpoints.wait()
+                raise InputError(self._overflowed(found, index, saved, float(np.asarray(rate(index)))))
             line = {
                 "step": index + 1,
                 "rows": (index + 1) * train.rows_per_step,
                 "learning_rate": float(np.asarray(rate(index))),
             }
-            line |= {name: value for name, value in found.items() if name != "finite"} | clock.read(index + 1)
+            line |= {name: value for name, value in found.items() if name not in TOLD} | clock.read(index + 1)
             ending = self._signals.agreed()
             last = index + 1 == steps
             if last or (index + 1) % train.log_every == 0:
@@ -226,13 +239,15 @@ class _Loop:
                 checkpoints.wait()
                 say(f"longpo: told to end: saved after update {index + 1} of {steps}")
                 raise SystemExit(ending)
+        return state
 
     def _note(self, step: int) -> dict[str, Any]:
         """Beside the arrays: the rows that were read, and the inputs; what is drawn follows from the seed in them."""
-        return {"inputs": self._inputs, "position": step * self._config.train.rows_per_step}
+        position = step * self._config.train.rows_per_step
+        return {"inputs": self._inputs, "position": position, "started": self._started}
 
     def _update(
-        self, step: Step, state: TrainState, samples: Iterator[Sample | None], clock: "_Clock"
+        self, step: Step, state: TrainState, samples: Iterator[Sample | None], clock: Clock
     ) -> tuple[TrainState, dict[str, float], list[str]]:
         """(state, metrics, ids of the rows that are here) after one update."""
         total, ids = None, []
@@ -246,11 +261,23 @@ class _Loop:
         return state, {name: float(value) for name, value in jax.device_get(found).items()}, ids
 
     def _not_finite(self, found: dict[str, float], index: int, ids: list[str]) -> str:
+        wrong = "loss" if not math.isfinite(found["loss"]) else "gradient"
         held = f"are in {self._place / 'checkpoints' / str(index)}" if index else "are the model's own"
         return (
-            f"update {index + 1}: expected a finite loss and gradient, got {found['loss']} and norm "
+            f"update {index + 1}: expected a finite {wrong}, got the loss {found['loss']} and a gradient of norm "
             f"{found['grad_norm']} from the documents {', '.join(_of_all(ids))}; no weight was touched, they {held}"
         )
+
+    def _overflowed(self, found: dict[str, float], index: int, saved: int, rate: float) -> str:
+        held = f"in {self._place / 'checkpoints' / str(saved)}" if saved else "the model's own"
+        return (
+            f"update {index + 1}: expected finite weights, got NaN or infinite ones at a learning rate of {rate:g} "
+            f"(gradient norm {found['grad_norm']:g}): they were not saved, the last good ones are {held}"
+        )
+
+
+def _sum(state: TrainState) -> int:
+    return int(checksum(nnx.state(state.weights, nnx.Param)))
 
 
 def _of_all(ids: list[str]) -> list[str]:
@@ -262,38 +289,3 @@ def _of_all(ids: list[str]) -> list[str]:
         every = multihost_utils.process_allgather(padded)
         ids = [name for theirs in every for name in json.loads(theirs.tobytes())]
     return list(dict.fromkeys(ids))
-
-
-class _Clock:
-    """Tokens and operations since the last look, and the time they took."""
-
-    def __init__(self, steps: int, peak: float):
-        self._steps, self._peak = steps, peak
-        self._counts: list[tuple[jax.Array, jax.Array]] = []
-        self._start = self._last = time.perf_counter()
-        self._begun: int | None = None  # updates made when the first, which compiles, was over
-
-    def add(self, tokens: jax.Array, flops: jax.Array) -> None:
-        """Of one microbatch; what is still being computed is not waited for."""
-        self._counts.append((tokens, flops))
-
-    def skip(self) -> None:
-        """What was done since the last look was not an update."""
-        self._last = time.perf_counter()
-
-    def read(self, step: int) -> dict[str, float | None]:
-        """tokens, seconds, tokens_per_second, mfu, seconds_left after update `step`.
-
-        The first update compiles: it has a time and no rate.
-        """
-        now = time.perf_counter()
-        seconds = now - self._last
-        tokens, flops = (sum(map(float, counts)) for counts in zip(*self._counts, strict=True))
-        self._last, self._counts = now, []
-        found: dict[str, float | None] = {"tokens": tokens, "seconds": seconds}
-        if self._begun is None:
-            self._begun, self._start = step, now
-            return found | {"tokens_per_second": None, "mfu": None, "seconds_left": None}
-        left = (now - self._start) / (step - self._begun) * (self._steps - step)
-        mfu = flops / seconds / self._peak if self._peak else None
-        return found | {"tokens_per_second": tokens / seconds, "mfu": mfu, "seconds_left": left}

@@ -18,7 +18,7 @@ from rapid_jax.config import RapidConfig
 from rapid_jax.evaluate import results
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import replace_file
+from rapid_jax.runtime.files import remove_leftovers, replace_file
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def check_same(folder: Path, described: Mapping[str, Any]) -> None:
 
 def begin(folder: Path, described: Mapping[str, Any], config: RapidConfig) -> None:
     """Makes the folder of a run, or checks that what is there is this run. Raises InputError if it is another."""
+    remove_leftovers(folder)
     path = folder / results.SUITE
     if path.is_file():
         check_same(folder, described)

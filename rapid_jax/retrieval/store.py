@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rapid_jax.runtime.files import digest, replace_file
+from rapid_jax.runtime.files import digest, remove_leftovers, replace_file
 
 _log = logging.getLogger(__name__)
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
@@ -54,6 +54,7 @@ class EmbeddingStore:
         np.save(buffer, embeddings_NE, allow_pickle=False)
         body = buffer.getvalue()
         try:
+            remove_leftovers(self.folder)
             with replace_file(self.path(key)) as temporary:
                 temporary.write_bytes(body + hashlib.sha256(body).digest())
         except OSError as error:

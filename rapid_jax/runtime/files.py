@@ -2,13 +2,14 @@
 """Files that are written whole or not at all, content hashes, and the cache folder."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import re
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from rapid_jax.runtime.errors import InputError
 
 _SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*)://")
 _RESTLESS_S = 2.0  # a file that changed so lately may change again within one tick of its file system's clock
+
+# What is being written has such a name beside its own, or, moved aside, with the ending; its writer holds its lock.
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}(?P<old>\.old)?")
 
 
 def local_path(text: str | Path, what: str) -> Path:
@@ -36,11 +40,12 @@ def local_path(text: str | Path, what: str) -> Path:
 def replace_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on a clean exit it replaces `path` at once, else it is removed.
 
-    The file gets the permissions that the process gives to any new file.
+    The file gets the permissions that the process gives to any new file. What killed processes have left of it is
+    removed first.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    temporary.touch(exist_ok=False)
+    remove_leftovers(path.parent, path.name)
+    temporary, held = _made(path, lambda new: os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
     try:
         yield temporary
         with open(temporary, "rb") as written:
@@ -48,6 +53,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(held)
 
 
 @contextlib.contextmanager
@@ -55,28 +61,92 @@ def replace_folder(path: Path) -> Iterator[Path]:
     """Yields an empty temporary folder beside `path`; on a clean exit it takes the place of `path`, else it is removed.
 
     What was at `path` is moved aside first, put back if the new folder cannot be moved in, and deleted last: a reader
-    never finds a half-written folder, and for the instant between the two moves finds none. Raises InputError if
-    `path` is a file.
+    never finds a half-written folder, and for the instant between the two moves finds none. What killed processes have
+    left of it is removed first, and what they had moved aside put back. Raises InputError if `path` is a file.
     """
     if path.is_file():
         raise InputError(f"{path}: expected a folder or nothing there, got a file")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = _beside(path), _beside(path)
-    temporary.mkdir()
+    remove_leftovers(path.parent, path.name)
+
+    def make(new: Path) -> int:
+        new.mkdir()
+        return os.open(new, os.O_RDONLY | os.O_DIRECTORY)
+
+    temporary, held = _made(path, make)
+    old = path.with_name(f"{_beside(path).name}.old")
     try:
         yield temporary
-        if path.exists():
-            path.rename(old)
-        try:
-            temporary.rename(path)
-        except OSError:
-            if old.exists():
-                old.rename(path)
-            raise
+        with _kept(path):
+            if path.exists():
+                path.rename(old)
+            try:
+                temporary.rename(path)
+            except OSError:
+                if old.exists():
+                    old.rename(path)
+                raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
+        os.close(held)
+
+
+def remove_leftovers(folder: Path, name: str | None = None) -> None:
+    """Removes what `replace_file` and `replace_folder` of killed processes have left in `folder`, if it is there.
+
+    Of one `name` alone, where others keep files in that folder, too. A folder that had been moved aside is put back
+    where nothing has taken its place. What a living process writes is left alone: it holds a lock (between machines as
+    far as the file system has locks between them).
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in list(entries):
+            match = _TEMPORARY.fullmatch(entry.name)
+            if match is not None and name in (None, match["name"]) and not entry.is_symlink():
+                _remove_leftover(Path(entry.path), Path(entry.path).with_name(match["name"]), match["old"] is not None)
+
+
+def _remove_leftover(path: Path, target: Path, is_old: bool) -> None:
+    with contextlib.suppress(OSError):  # another was faster, no permission, or no locks there
+        held = os.open(path, os.O_RDWR if path.is_file() else os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_old and not target.exists():
+                path.rename(target)
+            elif path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        finally:
+            os.close(held)
+
+
+def _made(path: Path, make: Callable[[Path], int]) -> tuple[Path, int]:
+    """(a new temporary file or folder beside `path`, its descriptor, which holds its lock)."""
+    while True:
+        temporary = _beside(path)
+        held = make(temporary)
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(held, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):  # who removes leftovers came between the two lines above
+            if os.stat(temporary).st_ino == os.fstat(held).st_ino:
+                return temporary, held
+        os.close(held)
+
+
+@contextlib.contextmanager
+def _kept(folder: Path) -> Iterator[None]:
+    """While it is moved aside, `folder` is nobody's leftover."""
+    held = None
+    with contextlib.suppress(OSError):  # nothing there, or no locks
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(held, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    try:
+        yield
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def _beside(path: Path) -> Path:

@@ -151,6 +151,13 @@ class Fields(Mapping[str, Any]):
         expected = f"a list of whole numbers of at least {least}"
         return self._checked(key, default, expected, lambda value: _all(value, lambda x: _is_whole(x, least, most)))
 
+    def numbers(self, key: str, default: Any = _REQUIRED, *, most: float = 1e30) -> Any:
+        """A list of finite numbers from -most to most, as floats."""
+        found = self._checked(
+            key, default, "a list of numbers", lambda value: _all(value, lambda x: _is_number(x, most))
+        )
+        return found if found is default else [float(value) for value in found]
+
     def fields(self, key: str, default: Any = _REQUIRED) -> Any:
         """An object, as `Fields` of its own."""
         value = self._checked(key, default, "an object", lambda value: isinstance(value, dict))
@@ -176,6 +183,10 @@ class Fields(Mapping[str, Any]):
 
 def _is_whole(value: Any, least: int, most: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
+
+
+def _is_number(value: Any, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -most <= value <= most
 
 
 def _all(value: Any, right: Any) -> bool:

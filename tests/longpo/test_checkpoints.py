@@ -19,7 +19,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from longpo_jax.checkpoints import Checkpoints, newest, restore, restore_weights
+from longpo_jax.checkpoint_files import newest, of_step, write_list
+from longpo_jax.checkpoints import Checkpoints, restore, restore_weights
 from longpo_jax.config import OptimizerConfig
 from longpo_jax.optimizer import transform_of
 from longpo_jax.step import TrainState
@@ -167,7 +168,7 @@ def cut_note(folder: Path) -> None:
         (cut_array, "bytes, .* were written"),
         (lose_item, "weights/.* has no bytes, "),
         (lose_list, "No such file or directory: .*files.json"),
-        (cut_note, "Unterminated string|Expecting"),
+        (cut_note, "not JSON|other bytes"),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(tmp_path, capfd, damage, said):
@@ -203,15 +204,25 @@ def test_a_checkpoint_of_something_else_is_refused_by_name(tmp_path):
         restore(found, state_of(0, moments_dtype="bfloat16"))
     path = tmp_path / "1" / "note" / "metadata"
     text = path.read_text()
-    path.write_text(text.replace('"schema": 1', '"schema": 2'))
+    path.write_text(text.replace('"schema": 2', '"schema": 9'))
     assert path.read_text() != text
-    with pytest.raises(InputError, match="expected a checkpoint of schema 1, got 2"):
+    with pytest.raises(InputError, match="note/metadata has other bytes than were written"):
+        newest(tmp_path)
+    write_list(tmp_path / "1")
+    with pytest.raises(InputError, match="expected a checkpoint of schema 2, got 9"):
         newest(tmp_path)
 
 
 def test_an_array_that_cannot_be_read_is_one_line(tmp_path):
     """Of the right size but with other bytes."""
-    saved(tmp_path, 1)
+    saved(tmp_path, 1, 2)
+    path = max((tmp_path / "2" / "moments").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"2: moments cannot be read: .*delete it to go on from the one before"):
+        restore(of_step(tmp_path, 2), state_of(0))
+    shutil.rmtree(tmp_path / "2")
     for path in (tmp_path / "1" / "weights").rglob("manifest.ocdbt"):
         path.write_bytes(bytes(path.stat().st_size))
     found = newest(tmp_path)

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from flax import nnx
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from longpo_jax.checkpoints import Checkpoints
-from longpo_jax.config import LongPOConfig, PolicyConfig, TrainConfig
+from longpo_jax.config import ExportConfig, LongPOConfig, PolicyConfig, TrainConfig
 from longpo_jax.export import run_export
 from longpo_jax.optimizer import transform_of
 from longpo_jax.stages import mark_done, summary_of
@@ -54,7 +55,7 @@ def save_trained(config: LongPOConfig, step: int) -> Decoder:
     nnx.update(decoder, noise(nnx.state(decoder, nnx.Param), seed=step))
     state = Step(config, decoder, transform_of(config.optimizer, 10)).start(decoder)
     state = dataclasses.replace(state, step=jnp.int32(step))
-    with Checkpoints(Path(config.run) / "train" / "checkpoints", keep=2) as checkpoints:
+    with Checkpoints(Path(config.run) / "train" / "checkpoints", start=step - 2, keep=2) as checkpoints:
         checkpoints.save(state, {})
     return decoder
 
@@ -119,7 +120,7 @@ def test_the_folder_says_what_a_user_of_it_must_know(trained, exported):
     said = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert said == ours.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert theirs(said).input_ids == ours(said).input_ids
-    assert summary_of(exported) == {"context_size": LONGEST, "theta": THETA}
+    assert summary_of(exported) == {"context_size": LONGEST, "theta": THETA, "step": 5}
 
 
 def test_without_a_theta_and_with_shorter_rows_the_checkpoints_own_stay(tmp_path, trained):
@@ -130,7 +131,7 @@ def test_without_a_theta_and_with_shorter_rows_the_checkpoints_own_stay(tmp_path
     model, train = dataclasses.replace(config.model, rope_theta=None), dataclasses.replace(config.train, lengths=(512,))
     config = dataclasses.replace(config, model=model, train=train)
     save_trained(config, 1)
-    mark_done(tmp_path / "run" / "train", {}, {})
+    mark_done(tmp_path / "run" / "train", {}, {"steps": 1})
     run_export(config, tmp_path / "run", quiet=True)
     described = json.loads((tmp_path / "run" / "export" / "config.json").read_text())
     assert (described["rope_theta"], described["max_position_embeddings"]) == (10000.0, MAX_POSITIONS)
@@ -167,7 +168,7 @@ def test_what_is_done_is_left_alone_and_another_training_is_refused(trained, exp
     shutil.copytree(Path(config.run), tmp_path / "run")
     (tmp_path / "run" / "train" / "checkpoints").rename(tmp_path / "away")  # not needed any more
     run_export(config, tmp_path / "run", quiet=True)
-    mark_done(tmp_path / "run" / "train", {}, {"steps": 6})
+    mark_done(tmp_path / "run" / "train", {}, {"steps": 5, "rows": 6})
     with pytest.raises(InputError, match=r"export was made with train = .*: choose another run folder, or delete"):
         run_export(config, tmp_path / "run", quiet=True)
 
@@ -176,10 +177,58 @@ def test_export_before_training_is_one_clear_line(trained, tmp_path):
     config = settings_in(tmp_path, Path(trained[0].model.source))
     with pytest.raises(InputError, match=r"train: expected a stage that is done, got none: run `longpo train` first"):
         run_export(config, tmp_path, quiet=True)
-    mark_done(tmp_path / "train", {}, {})
-    with pytest.raises(InputError, match=r"checkpoints: expected a checkpoint, got none: run `longpo train` first"):
+    mark_done(tmp_path / "train", {}, {"steps": 8})
+    with pytest.raises(InputError, match=r"checkpoints: expected the checkpoint of update 8, got only those of: none"):
+        run_export(config, tmp_path, quiet=True)
+    mark_done(tmp_path / "train", {}, {"steps": "8"})
+    with pytest.raises(InputError, match=r"done.json: summary.steps must be a whole number .*, got '8'"):
         run_export(config, tmp_path, quiet=True)
     assert not (tmp_path / "export").exists()
+
+
+def test_the_tokenizer_of_another_model_is_not_taken(trained, tmp_path):
+    config = dataclasses.replace(trained[0], run=str(tmp_path / "run"))
+    shutil.copytree(Path(trained[0].run) / "train", tmp_path / "run" / "train")
+    mark_done(tmp_path / "run" / "train", {"model.tokenizer": "another's"}, {"steps": 5})
+    with pytest.raises(InputError, match=r"train was made with another model, with model.tokenizer = another's"):
+        run_export(config, tmp_path / "run", quiet=True)
+
+
+def cut_last(folder: Path) -> None:
+    path = max((folder / "weights").rglob("d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_value(folder: Path) -> None:
+    """Of the same size: a bit of one weight."""
+    path = max((folder / "weights").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (cut_last, r"checkpoints/5 is not whole: weights/.* bytes, \d+ were written"),
+        (flip_value, r"checkpoints/5: weights cannot be read: "),
+        (shutil.rmtree, r"expected the checkpoint of update 5, got only those of: 3"),
+    ],
+)
+def test_the_last_checkpoint_and_no_other_is_exported_unless_it_is_asked_for(trained, tmp_path, damage, said):
+    config = dataclasses.replace(trained[0], run=str(tmp_path / "run"))
+    shutil.copytree(Path(trained[0].run) / "train", tmp_path / "run" / "train")
+    damage(tmp_path / "run" / "train" / "checkpoints" / "5")
+    with pytest.raises(InputError, match=f"{said}.*: nothing was exported; export.step takes another checkpoint"):
+        run_export(config, tmp_path / "run", quiet=True)
+    assert not (tmp_path / "run" / "export").exists()
+    if damage is not shutil.rmtree:
+        return
+    third = dataclasses.replace(config, export=ExportConfig(step=3))
+    run_export(third, tmp_path / "run", quiet=True)
+    assert summary_of(tmp_path / "run" / "export")["step"] == 3
+    with pytest.raises(InputError, match=r"export was made with step = 3, expected step = 5"):
+        run_export(config, tmp_path / "run", quiet=True)
 
 
 def test_weights_of_another_model_are_refused(trained, tmp_path):

@@ -21,8 +21,9 @@ from longpo_jax.config import (
 from longpo_jax.dialogue import Dialogue
 from longpo_jax.excerpts import excerpts_of
 from longpo_jax.instruct import OPENERS, request
+from longpo_jax.journal import Writer
 from longpo_jax.pairs import middle_of, run_pairs
-from longpo_jax.records import Answer, Record, Writer, read_records
+from longpo_jax.records import Answer, Record, read_records
 from longpo_jax.stages import summary_of
 from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of
 from rapid_jax.runtime.errors import InputError
@@ -103,7 +104,7 @@ class Engine:
 def engine(tokenizer, monkeypatch) -> Engine:
     engine = Engine(tokenizer)
     monkeypatch.setattr("longpo_jax.pairs.Generator", lambda config, quiet: engine)
-    monkeypatch.setattr("longpo_jax.records.os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("longpo_jax.journal.os.fsync", lambda descriptor: None)
     return engine
 
 
@@ -138,6 +139,7 @@ def test_every_document_and_every_excerpt_is_accounted_for(config, engine, tmp_p
     assert summary["excerpts"] == len(turns) + sum(summary["turns_dropped"].values())
     assert (summary["pairs"], summary["turns"]) == (len(records), len(turns))
     assert summary["documents_dropped"]["no excerpt"] == 1 and summary["turns_dropped"]["too few questions"] > 0
+    assert summary["turns_dropped"]["too few questions, cut off"] > 0
     assert summary["text_dropped"]["excerpt too short"] >= 3
     for which in ("chosen", "rejected"):
         lengths = [getattr(turn, which).tokens for turn in turns]
@@ -145,7 +147,7 @@ def test_every_document_and_every_excerpt_is_accounted_for(config, engine, tmp_p
     cut_off = [not answer.finished for turn in turns for answer in (turn.chosen, turn.rejected)]
     assert summary["unfinished"] == pytest.approx(sum(cut_off) / len(cut_off))
     said = capsys.readouterr().err.splitlines()
-    assert len(said) == 1 and said[0].startswith(
+    assert len(said) == 2 and said[0].startswith(
         f"pairs: {len(records)} pairs with {len(turns)} turns from 8 documents"
     )
     assert f"too few questions {summary['turns_dropped']['too few questions']}" in said[0]

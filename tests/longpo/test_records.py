@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
-from longpo_jax.records import Answer, Record, Turn, Writer, digest_of, read_records, shards_of
-from longpo_jax.stages import mark_done
+from longpo_jax.journal import Writer
+from longpo_jax.records import Answer, Record, Turn, digest_of, located, read_records, shards_of
+from longpo_jax.sealed import sealed
 from rapid_jax.runtime.errors import InputError
 
 INPUTS = {"seed": 1, "corpus.sources": ("a=b",)}
@@ -48,7 +49,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def whole(tmp_path: Path) -> Path:
     """Seven documents, five records in three files."""
     writer = written(tmp_path / "whole", 7)
-    mark_done(tmp_path / "whole", INPUTS, {"pairs": writer.counts["pairs"]})
+    writer.finish({})
     return tmp_path / "whole"
 
 
@@ -65,15 +66,16 @@ def appended(contents: dict[str, bytes]) -> list[tuple[str, bytes]]:
     records = {name: data.splitlines(keepends=True) for name, data in contents.items() if name.startswith("pairs")}
     found = []
     for line in contents["journal.jsonl"].splitlines(keepends=True):
-        place = json.loads(line).get("record")
-        found += [(place["file"], records[place["file"]].pop(0))] if place else []
+        if json.loads(line).get("record"):
+            name = next(name for name in sorted(records) if records[name])
+            found.append((name, records[name].pop(0)))
         found.append(("journal.jsonl", line))
     return found
 
 
 def test_a_run_that_is_cut_anywhere_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path, monkeypatch):
     """Of every line a part is written when the run is killed: nothing of it, some, and all."""
-    monkeypatch.setattr("longpo_jax.records.os.fsync", lambda descriptor: None)  # hundreds of them take seconds
+    monkeypatch.setattr("longpo_jax.journal.os.fsync", lambda descriptor: None)  # hundreds of them take seconds
     (whole / "done.json").unlink()
     expected = contents(whole)
     lines = appended(expected)
@@ -96,7 +98,7 @@ def test_a_killed_process_loses_and_repeats_nothing(whole: Path, tmp_path: Path)
     program = """
         import sys
         from pathlib import Path
-        from longpo_jax.records import Writer
+        from longpo_jax.journal import Writer
         from tests.longpo.test_records import INPUTS, add
         writer = Writer(Path(sys.argv[1]), INPUTS, shard_pairs=2)
         for index in range(len(writer.finished), 7):
@@ -161,17 +163,27 @@ def test_files_that_are_not_as_the_journal_says_are_refused(tmp_path: Path):
     journal.unlink()
     with pytest.raises(InputError, match="got records without a journal"):
         Writer(tmp_path, INPUTS, shard_pairs=2)
-    journal.write_bytes(kept.replace(b'"counts"', b'"count"', 1))
-    with pytest.raises(InputError, match=r"journal.jsonl: expected a line a document, got one with 'counts'"):
-        Writer(tmp_path, INPUTS, shard_pairs=2)
-    journal.write_bytes(kept.replace(b'"schema": 1', b'"schema": 2', 1))
-    with pytest.raises(InputError, match=r"journal.jsonl: expected schema 1 and inputs, got schema 2"):
-        Writer(tmp_path, INPUTS, shard_pairs=2)
-    for header in (b'{"schema": 1}', b'{"schema": 1, "inputs": 3}'):
-        journal.write_bytes(header + kept[kept.index(b"\n") :])
-        with pytest.raises(InputError, match=r"journal.jsonl: expected schema 1 and inputs, got schema 1"):
+    for changed, message in (
+        (kept.replace(b'"counts"', b'"count"', 1), r"journal.jsonl:2: .* the checksum does not match"),
+        (kept.replace(b'"id": "d1"', b'"id": "d7"', 1), r"journal.jsonl:3: .* the checksum does not match"),
+        (b'{"schema": 1, "inputs": {}}\n', r"journal.jsonl:1: expected a checksum at its end, .* an earlier version"),
+    ):
+        journal.write_bytes(changed)
+        with pytest.raises(InputError, match=f"{message}: delete .*{tmp_path.name} to start again"):
+            Writer(tmp_path, INPUTS, shard_pairs=2)
+    for header, message in (
+        ({"schema": 1, "inputs": {}}, "schema must be 2, got 1"),
+        ({"schema": 2}, "inputs must be an object, got no such key"),
+        ({"schema": 2, "inputs": 3}, "inputs must be an object, got 3"),
+    ):
+        journal.write_bytes(sealed(header, "journal.jsonl:1") + kept[kept.index(b"\n") + 1 :])
+        with pytest.raises(InputError, match=f"journal.jsonl:1: {message}"):
             Writer(tmp_path, INPUTS, shard_pairs=2)
     journal.write_bytes(kept)
+    first.write_bytes(data.replace(b"Because", b"because", 1))
+    with pytest.raises(InputError, match=r"00000.jsonl:1: .* the checksum does not match"):
+        Writer(tmp_path, INPUTS, shard_pairs=2)
+    first.write_bytes(data)
     assert len(Writer(tmp_path, INPUTS, shard_pairs=2).finished) == 7
 
 
@@ -185,7 +197,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_stays(whole: Path, tmp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("longpo_jax.records.os.fsync", full)
+        patch.setattr("longpo_jax.journal.os.fsync", full)
         with pytest.raises(InputError, match=r"pairs-00001.jsonl: cannot be written: No space left on device"):
             add(writer, 4)
     assert not (folder / "pairs-00001.jsonl").read_bytes().endswith(b"\n")
@@ -201,24 +213,42 @@ def test_a_run_that_is_not_finished_is_not_read(tmp_path: Path):
 
 
 def damaged(line: bytes, **changes: Any) -> bytes:
-    return json.dumps({**json.loads(line), **changes}).encode() + b"\n"
+    """With another value of a field, and a checksum that fits."""
+    values = {**json.loads(line), **changes}
+    del values["sha256"]
+    return sealed(values, "pairs-00001.jsonl:2")
+
+
+def turns(line: bytes, **changes: Any) -> list[dict[str, Any]]:
+    """The turns of a record with other values in the first."""
+    found = json.loads(line)["turns"]
+    return [{**found[0], **changes}, *found[1:]]
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda line: line[:-1], "expected a whole line, got one that is cut off"),
-        (lambda line: line[:-9] + b"\n", "expected JSON, got"),
-        (lambda line: b"\xff" + line, "expected JSON, got"),
-        (lambda line: b"[]\n", "expected a record of schema 1, got list"),
-        (lambda line: damaged(line, schema=2), "expected a record of schema 1, got 2"),
-        (lambda line: damaged(line, schema=None), "expected a record of schema 1, got None"),
-        (lambda line: damaged(line, turns=None), "got one with 'NoneType' object is not iterable"),
-        (lambda line: damaged(line, tokens="7"), "got one with tokens = '7'"),
-        (lambda line: damaged(line, cut=[3, 99]), r"got one with cut = \[3, 99\]"),
-        (lambda line: damaged(line, more=1), "unexpected keyword argument 'more'"),
-        (lambda line: line.replace(b'"excerpt": [2, 6]', b'"excerpt": [6, 2]'), r"excerpt = \[6, 2\]"),
-        (lambda line: line.replace(b'"finished": true', b'"finished": 1'), "got one with finished = 1"),
+        (lambda line: line[:-9] + b"\n", "expected a checksum at its end, got"),
+        (lambda line: b"[]\n", "expected a checksum at its end, got"),
+        (lambda line: b"\xff" + line, "got other bytes: the checksum does not match"),
+        (lambda line: line.replace(b"Because", b"because", 1), "got other bytes: the checksum does not match"),
+        (lambda line: damaged(line, schema=1), "schema must be 2, that of .*, got 1"),
+        (lambda line: damaged(line, schema=None), "schema must be 2, .* got null"),
+        (lambda line: damaged(line, schema=2.0, id=None), "schema must be 2, .* got 2.0|id must be a string, got null"),
+        (lambda line: damaged(line, turns=None), "turns must be a list of objects, got null"),
+        (lambda line: damaged(line, turns=[]), "turns must be a list of one turn or more"),
+        (lambda line: damaged(line, tokens="7"), "tokens must be a whole number from 0 to .*, got '7'"),
+        (lambda line: damaged(line, tokens=10**12), "tokens must be a whole number from 0 to .*, got 10"),
+        (lambda line: damaged(line, seed=2**32), "seed must be a whole number from 0 to 4294967295"),
+        (lambda line: damaged(line, cut=[3, 99]), r"cut must be the two ends of a stretch of \d+ characters"),
+        (lambda line: damaged(line, more=1), "more must be no key of a record, got 1"),
+        (lambda line: damaged(line, turns=turns(line, excerpt=[6, 2])), r"turns\[0\].excerpt must be the two ends"),
+        (lambda line: damaged(line, turns=turns(line, opener=7)), r"turns\[0\].opener must be a string, got 7"),
+        (
+            lambda line: damaged(line, turns=turns(line, chosen={"text": "a", "tokens": 1, "finished": 1})),
+            r"turns\[0\].chosen.finished must be true or false, got 1",
+        ),
         (lambda line: damaged(line, id="d3"), "expected a document once, got 'd3' again"),
     ],
 )
@@ -237,10 +267,48 @@ def test_missing_files_are_noticed(whole: Path):
     last.unlink()
     with pytest.raises(InputError, match="expected 5 records, got 4"):
         list(read_records(whole))
+    second = whole / "pairs-00001.jsonl"
+    lines = second.read_bytes().splitlines(keepends=True)
+    for changed, message in (
+        (lines[:1], "expected 5 records, got 3"),
+        (lines[1:], "jsonl:1: .* the checksum does not match"),
+        (lines[::-1], "jsonl:1: .* the checksum does not match"),
+        ([*lines, lines[1]], "jsonl:3: .* the checksum does not match"),
+    ):
+        second.write_bytes(b"".join(changed))
+        with pytest.raises(InputError, match=message):
+            list(read_records(whole))
+    second.write_bytes(b"".join(lines))
     last.write_bytes(data)
     (whole / "pairs-00001.jsonl").unlink()
     with pytest.raises(InputError, match=r"expected pairs-00001.jsonl, got pairs-00002.jsonl"):
         list(read_records(whole))
+
+
+def test_records_of_another_run_are_noticed(whole: Path, tmp_path: Path):
+    other = Writer(tmp_path / "other", INPUTS, shard_pairs=2)
+    for index in range(7):
+        other.add(f"d{index}", replace(record(index), domain="code") if index % 3 != 2 else None, {})
+    other.finish({})
+    (whole / "pairs-00001.jsonl").write_bytes((tmp_path / "other" / "pairs-00001.jsonl").read_bytes())
+    with pytest.raises(InputError, match="expected the records that were made, got others"):
+        list(read_records(whole))
+
+
+def test_a_record_is_read_again_from_its_place(whole: Path):
+    places = [line for line, _ in located(whole)]
+    assert [line.record() for line in places] == list(read_records(whole))
+    path = whole / "pairs-00000.jsonl"
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"Because 0", b"Because 9", 1))
+    with pytest.raises(InputError, match=r"00000.jsonl:1: .* the checksum does not match"):
+        places[0].record()
+    path.write_bytes(sealed(replace(record(0), seed=5).to_json(), "pairs-00000.jsonl:1"))
+    with pytest.raises(InputError, match=r"00000.jsonl:1: expected the record that was there at first, got another"):
+        places[0].record()
+    path.unlink()
+    with pytest.raises(InputError, match=r"00000.jsonl: cannot be read: No such file"):
+        places[0].record()
 
 
 def test_the_digest_is_that_of_the_records_alone(whole: Path, tmp_path: Path):

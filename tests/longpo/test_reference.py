@@ -15,9 +15,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from longpo_jax import reference
 from longpo_jax.config import LongPOConfig
 from longpo_jax.dialogue import Dialogue
-from longpo_jax.records import Answer, Record, Turn, Writer
+from longpo_jax.journal import Writer
+from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.reference import Scorer, read_references, reference_inputs, run_reference
-from longpo_jax.stages import mark_done
 from rapid_jax.model import chat
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.runtime import settings
@@ -134,7 +134,7 @@ def written(folder, made):
     writer = Writer(folder / "pairs", {}, shard_pairs=2)
     for record in made:
         writer.add(record.id, record, {})
-    mark_done(folder / "pairs", {}, {"pairs": len(made)})
+    writer.finish({})
     return folder
 
 

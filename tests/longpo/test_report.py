@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from matplotlib import pyplot
 
@@ -124,9 +125,29 @@ def test_damaged_metrics_and_a_file_in_the_way_are_one_line_and_nothing_is_writt
     assert not (tmp_path / "out").exists() and (tmp_path / "file").read_text() == "mine"
 
 
-def test_a_run_of_one_update_is_drawn(tmp_path):
+def test_a_run_of_one_update_is_drawn(tmp_path, monkeypatch):
+    """Every panel shows its point: ink of the run's colour within the axes."""
+    inked = {}
+    close = pyplot.close
+
+    def look(figure):
+        figure.canvas.draw()
+        pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+        for panel in (panel for panel in figure.axes if panel.axison):
+            box = panel.get_window_extent().extents.round().astype(int)
+            inside = pixels[pixels.shape[0] - box[3] : pixels.shape[0] - box[1], box[0] : box[2]]
+            legend = panel.get_legend().get_window_extent().extents.round().astype(int) - box[[0, 1, 0, 1]]
+            inside[inside.shape[0] - legend[3] : inside.shape[0] - legend[1], legend[0] : legend[2]] = 255
+            inked[panel.get_title()] = int((np.abs(inside - [31, 119, 180]).sum(-1) < 30).sum())
+        close(figure)
+
+    monkeypatch.setattr(pyplot, "close", look)
     report([trained(tmp_path / "run", steps=1)])
-    assert (tmp_path / "run" / "report.png").stat().st_size > 1000
+    assert len(inked) == 8 and "tokens/s" not in inked  # of which the first update has none
+    assert min(inked.values()) > 20, inked
+    inked.clear()
+    report([trained(tmp_path / "two", steps=2)])
+    assert len(inked) == 9 and min(inked.values()) > 20, inked
 
 
 @pytest.mark.parametrize("count", [1, 3, 41, 200])

@@ -11,7 +11,8 @@ from types import ModuleType
 import pytest
 
 from longpo_jax.config import GenerationConfig, LongPOConfig, OptimizerConfig, PolicyConfig, TrainConfig
-from longpo_jax.records import Answer, Record, Turn, Writer, read_records
+from longpo_jax.journal import Writer
+from longpo_jax.records import Answer, Record, Turn, read_records
 from longpo_jax.round import SETTINGS, rounds_of, run_round, run_rounds, run_stage
 from longpo_jax.stages import STAGES, inputs_of, is_done, mark_done, summary_of
 from rapid_jax.runtime import settings
@@ -189,7 +190,7 @@ def write_pairs(config, folder, *, leads=True, quiet=False):
         turn = Turn((0, 60), (0, 20), "As the text says,", "what of w1?", chosen, rejected)
         record = Record(f"doc-{index}", "book", text, config.corpus.max_tokens, None, (turn,), index, "settings")
         writer.add(record.id, record, {"pairs": 1})
-    mark_done(place, inputs, {"pairs": 4})
+    writer.finish({})
 
 
 def test_two_rounds_on_a_tiny_model_each_taught_on_from_the_last(monkeypatch, tmp_path):

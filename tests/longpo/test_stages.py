@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from longpo_jax.config import LongPOConfig
+from longpo_jax.sealed import sealed
 from longpo_jax.stages import STAGES, identity_of, inputs_of, is_done, mark_done, summary_of, working_in
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.settings import defaults
@@ -48,17 +49,29 @@ def test_other_inputs_are_refused_by_the_first_that_differs(tmp_path: Path, othe
 
 def test_a_file_that_is_no_note_of_ours_is_refused(tmp_path: Path):
     (tmp_path / "done.json").write_text('{"schema": 1')
-    with pytest.raises(InputError, match=r"done.json: expected JSON, got"):
+    with pytest.raises(InputError, match=r"done.json: expected a whole line, got one that is cut off: delete it"):
         is_done(tmp_path, INPUTS)
-    for text, got in (("[1]", "list"), (json.dumps({"schema": 99}), "99"), ("{}", "None")):
+    for text in ("[1]\n", "{}\n", '{\n "schema": 1,\n "inputs": {},\n "summary": {}\n}\n'):  # the last: as it was once
         (tmp_path / "done.json").write_text(text)
-        with pytest.raises(InputError, match=f"done.json: expected schema 1, got {got}"):
+        with pytest.raises(
+            InputError, match=r"done.json: expected a checksum at its end, .* earlier version: delete it"
+        ):
             is_done(tmp_path, INPUTS)
-    for text, part in (('{"schema": 1}', "inputs"), ('{"schema": 1, "inputs": {}, "summary": 3}', "summary")):
-        (tmp_path / "done.json").write_text(text)
+    for values, message in (
+        ({"schema": 99}, "schema must be 2, that of this version, got 99"),
+        ({"schema": 2}, "inputs must be an object, got no such key"),
+        ({"schema": 2, "inputs": {}, "summary": 3}, "summary must be an object, got 3"),
+    ):
+        (tmp_path / "done.json").write_bytes(sealed(values, "done.json"))
         for asked in (lambda: is_done(tmp_path, INPUTS), lambda: summary_of(tmp_path)):
-            with pytest.raises(InputError, match=f"done.json: expected {part} in it, got none: delete"):
+            with pytest.raises(InputError, match=f"done.json: {message}"):
                 asked()
+    mark_done(tmp_path, INPUTS, {"pairs": 3})
+    marked = (tmp_path / "done.json").read_bytes()
+    for index in range(len(marked)):
+        (tmp_path / "done.json").write_bytes(marked[:index] + bytes([marked[index] ^ 1]) + marked[index + 1 :])
+        with pytest.raises(InputError, match=r"done.json: "):
+            is_done(tmp_path, INPUTS)
 
 
 def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path):
@@ -73,6 +86,18 @@ def test_one_run_at_a_time_works_in_a_folder(tmp_path: Path):
     with working_in(folder, "train"):
         pass
     assert [path.name for path in folder.iterdir()] == ["train"]
+
+
+def test_what_killed_runs_left_behind_is_removed_under_the_lock(tmp_path: Path):
+    for name in (".export.0123456789abcdef", "reference"):
+        (tmp_path / name).mkdir()
+    (tmp_path / ".export.0123456789abcdef" / "model.safetensors").write_bytes(bytes(100))
+    scores = "reference/.scores-00000.jsonl.0123456789abcdef"
+    for name in (".settings.yaml.0123456789abcdef", scores, "reference/inputs.txt"):
+        (tmp_path / name).write_text("x")
+    with working_in(tmp_path, "reference"):
+        left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert left == ["reference", "reference/inputs.txt"]
 
 
 def test_folders_that_stay_empty_are_taken_away_again(tmp_path: Path):

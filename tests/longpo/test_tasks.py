@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.records import Answer, Record, Turn, Writer
+from longpo_jax.journal import Writer
+from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.rows import CHOSEN, REJECTED
 from longpo_jax.samples import Rows, places_of, policy_parts
 from longpo_jax.tasks import Reader, Vocabulary
@@ -42,6 +43,7 @@ def written(folder: Path, records: list[Record]) -> Path:
     writer = Writer(folder / "pairs", {}, shard_pairs=3)
     for one in records:
         writer.add(one.id, one, {})
+    writer.finish({})
     return folder / "pairs"
 
 
@@ -213,6 +215,15 @@ ELSEWHERE = """
             importlib.import_module(name)
     print(len(names), *sorted(sys.modules.keys() & {"tensorflow", "seqio", "torch", "transformers", "scann"}))
 
+    from longpo_jax import cli, metrics
+    for gone in ("seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "clu"):
+        sys.modules[gone] = None  # as where they are not installed
+    for command in ("train", "round", "rounds"):
+        given = ["--config", "configs/longpo/smollm2_cpu.yaml", "--set", f"run={sys.argv[1]}/{command}"]
+        print(cli.main([command, *given]), pathlib.Path(sys.argv[1], command).exists())
+    for gone in metrics.ROWS:
+        del sys.modules[gone]
+
     from tests.longpo import test_tasks as here
     tokenizer = here.open_checkpoint("smollm2")[1]
     print(*here.ids(here.read(here.config(*here.WEIGHTED), pathlib.Path(sys.argv[1]), tokenizer)))
@@ -224,6 +235,11 @@ def test_another_process_reads_the_same_rows_and_tasks_alone_imports_tensorflow(
     command = [sys.executable, "-c", textwrap.dedent(ELSEWHERE), str(pairs)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    imported, order = done.stdout.splitlines()
+    imported, *refused, order = done.stdout.splitlines()
+    assert refused == ["2 False"] * 3  # said at once, before any stage
+    said = "longpo: training reads its rows through seqio and TensorFlow, expected seqio, tensorflow, tensorflow_text, "
+    lines = [line for line in done.stderr.splitlines() if line.startswith("longpo: ")]
+    assert len(lines) == 3 and all(line.startswith(said) for line in lines)
+    assert all("pip install '.[longpo]' in a checkout" in line for line in lines)
     assert imported.split() == [str(len(list((root / "longpo_jax").glob("*.py"))) - 1)]
     assert order.split() == ids(read(config(*WEIGHTED), pairs, tokenizer))

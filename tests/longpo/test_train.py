@@ -13,14 +13,16 @@ import time
 from pathlib import Path
 
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 
 from longpo_jax import train as module
-from longpo_jax.checkpoints import newest
+from longpo_jax.checkpoint_files import newest
 from longpo_jax.config import LongPOConfig, OptimizerConfig, PolicyConfig, TrainConfig
+from longpo_jax.journal import Writer
 from longpo_jax.metrics import read_metrics
-from longpo_jax.records import Answer, Record, Turn, Writer
+from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.reference import run_reference
 from longpo_jax.stages import mark_done, summary_of
 from longpo_jax.train import run_train, steps_of
@@ -68,7 +70,7 @@ def begun(tmp_path_factory) -> tuple[Path, LongPOConfig]:
     writer = Writer(pairs, {}, shard_pairs=3)
     for index in range(STEPS):
         writer.add(f"doc-{index}", record(index), {"pairs": 1})
-    mark_done(pairs, {}, {"pairs": STEPS})
+    writer.finish({})
     run_reference(config, folder / "run", quiet=True)
     return folder, config
 
@@ -168,7 +170,8 @@ def test_a_run_undisturbed(whole):
     assert (summary["steps"], summary["rows"], summary["last"]) == (STEPS, STEPS * ROWS, lines[-1])
     found = newest(place / "checkpoints")
     assert found is not None and (found.note["position"], found.note["inputs"]["seed"]) == (STEPS * ROWS, whole.seed)
-    assert lines[0]["learning_rate"] == 0.0 and lines[1]["learning_rate"] == pytest.approx(1e-3)
+    assert lines[0]["learning_rate"] == pytest.approx(1e-3) and lines[-1]["learning_rate"] > 1e-6
+    assert lines[0]["loss"] != lines[1]["loss"]
     assert np.mean([line["nll"] for line in lines[-2:]]) < np.mean([line["nll"] for line in lines[:2]]) - 0.3
     for line in lines:
         assert line["rewards/margins"] == pytest.approx(line["rewards/chosen"] - line["rewards/rejected"], abs=1e-5)
@@ -258,7 +261,7 @@ def test_an_interruption_and_a_loss_that_is_not_finite_leave_good_weights(begun,
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "read_references", poisoned)
-        with pytest.raises(InputError, match=r"^update \d: expected a finite loss and gradient, got .*doc-") as caught:
+        with pytest.raises(InputError, match=r"^update \d: expected a finite loss, got the loss inf .*doc-") as caught:
             run_train(config, folder, quiet=True)
     found = newest(place / "checkpoints")
     assert found is not None and str(caught.value).startswith(f"update {found.step + 1}: ")
@@ -296,7 +299,7 @@ def test_a_run_that_is_done_stays_so_and_another_is_refused(whole, tmp_path, mon
         run_train(config, folder, quiet=True)
     assert left.value.code == LOST_PEER  # what comes after training does not start
     assert done.read_text() == content and (folder / "train" / "metrics.jsonl").read_text() == metrics
-    assert capfd.readouterr().err == "longpo: told to end: training is done\n"
+    assert capfd.readouterr().err.endswith("\nlongpo: told to end: training is done\n")
 
 
 def test_what_is_missing_is_said_before_anything_starts(tmp_path):
@@ -317,6 +320,57 @@ def test_rows_that_do_not_do_are_said_before_the_model_is_loaded(begun, tmp_path
             run_train(config, Path(config.run), quiet=True)
         assert not (Path(config.run) / "train").exists()
         shutil.rmtree(config.run)
+
+
+def test_weights_that_are_not_finite_are_neither_trained_nor_saved_and_none_changed_is_no_success(
+    begun, tmp_path, monkeypatch, capsys
+):
+    config = copied(begun, tmp_path, max_steps=1)
+    folder, place = Path(config.run), Path(config.run) / "train"
+    load = module.policy_of
+
+    def spoilt(*given, **how):
+        model = load(*given, **how)
+        model.decoder.norm_D[...] = model.decoder.norm_D[...].at[3].set(np.nan)
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "policy_of", spoilt)
+        with pytest.raises(InputError, match=r"model: expected finite weights to train, got NaN .* ones in norm_D"):
+            run_train(config, folder, quiet=True)
+    assert not (place / "checkpoints").exists()
+    for scale, message in (
+        (
+            np.inf,
+            r"^update 1: expected finite weights, got NaN .*: they were not saved, .* the model's own$",
+        ),
+        (0.0, r"train: expected training to change a weight, got none changed by 1 updates: optimizer.learning_rate"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                module, "transform_of", lambda *_, scale=scale: optax.chain(optax.trace(0.9), optax.scale(scale))
+            )
+            with pytest.raises(InputError, match=message):
+                run_train(config, folder, quiet=True)
+        assert not (place / "done.json").exists()
+        assert [path.name for path in (place / "checkpoints").iterdir()] == ([] if scale else ["1"])
+    assert "give 8 updates, of which train.max_steps makes 1: too few to learn much" in capsys.readouterr().err
+
+
+def test_without_tensorflow_training_is_refused_and_pairs_of_another_model_are(begun, tmp_path, monkeypatch):
+    config = copied(begun, tmp_path)
+    folder = Path(config.run)
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "longpo_jax.tasks", None)  # as if an import in it failed
+        with pytest.raises(InputError, match=r"^training .* seqio and TensorFlow, which cannot be imported: "):
+            run_train(config, folder, quiet=True)
+        patch.setitem(sys.modules, "clu", None)
+        with pytest.raises(InputError, match=r"expected clu, not installed here: pip install '.\[longpo\]'"):
+            run_train(config, folder, quiet=True)
+    mark_done(folder / "pairs", {"model.weights": "of another"}, summary_of(folder / "pairs"))
+    for stage in (run_train, run_reference):
+        with pytest.raises(InputError, match=r"pairs was made with another model, with model.weights = of another"):
+            stage(config, folder, quiet=True)
 
 
 def test_how_many_updates():

@@ -3,6 +3,9 @@
 
 import hashlib
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,6 +87,84 @@ def test_a_folder_does_not_replace_a_file(tmp_path: Path):
     with pytest.raises(InputError, match="expected a folder or nothing there, got a file"), files.replace_folder(path):
         pytest.fail("the folder was given out to be written")
     assert path.read_text() == "kept"
+
+
+KILLED = """
+import os, pathlib, signal, sys
+from rapid_jax.runtime import files
+how, path = sys.argv[1], pathlib.Path(sys.argv[2])
+if how == "between":  # the old folder is aside, the new one not yet in its place
+    rename = pathlib.Path.rename
+    def moved(self, target):
+        rename(self, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+    pathlib.Path.rename = moved
+with (files.replace_file if how == "file" else files.replace_folder)(path) as temporary:
+    (temporary if how == "file" else temporary / "a").write_text("half")
+    if how == "alive":
+        print("ready", flush=True)
+        sys.stdin.readline()
+    elif how != "between":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed(how: str, path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", KILLED, how, str(path)], check=False)
+    assert done.returncode == -signal.SIGKILL
+
+
+def test_what_a_killed_process_left_is_removed_by_the_next_that_writes_there(tmp_path: Path):
+    killed("file", tmp_path / "a.txt")
+    killed("folder", tmp_path / "export")
+    (tmp_path / ".other.0123456789abcdef").write_text("of somebody else")
+    assert len(names(tmp_path)) == 3
+    with files.replace_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("whole")
+    with files.replace_folder(tmp_path / "export"):
+        pass
+    assert names(tmp_path) == [".other.0123456789abcdef", "a.txt", "export"]
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["a.txt", "export"]
+    files.remove_leftovers(tmp_path / "absent")
+
+
+def test_a_folder_that_was_moved_aside_when_the_process_was_killed_comes_back(tmp_path: Path):
+    path = tmp_path / "checkpoint"
+    path.mkdir()
+    (path / "old").touch()
+    killed("between", path)
+    assert not path.exists()
+    files.remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["checkpoint"] and names(path) == ["old"]
+
+
+def test_what_a_living_process_is_writing_is_left_alone(tmp_path: Path):
+    path = tmp_path / "export"
+    command = [sys.executable, "-c", KILLED, "alive", str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+        with files.replace_file(tmp_path / "a.txt") as mine:
+            files.remove_leftovers(tmp_path)
+            assert mine.exists() and len(names(tmp_path)) == 2
+        process.communicate(b"\n")
+    assert process.returncode == 0
+    assert names(tmp_path) == ["a.txt", "export"] and (path / "a").read_text() == "half"
+
+
+def test_a_leftover_that_is_removed_before_its_writer_has_locked_it_is_made_again(tmp_path: Path, monkeypatch):
+    flock, calls = files.fcntl.flock, []
+
+    def late(descriptor: int, how: int) -> None:
+        calls.append(how)
+        if len(calls) == 1:
+            files.remove_leftovers(tmp_path)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(files.fcntl, "flock", late)
+    with files.replace_file(tmp_path / "a.txt") as temporary:
+        temporary.write_text("whole")
+    assert names(tmp_path) == ["a.txt"] and (tmp_path / "a.txt").read_text() == "whole" and len(calls) == 3
 
 
 def test_digest_separates_its_parts():

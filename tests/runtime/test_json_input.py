@@ -63,6 +63,16 @@ def test_numbers_are_finite_and_within_limits(text):
         parse_object(f'{{"x": {text}}}', "c.json").number("x", above=0)
 
 
+def test_lists_of_numbers_are_finite_and_within_limits():
+    fields = parse_object('{"a": [1, -2.5], "b": [NaN], "c": [1e400], "d": [true], "e": 1, "f": [3e9]}', "c.json")
+    assert fields.numbers("a") == [1.0, -2.5] and fields.numbers("z", None) is None
+    for key in "bcde":
+        with pytest.raises(InputError, match=f"c.json: {key} must be a list of numbers, got "):
+            fields.numbers(key)
+    with pytest.raises(InputError, match="f must be a list of numbers"):
+        fields.numbers("f", most=1e9)
+
+
 @pytest.mark.parametrize("value", ["1025", "-1", "1e3", "1" * 400])
 def test_whole_numbers_within_limits(value):
     with pytest.raises(InputError, match="from 0 to 1024"):

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which checkpoints of a training are whole, and the newest of them, or one that is asked for; nothing of it is loaded.
+
+    FOLDER/<step>/note/metadata      JSON, as checkpoints.py writes it
+    FOLDER/<step>/files.json         size of every file, SHA-256 of the note, and a checksum of its own
+
+A folder that has no such list, or whose files are not as it says, is not used.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from longpo_jax.sealed import sealed, unsealed
+from rapid_jax.runtime.command_line import say
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import digest_file
+from rapid_jax.runtime.json_input import Fields, parse_object, read_object
+from rapid_jax.runtime.mesh import agreed
+
+SCHEMA = 2
+_FILES = "files.json"
+_NOTE = "note/metadata"
+_NONE = -1
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint that is whole; `note` is what `save` was given, with step, schema, arrays and their sums."""
+
+    folder: Path
+    note: Fields
+
+    @property
+    def step(self) -> int:
+        """Updates made when it was written."""
+        return self.note.whole("step")
+
+
+def newest(folder: Path) -> Found | None:
+    """The newest checkpoint in `folder` that is whole, on every process the same; None if nothing was ever saved.
+
+    Says on standard error which newer ones are not. Raises InputError if there are some and none is whole, or the
+    newest is of another schema. `folder` is one that all processes see.
+    """
+    step = int(agreed(_newest_step(folder) if jax.process_index() == 0 else _NONE))
+    return None if step == _NONE else _found(folder, step)
+
+
+def of_step(folder: Path, step: int) -> Found:
+    """The checkpoint of `step` updates. Raises InputError if it is not there, not whole, or of another schema."""
+    if int(agreed((folder / str(step)).is_dir())) == 0:
+        kept = ", ".join(map(str, _steps(folder))) or "none"
+        raise InputError(f"{folder}: expected the checkpoint of update {step}, got only those of: {kept}")
+    fault = _fault(folder / str(step)) if jax.process_index() == 0 else None
+    if fault is not None:
+        raise InputError(f"{folder / str(step)} is not whole: {fault}")
+    return _found(folder, step)
+
+
+def write_list(folder: Path) -> None:
+    """Beside a checkpoint that is all written: what `newest` knows it by."""
+    files = {"sizes": _sizes(folder), "note": digest_file(folder / _NOTE)}
+    (folder / _FILES).write_bytes(sealed(files, _FILES))
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without TensorStore's specification, cut to a line."""
+    text = " ".join(str(error).partition("[tensorstore_spec=")[0].split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"  # TensorStore puts the cause last
+
+
+def _found(folder: Path, step: int) -> Found:
+    place = folder / str(step)
+    found = Found(place, read_object(place / _NOTE))
+    if found.note.get("schema") != SCHEMA:
+        raise InputError(f"{place}: expected a checkpoint of schema {SCHEMA}, got {found.note.get('schema')}")
+    if found.step != step:
+        raise InputError(f"{place}: expected the checkpoint of update {step}, got that of {found.step}")
+    return found
+
+
+def _steps(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isascii() and path.name.isdigit())
+
+
+def _newest_step(folder: Path) -> int:
+    """The newest step whose checkpoint is whole; says which are not."""
+    faults = []
+    for step in reversed(_steps(folder)):
+        fault = _fault(folder / str(step))
+        if fault is None:
+            for line in faults:
+                say(f"{line}; going on from step {step}")
+            return step
+        faults.append(f"{folder / str(step)} is not whole: {fault}")
+    if faults:
+        raise InputError(f"expected a checkpoint that is whole, got none: {'; '.join(faults)}")
+    return _NONE
+
+
+def _fault(folder: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, if anything is."""
+    try:
+        files = unsealed((folder / _FILES).read_bytes(), _FILES, _FILES)
+        note = digest_file(folder / _NOTE)
+        parse_object((folder / _NOTE).read_bytes(), _NOTE)
+        expected = files.fields("sizes")
+    except (OSError, InputError) as error:
+        return one_line(error)
+    if files.text("note") != note:
+        return f"{_NOTE} has other bytes than were written"
+    got = _sizes(folder)
+    for name, size in expected.items():
+        if got.get(name) != size:
+            return f"{name} has {got.get(name, 'no')} bytes, {size} were written"
+    return None
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    # What Orbax itself notes of a folder is rewritten when it gets its name.
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_size
+        for path in paths
+        if path.name not in (_FILES, "_CHECKPOINT_METADATA")
+    }

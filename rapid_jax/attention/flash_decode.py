@@ -26,6 +26,7 @@ from rapid_jax.runtime.contract import contract
 
 LOW = -1e30  # stands for -inf where a difference of two must not be NaN
 MOST_ROWS = 128  # more are not a few
+MOST_BYTES = 512  # of a query's head: more, and a block of keys and values does not fit a multiprocessor's memory
 MOST_FLOAT16 = 65504.0
 
 
@@ -47,10 +48,11 @@ def shape_of(rows: int, rounded: bool) -> Shape:
 
 
 def fits(rows: Rows, slots: Slots) -> bool:
-    """Whether the kernel takes these shapes: heads of a power of two, no branch tags, few rows."""
+    """Whether the kernel takes these shapes: heads of a power of two and `MOST_BYTES`, no branch tags, few rows."""
     R, H = rows.q_BKRH.shape[2:]
     tags = rows.branch_BR is not None and slots.branch_BS is not None
-    return H >= 16 and H & (H - 1) == 0 and R <= MOST_ROWS and not tags and rows.reach_BR is None
+    heads = H >= 16 and H & (H - 1) == 0 and H * rows.q_BKRH.dtype.itemsize <= MOST_BYTES
+    return heads and R <= MOST_ROWS and not tags and rows.reach_BR is None
 
 
 def flash_decode(
@@ -124,8 +126,8 @@ def _check(rows: Rows, sides: tuple[Slots, ...], used: tuple[jax.Array, ...]) ->
         check_contract("flash_decode", rows, side, shared=True, quantized=True)
         with contract("flash_decode"):
             assert fits(rows, side), (
-                f"expected at most {MOST_ROWS} rows of a kv head, heads of a power of two from 16 on and no branch "
-                f"tags, got rows {rows.q_BKRH.shape}"
+                f"expected at most {MOST_ROWS} rows of a kv head, heads of a power of two from 16 on in {MOST_BYTES} bytes "
+                f"and no branch tags, got rows {rows.q_BKRH.dtype} {rows.q_BKRH.shape}"
             )
 
 

@@ -162,10 +162,12 @@ def test_a_shared_prefix_is_read_once_for_as_many_rows_as_fit(monkeypatch):
 def test_what_the_kernel_takes():
     given = made(ROW)
     far = given.sides[0]
-    for head_dim, taken in ((8, False), (16, True), (24, False), (96, False), (128, True), (256, True)):
-        assert fits(replace(given.rows, q_BKRH=np.zeros((1, 2, 1, head_dim))), far) == taken, head_dim
+    for head_dim, taken in ((8, False), (16, True), (24, False), (96, False), (128, True), (256, False)):
+        assert fits(replace(given.rows, q_BKRH=np.zeros((1, 2, 1, head_dim), np.float32)), far) == taken, head_dim
+    for head_dim, taken in ((256, True), (512, False)):
+        assert fits(replace(given.rows, q_BKRH=jnp.zeros((1, 2, 1, head_dim), jnp.bfloat16)), far) == taken, head_dim
     for count in (1, MOST_ROWS, MOST_ROWS + 1):
-        rows = Rows(np.zeros((1, 2, count, 16)), np.zeros((1, count), np.int32))
+        rows = Rows(np.zeros((1, 2, count, 16), np.float32), np.zeros((1, count), np.int32))
         assert fits(rows, far) == (count <= MOST_ROWS), count
     both = tagged(given)
     assert not fits(both.rows, both.sides[0])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rapid_jax.attention.decoding import by_kernel
-from rapid_jax.attention.flash_decode import MOST_ROWS, fits, flash_decode
+from rapid_jax.attention.flash_decode import MOST_BYTES, MOST_ROWS, fits, flash_decode
 from rapid_jax.attention.partial import attend_block, finish, merge
 from tests.attention.decode_cases import FLOAT16, Case, Side, made, truth
 
@@ -56,7 +56,7 @@ def error(got: jax.Array, want: np.ndarray) -> float:
 def test_the_grid(name, dtype):
     case = CASES[name]
     given = made(case, jnp.dtype(dtype))
-    assert fits(given.rows, given.sides[0])
+    assert fits(given.rows, given.sides[0]) == (case.head_dim * given.rows.q_BKRH.dtype.itemsize <= MOST_BYTES)
     call = jax.jit(lambda rows, sides, used: by_kernel(rows, sides, used, case.scale, None, block=1024))
     got, want = call(given.rows, given.sides, given.used), truth(given)
     if dtype == "float32":
@@ -65,12 +65,13 @@ def test_the_grid(name, dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 64, 65, MOST_ROWS])
-@pytest.mark.parametrize("head_dim", [128, 256])
-def test_every_number_of_rows(rows, head_dim):
+@pytest.mark.parametrize("head_dim, dtype", [(128, "bfloat16"), (256, "bfloat16"), (128, "float32")])
+def test_every_number_of_rows(rows, head_dim, dtype):
     """Of one kv head; what is shared out differently, and what no longer fits the fast memory of a multiprocessor."""
     for int8 in (False, True):
         case = Case((Side(2100, 2099, int8=int8), Side(40, 33)), 2, 2, time=rows, head_dim=head_dim)
-        given = made(case, jnp.bfloat16)
+        given = made(case, jnp.dtype(dtype))
+        assert fits(given.rows, given.sides[0])
         call = jax.jit(lambda rows, sides, used: by_kernel(rows, sides, used, case.scale, None, block=1024))  # noqa: B023
         assert error(call(given.rows, given.sides, given.used), truth(given)) <= 7e-3
 

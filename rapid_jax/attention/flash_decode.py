@@ -126,8 +126,8 @@ def _check(rows: Rows, sides: tuple[Slots, ...], used: tuple[jax.Array, ...]) ->
         check_contract("flash_decode", rows, side, shared=True, quantized=True)
         with contract("flash_decode"):
             assert fits(rows, side), (
-                f"expected at most {MOST_ROWS} rows of a kv head, heads of a power of two from 16 on in {MOST_BYTES} bytes "
-                f"and no branch tags, got rows {rows.q_BKRH.dtype} {rows.q_BKRH.shape}"
+                f"expected at most {MOST_ROWS} rows of a kv head, heads of a power of two from 16 on in {MOST_BYTES} "
+                f"bytes and no branch tags, got rows {rows.q_BKRH.dtype} {rows.q_BKRH.shape}"
             )
 
 

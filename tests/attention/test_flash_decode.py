@@ -4,6 +4,7 @@
 from dataclasses import replace
 from functools import partial, reduce
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -231,4 +232,4 @@ def test_new_tokens_over_prefix_and_tail(monkeypatch):
     k, v = (np.concatenate(parts, axis=2, dtype=np.float64).swapaxes(1, 2) for parts in both)
     seen = visible(pos_BG, np.concatenate([far.pos_BS, tail.slot_positions(extra=G)], axis=1))
     np.testing.assert_allclose(got_BGNH, dense_attention(np.asarray(qkv[0], np.float64), k, v, seen), atol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, got_kv, KV(*near))
+    chex.assert_trees_all_equal(got_kv, KV(*near))

@@ -3,6 +3,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -104,7 +105,7 @@ def test_attention_reads_what_the_steps_stand_for(stacked):
     got_BGNH, tail = attended(layer)
     want_BGNH, want_tail = attended(KV(*(jnp.asarray(np.float32(x)) for x in in_full(layer))))
     np.testing.assert_allclose(got_BGNH, want_BGNH, atol=1e-5, rtol=0)
-    jax.tree.map(np.testing.assert_array_equal, tail, want_tail)
+    chex.assert_trees_all_equal(tail, want_tail)
     far = np.sqrt(np.mean(np.square(got_BGNH - full_BGNH)) / np.mean(np.square(full_BGNH)))
     assert 1e-4 < far < 0.012, far
 

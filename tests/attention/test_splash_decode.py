@@ -4,6 +4,7 @@
 from dataclasses import replace
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -165,4 +166,4 @@ def test_new_tokens_over_prefix_and_tail(monkeypatch, why):
     monkeypatch.setattr(Strategy, "chosen_decode", lambda self: partial(by_splash, block=self.block, interpret=True))
     got_LBGNH, got_kv = attended()
     np.testing.assert_allclose(got_LBGNH, want_LBGNH, atol=1e-5, rtol=0)
-    jax.tree.map(np.testing.assert_array_equal, got_kv, want_kv)
+    chex.assert_trees_all_equal(got_kv, want_kv)

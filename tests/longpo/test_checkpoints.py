@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -116,7 +117,7 @@ def test_the_weights_alone_need_no_array_to_lie_like(tmp_path):
     for mesh in (None, mesh_of(fsdp=2, context=4)):
         target = abstract(MODEL, layout="stacked", dtype=jnp.dtype("float32"), mesh=mesh, table=TRAINED)
         got, expected = restore_weights(found, target), state_of(4).weights
-        jax.tree.map(np.testing.assert_array_equal, nnx.state(got), nnx.state(expected))
+        chex.assert_trees_all_equal(nnx.state(got), nnx.state(expected))
         assert got.mesh is mesh
 
 

@@ -3,6 +3,7 @@
 
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,12 +82,12 @@ def test_the_norm_is_that_of_all_weights():
         (563, 5e-7),
         (2812, 2.935308826620023e-07),
         (3094, 2.5e-7),
-        (5624, 4.8128e-14),
+        (5624, 4.8146582165314163e-14),
     ],
 )
 def test_the_schedule_is_the_oracles(count, rate):
     """O8, its warmup counted from 1; the paper's 45,000 documents, 8 an update."""
-    assert rate_of(OptimizerConfig(), 5625, count) == pytest.approx(rate, rel=1e-6 if count < 5624 else 1e-4, abs=0)
+    assert rate_of(OptimizerConfig(), 5625, count) == pytest.approx(rate, rel=1e-6, abs=0)
 
 
 def test_the_schedule_at_its_edges():
@@ -141,5 +142,5 @@ def test_small_moments_are_computed_in_float32(name, weights_dtype):
         assert updates.dtype == jnp.float32
         np.testing.assert_array_equal(updates, expected)
         rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16) if x.size > 1 else x, reference)
-        jax.tree.map(np.testing.assert_array_equal, state, rounded)
+        chex.assert_trees_all_equal(state, rounded)
         reference = jax.tree.map(lambda x: x.astype(jnp.float32) if x.size > 1 else x, rounded)

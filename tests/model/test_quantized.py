@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,7 +143,7 @@ def test_8_bits_say_nearly_the_same(config):
     assert got.dtype == np.float32
     assert 1e-4 < relative(got, want) < 0.03
     assert isinstance(copy, Decoder) and copy.config is decoder.config
-    jax.tree.map(np.testing.assert_array_equal, nnx.state(decoder), before)
+    chex.assert_trees_all_equal(nnx.state(decoder), before)
     assert copy.embed_VD is decoder.embed_VD and copy.norm_D is decoder.norm_D
 
 

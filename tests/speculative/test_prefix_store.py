@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,7 +87,7 @@ def test_both_layouts_write_the_same_arrays(tmp_path: Path):
     (note, one), (other_note, other) = arrays("stacked"), arrays("unrolled")
     assert note == other_note
     assert one["layers-0"]["2.k_BKSH"].shape == (len(LENGTHS), HEADS, max(LENGTHS), HEAD_DIM), "used slots only"
-    jax.tree.map(np.testing.assert_array_equal, one, other)
+    chex.assert_trees_all_equal(one, other)
 
 
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])

@@ -18,6 +18,7 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import backend_fields, check_agreed, code_fields, left_out
 from rapid_jax.runtime.command_line import Place, prepare_jax, status_of
 from rapid_jax.runtime.distributed import meet
+from rapid_jax.runtime.files import local_path
 
 _HELP = {
     "pairs": "generate preference pairs from documents",
@@ -99,9 +100,9 @@ def _run(options: argparse.Namespace) -> None:
         if options.command == "rounds":
             run_rounds(config, **told)
         elif options.command == "round":
-            run_round(config, Path(config.run), **told)
+            run_round(config, local_path(config.run, "run"), **told)
         else:
-            run_stage(options.command, config, Path(config.run), **told)
+            run_stage(options.command, config, local_path(config.run, "run"), **told)
 
 
 def _report(options: argparse.Namespace) -> None:

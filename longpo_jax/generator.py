@@ -17,7 +17,7 @@ from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Prompted, generate
 from rapid_jax.speculative.prefill import prefill
-from rapid_jax.speculative.shared_prefix import prefilled_once
+from rapid_jax.speculative.prefill_once import prefilled_once
 
 
 class Generator:

@@ -15,6 +15,7 @@ from longpo_jax.stages import STAGES, has_ended, working_in
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import check_shared
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import local_path
 
 SETTINGS = "settings.yaml"  # in a round's folder: as they were when a stage last ended well
 
@@ -34,7 +35,7 @@ def rounds_of(config: LongPOConfig) -> list[LongPOConfig]:
         for fixed in ("run", "rounds"):
             if any(override.partition("=")[0] == fixed for override in overrides):
                 raise InputError(f"rounds: round {number}: {fixed} is the same for all rounds, got {line!r}")
-        single = dataclasses.replace(config, run=str(Path(config.run) / f"round-{number}"), rounds=())
+        single = dataclasses.replace(config, run=str(local_path(config.run, "run") / f"round-{number}"), rounds=())
         if found:
             model = dataclasses.replace(config.model, source=str(Path(found[-1].run) / "export"))
             single = dataclasses.replace(single, model=model)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The text of an HTML page in one pass over it, whatever its markup is like.
 
-Python's html.parser, which BeautifulSoup stands on here, scans to the end of the page anew for every tag that is not
+Python's html.parser, and what stands on it, scans to the end of the page anew for every tag that is not
 closed (16,000 times `<a `, 48 KB: 20 s), and a tree of 100,000 nested tags cannot be walked recursively. This follows
 the tokenisation of the HTML standard (html.spec.whatwg.org, 13.2.5) and counts what it must know of the tree.
 """

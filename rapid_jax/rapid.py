@@ -20,7 +20,7 @@ from rapid_jax.config import RapidConfig
 from rapid_jax.document_prefixes import DocumentPrefixes
 from rapid_jax.identity import check_same_models, check_same_prompts
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
+from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint, own_settings
 from rapid_jax.model.tokenizer import check_same_vocabulary
 from rapid_jax.prompts import Reading, check_fits, frame, visible
 from rapid_jax.retrieval.embed import Embedder
@@ -38,7 +38,7 @@ from rapid_jax.speculative.config import Mode
 from rapid_jax.speculative.generate import Generation, Prompted, generate
 from rapid_jax.speculative.own_sampling import ResolvedSampling, resolve
 from rapid_jax.speculative.prefill import prefill
-from rapid_jax.speculative.shared_prefix import distinct, prefilled_once, spread
+from rapid_jax.speculative.prefill_once import distinct, prefilled_once, spread
 
 _log = logging.getLogger(__name__)
 _DRAFTING: tuple[Mode, ...] = ("rapid", "lossless", "phat")
@@ -103,9 +103,10 @@ class Rapid:
         models, mode = self.config.models, self.config.speculation.mode
         if mode != "target":
             read_config(encoder_folder(models.encoder), None)
+        target = open_checkpoint(models.target)[1]
+        resolve(self.config.sampling, own_settings(target, models.target))
         if mode in _DRAFTING and models.drafter != "same":
-            target, drafter = (open_checkpoint(source)[1] for source in (models.target, models.drafter))
-            check_same_vocabulary(target, drafter, models.drafter)
+            check_same_vocabulary(target, open_checkpoint(models.drafter)[1], models.drafter)
         check_same_models(self.config)
 
     @cached_property

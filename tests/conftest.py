@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests run under: the CPU backend, no compilation cache on disk, quick compiles; and the small real model."""
 
-import gc
 import importlib.util
 import itertools
 import os
@@ -45,10 +44,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def few_mappings():
     """Forgets compiled programs in time: each maps memory ten times, and XLA crashes at Linux's 65,530 mappings."""
     yield
-    maps = Path("/proc/self/maps")
-    if next(_COUNT) % 20 == 0 and "jax" in sys.modules and maps.is_file() and maps.read_bytes().count(b"\n") > 25_000:
-        sys.modules["jax"].clear_caches()
-        gc.collect()
+    if next(_COUNT) % 20 == 0 and "jax" in sys.modules:
+        from rapid_jax.runtime.compiling import forget_programs
+
+        forget_programs(25_000)
 
 
 @pytest.fixture(scope="module")

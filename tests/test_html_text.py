@@ -37,9 +37,9 @@ SHAPES = {
 def test_time_grows_as_the_page_does(shape):
     def seconds(count: int) -> float:
         page = SHAPES[shape] * count
-        begin = time.process_time()
+        begin = time.thread_time()
         html_text(page)
-        return time.process_time() - begin
+        return time.thread_time() - begin
 
     small, large = min(seconds(2_000) for _ in range(3)), seconds(32_000)
     assert seconds(8_000) < 1
@@ -117,7 +117,7 @@ def test_other_texts_are_not_taken_for_pages(start):
 
 
 def test_a_page_of_comments_is_told_apart_at_once():
-    begin = time.process_time()
+    begin = time.thread_time()
     assert not begins_as_html("<!-- a -->" * 6_000 + "<x>")
     assert not begins_as_html(" " * 60_000 + "x")
-    assert time.process_time() - begin < 0.5
+    assert time.thread_time() - begin < 0.5

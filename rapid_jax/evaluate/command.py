@@ -94,11 +94,10 @@ def evaluate(options: argparse.Namespace) -> None:
         if run.leads:
             check_folder(folder, resume=options.resume or share.count > 1)
         prepare_jax(programs=config.cache.programs, cache=cache_dir(config.cache.folder))
-        from rapid_jax.identity import check_same_command, check_same_models
+        from rapid_jax.identity import check_same_command
 
         check_same_command(f"evaluate {options.suite}", vars(options), config)
         run.start_jax()
-        check_same_models(_widest(modes))
         from rapid_jax.evaluate import run as module
         from rapid_jax.rapid import Rapid
         from rapid_jax.runtime.agreement import check_agreed
@@ -129,10 +128,15 @@ def _prepared(
     """(the samples, what suite.json says of the run). Raises InputError for all that can be found without weights."""
     from rapid_jax.evaluate import checks
     from rapid_jax.evaluate.run import decides, measure_of
-    from rapid_jax.model.load import open_checkpoint
+    from rapid_jax.model.load import open_checkpoint, own_settings
     from rapid_jax.prompts import context_of
+    from rapid_jax.speculative.own_sampling import resolve
 
     checkpoint, tokenizer = open_checkpoint(config.models.target)
+    own = own_settings(tokenizer, config.models.target)
+    greedy = [mode.label for mode in modes if resolve(mode.config.sampling, own).config.temperature == 0]
+    if not quiet and len(set(greedy) - {"retrieval"}) > 1:
+        say("evaluate: at temperature 0 every mode but retrieval gives the target's answer: set sampling.temperature")
     positions = checkpoint.config.context_size
     context = max(context_of(mode.config, positions) for mode in modes)
     if max(suite_options.lengths, default=0) > context:
@@ -161,7 +165,7 @@ def _prepared(
         "max_new_tokens": limits,
         "digest": digest(*(digest(repr(sample)) for sample in samples)),
         "templates": _templates(options),
-        "settings": decides(config, limit),
+        "settings": decides(replace(config, sampling=resolve(config.sampling, own).config), limit),
     }
     return samples, described
 

@@ -87,7 +87,7 @@ def load_model(
     checkpoint, tokenizer = open_checkpoint(source)
     config = checkpoint.config
     path = checkpoint.folder if isinstance(checkpoint, HfCheckpoint) else checkpoint.path
-    generation = parse_object(tokenizer.files.get("generation_config.json", b"{}"), f"{path}/generation_config.json")
+    generation = own_settings(tokenizer, path)
     if rope_theta is not None:
         config = dataclasses.replace(config, rope=dataclasses.replace(config.rope, theta=rope_theta))
     table = with_copied_kv(table, replicate_kv)
@@ -102,6 +102,11 @@ def load_model(
         quiet=quiet,
     )
     return LoadedModel(decoder, tokenizer, path, tuple(checkpoint.weight_files), generation)
+
+
+def own_settings(tokenizer: Tokenizer, source: str | Path) -> Fields:
+    """The checkpoint's own sampling settings, generation_config.json; nothing where it has none."""
+    return parse_object(tokenizer.files.get("generation_config.json", b"{}"), f"{source}/generation_config.json")
 
 
 def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, Tokenizer]:

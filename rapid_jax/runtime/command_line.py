@@ -43,9 +43,8 @@ class Place(argparse.Action):
         del parser
         what = option_string or str(self.metavar or self.dest)
         each = values if isinstance(values, list) else [values]
-        for value in each:
-            local_path(value, what)
-        found = [Path(value) if self._as_path else value for value in each]
+        paths = [local_path(value, what) for value in each]
+        found = paths if self._as_path else [value and str(path) for path, value in zip(paths, each, strict=True)]
         if self._many:
             found = [*getattr(namespace, self.dest), *found]
         setattr(namespace, self.dest, found if self._many or isinstance(values, list) else found[0])

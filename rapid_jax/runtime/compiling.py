@@ -13,6 +13,7 @@ import jax
 
 _EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
 _MAPS = Path("/proc/self/maps")
+_left = [0]  # mappings that were there after programs were last forgotten: forgetting them again at once gains nothing
 
 
 @dataclass
@@ -62,8 +63,15 @@ def forget_programs(most: int | None = None) -> bool:
     gives no more. What is needed again is compiled again, or read from the folder of compiled programs. To be called
     while no program runs.
     """
-    if not _MAPS.is_file() or _MAPS.read_bytes().count(b"\n") <= (most_mappings() if most is None else most):
+    if most is None:
+        most = max(most_mappings(), 2 * _left[0])
+    if not _MAPS.is_file() or _mappings() <= most:
         return False
     jax.clear_caches()
     gc.collect()
+    _left[0] = _mappings()
     return True
+
+
+def _mappings() -> int:
+    return _MAPS.read_bytes().count(b"\n")

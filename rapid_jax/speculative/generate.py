@@ -92,7 +92,7 @@ def _seen(prompted: Prompted | None, vocabulary: int, sampling: SamplingConfig) 
     seen_BV = np.zeros((len(prompted.prompts), vocabulary), bool)
     if sampling.penalize == "all":
         for row, prompt in enumerate(prompted.prompts):
-            seen_BV[row, list(prompt)] = True
+            seen_BV[row, [token for token in prompt if token < vocabulary]] = True
     return seen_BV
 
 

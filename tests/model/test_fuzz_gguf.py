@@ -21,7 +21,7 @@ from rapid_jax.runtime.errors import InputError
 from tests.model import gguf_bytes as g
 from tests.model.gguf_bytes import Value
 
-SECONDS, MIB = 2.0, 400  # of one case; of all of them
+SECONDS, MIB = 10.0, 400  # of one case; of all of them
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def test_any_value_anywhere_is_an_answer_or_one_line(name, request, tmp_path):
         else:
             assert agrees(changed, tmp_path / str(number)), (path, new)
             outcomes["as transformers"] += 1
-    print(name, outcomes)
+    assert outcomes["refused"] and outcomes["the same"], (name, outcomes)
 
 
 @pytest.mark.parametrize("files", [sentencepiece_files(), unigram(), word_level()], ids=["bpe", "unigram", "words"])
@@ -259,4 +259,4 @@ def test_a_hostile_template_is_rendered_or_one_line_in_time(monkeypatch):
             assert str(error).isprintable() and len(str(error)) < 1000, source
             outcomes["refused"] += 1
         assert time.monotonic() - begun < SECONDS, source[:100]
-    print(len(TEMPLATES), outcomes)
+    assert min(outcomes.values()) >= 10, outcomes

@@ -69,9 +69,8 @@ class CorpusConfig:
         _require_window(self.min_tokens, self.max_tokens)
         for source in self.sources:
             domain, equals, place = source.partition("=")
-            _require(
-                bool(domain and equals and place), f"sources: expected DOMAIN=FOLDER or DOMAIN=GLOB, got {source!r}"
-            )
+            named = bool(domain and equals and place)
+            _require(named, f"sources: expected DOMAIN=FOLDER or DOMAIN=GLOB, got {source!r}")
             local_path(place, "sources")
         domains = {source.partition("=")[0] for source in self.sources}
         _require(len(self.weights) in (0, len(domains)), f"weights: expected {len(domains)}, got {len(self.weights)}")
@@ -192,8 +191,7 @@ class OptimizerConfig:
 
     def __post_init__(self):
         _require_above_0(self, "learning_rate", "eps", "clip_norm")
-        # In float32 the rate of a first update among millions is above 0, and every rate finite.
-        usable = 1e-20 <= self.learning_rate <= 1e20
+        usable = 1e-20 <= self.learning_rate <= 1e20  # in float32 every update's rate is then above 0, and finite
         _require(usable, f"learning_rate: expected 1e-20 to 1e20, got {self.learning_rate}")
         _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")
         for name in ("b1", "b2", "decay"):

@@ -42,7 +42,11 @@ class PolicyConfig:
 
     def __post_init__(self):
         local_path(self.source, "source")
-        _require_above_0(self, "rope_theta", "reference_rope_theta", "generation_rope_theta")
+        for name in ("rope_theta", "reference_rope_theta", "generation_rope_theta"):
+            _require(
+                (theta := getattr(self, name)) is None or 1 < theta <= 1e15,
+                f"{name}: expected a number > 1 and <= 1e15, got {theta}",
+            )
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class CorpusConfig:
 
 
 def _require_sampling(temperature: float, top_p: float) -> None:
-    good = math.isfinite(temperature) and temperature >= 0
-    _require(good, f"temperature: expected a number >= 0, got {temperature}")
+    good = temperature == 0 or 1e-4 <= temperature <= 1e4
+    _require(good, f"temperature: expected a number >= 0, 0 or 1e-4 to 1e4, got {temperature}")
     _require(0 < top_p <= 1, f"top_p: expected above 0 and at most 1, got {top_p}")
 
 
@@ -141,7 +145,8 @@ class PairsConfig:
             _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
         _require(1 <= self.gamma <= 64, f"gamma: expected 1 to 64, got {self.gamma}")
         _require_sampling(self.temperature, self.top_p)
-        _require_above_0(self, "repetition_penalty")
+        right = 1e-3 <= (penalty := self.repetition_penalty) <= 1e3
+        _require(right, f"repetition_penalty: expected a number > 0, 1e-3 to 1e3, got {penalty}")
         for name in ("repeats_chosen", "repeats_rejected"):
             _require(0 <= getattr(self, name) <= 1, f"{name}: expected 0 to 1, got {getattr(self, name)}")
         _require(self.min_words >= 0, f"min_words: expected at least 0, got {self.min_words}")
@@ -165,12 +170,10 @@ class ObjectiveConfig:
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, f"{name}: expected a number >= 0, got {value}")
         prefers = self.name != "sft" and self.preference_weight > 0 and self.beta > 0
-        _require(
-            self.nll_weight > 0 or prefers,
-            f"expected a loss that teaches {self.name} something, nll_weight above 0"
-            + ("" if self.name == "sft" else " or preference_weight and beta")
-            + f", got nll_weight {self.nll_weight}, preference_weight {self.preference_weight}, beta {self.beta}",
-        )
+        more = "" if self.name == "sft" else " or preference_weight and beta"
+        expected = f"a loss that teaches {self.name} something, nll_weight above 0{more}"
+        got = f"nll_weight {self.nll_weight}, preference_weight {self.preference_weight}, beta {self.beta}"
+        _require(self.nll_weight > 0 or prefers, f"expected {expected}, got {got}")
 
 
 @dataclass(frozen=True)

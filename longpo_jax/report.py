@@ -67,6 +67,7 @@ def _drawn(runs: Mapping[str, list[dict[str, Any]]]) -> bytes:
         import matplotlib
 
         matplotlib.use("Agg")
+        matplotlib.rcParams["text.parse_math"] = False  # a run's name may hold a $
         from matplotlib import pyplot
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:

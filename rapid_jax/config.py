@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that a run of RAPID can be told: one dataclass a section of the YAML file."""
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -90,8 +89,8 @@ class CacheConfig:
 
     def __post_init__(self):
         cache_dir(self.folder)
-        if not (math.isfinite(self.prefix_gib) and self.prefix_gib >= 0):
-            raise InputError(f"cache.prefix_gib: expected a number >= 0, got {self.prefix_gib}")
+        if not 0 <= self.prefix_gib <= 1e9:
+            raise InputError(f"cache.prefix_gib: expected a number >= 0 and <= 1e9, got {self.prefix_gib}")
 
 
 @dataclass(frozen=True)

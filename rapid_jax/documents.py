@@ -34,6 +34,7 @@ _TAKEN_AS |= {"gb2312": "gb18030", "gbk": "gb18030", "euc_kr": "cp949", "shift_j
 _MOST_BYTES = 1 << 28  # of a file
 _MOST_CHARACTERS = 1 << 26  # of the text in it: some 16 million tokens
 _PAGE_SECONDS = 60.0  # of reading a page of a PDF: most take a hundredth of a second
+_PDF_SECONDS = 600.0  # of reading all of them
 _HEAD = 1 << 16  # bytes in which a page must have begun as one
 
 
@@ -134,12 +135,13 @@ def _pdf_text(data: bytes, name: str) -> str:
 
 def _pages(reader: "pypdf.PdfReader") -> Iterator[str]:
     """The text of each page, until there is more than is read anyway."""
-    characters, end = 0, 0.0
+    characters, end, last = 0, 0.0, time.monotonic() + _PDF_SECONDS
 
     def in_time(*_: object) -> None:
         # Forms that show each other twice would be read 2^depth times; pypdf goes on behind a form that fails.
-        if time.monotonic() > end:
-            raise TimeoutError(f"a page takes longer than {_PAGE_SECONDS} s")
+        if time.monotonic() > min(end, last):
+            which, limit = ("its pages take", _PDF_SECONDS) if last < end else ("a page takes", _PAGE_SECONDS)
+            raise TimeoutError(f"{which} longer than {limit:.0f} s")
 
     for page in reader.pages:
         end = time.monotonic() + _PAGE_SECONDS

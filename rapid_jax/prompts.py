@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two prompts: the whole document for the target, the retrieved text for the drafter."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 
 from rapid_jax.config import RapidConfig
 from rapid_jax.model.backend import check_unicode
@@ -36,6 +38,7 @@ class Frame:
     before: list[int]
     after: list[int]
     strips: bool = False  # the chat template strips the space that the document begins with
+    rendered: Callable[[str], tuple[str, str]] | None = None  # document -> what the template makes of it, what is sent
 
     @property
     def size(self) -> int:
@@ -43,8 +46,13 @@ class Frame:
         return len(self.before) + len(self.after)
 
     def around(self, document: str) -> Prompt:
-        """The prompt with the document in place. Tokens never span the document's edges."""
+        """The prompt with the document in place. Tokens never span the document's edges.
+
+        Raises InputError if the chat template, shown the document itself, makes another text of the prompt.
+        """
         text = document.lstrip() if self.strips else document
+        if self.rendered is not None:
+            _check_as_it_is(*self.rendered(document))
         return Prompt(self.before + self.tokenizer.encode_quoted(text), self.after)
 
 
@@ -61,11 +69,13 @@ class Reading:
 
 def message(tokenizer: Tokenizer, text: str, system: str | None) -> Prompt:
     """A prompt of one user message, quoted; its tail is one token."""
-    before, after = _parts(tokenizer, _DOCUMENT, system, _DOCUMENT)
+    now, given = tokenizer.now or datetime.now(), text
+    before, after = parted(_rendered(tokenizer, _DOCUMENT, system, now), (_DOCUMENT,))
     if text != text.strip():
-        bare = _parts(tokenizer, _SPACE + _DOCUMENT + _SPACE, system, _DOCUMENT)
+        bare = parted(_rendered(tokenizer, _SPACE + _DOCUMENT + _SPACE, system, now), (_DOCUMENT,))
         text = text.lstrip() if bare[0] == before else text
         text = text.rstrip() if bare[1] == after else text
+    _check_as_it_is(_rendered(tokenizer, given, system, now), before + text + after)
     tokens = tokenizer.encode_template(before, first=True) + tokenizer.encode_quoted(text)
     tokens += tokenizer.encode_template(after)
     return Prompt(tokens[:-1], tokens[-1:])
@@ -81,10 +91,11 @@ def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None
         raise InputError("expected a question, got an empty one")
     check_unicode(question, "the question")
     message = template.replace("{document}", _DOCUMENT).replace("{question}", _QUESTION)
-    before, between, end = _parts(tokenizer, message, system, _DOCUMENT, _QUESTION)
+    now, asked_as_is = tokenizer.now or datetime.now(), question
+    before, between, end = parted(_rendered(tokenizer, message, system, now), (_DOCUMENT, _QUESTION))
     strips, first = False, message.lstrip().startswith(_DOCUMENT)
     if first or question != question.rstrip():
-        bare = _parts(tokenizer, _SPACE + message + _SPACE, system, _DOCUMENT, _QUESTION)
+        bare = parted(_rendered(tokenizer, _SPACE + message + _SPACE, system, now), (_DOCUMENT, _QUESTION))
         strips = first and bare[0] == before
         if message.rstrip().endswith(_QUESTION) and bare[2] == end:
             question = question.rstrip()
@@ -92,15 +103,27 @@ def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None
     if not asked:
         raise InputError("expected a question that this model's tokenizer has tokens for, got one without any")
     after = tokenizer.encode_template(between) + asked + tokenizer.encode_template(end + begins)
-    return Frame(tokenizer, tokenizer.encode_template(before, first=True), after, strips)
+
+    def rendered(document: str) -> tuple[str, str]:
+        parts = parted(message, (_DOCUMENT, _QUESTION))
+        whole = _rendered(tokenizer, parts[0] + document + parts[1] + asked_as_is + parts[2], system, now)
+        return whole, before + (document.lstrip() if strips else document) + between + question + end
+
+    return Frame(tokenizer, tokenizer.encode_template(before, first=True), after, strips, rendered)
 
 
-def _parts(tokenizer: Tokenizer, message: str, system: str | None, *marks: str) -> list[str]:
-    """What the chat template makes of a user's message, parted at the marks in it."""
+def _rendered(tokenizer: Tokenizer, message: str, system: str | None, now: datetime) -> str:
+    """What the chat template makes of a user's message at that time."""
     messages = [{"role": "user", "content": message}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
-    return parted(tokenizer.chat(messages), marks)
+    return tokenizer.chat(messages, now=now)
+
+
+def _check_as_it_is(rendered: str, sent: str) -> None:
+    """Raises InputError if a template, shown the words themselves, made another text than what is sent to the model."""
+    if rendered != sent:
+        raise InputError("the checkpoint's chat template changes a message by what it says, expected it as it is")
 
 
 def context_of(config: RapidConfig, positions: int) -> int:

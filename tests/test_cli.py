@@ -307,7 +307,7 @@ def test_conversion_writes_a_folder_that_answers_the_same(rapid, folder, tmp_pat
         (["--mode", "fast"], ["expected one of 'rapid', 'lossless', 'phat', 'target', 'retrieval'", "'fast'"]),
         (["--temperature", "hot"], ["sampling.temperature: expected a number or null, got 'hot'"]),
         (["--temperature", "nan"], ["expected a number or null, got 'nan'"]),
-        (["--temperature", ".inf"], ["temperature must be a number >= 0, got inf"]),
+        (["--temperature", ".inf"], ["temperature must be a number >= 0, 0 or 1e-4 to 1e4, got inf"]),
         (["--temperature", "-1"], ["temperature must be a number >= 0"]),
         (["--eta", "-1"], ["eta must be a number from 0"]),
         (["--gamma", "65"], ["gamma must be auto or 0 to 64"]),

@@ -46,6 +46,29 @@ def test_a_chat_template_that_drops_the_message_is_refused():
         frame(Tokenizer(files), TEMPLATE, "Who?", None)
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        "content | truncate(60)",
+        "content[:50]",
+        "content.split('</think>')[-1]",
+        "content | replace('w7', '')",
+        "'LONG' if content | length > 200 else content",
+        "content.lstrip('R')",
+    ],
+)
+def test_a_chat_template_that_looks_at_what_a_message_says_is_refused(content):
+    """Shown marks alone it writes them as they are; shown the document it writes another text."""
+    template = (
+        "{% for message in messages %}{% set content = message.content %}<|im_start|>{{ " + content + " }}{% endfor %}"
+    )
+    files = tokenizer_files([words(20)]) | {"chat_template.jinja": template.encode()}
+    with pytest.raises(InputError, match="chat template (changes|dropped or changed) a message"):
+        frame(Tokenizer(files), TEMPLATE, "Who?", None).around("</think>" + words(90))
+    plain = tokenizer_files([words(20)]) | {"chat_template.jinja": template.replace(content, "content").encode()}
+    frame(Tokenizer(plain), TEMPLATE, "Who?", None).around("</think>" + words(90))
+
+
 @pytest.mark.parametrize("too_long", ["error", "head", "middle"])
 def test_a_document_that_fits_is_left_alone(too_long, tokenizer):
     document = words(60)

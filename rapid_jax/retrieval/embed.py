@@ -70,10 +70,11 @@ class Embedder:
         tokenizer = read_backend(path.read_bytes(), f"encoder: {path}")
         # "[SEP]" in a document is text, not the end of a segment.
         tokenizer.encode_special_tokens = True
-        if tokenizer.get_vocab_size() > self.config.vocab_size:
+        last = max(tokenizer.get_vocab().values(), default=-1)
+        if last >= self.config.vocab_size:
             raise InputError(
-                f"encoder {self.folder}: the tokenizer has {tokenizer.get_vocab_size()} entries, "
-                f"the word table {self.config.vocab_size}"
+                f"encoder {self.folder}: expected token ids below the {self.config.vocab_size} rows of its word table, "
+                f"got {last} in tokenizer.json"
             )
         return tokenizer
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from rapid_jax.runtime.errors import InputError
 
-_SCHEME = re.compile(r"\s*([A-Za-z][A-Za-z0-9+.-]*)://")
+# A scheme, or a well-known one with a slash too few.
+_SCHEME = re.compile(r"\s*(?:([A-Za-z][A-Za-z0-9+.-]*)://|(gs|s3|https?|ftp|hdfs|file|abfss?|az):/)", re.IGNORECASE)
 _RESTLESS_S = 2.0  # a file that changed so lately may change again within one tick of its file system's clock
 
 # What is being written has such a name beside its own, or, moved aside, with the ending; its writer holds its lock.
@@ -29,7 +30,15 @@ def local_path(text: str | Path, what: str) -> Path:
     """
     scheme = _SCHEME.match(str(text))
     if scheme is not None:
-        raise InputError(f"{what}: expected a path on this machine, got {str(text)!a}: no {scheme[1]}:// is read here")
+        raise InputError(
+            f"{what}: expected a path on this machine, got {str(text)!a}: no {scheme[1] or scheme[2]}:// is read here"
+        )
+    try:
+        is_name = b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise InputError(f"{what}: expected a path, got {str(text)!a}")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:  # ~somebody

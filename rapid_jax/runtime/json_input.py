@@ -15,6 +15,7 @@ from typing import Any, Final
 from rapid_jax.runtime.errors import InputError
 
 MOST_BYTES: Final = 2**28  # of one file; the largest that belongs to a model, a tokenizer.json, has some 40 MB
+MOST_VALUES: Final = 2**23  # in one text: each takes some hundred bytes of memory, "{}," three of a file
 MOST_DEPTH: Final = 64  # of lists and objects in each other; what walks a value recursively stays within Python's stack
 MOST_WHOLE: Final = 2**53  # beyond it JSON readers disagree about a number
 _REQUIRED: Final = object()  # default of a key that must be there
@@ -29,10 +30,16 @@ def parse_json(data: bytes | str, source: str, most_bytes: int = MOST_BYTES) -> 
     if isinstance(data, bytes):
         refuse_lfs_pointer(data, source)
     try:
-        value = json.loads(data.decode("utf-8-sig") if isinstance(data, bytes) else data)
+        text = data.decode("utf-8-sig") if isinstance(data, bytes) else data
+    except UnicodeDecodeError as error:
+        raise InputError(f"{source}: not JSON: {error}") from error
+    if len(text) > MOST_VALUES and text.count(",") + text.count("{") + text.count("[") > MOST_VALUES:
+        raise InputError(f"{source}: expected JSON of at most {MOST_VALUES} values, got more")
+    try:
+        value = json.loads(text)
     except RecursionError as error:
         raise InputError(f"{source}: expected JSON nested at most {MOST_DEPTH} deep, got more") from error
-    except ValueError as error:  # json.JSONDecodeError, UnicodeDecodeError, and whole numbers of too many digits
+    except ValueError as error:  # json.JSONDecodeError, and whole numbers of too many digits
         raise InputError(f"{source}: not JSON: {error}") from error
     if _deeper_than(value, MOST_DEPTH):
         raise InputError(f"{source}: expected JSON nested at most {MOST_DEPTH} deep, got more")

@@ -67,8 +67,9 @@ def parse(text: str, source: str) -> Any:
         mark = error.problem_mark or error.context_mark
         place = f"{source}, line {mark.line + 1}" if mark else source
         raise InputError(f"{place}: {error.problem or error.context}") from error
-    except (yaml.YAMLError, ValueError) as error:
-        raise InputError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
+    except (yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        # Explicit tags (!!int '', !!bool maybe) and deep nesting raise what they like.
+        raise InputError(f"{source}: not YAML: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def emit(tree: Any) -> str:

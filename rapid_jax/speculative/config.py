@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What decides the tokens, apart from the two models and their prompts."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
@@ -35,11 +34,12 @@ class SamplingSettings:
             value = getattr(self, name)
             _require(value is None or holds(value), f"{name} must be {wanted}, got {value}")
 
-        check("temperature", "a number >= 0", lambda value: 0 <= value < math.inf)
+        # Beyond these float32 has no room for logits divided by them.
+        check("temperature", "a number >= 0, 0 or 1e-4 to 1e4", lambda value: value == 0 or 1e-4 <= value <= 1e4)
         check("top_k", ">= 0 (0 = off)", lambda value: value >= 0)
         check("top_p", "in (0, 1]", lambda value: 0 < value <= 1)
-        check("min_p", "in [0, 1)", lambda value: 0 <= value < 1)
-        check("repetition_penalty", "a number > 0", lambda value: 0 < value < math.inf)
+        check("min_p", "in [0, 1]", lambda value: 0 <= value <= 1)
+        check("repetition_penalty", "a number > 0, 1e-3 to 1e3", lambda value: 1e-3 <= value <= 1e3)
         check("max_new_tokens", ">= 1", lambda value: value >= 1)
         check("seed", "in [0, 2^32)", lambda value: 0 <= value < 2**32)
 
@@ -89,7 +89,8 @@ class SpeculationConfig:
         _require(0 <= self.confidence_stop < 1, f"confidence_stop must be in [0, 1), got {self.confidence_stop}")
         _require(1 <= self.lookup_width <= 32, f"lookup_width must be 1 to 32, got {self.lookup_width}")
         _require(1 <= self.lookup_match <= 8, f"lookup_match must be 1 to 8, got {self.lookup_match}")
-        _require(self.rounds_per_read >= 1, f"rounds_per_read must be >= 1, got {self.rounds_per_read}")
+        rounds = self.rounds_per_read
+        _require(1 <= rounds <= 2**20, f"rounds_per_read must be 1 to 2^20, got {rounds}")
 
     @property
     def effective_eta(self) -> float:

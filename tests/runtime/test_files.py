@@ -193,7 +193,7 @@ def test_the_cache_folder_follows_the_environment_of_the_moment(monkeypatch: pyt
 
 
 SCHEMES = ["gs://bucket/x", "s3://b", "http://h/x", "https://h", "file:///x", "GS://b", " gs://b", "hf://a/b"]
-NONE = [r"C:\runs\a", "C:/runs", "a:b", "gs:/bucket/x", "a/b://c", "1://x", "://x", "runs/a", "", "x y:z"]
+NONE = [r"C:\runs\a", "C:/runs", "a:b", "g:/bucket/x", "a/b://c", "1://x", "://x", "runs/a", "", "x y:z"]
 
 
 @pytest.mark.parametrize("text", SCHEMES)
@@ -212,3 +212,15 @@ def test_other_names_with_a_colon_are_paths(text):
 def test_the_user_of_a_home_folder_must_be_there():
     with pytest.raises(InputError, match=r"^run: expected a path, got '~nobody-of-that-name/x'"):
         local_path("~nobody-of-that-name/x", "run")
+
+
+@pytest.mark.parametrize("place", ["gs:/bucket/x", "S3:/x", "http:/x", "file:/x"])
+def test_a_well_known_scheme_with_a_slash_too_few_is_no_path(place):
+    with pytest.raises(InputError, match=r"^run: expected a path on this machine"):
+        local_path(place, "run")
+
+
+@pytest.mark.parametrize("name", ["a\0b", "\ud800"])
+def test_what_no_file_can_be_called_is_refused(name):
+    with pytest.raises(InputError, match=r"^run: expected a path, got "):
+        local_path(name, "run")

@@ -146,3 +146,8 @@ def test_a_file_that_cannot_be_read(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with pytest.raises(InputError, match=r"a\.json: cannot be read: Permission denied"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_limit_of_values():
+    with pytest.raises(InputError, match=r"c\.json: expected JSON of at most 8388608 values, got more"):
+        parse_json(b"[" + b"{}," * 8_400_000 + b"{}]", "c.json")

@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from rapid_jax.runtime import settings
+from rapid_jax.runtime import settings, strict_yaml
 from rapid_jax.runtime.errors import InputError
 
 
@@ -145,6 +145,16 @@ def test_what_does_not_fit_is_refused_by_name(file: Path, old: str, new: str, me
 def test_bad_yaml_is_refused_with_its_line(file: Path, old: str, new: str, line: int, message: str):
     text = refusal(edited(file, old, new))
     assert text.startswith(f"{file}, line {line}: ") and message in text
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp x", "!!map [1]", "!!set [a]", "[" * 3000 + "]" * 3000]
+    + ["{a: " * 3000 + "}" * 3000, "".join(f"{' ' * n}a:\n" for n in range(1500))],
+)
+def test_explicit_tags_and_deep_nesting_are_one_line(text):
+    with pytest.raises(InputError, match=r"^here: "):
+        strict_yaml.parse(text if text.startswith(" ") or text.startswith("a") else f"a: {text}", "here")
 
 
 @pytest.mark.parametrize("text", ["", "- a\n- b\n", "word"])

@@ -90,3 +90,12 @@ def test_what_is_not_implemented_is_named():
     assert set(resolve(SamplingSettings(), file).ignored) == {"num_beams 4", "typical_p 0.9", "suppress_tokens [3]"}
     assert resolve(SamplingSettings(temperature=0.0), file).ignored == ("num_beams 4", "suppress_tokens [3]")
     assert resolve(SamplingSettings(), own(**FILES["Qwen 2.5"], num_beams=1, guidance_scale=1.0)).ignored == ()
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [{"temperature": 1e-30}, {"temperature": 1e39}, {"repetition_penalty": 1e-40}, {"repetition_penalty": 1e39}],
+)
+def test_what_float32_has_no_room_for_is_refused(setting):
+    with pytest.raises(InputError, match=f"^{next(iter(setting))} must be a number"):
+        SamplingSettings(**setting)

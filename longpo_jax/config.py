@@ -230,11 +230,12 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
         _require(self.keep >= 1, f"keep: expected at least 1, got {self.keep}")
         for name in ("max_steps", "keep_every"):
-            value = getattr(self, name)
-            _require(value is None or value >= 1, f"{name}: expected at least 1, or null, got {value}")
-        _require(
-            not (self.offload and self.remat == "none"), "offload: expected remat layer or attention, got remat none"
-        )
+            _require(
+                (value := getattr(self, name)) is None or value >= 1,
+                f"{name}: expected at least 1, or null, got {value}",
+            )
+        both = self.offload and self.remat == "none"
+        _require(not both, "offload: expected remat layer or attention, got remat none")
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,7 @@ def test_standard_input_that_is_a_folder_is_one_line(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("source", ["~nobody-of-this-name/x.txt", "x" * 5000, "caf\udce9"])
 def test_names_that_cannot_be_are_one_line(source):
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match=r"cannot be read|document: expected a path, got"):
         read_document(source)
 
 

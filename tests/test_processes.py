@@ -127,7 +127,7 @@ def test_two_processes_evaluate_as_one_does(question, tmp_path):
     pair = [spawn(both, environment(4, (port, 2, index))) for index in (0, 1)]
     results = [finished(process) for process in pair]
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
-    assert "report:" in results[0][2] and "report:" not in results[1][2]
+    assert "report:" in results[0][1] and "report:" not in results[1][1]
     kept = ("id", "answer", "prompt_hash", "score")
     one, two = ([[line[name] for name in kept] for line in answers(name)] for name in ("one", "two"))
     assert len(one) == 3 and one == two

@@ -54,7 +54,7 @@ def test_a_chat_template_that_drops_the_message_is_refused():
         "content.split('</think>')[-1]",
         "content | replace('w7', '')",
         "'LONG' if content | length > 200 else content",
-        "content.lstrip('R')",
+        "content.lstrip('aRe')",
     ],
 )
 def test_a_chat_template_that_looks_at_what_a_message_says_is_refused(content):
@@ -63,7 +63,7 @@ def test_a_chat_template_that_looks_at_what_a_message_says_is_refused(content):
         "{% for message in messages %}{% set content = message.content %}<|im_start|>{{ " + content + " }}{% endfor %}"
     )
     files = tokenizer_files([words(20)]) | {"chat_template.jinja": template.encode()}
-    with pytest.raises(InputError, match="chat template (changes|dropped or changed) a message"):
+    with pytest.raises(InputError, match=r"chat template (changes|dropped or changed) a message"):
         frame(Tokenizer(files), TEMPLATE, "Who?", None).around("</think>" + words(90))
     plain = tokenizer_files([words(20)]) | {"chat_template.jinja": template.replace(content, "content").encode()}
     frame(Tokenizer(plain), TEMPLATE, "Who?", None).around("</think>" + words(90))

@@ -76,26 +76,25 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
     if 0 < whole("attention.sliding_window", context, least=0) < context:
         raise metadata.error(f"{architecture}.attention.sliding_window", f"at least context_length, {context}")
     theta = _shortest(metadata.number(f"{architecture}.rope.freq_base", 10000.0, above=1))
-    return from_hf(
-        {
-            "model_type": architecture,
-            "vocab_size": rows,
-            "hidden_size": hidden,
-            "intermediate_size": whole("feed_forward_length"),
-            "num_hidden_layers": whole("block_count", most=len(tensors)),
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": head_dim,
-            "rms_norm_eps": _shortest(
-                metadata.number(f"{architecture}.attention.layer_norm_rms_epsilon", above=1e-30, most=1)
-            ),
-            "max_position_embeddings": context,
-            "tie_word_embeddings": gguf_name(HEAD) not in tensors,
-            "rope_theta": theta,
-            "rope_scaling": _rope_scaling(metadata, tensors, architecture, theta, head_dim, context),
-            **token_ids(metadata),
-        }
-    )
+    config = {
+        "model_type": architecture,
+        "vocab_size": rows,
+        "hidden_size": hidden,
+        "intermediate_size": whole("feed_forward_length"),
+        "num_hidden_layers": whole("block_count", most=len(tensors)),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "rms_norm_eps": _shortest(
+            metadata.number(f"{architecture}.attention.layer_norm_rms_epsilon", above=1e-30, most=1)
+        ),
+        "max_position_embeddings": context,
+        "tie_word_embeddings": gguf_name(HEAD) not in tensors,
+        "rope_theta": theta,
+        "rope_scaling": _rope_scaling(metadata, tensors, architecture, theta, head_dim, context),
+        **token_ids(metadata),
+    }
+    return from_hf(Fields(config, metadata.source))
 
 
 def _refuse_unsupported(metadata: Fields, prefix: str) -> None:

@@ -262,7 +262,7 @@ def test_processes_with_a_run_folder_each_end_with_both_named(tmp_path):
     for out, err in results:
         assert out == "" and err.startswith("longpo: run folder: expected one folder that all 2 processes share, got ")
         assert len(err.splitlines()) == 1 and all(str(folder) in err for folder in folders)
-    assert not list(tmp_path.iterdir())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_no_process_leaves_a_stage_before_what_it_makes_is_there(tmp_path):

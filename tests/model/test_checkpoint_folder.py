@@ -102,10 +102,10 @@ def test_what_a_folder_is_instead_is_said(change, words, folder):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("~nobody-of-this-name/model", "no such user's home folder"),
+        ("~nobody-of-this-name/model", "model: expected a path, got"),
         ("x" * 5000, "cannot be read: File name too long"),
         ("no/such/folder", "got no file or folder of that name"),
-        ("gs://bucket/model", "got no file or folder of that name"),
+        ("gs://bucket/model", "model: expected a path on this machine"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_one_line(source, words):

@@ -16,6 +16,7 @@ from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative import apart, generate, prefill
+from rapid_jax.speculative import rounds as rounds_module
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from tests.speculative.models import Weights, config_of
 
@@ -108,8 +109,8 @@ def check(spy: Spy) -> None:
 
 @pytest.mark.parametrize(("settings", "layout"), [("sampled", "stacked"), ("greedy", "unrolled")])
 def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str):
-    rounds, stacked, layers = Spy(generate.run_rounds), Spy(prefill._chunk_stacked), Spy(prefill._chunk_layer)
-    monkeypatch.setattr(generate, "run_rounds", rounds)
+    rounds, stacked, layers = Spy(rounds_module.run_rounds), Spy(prefill._chunk_stacked), Spy(prefill._chunk_layer)
+    monkeypatch.setattr(rounds_module, "run_rounds", rounds)
     monkeypatch.setattr(programs, "run_rounds_on_tpu", rounds)
     monkeypatch.setattr(prefill, "_chunk_stacked", stacked)
     monkeypatch.setattr(prefill, "_chunk_layer", layers)

@@ -116,7 +116,7 @@ def test_a_tokenizer_larger_than_the_word_table_is_refused(tmp_path):
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.add_tokens([f"extra{i}" for i in range(20)])
     tokenizer.save(str(folder / "tokenizer.json"))
-    with pytest.raises(InputError, match="the word table 100"):
+    with pytest.raises(InputError, match="below the 100 rows of its word table"):
         Embedder(folder)
 
 

@@ -149,8 +149,10 @@ def test_bad_yaml_is_refused_with_its_line(file: Path, old: str, new: str, line:
 
 @pytest.mark.parametrize(
     "text",
-    ["!!bool maybe", "!!int ''", "!!float ''", "!!timestamp x", "!!map [1]", "!!set [a]", "[" * 3000 + "]" * 3000]
-    + ["{a: " * 3000 + "}" * 3000, "".join(f"{' ' * n}a:\n" for n in range(1500))],
+    [
+        *("!!bool maybe", "!!int ''", "!!float ''", "!!timestamp x", "!!map [1]", "!!set [a]"),
+        *("[" * 3000 + "]" * 3000, "{a: " * 3000 + "}" * 3000, "".join(f"{' ' * n}a:\n" for n in range(1500))),
+    ],
 )
 def test_explicit_tags_and_deep_nesting_are_one_line(text):
     with pytest.raises(InputError, match=r"^here: "):

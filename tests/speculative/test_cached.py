@@ -17,6 +17,7 @@ from tests.speculative.conftest import LIMIT
 from tests.speculative.models import logits_of
 
 generate_module = importlib.import_module("rapid_jax.speculative.generate")
+rounds_module = importlib.import_module("rapid_jax.speculative.rounds")
 WARM = SamplingConfig(temperature=0.8, max_new_tokens=LIMIT, seed=5)
 
 
@@ -24,13 +25,13 @@ WARM = SamplingConfig(temperature=0.8, max_new_tokens=LIMIT, seed=5)
 def last_state(monkeypatch):
     """The states that the device program returned; every one but the last was given up to the next call."""
     states = []
-    run_rounds = generate_module.run_rounds
+    run_rounds = rounds_module.run_rounds
 
     def recorded(*arguments, **settings):
         states[:] = [run_rounds(*arguments, **settings)]
         return states[0]
 
-    monkeypatch.setattr(generate_module, "run_rounds", recorded)
+    monkeypatch.setattr(rounds_module, "run_rounds", recorded)
     return states
 
 

@@ -23,10 +23,10 @@ def _require_window(least: int, most: int) -> None:
     _require(1 <= least <= most, f"expected 1 <= min_tokens <= max_tokens, got {least} and {most}")
 
 
-def _require_above_0(section: object, *names: str) -> None:
+def _require_above(least: float, section: object, *names: str, most: float = 1e300) -> None:
     for name in names:
-        value = getattr(section, name)
-        _require(value is None or (math.isfinite(value) and value > 0), f"{name}: expected a number > 0, got {value}")
+        value, limit = getattr(section, name), "" if most == 1e300 else f" and <= {most:g}"
+        _require(value is None or least < value <= most, f"{name}: expected a number > {least}{limit}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,7 @@ class PolicyConfig:
 
     def __post_init__(self):
         local_path(self.source, "source")
-        for name in ("rope_theta", "reference_rope_theta", "generation_rope_theta"):
-            _require(
-                (theta := getattr(self, name)) is None or 1 < theta <= 1e15,
-                f"{name}: expected a number > 1 and <= 1e15, got {theta}",
-            )
+        _require_above(1, self, "rope_theta", "reference_rope_theta", "generation_rope_theta", most=1e15)
 
 
 @dataclass(frozen=True)
@@ -193,7 +189,7 @@ class OptimizerConfig:
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        _require_above_0(self, "learning_rate", "eps", "clip_norm")
+        _require_above(0, self, "learning_rate", "eps", "clip_norm")
         usable = 1e-20 <= self.learning_rate <= 1e20  # in float32 every update's rate is then above 0, and finite
         _require(usable, f"learning_rate: expected 1e-20 to 1e20, got {self.learning_rate}")
         _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")

@@ -141,7 +141,7 @@ def _pages(reader: "pypdf.PdfReader") -> Iterator[str]:
         # Forms that show each other twice would be read 2^depth times; pypdf goes on behind a form that fails.
         if time.monotonic() > min(end, last):
             which, limit = ("its pages take", _PDF_SECONDS) if last < end else ("a page takes", _PAGE_SECONDS)
-            raise TimeoutError(f"{which} longer than {limit:.0f} s")
+            raise TimeoutError(f"{which} longer than {limit:g} s")
 
     for page in reader.pages:
         end = time.monotonic() + _PAGE_SECONDS

@@ -54,7 +54,7 @@ def test_a_chat_template_that_drops_the_message_is_refused():
         "content.split('</think>')[-1]",
         "content | replace('w7', '')",
         "'LONG' if content | length > 200 else content",
-        "content.lstrip('aRe')",
+        "content.rstrip('?')",
     ],
 )
 def test_a_chat_template_that_looks_at_what_a_message_says_is_refused(content):

@@ -134,9 +134,6 @@ def _prepared(
 
     checkpoint, tokenizer = open_checkpoint(config.models.target)
     own = own_settings(tokenizer, config.models.target)
-    greedy = [mode.label for mode in modes if resolve(mode.config.sampling, own).config.temperature == 0]
-    if not quiet and len(set(greedy) - {"retrieval"}) > 1:
-        say("evaluate: at temperature 0 every mode but retrieval gives the target's answer: set sampling.temperature")
     positions = checkpoint.config.context_size
     context = max(context_of(mode.config, positions) for mode in modes)
     if max(suite_options.lengths, default=0) > context:
@@ -151,6 +148,9 @@ def _prepared(
     checks.check_samples(samples, options.suite)
     checks.check_prompts(samples, modes, explicit)
     checks.check_fits(samples, modes, tokenizer, positions, config)
+    greedy = [mode.label for mode in modes if resolve(mode.config.sampling, own).config.temperature == 0]
+    if not quiet and len(set(greedy) - {"retrieval"}) > 1:
+        say("evaluate: at temperature 0 every mode but retrieval gives the target's answer: set sampling.temperature")
     limits = checks.limits_of(samples)
     if not quiet:
         ends = sorted({end for both in limits.values() for end in both})

@@ -50,8 +50,8 @@ def test_a_file_is_complete_and_reads_back(path: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("model.rope_theta=0", "model: rope_theta: expected a number > 1 and <= 1e15, got 0.0"),
-        ("model.generation_rope_theta=.inf", "generation_rope_theta: expected a number > 1 and <= 1e15, got inf"),
+        ("model.rope_theta=0", "model: rope_theta: expected a number > 1 and <= 1e+15, got 0.0"),
+        ("model.generation_rope_theta=.inf", "generation_rope_theta: expected a number > 1 and <= 1e+15, got inf"),
         ("corpus.min_tokens=0", "corpus: expected 1 <= min_tokens <= max_tokens, got 0 and 131072"),
         ("corpus.documents=0", "corpus: documents: expected at least 1, got 0"),
         ("excerpts.min_tokens=40000", "excerpts: expected 1 <= min_tokens <= max_tokens, got 40000 and 30000"),

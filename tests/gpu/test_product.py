@@ -22,8 +22,6 @@ from tests.longpo.test_round import write_pairs
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder
 
-pytestmark = pytest.mark.xdist_group("product")  # on one worker: they share what both platforms say
-
 # How far below the best token's logit a greedy one may lie, by transformers in float64. Logits have a deviation of 3.
 TIE, ROUNDED = 2e-3, 0.3
 

@@ -191,7 +191,7 @@ def test_stop_tokens():
         (SamplingConfig, {"temperature": float("nan")}),
         (SamplingConfig, {"top_k": -1}),
         (SamplingConfig, {"top_p": 0.0}),
-        (SamplingConfig, {"min_p": 1.0}),
+        (SamplingConfig, {"min_p": 1.1}),
         (SamplingConfig, {"repetition_penalty": 0.0}),
         (SamplingConfig, {"max_new_tokens": 0}),
         (SamplingConfig, {"seed": -1}),

@@ -27,11 +27,10 @@ def check_contract(kernel: str, rows: Rows, slots: Slots, *, shared: bool = Fals
         flat += [(slots.pos_BS, (batch, S)), (slots.branch_BS, (batch, S))]
         heads = [(slots.k_BKSH, (batch, K, S, H)), (slots.v_BKSH, (batch, K, H, S) if scaled else (batch, K, S, H))]
         scales = [(slots.k_scale_BKS, (batch, K, S)), (slots.v_scale_BKS, (batch, K, S))] if scaled else []
+        flat = [(array, shape) for array, shape in flat if array is not None]
         for array, shape in (*flat, *heads, *scales):
-            if array is not None or (array, shape) in scales:
-                chex.assert_shape(array, shape)
-        given = [array for array, _ in flat if array is not None]
-        chex.assert_type(given, [jnp.int32] * len(given))
+            chex.assert_shape(array, shape)
+        chex.assert_type([array for array, _ in flat], [jnp.int32] * len(flat))
         chex.assert_type([array for array, _ in scales], [jnp.float32] * len(scales))
         for array in (rows.q_BKRH, slots.k_BKSH, slots.v_BKSH):
             right = array.dtype in floats if array is rows.q_BKRH or not scaled else array.dtype == jnp.int8

@@ -23,4 +23,4 @@ fi
 # Plugins that happen to be installed would warn, and a warning is a failure.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=2
 # A worker for each file: the product's tests share two processes that take as long as many kernels.
-exec "$python" -m pytest -p xdist tests/gpu tests/attention/test_kernels.py --numprocesses 5 --dist loadfile "$@"
+exec "$python" -m pytest -p xdist tests/gpu tests/attention/test_kernels.py --numprocesses 6 --dist loadfile "$@"

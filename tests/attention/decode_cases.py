@@ -116,3 +116,10 @@ def tagged(given: Made) -> Made:
     rows = replace(given.rows, branch_BR=jnp.ones_like(given.rows.pos_BR))
     sides = tuple(replace(side, branch_BS=side.pos_BS % 3) for side in given.sides)
     return replace(given, rows=rows, sides=sides)
+
+
+def error(got: jax.Array, want: np.ndarray) -> float:
+    """The difference's size by the truth's."""
+    got = np.asarray(got.astype(jnp.float32), np.float64)
+    assert np.all(np.isfinite(got))
+    return float(np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-30))

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is asked of the engine, and what comes back of it piece by piece."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeAlias
+
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
+
+if TYPE_CHECKING:
+    from rapid_jax.answer import Answer
+    from rapid_jax.retrieval.select import Selection
+
+MOST_LOGPROBS = 20  # alternatives that a token may come with
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about a document, put to the models in the words of `prompts.target` and `prompts.drafter`."""
+
+    document: str
+    question: str
+    turns: Sequence[tuple[str, str]] = ()  # earlier questions about the document, each with its answer
+    template: str | None = None  # stands for both of the settings'
+    begins: str = ""  # what the answer is made to begin with
+    retrieve_from: str | None = None  # another text to retrieve from (Table 3 of the paper)
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Messages as the OpenAI API has them, {"role": ..., "content": ...}, put through the chat template.
+
+    A message of `long_from` tokens or more is a document of its own: it is prefilled once for all requests that begin
+    so, and the drafter reads what is retrieved from it. Without one there is nothing to retrieve from and the target
+    answers alone. With `document` the last user's message is a question about that document, and the messages before
+    are earlier turns.
+    """
+
+    messages: Sequence[Mapping[str, str]]
+    document: str | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token ids, read as they are by the target alone."""
+
+    ids: Sequence[int]
+
+
+Prompt: TypeAlias = Question | Chat | Tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer that is wanted, with settings of its own: none of them concerns another request.
+
+    The answer depends on the request and the models alone, not on what runs beside it (up to rounding, which can turn
+    a near tie; and with gamma auto, which goes by the clock, where the temperature is above 0).
+    """
+
+    prompt: Prompt
+    speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    sampling: SamplingSettings = field(default_factory=SamplingSettings)
+    stop: tuple[str, ...] = ()  # texts that end the answer, not part of it
+    logprobs: int | None = None  # with each token its log-probability under the target, and so many alternatives
+    owner: str = ""  # whose it is: owners take turns, and share no keys and values
+    public: bool = False  # its document's keys and values may serve other owners
+
+    def __post_init__(self):
+        if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
+            raise InputError(f"logprobs must be 0 to {MOST_LOGPROBS}, got {self.logprobs}")
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """What was retrieved for the drafter."""
+
+    selection: "Selection"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """More of the answer. A piece has whole characters; one that may yet begin a stop text is held back."""
+
+    text: str
+    token_ids: list[int]
+    origins: list[int]  # an Origin for each token
+    logprobs: list["TokenLogprobs"] | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities under the target alone, before temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most probable tokens, falling
+
+
+@dataclass(frozen=True)
+class Done:
+    """The answer is complete."""
+
+    answer: "Answer"
+
+
+@dataclass(frozen=True)
+class Failed:
+    """There will be no answer: InputError where the request is at fault, Cancelled where it was taken back."""
+
+    error: Exception
+
+
+class Cancelled(Exception):
+    """The request was taken back before its answer was complete."""
+
+
+Event: TypeAlias = Retrieved | Piece | Done | Failed
+OnEvent: TypeAlias = Callable[[Event], None]

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
+from rapid_jax.speculative.state import MOST_LOGPROBS
 
 if TYPE_CHECKING:
     from rapid_jax.answer import Answer
     from rapid_jax.retrieval.select import Selection
-
-MOST_LOGPROBS = 20  # alternatives that a token may come with
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a request to the prompts of the two models."""
+
+from collections.abc import Callable
+
+from rapid_jax.config import RapidConfig
+from rapid_jax.engine.models import Models
+from rapid_jax.engine.request import Chat, Question, Request, Tokens
+from rapid_jax.model.load import LoadedModel
+from rapid_jax.prompts import Frame, Prompt, Reading, chat_frame, check_fits, context_of, frame, visible
+from rapid_jax.retrieval.select import Selection
+from rapid_jax.runtime.errors import InputError
+
+OnRetrieved = Callable[[Selection], None]
+
+
+def read(models: Models, config: RapidConfig, request: Request, on_retrieved: OnRetrieved | None = None) -> Reading:
+    """The prompts of a request under `config`, which has the request's settings in it; `on_retrieved` gets the chunks
+    before the drafter's prompt is made.
+
+    Raises InputError for what the models cannot read: no text, too much of it, an id that is no token.
+    """
+    prompt = request.prompt
+    if isinstance(prompt, Tokens):
+        return _of_tokens(models.target, config, list(prompt.ids))
+    if isinstance(prompt, Question):
+        document, question = prompt.document, prompt.question
+
+        def framed(model: LoadedModel, template: str) -> Frame:
+            template = prompt.template or template
+            return frame(model.tokenizer, template, question, config.prompts.system, prompt.begins, prompt.turns)
+
+        return _about(models, config, document, question, framed, prompt.retrieve_from, on_retrieved)
+    return _of_chat(models, config, prompt, on_retrieved)
+
+
+def _of_tokens(target: LoadedModel, config: RapidConfig, ids: list[int]) -> Reading:
+    if len(ids) < 2:
+        raise InputError(f"expected a prompt of at least 2 tokens, got {len(ids)}")
+    known = target.tokenizer.ids
+    unknown = [token for token in ids if token not in known]
+    if unknown:
+        raise InputError(f"expected token ids of this model, got {unknown[0]}")
+    room = context_of(config, target.config.context_size) - config.sampling.max_new_tokens
+    if len(ids) > room:
+        raise InputError(f"the prompt is too long: expected at most {room} tokens with this answer, got {len(ids)}")
+    return Reading(Prompt(ids[:-1], ids[-1:]), None, None, 0, truncated=False)
+
+
+def _of_chat(models: Models, config: RapidConfig, chat: Chat, on_retrieved: OnRetrieved | None) -> Reading:
+    tokenizer = models.target.tokenizer
+    found = chat.parted(tokenizer)
+    if found is None:
+        plain = chat_frame(tokenizer, chat.messages, None)
+        return _of_tokens(models.target, config, plain.before + plain.after)
+    where, document, question = found
+
+    def framed(model: LoadedModel, template: str) -> Frame:
+        return chat_frame(model.tokenizer, chat.messages, where)
+
+    return _about(models, config, document, question, framed, None, on_retrieved)
+
+
+def _about(
+    models: Models,
+    config: RapidConfig,
+    document: str,
+    question: str,
+    framed: Callable[[LoadedModel, str], Frame],
+    retrieve_from: str | None,
+    on_retrieved: OnRetrieved | None,
+) -> Reading:
+    """The prompts about a question on a document."""
+    target, speculation = models.target, config.speculation
+    long_frame = framed(target, config.prompts.target)
+    text, document_tokens = visible(config, target, document, long_frame.size)
+    long, short, selection = long_frame.around(text), None, None
+    if speculation.retrieves:
+        retriever = models.retriever(config.retrieval)
+        selection = retriever.retrieve(retrieve_from or text, question, models.token_spans, len(long.tokens))
+        if on_retrieved is not None:
+            on_retrieved(selection)
+        drafter = models.drafter if speculation.drafts else target
+        short = framed(drafter, config.prompts.drafter).around(selection.text)
+        check_fits(config, drafter, len(short.tokens))
+    return Reading(long, short, selection, document_tokens, truncated=len(text) < len(document))

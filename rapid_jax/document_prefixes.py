@@ -33,8 +33,8 @@ class DocumentPrefixes:
 
     @cached_property
     def _store(self) -> PrefixStore | None:
-        limit = int(self._config.cache.prefix_gib * 2**30)
-        if jax.process_count() > 1:
+        limit = int(self._config.cache.disk_gib * 2**30)
+        if jax.process_count() > 1 or not self._config.cache.prefixes:
             limit = 0  # every process would have to find the same entry
         place, heads = self._cache / "prefixes", self._target.config.num_kv_heads
         return PrefixStore(place, limit, mesh=self._mesh, kv_heads=heads, quiet=self._quiet) if limit else None

@@ -38,6 +38,7 @@ MAY_IMPORT = {
     "rapid_jax.document_prefixes": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
     "rapid_jax.answer": RETRIEVAL | SPECULATIVE | {"rapid_jax.config", "rapid_jax.prompts"},
     "rapid_jax.sides": SPECULATIVE,
+    "rapid_jax.engine": RETRIEVAL | SPECULATIVE | FACADE_PARTS,
     "rapid_jax.identity": RETRIEVAL | {"rapid_jax.config", "rapid_jax.prompts"},
     "rapid_jax.rapid": FACADE,
     "rapid_jax.html_text": set(),

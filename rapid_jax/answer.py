@@ -16,6 +16,15 @@ OnText = Callable[[str], None]
 
 
 @dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities under the target alone, before temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most probable tokens, falling
+
+
+@dataclass(frozen=True)
 class Answer:
     """An answer and how it came about."""
 
@@ -36,6 +45,7 @@ class Answer:
     seconds: dict[str, float] = field(default_factory=dict)
     truncated: bool = False  # the document did not fit and was cut
     sampling: ResolvedSampling | None = None  # how it was drawn
+    logprobs: list[TokenLogprobs] | None = None  # where they were asked for, one for each token
 
     @property
     def tokens_per_second(self) -> float:

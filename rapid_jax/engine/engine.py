@@ -2,26 +2,25 @@
 """The engine: requests take rows of rounds and leave them, between rounds of the others."""
 
 import itertools
-import logging
 import threading
-import time
 from collections import OrderedDict, deque
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
-from rapid_jax.answer import Transcript, answer_of
+from rapid_jax.answer import answer_of
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.errors import Draining, QueueFull
 from rapid_jax.engine.job import Job
-from rapid_jax.engine.lane import Lane
+from rapid_jax.engine.lane import Lane, LaneKey
 from rapid_jax.engine.models import Models
-from rapid_jax.engine.prepare import Prepared, Preparing
 from rapid_jax.engine.prefixes import PrefixCache
+from rapid_jax.engine.prepare import Prepared, Preparing, Steps
 from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
-from rapid_jax.runtime.compiling import forget_programs
+from rapid_jax.runtime.compiling import forget_programs, timed
+from rapid_jax.runtime.files import cache_dir
 from rapid_jax.speculative.own_sampling import resolve
 
-_log = logging.getLogger(__name__)
 MOST_ROWS = 64  # requests that run at once, of all documents together
 
 
@@ -41,8 +40,8 @@ class Engine:
     """Answers requests side by side. Those over one document read its keys and values once a round for all of them.
 
     `submit` is of any thread; `step` does the work, and is called by one. Requests over several documents take turns,
-    some rounds each. With `prefill_first` no round is run while a prompt waits to be read: most tokens a second; without
-    it a chunk of a prompt and some rounds of every lane take turns, so that nobody waits for another's document.
+    some rounds each. With `prefill_first` no round is run while a prompt waits to be read: most tokens a second;
+    without it a chunk of a prompt and some rounds of every lane take turns, so that nobody waits for a document.
     """
 
     def __init__(
@@ -59,10 +58,24 @@ class Engine:
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by owner, in whose turn it is
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
-        self._preparing: deque[tuple[Job, Iterator[None]]] = deque()
+        self._preparing: deque[tuple[Job, Steps]] = deque()
         self._ready: deque[tuple[Job, Prepared]] = deque()  # for which no row is free
-        self._lanes: dict[object, Lane] = {}
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._held: dict[int, Prepared] = {}  # by id of the job in a row
         self._draining = False
+
+    @cached_property
+    def prefixes(self) -> PrefixCache:
+        """The target's keys and values of documents."""
+        config, target = self.config, self.models.target
+        how = {"weights_hash": lambda: target.weights_hash, "quiet": self._quiet}
+        folder = cache_dir(config.cache.folder)
+        return PrefixCache(target.decoder, config.compute, config.cache, folder, **how)
+
+    @cached_property
+    def _preparer(self) -> Preparing:
+        others = self._lanes, self._ready
+        return Preparing(self.config, self.models, self.prefixes, is_alone=lambda: not any(others), quiet=self._quiet)
 
     def submit(self, request: Request, on_event: OnEvent, *, streams: bool = True) -> Ticket:
         """Takes a request; returns at once. `on_event` is called in the thread that steps, in order, and last with Done
@@ -72,9 +85,7 @@ class Engine:
         """
         config = request.under(self.config)
         sampling = resolve(config.sampling, self.models.target.generation)
-        pieces: list[str] = []
-        transcript = Transcript(self.models.target.tokenizer, config.stop, pieces.append)
-        job = Job(request, config, on_event, sampling, transcript, streams, pieces=pieces)
+        job = Job.of(request, config, on_event, sampling, self.models.target.tokenizer, streams=streams)
         with self._lock:
             if self._draining:
                 raise Draining("the engine takes no more requests")
@@ -87,6 +98,11 @@ class Engine:
     def is_idle(self) -> bool:
         """Whether there is nothing to do."""
         return not (self._waiting or self._preparing or self._ready or self._lanes)
+
+    def run(self, tickets: Sequence[Ticket]) -> None:
+        """Works until these requests have ended; others go on beside them."""
+        while not all(ticket.job.ended for ticket in tickets):
+            self.step()
 
     def step(self) -> None:
         """A piece of work: something of a prompt, and rounds of the lanes."""
@@ -138,13 +154,13 @@ class Engine:
                 self._release(prepared)
                 self._fail(job, Cancelled())
             elif lane is None:
-                self._lanes[prepared.key] = Lane.of(prepared.key, job, prepared.rounds)
+                self._lanes[prepared.key] = Lane.of(prepared.key, job, prepared.rounds, prepared.document)
                 self._held[id(job)] = prepared
-            elif lane.is_full:
+            elif lane.place_for(prepared.document) is None:
                 self._ready.append((job, prepared))
             else:
                 with timed() as work:
-                    lane.join(job, prepared.rounds)
+                    lane.join(job, prepared.rounds, prepared.document)
                 job.took("prefill", work)
                 self._held[id(job)] = prepared
 
@@ -170,11 +186,12 @@ class Engine:
             return
         job.finish()
         assert job.reading is not None and job.generation is not None
-        answer = answer_of(job.reading, job.transcript, job.generation, job.config.speculation, job.sampling, job.seconds, reused=job.reused)
-        job.on_event(Done(replace(answer, logprobs=job.token_logprobs)))
+        how = job.config.speculation, job.sampling, job.seconds
+        answer = answer_of(job.reading, job.transcript, job.generation, *how, reused=job.reused)
+        job.end(Done(replace(answer, logprobs=job.token_logprobs)))
 
     def _fail(self, job: Job, error: Exception) -> None:
-        job.on_event(Failed(error))
+        job.end(Failed(error))
 
     def _release(self, prepared: Prepared) -> None:
         if prepared.handle is not None:

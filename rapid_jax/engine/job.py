@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from rapid_jax.answer import Transcript
 from rapid_jax.config import RapidConfig
-from rapid_jax.engine.request import OnEvent, Piece, Request, TokenLogprobs
+from rapid_jax.engine.request import Done, Failed, OnEvent, Piece, Request, TokenLogprobs
+from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import Timed
 from rapid_jax.speculative.generate import Generation
@@ -31,12 +32,34 @@ class Job:
     pieces: list[str] = field(default_factory=list)  # of text, not told yet
     gammas: dict[int, int] = field(default_factory=dict)  # rounds run with each
     generation: Generation | None = None  # once it is complete
+    ended: bool = False  # the last event is out
     token_logprobs: list[TokenLogprobs] | None = None
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("retrieval", "prefill", "compile", "decode"), 0.0)
     )
     submitted_at: float = field(default_factory=time.perf_counter)
     cancelled: threading.Event = field(default_factory=threading.Event)
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        config: RapidConfig,
+        on_event: OnEvent,
+        sampling: ResolvedSampling,
+        tokenizer: Tokenizer,
+        *,
+        streams: bool,
+    ) -> "Job":
+        """A request that has just come."""
+        pieces: list[str] = []
+        transcript = Transcript(tokenizer, config.stop, pieces.append)
+        return cls(request, config, on_event, sampling, transcript, streams, pieces=pieces)
+
+    def end(self, event: Done | Failed) -> None:
+        """Tells the last event."""
+        self.ended = True
+        self.on_event(event)
 
     def took(self, what: str, timed: Timed) -> None:
         """Counts the seconds of a stretch of work to this request."""

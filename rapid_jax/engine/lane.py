@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests that are answered side by side by the same programs: those over one document, or each with its own text."""
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 from rapid_jax.engine.job import Job
@@ -12,41 +12,46 @@ from rapid_jax.speculative.pace import Pace
 from rapid_jax.speculative.rounds import Rounds
 from rapid_jax.speculative.start import gamma_bucket
 
-ROW_BUCKETS = (1, 2, 4, 8, 16)  # rows that programs are compiled for
+ROW_BUCKETS = (1, 2, 4, 8, 16)  # rows, of documents or of one, that programs are compiled for
 
 
 @dataclass(frozen=True)
 class LaneKey:
     """What requests have in common that can be rows of the same rounds."""
 
-    prefix: Hashable  # of the target, shared by all rows; None: each row has its own
+    document: Hashable  # the one that all rows are about, whose keys and values are not copied; None: several
     drafts: bool
     auto: bool  # the gamma goes by the clock
     lookup: tuple[str, int, int]
     rounds_per_read: int
 
     @classmethod
-    def of(cls, speculation: SpeculationConfig, prefix: Hashable) -> "LaneKey":
-        """Of a request with these settings over that prefix."""
+    def of(cls, speculation: SpeculationConfig, document: Hashable) -> "LaneKey":
+        """Of a request with these settings about that document."""
         drafts = speculation.drafts and speculation.gamma != 0
         auto = drafts and speculation.gamma == "auto"
         lookup = speculation.lookup, speculation.lookup_width, speculation.lookup_match
-        return cls(prefix, drafts, auto, lookup, speculation.rounds_per_read)
+        return cls(document, drafts, auto, lookup, speculation.rounds_per_read)
 
 
 @dataclass
 class Lane:
-    """Rows, some of which answer a request each."""
+    """Rows, some of which answer a request each.
+
+    Rows lie by document: of `documents` D each has as many rows, one behind the other. Their keys and values are read
+    once a round for all of a document's rows.
+    """
 
     key: LaneKey
     rounds: Rounds
+    documents: list[Hashable]  # None: the place is free
     jobs: list[Job | None]
     pace: Pace
 
     @classmethod
-    def of(cls, key: LaneKey, job: Job, rounds: Rounds) -> "Lane":
+    def of(cls, key: LaneKey, job: Job, rounds: Rounds, document: Hashable) -> "Lane":
         """A lane of one request."""
-        lane = cls(key, rounds, [job], Pace(job.config.speculation, key.drafts))
+        lane = cls(key, rounds, [document], [job], Pace(job.config.speculation, key.drafts))
         lane._repace()
         return lane
 
@@ -56,17 +61,37 @@ class Lane:
         return [job for job in self.jobs if job is not None]
 
     @property
-    def is_full(self) -> bool:
-        """Whether no row can be added."""
-        return len(self.running) >= ROW_BUCKETS[-1]
+    def each(self) -> int:
+        """Rows of a document."""
+        return len(self.jobs) // len(self.documents)
 
-    def join(self, job: Job, rounds: Rounds) -> None:
-        """One more request, whose prompt has been read by rounds of its own."""
-        rows = next(size for size in ROW_BUCKETS if size > len(self.running))
-        rows = max(rows, len(self.jobs))
-        row = next((at for at, other in enumerate(self.jobs) if other is None), len(self.jobs))
-        self.rounds.join(rounds, row, rows)
-        self.jobs += [None] * (rows - len(self.jobs))
+    def place_for(self, document: Hashable) -> tuple[int, int, int] | None:
+        """(its place among the documents, how many of these there are to be, rows of each); None: there is no room."""
+        count, each = len(self.documents), self.each
+        if document in self.documents:
+            at = self.documents.index(document)
+            if None not in self.jobs[at * each : (at + 1) * each]:
+                each = 2 * each
+        elif None in self.documents:
+            at = self.documents.index(None)
+        else:
+            at, count = count, 2 * count
+        return (at, count, each) if count * each <= ROW_BUCKETS[-1] else None
+
+    def join(self, job: Job, rounds: Rounds, document: Hashable) -> None:
+        """One more request, whose prompt has been read by rounds of its own, and for which there is a place."""
+        place = self.place_for(document)
+        if place is None:
+            raise ValueError("expected a lane with room")
+        at, count, each = place
+        if each > self.each:
+            self._arrange(range(len(self.documents)), each)
+        is_new = document not in self.documents
+        self.documents += [None] * (count - len(self.documents))
+        self.documents[at] = document
+        self.jobs += [None] * (count * each - len(self.jobs))
+        row = at * each + self.jobs[at * each : (at + 1) * each].index(None)
+        self.rounds.join(rounds, row, len(self.jobs), (at, count) if is_new else None)
         self.jobs[row] = job
         self._repace()
 
@@ -112,18 +137,37 @@ class Lane:
         self.rounds.interrupt(row)
 
     def _shrink(self) -> None:
-        """Half the rows, or fewer, once they suffice."""
-        running = [row for row, job in enumerate(self.jobs) if job is not None]
-        if not running:
+        """Half the documents, or half the rows of each, or fewer, once they suffice."""
+        each = self.each
+        used = [sum(job is not None for job in self._of(at)) for at in range(len(self.documents))]
+        self.documents = [name if used[at] else None for at, name in enumerate(self.documents)]
+        if not any(used):
             return
-        rows = next(size for size in ROW_BUCKETS if size >= len(running))
-        if 2 * rows > len(self.jobs):
+        wanted = _bucket(max(used))
+        kept = [at for at, count in enumerate(used) if count]
+        count = _bucket(len(kept))
+        if 2 * wanted > each and 2 * count > len(self.documents):
             return
-        free = [row for row, job in enumerate(self.jobs) if job is None]
-        kept = [*running, *free][:rows]
-        self.rounds.keep(kept)
-        self.jobs = [self.jobs[row] for row in kept]
+        free = [at for at, rows in enumerate(used) if not rows]
+        self._arrange([*kept, *free][:count], wanted)
         self._repace()
+
+    def _of(self, at: int) -> list[Job | None]:
+        """The rows of a document."""
+        return self.jobs[at * self.each : (at + 1) * self.each]
+
+    def _arrange(self, documents: Sequence[int], each: int) -> None:
+        """Those documents alone, with so many rows each; those that answer something come first."""
+        order = []
+        for at in documents:
+            own = range(at * self.each, (at + 1) * self.each)
+            taken = [row for row in own if self.jobs[row] is not None]
+            free = [row for row in own if self.jobs[row] is None]
+            order += [*taken, *free, *[own[-1]] * each][:each]
+        same = list(documents) == list(range(len(self.documents)))
+        self.rounds.arrange(order, None if same else documents)
+        self.jobs = [None if row in order[:at] else self.jobs[row] for at, row in enumerate(order)]
+        self.documents = [self.documents[at] for at in documents]
 
     def _repace(self) -> None:
         """Goes on with the rows that there are now: of others it is not known how long their rounds take."""
@@ -132,3 +176,7 @@ class Lane:
         if self.key.drafts and not self.key.auto:
             speculation = replace(speculation, gamma=gamma_bucket(max(gammas)))
         self.pace = self.pace.under(speculation, len(self.jobs))
+
+
+def _bucket(count: int) -> int:
+    return next(size for size in ROW_BUCKETS if size >= count)

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a request to a row: its prompts are made and read, a piece at a time."""
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import jax
 
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.rounded import rounded
@@ -12,20 +14,21 @@ from rapid_jax.engine.errors import TooLarge
 from rapid_jax.engine.job import Job
 from rapid_jax.engine.lane import LaneKey
 from rapid_jax.engine.models import Models
-from rapid_jax.engine.prefixes import Handle, PrefixCache
+from rapid_jax.engine.prefixes import Found, PrefixCache
 from rapid_jax.engine.reader import read
 from rapid_jax.engine.request import Question, Retrieved
+from rapid_jax.engine.tiers import Handle
 from rapid_jax.identity import check_same_prompts
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import timed
-from rapid_jax.runtime.progress import Progress, progress
-from rapid_jax.speculative.generate import Joining, Prompted, start
+from rapid_jax.runtime.progress import progress
+from rapid_jax.speculative.generate import Prompted, start
 from rapid_jax.speculative.prefill import Prefill, PrefillSettings
 from rapid_jax.speculative.rounds import Rounds
 
 # Tokens that a prompt's prefix lacks when its rounds begin: the target feeds the last one, a drafter the last two.
 TARGET_LACKS, DRAFTER_LACKS = 1, 2
+COPIED_BYTES = 2**30  # of keys and values that are copied, so that rows about several documents run in one program
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Prepared:
 
     key: LaneKey
     rounds: Rounds
+    document: Hashable  # equal for requests about the same one
     handle: Handle | None  # of the document's keys and values, held
 
 
@@ -43,8 +47,18 @@ Steps = Generator[None, None, Any]
 class Preparing:
     """Makes prompts and reads them; what is read of documents is kept."""
 
-    def __init__(self, config: RapidConfig, models: Models, prefixes: PrefixCache, *, quiet: bool):
+    def __init__(
+        self,
+        config: RapidConfig,
+        models: Models,
+        prefixes: PrefixCache,
+        *,
+        is_alone: Callable[[], bool],
+        quiet: bool,
+    ):
+        """`is_alone`: whether no other request has memory that it will give back."""
         self._config, self._models, self._prefixes, self._quiet = config, models, prefixes, quiet
+        self._is_alone = is_alone
 
     def steps(self, job: Job) -> Generator[None, None, Prepared]:
         """Yields between pieces of the work, and while there is no room; returns the request's row.
@@ -93,19 +107,25 @@ class Preparing:
             job.reused = True
             self._prefixes.hold(found.handle)
             return found.prefix, found.handle
-        known = found.prefix, found.tokens
-        prefix = yield from self._read(job, decoder, head, "prefill", *known)
+        while not self._prefixes.make_room(self._prefixes.bytes_for(len(head))):
+            if self._is_alone():
+                raise TooLarge(f"the document is too large for the memory: {len(head)} tokens of keys and values")
+            yield
+        prefix = yield from self._read(job, decoder, head, "prefill", found)
+        if self._config.compute.kv != "full":
+            prefix = rounded(prefix)
         handle = self._prefixes.put(head, prefix, *owner)
         self._prefixes.hold(handle)
-        return self._prefixes.prefix(handle), handle
+        return prefix, handle
 
     def _read(
-        self, job: Job, decoder: Decoder, tokens: list[int], label: str, begun: Prefix | None = None, known: int = 0
+        self, job: Job, decoder: Decoder, tokens: list[int], label: str, begun: Found | None = None
     ) -> Generator[None, None, Prefix]:
-        """The prefix of a prompt, a chunk at a time."""
+        """The prefix of a prompt, a chunk at a time; of one that is kept, from what there is of it."""
         compute, dtype = self._config.compute, decoder.embed_VD[...].dtype
-        settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, coarse=True)
-        work = Prefill(decoder, [tokens], settings, dtype=dtype, begun=begun, known=known)
+        settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, coarse=begun is None)
+        known = {} if begun is None else {"begun": begun.prefix, "known": begun.tokens}
+        work = Prefill(decoder, [tokens], settings, dtype=dtype, **known)
         with progress(label, work.left, "tokens", quiet=self._quiet) as report:
             while work.left:
                 before = work.left
@@ -121,7 +141,9 @@ class Preparing:
         self, job: Job, target: Prompted, drafter: Prompted | None, text: Sequence[int], handle: Handle | None
     ) -> Prepared:
         config = job.config
-        key = LaneKey.of(config.speculation, handle)
+        document = object() if handle is None else handle
+        size = sum(x.nbytes for x in jax.tree.leaves(target.prefix.layers))
+        key = LaneKey.of(config.speculation, None if size <= COPIED_BYTES else document)
         with timed() as work:
             rounds = start(
                 target,
@@ -132,7 +154,7 @@ class Preparing:
                 texts=[text],
                 block=config.compute.attention_block,
                 token_ids=self._models.target.token_ids,
-                joining=Joining(shares_prefix=handle is not None, logprobs=job.request.logprobs is not None),
+                logprobs=job.request.logprobs is not None,
             )
         job.took("prefill", work)
-        return Prepared(key, rounds, handle)
+        return Prepared(key, rounds, document, handle)

@@ -4,10 +4,12 @@
 from collections.abc import Callable
 
 from rapid_jax.config import RapidConfig
+from rapid_jax.conversation import Frame, Prompt, conversation
+from rapid_jax.engine.messages import parted_chat
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.request import Chat, Question, Request, Tokens
 from rapid_jax.model.load import LoadedModel
-from rapid_jax.prompts import Frame, Prompt, Reading, chat_frame, check_fits, context_of, frame, visible
+from rapid_jax.prompts import Reading, check_fits, context_of, frame, visible
 from rapid_jax.retrieval.select import Selection
 from rapid_jax.runtime.errors import InputError
 
@@ -49,16 +51,15 @@ def _of_tokens(target: LoadedModel, config: RapidConfig, ids: list[int]) -> Read
 
 def _of_chat(models: Models, config: RapidConfig, chat: Chat, on_retrieved: OnRetrieved | None) -> Reading:
     tokenizer = models.target.tokenizer
-    found = chat.parted(tokenizer)
-    if found is None:
-        plain = chat_frame(tokenizer, chat.messages, None)
+    found = parted_chat(chat, config.prompts, config.retrieval.chunk_tokens, tokenizer.counts)
+    if found.document is None or not found.question.strip():
+        plain = conversation(tokenizer, found.long)
         return _of_tokens(models.target, config, plain.before + plain.after)
-    where, document, question = found
 
     def framed(model: LoadedModel, template: str) -> Frame:
-        return chat_frame(model.tokenizer, chat.messages, where)
+        return conversation(model.tokenizer, found.short if template == config.prompts.drafter else found.long)
 
-    return _about(models, config, document, question, framed, None, on_retrieved)
+    return _about(models, config, found.document, found.question, framed, None, on_retrieved)
 
 
 def _about(

@@ -19,7 +19,7 @@ from rapid_jax.speculative.pace import Pace
 from rapid_jax.speculative.prefill import extend, new_tail
 from rapid_jax.speculative.rounds import Rounds
 from rapid_jax.speculative.sampling import Knobs, Law
-from rapid_jax.speculative.start import EXTEND_WIDTH, RECENT, Sizes, plan_of, start_state
+from rapid_jax.speculative.start import EXTEND_WIDTH, RECENT, Sizes, plan_of, start_state, text_slots
 from rapid_jax.speculative.state import Side, State
 
 
@@ -79,9 +79,9 @@ def _side(prompted: Prompted, *, uncached: int, sizes: Sizes, block: int) -> tup
     return Side(prompted.decoder, prompted.prefix, *replicated(prompted.decoder.mesh, (recent, lengths))), tail
 
 
-def _text(texts: Sequence[Sequence[int]], sizes: Sizes, match: int) -> np.ndarray:
+def _text(texts: Sequence[Sequence[int]], match: int) -> np.ndarray:
     longest = max((len(text) for text in texts), default=0)
-    text_BM = np.full((len(texts), sizes.text(longest, match)), -1, np.int32)
+    text_BM = np.full((len(texts), text_slots(longest, match)), -1, np.int32)
     for row, text in enumerate(texts):
         text_BM[row, : len(text)] = text
     return text_BM
@@ -133,14 +133,6 @@ def generation_of(rounds: Rounds, gammas: dict[int, int], seconds: dict[str, flo
     )
 
 
-@dataclass(frozen=True)
-class Joining:
-    """Of a row that is to join others: sizes are few, so that rows have programs in common."""
-
-    shares_prefix: bool = True  # they have the target's prefix, of one row, in common
-    logprobs: bool = False  # it wants them
-
-
 def start(
     target: Prompted,
     drafter: Prompted | None,
@@ -152,7 +144,7 @@ def start(
     seeds: Sequence[int] | None = None,
     block: int = 8192,
     token_ids: Sequence[int] | np.ndarray | None = None,
-    joining: Joining | None = None,
+    logprobs: bool = False,
 ) -> Rounds:
     """Rows that have read all of their prompts, before their first tokens.
 
@@ -161,8 +153,7 @@ def start(
     padded to; a drafter may lack some of them.
     """
     batch = len(target.prompts)
-    sizes = Sizes.of(speculation, sampling, coarse=joining is not None)
-    joining = joining or Joining()
+    sizes = Sizes.of(speculation, sampling)
     vocabulary = target.decoder.config.vocab_size
     if token_ids is None:
         token_ids = range(min(vocabulary, vocabulary if drafter is None else drafter.decoder.config.vocab_size))
@@ -172,15 +163,15 @@ def start(
         drafter_side, draft_tail = _side(drafter, uncached=2, sizes=sizes, block=block)
     seen = _seen(target, vocabulary, sampling), _seen(drafter, vocabulary, sampling)
     seeds = seeds or [sampling.seed] * batch
-    host_state = start_state(seeds, sizes, sampling.max_new_tokens, seen, logprobs=joining.logprobs)
+    host_state = start_state(seeds, sizes, sampling.max_new_tokens, seen, logprobs=logprobs)
     placed_state = replicated(target.decoder.mesh, host_state)
     state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state)
     plan = plan_of(speculation, block=block, vocabulary=vocabulary)
-    text_BM = _text(texts or [[]] * batch, sizes, speculation.lookup_match)
-    law = Law.of(sampling, speculation, stops, logprobs=joining.logprobs)
+    text_BM = _text(texts or [[]] * batch, speculation.lookup_match)
+    law = Law.of(sampling, speculation, stops, logprobs=logprobs)
     knobs = Knobs.of(sampling, speculation, _allowed(token_ids, vocabulary))
     sides = target_side, drafter_side
-    rounds = Rounds(sides, text_BM, state, law, knobs, plan, shares_prefix=joining.shares_prefix)
+    rounds = Rounds(sides, text_BM, state, law, knobs, plan)
     jax.block_until_ready((target_tail, draft_tail))
     return rounds
 

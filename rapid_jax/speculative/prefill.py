@@ -38,10 +38,10 @@ def bucket(count: int, least: int = 1) -> int:
 
 
 def coarse_bucket(count: int, least: int = 1) -> int:
-    """As `bucket`, of a ladder with two steps an octave and nothing below 16: at most a third of the slots is empty."""
-    units = max(-(-count // least), -(-16 // least), 1)
+    """As `bucket`, of a ladder with two steps an octave (1, 2, 3, 4, 6, 8, 12 ...): at most a third is empty."""
+    units = max(-(-count // least), 1)
     octave = 1 << (units - 1).bit_length()
-    return (octave * 3 // 4 if units <= octave * 3 // 4 and octave > 2 else octave) * least
+    return (octave * 3 // 4 if octave > 2 and units <= octave * 3 // 4 else octave) * least
 
 
 def serving(decoder: Decoder, block: int, kernel: KernelName = "auto", over: Over = "ring") -> Strategy:
@@ -136,7 +136,7 @@ class ChunkLayout:
         if chunk % unit:
             raise InputError(f"a prefill chunk must be a multiple of {unit} (2 x context {devices}), got {chunk}")
         round_up = coarse_bucket if coarse else bucket
-        chunk = min(chunk, round_up(longest, unit))
+        chunk = min(chunk, coarse_bucket(max(longest, 16 * unit), unit) if coarse else bucket(longest, unit))
         chunks = -(-longest // chunk)
         return cls(chunk, chunks, round_up(chunks * chunk, chunk), devices)
 

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rapid_jax.attention.kernels import platform_of
 from rapid_jax.model.finite import why_not_finite
@@ -49,12 +50,9 @@ class Rounds:
         law: Law,
         knobs: Knobs,
         plan: Plan,
-        *,
-        shares_prefix: bool = True,
     ):
-        """`knobs` are arrays of the host; `shares_prefix`: rows that join have the target's prefix in common."""
+        """`knobs` are arrays of the host."""
         self.sides, self.state, self.law, self.plan = sides, state, law, plan
-        self._shares_prefix = shares_prefix
         self.meshes = [side.decoder.mesh for side in sides if side is not None]
         self.texts = [replicated(mesh, text_BM) for mesh in self.meshes]
         self.compile_seconds = 0.0
@@ -144,35 +142,48 @@ class Rounds:
 
     # Rows that come and go.
 
-    def join(self, other: "Rounds", row: int, rows: int) -> None:
+    def join(self, other: "Rounds", row: int, rows: int, document: tuple[int, int] | None = None) -> None:
         """The one row of `other` as this one's `row`, of `rows`; other rows stay as they are. `other` is used up.
 
-        Both have the same models, and the same target's prefix where that is of one row for all.
+        Both have the same models. `document`, the place of the target's prefix and how many there are, puts that of
+        `other` there: rows share the prefixes evenly, one behind the other. Without it theirs is there already.
         """
         self.law = other.law = self.law.and_also(other.law)
-        parts = []
-        for mine, theirs, side in zip(self._parts(), other._parts(), self.sides, strict=True):
-            if mine is None or theirs is None or side is None:
-                parts.append(None)
-                continue
-            mesh = side.decoder.mesh
+        (first, second), (their_first, their_second) = self._parts(), other._parts()
+
+        def put(mine: dict[str, Any], theirs: dict[str, Any], mesh: Mesh | None, at: int, count: int):
             mine, theirs = with_same_slots(mine, theirs, 1 if mesh is None else mesh.shape["context"])
-            parts.append(written(with_room(mine, theirs, rows), theirs, np.int32(row)))
-        self._set_parts(*parts)
+            return written(with_room(mine, theirs, count), theirs, np.int32(at))
+
+        first = put(first, their_first, self.meshes[0], row, rows)
+        if second is not None and their_second is not None:
+            second = put(second, their_second, self.meshes[1], row, rows)
+        self._set_parts(first, second)
+        if document is not None:
+            target, drafter = self.sides
+            mine, theirs = ({"prefix": rounds.sides[0].prefix} for rounds in (self, other))
+            prefix = put(mine, theirs, self.meshes[0], *document)["prefix"]
+            self.sides = replace(target, prefix=prefix), drafter
         self.interrupted = [*self.interrupted, *[True] * (rows - len(self.interrupted))]
         self.interrupted[row] = False
         self.set_knobs(_with_row(self.host_knobs, other.host_knobs, row, rows))
         self.host = self._read()
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Those rows alone, in that order."""
-        self._set_parts(*(None if part is None else taken(part, rows) for part in self._parts()))
-        self.interrupted = [self.interrupted[row] for row in rows]
+    def arrange(self, rows: Sequence[int], documents: Sequence[int] | None = None) -> None:
+        """Those rows in that order, and of the target's prefixes those; a row that is there twice is done in all but
+        the first place."""
+        first, second = self._parts()
+        self._set_parts(taken(first, rows), None if second is None else taken(second, rows))
+        if documents is not None:
+            target, drafter = self.sides
+            self.sides = replace(target, prefix=taken(target.prefix, documents)), drafter
+        self.interrupted = [self.interrupted[row] or row in rows[:at] for at, row in enumerate(rows)]
         self.set_knobs(_of_rows(self.host_knobs, list(rows)))
         self.host = self._read()
+        self._set_done(self.ended())
 
     def _parts(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """What the rows have on the target's devices, and on the drafter's."""
+        """What the rows have on the target's devices, and on the drafter's; but for the target's prefixes."""
         target, drafter = self.sides
         state = replace(self.state, draft_tail=None)
         if self.law.penalty:
@@ -180,15 +191,23 @@ class Rounds:
         if self.law.logprobs and state.logprobs is None:
             none = Logprobs.none(*state.emitted_BO.shape)
             state = replace(state, logprobs=replicated(self.meshes[0], none))
-        own = {} if self._shares_prefix else {"prefix": target.prefix}
         first = {"recent_BR": target.recent_BR, "prompt_B": target.prompt_B, "state": state, "text_BM": self.texts[0]}
         if drafter is None:
-            return first | own, None
+            return first, None
         second = {"recent_BR": drafter.recent_BR, "prompt_B": drafter.prompt_B, "prefix": drafter.prefix}
         second |= {"tail": self.state.draft_tail}
         if self.meshes[0] != self.meshes[1]:
             second |= {"text_BM": self.texts[1]}
-        return first | own, second
+        return first, second
+
+    def _set_parts(self, first: dict[str, Any], second: dict[str, Any] | None) -> None:
+        target, drafter = self.sides
+        target = replace(target, recent_BR=first["recent_BR"], prompt_B=first["prompt_B"])
+        if drafter is not None and second is not None:
+            drafter = replace(drafter, **{name: second[name] for name in ("recent_BR", "prompt_B", "prefix")})
+        self.sides = target, drafter
+        self.state = replace(first["state"], draft_tail=None if second is None else second["tail"])
+        self.texts = [first["text_BM"], *([] if second is None else [second.get("text_BM", first["text_BM"])])]
 
     def _with_seen(self, state: State) -> State:
         """With room for what a repetition penalty is of."""
@@ -199,16 +218,6 @@ class Rounds:
             if side is not None and getattr(state, name) is None
         ]
         return replace(state, **{name: replicated(self.meshes[0], np.zeros(shape, bool)) for name in missing})
-
-    def _set_parts(self, first: dict[str, Any], second: dict[str, Any] | None) -> None:
-        target, drafter = self.sides
-        names = ("recent_BR", "prompt_B", "prefix")
-        target = replace(target, **{name: first[name] for name in names if name in first})
-        if drafter is not None and second is not None:
-            drafter = replace(drafter, **{name: second[name] for name in names})
-        self.sides = target, drafter
-        self.state = replace(first["state"], draft_tail=None if second is None else second["tail"])
-        self.texts = [first["text_BM"], *([] if second is None else [second.get("text_BM", first["text_BM"])])]
 
 
 def _with_row(knobs: Knobs, new: Knobs, row: int, rows: int) -> Knobs:

@@ -54,8 +54,8 @@ class Law:
         """A law for the rows of both; their stop tokens must be the same."""
         if self.stops != other.stops:
             raise ValueError(f"expected laws with the same stop tokens, got {self.stops} and {other.stops}")
-        guards = [law.guard for law in (self, other) if not law.greedy] or [self.guard]
-        guard: Guard | Literal["mixed"] = guards[0] if guards[0] == guards[-1] else "mixed"
+        sampled = [law for law in (self, other) if not law.greedy] or [self]
+        guard = sampled[0].guard if sampled[0].guard == sampled[-1].guard else "mixed"
         return Law(
             greedy=self.greedy and other.greedy,
             guard=guard,

@@ -11,7 +11,7 @@ import numpy as np
 
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import CATCH_UP
-from rapid_jax.speculative.prefill import bucket
+from rapid_jax.speculative.prefill import coarse_bucket
 from rapid_jax.speculative.schedule import GAMMAS
 from rapid_jax.speculative.state import Counts, Logprobs, Plan
 
@@ -22,34 +22,21 @@ GAMMA_BUCKETS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)  # that row
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many slots the arrays of a run have."""
+    """How many slots the arrays of a run have: of few sizes, so that runs share programs and rows can join them."""
 
     reserve: int  # of a tail, behind the prompt tokens that it holds
     output: int  # for emitted tokens
-    coarse: bool = False  # sizes are powers of two: few of them, for rows that share programs
 
     @classmethod
-    def of(cls, speculation: SpeculationConfig, sampling: SamplingConfig, *, coarse: bool = False) -> "Sizes":
+    def of(cls, speculation: SpeculationConfig, sampling: SamplingConfig) -> "Sizes":
         """What these settings may need at most."""
-        gammas = gammas_of(speculation)
-        widest = max(*(map(gamma_bucket, gammas) if coarse else gammas), speculation.lookup_width) + 1
+        widest = max(*map(gamma_bucket, gammas_of(speculation)), speculation.lookup_width) + 1
         new = sampling.max_new_tokens
-        output = power_of_two(new + widest, 64) if coarse else bucket(new + widest, 32)
-        return cls(new + 2 * widest + CATCH_UP, output, coarse)
+        return cls(new + 2 * widest + CATCH_UP, coarse_bucket(new + widest, 32))
 
     def tail(self, longest: int) -> int:
         """Slots of a tail that holds up to `longest` prompt tokens of a row."""
-        slots = -(-longest // EXTEND_WIDTH) * EXTEND_WIDTH + self.reserve
-        return power_of_two(slots, 128) if self.coarse else bucket(slots, 32)
-
-    def text(self, longest: int, match: int) -> int:
-        """Slots of the text that may be copied, whose longest row has `longest` tokens."""
-        return power_of_two(longest + match, 512) if self.coarse else text_slots(longest, match)
-
-
-def power_of_two(count: int, least: int) -> int:
-    """The smallest power of two that is no less than either."""
-    return max(least, 1 << (count - 1).bit_length())
+        return coarse_bucket(-(-longest // EXTEND_WIDTH) * EXTEND_WIDTH + self.reserve, 32)
 
 
 def gamma_bucket(gamma: int) -> int:
@@ -64,7 +51,7 @@ def gammas_of(speculation: SpeculationConfig) -> tuple[int, ...]:
 
 def text_slots(longest: int, match: int) -> int:
     """Slots of the text that level 0 copies from, whose longest row has `longest` tokens."""
-    return bucket(longest + match, 512)
+    return coarse_bucket(longest + match, 512)
 
 
 def plan_of(speculation: SpeculationConfig, *, block: int, vocabulary: int) -> Plan:

@@ -24,11 +24,10 @@ class Reading:
     truncated: bool  # the target does not read all of it
 
 
-def message(tokenizer: Tokenizer, text: str, system: str | None) -> Prompt:
-    """A prompt of one user message, quoted; its tail is one token."""
+def message(tokenizer: Tokenizer, text: str, system: str | None) -> list[int]:
+    """The prompt of one user message, quoted."""
     messages: list[Message] = [] if system is None else [("system", [system])]
-    tokens = conversation(tokenizer, [*messages, ("user", [Quoted(text)])]).before
-    return Prompt(tokens[:-1], tokens[-1:])
+    return conversation(tokenizer, [*messages, ("user", [Quoted(text)])]).before
 
 
 def frame(

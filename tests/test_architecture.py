@@ -19,9 +19,7 @@ ATTENTION = RUNTIME | {"rapid_jax.attention"}
 MODEL = ATTENTION | {"rapid_jax.model"}
 RETRIEVAL = MODEL | {"rapid_jax.retrieval"}
 SPECULATIVE = MODEL | {"rapid_jax.speculative"}
-FACADE_PARTS = {
-    f"rapid_jax.{name}" for name in ("config", "prompts", "answer", "sides", "document_prefixes", "identity")
-}
+FACADE_PARTS = {f"rapid_jax.{name}" for name in ("config", "conversation", "prompts", "answer", "identity", "engine")}
 FACADE = RETRIEVAL | SPECULATIVE | FACADE_PARTS | {"rapid_jax.rapid"}
 TOOLS = {"rapid_jax.evaluate", "rapid_jax.bench", "rapid_jax.plan"}
 
@@ -34,8 +32,8 @@ MAY_IMPORT = {
     "rapid_jax.retrieval": MODEL,
     "rapid_jax.speculative": MODEL,
     "rapid_jax.config": RETRIEVAL | SPECULATIVE,
-    "rapid_jax.prompts": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
-    "rapid_jax.document_prefixes": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
+    "rapid_jax.conversation": MODEL,
+    "rapid_jax.prompts": RETRIEVAL | SPECULATIVE | {"rapid_jax.config", "rapid_jax.conversation"},
     "rapid_jax.answer": RETRIEVAL | SPECULATIVE | {"rapid_jax.config", "rapid_jax.prompts"},
     "rapid_jax.sides": SPECULATIVE,
     "rapid_jax.engine": RETRIEVAL | SPECULATIVE | FACADE_PARTS,

@@ -12,7 +12,7 @@ from rapid_jax.answer import answer_of
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.errors import Draining, QueueFull
 from rapid_jax.engine.job import Job
-from rapid_jax.engine.lane import Lane, LaneKey
+from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import PrefixCache
 from rapid_jax.engine.prepare import Prepared, Preparing, Steps
@@ -109,9 +109,9 @@ class Engine:
         self._admit()
         if self._preparing:
             self._prepare()
-        self._place()
         if self._preparing and self._prefill_first:
             return
+        self._place()
         for key, lane in list(self._lanes.items()):
             self._advance(key, lane)
         if self.is_idle:
@@ -120,7 +120,8 @@ class Engine:
     def _admit(self) -> None:
         """Owners in turn: the next request begins to be prepared."""
         running = sum(len(lane.running) for lane in self._lanes.values())
-        while self._waiting and running + len(self._preparing) + len(self._ready) < MOST_ROWS:
+        most = ROW_BUCKETS[-1] if self._prefill_first else MOST_ROWS
+        while self._waiting and running + len(self._preparing) + len(self._ready) < most:
             with self._lock:
                 owner, jobs = self._waiting.popitem(last=False)
                 job = jobs.popleft()
@@ -146,23 +147,30 @@ class Engine:
             self._fail(job, error)
 
     def _place(self) -> None:
-        """Requests whose prompts have been read take rows, where some are free."""
-        for _ in range(len(self._ready)):
-            job, prepared = self._ready.popleft()
-            lane = self._lanes.get(prepared.key)
+        """Requests whose prompts have been read take rows, where some are free; those that come together at once."""
+        waiting = [item for item in self._ready if not item[0].cancelled.is_set()]
+        for job, prepared in self._ready:
             if job.cancelled.is_set():
                 self._release(prepared)
                 self._fail(job, Cancelled())
-            elif lane is None:
+        self._ready.clear()
+        for place, (job, prepared) in enumerate(waiting):
+            lane = self._lanes.get(prepared.key)
+            if lane is None:
                 self._lanes[prepared.key] = Lane.of(prepared.key, job, prepared.rounds, prepared.document)
                 self._held[id(job)] = prepared
-            elif lane.place_for(prepared.document) is None:
+                continue
+            others = [other.document for _, other in waiting[place + 1 :] if other.key == prepared.key]
+            alone = lane.sizes_with([prepared.document])
+            if alone is None:
                 self._ready.append((job, prepared))
-            else:
-                with timed() as work:
-                    lane.join(job, prepared.rounds, prepared.document)
-                job.took("prefill", work)
-                self._held[id(job)] = prepared
+                continue
+            with timed() as work:
+                lane.join(
+                    job, prepared.rounds, prepared.document, lane.sizes_with([prepared.document, *others]) or alone
+                )
+            job.took("prefill", work)
+            self._held[id(job)] = prepared
 
     def _advance(self, key: LaneKey, lane: Lane) -> None:
         try:

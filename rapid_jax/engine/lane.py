@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests that are answered side by side by the same programs: those over one document, or each with its own text."""
 
-from collections.abc import Hashable, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from rapid_jax.engine.job import Job
@@ -65,32 +66,28 @@ class Lane:
         """Rows of a document."""
         return len(self.jobs) // len(self.documents)
 
-    def place_for(self, document: Hashable) -> tuple[int, int, int] | None:
-        """(its place among the documents, how many of these there are to be, rows of each); None: there is no room."""
-        count, each = len(self.documents), self.each
-        if document in self.documents:
-            at = self.documents.index(document)
-            if None not in self.jobs[at * each : (at + 1) * each]:
-                each = 2 * each
-        elif None in self.documents:
-            at = self.documents.index(None)
-        else:
-            at, count = count, 2 * count
-        return (at, count, each) if count * each <= ROW_BUCKETS[-1] else None
+    def sizes_with(self, documents: Iterable[Hashable]) -> tuple[int, int] | None:
+        """(documents, rows of each) for requests about these besides those there are; None: there is no room."""
+        rows: Counter[Hashable] = Counter(documents)
+        for at, name in enumerate(self.documents):
+            rows[name] += sum(job is not None for job in self._of(at))
+        rows = +rows
+        if max(len(rows), max(rows.values())) > ROW_BUCKETS[-1]:
+            return None
+        count, each = max(_bucket(len(rows)), len(self.documents)), max(_bucket(max(rows.values())), self.each)
+        return (count, each) if count * each <= ROW_BUCKETS[-1] else None
 
-    def join(self, job: Job, rounds: Rounds, document: Hashable) -> None:
-        """One more request, whose prompt has been read by rounds of its own, and for which there is a place."""
-        place = self.place_for(document)
-        if place is None:
-            raise ValueError("expected a lane with room")
-        at, count, each = place
-        if each > self.each:
+    def join(self, job: Job, rounds: Rounds, document: Hashable, sizes: tuple[int, int]) -> None:
+        """One more request, whose prompt has been read by rounds of its own, in a lane of at least these `sizes`."""
+        count, each = max(sizes[0], len(self.documents)), max(sizes[1], self.each)
+        if each > self.each and len(self.documents) > 1:
             self._arrange(range(len(self.documents)), each)
         is_new = document not in self.documents
         self.documents += [None] * (count - len(self.documents))
-        self.documents[at] = document
         self.jobs += [None] * (count * each - len(self.jobs))
-        row = at * each + self.jobs[at * each : (at + 1) * each].index(None)
+        at = self.documents.index(None if is_new else document)
+        self.documents[at] = document
+        row = at * each + self._of(at).index(None)
         self.rounds.join(rounds, row, len(self.jobs), (at, count) if is_new else None)
         self.jobs[row] = job
         self._repace()

@@ -37,7 +37,8 @@ class DocumentPrefixes:
         if jax.process_count() > 1 or not self._config.cache.prefixes:
             limit = 0  # every process would have to find the same entry
         place, heads = self._cache / "prefixes", self._target.config.num_kv_heads
-        return PrefixStore(place, limit, mesh=self._mesh, kv_heads=heads, quiet=self._quiet) if limit else None
+        how = {"mesh": self._mesh, "kv_heads": heads, "root": self._cache, "quiet": self._quiet}
+        return PrefixStore(place, limit, **how) if limit else None
 
     def of(self, heads: Sequence[list[int]], make: Callable[[], Prefix]) -> tuple[Prefix, bool]:
         """(the prefix of these rows, whether it was there already): from memory, from disk, or made anew."""

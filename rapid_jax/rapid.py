@@ -88,7 +88,8 @@ class Rapid:
     def retriever(self) -> Retriever:
         """Chunks of a document by similarity with a question."""
         folder = self._cache if self.config.cache.embeddings else None
-        return Retriever(self._embedder, self.config.retrieval, folder, quiet=self._quiet)
+        disk = int(self.config.cache.disk_gib * 2**30)
+        return Retriever(self._embedder, self.config.retrieval, folder, disk_bytes=disk, quiet=self._quiet)
 
     @cached_property
     def _prefixes(self) -> DocumentPrefixes:

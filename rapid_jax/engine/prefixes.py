@@ -72,8 +72,8 @@ class PrefixCache:
         )
         self._store, disk = None, int(cache.disk_gib * _GIB)
         if disk and cache.prefixes and alone:
-            heads, place = decoder.config.num_kv_heads, folder / "prefixes"
-            self._store = PrefixStore(place, disk, mesh=decoder.mesh, kv_heads=heads, quiet=quiet)
+            how = {"mesh": decoder.mesh, "kv_heads": decoder.config.num_kv_heads, "root": folder, "quiet": quiet}
+            self._store = PrefixStore(folder / "prefixes", disk, **how)
             self._on_disk = StoredHeads(self._store)
         self._disk_bytes = 0 if self._store is None else self._store.bytes()
 

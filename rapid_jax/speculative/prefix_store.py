@@ -128,7 +128,7 @@ class PrefixStore:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._clean()
+            self.clean()
             self._evict(size)
             self._write(folder, key, prefix, marks)
             self._evict(0, newest=folder)
@@ -229,8 +229,10 @@ class PrefixStore:
         every = sum(leaf.nbytes for leaf in jax.tree.leaves(prefix.layers))
         return every // self._copies(prefix) // capacity(prefix.layers) * int(prefix.used)
 
-    def _clean(self) -> None:
+    def clean(self) -> None:
         """Removes what killed processes left half written or half removed."""
+        if not self.folder.is_dir():
+            return
         for path in self._children(_ASIDE):
             with contextlib.suppress(OSError):  # another process was faster
                 if time.time() - path.stat().st_mtime < _YOUNG_S:

@@ -23,6 +23,7 @@ from rapid_jax.runtime.files import cache_dir, remove_leftovers
 from rapid_jax.runtime.locked_folders import lock
 
 _DAMAGED = 1  # exit status
+_ZSTD = b"\x28\xb5\x2f\xfd"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -151,14 +152,17 @@ def _check_index(path: Path) -> None:
 
 def _check_program(path: Path) -> None:
     """JAX keeps no checksum: what can be told is whether the file unpacks to its end."""
-    import zstandard
-
-    data = path.read_bytes()
-    packed_by_zstd = data.startswith(zstandard.FRAME_HEADER)
-    unpacking = zstandard.ZstdDecompressor().decompressobj() if packed_by_zstd else zlib.decompressobj()
+    data, errors = path.read_bytes(), (zlib.error,)
+    unpacking = zlib.decompressobj()
+    if data.startswith(_ZSTD):
+        try:
+            import zstandard
+        except ImportError:  # then JAX cannot use the file either, and makes it again
+            return
+        unpacking, errors = zstandard.ZstdDecompressor().decompressobj(), (zstandard.ZstdError,)
     try:
         unpacking.decompress(data)
-    except (zlib.error, zstandard.ZstdError) as error:
+    except errors as error:
         raise ValueError(str(error)) from error
     if not unpacking.eof:
         raise ValueError("it ends too early")

@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Documents on disk, a file each: a line of JSON, then the text.
+"""Documents on disk, a file each: a SHA-256 of all that follows, a line of JSON, the text.
 
-The line ends in a SHA-256 of all that is before it and of the text, so that no byte can change unnoticed. A file is
-written whole or not at all, and only its owner may read it.
+No byte can change unnoticed. A file is written whole or not at all, and only its owner may read it.
 """
 
 import json
@@ -12,7 +11,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, remove_leftovers, replace_file
@@ -105,16 +103,17 @@ def _bytes_of(document: Document) -> bytes:
     ]
     note = {"format": _FORMAT, "id": document.id, "tokens": document.tokens, "public": document.public}
     note["claims"] = claims
-    text = document.text.encode()
-    return json.dumps(note | {"sha256": _sum(note, text)}).encode() + b"\n" + text
+    body = json.dumps(note).encode() + b"\n" + document.text.encode()
+    return digest(body).encode() + b"\n" + body
 
 
 def _parsed(data: bytes, id: str, source: str) -> Document:
     """The document of a file's bytes. Raises InputError for what `_bytes_of` did not write."""
-    line, _, text = data.partition(b"\n")
-    note = parse_object(line, source)
-    if note.text("sha256") != _sum({key: note[key] for key in note if key != "sha256"}, text):
+    checksum, _, body = data.partition(b"\n")
+    if checksum != digest(body).encode():
         raise InputError(f"{source}: its checksum does not match")
+    line, _, text = body.partition(b"\n")
+    note = parse_object(line, source)
     if note.whole("format") != _FORMAT or note.text("id") != id:
         raise InputError(f"{source}: expected document {id} in format {_FORMAT}, got another")
     claims = {item.text("owner"): _claim(item) for item in note.each("claims")}
@@ -125,7 +124,3 @@ def _parsed(data: bytes, id: str, source: str) -> Document:
 
 def _claim(item: Fields) -> Claim:
     return Claim(item.text("name"), item.truth("pinned"), item.number("created"), item.number("expires", None))
-
-
-def _sum(note: Mapping[str, Any], text: bytes) -> str:
-    return digest(json.dumps(note, sort_keys=True), text)

@@ -176,7 +176,9 @@ def test_a_changed_byte_anywhere_is_one_warning_and_the_document_is_gone(tmp_pat
     path = tmp_path / f"{id}.txt"
     whole = path.read_bytes()
     changed = [whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :] for place in range(len(whole))]
-    changed += [whole[:size] for size in range(0, len(whole), 7)] + [whole + b"x", b"", b"[" * 10_000, b"{}\n"]
+    forged = [b"[" * 10_000, b"{}\n", b'{"format": 1}\nx', whole.partition(b"\n")[2].rpartition(b"\n")[0] + b"\n\xff"]
+    changed += [document_files.digest(body).encode() + b"\n" + body for body in forged]
+    changed += [whole[:size] for size in range(0, len(whole), 7)] + [whole + b"x", b""]
     for data in changed:
         path.write_bytes(data)
         caplog.clear()

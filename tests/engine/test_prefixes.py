@@ -234,6 +234,14 @@ def test_what_is_held_stays_on_the_device(decoder, tmp_path: Path, size):
     assert cache.make_room(2 * size)
     with pytest.raises(ValueError, match="expected the handle of a prefix on the devices"):
         cache.hold(first)
+    with pytest.raises(ValueError, match="expected the handle of a prefix that is held"):
+        cache.release(first)
+    assert cache.find(tokens(LENGTH, 0)).handle == first
+    cache.hold(first)
+    cache.remove(first.key)
+    cache.release(first)
+    with pytest.raises(ValueError, match="expected the handle of a prefix on the devices"):
+        cache.hold(first)
 
 
 def test_what_was_put_without_room_leaves_once_it_is_released(decoder, tmp_path: Path, size):
@@ -288,7 +296,7 @@ def test_what_leaves_memory_is_on_disk(decoder, tmp_path: Path, size, host_gib):
     assert cache.bytes()["disk"] > 0
 
 
-@pytest.mark.parametrize("mesh", ["one device", "context 4, model 2"])
+@pytest.mark.parametrize("mesh", ["one device", "context 4, model 2", "kv heads copied"])
 def test_save_stores_what_is_not_there_yet_from_either_tier(tmp_path: Path, mesh):
     decoder = decoder_on(MESHES[mesh])
     size = cache_of(decoder, tmp_path).bytes_for(LENGTH)
@@ -301,9 +309,12 @@ def test_save_stores_what_is_not_there_yet_from_either_tier(tmp_path: Path, mesh
     before = {path: path.stat().st_ino for path in (tmp_path / "prefixes").glob("*/checkpoint")}
     cache.save()
     assert before == {path: path.stat().st_ino for path in (tmp_path / "prefixes").glob("*/checkpoint")}
-    other = cache_of(decoder_on(MESHES["context 2"], "stacked"), tmp_path, disk_gib=1.0)
+    reader = decoder_on(MESHES["context 2"], "stacked")
+    other = cache_of(reader, tmp_path, disk_gib=1.0)
     for seed in (0, 1):
-        assert other.find(tokens(LENGTH, seed)).tier == "disk"
+        found = other.find(tokens(LENGTH, seed))
+        assert found.tier == "disk"
+        check_head(found.prefix, reader, tokens(LENGTH, seed), LENGTH)
     assert len(before) == 2
 
 

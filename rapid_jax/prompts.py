@@ -96,6 +96,19 @@ def check_fits(config: RapidConfig, drafter: LoadedModel, prompt_tokens: int) ->
         )
 
 
+def check_ids(target: LoadedModel, config: RapidConfig, ids: Sequence[int], *, new: int) -> None:
+    """Raises InputError if ids are no prompt of this model, or leave no room for so many `new` tokens."""
+    if len(ids) < 2:
+        raise InputError(f"expected a prompt of at least 2 tokens, got {len(ids)}")
+    known = target.tokenizer.ids
+    unknown = [token for token in ids if token not in known]
+    if unknown:
+        raise InputError(f"expected token ids of this model, got {unknown[0]}")
+    room = context_of(config, target.config.context_size) - new
+    if len(ids) > room:
+        raise InputError(f"the prompt is too long: expected at most {room} tokens beside {new} new ones, got {len(ids)}")
+
+
 def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, keep: int) -> tuple[str, int]:
     """(the part of the document that fits into `room` tokens, the tokens of the whole document).
 

@@ -46,7 +46,10 @@ MAY_IMPORT = {
     "rapid_jax.evaluate": FACADE,
     "rapid_jax.bench": FACADE | {"rapid_jax.plan", "rapid_jax.evaluate"},  # its shapes and costs; its figures
     "rapid_jax.plan": FACADE,
-    "rapid_jax.cli": FACADE | TOOLS | {"rapid_jax.documents", "rapid_jax.trace", "rapid_jax.compare"},
+    "rapid_jax.cache_command": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
+    "rapid_jax.cli": FACADE
+    | TOOLS
+    | {f"rapid_jax.{name}" for name in ("documents", "trace", "compare", "cache_command")},
     "rapid_jax.__main__": {"rapid_jax.cli"},
     "longpo_jax": SPECULATIVE | {"rapid_jax.plan"},
 }

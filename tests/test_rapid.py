@@ -192,7 +192,7 @@ def test_the_answer_does_not_wait_for_the_disk(config, tmp_path, monkeypatch):
 def test_a_mesh_gives_the_answer_of_one_device_and_shares_its_stored_prefill(config, tmp_path):
     """One device stores the document's prefill; two meshes answer from it, and each from its own too."""
     sampled = replace(config.sampling, temperature=0.8, seed=3)
-    kept = replace(config.cache, folder=str(tmp_path), disk_gib=1.0)
+    kept = replace(config.cache, folder=str(tmp_path), prefixes=True)
     base = replace(config, sampling=sampled, cache=kept, speculation=replace(config.speculation, lookup="off"))
     document = words(300, seed=5)
     first = Rapid(base, quiet=True).answer(document, QUESTION)
@@ -306,7 +306,7 @@ def test_rows_of_one_document_are_prefilled_once_and_stored_once(rapid, config, 
     one = rapid.with_config(
         replace(
             config,
-            cache=replace(config.cache, disk_gib=1),
+            cache=replace(config.cache, prefixes=True),
             speculation=SpeculationConfig(mode="target", lookup="off"),
         )
     )

@@ -19,9 +19,27 @@ from rapid_jax.engine.prepare import Prepared, Preparing, Steps
 from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
 from rapid_jax.runtime.compiling import forget_programs, timed
 from rapid_jax.runtime.files import cache_dir
+from rapid_jax.speculative.generate import Generation
 from rapid_jax.speculative.own_sampling import resolve
 
 MOST_ROWS = 64  # requests that run at once, of all documents together
+
+
+@dataclass
+class EngineCounts:
+    """What all answers together took."""
+
+    drafted: int = 0
+    accepted: int = 0
+    rounds: int = 0
+    tokens: int = 0
+
+    def add(self, generation: Generation) -> None:
+        """One answer more."""
+        self.drafted += generation.drafted[0]
+        self.accepted += generation.accepted[0]
+        self.rounds += generation.rounds[0]
+        self.tokens += len(generation.tokens[0])
 
 
 @dataclass(frozen=True)
@@ -63,6 +81,7 @@ class Engine:
         self._lanes: dict[LaneKey, Lane] = {}
         self._held: dict[int, Prepared] = {}  # by id of the job in a row
         self._draining = False
+        self.counts = EngineCounts()
 
     @cached_property
     def prefixes(self) -> PrefixCache:
@@ -93,6 +112,37 @@ class Engine:
                 raise QueueFull(retry_after=5.0)
             self._waiting.setdefault(request.owner, deque()).append(job)
         return Ticket(f"request-{next(self._numbers)}", job)
+
+    @property
+    def drains(self) -> bool:
+        """Whether nothing more is taken."""
+        return self._draining
+
+    def refuse(self) -> None:
+        """From now on nothing more is taken."""
+        with self._lock:
+            self._draining = True
+
+    def give_up(self) -> None:
+        """Takes all requests back, and lets them go."""
+        with self._lock:
+            waiting = [job for jobs in self._waiting.values() for job in jobs]
+        running = [job for lane in self._lanes.values() for job in lane.running]
+        for job in (*waiting, *running, *(job for job, _ in (*self._preparing, *self._ready))):
+            job.cancelled.set()
+        while not self.is_idle:
+            self.step()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no work has been done for yet."""
+        return sum(map(len, list(self._waiting.values())))
+
+    @property
+    def running(self) -> int:
+        """Requests that are being prepared or answered."""
+        lanes = list(self._lanes.values())
+        return sum(len(lane.running) for lane in lanes) + len(self._preparing) + len(self._ready)
 
     @property
     def is_idle(self) -> bool:
@@ -194,6 +244,7 @@ class Engine:
             return
         job.finish()
         assert job.reading is not None and job.generation is not None
+        self.counts.add(job.generation)
         how = job.config.speculation, job.sampling, job.seconds
         answer = answer_of(job.reading, job.transcript, job.generation, *how, reused=job.reused)
         job.end(Done(replace(answer, logprobs=job.token_logprobs)))

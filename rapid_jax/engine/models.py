@@ -4,6 +4,7 @@
 import logging
 import threading
 from functools import cached_property
+from pathlib import Path
 
 from jax.sharding import Mesh
 
@@ -35,6 +36,11 @@ class Models:
         self._cache = cache_dir(config.cache.folder)
         self._retrievers: dict[RetrievalConfig, Retriever] = {}
         self._lock = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """What the target is called: the last part of its path, or its own name."""
+        return Path(self.config.models.target).name.removesuffix(".gguf")
 
     @cached_property
     def target(self) -> LoadedModel:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.kernels import kernel_of, platform_of
@@ -18,7 +19,7 @@ from rapid_jax.engine.host_prefixes import HostMoves, device_bytes
 from rapid_jax.engine.tiers import Handle, Kept, Tiers
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.runtime.files import digest
-from rapid_jax.speculative.prefill import cache_sharding, serving
+from rapid_jax.speculative.prefill import serving
 from rapid_jax.speculative.prefix_heads import Place, head_of
 from rapid_jax.speculative.prefix_store import PrefixStore
 
@@ -44,7 +45,8 @@ class PrefixCache:
     """Prefixes of one row by the token ids of their heads, each tier with a bound in bytes.
 
     What has not been used for longest goes first: from the devices to the host, from there to disk. Owners share
-    nothing but what is public. One thread calls it; `bytes` and `tier` any.
+    nothing but what is public. One thread calls it; `bytes`, `tier` and
+    `tier_of` any.
     """
 
     def __init__(
@@ -72,8 +74,8 @@ class PrefixCache:
         )
         self._store, disk = None, int(cache.disk_gib * _GIB)
         if disk and cache.prefixes and alone:
-            heads, place = decoder.config.num_kv_heads, folder / "prefixes"
-            self._store = PrefixStore(place, disk, mesh=decoder.mesh, kv_heads=heads, quiet=quiet)
+            how = {"mesh": decoder.mesh, "kv_heads": decoder.config.num_kv_heads, "root": folder, "quiet": quiet}
+            self._store = PrefixStore(folder / "prefixes", disk, **how)
             self._on_disk = StoredHeads(self._store)
         self._disk_bytes = 0 if self._store is None else self._store.bytes()
 
@@ -82,7 +84,7 @@ class PrefixCache:
         return {**self._tiers.bytes, "disk": self._disk_bytes}
 
     def bytes_for(self, tokens: int) -> int:
-        """Of the devices' memory that a head of so many tokens takes in full precision."""
+        """Of the devices' memory that `prefill` takes for a head of so many tokens, in full precision."""
         return self._bytes_of(self._place(tokens, tokens))
 
     def name(self, head: Sequence[int], owner: str = "", public: bool = False) -> Name:
@@ -92,7 +94,10 @@ class PrefixCache:
 
     def tier(self, head: Sequence[int], owner: str = "", public: bool = False) -> str | None:
         """Where the whole head is: "device", "host", "disk" or nowhere. Of any thread."""
-        key = self.name(head, owner, public).key
+        return self.tier_of(self.name(head, owner, public).key)
+
+    def tier_of(self, key: str) -> str | None:
+        """As `tier`, of what has this key. Of any thread."""
         kept = self._tiers.get(key)
         if kept is not None:
             return "host" if kept.device is None else "device"
@@ -118,6 +123,8 @@ class PrefixCache:
         Where no room can be made for it it stays all the same: it is there. Where one of the same head is on the
         devices that one stays, and the handle is its.
         """
+        if prefix.pos_BS.shape[0] != 1:
+            raise ValueError(f"expected a prefix of one row, got {prefix.pos_BS.shape[0]}")
         name = self.name(head, owner, public)
         kept = self._tiers.get(name.key)
         if kept is not None and kept.device is not None:
@@ -177,13 +184,18 @@ class PrefixCache:
         return Place.of(tokens, longest, self._compute.prefill_chunk, devices)
 
     def _bytes_of(self, place: Place) -> int:
-        config, slots = self._decoder.config, place.layout.slots
-        shape = (1, serving(self._decoder, block=1).kv_heads(config.num_kv_heads), slots, config.head_dim)
-        sharding, parts = cache_sharding(self._decoder, "S"), 1
-        if sharding is not None:
-            stacked = (1,) if self._decoder.layout == "stacked" else ()
-            shape, parts = sharding.shard_shape((*stacked, *shape)), len(sharding.addressable_devices)
-        return 2 * config.num_layers * math.prod(shape) * parts * jnp.dtype(self._dtype).itemsize
+        config, strategy, slots = self._decoder.config, serving(self._decoder, block=1), place.layout.slots
+
+        def on_devices(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
+            parts = 1
+            if strategy.mesh is not None:
+                sharding = NamedSharding(strategy.mesh, strategy.spec(name))
+                shape, parts = sharding.shard_shape(shape), len(sharding.addressable_devices)
+            return math.prod(shape) * parts * jnp.dtype(dtype).itemsize
+
+        kv = (1, strategy.kv_heads(config.num_kv_heads), slots, config.head_dim)
+        layers = 2 * config.num_layers * on_devices("kv_BKSH", kv, self._dtype)
+        return layers + on_devices("pos_BS", (1, slots), jnp.dtype("int32")) + on_devices("", (), jnp.dtype("int32"))
 
     def _keep(self, name: Name, tokens: int, prefix: Prefix) -> Handle:
         stored = self._store is None or self._store.has(name.key)

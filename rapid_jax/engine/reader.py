@@ -9,9 +9,8 @@ from rapid_jax.engine.messages import parted_chat
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.request import Chat, Question, Request, Tokens
 from rapid_jax.model.load import LoadedModel
-from rapid_jax.prompts import Reading, check_fits, context_of, frame, visible
+from rapid_jax.prompts import Reading, check_fits, check_ids, frame, visible
 from rapid_jax.retrieval.select import Selection
-from rapid_jax.runtime.errors import InputError
 
 OnRetrieved = Callable[[Selection], None]
 
@@ -37,15 +36,7 @@ def read(models: Models, config: RapidConfig, request: Request, on_retrieved: On
 
 
 def _of_tokens(target: LoadedModel, config: RapidConfig, ids: list[int]) -> Reading:
-    if len(ids) < 2:
-        raise InputError(f"expected a prompt of at least 2 tokens, got {len(ids)}")
-    known = target.tokenizer.ids
-    unknown = [token for token in ids if token not in known]
-    if unknown:
-        raise InputError(f"expected token ids of this model, got {unknown[0]}")
-    room = context_of(config, target.config.context_size) - config.sampling.max_new_tokens
-    if len(ids) > room:
-        raise InputError(f"the prompt is too long: expected at most {room} tokens with this answer, got {len(ids)}")
+    check_ids(target, config, ids, new=config.sampling.max_new_tokens)
     return Reading(Prompt(ids[:-1], ids[-1:]), None, None, 0, truncated=False)
 
 

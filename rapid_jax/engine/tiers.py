@@ -91,15 +91,17 @@ class Tiers:
 
     def hold(self, handle: Handle) -> None:
         """Keeps it on the devices until it is released as often as it was held."""
-        kept = self._held.get(handle) or self._kept[handle.key]
-        if kept.handle != handle or kept.device is None:
+        kept = self._held.get(handle) or self._kept.get(handle.key)
+        if kept is None or kept.handle != handle or kept.device is None:
             raise ValueError("expected the handle of a prefix on the devices, got one of another place or gone")
         kept.holds += 1
         self._held[handle] = kept
 
     def release(self, handle: Handle) -> None:
         """Takes one `hold` back."""
-        kept = self._held[handle]
+        kept = self._held.get(handle)
+        if kept is None:
+            raise ValueError("expected the handle of a prefix that is held, got another")
         kept.holds -= 1
         if kept.holds:
             return

@@ -94,7 +94,7 @@ def _chunk_layer(block: Block, x_BTD, cos, sin, kv: KV, pos_BS, used, pos_BT, *,
 @partial(jax.jit, static_argnames="strategy")
 def _chunk_stacked(decoder: Decoder, tokens_BT, layers: KV, pos_BS, used, pos_BT, *, strategy: Strategy):
     attend = attend_chunk(pos_BT, _so_far(pos_BS, used, strategy), strategy)
-    return decoder.hidden(tokens_BT, pos_BT, attend, layers)[1]
+    return decoder.hidden(tokens_BT, pos_BT, attend, layers)
 
 
 # A program of its own: on a CPU the layer's program takes a third longer when its cache is donated to it.
@@ -115,6 +115,11 @@ def _written(kv: KV, chunk: KV, used: jax.Array, *, strategy: Strategy) -> KV:
 @jax.jit
 def _embedded(decoder: Decoder, tokens_BT, pos_BT):
     return decoder.embed(tokens_BT), *decoder.rotation(pos_BT)
+
+
+@jax.jit
+def _normed(decoder: Decoder, x_BTD):
+    return decoder.final_norm(x_BTD)
 
 
 @dataclass(frozen=True)
@@ -212,15 +217,18 @@ class Prefill:
         """Tokens of the longest prompt that are not computed yet."""
         return max(self.longest - self._index * self._layout.chunk, 0)
 
-    def step(self) -> None:
-        """One chunk more; it returns as soon as the work is under way."""
+    def step(self) -> tuple[jax.Array, np.ndarray]:
+        """One chunk more; it returns as soon as the work is under way.
+
+        What `Decoder.logits` takes of its tokens, and their positions, -1 where there is none: on a mesh not in order.
+        """
         decoder, strategy, index = self._decoder, self._strategy, self._index
         used = replicated(decoder.mesh, np.int32(index * self._layout.chunk))
         new = self._tokens[index], self._positions[index]
         tokens_BT, pos_BT = placed(decoder.mesh, strategy.spec("tokens_BT"), new)
         layers, pos_BS = self._layers, self._pos_BS
         if isinstance(decoder.blocks, Block):
-            chunk = _chunk_stacked(decoder, tokens_BT, layers, pos_BS, used, pos_BT, strategy=strategy)
+            hidden_BTD, chunk = _chunk_stacked(decoder, tokens_BT, layers, pos_BS, used, pos_BT, strategy=strategy)
             self._layers = _written(layers, chunk, used, strategy=strategy)
         else:
             x_BTD, cos, sin = _embedded(decoder, tokens_BT, pos_BT)
@@ -229,7 +237,9 @@ class Prefill:
                 x_BTD, chunk = _chunk_layer(layer, x_BTD, cos, sin, kv, pos_BS, used, pos_BT, strategy=strategy)
                 done.append(_written(kv, chunk, used, strategy=strategy))
             self._layers = tuple(done)
+            hidden_BTD = _normed(decoder, x_BTD)
         self._index += 1
+        return hidden_BTD, self._positions[index]
 
     def wait(self) -> None:
         """Until what is under way is done."""

@@ -29,10 +29,11 @@ from rapid_jax.attention.cache import KV, Prefix, capacity
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.decoder import Layout
 from rapid_jax.runtime import checkpoint
+from rapid_jax.runtime.disk_cache import BOUNDED, entries, entries_of, make_room
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.json_input import shown
-from rapid_jax.runtime.locked_folders import aside, bytes_in, lock, remove_locked, taken
+from rapid_jax.runtime.locked_folders import aside, lock, remove_locked, taken
 from rapid_jax.runtime.mesh import placed, replicated
 from rapid_jax.runtime.progress import progress
 from rapid_jax.speculative.prefix_arrays import (
@@ -56,7 +57,7 @@ _ASIDE = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}")
 
 
 class PrefixStore:
-    """Prefixes under a folder, at most `max_bytes` of them: the least recently used go first.
+    """Prefixes under a folder, within `max_bytes`: the least recently used go first.
 
     A stored prefix is read back exactly (its empty slots as zeros), on whatever mesh, or not at all. Neither damage nor
     a full disk stops an answer: both are one warning. Any number of processes may share a folder.
@@ -69,13 +70,17 @@ class PrefixStore:
         *,
         mesh: Mesh | None = None,
         kv_heads: int | None = None,
+        root: Path | None = None,
         quiet: bool = False,
     ):
-        """`mesh` is where prefixes are wanted; `kv_heads` the checkpoint's, where a mesh holds copies of them."""
+        """`mesh` is where prefixes are wanted; `kv_heads` the checkpoint's, where a mesh holds copies of them.
+
+        With the cache folder `root` the bound is of all that is kept there (runtime/disk_cache.py).
+        """
         if max_bytes < 0:
             raise InputError(f"a prefix store needs a size of at least 0 bytes, got {max_bytes}")
         self.folder, self.max_bytes, self._quiet = folder, max_bytes, quiet
-        self._mesh, self._kv_heads = mesh, kv_heads
+        self._mesh, self._kv_heads, self._root = mesh, kv_heads, root
 
     @staticmethod
     def key(
@@ -123,7 +128,7 @@ class PrefixStore:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._clean()
+            self.clean()
             self._evict(size)
             self._write(folder, key, prefix, marks)
             self._evict(0, newest=folder)
@@ -152,7 +157,7 @@ class PrefixStore:
 
     def bytes(self) -> int:
         """Of all entries."""
-        return sum(bytes_in(self.folder / key) for key in self.keys())
+        return sum(entry.bytes for entry in entries_of(self.folder, "prefixes"))
 
     def keys(self) -> list[str]:
         """Of all entries."""
@@ -224,8 +229,10 @@ class PrefixStore:
         every = sum(leaf.nbytes for leaf in jax.tree.leaves(prefix.layers))
         return every // self._copies(prefix) // capacity(prefix.layers) * int(prefix.used)
 
-    def _clean(self) -> None:
+    def clean(self) -> None:
         """Removes what killed processes left half written or half removed."""
+        if not self.folder.is_dir():
+            return
         for path in self._children(_ASIDE):
             with contextlib.suppress(OSError):  # another process was faster
                 if time.time() - path.stat().st_mtime < _YOUNG_S:
@@ -239,21 +246,11 @@ class PrefixStore:
 
         One that is being read stays.
         """
-        entries = []
-        for path in self._children(_ENTRY):
-            with contextlib.suppress(OSError):  # another process has just removed it
-                entries.append((path == newest, path.stat().st_mtime_ns, path, bytes_in(path)))
-        total = sum(size for *_, size in entries)
-        for is_newest, _, path, size in sorted(entries):
-            if total + room <= self.max_bytes:
-                break
-            with lock(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
-                if held is None or (is_newest and size <= self.max_bytes):
-                    continue
-                remove_locked(path)
-                total -= size
-            if is_newest:
-                _log.warning("document not kept in %s: it has %d bytes, of %d allowed", path, size, self.max_bytes)
+        kept = entries_of(self.folder, "prefixes") if self._root is None else entries(self._root, BOUNDED)
+        for entry in make_room(kept, self.max_bytes, room, newest):
+            if entry.path == newest:
+                said = "document not kept in %s: it has %d bytes, of %d allowed"
+                _log.warning(said, entry.path, entry.bytes, self.max_bytes)
 
     def _children(self, names: re.Pattern) -> list[Path]:
         return [path for path in self.folder.iterdir() if names.fullmatch(path.name)]

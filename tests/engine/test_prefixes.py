@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values in three tiers: what is found where, what goes first, what is shared with whom."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.rounded import rounded
 from rapid_jax.engine.prefixes import PrefixCache
+from rapid_jax.runtime.compiling import timed
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Prompted, generate
 from rapid_jax.speculative.prefill import prefill
@@ -35,7 +39,7 @@ def decoder():
 @pytest.fixture(scope="module")
 def size(decoder) -> int:
     """Bytes of a prefix of LENGTH tokens."""
-    return cache_of(decoder, Path()).bytes_for(LENGTH) + 4 * (6 * CHUNK + 1)
+    return cache_of(decoder, Path()).bytes_for(LENGTH)
 
 
 def full(cache: PrefixCache, decoder, *seeds: int) -> list:
@@ -55,6 +59,16 @@ def changed(head: list[int], at: int, length: int) -> list[int]:
     return [*head[:at], head[at] + 1, *tokens(length - at - 1, seed=99)]
 
 
+def check_lies_as(head: Prefix, whole: Prefix, tokens: int) -> None:
+    """The slots of the head are those that a prefill of the whole gives the same positions, and hold the same."""
+    whole_S, head_S = np.asarray(whole.pos_BS)[0], np.asarray(head.pos_BS)[0]
+    np.testing.assert_array_equal(head_S, np.where(whole_S < tokens, whole_S, -1))
+    for one, other in zip(jax.tree.leaves(head.layers), jax.tree.leaves(whole.layers), strict=True):
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim) and one.shape == other.shape
+        one_host, other_host = np.asarray(one)[..., head_S >= 0, :], np.asarray(other)[..., head_S >= 0, :]
+        np.testing.assert_allclose(one_host, other_host, atol=1e-5)
+
+
 def test_what_was_put_is_found_and_nothing_else(decoder, tmp_path: Path):
     cache, head = cache_of(decoder, tmp_path), tokens(LENGTH)
     assert cache.find(head).prefix is None
@@ -64,7 +78,19 @@ def test_what_was_put_is_found_and_nothing_else(decoder, tmp_path: Path):
     assert (found.prefix, found.tokens, found.handle, found.tier) == (prefix, LENGTH, handle, "device")
     assert cache.put(head, prefix_of(decoder, head)) == handle, "what is there stays"
     assert cache.find(tokens(LENGTH, seed=1)).tokens == 0
-    assert cache.bytes()["device"] == cache.bytes_for(LENGTH) + 4 * (prefix.pos_BS.size + 1)
+    with pytest.raises(ValueError, match="expected a prefix of one row, got 2"):
+        cache.put(head, replace(prefix, pos_BS=jnp.zeros((2, 8), jnp.int32)))
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_bytes_are_known_before(tmp_path: Path, mesh, layout):
+    decoder = decoder_on(MESHES[mesh], layout)
+    cache = cache_of(decoder, tmp_path)
+    for length in (1, LENGTH, 30 * CHUNK + 1):
+        cache.put(head := tokens(length), prefix_of(decoder, head))
+        assert cache.bytes()["device"] == cache.bytes_for(length)
+        cache.remove(cache.name(head).key)
 
 
 @pytest.mark.parametrize("tier", ["device", "host", "disk"])
@@ -96,6 +122,56 @@ def test_a_common_head_is_copied_into_slots_for_the_whole(tmp_path: Path, mesh, 
         check_same(again.prefix, prefix)
 
 
+def test_the_longest_head_counts_wherever_it_is(decoder, tmp_path: Path, caplog):
+    stored, head = cache_of(decoder, tmp_path, disk_gib=1.0), tokens(LENGTH)
+    short, long = changed(head, 2 * CHUNK, LENGTH), changed(head, 4 * CHUNK, LENGTH)
+    stored.put(long, prefix_of(decoder, long))
+    stored.save()
+    cache = cache_of(decoder, tmp_path, disk_gib=1.0)
+    cache.put(short, prefix_of(decoder, short))
+    found = cache.find(head)
+    assert (found.tokens, found.tier) == (4 * CHUNK, "disk")
+    check_head(found.prefix, decoder, head[: 4 * CHUNK], LENGTH)
+    cache.put(long, prefix_of(decoder, long))
+    assert cache.find(head).tier == "device"
+    cache.remove(cache.name(long).key)
+    assert (cache.find(head).tokens, cache.find(head).tier) == (2 * CHUNK, "device")
+
+    stored = cache_of(decoder, tmp_path, disk_gib=1.0)
+    stored.put(long, prefix_of(decoder, long))
+    stored.save()
+    data = max((tmp_path / "prefixes").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-1])
+    found = cache.find(head)
+    assert (found.tokens, found.tier) == (2 * CHUNK, "device") and "computed again" in caplog.text
+    check_head(found.prefix, decoder, head[: 2 * CHUNK], LENGTH)
+
+
+@pytest.mark.parametrize("tier", ["device", "host", "disk"])
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+def test_another_length_within_a_capacity_compiles_nothing(tmp_path: Path, layout, tier):
+    decoder, kept = decoder_on(MESHES["context 2"], layout), tokens(LENGTH)
+    cache = cache_of(decoder, tmp_path, disk_gib=1.0 if tier == "disk" else 0.0)
+    cache.put(kept, prefix_of(decoder, kept))
+    if tier == "disk":
+        cache.save()
+        cache = cache_of(decoder, tmp_path, disk_gib=1.0)
+
+    def find(common: int, length: int) -> None:
+        if tier == "host":
+            assert cache.make_room(2**30)
+        assert cache.find(changed(kept, common, length)).tokens == common // CHUNK * CHUNK
+
+    with timed() as seconds:
+        find(CHUNK, 10 * CHUNK)
+        find(CHUNK, 80 * CHUNK)
+    assert seconds.compiling > 0 or tier != "device", "a capacity that no test had before"
+    with timed() as seconds:
+        find(4 * CHUNK + 1, 9 * CHUNK + 5)
+        find(2 * CHUNK + 9, 10 * CHUNK)
+    assert seconds.compiling == 0
+
+
 def test_a_head_that_a_longer_document_begins_with_is_whole(decoder, tmp_path: Path):
     cache, kept = cache_of(decoder, tmp_path), tokens(LENGTH)
     cache.put(kept, prefix_of(decoder, kept))
@@ -114,6 +190,7 @@ def test_an_answer_over_a_copied_head_is_that_of_a_prefill(tmp_path: Path, mesh)
     found = cache.find(prompt[:-2])
     assert found.tokens == 3 * CHUNK and found.prefix is not None
     whole = prefill(decoder, [prompt[:-2]], chunk=CHUNK, dtype=jnp.float32)
+    check_lies_as(found.prefix, whole, found.tokens)
     settings = {
         "speculation": SpeculationConfig(mode="target", lookup="off", gamma=0),
         "sampling": SamplingConfig(temperature=0.0, max_new_tokens=12),
@@ -155,6 +232,14 @@ def test_what_is_held_stays_on_the_device(decoder, tmp_path: Path, size):
     assert not cache.make_room(2 * size)
     cache.release(first)
     assert cache.make_room(2 * size)
+    with pytest.raises(ValueError, match="expected the handle of a prefix on the devices"):
+        cache.hold(first)
+    with pytest.raises(ValueError, match="expected the handle of a prefix that is held"):
+        cache.release(first)
+    assert cache.find(tokens(LENGTH, 0)).handle == first
+    cache.hold(first)
+    cache.remove(first.key)
+    cache.release(first)
     with pytest.raises(ValueError, match="expected the handle of a prefix on the devices"):
         cache.hold(first)
 
@@ -211,7 +296,7 @@ def test_what_leaves_memory_is_on_disk(decoder, tmp_path: Path, size, host_gib):
     assert cache.bytes()["disk"] > 0
 
 
-@pytest.mark.parametrize("mesh", ["one device", "context 4, model 2"])
+@pytest.mark.parametrize("mesh", ["one device", "context 4, model 2", "kv heads copied"])
 def test_save_stores_what_is_not_there_yet_from_either_tier(tmp_path: Path, mesh):
     decoder = decoder_on(MESHES[mesh])
     size = cache_of(decoder, tmp_path).bytes_for(LENGTH)
@@ -224,9 +309,12 @@ def test_save_stores_what_is_not_there_yet_from_either_tier(tmp_path: Path, mesh
     before = {path: path.stat().st_ino for path in (tmp_path / "prefixes").glob("*/checkpoint")}
     cache.save()
     assert before == {path: path.stat().st_ino for path in (tmp_path / "prefixes").glob("*/checkpoint")}
-    other = cache_of(decoder_on(MESHES["context 2"], "stacked"), tmp_path, disk_gib=1.0)
+    reader = decoder_on(MESHES["context 2"], "stacked")
+    other = cache_of(reader, tmp_path, disk_gib=1.0)
     for seed in (0, 1):
-        assert other.find(tokens(LENGTH, seed)).tier == "disk"
+        found = other.find(tokens(LENGTH, seed))
+        assert found.tier == "disk"
+        check_head(found.prefix, reader, tokens(LENGTH, seed), LENGTH)
     assert len(before) == 2
 
 

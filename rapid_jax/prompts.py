@@ -106,7 +106,9 @@ def check_ids(target: LoadedModel, config: RapidConfig, ids: Sequence[int], *, n
         raise InputError(f"expected token ids of this model, got {unknown[0]}")
     room = context_of(config, target.config.context_size) - new
     if len(ids) > room:
-        raise InputError(f"the prompt is too long: expected at most {room} tokens beside {new} new ones, got {len(ids)}")
+        raise InputError(
+            f"the prompt is too long: expected at most {room} tokens beside {new} new ones, got {len(ids)}"
+        )
 
 
 def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, keep: int) -> tuple[str, int]:

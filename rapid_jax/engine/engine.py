@@ -94,7 +94,18 @@ class Engine:
     @cached_property
     def _preparer(self) -> Preparing:
         others = self._lanes, self._ready
-        return Preparing(self.config, self.models, self.prefixes, is_alone=lambda: not any(others), quiet=self._quiet)
+        return Preparing(
+            self.config,
+            self.models,
+            self.prefixes,
+            is_alone=lambda: not any(others),
+            few_programs=not self._prefill_first,
+            on_read=self.on_read,
+            quiet=self._quiet,
+        )
+
+    def on_read(self, request: Request, key: str) -> None:
+        """The keys and values of a request's document, of that key, are about to be looked for, or made."""
 
     def submit(self, request: Request, on_event: OnEvent, *, streams: bool = True) -> Ticket:
         """Takes a request; returns at once. `on_event` is called in the thread that steps, in order, and last with Done

@@ -16,7 +16,7 @@ from rapid_jax.engine.lane import LaneKey
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import Found, PrefixCache
 from rapid_jax.engine.reader import read
-from rapid_jax.engine.request import Question, Retrieved
+from rapid_jax.engine.request import Question, Request, Retrieved
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.identity import check_same_prompts
 from rapid_jax.model.decoder import Decoder
@@ -54,11 +54,15 @@ class Preparing:
         prefixes: PrefixCache,
         *,
         is_alone: Callable[[], bool],
+        few_programs: bool,
+        on_read: Callable[[Request, str], None],
         quiet: bool,
     ):
-        """`is_alone`: whether no other request has memory that it will give back."""
+        """`is_alone`: whether no other request has memory that it will give back. `few_programs`: requests that ask
+        for different things share theirs. `on_read` is told the key of a document's keys and values.
+        """
         self._config, self._models, self._prefixes, self._quiet = config, models, prefixes, quiet
-        self._is_alone = is_alone
+        self._is_alone, self._few_programs, self._on_read = is_alone, few_programs, on_read
 
     def steps(self, job: Job) -> Generator[None, None, Prepared]:
         """Yields between pieces of the work, and while there is no room; returns the request's row.
@@ -100,6 +104,7 @@ class Preparing:
         owner = request.owner, request.public
         if not isinstance(request.prompt, Question) and len(head) < self._config.compute.prefill_chunk:
             return (yield from self._read(job, decoder, head, "prefill")), None
+        self._on_read(request, self._prefixes.name(head, *owner).key)
         with timed() as work:
             found = self._prefixes.find(head, *owner)
         job.took("prefill", work)
@@ -156,5 +161,7 @@ class Preparing:
                 token_ids=self._models.target.token_ids,
                 logprobs=job.request.logprobs is not None,
             )
+            if self._few_programs:
+                rounds.widen()
         job.took("prefill", work)
         return Prepared(key, rounds, document, handle)

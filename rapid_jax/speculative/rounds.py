@@ -142,6 +142,12 @@ class Rounds:
 
     # Rows that come and go.
 
+    def widen(self) -> None:
+        """From now on the rows have one of few programs, whatever they ask for."""
+        self.law = self.law.widened()
+        if self.law.penalty:
+            self.state = self._with_seen(self.state)
+
     def join(self, other: "Rounds", row: int, rows: int, document: tuple[int, int] | None = None) -> None:
         """The one row of `other` as this one's `row`, of `rows`; other rows stay as they are. `other` is used up.
 

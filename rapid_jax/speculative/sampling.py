@@ -12,6 +12,8 @@ import numpy as np
 
 from rapid_jax.speculative.config import MOST_DRAFTS, Guard, SamplingConfig, SpeculationConfig
 
+_FEW_TOP_K = 64  # that most requests ask for no more than
+
 
 @dataclass(frozen=True)
 class Law:
@@ -68,6 +70,13 @@ class Law:
             stops=self.stops,
             logprobs=self.logprobs or other.logprobs,
         )
+
+    def widened(self) -> "Law":
+        """A law of few: greedy without a penalty as it is, any other for all kinds of sampling at once."""
+        if self.greedy and not (self.penalty or self.confidence_stop):
+            return self
+        most = max(_FEW_TOP_K, 1 << (self.top_k - 1).bit_length() if self.top_k else 0)
+        return Law(False, "mixed", True, most, True, True, True, True, self.stops, self.logprobs)
 
     def is_stop(self, tokens: jax.Array) -> jax.Array:
         """bool, of the tokens' shape."""

@@ -179,7 +179,7 @@ def test_the_queue_has_an_end(config, engine):
     for one in heard:
         one.ticket.cancel()
     short.run([one.ticket for one in heard])
-    short.drain(0)
+    short.refuse()
     with pytest.raises(Draining):
         Heard(short, request(config, 2))
 
@@ -190,7 +190,7 @@ def test_log_probabilities_are_the_models_own(engine, config):
     import jax.numpy as jnp
     import numpy as np
 
-    from tests.reference import logits_of
+    from tests.speculative.models import logits_of
 
     settings = replace(config, speculation=SpeculationConfig(mode="target"))
     one = replace(Request.of(Question(DOCUMENTS[0], QUESTIONS[0]), settings), logprobs=4)
@@ -199,7 +199,9 @@ def test_log_probabilities_are_the_models_own(engine, config):
     answer = heard.last.answer  # type: ignore[union-attr]
     assert answer.token_ids == beside.tokens
     prompt = answer.reading.long.tokens
-    logits = logits_of(engine.models.target.decoder, [*prompt, *answer.token_ids])[len(prompt) - 1 : -1]
+    logits = logits_of(engine.models.target.decoder, np.asarray([[*prompt, *answer.token_ids]]))[
+        0, len(prompt) - 1 : -1
+    ]
     want = np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
     assert [each.token_id for each in answer.logprobs] == answer.token_ids
     for row, each in zip(want, answer.logprobs, strict=True):

@@ -47,7 +47,9 @@ MAY_IMPORT = {
     "rapid_jax.evaluate": FACADE,
     "rapid_jax.bench": FACADE | {"rapid_jax.plan", "rapid_jax.evaluate"},  # its shapes and costs; its figures
     "rapid_jax.plan": FACADE,
-    "rapid_jax.cli": FACADE | TOOLS | {"rapid_jax.documents", "rapid_jax.trace", "rapid_jax.compare"},
+    "rapid_jax.engine": FACADE,
+    "rapid_jax.serve": FACADE | {"rapid_jax.engine", "rapid_jax.documents", "rapid_jax.trace"},
+    "rapid_jax.cli": FACADE | TOOLS | {f"rapid_jax.{name}" for name in ("documents", "trace", "compare", "serve")},
     "rapid_jax.__main__": {"rapid_jax.cli"},
     "longpo_jax": SPECULATIVE | {"rapid_jax.plan"},
 }

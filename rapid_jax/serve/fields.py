@@ -22,7 +22,7 @@ def _only(*values: Any) -> BeforeValidator:
     """Takes the values under which the field changes nothing; every other would be ignored, so it is refused."""
 
     def check(value: Any) -> Any:
-        if isinstance(value, bool) or value not in values:
+        if value is not None and (isinstance(value, bool) or value not in values):
             raise ValueError(f"not implemented here, expected it to be left out or {values[0]!r}")
         return None
 

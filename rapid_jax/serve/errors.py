@@ -90,17 +90,21 @@ def own_fault() -> ApiError:
 
 
 def _invalid(error: ValidationError) -> ApiError:
-    """The first field that is wrong: what it may be, joined where it may be several things, and what was got."""
-    errors = error.errors(include_url=False, include_context=False)
-    places = [_place(item["loc"]) for item in errors]
-    first = [item for item, place in zip(errors, places, strict=True) if place == places[0]]
+    """The first field that is wrong: what it may be, joined where it may be several things, and what was got.
+
+    Of the errors of a union's branches those deepest in the value are of the branch that was meant.
+    """
+    errors = [(_place(item["loc"]), item) for item in error.errors(include_url=False, include_context=False)]
+    begin = errors[0][0]
+    place = max((place for place, _ in errors if place[: len(begin)] == begin), key=len)
+    first = [item for other, item in errors if other == place]
     words = " or ".join(dict.fromkeys(item["msg"].removeprefix("Value error, ") for item in first))
     if first[0]["type"] == "extra_forbidden":
         words = "there is no such field"
     got = "" if first[0]["type"] == "missing" else f", got {shown(first[0]['input'])}"
-    return bad(places[0] or None, words + got)
+    return bad(".".join(place) or None, words + got)
 
 
-def _place(location: tuple[int | str, ...]) -> str:
+def _place(location: tuple[int | str, ...]) -> tuple[str, ...]:
     known = (part for part in location if isinstance(part, int) or (_FIELD.fullmatch(part) and part not in _BRANCHES))
-    return ".".join(map(str, known))
+    return tuple(map(str, known))

@@ -20,7 +20,7 @@ _HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 _DISCARD_S = 5.0  # of a body that is too large, so that the client reads the answer and not a broken connection
 
@@ -124,7 +124,7 @@ def _check_browser(headers: Headers, service: Service) -> None:
     A page may send a form to any address, and a name of its own may lead to this machine.
     """
     host, origin = headers.get("host", ""), headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+    if origin is not None and origin.lower().partition("://")[2] != host.lower():
         raise ApiError(403, "expected a page of this server, got one of another origin", code="other_origin")
     if service.settings.local and not service.keys and _name(host) not in service.settings.names:
         message = "expected a name of this machine in Host; an API key or --allow-host NAME allows others"

@@ -46,7 +46,9 @@ def test_without_stream_options_there_is_no_usage(client: openai.OpenAI):
 
 def test_several_choices_have_seeds_that_follow_each_other(client: openai.OpenAI):
     got = ask(client, n=3)
-    assert [choice.message.content for choice in got.choices] == [f"where is the lighthouse seed {n}" for n in (7, 8, 9)]
+    assert [choice.message.content for choice in got.choices] == [
+        f"where is the lighthouse seed {n}" for n in (7, 8, 9)
+    ]
     texts = ["", "", ""]
     for chunk in ask(client, n=3, stream=True):
         for choice in chunk.choices:
@@ -94,7 +96,15 @@ def test_log_probabilities_come_with_each_token(client: openai.OpenAI):
 
 
 def test_what_concerns_the_answer_reaches_the_engine(client: openai.OpenAI, served: Running):
-    more = {"mode": "phat", "eta": 3.5, "gamma": 4, "guard": "paper", "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1}
+    more = {
+        "mode": "phat",
+        "eta": 3.5,
+        "gamma": 4,
+        "guard": "paper",
+        "top_k": 5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+    }
     ask(client, temperature=0.5, top_p=0.9, stop="x", extra_body=more)
     got = served.engine.requests[-1]
     how, sampling = got.speculation, got.sampling
@@ -157,11 +167,15 @@ def test_citations_have_their_places_in_each_document(client: openai.OpenAI, ser
         assert citation["text"] == text[citation["start"] : citation["end"]]
     assert "\n\n".join(one["text"] for one in rapid["citations"][1:]) == chunks[1].text
     assert rapid["citations"][0]["score"] == 0.5
-    assert ask(client, extra_body={"document": ids, "mode": "target"}).choices[0].model_extra["rapid"]["citations"] == []
+    assert (
+        ask(client, extra_body={"document": ids, "mode": "target"}).choices[0].model_extra["rapid"]["citations"] == []
+    )
 
 
 def test_a_stream_tells_citations_before_the_answer_and_how_it_was_made_at_its_end(client: openai.OpenAI):
-    chunks = [chunk.choices[0] for chunk in ask(client, stream=True, extra_body={"document": DOCUMENT, "origins": True})]
+    chunks = [
+        chunk.choices[0] for chunk in ask(client, stream=True, extra_body={"document": DOCUMENT, "origins": True})
+    ]
     told = [choice.model_extra.get("rapid") or {} for choice in chunks]
     first = next(number for number, choice in enumerate(chunks) if choice.delta.content)
     assert len(next(one for one in told[:first] if "citations" in one)["citations"]) == 2

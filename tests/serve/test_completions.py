@@ -19,7 +19,11 @@ def complete(client: openai.OpenAI, **more):
 
 def test_a_completion_has_openais_form(client: openai.OpenAI, served: Running):
     got = complete(client)
-    assert (got.object, got.choices[0].text, got.choices[0].finish_reason) == ("text_completion", "tokens seed 3", "stop")
+    assert (got.object, got.choices[0].text, got.choices[0].finish_reason) == (
+        "text_completion",
+        "tokens seed 3",
+        "stop",
+    )
     ids = tokenizer().encode(PROMPT)
     assert got.usage is not None and got.usage.prompt_tokens == len(ids)
     request = served.engine.requests[-1]

@@ -43,7 +43,9 @@ def test_every_route_of_the_api_is_protected(locked: Running):
         paths = http.get("/openapi.json").json()["paths"]
     known = {(method.upper(), path) for path, methods in paths.items() for method in methods}
     opened = {("GET", path) for path in ("/health", "/ready", "/metrics")}
-    shown = {(method, path.replace("doc-1", "{id}").replace("models/tiny", "models/{name}")) for method, path in PROTECTED}
+    shown = {
+        (method, path.replace("doc-1", "{id}").replace("models/tiny", "models/{name}")) for method, path in PROTECTED
+    }
     assert known == opened | shown
 
 

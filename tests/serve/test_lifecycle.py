@@ -73,7 +73,10 @@ def test_many_that_come_and_go_leave_nothing_behind():
     with running(engine) as found, found.http() as http:
 
         def come_and_go(number: int) -> None:
-            with found.http() as own, own.stream("POST", "/v1/chat/completions", json=FOREVER | {"stream": True}) as got:
+            with (
+                found.http() as own,
+                own.stream("POST", "/v1/chat/completions", json=FOREVER | {"stream": True}) as got,
+            ):
                 for seen, _ in enumerate(got.iter_lines()):
                     if seen == number:
                         return
@@ -93,14 +96,20 @@ def test_the_figures_of_requests(served: Running):
     with served.http() as http:
         before = {name: metric(http, name) for name in ("vllm:prompt_tokens_total", "vllm:generation_tokens_total")}
         usage = http.post("/v1/chat/completions", json=SHORT | {"n": 2}).json()["usage"]
-        assert metric(http, "vllm:generation_tokens_total") - before["vllm:generation_tokens_total"] == usage[
-            "completion_tokens"
-        ]
-        assert metric(http, "vllm:prompt_tokens_total") - before["vllm:prompt_tokens_total"] == 2 * usage["prompt_tokens"]
+        assert (
+            metric(http, "vllm:generation_tokens_total") - before["vllm:generation_tokens_total"]
+            == usage["completion_tokens"]
+        )
+        assert (
+            metric(http, "vllm:prompt_tokens_total") - before["vllm:prompt_tokens_total"] == 2 * usage["prompt_tokens"]
+        )
         for name in ("vllm:time_to_first_token_seconds", "vllm:e2e_request_latency_seconds"):
             assert metric(http, f"{name}_count") == 2
         assert metric(http, "vllm:inter_token_latency_seconds_count") == usage["completion_tokens"] - 2 * 3
-        assert (metric(http, "vllm:spec_decode_num_accepted_tokens_total"), metric(http, "rapid:rounds_total")) == (20, 10)
+        assert (metric(http, "vllm:spec_decode_num_accepted_tokens_total"), metric(http, "rapid:rounds_total")) == (
+            20,
+            10,
+        )
         text = http.get("/metrics").text
         assert 'rapid:kv_bytes{model_name="tiny",tier="host"} 2048.0' in text
         assert 'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 2.0' in text
@@ -140,7 +149,8 @@ def test_draining_ends_in_time():
     engine = Engine(round_seconds=0.02)
     with running(engine, drain_seconds=0.3) as found, found.http() as http:
         with http.stream("POST", "/v1/chat/completions", json=FOREVER | {"stream": True}) as got:
-            next(got.iter_lines())
+            lines = got.iter_lines()
+            next(lines)
             start = time.monotonic()
             found.server.handle_exit(signal.SIGTERM, None)
             found.thread.join(10)
@@ -163,12 +173,17 @@ PROGRAM = """
 def test_a_process_ends_by_a_signal_with_status_0_after_what_runs():
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout is not None and process.stderr is not None
         said = [process.stdout.readline() for _ in range(3)]
         url = said[0].split()[-1]
         ask = FOREVER | {"stream": True, "max_tokens": 60}
-        with httpx.Client(base_url=url, timeout=20) as http, http.stream("POST", "/v1/chat/completions", json=ask) as got:
+        with (
+            httpx.Client(base_url=url, timeout=20) as http,
+            http.stream("POST", "/v1/chat/completions", json=ask) as got,
+        ):
             lines = got.iter_lines()
             next(lines)
             process.send_signal(signal.SIGTERM)

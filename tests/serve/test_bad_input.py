@@ -76,10 +76,7 @@ def user(*contents: object) -> dict:
         ({"temprature": 0.5}, 400, "temprature"),
     ],
 )
-def test_a_chat_that_cannot_be_answered(
-    served: Running, http: httpx.Client, more: dict, status: int, param: str | None
-):
-    content = json.dumps(ASK | more)
+def test_a_chat_that_cannot_be_answered(served: Running, http, more: dict, status: int, param: str | None):
     for stream in (False, True):
         if stream and "stream_options" in more:
             continue

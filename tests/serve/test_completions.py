@@ -56,8 +56,8 @@ def test_a_stream_joins_to_the_completion(client: openai.OpenAI):
         assert (choices[-1].finish_reason, chunks[-1].usage) == ("stop", complete(client, **more).usage)
         if "logprobs" in more:
             for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
-                parts = [getattr(choice.logprobs, name) for choice in choices]
-                assert sum(parts, []) == getattr(whole.logprobs, name), name
+                joined = [one for choice in choices for one in getattr(choice.logprobs, name)]
+                assert joined == getattr(whole.logprobs, name), name
 
 
 def test_an_echo_has_the_log_probabilities_of_the_prompt(client: openai.OpenAI):

@@ -29,7 +29,7 @@ OPERATIONS = (
 )
 # A text that is no known model or document is in order by the schema, and refused all the same.
 BEYOND_THE_SCHEMA = [checks.positive_data_acceptance]
-EXAMPLES = 60
+EXAMPLES = 40
 
 
 @pytest.fixture(scope="module")

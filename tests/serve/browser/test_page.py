@@ -142,8 +142,7 @@ def test_the_page_fits_a_narrow_screen_and_every_field_has_a_name(browser: Brows
     page = browser.new_page(viewport={"width": 360, "height": 640})
     page.goto(server.url)
     assert page.evaluate("() => document.documentElement.scrollWidth") <= 360
-    unnamed = (
-        "() => [...document.querySelectorAll('input, select, textarea')].filter(f => !f.labels.length).map(f => f.id)"
-    )
-    assert page.evaluate(unnamed) == []
+    fields = page.locator("input, select, textarea")
+    assert fields.count() == 8
+    assert fields.evaluate_all("found => found.filter(one => !one.labels.length).map(one => one.id)") == []
     page.close()

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeAlias
 
+from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
 
@@ -63,6 +64,7 @@ class Request:
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     stop: tuple[str, ...] = ()  # texts that end the answer, not part of it
+    retrieval: RetrievalConfig | None = None  # None: the engine's
     logprobs: int | None = None  # with each token its log-probability under the target, and so many alternatives
     owner: str = ""  # whose it is: owners take turns, and share no keys and values
     public: bool = False  # its document's keys and values may serve other owners

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rapid_jax.config import RapidConfig
-from rapid_jax.engine.request import Chat, Prompt, Request
+from rapid_jax.engine.request import Chat, Request
+from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.retrieval.select import Selection
 from rapid_jax.serve.errors import bad
-from rapid_jax.serve.fields import Asked, ChatRequest, Message
+from rapid_jax.serve.fields import Asked, ChatRequest, Message, Retrieval
 from rapid_jax.serve.interface import Documents
 from rapid_jax.speculative.config import Mode, SamplingSettings, SpeculationConfig
 
@@ -91,28 +92,28 @@ def chat_requests(body: ChatRequest, read: Read | None, defaults: RapidConfig, o
         raise bad("messages", "expected a question, got an empty last message")
     most = body.max_completion_tokens or body.max_tokens or defaults.sampling.max_new_tokens
     prompt = Chat([_plain(message) for message in body.messages], None if read is None else read.text)
-    how = speculation_of(body, defaults.speculation)
-    public = read is not None and read.public
-    logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    return choices(prompt, how, sampling_of(body, defaults.sampling, most), body, defaults, logprobs, owner, public)
+    asked = Request(
+        prompt=prompt,
+        speculation=speculation_of(body, defaults.speculation),
+        sampling=sampling_of(body, defaults.sampling, most),
+        stop=stops_of(body, defaults),
+        retrieval=retrieval_of(body, defaults.retrieval),
+        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        owner=owner,
+        public=read is not None and read.public,
+    )
+    return choices(asked, body.n or 1)
 
 
-def choices(
-    prompt: Prompt,
-    speculation: SpeculationConfig,
-    sampling: SamplingSettings,
-    body: Asked,
-    defaults: RapidConfig,
-    logprobs: int | None,
-    owner: str,
-    public: bool = False,
-) -> list[Request]:
-    """One request for each of the `n` answers to a prompt."""
-    stops = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or defaults.stop)
-    seeds = [(sampling.seed + number) % 2**32 for number in range(body.n or 1)]
-    return [
-        Request(prompt, speculation, replace(sampling, seed=seed), stops, logprobs, owner, public) for seed in seeds
-    ]
+def choices(asked: Request, count: int) -> list[Request]:
+    """One request for each answer: only their seeds differ, which follow each other."""
+    seeds = [(asked.sampling.seed + number) % 2**32 for number in range(count)]
+    return [replace(asked, sampling=replace(asked.sampling, seed=seed)) for seed in seeds]
+
+
+def stops_of(body: Asked, defaults: RapidConfig) -> tuple[str, ...]:
+    """The texts that end an answer."""
+    return (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or defaults.stop)
 
 
 def check_streaming(body: Asked) -> None:
@@ -139,13 +140,22 @@ def sampling_of(body: Asked, defaults: SamplingSettings, most: int) -> SamplingS
 def speculation_of(body: ChatRequest, defaults: SpeculationConfig) -> SpeculationConfig:
     """The defaults under what the request says. Raises ApiError where `mode` and `retrieval` contradict each other."""
     mode = body.mode or defaults.mode
+    use = body.retrieval.use if isinstance(body.retrieval, Retrieval) else body.retrieval
     wanted: dict[str, tuple[Mode, ...]] = {"only": ("retrieval",), "off": ("target",), "draft": _DRAFTING}
-    if body.retrieval is not None and mode not in (fitting := wanted[body.retrieval]):
+    if use is not None and mode not in (fitting := wanted[use]):
         if body.mode is not None:
-            raise bad("retrieval", f"{body.retrieval} goes with mode {' or '.join(fitting)}, got mode {body.mode}")
+            raise bad("retrieval", f"{use} goes with mode {' or '.join(fitting)}, got mode {body.mode}")
         mode = fitting[0]
     given = {"eta": body.eta, "gamma": body.gamma, "guard": body.guard}
     return replace(defaults, mode=mode, **{name: value for name, value in given.items() if value is not None})
+
+
+def retrieval_of(body: ChatRequest, defaults: RetrievalConfig) -> RetrievalConfig | None:
+    """The defaults under what the request says of retrieval; None where it says nothing."""
+    if not isinstance(body.retrieval, Retrieval):
+        return None
+    given = body.retrieval.model_dump(exclude={"use"}, exclude_none=True)
+    return replace(defaults, **given) if given else None
 
 
 def _plain(message: Message) -> dict[str, str]:

@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--drain", type=float, default=_PLAIN.drain_seconds, metavar="S",
                         help="seconds that requests have to end after SIGTERM (default: %(default)g)")  # fmt: skip
+    parser.add_argument("--queue", type=int, default=64, metavar="N",
+                        help="requests that may wait; more are told to come again (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max-body", type=int, default=_PLAIN.body_mib, metavar="MIB",
                         help="of a request in JSON (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max-upload", type=int, default=_PLAIN.upload_mib, metavar="MIB",
@@ -64,6 +66,8 @@ def run(options: argparse.Namespace) -> int:
                 "server for each host, behind a load balancer; mesh spreads a model over the devices of one process"
             )
         config, own = config_of(options), settings_of(options)
+        if not 1 <= options.queue <= 1 << 16:
+            raise InputError(f"--queue: expected 1 to {1 << 16}, got {options.queue}")
         keys = read_keys(options.api_key, os.environ)
         _check_packages()
         prepare_jax(programs=config.cache.programs, cache=cache_dir(config.cache.folder))
@@ -71,7 +75,9 @@ def run(options: argparse.Namespace) -> int:
         from rapid_jax.serve.service import Service
 
         warn_if_open(own, keys)
-        return serve(Service(make_engine(config), config, own, keys), lambda text: say(f"rapid serve: {text}"))
+        return serve(
+            Service(make_engine(config, options.queue), config, own, keys), lambda text: say(f"rapid serve: {text}")
+        )
 
 
 def config_of(options: argparse.Namespace) -> RapidConfig:
@@ -102,12 +108,12 @@ def warn_if_open(own: ServeSettings, keys: Keys) -> None:
         say(f"rapid serve: open to everyone who reaches {own.host}: --api-key FILE or ${VARIABLE} closes it")
 
 
-def make_engine(config: RapidConfig) -> "Engine":
-    """An engine with its models loaded."""
+def make_engine(config: RapidConfig, queue: int) -> "Engine":
+    """An engine that lets so many requests wait; nobody's rounds wait for a document of somebody else's."""
     from rapid_jax.engine.engine import Engine  # pyright: ignore[reportMissingImports]
     from rapid_jax.engine.models import Models  # pyright: ignore[reportMissingImports]
 
-    return Engine(Models(config))
+    return Engine(config, Models(config), queue=queue, prefill_first=False)
 
 
 def _check_packages() -> None:

@@ -12,8 +12,9 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from rapid_jax.answer import Answer
-from rapid_jax.engine.request import Done, Piece, TokenLogprobs, Tokens
-from rapid_jax.serve.asked import COMPLETION_TOKENS, check_streaming, choices, sampling_of
+from rapid_jax.config import RapidConfig
+from rapid_jax.engine.request import Done, Piece, Request, TokenLogprobs, Tokens
+from rapid_jax.serve.asked import COMPLETION_TOKENS, check_streaming, choices, sampling_of, stops_of
 from rapid_jax.serve.bodies import read_body
 from rapid_jax.serve.errors import bad
 from rapid_jax.serve.fields import CompletionRequest
@@ -39,10 +40,9 @@ async def complete(http: HttpRequest, service: Service) -> Response:
     if len(prompts) * (body.n or 1) > _MOST:
         raise bad("n", f"expected at most {_MOST} answers in all, got {len(prompts)} prompts times {body.n}")
     reply = CompletionReply(body, prompts, service)
-    defaults = service.defaults
-    how, sampling = replace(defaults.speculation, mode="target"), sampling_of(body, defaults.sampling, max(most, 1))
-    asked = [choices(Tokens(ids), how, sampling, body, defaults, body.logprobs, owner) for ids in prompts]
-    runs = Runs(service, [one for group in asked for one in group] if most else [])
+    asked = _asked(body, service.defaults, max(most, 1), owner)
+    requests = [one for ids in prompts for one in choices(replace(asked, prompt=Tokens(ids)), body.n or 1)]
+    runs = Runs(service, requests if most else [])
     try:
         await unless_gone(http, reply.read_prompts())
         await runs.begin()
@@ -57,6 +57,18 @@ async def complete(http: HttpRequest, service: Service) -> Response:
     finally:
         if not body.stream:
             runs.leave()
+
+
+def _asked(body: CompletionRequest, defaults: RapidConfig, most: int, owner: str) -> Request:
+    """What each prompt is asked with."""
+    return Request(
+        prompt=Tokens(()),
+        speculation=replace(defaults.speculation, mode="target"),
+        sampling=sampling_of(body, defaults.sampling, most),
+        stop=stops_of(body, defaults),
+        logprobs=body.logprobs,
+        owner=owner,
+    )
 
 
 def prompt_ids(body: CompletionRequest, service: Service) -> list[list[int]]:

@@ -100,6 +100,25 @@ class TextFormat(Body):
 
 
 DocumentId = Annotated[str, Field(max_length=64)]
+Use = Annotated[
+    Literal["draft", "only", "off"],
+    Field(
+        description="Who reads what is retrieved: the drafter (draft), the target instead of the document (only: mode "
+        "retrieval), nobody (off: mode target)."
+    ),
+]
+
+
+class Retrieval(Body):
+    """What is retrieved of a document, and who reads it."""
+
+    use: Use | None = None
+    min_tokens: Annotated[int | None, Field(ge=1, le=2**24, description="At least so many are retrieved.")] = None
+    compression: Annotated[int | None, Field(ge=1, le=10**6, description="Of a long document one part in so many.")] = (
+        None
+    )
+    threshold: Annotated[float | None, Field(ge=-1, le=1, description="Similarity that a chunk must reach.")] = None
+    max_chunks: Annotated[int | None, Field(ge=1, le=2**16)] = None
 
 
 class ChatRequest(Asked):
@@ -142,13 +161,7 @@ class ChatRequest(Asked):
     guard: Annotated[
         Literal["code", "paper", "none"] | None, Field(description="Which tokens the drafter may move.")
     ] = None
-    retrieval: Annotated[
-        Literal["draft", "only", "off"] | None,
-        Field(
-            description="Who reads what is retrieved: the drafter (draft), the target instead of the document (only: "
-            "mode retrieval), nobody (off: mode target)."
-        ),
-    ] = None
+    retrieval: Use | Retrieval | None = None
     origins: Annotated[bool | None, Field(description="Tell where each piece of the answer came from.")] = None
 
 

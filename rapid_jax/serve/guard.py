@@ -3,6 +3,7 @@
 
 import asyncio
 import logging
+import time
 import traceback
 from urllib.parse import urlsplit
 
@@ -22,6 +23,7 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
+_TIMES = 20  # how many times as long as it may be silent a client may take for a whole body
 _DISCARD_S = 5.0  # of a body that is too large, so that the client reads the answer and not a broken connection
 
 
@@ -75,7 +77,7 @@ class Limited:
         self._receive, self._most, self._what, self._seconds = receive, most, what, seconds
         length = headers.get("content-length", "")
         self._announced = int(length) if length.isascii() and length.isdigit() and len(length) < 20 else 0
-        self._size, self._whole = 0, False
+        self._size, self._whole, self._end = 0, False, time.monotonic() + _TIMES * seconds
 
     async def __call__(self) -> Message:
         """The next part."""
@@ -95,9 +97,10 @@ class Limited:
 
     async def _next(self) -> Message:
         try:
-            return await asyncio.wait_for(self._receive(), self._seconds)
+            left = min(self._seconds, self._end - time.monotonic())
+            return await asyncio.wait_for(self._receive(), max(left, 0.0))
         except TimeoutError as error:
-            message = f"expected the rest of the body within {self._seconds:g} s, got nothing"
+            message = f"expected the rest of the body within {self._seconds:g} s, and all of it in {_TIMES} times that"
             raise ApiError(408, message, code="timeout") from error
 
     async def _refuse(self) -> None:

@@ -2,7 +2,6 @@
 """The process: uvicorn around the app, getting ready while it listens, and an end that loses nothing it can keep."""
 
 import contextlib
-import os
 import signal
 import socket
 import threading
@@ -48,13 +47,19 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to drain, or, when it was told before, ends."""
         del frame
-        if self._draining is not None:
+        if self._draining is not None or self._service.phase == "failed":
             self.should_exit = self.force_exit = True
             return
         self._service.phase = "draining"
         # A signal may come at any place of the main thread, which may hold a lock there.
         self._draining = threading.Thread(target=self._drain, args=(signal.Signals(sig).name,), daemon=True)
         self._draining.start()
+
+    def get_ready(self) -> None:
+        """`get_ready`, and the end where that fails."""
+        get_ready(self._service, self._say)
+        if self._service.phase == "failed":
+            self.should_exit = True
 
     def _drain(self, why: str) -> None:
         seconds = self._service.settings.drain_seconds
@@ -74,7 +79,7 @@ def serve(service: Service, say: Say) -> int:
     try:
         host, port = listening.getsockname()[:2]
         say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
-        threading.Thread(target=get_ready, args=(service, say), daemon=True).start()
+        threading.Thread(target=server.get_ready, daemon=True).start()
         server.run(sockets=[listening])
     finally:
         listening.close()
@@ -84,7 +89,7 @@ def serve(service: Service, say: Say) -> int:
 
 
 def get_ready(service: Service, say: Say) -> None:
-    """Compiles what requests need and starts the engine; says what, and when it is done. A failure ends the process."""
+    """Compiles what requests need and starts the engine; says what, and when it is done, or why it is not."""
     start = time.monotonic()
     try:
         service.engine.warm_up(say)
@@ -94,7 +99,6 @@ def get_ready(service: Service, say: Say) -> None:
         say(f"not ready: {error}" if isinstance(error, InputError) else "not ready: an error of its own")
         if not isinstance(error, InputError):
             log_fault(error)
-        os.kill(os.getpid(), signal.SIGTERM)
         return
     if service.phase == "starting":
         service.phase = "ready"

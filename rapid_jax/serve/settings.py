@@ -19,7 +19,7 @@ class ServeSettings:
     drain_seconds: float = 30.0  # what runs may take to end after SIGTERM
     body_mib: int = 64  # of a JSON body
     upload_mib: int = 256  # of a file
-    upload_files: int = 4  # files that are taken in at once; each may need several times its size
+    upload_files: int = 4  # whose text is read at once; each may need several times its size
     body_seconds: float = 30.0  # that a client may be silent while it sends
     first_seconds: float = 10.0  # until a stream begins even if the answer has not
     hosts: tuple[str, ...] = ()  # further names under which browsers may reach a server on this machine without a key

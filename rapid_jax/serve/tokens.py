@@ -10,6 +10,7 @@ from rapid_jax.model.detokenize import REPLACEMENT
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.speculative.state import Origin
 
+_LEAST = -9999.0  # what OpenAI tells of a token without any probability: JSON has no infinity
 _SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece spells one
 
 
@@ -59,15 +60,16 @@ class TokenTexts:
             offset += len(text)
             top: dict[str, float] = {}
             for token_id, logprob in entry.top if entry else ():
-                top.setdefault(self.of(token_id), logprob)
+                top.setdefault(self.of(token_id), max(logprob, _LEAST))
             tops.append(top if entry else None)
-        logprobs = [entry.logprob if entry else None for entry in entries]
+        logprobs = [max(entry.logprob, _LEAST) if entry else None for entry in entries]
         return {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": tops, "text_offset": offsets}
 
     def _one(self, token_id: int, logprob: float) -> dict[str, Any]:
         text = self.of(token_id)
         decoded = self._tokenizer.decode([token_id], skip_special_tokens=False)
-        return {"token": text, "logprob": logprob, "bytes": None if REPLACEMENT in decoded else list(text.encode())}
+        own = None if REPLACEMENT in decoded else list(text.encode())
+        return {"token": text, "logprob": max(logprob, _LEAST), "bytes": own}
 
 
 class OriginSpans:

@@ -25,8 +25,7 @@ async def add(http: HttpRequest, service: Service) -> dict[str, Any]:
     owner = service.owner(http.headers.get("authorization"))
     service.check_taking()
     if kind_of(http) == "multipart/form-data":
-        async with service.uploads:
-            text, options = await _uploaded(http)
+        text, options = await _uploaded(http, service)
     else:
         body = await read_body(http, DocumentRequest, service)
         text, options = body.text, body
@@ -88,7 +87,7 @@ def document_json(info: DocumentInfo) -> dict[str, Any]:
     }
 
 
-async def _uploaded(http: HttpRequest) -> tuple[str, DocumentOptions]:
+async def _uploaded(http: HttpRequest, service: Service) -> tuple[str, DocumentOptions]:
     """The text of the file in a form, and the form's other fields; the file is on disk without a name meanwhile."""
     async with http.form(max_files=1, max_fields=_FIELDS, max_part_size=_MOST) as form:
         options = _options(form)
@@ -99,9 +98,14 @@ async def _uploaded(http: HttpRequest) -> tuple[str, DocumentOptions]:
         file = cast(BinaryIO, upload.file)
         file.fileno()
         await upload.seek(0)
-        text = await unless_gone(http, extracted(file, upload.filename or ""))
+        text = await unless_gone(http, _read(file, upload.filename or "", service))
         name = options.name or printable((upload.filename or "").replace("\\", "/").rpartition("/")[2])[:_LONGEST]
         return text, options.model_copy(update={"name": name})
+
+
+async def _read(file: BinaryIO, filename: str, service: Service) -> str:
+    async with service.uploads:
+        return await extracted(file, filename)
 
 
 def _options(form: FormData) -> DocumentOptions:

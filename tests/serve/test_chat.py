@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chats through the openai client."""
 
+from dataclasses import replace
+
 import openai
 import pytest
 
@@ -126,6 +128,15 @@ def test_what_a_request_leaves_out_is_the_servers_own(client: openai.OpenAI, ser
 def test_who_reads_what_is_retrieved(client: openai.OpenAI, served: Running, retrieval: str, mode: str):
     ask(client, extra_body={"retrieval": retrieval})
     assert served.engine.requests[-1].speculation.mode == mode
+
+
+def test_what_is_retrieved_is_each_requests_own(client: openai.OpenAI, served: Running):
+    ask(client)
+    assert served.engine.requests[-1].retrieval is None
+    ask(client, extra_body={"retrieval": {"use": "only", "min_tokens": 100, "max_chunks": 3}})
+    got, own = served.engine.requests[-1], served.service.defaults.retrieval
+    assert got.speculation.mode == "retrieval"
+    assert got.retrieval == replace(own, min_tokens=100, max_chunks=3)
 
 
 def test_the_roles_and_parts_of_messages(client: openai.OpenAI, served: Running):

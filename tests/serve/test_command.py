@@ -25,7 +25,7 @@ PROGRAM = """
     from rapid_jax.cli import main
     from rapid_jax.serve import command
     from tests.serve.engine import Engine
-    command.make_engine = lambda config: Engine()
+    command.make_engine = lambda config, queue: Engine()
     sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
 """
 
@@ -49,6 +49,7 @@ def test_options_stand_for_settings(tmp_path: Path):
         (["--api-key", "no-such-file"], "the keys cannot be read"),
         (["--config", "no-such-file"], "cannot be read"),
         (["--max-upload", "0"], "upload_mib"),
+        (["--queue", "0"], "--queue: expected 1 to 65536, got 0"),
     ],
 )
 def test_a_wrong_option_is_one_line(argv: list[str], message: str, capsys, monkeypatch):

@@ -4,6 +4,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -193,22 +194,41 @@ def test_a_process_ends_by_a_signal_with_status_0_after_what_runs():
         assert process.stderr.read() == ""
 
 
-def test_an_engine_that_cannot_get_ready_ends_the_server(monkeypatch):
-    engine, signals = Engine(), []
-    monkeypatch.setattr(os, "kill", lambda process, sent: signals.append(sent))
+def test_an_engine_that_cannot_get_ready_ends_the_process():
+    program = textwrap.dedent(PROGRAM).replace(
+        "service = ", "from rapid_jax.runtime.errors import InputError\nservice = "
+    )
+    fail = "def fail(report):\n    raise InputError('expected more memory, got less')\nservice.engine.warm_up = fail\n"
+    command = [sys.executable, "-c", program.replace("sys.exit", f"{fail}sys.exit")]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.splitlines()[1:] == ["not ready: expected more memory, got less"]
 
-    def fail(report):
-        raise InputError("expected more memory, got less")
 
-    engine.warm_up = fail
-    with running(engine) as found, found.http() as http:
-        assert (found.service.phase, found.said, signals) == (
-            "failed",
-            ["not ready: expected more memory, got less"],
-            [signal.SIGTERM],
-        )
-        assert http.get("/health").status_code == 503
-        assert http.post("/v1/chat/completions", json=SHORT).json()["error"]["code"] == "failed"
+def test_nothing_is_left_of_an_upload_when_the_process_is_killed(tmp_path: Path):
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        address = process.stdout.readline().rpartition("/")[2].strip()
+        while "ready" not in process.stdout.readline():
+            pass
+        host, _, port = address.partition(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            kind = "Content-Type: multipart/form-data; boundary=b"
+            head = f"POST /v1/documents HTTP/1.1\r\nHost: localhost\r\n{kind}\r\nContent-Length: 9000000\r\n\r\n"
+            part = '--b\r\nContent-Disposition: form-data; name="file"; filename="a.txt"\r\n\r\n'
+            connection.sendall(f"{head}{part}".encode() + b"x" * (4 << 20))
+            files = Path(f"/proc/{process.pid}/fd")
+            end = time.monotonic() + 10
+            while not any(str(tmp_path) in os.readlink(one) for one in files.iterdir()):  # it is on disk by now
+                assert time.monotonic() < end
+                time.sleep(0.02)
+            process.kill()
+            process.wait(10)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_address_that_is_taken_or_is_none_is_refused(served: Running):

@@ -66,6 +66,14 @@ def test_texts_of_tokens_and_their_bytes():
     assert texts.decoded([*ids, *tokenizer().stop_ids]) == "the \u732b<|im_end|>"
 
 
+def test_a_token_without_any_probability_is_told_in_json():
+    never = TokenLogprobs(5, float("-inf"), ((5, float("-inf")),))
+    texts = TokenTexts(tokenizer())
+    assert texts.chat([never])[0]["logprob"] == -9999.0
+    told = texts.completion([never], [5], 0)
+    assert (told["token_logprobs"], told["top_logprobs"]) == ([-9999.0], [{texts.of(5): -9999.0}])
+
+
 def test_of_two_tokens_with_one_text_the_more_probable_counts():
     texts = TokenTexts(tokenizer())
     entry = TokenLogprobs(5, -0.5, ((5, -0.5), (5, -3.0)))

@@ -177,7 +177,8 @@ def _replies(
     if good is not None:
         found[200] = {"model": good}
     if stream:
-        found[200]["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        found[200]["content"] = {"text/event-stream": {"schema": event}}
     if unwell is not None:
         found[503] = {"model": unwell}
     return {"responses": found}

@@ -6,6 +6,7 @@ from typing import Any, BinaryIO, cast
 from fastapi import Request as HttpRequest
 from starlette.datastructures import FormData, UploadFile
 
+from rapid_jax.engine.errors import TooLarge
 from rapid_jax.runtime.errors import printable
 from rapid_jax.serve.bodies import kind_of, read_body
 from rapid_jax.serve.errors import ApiError, bad
@@ -31,16 +32,12 @@ async def add(http: HttpRequest, service: Service) -> dict[str, Any]:
         text, options = body.text, body
     if not text.strip() or "\0" in text:
         raise bad("text", "expected a document with text in it, got " + ("a binary one" if text.strip() else "none"))
-    info = await service.aside(
-        service.engine.documents.add,
-        text,
-        owner=owner,
-        name=printable(options.name or ""),
-        public=bool(options.public),
-        pinned=bool(options.pinned),
-        expires_in=options.expires_in,
-    )
-    return document_json(info)
+    named = {"name": printable(options.name or ""), "expires_in": options.expires_in}
+    named |= {"public": bool(options.public), "pinned": bool(options.pinned)}
+    try:
+        return document_json(await service.aside(service.engine.documents.add, text, owner=owner, **named))
+    except TooLarge as error:
+        raise ApiError(413, str(error), code="document_too_large", param="text") from error
 
 
 async def listed(http: HttpRequest, service: Service) -> dict[str, Any]:

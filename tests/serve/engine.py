@@ -119,6 +119,8 @@ class Documents:
 
     def add(self, text, *, owner="", name="", public=False, pinned=False, expires_in=None) -> Info:
         id = "doc-" + hashlib.sha256(f"{'' if public else owner}\0{text}".encode()).hexdigest()[:24]
+        if len(text) > 2 << 20:
+            raise TooLarge(f"expected a text of at most {2 << 20} characters, got {len(text)}")
         tokens, now = len(tokenizer().encode_quoted(text)), time.time()
         size = len(text.encode())
         expires = None if expires_in is None else now + expires_in

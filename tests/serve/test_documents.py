@@ -120,6 +120,7 @@ def test_a_file_without_text_is_refused(http: httpx.Client, file: tuple[str, byt
         ({"files": {"file": ("a.txt", b"x")}, "data": {"expires_in": "nan"}}, 400),
         ({"files": {"file": ("a.txt", b"x")}, "data": {"name": "x" * 70_000}}, 400),
         ({"content": b"--x", "headers": {"Content-Type": "multipart/form-data"}}, 400),
+        ({"json": {"text": "x" * (3 << 20)}}, 413),
         ({"content": b"text", "headers": {"Content-Type": "text/plain"}}, 415),
     ],
 )

@@ -137,3 +137,7 @@ class Watch:
         if self._open:
             self._open = False
             self._metrics.ended("abort")
+
+    def failed(self) -> None:
+        """There will be no answer; `refused` counts the request where the client is told so by its status."""
+        self._open = False

@@ -59,6 +59,7 @@ class Runs:
         with contextlib.suppress(TimeoutError):
             first = await asyncio.wait_for(self._events.get(), seconds)
             if isinstance(first[1], Failed):
+                self._watches[first[0]].failed()
                 raise first[1].error
             self._pushed_back = first
 
@@ -77,6 +78,7 @@ class Runs:
                 continue
             match event:
                 case Failed():
+                    self._watches[number].failed()
                     raise event.error
                 case Piece():
                     self._watches[number].tokens(len(event.token_ids))

@@ -15,8 +15,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from rapid_jax.config import RapidConfig
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.serve.server import get_ready, listen
+from rapid_jax.serve.errors import ApiError
+from rapid_jax.serve.server import get_ready, listen, serve
+from rapid_jax.serve.service import Service
+from rapid_jax.serve.settings import ServeSettings
 from tests.serve.conftest import Running, running
 from tests.serve.engine import NAME, Engine
 
@@ -116,6 +120,25 @@ def test_the_figures_of_requests(served: Running):
         assert 'vllm:request_success_total{finished_reason="stop",model_name="tiny"} 2.0' in text
 
 
+def test_a_request_is_counted_by_how_it_ended():
+    ended = "vllm:request_success_total"
+    with running() as found, found.http() as http:
+        for content, stream in [("refused", False), ("refused", True), ("a broken answer is wanted here", False)]:
+            ask = SHORT | {"messages": [{"role": "user", "content": content}], "stream": stream}
+            assert http.post("/v1/chat/completions", json=ask).status_code == 400
+        assert (metric(http, ended), metric(http, "rapid:requests_refused_total")) == (0, 3)
+        http.post("/v1/chat/completions", json=SHORT)
+        http.post("/v1/chat/completions", json=SHORT | {"max_tokens": 1})
+        with pytest.raises(httpx.ReadTimeout):
+            found.engine.held.clear()
+            http.post("/v1/chat/completions", json=SHORT, timeout=0.2)
+        assert found.engine.idle(3)
+        lines = http.get("/metrics").text.splitlines()
+        counted = {line for line in lines if line.startswith(ended)}
+        labels = 'finished_reason="{}",model_name="tiny"'
+        assert counted == {f"{ended}{{{labels.format(name)}}} 1.0" for name in ("stop", "length", "abort")}
+
+
 def test_before_it_is_ready_it_says_so():
     with running(ready=False) as found, found.http() as http:
         assert http.get("/health").json() == {"status": "starting"}
@@ -194,17 +217,17 @@ def test_a_process_ends_by_a_signal_with_status_0_after_what_runs():
         assert process.stderr.read() == ""
 
 
-def test_an_engine_that_cannot_get_ready_ends_the_process():
-    program = textwrap.dedent(PROGRAM).replace(
-        "service = ", "from rapid_jax.runtime.errors import InputError\nservice = "
-    )
-    fail = "def fail(report):\n    raise InputError('expected more memory, got less')\nservice.engine.warm_up = fail\n"
-    command = [sys.executable, "-c", program.replace("sys.exit", f"{fail}sys.exit")]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (done.returncode, done.stderr) == (1, "")
-    assert done.stdout.splitlines()[1:] == ["not ready: expected more memory, got less"]
+def test_an_engine_that_cannot_get_ready_ends_the_server():
+    def fail(report):
+        raise InputError("expected more memory, got less")
+
+    engine, said = Engine(), []
+    engine.warm_up = fail
+    service = Service(engine, RapidConfig(), ServeSettings(port=0))
+    assert serve(service, said.append) == 1
+    assert said[1:] == ["not ready: expected more memory, got less"]
+    with pytest.raises(ApiError, match="the engine has failed"):
+        service.check_taking()
 
 
 def test_nothing_is_left_of_an_upload_when_the_process_is_killed(tmp_path: Path):
@@ -232,9 +255,6 @@ def test_nothing_is_left_of_an_upload_when_the_process_is_killed(tmp_path: Path)
 
 
 def test_an_address_that_is_taken_or_is_none_is_refused(served: Running):
-    from rapid_jax.serve.service import Service
-    from rapid_jax.serve.settings import ServeSettings
-
     port = int(served.url.rpartition(":")[2])
     for settings in (ServeSettings(port=port), ServeSettings(host="no-such-host.invalid")):
         service = Service(served.engine, served.service.defaults, settings)

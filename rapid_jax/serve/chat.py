@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from rapid_jax.answer import Answer
 from rapid_jax.engine.request import Done, Piece, Retrieved, TokenLogprobs
@@ -16,9 +16,9 @@ from rapid_jax.retrieval.select import Selection
 from rapid_jax.serve.asked import Read, chat_requests, cited, read_documents
 from rapid_jax.serve.bodies import read_body
 from rapid_jax.serve.fields import ChatRequest
-from rapid_jax.serve.runs import Runs, unless_gone
+from rapid_jax.serve.runs import Runs
 from rapid_jax.serve.service import Service
-from rapid_jax.serve.streams import PAUSE, EventStream
+from rapid_jax.serve.streams import PAUSE, answered
 from rapid_jax.serve.tokens import OriginSpans
 
 
@@ -31,20 +31,7 @@ async def chat(http: HttpRequest, service: Service) -> Response:
     documents = service.engine.documents
     read = await service.aside(read_documents, body.document, documents, owner)
     runs = Runs(service, chat_requests(body, read, service.defaults, owner))
-    reply = ChatReply(body, read, service)
-    try:
-        if not body.stream:
-            await runs.begin()
-            return JSONResponse(await unless_gone(http, reply.whole(runs)))
-        await runs.begin()
-        await unless_gone(http, runs.ready(service.settings.first_seconds))
-        return EventStream(reply.chunks(runs), runs)
-    except BaseException:
-        runs.leave()
-        raise
-    finally:
-        if not body.stream:
-            runs.leave()
+    return await answered(http, runs, ChatReply(body, read, service), streamed=bool(body.stream))
 
 
 @dataclass

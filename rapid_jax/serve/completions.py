@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
 from rapid_jax.answer import Answer
 from rapid_jax.config import RapidConfig
@@ -20,7 +20,7 @@ from rapid_jax.serve.errors import bad
 from rapid_jax.serve.fields import CompletionRequest
 from rapid_jax.serve.runs import Runs, unless_gone
 from rapid_jax.serve.service import Service
-from rapid_jax.serve.streams import PAUSE, EventStream
+from rapid_jax.serve.streams import PAUSE, answered
 
 _MOST = 128  # answers to one request
 Entries = list[TokenLogprobs | None]
@@ -43,20 +43,8 @@ async def complete(http: HttpRequest, service: Service) -> Response:
     asked = _asked(body, service.defaults, max(most, 1), owner)
     requests = [one for ids in prompts for one in choices(replace(asked, prompt=Tokens(ids)), body.n or 1)]
     runs = Runs(service, requests if most else [])
-    try:
-        await unless_gone(http, reply.read_prompts())
-        await runs.begin()
-        if body.stream:
-            if most:
-                await unless_gone(http, runs.ready(service.settings.first_seconds))
-            return EventStream(reply.chunks(runs), runs)
-        return JSONResponse(await unless_gone(http, reply.whole(runs)))
-    except BaseException:
-        runs.leave()
-        raise
-    finally:
-        if not body.stream:
-            runs.leave()
+    await unless_gone(http, reply.read_prompts())
+    return await answered(http, runs, reply, streamed=bool(body.stream))
 
 
 def _asked(body: CompletionRequest, defaults: RapidConfig, most: int, owner: str) -> Request:

@@ -54,10 +54,10 @@ class Runs:
         for watch in self._watches[: len(tickets)]:
             watch.left()
 
-    async def ready(self, seconds: float) -> None:
-        """Returns once there is an event, or after so many seconds. Raises the error of a first event that is one."""
+    async def ready(self) -> None:
+        """Returns once there is an event, or after a while. Raises the error of a first event that is one."""
         with contextlib.suppress(TimeoutError):
-            first = await asyncio.wait_for(self._events.get(), seconds)
+            first = await asyncio.wait_for(self._events.get(), self._service.settings.first_seconds)
             if isinstance(first[1], Failed):
                 self._watches[first[0]].failed()
                 raise first[1].error

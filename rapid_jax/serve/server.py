@@ -31,6 +31,7 @@ class Server(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 workers=1,
+                http="h11",
                 access_log=False,  # addresses and ids of documents are nobody else's business
                 log_config=None,
                 log_level="warning",

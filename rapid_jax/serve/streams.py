@@ -3,16 +3,49 @@
 
 import json
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, Protocol
 
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from rapid_jax.serve.errors import api_error_of, own_fault
 from rapid_jax.serve.guard import log_fault
-from rapid_jax.serve.runs import Runs
+from rapid_jax.serve.runs import Runs, unless_gone
 
 PAUSE = 15.0  # seconds of silence after which a comment is sent: whatever stands between keeps the connection open
+
+
+class Reply(Protocol):
+    """What a client is sent of its runs."""
+
+    async def whole(self, runs: Runs) -> dict[str, Any]:
+        """All of it, once all have ended."""
+        ...
+
+    def chunks(self, runs: Runs) -> AsyncIterator[dict[str, Any] | None]:
+        """Its parts as they come; None after a while without one."""
+        ...
+
+
+async def answered(http: HttpRequest, runs: Runs, reply: Reply, *, streamed: bool) -> Response:
+    """The reply to runs that are begun here, whole or as a stream; they end when it does, or when the client leaves.
+
+    A stream begins with the first event, so that a request which is refused before it has its own status.
+    """
+    lasting = False
+    try:
+        await runs.begin()
+        if not streamed:
+            return JSONResponse(await unless_gone(http, reply.whole(runs)))
+        if runs.count:
+            await unless_gone(http, runs.ready())
+        lasting = True
+        return EventStream(reply.chunks(runs), runs)
+    finally:
+        if not lasting:
+            runs.leave()
 
 
 class EventStream(StreamingResponse):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from rapid_jax.conversation import Prompt
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.prompts import Reading
 from rapid_jax.retrieval.select import Selection
@@ -13,6 +14,15 @@ from rapid_jax.speculative.generate import Generation
 from rapid_jax.speculative.own_sampling import ResolvedSampling
 
 OnText = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural logarithms of probabilities under the target alone, before temperature and filters."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]  # the most probable tokens, falling
 
 
 @dataclass(frozen=True)
@@ -27,15 +37,48 @@ class Answer:
     eta: float
     gamma: int | str
     generation: Generation
-    selection: Selection | None  # None in mode target
-    target_tokens: int  # of the target's prompt
-    draft_tokens: int  # of the drafter's prompt
-    document_tokens: int  # of the whole document, also where it was cut
+    reading: Reading  # its prompts
     prefix_reused: bool  # the document was not prefilled anew
     # load, retrieval, prefill, compile (of programs for all that follows loading), first_token, decode
     seconds: dict[str, float] = field(default_factory=dict)
-    truncated: bool = False  # the document did not fit and was cut
     sampling: ResolvedSampling | None = None  # how it was drawn
+    logprobs: list[TokenLogprobs] | None = None  # where they were asked for, one for each token
+
+    @property
+    def selection(self) -> Selection | None:
+        """What was retrieved; None in mode target."""
+        return self.reading.selection
+
+    @property
+    def prompt(self) -> Prompt:
+        """What the target read."""
+        is_retrieved = self.mode == "retrieval" and self.reading.short is not None
+        return self.reading.short if is_retrieved else self.reading.long  # type: ignore[return-value]
+
+    @property
+    def draft_prompt(self) -> Prompt | None:
+        """What the drafter read; None where nothing is drafted."""
+        return None if self.prompt is self.reading.short else self.reading.short
+
+    @property
+    def target_tokens(self) -> int:
+        """Of the target's prompt."""
+        return len(self.prompt.tokens)
+
+    @property
+    def draft_tokens(self) -> int:
+        """Of the drafter's prompt."""
+        return 0 if self.draft_prompt is None else len(self.draft_prompt.tokens)
+
+    @property
+    def document_tokens(self) -> int:
+        """Of the whole document, also where it was cut."""
+        return self.reading.document_tokens
+
+    @property
+    def truncated(self) -> bool:
+        """The document did not fit and was cut."""
+        return self.reading.truncated
 
     @property
     def tokens_per_second(self) -> float:
@@ -114,13 +157,9 @@ def answer_of(
         eta=speculation.effective_eta,
         gamma=speculation.gamma if drafted else 0,
         generation=generation,
-        selection=read.selection,
-        target_tokens=len((read.short if read.short and not drafted else read.long).tokens),
-        draft_tokens=len(read.short.tokens) if read.short and drafted else 0,
-        document_tokens=read.document_tokens,
+        reading=read,
         prefix_reused=reused,
         seconds=seconds,
-        truncated=read.truncated,
         sampling=sampling,
     )
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `rapid`: answer a question about a document, serve, evaluate, plan a run, convert a checkpoint.
+"""The command `rapid`: answer a question, serve, evaluate, plan a run, convert a checkpoint, look at caches.
 
 Standard output carries the answer and nothing else; progress, what was retrieved and the summary go to standard error.
-Exit status: 0 done, 2 input that cannot be used (one line says why), 3 a plan that does not fit, 75 another process of
-the run has ended, 130 interrupted, 141 nobody reads the output.
+Exit status: 0 done, 1 something damaged in the cache, 2 input that cannot be used (one line says why), 3 a plan that
+does not fit, 75 another process of the run has ended, 130 interrupted, 141 nobody reads the output.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rapid_jax import __version__
+from rapid_jax import __version__, cache_command
 from rapid_jax.bench import command as benchmark
 from rapid_jax.config import RapidConfig
 from rapid_jax.documents import STDIN, read_document
@@ -116,6 +116,8 @@ def parser() -> argparse.ArgumentParser:
     compare = commands.add_parser("compare", help="how two evaluations differ", allow_abbrev=False)
     compare.set_defaults(run=evaluation.compare)
     evaluation.add_compare(compare)
+    cache = commands.add_parser("cache", help="what is kept on disk: list, clear, verify", allow_abbrev=False)
+    cache_command.add_arguments(cache)
     convert = commands.add_parser("convert", help="write a checkpoint as a Hugging Face folder", allow_abbrev=False)
     convert.set_defaults(run=_convert)
     convert.add_argument("source", **text, metavar="IN", help="checkpoint folder, .gguf file, or smollm2")

@@ -21,8 +21,8 @@ def baselines(rapid: Rapid, document: str, question: str) -> Iterator[Answer]:
     config = rapid.config
     for mode in BASELINES:
         if mode != config.speculation.mode:
-            other = rapid.with_config(replace(config, speculation=replace(config.speculation, mode=mode, lookup="off")))
-            yield other.answer(document, question)
+            other = replace(config, speculation=replace(config.speculation, mode=mode, lookup="off"))
+            yield rapid.answer(document, question, settings=other)
 
 
 def row(answer: Answer) -> dict:

@@ -80,17 +80,22 @@ class ComputeConfig:
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What is kept on disk between runs: prefilled documents, chunk embeddings, compiled programs."""
+    """What is kept: keys and values of documents on devices, host and disk, and what else saves time there."""
 
     folder: str | None = None  # null = $RAPID_JAX_CACHE, else ~/.cache/rapid_jax
-    prefix_gib: float = 20.0  # prefilled documents, least recently used go first; 0 = keep none
-    embeddings: bool = True
-    programs: bool = True
+    device_gib: float | None = None  # keys and values of documents; null = what the devices have left beside weights
+    host_gib: float = 16.0  # keys and values that the devices have no room for
+    disk_gib: float = field(default=20.0, metadata={"was": "prefix_gib"})  # of all kinds; least recently used go first
+    prefixes: bool = True  # keys and values of documents on disk
+    embeddings: bool = True  # of chunks, and indices over them
+    programs: bool = True  # compiled ones
 
     def __post_init__(self):
         cache_dir(self.folder)
-        if not 0 <= self.prefix_gib <= 1e9:
-            raise InputError(f"cache.prefix_gib: expected a number >= 0 and <= 1e9, got {self.prefix_gib}")
+        for name in ("device_gib", "host_gib", "disk_gib"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1e9:
+                raise InputError(f"cache.{name}: expected a number >= 0 and <= 1e9, got {value}")
 
 
 @dataclass(frozen=True)

@@ -1,59 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two prompts: the whole document for the target, the retrieved text for the drafter."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 
 from rapid_jax.config import RapidConfig
+from rapid_jax.conversation import Document, Frame, Message, Prompt, Quoted, conversation
 from rapid_jax.model.backend import check_unicode
-from rapid_jax.model.chat import mark_of, parted
 from rapid_jax.model.load import LoadedModel
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.retrieval.select import Selection
 from rapid_jax.runtime.errors import InputError
-
-_DOCUMENT, _QUESTION = mark_of("document"), mark_of("question")
-_SPACE = " \n "  # around a message it shows whether a chat template strips it
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """Token ids of a prompt; those of `head` depend on the document alone, those of `tail` on the question."""
-
-    head: list[int]  # template up to the document, and the document
-    tail: list[int]  # the question, and the template to the end
-
-    @property
-    def tokens(self) -> list[int]:
-        """The whole prompt."""
-        return self.head + self.tail
-
-
-@dataclass(frozen=True)
-class Frame:
-    """A prompt with its document left out: what stands before and after it, as token ids."""
-
-    tokenizer: Tokenizer
-    before: list[int]
-    after: list[int]
-    strips: bool = False  # the chat template strips the space that the document begins with
-    rendered: Callable[[str], tuple[str, str]] | None = None  # document -> what the template makes of it, what is sent
-
-    @property
-    def size(self) -> int:
-        """Tokens around the document."""
-        return len(self.before) + len(self.after)
-
-    def around(self, document: str) -> Prompt:
-        """The prompt with the document in place. Tokens never span the document's edges.
-
-        Raises InputError if the chat template, shown the document itself, makes another text of the prompt.
-        """
-        text = document.lstrip() if self.strips else document
-        if self.rendered is not None:
-            _check_as_it_is(*self.rendered(document))
-        return Prompt(self.before + self.tokenizer.encode_quoted(text), self.after)
 
 
 @dataclass(frozen=True)
@@ -67,63 +24,39 @@ class Reading:
     truncated: bool  # the target does not read all of it
 
 
-def message(tokenizer: Tokenizer, text: str, system: str | None) -> Prompt:
-    """A prompt of one user message, quoted; its tail is one token."""
-    now, given = tokenizer.now or datetime.now(), text
-    before, after = parted(_rendered(tokenizer, _DOCUMENT, system, now), (_DOCUMENT,))
-    if text != text.strip():
-        bare = parted(_rendered(tokenizer, _SPACE + _DOCUMENT + _SPACE, system, now), (_DOCUMENT,))
-        text = text.lstrip() if bare[0] == before else text
-        text = text.rstrip() if bare[1] == after else text
-    _check_as_it_is(_rendered(tokenizer, given, system, now), before + text + after)
-    tokens = tokenizer.encode_template(before, first=True) + tokenizer.encode_quoted(text)
-    tokens += tokenizer.encode_template(after)
-    return Prompt(tokens[:-1], tokens[-1:])
+def message(tokenizer: Tokenizer, text: str, system: str | None) -> list[int]:
+    """The prompt of one user message, quoted."""
+    messages: list[Message] = [] if system is None else [("system", [system])]
+    return conversation(tokenizer, [*messages, ("user", [Quoted(text)])]).before
 
 
-def frame(tokenizer: Tokenizer, template: str, question: str, system: str | None, begins: str = "") -> Frame:
+def frame(
+    tokenizer: Tokenizer,
+    template: str,
+    question: str,
+    system: str | None,
+    begins: str = "",
+    turns: Sequence[tuple[str, str]] = (),
+) -> Frame:
     """The user message `template` in the checkpoint's chat template, ready for a document; the answer `begins` so.
 
-    The question and the document are quoted: a special token spelt out in them does not end the user's turn. Where the
-    chat template strips a message, space at its edges is left out of them too.
+    With earlier `turns`, each a question and its answer, the first of them is in the template and `question` comes
+    last. Raises InputError for a question without text.
     """
     if not question.strip():
         raise InputError("expected a question, got an empty one")
     check_unicode(question, "the question")
-    message = template.replace("{document}", _DOCUMENT).replace("{question}", _QUESTION)
-    now, asked_as_is = tokenizer.now or datetime.now(), question
-    before, between, end = parted(_rendered(tokenizer, message, system, now), (_DOCUMENT, _QUESTION))
-    strips, first = False, message.lstrip().startswith(_DOCUMENT)
-    if first or question != question.rstrip():
-        bare = parted(_rendered(tokenizer, _SPACE + message + _SPACE, system, now), (_DOCUMENT, _QUESTION))
-        strips = first and bare[0] == before
-        if message.rstrip().endswith(_QUESTION) and bare[2] == end:
-            question = question.rstrip()
-    asked = tokenizer.encode_quoted(question, follows=not between.endswith(" "))
-    if not asked:
+    questions = [*(asked for asked, _ in turns), question]
+    before, _, rest = template.partition("{document}")
+    between, _, after = rest.partition("{question}")
+    messages: list[Message] = [] if system is None else [("system", [system])]
+    messages.append(("user", [before, Document(), between, Quoted(questions[0]), after]))
+    for (_, answer), asked in zip(turns, questions[1:], strict=True):
+        messages += [("assistant", [Quoted(answer)]), ("user", [Quoted(asked)])]
+    found = conversation(tokenizer, messages, begins)
+    if not tokenizer.encode_quoted(question):
         raise InputError("expected a question that this model's tokenizer has tokens for, got one without any")
-    after = tokenizer.encode_template(between) + asked + tokenizer.encode_template(end + begins)
-
-    def rendered(document: str) -> tuple[str, str]:
-        parts = parted(message, (_DOCUMENT, _QUESTION))
-        whole = _rendered(tokenizer, parts[0] + document + parts[1] + asked_as_is + parts[2], system, now)
-        return whole, before + (document.lstrip() if strips else document) + between + question + end
-
-    return Frame(tokenizer, tokenizer.encode_template(before, first=True), after, strips, rendered)
-
-
-def _rendered(tokenizer: Tokenizer, message: str, system: str | None, now: datetime) -> str:
-    """What the chat template makes of a user's message at that time."""
-    messages = [{"role": "user", "content": message}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
-    return tokenizer.chat(messages, now=now)
-
-
-def _check_as_it_is(rendered: str, sent: str) -> None:
-    """Raises InputError if a template, shown the words themselves, made another text than what is sent to the model."""
-    if rendered != sent:
-        raise InputError("the checkpoint's chat template changes a message by what it says, expected it as it is")
+    return found
 
 
 def context_of(config: RapidConfig, positions: int) -> int:
@@ -160,6 +93,21 @@ def check_fits(config: RapidConfig, drafter: LoadedModel, prompt_tokens: int) ->
         raise InputError(
             f"the drafter's prompt is too long: expected at most {drafter.config.context_size} positions, got "
             f"{needed} with the answer; lower retrieval.min_tokens or retrieval.max_chunks"
+        )
+
+
+def check_ids(target: LoadedModel, config: RapidConfig, ids: Sequence[int], *, new: int) -> None:
+    """Raises InputError if ids are no prompt of this model, or leave no room for so many `new` tokens."""
+    if len(ids) < 2:
+        raise InputError(f"expected a prompt of at least 2 tokens, got {len(ids)}")
+    known = target.tokenizer.ids
+    unknown = [token for token in ids if token not in known]
+    if unknown:
+        raise InputError(f"expected token ids of this model, got {unknown[0]}")
+    room = context_of(config, target.config.context_size) - new
+    if len(ids) > room:
+        raise InputError(
+            f"the prompt is too long: expected at most {room} tokens beside {new} new ones, got {len(ids)}"
         )
 
 

@@ -5,295 +5,210 @@ A drafter reads the retrieved chunks, a target reads the whole document; the dra
 the target's distribution is moved towards the drafter's (arXiv 2502.20330).
 """
 
-import logging
+import asyncio
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 
-from jax.sharding import Mesh
-
-from rapid_jax.answer import Answer, OnText, Transcript, answer_of
-from rapid_jax.attention.cache import Prefix
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.answer import Answer, OnText
 from rapid_jax.config import RapidConfig
-from rapid_jax.document_prefixes import DocumentPrefixes
-from rapid_jax.identity import check_same_models, check_same_prompts
-from rapid_jax.model.decoder import Decoder
-from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint, own_settings
-from rapid_jax.model.tokenizer import check_same_vocabulary
-from rapid_jax.prompts import Reading, check_fits, frame, visible
-from rapid_jax.retrieval.embed import Embedder
-from rapid_jax.retrieval.encoder_io import encoder_folder, read_config
-from rapid_jax.retrieval.retriever import Retriever
+from rapid_jax.engine.engine import Engine
+from rapid_jax.engine.models import Models
+from rapid_jax.engine.reader import read
+from rapid_jax.engine.request import Done, Event, Failed, Piece, Prompt, Question, Request, Retrieved
+from rapid_jax.model.load import LoadedModel
+from rapid_jax.prompts import Reading
 from rapid_jax.retrieval.select import Selection
-from rapid_jax.runtime.compiling import timed
-from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import cache_dir
-from rapid_jax.runtime.mesh import make_meshes
-from rapid_jax.runtime.mesh_config import MeshConfig
-from rapid_jax.runtime.progress import progress
-from rapid_jax.sides import Sides
-from rapid_jax.speculative.config import Mode
-from rapid_jax.speculative.generate import Generation, Prompted, generate
 from rapid_jax.speculative.own_sampling import ResolvedSampling, resolve
-from rapid_jax.speculative.prefill import prefill
-from rapid_jax.speculative.prefill_once import distinct, prefilled_once, spread
-
-_log = logging.getLogger(__name__)
-_DRAFTING: tuple[Mode, ...] = ("rapid", "lossless", "phat")
 
 
 class Rapid:
-    """Loaded models and caches; answers any number of questions.
+    """Loaded models and an engine over them; answers any number of questions, one thread at a time.
 
     Models are loaded when first needed: retrieval's encoder not at all in mode target, a second drafter only where one
-    is configured. The last document's prefill stays in memory.
+    is configured. Prefilled documents stay in memory as far as `cache` says.
+
+    Every method takes `settings` in the place of the object's own: of the same models, and with the same places for
+    them; what is loaded and what is prefilled serves all.
     """
 
     def __init__(self, config: RapidConfig, *, quiet: bool = False):
         self.config = config
+        self.models = Models(config, quiet=quiet)
         self._quiet = quiet
-        self._cache = cache_dir(config.cache.folder)
 
     @cached_property
+    def engine(self) -> Engine:
+        """What runs the requests."""
+        return Engine(self.config, self.models, quiet=self._quiet)
+
+    @property
     def target(self) -> LoadedModel:
         """The long-context model."""
-        self._check_models()
-        target = self._load(self.config.models.target, self._meshes[0], self.config.mesh)
-        ignored = resolve(self.config.sampling, target.generation).ignored
-        if ignored:
-            _log.warning("%s: not implemented and ignored: %s", target.generation.source, ", ".join(ignored))
-        return target
+        return self.models.target
 
-    @cached_property
+    @property
     def drafter(self) -> LoadedModel:
-        """The model that reads the retrieved text: another where one is configured, maybe in rounded weights."""
-        models, drafter, config = self.config.models, self.target, self.config
-        if models.drafter != "same":
-            drafter = self._load(models.drafter, self._meshes[1], config.drafter_mesh or config.mesh)
-            check_same_vocabulary(self.target.tokenizer, drafter.tokenizer, models.drafter)
-        return drafter if models.drafter_weights == "full" else drafter.with_weights(models.drafter_weights)
+        """The model that reads the retrieved text."""
+        return self.models.drafter
 
     @property
     def sampling(self) -> ResolvedSampling:
         """How answers are drawn: as the settings say, else as the target's checkpoint does."""
         return resolve(self.config.sampling, self.target.generation)
 
-    @cached_property
-    def _embedder(self) -> Embedder:
-        return Embedder(self.config.models.encoder, batch_size=self.config.retrieval.batch_size)
-
-    @cached_property
-    def retriever(self) -> Retriever:
-        """Chunks of a document by similarity with a question."""
-        folder = self._cache if self.config.cache.embeddings else None
-        return Retriever(self._embedder, self.config.retrieval, folder, quiet=self._quiet)
-
-    @cached_property
-    def _prefixes(self) -> DocumentPrefixes:
-        return DocumentPrefixes(self.config, self.target, self._meshes[0], self._cache, quiet=self._quiet)
-
-    @cached_property
-    def _token_spans(self):
-        return self.target.tokenizer.spans
-
-    def _check_models(self) -> None:
-        """Raises InputError for what can be found wrong with the models before any weights are read."""
-        models, mode = self.config.models, self.config.speculation.mode
-        if mode != "target":
-            read_config(encoder_folder(models.encoder), None)
-        target = open_checkpoint(models.target)[1]
-        resolve(self.config.sampling, own_settings(target, models.target))
-        if mode in _DRAFTING and models.drafter != "same":
-            check_same_vocabulary(target, open_checkpoint(models.drafter)[1], models.drafter)
-        check_same_models(self.config)
-
-    @cached_property
-    def _meshes(self) -> tuple[Mesh | None, Mesh | None]:
-        """The target's devices and the drafter's; None is the default device."""
-        return make_meshes(self.config.mesh, self.config.drafter_mesh)
-
-    def _load(self, source: str, mesh: Mesh | None, config: MeshConfig) -> LoadedModel:
-        how = {"layout": self.config.models.layout, "dtype": self.config.models.dtype, "quiet": self._quiet}
-        return load_model(source, mesh=mesh, replicate_kv=config.replicate_kv, **how)
+    def load(self, settings: RapidConfig | None = None) -> None:
+        """Loads what answers need and is not loaded yet."""
+        self.models.load(self._checked(settings).speculation)
 
     def answer(
         self,
         document: str,
         question: str,
         *,
+        settings: RapidConfig | None = None,
         on_text: OnText | None = None,
         on_retrieved: Callable[[Selection], None] | None = None,
     ) -> Answer:
         """The answer to one question; `on_text` gets it piece by piece, `on_retrieved` the chunks before that."""
-        start, config = time.perf_counter(), self.config
-        self.load()
+        config, start = self._checked(settings), time.perf_counter()
+        self.load(config)
         loaded = time.perf_counter()
-        with timed() as retrieval:
-            read = self.read(document, question, on_retrieved=on_retrieved)
-        streamed = on_text is not None
-        check_same_prompts(config, [read], streamed=streamed)
-        transcript = Transcript(self.target.tokenizer, config.stop, on_text)
-        try:
-            with timed() as prefilling:
-                sides = self._prompted([read])
-                sides.wait()
-            generation = self._generated(sides, [transcript], None, streamed=streamed)
-            transcript.finish()
-        finally:  # whoever interrupts the answer keeps the prefill
-            self._prefixes.save()
-        first_token_at = transcript.first_token_at or time.perf_counter()
-        seconds = {
-            "load": loaded - start,
-            "retrieval": retrieval.working,
-            "prefill": prefilling.working + generation.prepare_seconds,
-            "compile": retrieval.compiling + prefilling.compiling + generation.compile_seconds,
-            "first_token": first_token_at - loaded,
-            "decode": generation.decode_seconds,
-        }
-        how = config.speculation, self.sampling
-        return answer_of(read, transcript, generation, *how, seconds, reused=sides.reused)
+        if on_text is not None:  # every round is told at once
+            config = replace(config, speculation=replace(config.speculation, rounds_per_read=1))
+        answer, first = None, None
+        for event in self.stream(Question(document, question), settings=config, streams=on_text is not None):
+            if isinstance(event, Retrieved) and on_retrieved is not None:
+                on_retrieved(event.selection)
+            elif isinstance(event, Piece):
+                first = first or time.perf_counter()
+                if on_text is not None and event.text:
+                    on_text(event.text)
+            elif isinstance(event, Done):
+                answer = event.answer
+        assert answer is not None
+        times = {"load": loaded - start, "first_token": (first or time.perf_counter()) - loaded}
+        return replace(answer, seconds=times | answer.seconds)
 
-    def load(self) -> None:
-        """Loads what answers need and is not loaded yet."""
-        mode = self.config.speculation.mode
-        _ = self.target, mode in _DRAFTING and self.drafter, mode != "target" and self.retriever
+    def stream(
+        self, prompt: Prompt, *, settings: RapidConfig | None = None, logprobs: int | None = None, streams: bool = True
+    ) -> Iterator[Event]:
+        """What comes of a prompt: what was retrieved, the answer's pieces (unless it does not stream), Done.
 
-    def read(
-        self,
-        document: str,
-        question: str,
-        *,
-        template: str | None = None,
-        begins: str = "",
-        retrieve_from: str | None = None,
-        on_retrieved: Callable[[Selection], None] | None = None,
-    ) -> Reading:
-        """The prompts about one question.
-
-        `template` stands for both of the settings'. The answer is made to begin with `begins`. What is retrieved comes
-        from `retrieve_from` instead, for a look at unrelated retrieval (Table 3).
+        Raises InputError for what cannot be answered. Whoever leaves the iterator takes the request back; what was
+        prefilled is kept.
         """
-        config, target, mode = self.config, self.target, self.config.speculation.mode
-        prompts = config.prompts
-        long_frame = frame(target.tokenizer, template or prompts.target, question, prompts.system, begins)
-        text, document_tokens = visible(config, target, document, long_frame.size)
-        long, short, selection = long_frame.around(text), None, None
-        if mode != "target":
-            selection = self.retriever.retrieve(retrieve_from or text, question, self._token_spans, len(long.tokens))
-            if on_retrieved is not None:
-                on_retrieved(selection)
-            drafter = self.drafter if mode in _DRAFTING else target
-            short_frame = frame(drafter.tokenizer, template or prompts.drafter, question, prompts.system, begins)
-            short = short_frame.around(selection.text)
-            check_fits(config, drafter, len(short.tokens))
-        return Reading(long, short, selection, document_tokens, truncated=len(text) < len(document))
+        config = self._checked(settings)
+        self.load(config)
+        events: deque[Event] = deque()
+        ticket = self.engine.submit(Request.of(prompt, config, logprobs=logprobs), events.append, streams=streams)
+        try:
+            while not ticket.job.ended or events:
+                while events:
+                    event = events.popleft()
+                    if isinstance(event, Failed):
+                        raise event.error
+                    yield event
+                if not ticket.job.ended:
+                    self.engine.step()
+        finally:
+            ticket.cancel()
+            self.engine.run([ticket])
+            self.engine.prefixes.save()
+
+    async def astream(
+        self, prompt: Prompt, *, settings: RapidConfig | None = None, logprobs: int | None = None
+    ) -> AsyncIterator[Event]:
+        """As `stream`, with the work in a thread of its own."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        gone = threading.Event()
+
+        def work() -> None:
+            try:
+                for event in self.stream(prompt, settings=settings, logprobs=logprobs):
+                    loop.call_soon_threadsafe(queue.put_nowait, event)
+                    if gone.is_set():
+                        return
+            except Exception as error:
+                loop.call_soon_threadsafe(queue.put_nowait, Failed(error))
+
+        thread = asyncio.create_task(asyncio.to_thread(work))
+        try:
+            while True:
+                event = await queue.get()
+                if isinstance(event, Failed):
+                    raise event.error
+                yield event
+                if isinstance(event, Done):
+                    return
+        finally:
+            gone.set()
+            await thread
 
     def answers(
-        self, readings: Sequence[Reading], seeds: Sequence[int] | None = None, *, kept: bool = True
-    ) -> list[Answer]:
-        """Of each reading what `answer` would say; all are worked on at once, and share the seconds evenly.
-
-        `seeds`: one a reading, else the settings' for each. What was prefilled is `kept` for the next call.
-        """
-        check_same_prompts(self.config, readings, seeds)
-        transcripts = [Transcript(self.target.tokenizer, self.config.stop, None) for _ in readings]
-        with timed() as prefilling:
-            sides = self._prompted(readings, kept=kept)
-            sides.wait()
-        generation = self._generated(sides, transcripts, seeds)
-        share = {
-            "prefill": prefilling.working + generation.prepare_seconds,
-            "compile": prefilling.compiling + generation.compile_seconds,
-            "decode": generation.decode_seconds,
-        }
-        seconds = {name: value / len(readings) for name, value in share.items()}
-        found = []
-        for row, (read, transcript) in enumerate(zip(readings, transcripts, strict=True)):
-            transcript.finish()
-            own = replace(generation.row(row), decode_seconds=seconds["decode"])
-            how = self.config.speculation, self.sampling
-            found.append(answer_of(read, transcript, own, *how, seconds, reused=sides.reused))
-        self._prefixes.save()
-        return found
-
-    def with_config(self, config: RapidConfig) -> "Rapid":
-        """The same loaded models under other settings, and other models.max_context and models.too_long."""
-        if not config.models.loads_as(self.config.models):
-            raise ValueError("with_config keeps the models: models.* must be the same, but max_context and too_long")
-        if (config.mesh, config.drafter_mesh) != (self.config.mesh, self.config.drafter_mesh):
-            raise ValueError("with_config keeps the models where they are: mesh and drafter_mesh must be the same")
-        other = Rapid(config, quiet=self._quiet)
-        for name in ("target", "drafter", "_token_spans", "_meshes", "_embedder"):
-            if name in self.__dict__:
-                other.__dict__[name] = self.__dict__[name]
-        if "retriever" in self.__dict__ and config.retrieval == self.config.retrieval:
-            other.__dict__["retriever"] = self.__dict__["retriever"]
-        if "target" in self.__dict__:
-            other.__dict__["_prefixes"] = self._prefixes.under(config)
-        return other
-
-    def _prompted(self, readings: Sequence[Reading], *, kept: bool = True) -> Sides:
-        """Prefilled prompts, one a row."""
-        decoder, mode = self.target.decoder, self.config.speculation.mode
-        shorts = [read.short.tokens for read in readings if read.short is not None]
-        if mode == "retrieval":
-            make = partial(self._prefilled, decoder, label="prefill")
-            prefix = prefilled_once([tokens[:-1] for tokens in shorts], make)
-            return Sides(Prompted(decoder, shorts, prefix, [len(tokens) - 1 for tokens in shorts]), None, shorts)
-        # On devices of its own the drafter reads while the target reads the document: nothing waits for it here.
-        apart = bool(shorts) and self._meshes[0] != self._meshes[1]
-        short_prefix = self._drafter_prefix(shorts, None) if apart else None
-        heads = [read.long.head for read in readings]
-        different, rows = distinct(heads)
-        make = partial(self._prefilled, decoder, different, "prefill")
-        prefix, reused = self._prefixes.of(different, make) if kept else (self._prefixes.as_asked(make()), False)
-        prefix = spread(prefix, rows)
-        target = Prompted(decoder, [read.long.tokens for read in readings], prefix, [len(head) for head in heads])
-        if not shorts:
-            return Sides(target, None, heads, reused)
-        short_prefix = short_prefix or self._drafter_prefix(shorts, "prefill (drafter)")
-        drafter = Prompted(self.drafter.decoder, shorts, short_prefix, [len(tokens) - 2 for tokens in shorts])
-        return Sides(target, drafter, [head + short for head, short in zip(heads, shorts, strict=True)], reused)
-
-    def _generated(
         self,
-        sides: Sides,
-        transcripts: Sequence[Transcript],
-        seeds: Sequence[int] | None,
+        prompts: Sequence[Prompt | tuple[str, str]],
         *,
-        streamed: bool = False,
-    ) -> Generation:
-        speculation = self.config.speculation
+        settings: RapidConfig | None = None,
+        seeds: Sequence[int] | None = None,
+        logprobs: int | None = None,
+        on_answer: Callable[[int, Answer], None] | None = None,
+    ) -> list[Answer]:
+        """Of each prompt, or (document, question), what `answer` would say; all are worked on side by side.
+
+        `seeds`: one a prompt, else the settings' for each. `on_answer` gets each with its place as it comes. Raises
+        InputError for the first that cannot be answered; the others are then taken back.
+        """
+        config = self._checked(settings)
+        self.load(config)
+        found: dict[int, Answer] = {}
+        tickets = []
+        failed: list[Exception] = []
+
+        def hear(place: int, event: Event) -> None:
+            if isinstance(event, Failed):
+                failed.append(event.error)
+            elif isinstance(event, Done):
+                found[place] = event.answer
+                if on_answer is not None:
+                    on_answer(place, event.answer)
+
+        for place, prompt in enumerate(prompts):
+            own = config
+            if seeds is not None:
+                own = replace(config, sampling=replace(config.sampling, seed=seeds[place]))
+            prompt = Question(*prompt) if isinstance(prompt, tuple) else prompt
+            request = Request.of(prompt, own, logprobs=logprobs)
+            on_event = lambda event, place=place: hear(place, event)  # noqa: E731
+            tickets.append(self.engine.submit(request, on_event, streams=False))
         try:
-            return generate(
-                sides.target,
-                sides.drafter,
-                speculation=replace(speculation, rounds_per_read=1) if streamed else speculation,
-                sampling=self.sampling.config,
-                stops=self.target.tokenizer.stop_ids,
-                texts=sides.texts,
-                seeds=seeds,
-                block=self.config.compute.attention_block,
-                token_ids=self.target.token_ids,
-                on_tokens=lambda row, tokens, origins: transcripts[row].on_tokens(0, tokens, origins),
-            )
-        except InputError:  # the models give no answer: what they made of the document is of no use
-            self._prefixes.forget()
-            raise
+            while not failed and not all(ticket.job.ended for ticket in tickets):
+                self.engine.step()
+        finally:
+            for ticket in tickets:
+                ticket.cancel()
+            self.engine.run(tickets)
+            self.engine.prefixes.save()
+        if len(found) < len(tickets):
+            raise failed[0]
+        return [found[place] for place in range(len(tickets))]
 
-    def _drafter_prefix(self, prompts: Sequence[list[int]], label: str | None) -> Prefix:
-        make = partial(self._prefilled, self.drafter.decoder, label=label)
-        prefix = prefilled_once([tokens[:-2] for tokens in prompts], make)
-        return prefix if self.config.models.drafter_weights == "full" else rounded(prefix)
+    def read(self, prompt: Prompt | tuple[str, str], *, settings: RapidConfig | None = None) -> Reading:
+        """The prompts that the models get."""
+        config = self._checked(settings)
+        self.load(config)
+        prompt = Question(*prompt) if isinstance(prompt, tuple) else prompt
+        return read(self.models, config, Request.of(prompt, config))
 
-    def _prefilled(self, decoder: Decoder, prompts: Sequence[list[int]], label: str | None) -> Prefix:
-        """The prefix of prompts, one a row; without a label it is only under way."""
-        compute, dtype = self.config.compute, decoder.embed_VD[...].dtype
-        how = {"chunk": compute.prefill_chunk, "kernel": compute.kernel, "over": compute.context}
-        run = partial(prefill, decoder, prompts, dtype=dtype, **how)
-        if label is None:
-            return run()
-        with progress(label, max(map(len, prompts)), "tokens", quiet=self._quiet) as report:
-            return run(progress=report)
+    def _checked(self, settings: RapidConfig | None) -> RapidConfig:
+        if settings is None:
+            return self.config
+        own = self.config
+        if not settings.models.loads_as(own.models):
+            raise ValueError("settings have the same models: models.* must be equal, but max_context and too_long")
+        if (settings.mesh, settings.drafter_mesh, settings.compute) != (own.mesh, own.drafter_mesh, own.compute):
+            raise ValueError("settings leave the models where they are: mesh, drafter_mesh and compute must be equal")
+        return settings

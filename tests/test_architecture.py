@@ -19,9 +19,7 @@ ATTENTION = RUNTIME | {"rapid_jax.attention"}
 MODEL = ATTENTION | {"rapid_jax.model"}
 RETRIEVAL = MODEL | {"rapid_jax.retrieval"}
 SPECULATIVE = MODEL | {"rapid_jax.speculative"}
-FACADE_PARTS = {
-    f"rapid_jax.{name}" for name in ("config", "prompts", "answer", "sides", "document_prefixes", "identity")
-}
+FACADE_PARTS = {f"rapid_jax.{name}" for name in ("config", "conversation", "prompts", "answer", "identity", "engine")}
 FACADE = RETRIEVAL | SPECULATIVE | FACADE_PARTS | {"rapid_jax.rapid"}
 TOOLS = {"rapid_jax.evaluate", "rapid_jax.bench", "rapid_jax.plan"}
 
@@ -34,10 +32,11 @@ MAY_IMPORT = {
     "rapid_jax.retrieval": MODEL,
     "rapid_jax.speculative": MODEL,
     "rapid_jax.config": RETRIEVAL | SPECULATIVE,
-    "rapid_jax.prompts": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
-    "rapid_jax.document_prefixes": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
+    "rapid_jax.conversation": MODEL,
+    "rapid_jax.prompts": RETRIEVAL | SPECULATIVE | {"rapid_jax.config", "rapid_jax.conversation"},
     "rapid_jax.answer": RETRIEVAL | SPECULATIVE | {"rapid_jax.config", "rapid_jax.prompts"},
     "rapid_jax.sides": SPECULATIVE,
+    "rapid_jax.engine": RETRIEVAL | SPECULATIVE | FACADE_PARTS,
     "rapid_jax.identity": RETRIEVAL | {"rapid_jax.config", "rapid_jax.prompts"},
     "rapid_jax.rapid": FACADE,
     "rapid_jax.html_text": set(),
@@ -47,9 +46,11 @@ MAY_IMPORT = {
     "rapid_jax.evaluate": FACADE,
     "rapid_jax.bench": FACADE | {"rapid_jax.plan", "rapid_jax.evaluate"},  # its shapes and costs; its figures
     "rapid_jax.plan": FACADE,
-    "rapid_jax.engine": FACADE,
-    "rapid_jax.serve": FACADE | {"rapid_jax.engine", "rapid_jax.documents", "rapid_jax.trace"},
-    "rapid_jax.cli": FACADE | TOOLS | {f"rapid_jax.{name}" for name in ("documents", "trace", "compare", "serve")},
+    "rapid_jax.cache_command": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
+    "rapid_jax.serve": FACADE | {"rapid_jax.documents", "rapid_jax.trace"},
+    "rapid_jax.cli": FACADE
+    | TOOLS
+    | {f"rapid_jax.{name}" for name in ("documents", "trace", "compare", "cache_command", "serve")},
     "rapid_jax.__main__": {"rapid_jax.cli"},
     "longpo_jax": SPECULATIVE | {"rapid_jax.plan"},
 }

@@ -192,7 +192,7 @@ def test_a_second_run_reuses_the_documents_prefill(rapid, tmp_path):
     assert [run["prefix_reused"] for run in (first, second, third)] == [False, True, True]
     assert first["token_ids"] == third["token_ids"] != second["token_ids"]
     assert "prefill (document reused)" in rapid(*cache)[2]
-    off = result(rapid, "--set", "cache.prefix_gib=0", *cache)
+    off = result(rapid, "--set", "cache.disk_gib=0", *cache)
     assert (off["prefix_reused"], off["token_ids"]) == (False, first["token_ids"])
 
 
@@ -319,7 +319,7 @@ def test_conversion_writes_a_folder_that_answers_the_same(rapid, folder, tmp_pat
         (["--drafter", "absent"], ["absent: expected a checkpoint folder"]),
         (["--set", "models.encoder=absent"], ["encoder: expected 'minilm' or a Hugging Face folder, got 'absent'"]),
         (["--set", "models.max_context=40"], ["no room for a document"]),
-        (["--set", "cache.prefix_gib=.inf"], ["cache.prefix_gib"]),
+        (["--set", "cache.disk_gib=.inf"], ["cache.disk_gib"]),
         (["--config", "absent.yaml"], ["absent.yaml: cannot be read"]),
         (["--trace", "answer.txt"], ["--trace: expected a name that ends in .html"]),
         (["--trace", "absent/answer.html"], ["cannot be written: no folder absent"]),

@@ -97,6 +97,7 @@ def test_the_quickstart_asks_with_the_quickstarts_settings():
         ("models.drafter_weight=int8", "did you mean 'drafter_weights'?"),
         ("models.drafters=same", "did you mean 'drafter'?"),
         ("kv=int8", "did you mean 'compute.kv'?"),
+        ("cache.prefix_gib=1", "did you mean 'disk_gib'?"),
         ("mnt=3", "did you mean 'sampling.max_new_tokens'?"),
         ("context=3", "did you mean 'mesh.context' or 'drafter_mesh.context' or 'compute.context'?"),
         ("foo=1", ""),

@@ -31,7 +31,7 @@ def config(tmp_path_factory) -> RapidConfig:
         speculation=SpeculationConfig(gamma=3),
         sampling=SamplingConfig(temperature=0.0, max_new_tokens=16),
         compute=ComputeConfig(prefill_chunk=128),
-        cache=CacheConfig(folder=str(folder / "cache"), prefix_gib=0),
+        cache=CacheConfig(folder=str(folder / "cache"), prefixes=False),
     )
 
 
@@ -130,7 +130,7 @@ def test_the_encoder_is_looked_for_before_weights_are_read(config, monkeypatch):
 
 def test_a_stored_prefill_gives_the_same_answer_in_the_other_layout(config, tmp_path):
     kept = replace(
-        config, cache=CacheConfig(folder=str(tmp_path), prefix_gib=1), speculation=SpeculationConfig(mode="target")
+        config, cache=CacheConfig(folder=str(tmp_path), disk_gib=1), speculation=SpeculationConfig(mode="target")
     )
     first = Rapid(kept, quiet=True).answer(words(200), QUESTION)
     stacked = replace(kept, models=replace(kept.models, layout="stacked"))
@@ -150,7 +150,7 @@ def test_rounded_weights_draft_and_the_answer_stays_the_targets(rapid, config, w
 
 
 def test_a_rounded_prefix_is_stored_in_full_and_answers_nearly_the_same(config, tmp_path):
-    cache = CacheConfig(folder=str(tmp_path), prefix_gib=1)
+    cache = CacheConfig(folder=str(tmp_path), disk_gib=1)
     speculation = SpeculationConfig(mode="target")
     full = Rapid(replace(config, cache=cache, speculation=speculation), quiet=True)
     halved = Rapid(replace(full.config, compute=replace(config.compute, kv="int8")), quiet=True)
@@ -181,7 +181,7 @@ def test_rounded_weights_are_for_one_device(config, models, mesh, said):
 
 def test_the_answer_does_not_wait_for_the_disk(config, tmp_path, monkeypatch):
     kept = replace(
-        config, cache=CacheConfig(folder=str(tmp_path), prefix_gib=1), speculation=SpeculationConfig(mode="target")
+        config, cache=CacheConfig(folder=str(tmp_path), disk_gib=1), speculation=SpeculationConfig(mode="target")
     )
     told: list[str] = []
     monkeypatch.setattr("rapid_jax.speculative.prefix_store.PrefixStore.save", lambda *given: told.append("saved"))
@@ -192,7 +192,7 @@ def test_the_answer_does_not_wait_for_the_disk(config, tmp_path, monkeypatch):
 def test_a_mesh_gives_the_answer_of_one_device_and_shares_its_stored_prefill(config, tmp_path):
     """One device stores the document's prefill; two meshes answer from it, and each from its own too."""
     sampled = replace(config.sampling, temperature=0.8, seed=3)
-    kept = replace(config.cache, folder=str(tmp_path), prefix_gib=1.0)
+    kept = replace(config.cache, folder=str(tmp_path), prefixes=True)
     base = replace(config, sampling=sampled, cache=kept, speculation=replace(config.speculation, lookup="off"))
     document = words(300, seed=5)
     first = Rapid(base, quiet=True).answer(document, QUESTION)
@@ -306,7 +306,7 @@ def test_rows_of_one_document_are_prefilled_once_and_stored_once(rapid, config, 
     one = rapid.with_config(
         replace(
             config,
-            cache=replace(config.cache, prefix_gib=1),
+            cache=replace(config.cache, prefixes=True),
             speculation=SpeculationConfig(mode="target", lookup="off"),
         )
     )
@@ -344,7 +344,7 @@ def test_an_answer_from_weights_that_are_not_finite_is_refused_and_nothing_is_ke
     weights = safetensors.numpy.load_file(target / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 4] = float("nan")
     safetensors.numpy.save_file(weights, target / "model.safetensors", {"format": "pt"})
-    cache = CacheConfig(folder=str(tmp_path / "cache"), prefix_gib=1)
+    cache = CacheConfig(folder=str(tmp_path / "cache"), disk_gib=1)
     models = replace(config.models, target=str(target))
     spoilt = Rapid(
         replace(config, models=models, cache=cache, speculation=SpeculationConfig(mode="target")), quiet=True

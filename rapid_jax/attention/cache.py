@@ -6,6 +6,7 @@ Keys and values of one layer are stored head-major, [B, K, S, H]: a decoding ste
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 import jax
@@ -111,3 +112,25 @@ def write(kv: KV, k_BKTH: jax.Array, v_BKTH: jax.Array, slot_B: jax.Array) -> KV
         return KV(lax.dynamic_update_slice(kv.k_BKSH, k_BKTH, at), lax.dynamic_update_slice(kv.v_BKSH, v_BKTH, at))
     update = jax.vmap(lambda old_KSH, new_KTH, slot: lax.dynamic_update_slice(old_KSH, new_KTH, (0, slot, 0)))
     return KV(update(kv.k_BKSH, k_BKTH, slot_B), update(kv.v_BKSH, v_BKTH, slot_B))
+
+
+@partial(jax.jit, static_argnames=("slots", "devices"))
+def with_slots(prefix: Prefix, slots: int, devices: int) -> Prefix:
+    """A copy with so many slots, at least those there are; each of `devices` context devices keeps its own share."""
+
+    def padded(x: jax.Array, axis: int, empty: int = 0) -> jax.Array:
+        axis %= x.ndim
+        shares = x.reshape(*x.shape[:axis], devices, -1, *x.shape[axis + 1 :])
+        room = [(0, 0)] * shares.ndim
+        room[axis + 1] = (0, slots // devices - shares.shape[axis + 1])
+        return jnp.pad(shares, room, constant_values=empty).reshape(*x.shape[:axis], slots, *x.shape[axis + 1 :])
+
+    def of_layer(kv: KV) -> KV:
+        if kv.k_scale_BKS is None or kv.v_scale_BKS is None:
+            return KV(padded(kv.k_BKSH, -2), padded(kv.v_BKSH, -2))
+        scales = padded(kv.k_scale_BKS, -1), padded(kv.v_scale_BKS, -1)
+        return KV(padded(kv.k_BKSH, -2), padded(kv.v_BKSH, -1), *scales)
+
+    layers = prefix.layers
+    found = of_layer(layers) if isinstance(layers, KV) else tuple(map(of_layer, layers))
+    return Prefix(found, padded(prefix.pos_BS, -1, -1), prefix.used)

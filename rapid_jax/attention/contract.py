@@ -12,7 +12,7 @@ from rapid_jax.runtime.contract import contract
 def check_contract(kernel: str, rows: Rows, slots: Slots, *, shared: bool = False, quantized: bool = False) -> None:
     """Raises ValueError, while tracing, for arrays that do not go together.
 
-    Slots have a sequence for each of the rows', or, where a kernel takes `shared` ones, a single one that all rows see;
+    Slots have a sequence for each of the rows', or, where a kernel takes `shared` ones, for each of equal runs of them;
     `quantized` ones are int8, with scales.
     """
     floats = (jnp.float32, jnp.bfloat16, jnp.float16)
@@ -20,7 +20,7 @@ def check_contract(kernel: str, rows: Rows, slots: Slots, *, shared: bool = Fals
         chex.assert_rank([rows.q_BKRH, slots.k_BKSH, slots.pos_BS], [4, 4, 2])
         B, K, R, H = rows.q_BKRH.shape
         batch, S = slots.pos_BS.shape
-        assert batch == B or (shared and batch == 1), f"expected slots of {B} sequences as the rows, got {batch}"
+        assert batch == B or (shared and B % batch == 0), f"expected slots of {B} sequences as the rows, got {batch}"
         scaled = slots.k_scale_BKS is not None
         assert quantized or not scaled, "expected keys and values in full, got quantised ones"
         flat = [(rows.pos_BR, (B, R)), (rows.branch_BR, (B, R)), (rows.reach_BR, (B, R))]

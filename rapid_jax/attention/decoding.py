@@ -34,7 +34,7 @@ def by_blocks(rows: Rows, sides: Sides, used: Used, scale: float, axis: str | No
     del used  # a loop of unknown length would be no faster: a prefix has few empty slots
     far, near = sides
     attend = partial(attend_blockwise, slots=far, scale=scale, block=block)
-    seen = over_shared(rows, attend, most=rows.pos_BR.size) if is_shared(rows, far) else attend(rows)
+    seen = over_shared(rows, far, attend, most=rows.pos_BR.size) if is_shared(rows, far) else attend(rows)
     if axis is not None:
         seen = merged_over(seen, axis)
     return finish(merge(seen, attend_blockwise(rows, near, scale=scale, block=block)), rows.q_BKRH.dtype)

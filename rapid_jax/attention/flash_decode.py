@@ -78,7 +78,7 @@ def flash_decode(
         def attend(rows: Rows) -> Partial:
             return _summed(*_shares(rows, (side,), (count,), **how))
 
-        return over_shared(rows, attend, most=MOST_ROWS) if is_shared(rows, side) else attend(rows)
+        return over_shared(rows, side, attend, most=MOST_ROWS) if is_shared(rows, side) else attend(rows)
 
     return reduce(merge, [over(side, count) for side, count in zip(sides, used, strict=True)])
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One sequence's slots under the rows of many: questions about one document read its keys and values once."""
+"""Few sequences' slots under the rows of many: questions about one document read its keys and values once."""
 
 from collections.abc import Callable
 
@@ -10,27 +10,41 @@ from rapid_jax.attention.partial import Partial, Rows, Slots
 
 
 def is_shared(rows: Rows, slots: Slots) -> bool:
-    """Whether the slots are of one sequence and the rows of several."""
-    return slots.pos_BS.shape[0] == 1 < rows.pos_BR.shape[0]
+    """Whether the slots are of fewer sequences than the rows: each is then that of as many rows, one behind the other.
+
+    Raises ValueError where the sequences do not divide the rows.
+    """
+    few, many = slots.pos_BS.shape[0], rows.pos_BR.shape[0]
+    if few < many and many % few:
+        raise ValueError(f"expected rows that are a multiple of the {few} sequences of slots, got {many}")
+    return few < many
 
 
-def over_shared(rows: Rows, attend: Callable[[Rows], Partial], *, most: int) -> Partial:
-    """`attend` for rows of several sequences that all see the slots of a single one: these are read once for all rows.
+def over_shared(rows: Rows, slots: Slots, attend: Callable[[Rows], Partial], *, most: int) -> Partial:
+    """`attend`, which is over `slots`, for the rows that share them: slots are read once for all of their rows.
 
-    The rows of as many sequences as fit into `most` are the rows of one, [B, K, R, H] as [1, K, B R, H].
+    The rows that have a sequence in common, as many as fit into `most`, are the rows of one: [B, K, R, H] with B = n m
+    as [n, K, m R, H].
     """
     B, _, R, _ = rows.q_BKRH.shape
-    calls = -(-B // max(1, most // R))
-    size = -(-B // calls)
+    sequences = slots.pos_BS.shape[0]
+    each = B // sequences
+    calls = -(-each // max(1, most // R))
+    size = -(-each // calls)
 
-    def folded(x: jax.Array) -> jax.Array:
-        return x.reshape(1, -1) if x.ndim == 2 else x.swapaxes(0, 1).reshape(1, x.shape[1], -1, x.shape[3])
+    def folded(x: jax.Array, start: int) -> jax.Array:
+        x = x.reshape(sequences, each, *x.shape[1:])[:, start : start + size]
+        if x.ndim == 3:
+            return x.reshape(sequences, -1)
+        x = x.swapaxes(1, 2)
+        return x.reshape(sequences, x.shape[1], -1, x.shape[4])
 
     def unfolded(x: jax.Array) -> jax.Array:
-        return x.reshape(x.shape[1], -1, R, *x.shape[3:]).swapaxes(0, 1)
+        return x.reshape(sequences, x.shape[1], -1, R, *x.shape[3:]).swapaxes(1, 2)
 
     parts = []
-    for start in range(0, B, size):
-        some = jax.tree.map(lambda x, start=start: folded(x[start : start + size]), rows)
+    for start in range(0, each, size):
+        some = jax.tree.map(lambda x, start=start: folded(x, start), rows)
         parts.append(jax.tree.map(unfolded, attend(some)))
-    return parts[0] if calls == 1 else jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    whole = parts[0] if calls == 1 else jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), *parts)
+    return jax.tree.map(lambda x: x.reshape(B, *x.shape[2:]), whole)

@@ -11,6 +11,7 @@ that nothing can be merged with it; `ragged_paged_attention` wants keys beside v
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import chex
@@ -73,9 +74,8 @@ def splash_decode(rows: Rows, far: Slots | Stack, *, scale: float, interpret: An
     slots = far if isinstance(far, Slots) else far.every
     _check(rows, far)
     if is_shared(rows, slots):
-        return over_shared(
-            rows, lambda rows: splash_decode(rows, far, scale=scale, interpret=interpret), most=MOST_ROWS
-        )
+        attend = partial(splash_decode, far=far, scale=scale, interpret=interpret)
+        return over_shared(rows, slots, attend, most=MOST_ROWS)
     size = slots.pos_BS.shape[1]
     block = block_for(size)
     assert block is not None

@@ -22,17 +22,24 @@ class Case:
     kv: KvBits = "full"  # of the target's prompt
     batch: int = 1
     gamma: int | Literal["auto"] = 0
+    documents: int | None = None  # that the prompts are about, equally many about each; None: one each
     quoting: bool | None = None  # level 0 copies: from a text that holds the answer, from one that does not; None: off
 
     @property
     def baseline(self) -> "Case":
         """Plain decoding of the same prompts, keys and values in full."""
-        return Case(self.context, batch=self.batch)
+        return Case(self.context, batch=self.batch, documents=self.documents)
+
+    @property
+    def prefixes(self) -> int:
+        """Documents whose keys and values are stored, and read in a step."""
+        return self.documents or self.batch
 
     def __str__(self):
         name = "plain" if self.drafter == "none" else f"rapid, drafter {self.drafter}"
         copies = {None: "", True: ", copies, quoting", False: ", copies, not quoting"}[self.quoting]
-        return f"{name}{copies}{', kv int8' if self.kv == 'int8' else ''}"
+        about = "" if self.documents is None else f", {self.documents} document{'s' * (self.documents > 1)}"
+        return f"{name}{copies}{', kv int8' if self.kv == 'int8' else ''}{about}"
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,9 @@ class Measured:
 
 
 def plain_bytes(config: ModelConfig, case: Case, itemsize: int) -> float:
-    """What a plain step must read: every matrix once, and the keys and values of all rows."""
+    """What a plain step must read: every matrix once, and the keys and values of all documents."""
     weights = matrices(config) + config.hidden_size * config.vocab_size
-    slots = 2 * config.num_layers * config.num_kv_heads * case.context * case.batch
+    slots = 2 * config.num_layers * config.num_kv_heads * case.context * case.prefixes
     stored = config.head_dim * itemsize if case.kv == "full" else config.head_dim + 4
     return itemsize * weights + slots * stored
 

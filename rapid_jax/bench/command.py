@@ -67,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--short", help="tokens of the drafter's prompt", **number)
     parser.add_argument("--batch", type=_counts, default=(1,), metavar="LIST", help="prompts at once, as 1,4,8")
+    parser.add_argument(
+        "--documents", help="that the prompts are about, equally many about each; by default one each", **number
+    )
     parser.add_argument("--cases", default=CASES, metavar="LIST", help=f"what decodes: {GRAMMAR}; by default {CASES}")
     parser.add_argument("--acceptance", type=float, default=0.9, metavar="A", help="of the drafts, by turning the dial")
     parser.add_argument("--tokens", help="to decode, a prompt", **number)
@@ -92,6 +95,8 @@ def run(options: argparse.Namespace) -> int:
 
         require()
         others = [row for path in options.others for row in rows_of(path)]
+    if options.documents is not None and any(batch % options.documents for batch in options.batch):
+        raise InputError(f"--documents: expected a divisor of every --batch, got {options.documents}")
     prepare_jax(programs=True, cache=None)
     import jax
 
@@ -197,7 +202,7 @@ def _decoding(rows: _Rows, config: ModelConfig, options, sizes: Sizes, rate: flo
         for batch in options.batch:
             turned: set[Drafter] = set()
             for kind in kinds:
-                case = replace(kind, context=context, batch=batch)
+                case = replace(kind, context=context, batch=batch, documents=options.documents)
                 if case.drafter != "none" and case.drafter not in turned:
                     turned.add(case.drafter)
                     first = replace(case, gamma=4 if case.gamma == "auto" else case.gamma)

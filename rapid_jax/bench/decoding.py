@@ -168,12 +168,13 @@ class Decoding:
 
     def _prefix(self, name: str, case: Case, tokens: int, seed: int) -> Prefix:
         is_rounded = case.kv == "int8" if name == "long" else case.drafter != "full"
+        batch = case.prefixes if name == "long" else case.batch
 
         def make() -> Prefix:
-            made = random_prefix(self.config, batch=case.batch, tokens=tokens, dtype=self.dtype, seed=seed)
+            made = random_prefix(self.config, batch=batch, tokens=tokens, dtype=self.dtype, seed=seed)
             return rounded(made) if is_rounded else made
 
-        return self._hold(name, (case.batch, tokens, is_rounded), make)
+        return self._hold(name, (batch, tokens, is_rounded), make)
 
     def _target(self, case: Case) -> Prompted:
         prefix = self._prefix("long", case, case.context, self.seed + 1)

@@ -2,18 +2,16 @@
 """What is asked of the engine, and what comes back of it piece by piece."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
+from rapid_jax.answer import Answer, TokenLogprobs
+from rapid_jax.config import PromptsConfig, RapidConfig
 from rapid_jax.retrieval.config import RetrievalConfig
+from rapid_jax.retrieval.select import Selection
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
-
-if TYPE_CHECKING:
-    from rapid_jax.answer import Answer
-    from rapid_jax.retrieval.select import Selection
-
-MOST_LOGPROBS = 20  # alternatives that a token may come with
+from rapid_jax.speculative.state import MOST_LOGPROBS
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,10 @@ class Request:
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
     sampling: SamplingSettings = field(default_factory=SamplingSettings)
     stop: tuple[str, ...] = ()  # texts that end the answer, not part of it
-    retrieval: RetrievalConfig | None = None  # None: the engine's
+    retrieval: RetrievalConfig | None = None  # None: the engine's; so of the next three
+    prompts: PromptsConfig | None = None
+    max_context: int | None = None
+    too_long: Literal["error", "middle", "head"] | None = None
     logprobs: int | None = None  # with each token its log-probability under the target, and so many alternatives
     owner: str = ""  # whose it is: owners take turns, and share no keys and values
     public: bool = False  # its document's keys and values may serve other owners
@@ -73,12 +74,45 @@ class Request:
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
             raise InputError(f"logprobs must be 0 to {MOST_LOGPROBS}, got {self.logprobs}")
 
+    @classmethod
+    def of(cls, prompt: Prompt, config: RapidConfig, **more: Any) -> "Request":
+        """One with all the settings of `config`."""
+        models = config.models
+        return cls(
+            prompt,
+            config.speculation,
+            config.sampling,
+            config.stop,
+            config.retrieval,
+            config.prompts,
+            models.max_context,
+            models.too_long,
+            **more,
+        )
+
+    def under(self, config: RapidConfig) -> RapidConfig:
+        """The engine's settings with this request's in their place."""
+        models = replace(
+            config.models,
+            max_context=self.max_context or config.models.max_context,
+            too_long=self.too_long or config.models.too_long,
+        )
+        return replace(
+            config,
+            models=models,
+            speculation=self.speculation,
+            sampling=self.sampling,
+            stop=self.stop,
+            retrieval=self.retrieval or config.retrieval,
+            prompts=self.prompts or config.prompts,
+        )
+
 
 @dataclass(frozen=True)
 class Retrieved:
     """What was retrieved for the drafter."""
 
-    selection: "Selection"
+    selection: Selection
 
 
 @dataclass(frozen=True)
@@ -88,23 +122,14 @@ class Piece:
     text: str
     token_ids: list[int]
     origins: list[int]  # an Origin for each token
-    logprobs: list["TokenLogprobs"] | None = None
-
-
-@dataclass(frozen=True)
-class TokenLogprobs:
-    """Natural logarithms of probabilities under the target alone, before temperature and filters."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]  # the most probable tokens, falling
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True)
 class Done:
     """The answer is complete."""
 
-    answer: "Answer"
+    answer: Answer
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def _config(options: argparse.Namespace, explicit: Collection[str]) -> RapidConf
     else:
         config = settings.defaults(RapidConfig, options.set)
     # A document is read once in an evaluation: keeping its prefix on disk would only fill the disk.
-    return config if "cache.prefix_gib" in explicit else replace(config, cache=replace(config.cache, prefix_gib=0.0))
+    return config if "cache.prefixes" in explicit else replace(config, cache=replace(config.cache, prefixes=False))
 
 
 def _suite_options(options: argparse.Namespace) -> SuiteOptions:

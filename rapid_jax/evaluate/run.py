@@ -4,7 +4,6 @@
 import contextlib
 import dataclasses
 import datetime
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -13,6 +12,7 @@ from typing import Any
 
 from rapid_jax.answer import Answer
 from rapid_jax.config import RapidConfig
+from rapid_jax.engine.request import Question, Tokens
 from rapid_jax.evaluate.folder import Answers, Share
 from rapid_jax.evaluate.modes import LabelledMode
 from rapid_jax.evaluate.outcome import SCHEMA
@@ -20,7 +20,7 @@ from rapid_jax.evaluate.results import finished
 from rapid_jax.evaluate.samples import Measure, Sample
 from rapid_jax.evaluate.scoring import score
 from rapid_jax.model.tokenizer import Tokenizer
-from rapid_jax.prompts import Reading, frame, message
+from rapid_jax.prompts import frame, message
 from rapid_jax.rapid import Rapid
 from rapid_jax.runtime.agreement import check_agreed
 from rapid_jax.runtime.files import digest
@@ -81,29 +81,25 @@ def evaluate(
         left = [(mode.label, s.id) for mode in modes for s in mine if s.id not in done[mode.label]]
         check_agreed({"batch": batch, "answers that are there already": (len(left), left)})
         report = stack.enter_context(progress("evaluate", len(left), "answers", quiet=quiet or not leads))
-        ready: dict[tuple[str, int], Rapid] = {}
+        for mode in modes:
+            _dated(rapid, mode.config)
         for group in _groups(mine, batch):
             for mode in modes:
                 todo = [sample for sample in group if sample.id not in done[mode.label]]
                 if not todo:
                     continue
-                key = mode.label, mode.limit or todo[0].max_new_tokens
-                if key not in ready:
-                    sampling = replace(mode.config.sampling, max_new_tokens=key[1])
-                    ready[key] = _dated(rapid.with_config(replace(mode.config, sampling=sampling)))
-                files[mode.label].add(
-                    _answered(ready[key], todo, mode, _others(mine, todo) if mode.unrelated else None)
-                )
+                sampling = replace(mode.config.sampling, max_new_tokens=mode.limit or todo[0].max_new_tokens)
+                config = replace(mode.config, sampling=sampling)
+                others = _others(mine, todo) if mode.unrelated else None
+                files[mode.label].add(_answered(rapid, config, todo, mode, others))
                 report.advance(len(todo))
 
 
-def _dated(rapid: Rapid) -> Rapid:
-    """The same with its models loaded, whose templates write the date of evaluations."""
-    rapid.load()
-    for name in ("target", "drafter"):
-        if name in vars(rapid):  # is loaded
-            getattr(rapid, name).tokenizer.now = NOW
-    return rapid
+def _dated(rapid: Rapid, config: RapidConfig) -> None:
+    """Loads what these settings need; its templates write the date of evaluations."""
+    rapid.load(config)
+    for model in (rapid.target, *([rapid.drafter] if config.speculation.drafts else [])):
+        model.tokenizer.now = NOW
 
 
 def _ordered(samples: Sequence[Sample]) -> list[Sample]:
@@ -137,12 +133,11 @@ def _others(samples: Sequence[Sample], group: Sequence[Sample]) -> list[str]:
 
 
 def _answered(
-    rapid: Rapid, samples: Sequence[Sample], mode: LabelledMode, others: Sequence[str] | None
+    rapid: Rapid, config: RapidConfig, samples: Sequence[Sample], mode: LabelledMode, others: Sequence[str] | None
 ) -> list[dict[str, Any]]:
     """The lines of samples that are answered together; what is retrieved comes from `others`, if there are any."""
-    start = time.perf_counter()
-    readings = [
-        rapid.read(
+    prompts = [
+        Question(
             sample.document,
             sample.question,
             template=sample.template,
@@ -151,13 +146,12 @@ def _answered(
         )
         for index, sample in enumerate(samples)
     ]
-    retrieval = (time.perf_counter() - start) / len(samples)
-    seeds = [_seed(rapid.config.sampling.seed, sample.id) for sample in samples]
-    answers = rapid.answers(readings, seeds)
-    last = answers if samples[0].then is None else _concluded(rapid, samples, mode, answers, seeds)
+    seeds = [_seed(config.sampling.seed, sample.id) for sample in samples]
+    answers = rapid.answers(prompts, settings=config, seeds=seeds)
+    last = answers if samples[0].then is None else _concluded(rapid, config, samples, mode, answers, seeds)
     lines = []
-    for sample, reading, answer, final in zip(samples, readings, answers, last, strict=True):
-        line = _line(sample, reading, answer, mode, retrieval, rapid)
+    for sample, answer, final in zip(samples, answers, last, strict=True):
+        line = _line(sample, answer, mode, rapid)
         if final is not answer:
             seconds = {name: value + final.seconds.get(name, 0.0) for name, value in line["seconds"].items()}
             cut = "length" in (answer.finish_reason, final.finish_reason)
@@ -168,27 +162,26 @@ def _answered(
 
 
 def _concluded(
-    rapid: Rapid, samples: Sequence[Sample], mode: LabelledMode, answers: Sequence[Answer], seeds: Sequence[int]
+    rapid: Rapid,
+    config: RapidConfig,
+    samples: Sequence[Sample],
+    mode: LabelledMode,
+    answers: Sequence[Answer],
+    seeds: Sequence[int],
 ) -> list[Answer]:
     """The target's answers to the second messages, which hold the first answers and no document."""
-    config = rapid.config
     speculation = replace(config.speculation, mode="target", lookup="off")
     sampling = replace(config.sampling, max_new_tokens=mode.limit or samples[0].then_tokens)
-    alone = rapid.with_config(replace(config, speculation=speculation, sampling=sampling))
     tokenizer, system = rapid.target.tokenizer, config.prompts.system
     texts = [
         (sample.then or "").replace("{answer}", answer.text) for sample, answer in zip(samples, answers, strict=True)
     ]
-    readings = [Reading(message(tokenizer, text, system), None, None, 0, truncated=False) for text in texts]
-    return alone.answers(readings, seeds, kept=False)  # the document's prefix stays for the next mode
+    prompts = [Tokens(message(tokenizer, text, system)) for text in texts]
+    return rapid.answers(prompts, settings=replace(config, speculation=speculation, sampling=sampling), seeds=seeds)
 
 
-def _line(
-    sample: Sample, reading: Reading, answer: Answer, mode: LabelledMode, retrieval: float, rapid: Rapid
-) -> dict[str, Any]:
-    told, chosen = answer.to_json(), answer.selection
-    prompt = reading.short if mode.config.speculation.mode == "retrieval" and reading.short else reading.long
-    drafts = reading.short if reading.short is not prompt else None
+def _line(sample: Sample, answer: Answer, mode: LabelledMode, rapid: Rapid) -> dict[str, Any]:
+    told, chosen, drafts = answer.to_json(), answer.selection, answer.draft_prompt
     copied = ("id", "suite", "task", "length", "depth", "metric", "question")
     return {
         "schema": SCHEMA,
@@ -199,12 +192,12 @@ def _line(
         "settings": mode.changes,
         "answer": answer.text,
         "thoughts": "",
-        "prompt_ends": _ends(rapid.target.tokenizer, prompt.tokens),
+        "prompt_ends": _ends(rapid.target.tokenizer, answer.prompt.tokens),
         "draft_ends": None if drafts is None else _ends(rapid.target.tokenizer, drafts.tokens),
-        "prompt_hash": digest(",".join(map(str, prompt.tokens))),
+        "prompt_hash": digest(",".join(map(str, answer.prompt.tokens))),
         "prompt_tokens": answer.target_tokens,
         "document_tokens": answer.document_tokens,
-        "truncated": reading.truncated,
+        "truncated": answer.truncated,
         "finish_reason": answer.finish_reason,
         "new_tokens": len(answer.token_ids),
         "chunks": [
@@ -218,7 +211,7 @@ def _line(
         "tokens_per_round": told["tokens_per_round"],
         "tokens_per_second": told["tokens_per_second"],
         "prefix_reused": answer.prefix_reused,
-        "seconds": {"retrieval": retrieval, **answer.seconds},
+        "seconds": answer.seconds,
     }
 
 

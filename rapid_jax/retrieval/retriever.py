@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a document and a question to the chunks that the drafter reads; what belongs to the document is made once."""
 
+import contextlib
 import dataclasses
 import functools
 import logging
+import os
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -19,10 +22,12 @@ from rapid_jax.retrieval.config import RetrievalConfig, chunk_count
 from rapid_jax.retrieval.index import Index
 from rapid_jax.retrieval.select import Selection, select
 from rapid_jax.retrieval.store import EmbeddingStore
+from rapid_jax.runtime.disk_cache import BOUNDED, entries, make_room
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 
 _log = logging.getLogger(__name__)
+_BYTES_OF_CHUNK = 250  # of its offsets, its place in the list and in the index
 
 
 class TextEmbedder(Protocol):
@@ -45,6 +50,12 @@ class _Prepared:
     chunks: list[Chunk]
     index: Index
 
+    @property
+    def bytes(self) -> int:
+        """About what it takes of memory: texts, vectors, and what a chunk is made of."""
+        texts = sum(sys.getsizeof(chunk.text) for chunk in self.chunks)
+        return texts + len(self.index) * (self.index.dim * 4 + _BYTES_OF_CHUNK)
+
 
 def _check_text(text: str, what: str) -> None:
     if not text.strip():
@@ -58,10 +69,12 @@ def _check_text(text: str, what: str) -> None:
 
 
 class Retriever:
-    """Retrieves from one document at a time; remembers the last few documents, and all of them on disk if told where.
+    """Retrieves from one document at a time; remembers documents up to `remember_bytes`, the last used of them, and all
+    of them on disk if told where. Of any thread.
 
     Under `cache_dir` lie `embeddings/` (every document) and `indices/` (trees only: an exact index is built faster
-    than it is read). Everything there is named by the hash of what made it, and what is damaged is made again.
+    than it is read). Everything there is named by the hash of what made it, and what is damaged is made again. With
+    `disk_bytes` all that is kept there stays within them (runtime/disk_cache.py).
     """
 
     def __init__(
@@ -70,17 +83,28 @@ class Retriever:
         config: RetrievalConfig | None = None,
         cache_dir: Path | None = None,
         *,
-        remember: int = 4,
+        remember_bytes: int = 1 << 30,
+        disk_bytes: int | None = None,
         quiet: bool = False,
     ):
         self.embedder = embedder
         self.config = config or RetrievalConfig()
         self._store = None if cache_dir is None else EmbeddingStore(Path(cache_dir) / "embeddings")
         self._indices = None if cache_dir is None else Path(cache_dir) / "indices"
-        self._remember = remember
+        self._cache_dir, self._disk_bytes = cache_dir, disk_bytes
+        self._remember_bytes, self._bytes = remember_bytes, 0
         self._quiet = quiet
         self._recent: OrderedDict[tuple[str, TokenSpans], _Prepared] = OrderedDict()
         self._lock = threading.Lock()
+
+    @property
+    def bytes(self) -> int:
+        """Of the documents that are remembered."""
+        return self._bytes
+
+    def remembers(self, document: str, token_spans: TokenSpans) -> bool:
+        """Whether a question about the document finds its chunks and index in memory; counts as no use."""
+        return (digest(document), token_spans) in self._recent
 
     def retrieve(self, document: str, query: str, token_spans: TokenSpans, length_tokens: int) -> Selection:
         """The chunks of `document` nearest to `query`, as `select` orders them; `seconds` is the time of this call.
@@ -112,8 +136,9 @@ class Retriever:
             chunks = split(document, token_spans, self.config.chunk_tokens)
             prepared = _Prepared(chunks, self._index([chunk.text for chunk in chunks]))
             self._recent[key] = prepared
-            while len(self._recent) > self._remember:
-                self._recent.popitem(last=False)
+            self._bytes += prepared.bytes
+            while self._bytes > self._remember_bytes:
+                self._bytes -= self._recent.popitem(last=False)[1].bytes
             return prepared
 
     def _index(self, texts: list[str]) -> Index:
@@ -125,18 +150,31 @@ class Retriever:
         vectors_NE = self._store.load(name)
         if vectors_NE is None or len(vectors_NE) != len(texts):
             vectors_NE = self.embedder.embed(texts, label)
-            self._store.save(name, vectors_NE)
+            if self._has_room(vectors_NE.nbytes):
+                self._store.save(name, vectors_NE)
         settings = (self.config.index, str(self.config.exact_below), str(self.config.leaves))
         folder = self._indices / digest("index-1", name, *settings)
         if folder.is_dir():
             try:
-                return Index.load(folder)
+                found = Index.load(folder)
+                with contextlib.suppress(OSError):  # when it was last used
+                    os.utime(folder)
+                return found
             except InputError as error:
                 _log.warning("cached index is unusable and will be made again: %s", error)
         index = Index.build(vectors_NE, self.config)
-        if index.kind == "tree":
+        if index.kind == "tree" and self._has_room(vectors_NE.nbytes):
             try:
                 index.save(folder)
             except OSError as error:
                 _log.warning("the index could not be cached in %s: %s", self._indices, error)
         return index
+
+    def _has_room(self, wanted: int) -> bool:
+        """Makes room on disk; False for what is larger than all of it."""
+        if self._cache_dir is None or self._disk_bytes is None:
+            return True
+        if wanted > self._disk_bytes:
+            return False
+        make_room(entries(self._cache_dir, BOUNDED), self._disk_bytes, wanted)
+        return True

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embeddings on disk, one file a document, named by the hash of everything that made them."""
 
+import contextlib
 import hashlib
 import io
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ class EmbeddingStore:
 
     A file is a plain .npy (never a pickle) followed by the SHA-256 of its bytes, which NumPy ignores. A damaged file is
     reported and counts as absent; an error while writing (full disk, no permission) is reported and changes nothing.
+    The time of a file is when it was last used.
     """
 
     def __init__(self, folder: Path):
@@ -37,16 +40,15 @@ class EmbeddingStore:
         """The array stored under the key; None if there is none, or none that can be trusted."""
         path = self.path(key)
         try:
-            data = path.read_bytes()
-            body, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
-            if hashlib.sha256(body).digest() != checksum:
-                raise ValueError("its checksum does not match")
-            return np.load(io.BytesIO(body), allow_pickle=False)
+            found = read_embeddings(path)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
             _log.warning("cached embeddings %s are unusable and will be made again: %s", path, error)
             return None
+        with contextlib.suppress(OSError):  # a folder that may only be read is no less useful
+            os.utime(path)
+        return found
 
     def save(self, key: str, embeddings_NE: np.ndarray) -> None:
         """Stores the array, whole or not at all."""
@@ -59,3 +61,12 @@ class EmbeddingStore:
                 temporary.write_bytes(body + hashlib.sha256(body).digest())
         except OSError as error:
             _log.warning("embeddings could not be cached in %s: %s", self.folder, error)
+
+
+def read_embeddings(path: Path) -> np.ndarray:
+    """The array of one file. Raises OSError for what cannot be read, ValueError for what is not as it was written."""
+    data = path.read_bytes()
+    body, checksum = data[:-_CHECKSUM_BYTES], data[-_CHECKSUM_BYTES:]
+    if hashlib.sha256(body).digest() != checksum:
+        raise ValueError("its checksum does not match")
+    return np.load(io.BytesIO(body), allow_pickle=False)

@@ -144,6 +144,11 @@ class Checkpoint:
             return arrays
         return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in wanted])
 
+    def verify(self) -> None:
+        """Raises DamagedCheckpoint if a byte of any item is missing or different."""
+        for item in self._items:
+            self._verify(item)
+
     def _compare(self, item: str, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for name in sorted(stored.keys() ^ wanted.keys()):
             has, lacks = ("checkpoint", "target") if name in stored else ("target", "checkpoint")

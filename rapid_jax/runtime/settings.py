@@ -4,7 +4,8 @@
 A settings class is a dataclass whose fields are dataclasses (sections) or plain values: int, float, str, bool, None,
 `Literal[...]`, unions of those, and list or tuple of those. A settings file names every field of its class: what ran
 can be read off the file alone, and a default that changes in the code changes no old experiment. A field declared with
-`field(metadata={"optional": True})` may be left out and then takes its default.
+`field(metadata={"optional": True})` may be left out and then takes its default; one declared with {"was": "name"} is
+what is hinted at where a file still says that name.
 """
 
 import dataclasses
@@ -217,7 +218,8 @@ def _likely(root: type, keys: tuple[str, ...], key: str, last: str) -> list[str]
     cls: type = root
     for name in keys:
         cls = _section(_hints(cls)[name]) or cls
-    beside = difflib.get_close_matches(key, _hints(cls), n=1, cutoff=_ALIKE)
+    renamed = [field.name for field in _fields(cls) if field.metadata.get("was") == key]
+    beside = renamed or difflib.get_close_matches(key, _hints(cls), n=1, cutoff=_ALIKE)
     beside = beside or [name for name in _hints(cls) if name.startswith(f"{key}_")][:1]
     if beside:
         return beside

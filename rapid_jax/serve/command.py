@@ -6,7 +6,7 @@ import importlib.util
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from rapid_jax.config import RapidConfig
 from rapid_jax.runtime import settings
@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="seconds that requests have to end after SIGTERM (default: %(default)g)")  # fmt: skip
     parser.add_argument("--queue", type=int, default=64, metavar="N",
                         help="requests that may wait; more are told to come again (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--documents", action=Place, metavar="DIR",
+                        help="keep documents there over a restart (default: in memory alone)")  # fmt: skip
+    parser.add_argument("--warm-tokens", type=_wholes, default=(1024,), metavar="LIST",
+                        help="lengths of documents that are compiled for before the start, as 1024,8192")  # fmt: skip
+    parser.add_argument("--warm-rows", type=int, default=1, metavar="N",
+                        help="questions at once about a document, compiled for too (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress while models are loaded")
     parser.add_argument("--max-body", type=int, default=_PLAIN.body_mib, metavar="MIB",
                         help="of a request in JSON (default: %(default)s)")  # fmt: skip
     parser.add_argument("--max-upload", type=int, default=_PLAIN.upload_mib, metavar="MIB",
@@ -75,9 +82,7 @@ def run(options: argparse.Namespace) -> int:
         from rapid_jax.serve.service import Service
 
         warn_if_open(own, keys)
-        return serve(
-            Service(make_engine(config, options.queue), config, own, keys), lambda text: say(f"rapid serve: {text}")
-        )
+        return serve(Service(make_engine(config, options), config, own, keys), lambda text: say(f"rapid serve: {text}"))
 
 
 def config_of(options: argparse.Namespace) -> RapidConfig:
@@ -102,18 +107,31 @@ def settings_of(options: argparse.Namespace) -> ServeSettings:
     )
 
 
+def _wholes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas, got {text!r}") from error
+
+
 def warn_if_open(own: ServeSettings, keys: Keys) -> None:
     """Says so where anyone on the network may ask, and read what others handed in."""
     if not keys and not own.local:
         say(f"rapid serve: open to everyone who reaches {own.host}: --api-key FILE or ${VARIABLE} closes it")
 
 
-def make_engine(config: RapidConfig, queue: int) -> "Engine":
-    """An engine that lets so many requests wait; nobody's rounds wait for a document of somebody else's."""
-    from rapid_jax.engine.engine import Engine  # pyright: ignore[reportMissingImports]
-    from rapid_jax.engine.models import Models  # pyright: ignore[reportMissingImports]
+def make_engine(config: RapidConfig, options: argparse.Namespace) -> "Engine":
+    """An engine with its target loaded, as the options want it."""
+    from rapid_jax.engine.models import Models
+    from rapid_jax.engine.service import RunningEngine
+    from rapid_jax.engine.warm_up import WarmUp
 
-    return Engine(config, Models(config), queue=queue, prefill_first=False)
+    warm = WarmUp(options.warm_tokens, options.warm_rows)
+    more = {"queue": options.queue, "warm": warm, "documents": options.documents}
+    engine = RunningEngine(config, Models(config, quiet=options.quiet), **more)
+    # Made here, by one thread: while the engine warms up, others may ask for them.
+    _ = engine.documents, engine.stats()
+    return cast("Engine", engine)  # its cached properties are properties to all but the type checker
 
 
 def _check_packages() -> None:

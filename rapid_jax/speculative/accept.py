@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 
 from rapid_jax.speculative.config import Guard
-from rapid_jax.speculative.sampling import Knobs, Law, draw
+from rapid_jax.speculative.sampling import GUARDS, Knobs, Law, Numbers, along, draw
 
 
-def augment(z_V: jax.Array, log_q_V: jax.Array, *, eta: jax.Array, alpha: jax.Array, guard: Guard) -> jax.Array:
+def augment(z_V: jax.Array, log_q_V: jax.Array, *, eta: Numbers, alpha: Numbers, guard: Guard) -> jax.Array:
     """log p_hat over the last axis, p_hat = softmax(z + eta (q - p)) with p = softmax(z) (RAPID Eq. 6).
 
     guard code   the shift is zero where q < alpha max q (the released code)
@@ -42,12 +42,13 @@ def leading_accepts(log_ratio_BG: jax.Array, log_r_BG: jax.Array, length_B: jax.
     return jnp.cumprod((log_r_BG <= log_ratio_BG) & inside, axis=1).sum(axis=1).astype(jnp.int32)
 
 
-def residual(p_V: jax.Array, q_V: jax.Array, p_hat_V: jax.Array, *, exact_phat: bool) -> jax.Array:
+def residual(p_V: jax.Array, q_V: jax.Array, p_hat_V: jax.Array, *, exact_phat: bool | Numbers) -> jax.Array:
     """The unnormalised distribution after a rejection: max(p - q, p - p_hat, 0) (Eq. 10), or max(p_hat - q, 0).
 
     Where nothing is left of it, which exact arithmetic never meets, p.
     """
-    left = jnp.maximum(p_hat_V - q_V, 0.0) if exact_phat else jnp.maximum(p_V - jnp.minimum(q_V, p_hat_V), 0.0)
+    exact_V, left_V = jnp.maximum(p_hat_V - q_V, 0.0), jnp.maximum(p_V - jnp.minimum(q_V, p_hat_V), 0.0)
+    left = jnp.where(exact_phat, exact_V, left_V)
     return jnp.where(jnp.sum(left, axis=-1, keepdims=True) > 0, left, p_V)
 
 
@@ -89,21 +90,47 @@ def verify(
     """
     accept_keys_BG, token_keys_BG = keys
     if law.greedy:
-        best_BG = draw(token_keys_BG, z_BGV, law)
-        n_B = leading_agreement(drafts_BG, best_BG, length_B)
-        return n_B, jnp.take_along_axis(best_BG, n_B[:, None], axis=1)[:, 0]
-
-    log_p_hat_BGV = augment(z_BGV[:, :-1], log_q_BGV, eta=knobs.eta, alpha=knobs.alpha, guard=law.guard)
-    if law.exact_phat and law.guard == "paper":
-        log_p_hat_BGV = jax.nn.log_softmax(log_p_hat_BGV, axis=-1)
+        return _best(drafts_BG, length_B, z_BGV)
+    log_p_hat_BGV = enriched(z_BGV[:, :-1], log_q_BGV, law, knobs)
     above_zero = partial(jax.random.uniform, minval=jnp.finfo(jnp.float32).tiny)
     log_r_BG = jnp.log(jax.vmap(jax.vmap(above_zero))(accept_keys_BG))
     n_B = leading_accepts(_at(log_p_hat_BGV, drafts_BG) - _at(log_q_BGV, drafts_BG), log_r_BG, length_B)
+    best_n_B, best_B = _best(drafts_BG, length_B, z_BGV)
+    n_B = jnp.where(knobs.greedy_B, best_n_B, n_B)
 
     p_BV = jax.nn.softmax(_row(z_BGV, n_B), axis=-1)
     rejected_B = jnp.minimum(n_B, drafts_BG.shape[1] - 1)
     q_BV, p_hat_BV = jnp.exp(_row(log_q_BGV, rejected_B)), jnp.exp(_row(log_p_hat_BGV, rejected_B))
-    left_BV = residual(p_BV, q_BV, p_hat_BV, exact_phat=law.exact_phat)
+    exact_phat = along(knobs.exact_phat_B, p_BV) if law.exact_phat else False
+    left_BV = residual(p_BV, q_BV, p_hat_BV, exact_phat=exact_phat)
     final_BV = jnp.where((n_B < length_B)[:, None], left_BV, p_BV)
     token_keys_B1 = jnp.take_along_axis(token_keys_BG, n_B[:, None], axis=1)
-    return n_B, draw(token_keys_B1, jnp.log(final_BV)[:, None], law)[:, 0]
+    token_B = draw(token_keys_B1, jnp.log(final_BV)[:, None], law, knobs)[:, 0]
+    return n_B, jnp.where(knobs.greedy_B, best_B, token_B)
+
+
+def enriched(z_BGV: jax.Array, log_q_BGV: jax.Array, law: Law, knobs: Knobs) -> jax.Array:
+    """log p_hat [B, G, V], each row by its own eta and guard; normalised where p_hat itself is what is sampled."""
+
+    def by(guard: Guard) -> jax.Array:
+        eta, alpha = along(knobs.eta_B, z_BGV), along(knobs.alpha_B, z_BGV)
+        log_p_hat_BGV = augment(z_BGV, log_q_BGV, eta=eta, alpha=alpha, guard=guard)
+        if not (law.exact_phat and guard == "paper"):
+            return log_p_hat_BGV
+        return jnp.where(along(knobs.exact_phat_B, z_BGV), jax.nn.log_softmax(log_p_hat_BGV, axis=-1), log_p_hat_BGV)
+
+    if law.guard != "mixed":
+        return by(law.guard)
+    guard_B11 = along(knobs.guard_B, z_BGV)
+    first, *others = GUARDS
+    found = by(first)
+    for guard in others:
+        found = jnp.where(guard_B11 == GUARDS.index(guard), by(guard), found)
+    return found
+
+
+def _best(drafts_BG: jax.Array, length_B: jax.Array, z_BGV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(drafts that are the target's argmax, up to the first that is not; its argmax after them)."""
+    best_BG = jnp.argmax(z_BGV, axis=-1).astype(jnp.int32)
+    n_B = leading_agreement(drafts_BG, best_BG, length_B)
+    return n_B, jnp.take_along_axis(best_BG, n_B[:, None], axis=1)[:, 0]

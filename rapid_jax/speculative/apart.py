@@ -58,7 +58,8 @@ def run_rounds_apart(
     for _ in range(rounds):
         draft = None
         if plan.gamma:
-            outline = replace(state, target_tail=replace(state.target_tail, layers=()), target_seen_BV=None)
+            tail = replace(state.target_tail, layers=())
+            outline = replace(state, target_tail=tail, target_seen_BV=None, logprobs=None)
             known = moved(outline, drafter.decoder.mesh)
             draft, draft_tail = draft_half(drafter, known, draft_tail, texts[1], knobs[1], law=law, plan=plan)
             draft = moved(draft, target.decoder.mesh)

@@ -9,6 +9,8 @@ from rapid_jax.runtime.errors import InputError
 
 Mode: TypeAlias = Literal["rapid", "lossless", "phat", "target", "retrieval"]
 Guard: TypeAlias = Literal["code", "paper", "none"]
+Rule: TypeAlias = Literal["target", "lossless", "rapid", "phat"]
+MOST_DRAFTS = 64  # tokens drafted a round
 
 
 def _require(holds: bool, message: str) -> None:
@@ -84,13 +86,35 @@ class SpeculationConfig:
     def __post_init__(self):
         _require(0 <= self.eta <= 1e6, f"eta must be a number from 0 to 1e6, got {self.eta}")
         auto = self.gamma == "auto"
-        _require(auto or 0 <= int(self.gamma) <= 64, f"gamma must be auto or 0 to 64, got {self.gamma}")
+        _require(
+            auto or 0 <= int(self.gamma) <= MOST_DRAFTS, f"gamma must be auto or 0 to {MOST_DRAFTS}, got {self.gamma}"
+        )
         _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
         _require(0 <= self.confidence_stop < 1, f"confidence_stop must be in [0, 1), got {self.confidence_stop}")
         _require(1 <= self.lookup_width <= 32, f"lookup_width must be 1 to 32, got {self.lookup_width}")
         _require(1 <= self.lookup_match <= 8, f"lookup_match must be 1 to 8, got {self.lookup_match}")
         rounds = self.rounds_per_read
         _require(1 <= rounds <= 2**20, f"rounds_per_read must be 1 to 2^20, got {rounds}")
+
+    @property
+    def reads(self) -> Literal["document", "retrieved"]:
+        """What the target reads."""
+        return "retrieved" if self.mode == "retrieval" else "document"
+
+    @property
+    def rule(self) -> Rule:
+        """How its tokens come about."""
+        return "target" if self.mode == "retrieval" else self.mode
+
+    @property
+    def drafts(self) -> bool:
+        """Whether a drafter reads retrieved text."""
+        return self.rule != "target"
+
+    @property
+    def retrieves(self) -> bool:
+        """Whether anything is retrieved."""
+        return self.drafts or self.reads == "retrieved"
 
     @property
     def effective_eta(self) -> float:

@@ -16,6 +16,7 @@ from rapid_jax.speculative.sampling import (
     Draw,
     Knobs,
     Law,
+    along,
     draw,
     limited,
     position_keys,
@@ -40,7 +41,7 @@ class Draft:
     copied_B: jax.Array  # int32, tokens that level 0 proposed
     copied_accepted_B: jax.Array  # int32
     steps: jax.Array  # int32 scalar, forward passes
-    faults: jax.Array  # int32 scalar, passes whose logits were not all numbers
+    faults_B: jax.Array  # int32, passes whose logits were not all numbers
 
     @classmethod
     def empty(cls, batch: int, slots: int, law: Law, vocabulary: int) -> "Draft":
@@ -54,7 +55,7 @@ class Draft:
             row,
             row,
             jnp.int32(0),
-            jnp.int32(0),
+            row,
         )
 
 
@@ -95,7 +96,8 @@ def _unsure(z_BGV: jax.Array, tokens_BG: jax.Array, law: Law, knobs: Knobs) -> j
     if not law.confidence_stop:
         return jnp.zeros(tokens_BG.shape, bool)
     q_BGV = jax.nn.softmax(z_BGV, axis=-1)
-    return jnp.take_along_axis(q_BGV, tokens_BG[..., None], axis=-1)[..., 0] < knobs.confidence_stop
+    q_BG = jnp.take_along_axis(q_BGV, tokens_BG[..., None], axis=-1)[..., 0]
+    return q_BG < along(knobs.confidence_stop_B, q_BG)
 
 
 def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs, plan: Plan) -> tuple[Draft, Tail]:
@@ -110,7 +112,7 @@ def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs,
         logits, tail = read(side, tail, tokens_BT, plan, rows=1)
         logits, finite_B = limited(logits, knobs, plan.vocabulary)
         z_BGV = warped(logits, law, knobs, None if seen_BV is None else seen_BV[:, None])
-        token_B1 = draw(position_keys(state.key_B, Draw.DRAFT, state.count_B + index, 1), z_BGV, law)
+        token_B1 = draw(position_keys(state.key_B, Draw.DRAFT, state.count_B + index, 1), z_BGV, law, knobs)
         log_q_BGV = draft.log_q_BGV
         if not law.greedy:
             log_q_BGV = lax.dynamic_update_slice_in_dim(log_q_BGV, jax.nn.log_softmax(z_BGV, axis=-1), index, axis=1)
@@ -120,14 +122,16 @@ def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs,
             log_q_BGV=log_q_BGV,
             length_B=draft.length_B + open_B,
             steps=draft.steps + 1,
-            faults=draft.faults + jnp.any(open_B & ~finite_B),
+            faults_B=draft.faults_B + (open_B & ~finite_B),
         )
+        open_B &= index + 1 < knobs.drafts_B
         open_B &= ~(law.is_stop(token_B1) | _unsure(z_BGV, token_B1, law, knobs))[:, 0]
         return draft, tail, seen_after(seen_BV, token_B1, jnp.ones(batch, jnp.int32)), open_B
 
     draft = Draft.empty(batch, plan.gamma, law, plan.vocabulary)
     last_two = window(known_tokens(side, state), side.recent_BR.shape[1] + state.count_B - 2, 2)
-    carry = step(jnp.int32(0), (draft, tail, state.draft_seen_BV, ~state.done_B), last_two)
+    is_open_B = ~state.done_B & (knobs.drafts_B > 0)
+    carry = step(jnp.int32(0), (draft, tail, state.draft_seen_BV, is_open_B), last_two)
 
     def more(item):
         index, (_, _, _, open_B) = item
@@ -164,7 +168,7 @@ def draft_with_copies(
     """
     batch, width = state.count_B.shape[0], plan.copies
     reach = side.recent_BR.shape[1]
-    room = plan.gamma + width + 1
+    room, most_B = plan.gamma + width + 1, jnp.minimum(knobs.drafts_B, plan.gamma)
     known = jnp.pad(known_tokens(side, state), ((0, 0), (0, room)))
     index = jnp.arange(width + 1)
 
@@ -178,12 +182,12 @@ def draft_with_copies(
         logits, finite_B = limited(logits, knobs, plan.vocabulary)
         z_BGV = warped(logits, law, knobs, seen_before_each(seen_BV, copied_BW))
         keys_BG = position_keys(state.key_B, Draw.DRAFT, state.count_B + at_B, width + 1)
-        drawn_BG = draw(keys_BG, z_BGV, law)
+        drawn_BG = draw(keys_BG, z_BGV, law, knobs)
         n_B = leading_agreement(copied_BW, drawn_BG, count_B)
         ends_BG = (law.is_stop(drawn_BG) | _unsure(z_BGV, drawn_BG, law, knobs)) & (index <= n_B[:, None])
         ended_B = jnp.any(ends_BG, axis=1)
         taken_B = jnp.where(ended_B, jnp.argmax(ends_BG, axis=1), n_B) + 1
-        taken_B = jnp.where(open_B, jnp.minimum(taken_B, plan.gamma - at_B), 0)
+        taken_B = jnp.where(open_B, jnp.minimum(taken_B, most_B - at_B), 0)
         log_q_BGV = draft.log_q_BGV
         if not law.greedy:  # a closed row writes past its own drafts, where nothing is read
             log_q_BGV = put(log_q_BGV, jax.nn.log_softmax(z_BGV, axis=-1), at_B)
@@ -196,15 +200,16 @@ def draft_with_copies(
             draft.copied_B + count_B * open_B,
             draft.copied_accepted_B + n_B * open_B,
             draft.steps + 1,
-            draft.faults + jnp.any(open_B & ~finite_B),
+            draft.faults_B + (open_B & ~finite_B),
         )
-        still_B = open_B & ~ended_B & (draft.length_B < plan.gamma)
+        still_B = open_B & ~ended_B & (draft.length_B < most_B)
         # A row that goes on reads its last two drafts again. One that is finished keeps the last but one: after a full
         # accept it is no longer among the last two of the sequence.
         tail = longer.rolled_back(tail.length_B + taken_B + (open_B & ~still_B))
         return draft, tail, seen_after(seen_BV, drawn_BG, taken_B), still_B
 
-    start = (Draft.empty(batch, room, law, plan.vocabulary), tail, state.draft_seen_BV, ~state.done_B)
+    is_open_B = ~state.done_B & (most_B > 0)
+    start = (Draft.empty(batch, room, law, plan.vocabulary), tail, state.draft_seen_BV, is_open_B)
     draft, tail, _, _ = lax.while_loop(lambda item: jnp.any(item[3]), step, start)
     kept = {name: getattr(draft, name)[:, : plan.gamma] for name in ("tokens_BG", "log_q_BGV", "origin_BG")}
     return replace(draft, **kept), tail

@@ -2,22 +2,23 @@
 """From two prefilled prompts to tokens: the host's part of speculation."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 
 from rapid_jax.attention.cache import Prefix, Tail
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.runtime.compiling import Timed, forget_programs, timed
+from rapid_jax.runtime.compiling import forget_programs, timed
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import replicated
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.pace import Pace
 from rapid_jax.speculative.prefill import extend, new_tail
-from rapid_jax.speculative.rounds import OnTokens, Rounds
+from rapid_jax.speculative.rounds import Rounds
 from rapid_jax.speculative.sampling import Knobs, Law
-from rapid_jax.speculative.schedule import gamma_schedule
 from rapid_jax.speculative.start import EXTEND_WIDTH, RECENT, Sizes, plan_of, start_state, text_slots
 from rapid_jax.speculative.state import Side, State
 
@@ -104,17 +105,18 @@ def _allowed(token_ids: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarr
     return None if allowed_V.all() else allowed_V
 
 
-def _generation(rounds: Rounds, prepared: Timed, seconds: float) -> Generation:
-    """Everything emitted, and how."""
-    counts, lengths = rounds.host["counts"], rounds.host["count"].tolist()
-    tokens = [row[:length].tolist() for row, length in zip(rounds.host["emitted"], lengths, strict=True)]
+def generation_of(rounds: Rounds, gammas: dict[int, int], seconds: dict[str, float]) -> Generation:
+    """Everything emitted, and how. `gammas`: rounds run with each; `seconds`: prepare, compile, decode."""
+    host, counts = rounds.host, rounds.host.counts
+    lengths = host.count_B.tolist()
+    tokens = [row[:length].tolist() for row, length in zip(host.emitted_BO, lengths, strict=True)]
     reasons = [
         "stop" if row and row[-1] in rounds.law.stops else "interrupted" if cut else "length"
         for row, cut in zip(tokens, rounds.interrupted, strict=True)
     ]
     return Generation(
         tokens=tokens,
-        origins=[row[:length].tolist() for row, length in zip(rounds.host["origin"], lengths, strict=True)],
+        origins=[row[:length].tolist() for row, length in zip(host.origin_BO, lengths, strict=True)],
         finish_reasons=reasons,
         drafted=counts.drafted_B.tolist(),
         accepted=counts.accepted_B.tolist(),
@@ -122,16 +124,16 @@ def _generation(rounds: Rounds, prepared: Timed, seconds: float) -> Generation:
         rounds=counts.round_B.tolist(),
         copied=counts.copied_B.tolist(),
         copied_accepted=counts.copied_accepted_B.tolist(),
-        draft_steps=int(counts.draft_steps),
-        target_steps=int(counts.rounds),
-        gammas=rounds.gammas,
-        prepare_seconds=prepared.working,
-        compile_seconds=prepared.compiling + rounds.compile_seconds,
-        decode_seconds=seconds - rounds.compile_seconds,
+        draft_steps=int(np.max(counts.draft_steps_B)),
+        target_steps=int(np.max(counts.round_B)),
+        gammas=gammas,
+        prepare_seconds=seconds["prepare"],
+        compile_seconds=seconds["compile"],
+        decode_seconds=seconds["decode"],
     )
 
 
-def generate(
+def start(
     target: Prompted,
     drafter: Prompted | None,
     *,
@@ -142,41 +144,78 @@ def generate(
     seeds: Sequence[int] | None = None,
     block: int = 8192,
     token_ids: Sequence[int] | np.ndarray | None = None,
-    on_tokens: OnTokens | None = None,
-) -> Generation:
-    """Tokens for every row until a stop token, the length limit or the caller's word.
+    logprobs: bool = False,
+) -> Rounds:
+    """Rows that have read all of their prompts, before their first tokens.
 
-    With a fixed gamma, row b's tokens depend on its own prompts and `seeds[b]` (default: the seed of the settings for
-    every row), not on the rest of the batch. gamma = auto goes by the clock: the tokens need not be the same again
-    except at temperature 0, and its rounds without drafts are the target's own law whatever eta is. `texts` is what
-    level 0 may copy from, as token ids: document, then retrieved text. Answers are made of `token_ids`, those that the
-    tokenizer has (default: those that both models have), whatever rows the models were padded to; a drafter may lack
-    some of them.
-
-    Raises InputError where a model gives logits that are not numbers.
+    `texts` is what prompt lookup may copy from, as token ids: document, then retrieved text. Answers are made of
+    `token_ids`, those that the tokenizer has (default: those that both models have), whatever rows the models were
+    padded to; a drafter may lack some of them.
     """
     batch = len(target.prompts)
     sizes = Sizes.of(speculation, sampling)
     vocabulary = target.decoder.config.vocab_size
     if token_ids is None:
         token_ids = range(min(vocabulary, vocabulary if drafter is None else drafter.decoder.config.vocab_size))
+    target_side, target_tail = _side(target, uncached=1, sizes=sizes, block=block)
+    drafter_side, draft_tail = None, None
+    if drafter is not None:
+        drafter_side, draft_tail = _side(drafter, uncached=2, sizes=sizes, block=block)
+    seen = _seen(target, vocabulary, sampling), _seen(drafter, vocabulary, sampling)
+    seeds = seeds or [sampling.seed] * batch
+    host_state = start_state(seeds, sizes, sampling.max_new_tokens, seen, logprobs=logprobs)
+    placed_state = replicated(target.decoder.mesh, host_state)
+    state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state)
+    plan = plan_of(speculation, block=block, vocabulary=vocabulary)
+    text_BM = _text(texts or [[]] * batch, speculation.lookup_match)
+    law = Law.of(sampling, speculation, stops, logprobs=logprobs)
+    knobs = Knobs.of(sampling, speculation, _allowed(token_ids, vocabulary))
+    sides = target_side, drafter_side
+    rounds = Rounds(sides, text_BM, state, law, knobs, plan)
+    jax.block_until_ready((target_tail, draft_tail))
+    return rounds
+
+
+# (row, new tokens, their origins) -> whether the row should stop
+OnTokens: TypeAlias = Callable[[int, list[int], list[int]], bool]
+
+
+def generate(
+    target: Prompted,
+    drafter: Prompted | None,
+    *,
+    speculation: SpeculationConfig,
+    on_tokens: OnTokens | None = None,
+    **how: Any,
+) -> Generation:
+    """Tokens for every row until a stop token, the length limit or the caller's word; `how` is what `start` is told.
+
+    With a fixed gamma, row b's tokens depend on its own prompts and `seeds[b]` (default: the seed of the settings for
+    every row), not on the rest of the batch. gamma = auto goes by the clock: the tokens need not be the same again
+    except at temperature 0, and its rounds without drafts are the target's own law whatever eta is.
+
+    Raises InputError where a model gives logits that are not numbers.
+    """
     with timed() as prepared:
-        target_side, target_tail = _side(target, uncached=1, sizes=sizes, block=block)
-        drafter_side, draft_tail = None, None
-        if drafter is not None:
-            drafter_side, draft_tail = _side(drafter, uncached=2, sizes=sizes, block=block)
-        seen = _seen(target, vocabulary, sampling), _seen(drafter, vocabulary, sampling)
-        host_state = start_state(seeds or [sampling.seed] * batch, sizes, sampling.max_new_tokens, seen)
-        placed_state = replicated(target.decoder.mesh, host_state)
-        state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state)
-        plan = plan_of(speculation, block=block, vocabulary=vocabulary)
-        text_BM = _text(texts or [[]] * batch, speculation.lookup_match)
-        law = Law.of(sampling, speculation, stops)
-        knobs = Knobs.of(sampling, speculation, _allowed(token_ids, vocabulary))
-        rounds = Rounds((target_side, drafter_side), text_BM, state, law, knobs, plan)
-        jax.block_until_ready((target_tail, draft_tail))
-    start = time.perf_counter()
-    rounds.run(gamma_schedule(speculation, drafter is not None), speculation, on_tokens)
-    generation = _generation(rounds, prepared, time.perf_counter() - start)
+        rounds = start(target, drafter, speculation=speculation, **how)
+    clock = time.perf_counter()
+    pace = Pace(speculation, drafter is not None)
+    told = [0] * len(target.prompts)
+
+    def tell() -> None:
+        for row, count in enumerate(rounds.host.count_B.tolist()):
+            if on_tokens is None or rounds.interrupted[row] or count == told[row]:
+                continue
+            span, told[row] = slice(told[row], count), count
+            emitted, origin = rounds.host.emitted_BO[row, span].tolist(), rounds.host.origin_BO[row, span].tolist()
+            if on_tokens(row, emitted, origin):
+                rounds.interrupt(row)
+
+    while not all(rounds.ended()):
+        pace.advance(rounds, tell)
+    seconds = time.perf_counter() - clock - rounds.compile_seconds
+    compiling = prepared.compiling + rounds.compile_seconds
+    taken = {"prepare": prepared.working, "compile": compiling, "decode": seconds}
+    generation = generation_of(rounds, pace.gammas, taken)
     forget_programs()
     return generation

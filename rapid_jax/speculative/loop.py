@@ -29,7 +29,7 @@ from rapid_jax.speculative.sampling import (
     seen_before_each,
     warped,
 )
-from rapid_jax.speculative.state import Origin, Plan, Side, State, known_tokens, put, window
+from rapid_jax.speculative.state import Logprobs, Origin, Plan, Side, State, known_tokens, put, window
 
 # Without this option the TPU compiler comes to no end on some rounds (libtpu 0.0.42.1; plain temperature with copies).
 TPU_OPTIONS = MappingProxyType({"xla_disable_hlo_passes": "while-loop-invariant-code-motion"})
@@ -104,12 +104,13 @@ def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, p
         keys = (accept_keys_BG, token_keys_BG)
         n_B, token_B = verify(keys, draft.tokens_BG, draft.log_q_BGV, draft.length_B, z_BGV, law, knobs)
     else:
-        drawn_BG = draw(token_keys_BG, z_BGV, law)
+        drawn_BG = draw(token_keys_BG, z_BGV, law, knobs)
         n_B = leading_agreement(draft.tokens_BG, drawn_BG, draft.length_B)
         token_B = jnp.take_along_axis(drawn_BG, n_B[:, None], axis=1)[:, 0]
     outline = replace(state, target_tail=replace(state.target_tail, layers=()), draft_tail=None)
     # Whole on every device: the host reads it, and of several hosts each reads its own copy.
-    state = whole(target.decoder.mesh, _committed(outline, draft, n_B, token_B, ~finite_B, law, plan))
+    state = _committed(outline, draft, n_B, token_B, ~finite_B, logits, law, plan)
+    state = whole(target.decoder.mesh, state)
     return replace(state, target_tail=replace(state.target_tail, layers=target_tail.layers))
 
 
@@ -130,12 +131,14 @@ def _committed(
     n_B: jax.Array,
     token_B: jax.Array,
     faulty_B: jax.Array,
+    logits_BGV: jax.Array,
     law: Law,
     plan: Plan,
 ) -> State:
     """The state with the accepted drafts and the token after them, cut at a stop token and at the row's limit.
 
-    The tails' lengths are moved; what they hold is the caller's. `faulty_B`: the target's logits were not all numbers.
+    The tails' lengths are moved; what they hold is the caller's. `faulty_B`: the target's logits, from which
+    log-probabilities come, were not all numbers.
     """
     index = jnp.arange(draft.tokens_BG.shape[1] + 1)
     accepted = index < n_B[:, None]
@@ -169,10 +172,24 @@ def _committed(
             rejected_B=counts.rejected_B + (n_B < verified_B),
             copied_B=counts.copied_B + draft.copied_B * live_B,
             copied_accepted_B=counts.copied_accepted_B + copied_accepted_B * live_B,
-            draft_steps=counts.draft_steps + draft.steps * jnp.any(live_B),
-            rounds=counts.rounds + jnp.any(live_B),
-            target_faults=counts.target_faults + jnp.any(live_B & faulty_B),
-            draft_faults=counts.draft_faults + draft.faults * jnp.any(live_B),
+            draft_steps_B=counts.draft_steps_B + draft.steps * live_B,
             round_B=counts.round_B + live_B,
+            target_faults_B=counts.target_faults_B + (live_B & faulty_B),
+            draft_faults_B=counts.draft_faults_B + draft.faults_B * live_B,
         ),
+        logprobs=None
+        if state.logprobs is None
+        else _with_logprobs(state.logprobs, logits_BGV, fresh_BG, state.count_B),
+    )
+
+
+def _with_logprobs(logprobs: Logprobs, logits_BGV: jax.Array, fresh_BG: jax.Array, count_B: jax.Array) -> Logprobs:
+    """What is known of the tokens so far and of the fresh ones after them."""
+    log_p_BGV = jax.nn.log_softmax(logits_BGV.astype(jnp.float32), axis=-1)
+    own_BG = jnp.take_along_axis(log_p_BGV, fresh_BG[..., None], axis=-1)[..., 0]
+    top_BGN, ids_BGN = lax.top_k(log_p_BGV, logprobs.top_BON.shape[-1])
+    return Logprobs(
+        put(logprobs.token_BO, own_BG, count_B),
+        put(logprobs.top_BON, top_BGN, count_B),
+        put(logprobs.top_ids_BON, ids_BGN, count_B),
     )

@@ -37,6 +37,13 @@ def bucket(count: int, least: int = 1) -> int:
     return -(-units // step) * step * least
 
 
+def coarse_bucket(count: int, least: int = 1) -> int:
+    """As `bucket`, of a ladder with two steps an octave (1, 2, 3, 4, 6, 8, 12 ...): at most a third is empty."""
+    units = max(-(-count // least), 1)
+    octave = 1 << (units - 1).bit_length()
+    return (octave * 3 // 4 if octave > 2 and units <= octave * 3 // 4 else octave) * least
+
+
 def serving(decoder: Decoder, block: int, kernel: KernelName = "auto", over: Over = "ring") -> Strategy:
     """How a decoder that answers attends: on its own mesh, a batch split over `data` alone."""
     return Strategy(block=block, mesh=decoder.mesh, kernel=kernel, over=over, batch=("data",))
@@ -87,7 +94,7 @@ def _chunk_layer(block: Block, x_BTD, cos, sin, kv: KV, pos_BS, used, pos_BT, *,
 @partial(jax.jit, static_argnames="strategy")
 def _chunk_stacked(decoder: Decoder, tokens_BT, layers: KV, pos_BS, used, pos_BT, *, strategy: Strategy):
     attend = attend_chunk(pos_BT, _so_far(pos_BS, used, strategy), strategy)
-    return decoder.hidden(tokens_BT, pos_BT, attend, layers)[1]
+    return decoder.hidden(tokens_BT, pos_BT, attend, layers)
 
 
 # A program of its own: on a CPU the layer's program takes a third longer when its cache is donated to it.
@@ -110,6 +117,11 @@ def _embedded(decoder: Decoder, tokens_BT, pos_BT):
     return decoder.embed(tokens_BT), *decoder.rotation(pos_BT)
 
 
+@jax.jit
+def _normed(decoder: Decoder, x_BTD):
+    return decoder.final_norm(x_BTD)
+
+
 @dataclass(frozen=True)
 class ChunkLayout:
     """Where the tokens of prompts go: chunks in zigzag order over the context devices, one behind the other on each.
@@ -123,14 +135,15 @@ class ChunkLayout:
     devices: int  # along the context axis
 
     @classmethod
-    def of(cls, longest: int, chunk: int, devices: int) -> "ChunkLayout":
-        """The layout for prompts of up to `longest` tokens, `chunk` at a time."""
+    def of(cls, longest: int, chunk: int, devices: int, *, coarse: bool = False) -> "ChunkLayout":
+        """The layout for prompts of up to `longest` tokens, `chunk` at a time; `coarse`: of few sizes."""
         unit = 1 if devices == 1 else 2 * devices
         if chunk % unit:
             raise InputError(f"a prefill chunk must be a multiple of {unit} (2 x context {devices}), got {chunk}")
-        chunk = min(chunk, bucket(longest, unit))
+        round_up = coarse_bucket if coarse else bucket
+        chunk = min(chunk, coarse_bucket(max(longest, 16 * unit), unit) if coarse else bucket(longest, unit))
         chunks = -(-longest // chunk)
-        return cls(chunk, chunks, bucket(chunks * chunk, chunk), devices)
+        return cls(chunk, chunks, round_up(chunks * chunk, chunk), devices)
 
     def chunked(self, rows: Sequence[Sequence[int]], fill: int) -> np.ndarray:
         """int32 [chunks, B, chunk]: the rows' items by chunk in zigzag order, `fill` behind their ends."""
@@ -149,6 +162,97 @@ class ChunkLayout:
         return slots.reshape(batch, self.slots)
 
 
+@dataclass(frozen=True)
+class PrefillSettings:
+    """How prompts are read."""
+
+    chunk: int  # tokens of every row computed at a time
+    kernel: KernelName = "auto"
+    over: Over = "ring"
+    coarse: bool = False  # sizes are few: for prompts of many lengths that share programs
+
+    def layout(self, decoder: Decoder, longest: int) -> ChunkLayout:
+        """Where the tokens of prompts of up to `longest` go."""
+        devices = 1 if decoder.mesh is None else decoder.mesh.shape["context"]
+        return ChunkLayout.of(longest, self.chunk, devices, coarse=self.coarse)
+
+
+class Prefill:
+    """The keys and values of prompts being computed, a chunk at a time; slots are found by their positions.
+
+    `begun` has, in as many slots as the layout asks for, the first `known` tokens of every prompt, a multiple of the
+    chunk; it is used up.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: Sequence[Sequence[int]],
+        settings: PrefillSettings,
+        *,
+        dtype: jnp.dtype,
+        begun: Prefix | None = None,
+        known: int = 0,
+    ):
+        if not prompts or min(len(prompt) for prompt in prompts) == 0:
+            raise InputError("prefill needs at least one token in every prompt, got an empty prompt")
+        self.longest = max(len(prompt) for prompt in prompts)
+        self._decoder, self._layout = decoder, settings.layout(decoder, self.longest)
+        layout = self._layout
+        if known % layout.chunk or known >= self.longest:
+            raise ValueError(f"expected fewer than {self.longest} tokens, whole chunks of {layout.chunk}, got {known}")
+        self._strategy = serving(decoder, min(layout.chunk, LARGEST_BLOCK), settings.kernel, settings.over)
+        self._tokens = layout.chunked(prompts, 0)
+        self._positions = layout.chunked([range(len(prompt)) for prompt in prompts], -1)
+        if begun is None:
+            self._layers = empty_cache(decoder, len(prompts), layout.slots, dtype, letter="S")
+        else:
+            self._layers = begun.layers
+        positions = layout.slotted(self._positions, -1)
+        self._pos_BS = placed(decoder.mesh, self._strategy.spec("pos_BS"), positions)
+        self._index = known // layout.chunk
+
+    @property
+    def left(self) -> int:
+        """Tokens of the longest prompt that are not computed yet."""
+        return max(self.longest - self._index * self._layout.chunk, 0)
+
+    def step(self) -> tuple[jax.Array, np.ndarray]:
+        """One chunk more; it returns as soon as the work is under way.
+
+        What `Decoder.logits` takes of its tokens, and their positions, -1 where there is none: on a mesh not in order.
+        """
+        decoder, strategy, index = self._decoder, self._strategy, self._index
+        used = replicated(decoder.mesh, np.int32(index * self._layout.chunk))
+        new = self._tokens[index], self._positions[index]
+        tokens_BT, pos_BT = placed(decoder.mesh, strategy.spec("tokens_BT"), new)
+        layers, pos_BS = self._layers, self._pos_BS
+        if isinstance(decoder.blocks, Block):
+            hidden_BTD, chunk = _chunk_stacked(decoder, tokens_BT, layers, pos_BS, used, pos_BT, strategy=strategy)
+            self._layers = _written(layers, chunk, used, strategy=strategy)
+        else:
+            x_BTD, cos, sin = _embedded(decoder, tokens_BT, pos_BT)
+            done = []
+            for layer, kv in zip(decoder.blocks, each_layer(layers), strict=True):
+                x_BTD, chunk = _chunk_layer(layer, x_BTD, cos, sin, kv, pos_BS, used, pos_BT, strategy=strategy)
+                done.append(_written(kv, chunk, used, strategy=strategy))
+            self._layers = tuple(done)
+            hidden_BTD = _normed(decoder, x_BTD)
+        self._index += 1
+        return hidden_BTD, self._positions[index]
+
+    def wait(self) -> None:
+        """Until what is under way is done."""
+        jax.block_until_ready(self._layers)
+
+    @property
+    def prefix(self) -> Prefix:
+        """Everything, once nothing is left."""
+        if self.left:
+            raise ValueError(f"expected a finished prefill, got one with {self.left} tokens to go")
+        return Prefix(self._layers, self._pos_BS, replicated(self._decoder.mesh, np.int32(self.longest)))
+
+
 def prefill(
     decoder: Decoder,
     prompts: Sequence[Sequence[int]],
@@ -159,38 +263,18 @@ def prefill(
     over: Over = "ring",
     progress: Progress | None = None,
 ) -> Prefix:
-    """The keys and values of every prompt (one a row), on the decoder's devices. Slots are found by their positions.
+    """The keys and values of every prompt (one a row), on the decoder's devices.
 
-    `chunk` tokens of every row are computed at a time (fewer when the longest prompt is shorter). Without `progress`
-    it returns as soon as the work is under way.
+    Without `progress` it returns as soon as the work is under way.
     """
-    if not prompts or min(len(prompt) for prompt in prompts) == 0:
-        raise InputError("prefill needs at least one token in every prompt, got an empty prompt")
-    longest = max(len(prompt) for prompt in prompts)
-    devices = 1 if decoder.mesh is None else decoder.mesh.shape["context"]
-    layout = ChunkLayout.of(longest, chunk, devices)
-    strategy = serving(decoder, min(layout.chunk, LARGEST_BLOCK), kernel, over)
-    tokens = layout.chunked(prompts, 0)
-    positions = layout.chunked([range(len(prompt)) for prompt in prompts], -1)
-    layers = empty_cache(decoder, len(prompts), layout.slots, dtype, letter="S")
-    pos_BS = placed(decoder.mesh, strategy.spec("pos_BS"), layout.slotted(positions, -1))
-    for index in range(layout.chunks):
-        used = replicated(decoder.mesh, np.int32(index * layout.chunk))
-        tokens_BT, pos_BT = placed(decoder.mesh, strategy.spec("tokens_BT"), (tokens[index], positions[index]))
-        if isinstance(decoder.blocks, Block):
-            new = _chunk_stacked(decoder, tokens_BT, layers, pos_BS, used, pos_BT, strategy=strategy)
-            layers = _written(layers, new, used, strategy=strategy)
-        else:
-            x_BTD, cos, sin = _embedded(decoder, tokens_BT, pos_BT)
-            done = []
-            for layer, kv in zip(decoder.blocks, each_layer(layers), strict=True):
-                x_BTD, new = _chunk_layer(layer, x_BTD, cos, sin, kv, pos_BS, used, pos_BT, strategy=strategy)
-                done.append(_written(kv, new, used, strategy=strategy))
-            layers = tuple(done)
+    work = Prefill(decoder, prompts, PrefillSettings(chunk, kernel, over), dtype=dtype)
+    while work.left:
+        before = work.left
+        work.step()
         if progress is not None:
-            jax.block_until_ready(layers)
-            progress.advance(min(layout.chunk, longest - index * layout.chunk))
-    return Prefix(layers, pos_BS, replicated(decoder.mesh, np.int32(longest)))
+            work.wait()
+            progress.advance(before - work.left)
+    return work.prefix
 
 
 @partial(jax.jit, donate_argnames=("x_BTD", "near"), static_argnames="strategy")

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A prefix's arrays between its devices and a file: in order of position, with the checkpoint's own kv heads.
 
-What is stored does not depend on the mesh that made it, and is laid out for the mesh that reads it: there each context
-device takes its share of consecutive slots, since only the writing of a prefix needs the zigzag order.
+What is stored does not depend on the mesh that made it, and is laid out for the mesh that reads it: in the order of
+prefill's chunks where more is to be prefilled behind it, else each context device takes its share of consecutive slots.
 """
 
+from collections.abc import Mapping
 from functools import partial
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rapid_jax.attention.cache import KV, Layers, Prefix
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.runtime.mesh import placed
+from rapid_jax.speculative.prefix_heads import Place, layer_names
 
 
 def layer_count(layers: Layers) -> int:
@@ -33,17 +35,25 @@ def slots_in_order(prefix: Prefix) -> np.ndarray:
 
 
 def to_host(prefix: Prefix, layer: int, order: np.ndarray, copies: int) -> dict[str, np.ndarray]:
-    """One layer's used slots in order of position, [B, K, used, H]: cut on the devices, so that only they travel."""
-    mesh = _mesh_of(prefix)
-    index = None
+    """One layer's used slots in order of position, [B, K, used, H] (values that are rounded: [B, K, H, used]).
+
+    Cut on the devices, so that only they travel; arrays that are on the host already are cut there.
+    """
     kv = prefix.layers
+    index = None
     if isinstance(kv, tuple):
         kv = kv[layer]
     else:
         index = jnp.asarray(layer)
-    in_place = None if np.array_equal(order, np.arange(order.size)) else placed(mesh, PartitionSpec(), order)
+    if isinstance(kv.k_BKSH, np.ndarray):
+        kv = kv if index is None else jax.tree.map(lambda array: array[layer], kv)
+        axes = {name: axis for name, (_, axis) in layer_names(kv).items()}
+        return {name: np.take(getattr(kv, name)[:, ::copies], order, axis) for name, axis in axes.items()}
+    in_place = None
+    if not np.array_equal(order, np.arange(order.size)):
+        in_place = placed(_mesh_of(prefix), PartitionSpec(), order)
     cut = _cut(kv, index, in_place, used=order.size, copies=copies)
-    return {"k_BKSH": np.asarray(cut.k_BKSH), "v_BKSH": np.asarray(cut.v_BKSH)}
+    return {name: np.asarray(getattr(cut, name)) for name in layer_names(cut)}
 
 
 def _mesh_of(prefix: Prefix) -> Mesh | None:
@@ -54,13 +64,14 @@ def _mesh_of(prefix: Prefix) -> Mesh | None:
 
 @partial(jax.jit, static_argnames=("used", "copies"))
 def _cut(kv: KV, layer: jax.Array | None, order, *, used: int, copies: int) -> KV:
-    def cut(array):
-        if layer is not None:
-            array = lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False)
-        array = array[:, ::copies]
-        return lax.slice_in_dim(array, 0, used, axis=2) if order is None else jnp.take(array, order, axis=2)
+    if layer is not None:
+        kv = jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False), kv)
 
-    return jax.tree.map(cut, kv)
+    def cut(array, axis):
+        array, axis = array[:, ::copies], axis % array.ndim
+        return lax.slice_in_dim(array, 0, used, axis=axis) if order is None else jnp.take(array, order, axis=axis)
+
+    return KV(**{name: cut(getattr(kv, name), axis) for name, (_, axis) in layer_names(kv).items()})
 
 
 def slots_on(mesh: Mesh | None, slots: int) -> int:
@@ -68,26 +79,29 @@ def slots_on(mesh: Mesh | None, slots: int) -> int:
     return slots + -slots % (1 if mesh is None else mesh.shape["context"])
 
 
-def to_devices(k_BKSH: np.ndarray, v_BKSH: np.ndarray, slots: int, mesh: Mesh | None) -> KV:
-    """One layer on its devices with all its slots.
+def to_devices(layer: Mapping[str, np.ndarray], slots: int | Place, mesh: Mesh | None) -> KV:
+    """One layer of `to_host` on its devices: with so many slots in order of position, or in their place.
 
     Without a mesh it is uncommitted, as what `prefill` makes: a committed array would have every program of decoding
     compiled again.
     """
+    kv = KV(**layer)  # type: ignore[arg-type]  # NumPy's arrays
     strategy = Strategy(block=1, mesh=mesh, batch=("data",))
-    copies = strategy.kv_heads(k_BKSH.shape[1]) // k_BKSH.shape[1]
+    copies = strategy.kv_heads(kv.k_BKSH.shape[1]) // kv.k_BKSH.shape[1]
 
-    def place(array_BKSH):
-        batch, heads, used, head_dim = array_BKSH.shape
-        if used < slots:
-            padded_BKSH = np.zeros((batch, heads, slots, head_dim), array_BKSH.dtype)
-            padded_BKSH[:, :, :used] = array_BKSH
-            array_BKSH = padded_BKSH
+    def place(array, name, axis):
+        axis %= array.ndim
+        if isinstance(slots, Place):
+            array = slots.spread(array, axis)
+        elif array.shape[axis] < slots:
+            padded = np.zeros((*array.shape[:axis], slots, *array.shape[axis + 1 :]), array.dtype)
+            padded[(slice(None),) * axis + (slice(array.shape[axis]),)] = array
+            array = padded
         if mesh is None:
-            return jax.device_put(array_BKSH)
-        return placed(mesh, strategy.spec("kv_BKSH"), np.repeat(array_BKSH, copies, axis=1))
+            return jax.device_put(array)
+        return placed(mesh, strategy.spec(name), np.repeat(array, copies, axis=1))
 
-    return KV(place(k_BKSH), place(v_BKSH))
+    return KV(**{field: place(getattr(kv, field), *how) for field, how in layer_names(kv).items()})
 
 
 def empty_stack(count: int, kv: KV) -> KV:

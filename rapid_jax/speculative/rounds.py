@@ -2,57 +2,74 @@
 """Calls of the device until every row is done, and what the host learns between them."""
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from rapid_jax.attention.kernels import platform_of
 from rapid_jax.model.finite import why_not_finite
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import agreed, replicated
 from rapid_jax.speculative.apart import run_rounds_apart
-from rapid_jax.speculative.config import SpeculationConfig
 from rapid_jax.speculative.loop import run_rounds, run_rounds_on_tpu
+from rapid_jax.speculative.rows import taken, with_room, with_same_slots, written
 from rapid_jax.speculative.sampling import Knobs, Law
-from rapid_jax.speculative.schedule import AutoGamma, CopyGate, FixedGamma, Observation
-from rapid_jax.speculative.state import Plan, Side, State
+from rapid_jax.speculative.schedule import AutoGamma, FixedGamma, Observation
+from rapid_jax.speculative.state import Counts, Logprobs, Plan, Side, State
 
 Schedule: TypeAlias = FixedGamma | AutoGamma
-# (row, new tokens, their origins) -> whether the row should stop
-OnTokens: TypeAlias = Callable[[int, list[int], list[int]], bool]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the host knows of each row."""
+
+    emitted_BO: np.ndarray
+    origin_BO: np.ndarray
+    count_B: np.ndarray
+    done_B: np.ndarray
+    counts: Counts
+    logprobs: Logprobs | None
 
 
 class Rounds:
-    """The running state of one `generate` call, and what the host learns of it between calls of the device."""
+    """Rows that are answered side by side, and what the host knows of them between calls of the device.
+
+    Rows may join, once something of theirs has been prepared in rounds of their own, and leave.
+    """
 
     def __init__(
-        self, sides: tuple[Side, Side | None], text_BM: np.ndarray, state: State, law: Law, knobs: Knobs, plan: Plan
+        self,
+        sides: tuple[Side, Side | None],
+        text_BM: np.ndarray,
+        state: State,
+        law: Law,
+        knobs: Knobs,
+        plan: Plan,
     ):
+        """`knobs` are arrays of the host."""
         self.sides, self.state, self.law, self.plan = sides, state, law, plan
         self.meshes = [side.decoder.mesh for side in sides if side is not None]
         self.texts = [replicated(mesh, text_BM) for mesh in self.meshes]
-        self.knobs = [replicated(mesh, knobs) for mesh in self.meshes]
-        self.gammas: dict[int, int] = {}
         self.compile_seconds = 0.0
         self.interrupted = [False] * text_BM.shape[0]  # rows that the caller has stopped
-        self._told = [0] * text_BM.shape[0]
-        self._compiled: set[Plan] = set()
+        self._compiled: set[tuple[Law, Plan]] = set()
+        self.set_knobs(knobs)
         self.host = self._read()
 
-    def _read(self) -> dict[str, Any]:
+    def set_knobs(self, knobs: Knobs) -> None:
+        """From now on the rows are drawn so."""
+        self.host_knobs = knobs
+        self.knobs = [replicated(mesh, knobs) for mesh in self.meshes]
+
+    def _read(self) -> Progress:
         state = self.state
-        return jax.device_get(
-            {
-                "emitted": state.emitted_BO,
-                "origin": state.origin_BO,
-                "count": state.count_B,
-                "done": state.done_B,
-                "counts": state.counts,
-            }
-        )
+        asked = (state.emitted_BO, state.origin_BO, state.count_B, state.done_B, state.counts, state.logprobs)
+        return Progress(*jax.device_get(asked))
 
     def _call(self, plan: Plan, rounds: int) -> None:
         target, drafter = self.sides
@@ -71,59 +88,50 @@ class Rounds:
             return self._call(plan, 0)
         self._set_done([True] * len(self.interrupted))
         self._call(plan, 1)
-        self._set_done(self._ended())
+        self._set_done(self.ended())
 
-    def _ended(self) -> list[bool]:
-        return [bool(done) or cut for done, cut in zip(self.host["done"], self.interrupted, strict=True)]
+    def ended(self) -> list[bool]:
+        """Rows whose answers are complete, or cut off."""
+        return [bool(done) or cut for done, cut in zip(self.host.done_B, self.interrupted, strict=True)]
+
+    def interrupt(self, row: int) -> None:
+        """The row's answer ends here."""
+        self.interrupted[row] = True
+        self._set_done(self.ended())
 
     def _set_done(self, done: Sequence[bool]) -> None:
         self.state = replace(self.state, done_B=replicated(self.meshes[0], np.asarray(done)))
 
-    def run(self, schedule: Schedule, speculation: SpeculationConfig, on_tokens: OnTokens | None) -> None:
-        """Calls of the device until every row is done."""
-        gate = CopyGate(gain=1.0 if speculation.lookup == "auto" else float("inf"))
-        # Copies that no drafter reads are verified against p itself: right where the law is p's own.
-        target_may_copy = self.law.greedy or speculation.effective_eta == 0
-        while not all(self._ended()):
-            gamma, rounds = schedule.choose()
-            rounds = rounds if self.gammas else 1  # the first tokens are not to wait for more
-            copying = speculation.lookup != "off" and gate.is_open() and (gamma > 0 or target_may_copy)
-            plan = replace(self.plan, gamma=gamma, copies=self.plan.copies * copying)
-            calls = []
-            for part in [1] * rounds if speculation.rounds_per_read == 1 else [rounds]:
-                calls.append(self._advance(plan, part))
-                if on_tokens is not None:
-                    self._tell(on_tokens)
-                if all(self._ended()):
-                    break
-            seen = Observation.total(calls)
-            schedule.observe(gamma, seen)
-            gate.observe(seen, copying)
+    @property
+    def may_copy(self) -> bool:
+        """Whether copies that no drafter reads may be verified against p itself: where that is every row's law."""
+        return self.law.greedy or bool(np.all(self.host_knobs.greedy_B | (self.host_knobs.eta_B == 0)))
 
-    def _advance(self, plan: Plan, rounds: int) -> Observation:
-        """What `rounds` rounds of a plan did; a plan new to this run is first compiled, by zero rounds of it."""
+    def advance(self, plan: Plan, rounds: int) -> Observation:
+        """What `rounds` rounds of a plan did; a program new to these rows is first compiled, by zero rounds of it."""
         start = time.perf_counter()
-        if plan not in self._compiled:
+        if (self.law, plan) not in self._compiled:
             self._compile(plan)
             jax.block_until_ready(self.state)
-            self._compiled.add(plan)
+            self._compiled.add((self.law, plan))
             self.compile_seconds += time.perf_counter() - start
             start = time.perf_counter()
         self._call(plan, rounds)
         before, self.host = self.host, self._read()
-        delta = jax.tree.map(lambda old, new: int(np.sum(new - old)), before["counts"], self.host["counts"])
-        self._check_finite(delta.target_faults, delta.draft_faults)
-        self.gammas[plan.gamma] = self.gammas.get(plan.gamma, 0) + delta.rounds
-        passes = delta.draft_steps if plan.gamma else delta.rounds
+        own = jax.tree.map(np.subtract, self.host.counts, before.counts)
+        total = jax.tree.map(lambda delta: int(np.sum(delta)), own)
+        self._check_finite(total.target_faults_B, total.draft_faults_B)
+        run = int(np.max(own.round_B))
+        passes = int(np.max(own.draft_steps_B)) if plan.gamma else run
         return Observation(
             seconds=agreed(time.perf_counter() - start),
-            rounds=delta.rounds,
-            row_rounds=delta.round_B,
-            accepted=delta.accepted_B,
-            rejections=delta.rejected_B,
-            copied_accepted=delta.copied_accepted_B,
+            rounds=run,
+            row_rounds=total.round_B,
+            accepted=total.accepted_B,
+            rejections=total.rejected_B,
+            copied_accepted=total.copied_accepted_B,
             copy_steps=passes * len(self.interrupted) if plan.copies else 0,
-            emitted=int(np.sum(self.host["count"] - before["count"])),
+            emitted=int(np.sum(self.host.count_B - before.count_B)),
         )
 
     def _check_finite(self, *faults: int) -> None:
@@ -132,13 +140,105 @@ class Rounds:
                 why = why_not_finite(side.decoder)
                 raise InputError(f"the {name}'s logits are NaN or infinite, which gives no answer: {why}")
 
-    def _tell(self, on_tokens: OnTokens) -> None:
-        for row, count in enumerate(self.host["count"].tolist()):
-            if self.interrupted[row] or count == self._told[row]:
-                continue
-            span = slice(self._told[row], count)
-            self._told[row] = count
-            emitted, origin = self.host["emitted"][row, span].tolist(), self.host["origin"][row, span].tolist()
-            if on_tokens(row, emitted, origin):
-                self.interrupted[row] = True
-                self._set_done(self._ended())
+    # Rows that come and go.
+
+    def widen(self) -> None:
+        """From now on the rows have one of few programs, whatever they ask for."""
+        self.law = self.law.widened()
+        if self.law.penalty:
+            self.state = self._with_seen(self.state)
+
+    def join(self, other: "Rounds", row: int, rows: int, document: tuple[int, int] | None = None) -> None:
+        """The one row of `other` as this one's `row`, of `rows`; other rows stay as they are. `other` is used up.
+
+        Both have the same models. `document`, the place of the target's prefix and how many there are, puts that of
+        `other` there: rows share the prefixes evenly, one behind the other. Without it theirs is there already.
+        """
+        self.law = other.law = self.law.and_also(other.law)
+        (first, second), (their_first, their_second) = self._parts(), other._parts()
+
+        def put(mine: dict[str, Any], theirs: dict[str, Any], mesh: Mesh | None, at: int, count: int):
+            mine, theirs = with_same_slots(mine, theirs, 1 if mesh is None else mesh.shape["context"])
+            return written(with_room(mine, theirs, count), theirs, np.int32(at))
+
+        first = put(first, their_first, self.meshes[0], row, rows)
+        if second is not None and their_second is not None:
+            second = put(second, their_second, self.meshes[1], row, rows)
+        self._set_parts(first, second)
+        if document is not None:
+            target, drafter = self.sides
+            mine, theirs = ({"prefix": rounds.sides[0].prefix} for rounds in (self, other))
+            prefix = put(mine, theirs, self.meshes[0], *document)["prefix"]
+            self.sides = replace(target, prefix=prefix), drafter
+        self.interrupted = [*self.interrupted, *[True] * (rows - len(self.interrupted))]
+        self.interrupted[row] = False
+        self.set_knobs(_with_row(self.host_knobs, other.host_knobs, row, rows))
+        self.host = self._read()
+
+    def arrange(self, rows: Sequence[int], documents: Sequence[int] | None = None) -> None:
+        """Those rows in that order, and of the target's prefixes those; a row that is there twice is done in all but
+        the first place."""
+        first, second = self._parts()
+        self._set_parts(taken(first, rows), None if second is None else taken(second, rows))
+        if documents is not None:
+            target, drafter = self.sides
+            self.sides = replace(target, prefix=taken(target.prefix, documents)), drafter
+        self.interrupted = [self.interrupted[row] or row in rows[:at] for at, row in enumerate(rows)]
+        self.set_knobs(_of_rows(self.host_knobs, list(rows)))
+        self.host = self._read()
+        self._set_done(self.ended())
+
+    def _parts(self) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """What the rows have on the target's devices, and on the drafter's; but for the target's prefixes."""
+        target, drafter = self.sides
+        state = replace(self.state, draft_tail=None)
+        if self.law.penalty:
+            state = self._with_seen(state)
+        if self.law.logprobs and state.logprobs is None:
+            none = Logprobs.none(*state.emitted_BO.shape)
+            state = replace(state, logprobs=replicated(self.meshes[0], none))
+        first = {"recent_BR": target.recent_BR, "prompt_B": target.prompt_B, "state": state, "text_BM": self.texts[0]}
+        if drafter is None:
+            return first, None
+        second = {"recent_BR": drafter.recent_BR, "prompt_B": drafter.prompt_B, "prefix": drafter.prefix}
+        second |= {"tail": self.state.draft_tail}
+        if self.meshes[0] != self.meshes[1]:
+            second |= {"text_BM": self.texts[1]}
+        return first, second
+
+    def _set_parts(self, first: dict[str, Any], second: dict[str, Any] | None) -> None:
+        target, drafter = self.sides
+        target = replace(target, recent_BR=first["recent_BR"], prompt_B=first["prompt_B"])
+        if drafter is not None and second is not None:
+            drafter = replace(drafter, **{name: second[name] for name in ("recent_BR", "prompt_B", "prefix")})
+        self.sides = target, drafter
+        self.state = replace(first["state"], draft_tail=None if second is None else second["tail"])
+        self.texts = [first["text_BM"], *([] if second is None else [second.get("text_BM", first["text_BM"])])]
+
+    def _with_seen(self, state: State) -> State:
+        """With room for what a repetition penalty is of."""
+        shape = state.done_B.shape[0], self.plan.vocabulary
+        missing = [
+            name
+            for name, side in zip(("target_seen_BV", "draft_seen_BV"), self.sides, strict=True)
+            if side is not None and getattr(state, name) is None
+        ]
+        return replace(state, **{name: replicated(self.meshes[0], np.zeros(shape, bool)) for name in missing})
+
+
+def _with_row(knobs: Knobs, new: Knobs, row: int, rows: int) -> Knobs:
+    """The numbers of so many rows, those of one replaced by the first of `new`."""
+
+    def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        found = np.repeat(new[:1], rows)
+        found[: len(old)] = old
+        found[row] = new[0]
+        return found
+
+    numbers = jax.tree.map(put, replace(knobs, allowed_V=None), replace(new, allowed_V=None))
+    return replace(numbers, allowed_V=knobs.allowed_V)
+
+
+def _of_rows(knobs: Knobs, rows: list[int]) -> Knobs:
+    numbers = jax.tree.map(lambda numbers: numbers[rows], replace(knobs, allowed_V=None))
+    return replace(numbers, allowed_V=knobs.allowed_V)

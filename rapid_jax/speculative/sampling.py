@@ -4,30 +4,39 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from rapid_jax.speculative.config import Guard, SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.config import MOST_DRAFTS, Guard, SamplingConfig, SpeculationConfig
+
+_FEW_TOP_K = 64  # that most requests ask for no more than
 
 
 @dataclass(frozen=True)
 class Law:
-    """The parts of the sampling law that shape the program; a change of any compiles anew."""
+    """The parts of the sampling law that shape the program; a change of any compiles anew.
 
-    greedy: bool
-    guard: Guard
-    exact_phat: bool  # residual max(p_hat - q, 0): samples p-hat exactly
-    top_k: int
+    A law holds for rows that ask for less: what a row leaves out is neutral in its `Knobs`.
+    """
+
+    greedy: bool  # every row is
+    guard: Guard | Literal["mixed"]
+    exact_phat: bool  # some rows have the residual max(p_hat - q, 0): they sample p-hat exactly
+    top_k: int  # the most that any row asks for, or more
     nucleus: bool
     min_p: bool
     penalty: bool
     confidence_stop: bool
     stops: tuple[int, ...]  # token ids that end an answer
+    logprobs: bool = False  # what was emitted comes with its log-probability, and the most probable tokens
 
     @classmethod
-    def of(cls, sampling: SamplingConfig, speculation: SpeculationConfig, stops: Sequence[int]) -> "Law":
+    def of(
+        cls, sampling: SamplingConfig, speculation: SpeculationConfig, stops: Sequence[int], *, logprobs: bool = False
+    ) -> "Law":
         """The law that these settings ask for. What a greedy law ignores is the same in every one."""
         sampled = sampling.temperature > 0
         return cls(
@@ -40,40 +49,92 @@ class Law:
             penalty=sampling.repetition_penalty != 1,
             confidence_stop=speculation.confidence_stop > 0,
             stops=tuple(sorted(set(stops))),
+            logprobs=logprobs,
         )
+
+    def and_also(self, other: "Law") -> "Law":
+        """A law for the rows of both; their stop tokens must be the same."""
+        if self.stops != other.stops:
+            raise ValueError(f"expected laws with the same stop tokens, got {self.stops} and {other.stops}")
+        sampled = [law for law in (self, other) if not law.greedy] or [self]
+        guard = sampled[0].guard if sampled[0].guard == sampled[-1].guard else "mixed"
+        return Law(
+            greedy=self.greedy and other.greedy,
+            guard=guard,
+            exact_phat=self.exact_phat or other.exact_phat,
+            top_k=max(self.top_k, other.top_k),
+            nucleus=self.nucleus or other.nucleus,
+            min_p=self.min_p or other.min_p,
+            penalty=self.penalty or other.penalty,
+            confidence_stop=self.confidence_stop or other.confidence_stop,
+            stops=self.stops,
+            logprobs=self.logprobs or other.logprobs,
+        )
+
+    def widened(self) -> "Law":
+        """A law of few: greedy without a penalty as it is, any other for all kinds of sampling at once."""
+        if self.greedy and not (self.penalty or self.confidence_stop):
+            return self
+        most = max(_FEW_TOP_K, 1 << (self.top_k - 1).bit_length() if self.top_k else 0)
+        return Law(False, "mixed", True, most, True, True, True, True, self.stops, self.logprobs)
 
     def is_stop(self, tokens: jax.Array) -> jax.Array:
         """bool, of the tokens' shape."""
         return jnp.isin(tokens, jnp.asarray(self.stops, jnp.int32)) if self.stops else jnp.zeros(tokens.shape, bool)
 
 
+Numbers: TypeAlias = jax.Array | np.ndarray
+GUARDS: tuple[Guard, ...] = ("code", "paper", "none")  # as numbers
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Knobs:
-    """The numbers of the sampling law, float32 scalars on the device: changing one compiles nothing."""
+    """The numbers of the sampling law, one a row or one for all: data, which compiles nothing. float32 unless said."""
 
-    temperature: jax.Array
-    outside: jax.Array  # 1 - top_p, the most that the nucleus leaves out
-    min_p: jax.Array
-    penalty: jax.Array
-    eta: jax.Array
-    alpha: jax.Array
-    confidence_stop: jax.Array
+    greedy_B: Numbers  # bool
+    temperature_B: Numbers
+    top_k_B: Numbers  # int32, 0 = off
+    outside_B: Numbers  # 1 - top_p, the most that the nucleus leaves out; below 0 = off
+    min_p_B: Numbers
+    penalty_B: Numbers
+    eta_B: Numbers
+    alpha_B: Numbers
+    guard_B: Numbers  # int32, an index of GUARDS
+    exact_phat_B: Numbers  # bool
+    confidence_stop_B: Numbers
+    drafts_B: Numbers  # int32, tokens drafted a round at most
     allowed_V: Any = None  # bool, ids that may be drawn; None: every one
 
     @classmethod
     def of(cls, sampling: SamplingConfig, speculation: SpeculationConfig, allowed_V: Any = None) -> "Knobs":
-        """The numbers of these settings. A greedy law never divides by its temperature, kept at 1."""
-        values = (
-            sampling.temperature or 1.0,
-            1 - sampling.top_p,
-            sampling.min_p,
-            sampling.repetition_penalty,
-            speculation.effective_eta,
-            speculation.alpha,
-            speculation.confidence_stop,
+        """The numbers of these settings, one for all rows; arrays of the host. A greedy row is neither divided by its
+        temperature nor filtered."""
+        sampled = sampling.temperature > 0
+        gamma = MOST_DRAFTS if speculation.gamma == "auto" else int(speculation.gamma)
+        values = {
+            "temperature_B": sampling.temperature if sampled else 1.0,
+            "outside_B": 1 - sampling.top_p if sampled and sampling.top_p < 1 else -1.0,
+            "min_p_B": sampling.min_p if sampled else 0.0,
+            "penalty_B": sampling.repetition_penalty,
+            "eta_B": speculation.effective_eta,
+            "alpha_B": speculation.alpha,
+            "confidence_stop_B": speculation.confidence_stop,
+        }
+        return cls(
+            **{name: np.asarray([value], np.float32) for name, value in values.items()},
+            greedy_B=np.asarray([not sampled]),
+            top_k_B=np.asarray([sampling.top_k if sampled else 0], np.int32),
+            guard_B=np.asarray([GUARDS.index(speculation.guard)], np.int32),
+            exact_phat_B=np.asarray([speculation.mode == "phat"]),
+            drafts_B=np.asarray([gamma], np.int32),
+            allowed_V=allowed_V,
         )
-        return cls(*(jnp.asarray(value, jnp.float32) for value in values), allowed_V=allowed_V)
+
+
+def along(value_B: Numbers, rows: jax.Array) -> jax.Array:
+    """The rows' numbers with as many axes as the rows, to be broadcast over them."""
+    return jnp.reshape(value_B, (-1, *(1,) * (rows.ndim - 1)))
 
 
 def limited(logits_BTV: jax.Array, knobs: Knobs, vocabulary: int) -> tuple[jax.Array, jax.Array]:
@@ -102,39 +163,62 @@ def penalized(logits_V: jax.Array, seen_V: jax.Array, penalty: jax.Array) -> jax
 def warped(logits: jax.Array, law: Law, knobs: Knobs, seen: jax.Array | None) -> jax.Array:
     """z / T over the last axis with every filtered token at -inf: softmax of it is the model's distribution.
 
-    Order: repetition penalty, temperature, top-k, top-p, min-p. The eta shift of RAPID comes after all of them. A
-    greedy law only applies the penalty.
+    The first axis is that of the knobs. Order: repetition penalty, temperature, top-k, top-p, min-p. The eta shift of
+    RAPID comes after all of them. Greedy rows only have the penalty.
     """
     z = logits.astype(jnp.float32)
     if law.penalty and seen is not None:
-        z = penalized(z, seen, knobs.penalty)
+        z = penalized(z, seen, along(knobs.penalty_B, z))
     if law.greedy:
         return z
-    z = z / knobs.temperature
-    largest = None
+    z = z / along(knobs.temperature_B, z)
+    largest, least = None, jnp.full((1,) * z.ndim, -jnp.inf)
     if law.top_k and law.top_k < z.shape[-1]:
         largest = jax.lax.top_k(z, law.top_k)[0]
-        z = jnp.where(z < largest[..., -1:], -jnp.inf, z)
+        top_k = along(knobs.top_k_B, z)
+        at = jnp.broadcast_to(jnp.clip(top_k, 1, law.top_k) - 1, (*z.shape[:-1], 1))
+        filtered = (top_k > 0) & (top_k < z.shape[-1])
+        least = jnp.where(filtered, jnp.take_along_axis(largest, at, axis=-1), -jnp.inf)
+        z = jnp.where(z < least, -jnp.inf, z)
     if law.nucleus:
-        z = _nucleus(z, largest, knobs.outside)
+        z = _nucleus(z, largest, least, along(knobs.outside_B, z))
     if law.min_p:
-        z = jnp.where(z < jnp.max(z, axis=-1, keepdims=True) + jnp.log(knobs.min_p), -jnp.inf, z)
+        z = jnp.where(z < jnp.max(z, axis=-1, keepdims=True) + jnp.log(along(knobs.min_p_B, z)), -jnp.inf, z)
     return z
 
 
-def _nucleus(z: jax.Array, largest: jax.Array | None, outside: jax.Array) -> jax.Array:
+def _nucleus(z: jax.Array, largest: jax.Array | None, least: jax.Array, outside: jax.Array) -> jax.Array:
+    """z with -inf for the least probable tokens, as many as have a mass of at most `outside` together; where that is
+    below 0 as it was.
+
+    `largest` are the most probable tokens in falling order. Where every row that has a nucleus keeps none but those of
+    them that reach its `least`, and what equals that, nothing is sorted.
+    """
+
+    def by_sorting(z):
+        ranked = jnp.sort(z, axis=-1)
+        return _least_removed(z, ranked, ranked[..., :1], outside)
+
+    if largest is None:
+        found = by_sorting(z)
+    else:
+        is_enough = jnp.all((least > -jnp.inf) | (outside < 0))
+        ranked = jnp.flip(largest, axis=-1)
+        found = jax.lax.cond(is_enough, lambda z: _least_removed(z, ranked, least, outside), by_sorting, z)
+    return jnp.where(outside < 0, z, found)
+
+
+def _least_removed(z: jax.Array, ranked: jax.Array, least: jax.Array, outside: jax.Array) -> jax.Array:
     """z with -inf for the least probable tokens, as many as have a mass of at most `outside` together.
 
-    `largest` are the k largest of z in falling order where all but them and what equals the last of them is -inf: then
-    nothing is sorted. Of equal tokens those of lower ids go first, as in transformers.
+    `ranked` has in rising order every token above `least`, the smallest that z has above -inf, and may have others.
+    Of equal tokens those of lower ids go first, as in transformers.
     """
-    ranked = jnp.sort(z, axis=-1) if largest is None else jnp.flip(largest, axis=-1)
     weight = jnp.exp(ranked - ranked[..., -1:])
-    # The first one stands for all that equal it: top-k keeps more than k where some are equal at its edge.
-    least = ranked[..., :1]
+    # One stands for all that equal the least: top-k keeps more than k where some are equal at its edge.
     equal = jnp.sum(z == least, axis=-1, keepdims=True)
-    is_least = ranked == least
-    of_least = jnp.where(jnp.isfinite(least), weight[..., :1], 0.0)
+    is_least = ranked <= least
+    of_least = jnp.where(jnp.isfinite(least), jnp.exp(least - ranked[..., -1:]), 0.0)
     above = jnp.where(is_least, 0.0, weight)
     total = equal * of_least + jnp.sum(above, axis=-1, keepdims=True)
     mass = (equal * of_least + jnp.cumsum(above, axis=-1)) / total
@@ -158,7 +242,7 @@ def _nucleus(z: jax.Array, largest: jax.Array | None, outside: jax.Array) -> jax
         later = jnp.flip(jnp.cumsum(jnp.flip(at_edge, axis=-1), axis=-1), axis=-1)
         return jnp.where((z < edge) | (at_edge & (later > room)), -jnp.inf, z)
 
-    is_split = jnp.any(jnp.sum(at_edge, axis=-1, keepdims=True) > room)
+    is_split = jnp.any((jnp.sum(at_edge, axis=-1, keepdims=True) > room) & (outside >= 0))
     return jax.lax.cond(is_split, some_stay, all_stay, z)
 
 
@@ -182,11 +266,13 @@ def position_keys(key_B: jax.Array, purpose: Draw, position_B: jax.Array, width:
     return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(stream_B, position_BW)
 
 
-def draw(keys_BG: jax.Array, z_BGV: jax.Array, law: Law) -> jax.Array:
-    """int32 [B, G]: a token of softmax(z) at each position by its own key; the argmax under a greedy law."""
+def draw(keys_BG: jax.Array, z_BGV: jax.Array, law: Law, knobs: Knobs) -> jax.Array:
+    """int32 [B, G]: a token of softmax(z) at each position by its own key; the argmax in greedy rows."""
+    best_BG = jnp.argmax(z_BGV, axis=-1).astype(jnp.int32)
     if law.greedy:
-        return jnp.argmax(z_BGV, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.vmap(jax.random.categorical))(keys_BG, z_BGV).astype(jnp.int32)
+        return best_BG
+    drawn_BG = jax.vmap(jax.vmap(jax.random.categorical))(keys_BG, z_BGV).astype(jnp.int32)
+    return jnp.where(along(knobs.greedy_B, drawn_BG), best_BG, drawn_BG)
 
 
 def seen_before_each(seen_BV: jax.Array | None, tokens_BG: jax.Array) -> jax.Array | None:

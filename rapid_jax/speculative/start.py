@@ -11,17 +11,18 @@ import numpy as np
 
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import CATCH_UP
-from rapid_jax.speculative.prefill import bucket
+from rapid_jax.speculative.prefill import coarse_bucket
 from rapid_jax.speculative.schedule import GAMMAS
-from rapid_jax.speculative.state import Counts, Plan
+from rapid_jax.speculative.state import Counts, Logprobs, Plan
 
 RECENT = 8  # prompt tokens kept at hand: what a drafter re-reads, what level 0 matches
 EXTEND_WIDTH = 32  # prompt tokens after the prefix read at once
+GAMMA_BUCKETS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)  # that rows of different gammas share
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many slots the arrays of a run have."""
+    """How many slots the arrays of a run have: of few sizes, so that runs share programs and rows can join them."""
 
     reserve: int  # of a tail, behind the prompt tokens that it holds
     output: int  # for emitted tokens
@@ -29,13 +30,18 @@ class Sizes:
     @classmethod
     def of(cls, speculation: SpeculationConfig, sampling: SamplingConfig) -> "Sizes":
         """What these settings may need at most."""
-        widest = max(*gammas_of(speculation), speculation.lookup_width) + 1
+        widest = max(*map(gamma_bucket, gammas_of(speculation)), speculation.lookup_width) + 1
         new = sampling.max_new_tokens
-        return cls(new + 2 * widest + CATCH_UP, bucket(new + widest, 32))
+        return cls(new + 2 * widest + CATCH_UP, coarse_bucket(new + widest, 32))
 
     def tail(self, longest: int) -> int:
         """Slots of a tail that holds up to `longest` prompt tokens of a row."""
-        return bucket(-(-longest // EXTEND_WIDTH) * EXTEND_WIDTH + self.reserve, 32)
+        return coarse_bucket(-(-longest // EXTEND_WIDTH) * EXTEND_WIDTH + self.reserve, 32)
+
+
+def gamma_bucket(gamma: int) -> int:
+    """The least number of drafts that has a program and is no less than `gamma`."""
+    return next(size for size in GAMMA_BUCKETS if size >= gamma)
 
 
 def gammas_of(speculation: SpeculationConfig) -> tuple[int, ...]:
@@ -45,7 +51,7 @@ def gammas_of(speculation: SpeculationConfig) -> tuple[int, ...]:
 
 def text_slots(longest: int, match: int) -> int:
     """Slots of the text that level 0 copies from, whose longest row has `longest` tokens."""
-    return bucket(longest + match, 512)
+    return coarse_bucket(longest + match, 512)
 
 
 def plan_of(speculation: SpeculationConfig, *, block: int, vocabulary: int) -> Plan:
@@ -55,7 +61,12 @@ def plan_of(speculation: SpeculationConfig, *, block: int, vocabulary: int) -> P
 
 
 def start_state(
-    seeds: Sequence[int], sizes: Sizes, limit: int, seen: tuple[np.ndarray | None, np.ndarray | None]
+    seeds: Sequence[int],
+    sizes: Sizes,
+    limit: int,
+    seen: tuple[np.ndarray | None, np.ndarray | None],
+    *,
+    logprobs: bool = False,
 ) -> dict[str, Any]:
     """The fields of `State` but the tails, one row a seed; `seen` are the target's and the drafter's."""
     batch = len(seeds)
@@ -69,4 +80,5 @@ def start_state(
         "target_seen_BV": seen[0],
         "draft_seen_BV": seen[1],
         "counts": Counts.zero(batch),
+        "logprobs": Logprobs.none(batch, sizes.output) if logprobs else None,
     }

@@ -7,9 +7,12 @@ from typing import cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rapid_jax.attention.cache import Prefix, Tail
 from rapid_jax.model.decoder import Decoder
+
+MOST_LOGPROBS = 20  # most probable tokens that an emitted one comes with
 
 
 class Origin(IntEnum):
@@ -61,25 +64,39 @@ class Side:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Counts:
-    """What happened so far; int32, [B] unless said."""
+    """What happened so far to each row; int32."""
 
     drafted_B: jax.Array  # drafts that the target verified
     accepted_B: jax.Array  # of those accepted
     rejected_B: jax.Array  # rounds that ended in a rejection
     copied_B: jax.Array  # tokens that level 0 proposed
     copied_accepted_B: jax.Array  # of those accepted by the model that read them first
-    draft_steps: jax.Array  # scalar: forward passes of the drafter
-    rounds: jax.Array  # scalar: forward passes of the target
-    target_faults: jax.Array  # scalar: passes of the target whose logits were not all numbers
-    draft_faults: jax.Array  # scalar: those of the drafter
-    round_B: jax.Array  # rounds that the row took part in
+    draft_steps_B: jax.Array  # the drafter's forward passes while the row was answered
+    round_B: jax.Array  # the target's
+    target_faults_B: jax.Array  # passes of the target whose logits for the row were not all numbers
+    draft_faults_B: jax.Array  # those of the drafter
 
     @classmethod
     def zero(cls, batch: int) -> "Counts":
         """Nothing has happened."""
         # A buffer of its own for each: the state is donated.
-        scalars = ("draft_steps", "rounds", "target_faults", "draft_faults")
-        return cls(**{item.name: jnp.zeros(() if item.name in scalars else batch, jnp.int32) for item in fields(cls)})
+        return cls(**{item.name: jnp.zeros(batch, jnp.int32) for item in fields(cls)})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Logprobs:
+    """Natural logarithms of the target's probabilities, before temperature and filters, of what was emitted."""
+
+    token_BO: jax.Array  # float32, of the token itself
+    top_BON: jax.Array  # float32, of the most probable tokens, falling
+    top_ids_BON: jax.Array  # int32
+
+    @classmethod
+    def none(cls, rows: int, slots: int) -> "Logprobs":
+        """Room for so many tokens; arrays of the host."""
+        several = (rows, slots, MOST_LOGPROBS)
+        return cls(np.zeros(several[:2], np.float32), np.zeros(several, np.float32), np.zeros(several, np.int32))  # type: ignore[arg-type]
 
 
 @jax.tree_util.register_dataclass
@@ -98,6 +115,7 @@ class State:
     target_seen_BV: jax.Array | None  # bool, tokens under the repetition penalty
     draft_seen_BV: jax.Array | None
     counts: Counts
+    logprobs: Logprobs | None = None
 
 
 def known_tokens(side: Side, state: State) -> jax.Array:

@@ -21,14 +21,14 @@ FLOAT16 = 3 * 2**-11
 class Side:
     """How many slots there are, how many are used, and a run of empty ones among those.
 
-    A `shared` side is of one sequence, whatever the batch.
+    A `shared` side is of so many sequences, each under equally many rows of the batch.
     """
 
     slots: int
     used: int
     hole: tuple[int, int] = (0, 0)
     int8: bool = False
-    shared: bool = False
+    shared: int = 0
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def positions_of(case: Case) -> tuple[list[np.ndarray], np.ndarray]:
     for side in case.sides:
         index = np.arange(side.slots)
         inside = (index < side.used) & ~((index >= side.hole[0]) & (index < side.hole[1]))
-        slots.append(np.where(inside, end_B + index, -1).astype(np.int32)[: 1 if side.shared else None])
+        slots.append(np.where(inside, end_B + index, -1).astype(np.int32)[: side.shared or None])
         end_B = end_B + side.used
     pos_BR = np.repeat(np.maximum(end_B - case.time, 0) + np.arange(case.time), case.group, axis=1)
     if case.blind:
@@ -79,7 +79,7 @@ def made(case: Case, dtype=jnp.float32) -> Made:
     pos, pos_BR = positions_of(case)
     sides = []
     for side, pos_BS in zip(case.sides, pos, strict=True):
-        shape = (1 if side.shared else B, K, side.slots, H)
+        shape = (side.shared or B, K, side.slots, H)
         if side.int8:
             k, v = (rng.integers(-127, 128, shape, np.int8) for _ in range(2))
             scales = [jnp.asarray(np.float32(rng.uniform(0.2, 3, shape[:3]) / 127)) for _ in range(2)]
@@ -102,7 +102,7 @@ def truth(given: Made) -> np.ndarray:
         return k * np.asarray(side.k_scale_BKS)[..., None], v.swapaxes(2, 3) * np.asarray(side.v_scale_BKS)[..., None]
 
     def of_all(x: np.ndarray) -> np.ndarray:
-        return np.broadcast_to(x, (len(given.rows.pos_BR), *x.shape[1:]))
+        return np.repeat(x, len(given.rows.pos_BR) // len(x), axis=0)
 
     kv = [[of_all(x) for x in numbers(side)] for side in given.sides]
     k_BKSH, v_BKSH = (np.concatenate(x, axis=2) for x in zip(*kv, strict=True))

@@ -39,11 +39,15 @@ CASES = {
     "33 rows, some see nothing": Case((Side(75, 64), Side(40, 37)), batch=2, time=33, kv_heads=1, blind=5),
     "8 bits": Case((Side(200, 190, (30, 40), int8=True), Side(8, 6)), batch=2, group=4, time=3, blind=4),
     "8 bits, more than 64 rows": Case((Side(70, 70, int8=True), Side(33, 33)), kv_heads=1, group=4, time=20),
-    "one prefix under 3 rows": Case((Side(100, 90, (20, 45), shared=True), Side(8, 5)), batch=3, group=2),
-    "one prefix under 5 rows of 28, read twice": Case((Side(75, 75, shared=True), Side(40, 37)), 5, 1, 4, 7, blind=9),
-    "one prefix in 8 bits under 4 rows": Case((Side(70, 70, int8=True, shared=True), Side(8, 3)), 4, group=2, time=2),
-    "one prefix under 2 rows, empty tails": Case((Side(64, 60, shared=True), Side(8, 0)), batch=2),
-    "one prefix, empty, under 2 rows": Case((Side(64, 0, shared=True), Side(8, 2)), batch=2),
+    "one prefix under 3 rows": Case((Side(100, 90, (20, 45), shared=1), Side(8, 5)), batch=3, group=2),
+    "one prefix under 5 rows of 28, read twice": Case((Side(75, 75, shared=1), Side(40, 37)), 5, 1, 4, 7, blind=9),
+    "2 prefixes under 3 rows each": Case(
+        (Side(70, 61, (9, 12), shared=2), Side(8, 5)), batch=6, group=2, time=2, blind=3
+    ),
+    "3 prefixes in 8 bits under 2 rows each": Case((Side(70, 70, int8=True, shared=3), Side(8, 3)), batch=6, group=2),
+    "one prefix in 8 bits under 4 rows": Case((Side(70, 70, int8=True, shared=1), Side(8, 3)), 4, group=2, time=2),
+    "one prefix under 2 rows, empty tails": Case((Side(64, 60, shared=1), Side(8, 0)), batch=2),
+    "one prefix, empty, under 2 rows": Case((Side(64, 0, shared=1), Side(8, 2)), batch=2),
 }
 PARTIAL = {
     "a prefix and a tail": CASES["rows of 4"],

@@ -34,9 +34,9 @@ CASES = {
     "11 tokens of 4 rows, some see nothing": Case(
         (Side(2560, 2100), Side(40, 37)), kv_heads=3, group=4, time=11, head_dim=64, blind=8
     ),
-    "one prefix under 3 rows": Case((Side(1024, 700, shared=True), Side(8, 3)), batch=3, group=2, head_dim=64),
+    "one prefix under 3 rows": Case((Side(1024, 700, shared=1), Side(8, 3)), batch=3, group=2, head_dim=64),
     "one prefix under 5 rows of 60, read twice": Case(
-        (Side(1024, 1024, shared=True), Side(40, 37)), 5, 1, 4, 15, head_dim=64, blind=9
+        (Side(1024, 1024, shared=1), Side(40, 37)), 5, 1, 4, 15, head_dim=64, blind=9
     ),
 }
 

@@ -7,16 +7,18 @@ from typing import Any
 
 from rapid_jax.answer import Answer
 from rapid_jax.config import RapidConfig
-from rapid_jax.prompts import Prompt, Reading
+from rapid_jax.conversation import Prompt
+from rapid_jax.engine.request import Question
+from rapid_jax.prompts import Reading
 from rapid_jax.speculative.generate import Generation
 
 
 class Stub:
     """Answers by `say(mode, document, question)`; notes what it was asked, in which groups."""
 
-    def __init__(self, config: RapidConfig, say: Callable[[str, str, str], str], groups: list | None = None):
+    def __init__(self, config: RapidConfig, say: Callable[[str, str, str], str]):
         self.config, self._say = config, say
-        self.groups: list[tuple[str, int, list[str]]] = [] if groups is None else groups
+        self.groups: list[tuple[str, int, list[str]]] = []
         codes = lambda text, **_: [ord(letter) for letter in text]  # noqa: E731
         tokenizer = SimpleNamespace(
             chat=lambda messages, now=None: messages[-1]["content"],
@@ -26,38 +28,27 @@ class Stub:
         )
         self.target = SimpleNamespace(tokenizer=tokenizer)
 
-    def load(self) -> None:
+    def load(self, settings: RapidConfig | None = None) -> None:
         """Nothing."""
 
-    def with_config(self, config: RapidConfig) -> "Stub":
-        """The same, under other settings."""
-        return Stub(config, self._say, self.groups)
+    def answers(self, prompts: Sequence[Any], *, settings: RapidConfig, seeds: Sequence[int]) -> list[Any]:
+        """One of each, with code points for tokens; the drafter reads all that it may retrieve from."""
+        assert len(seeds) == len(prompts)
+        mode, found = settings.speculation.mode, []
+        for prompt in prompts:
+            document, question, other = "", "", None
+            if isinstance(prompt, Question):
+                document, question, other = prompt.document, prompt.question, prompt.retrieve_from
+            else:
+                question = "".join(map(chr, prompt.ids))
+            head, tail = ([ord(letter) for letter in text] for text in (document, question))
+            drafts = Prompt([ord(letter) for letter in (other or document)], tail) if mode != "target" else None
+            read = Reading(Prompt(head, tail), drafts, None, len(document), truncated=len(document) > 1000)
+            found.append((question, self._answer(mode, settings, read, self._say(mode, document, question))))
+        self.groups.append((mode, settings.sampling.max_new_tokens, [question for question, _ in found]))
+        return [answer for _, answer in found]
 
-    def read(
-        self,
-        document: str,
-        question: str,
-        *,
-        template: str | None = None,
-        begins: str = "",
-        retrieve_from: str | None = None,
-    ) -> Reading:
-        """The document and the question as code points; the drafter reads all that it may retrieve from."""
-        del template, begins
-        head, tail = ([ord(letter) for letter in text] for text in (document, question))
-        short = [ord(letter) for letter in (retrieve_from or document)]
-        drafts = Prompt(short, tail) if self.config.speculation.mode != "target" else None
-        return Reading(Prompt(head, tail), drafts, None, len(document), truncated=len(document) > 1000)
-
-    def answers(self, readings: Sequence[Reading], seeds: Sequence[int], *, kept: bool = True) -> list[Any]:
-        """One of each."""
-        del kept
-        mode = self.config.speculation.mode
-        texts = [("".join(map(chr, read.long.head)), "".join(map(chr, read.long.tail))) for read in readings]
-        self.groups.append((mode, self.config.sampling.max_new_tokens, [question for _, question in texts]))
-        return [self._answer(mode, read, self._say(mode, *text)) for read, text in zip(readings, texts, strict=True)]
-
-    def _answer(self, mode: Any, read: Reading, text: str) -> Answer:
+    def _answer(self, mode: Any, settings: RapidConfig, read: Reading, text: str) -> Answer:
         tokens = [ord(letter) for letter in text]
         lists = {name: [0] for name in ("drafted", "accepted", "rejected", "rounds", "copied", "copied_accepted")}
         seconds = dict.fromkeys(("prepare_seconds", "compile_seconds", "decode_seconds"), 0.5)
@@ -69,15 +60,12 @@ class Stub:
             text=text,
             token_ids=tokens,
             origins=[0] * len(tokens),
-            finish_reason="stop" if len(tokens) < self.config.sampling.max_new_tokens else "length",
+            finish_reason="stop" if len(tokens) < settings.sampling.max_new_tokens else "length",
             mode=mode,
             eta=0.0,
             gamma=0,
             generation=made,
-            selection=None,
-            target_tokens=len(read.long.tokens),
-            draft_tokens=0,
-            document_tokens=read.document_tokens,
+            reading=read,
             prefix_reused=False,
             seconds={"prefill": 1.0, "compile": 0.0, "decode": 0.5},
         )

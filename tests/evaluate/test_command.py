@@ -81,7 +81,7 @@ def test_an_evaluation_its_report_and_a_comparison(tiny, tmp_path, capfd):
 def test_settings_that_an_evaluation_has_defaults_for_are_honoured(tiny, tmp_path, capfd):
     out = tmp_path / "out"
     limits = ["--set", "sampling.max_new_tokens=4", "--set", "speculation.lookup=on", "--set", "sampling.seed=7"]
-    limits += ["--set", "cache.prefix_gib=0.5"]
+    limits += ["--set", "cache.prefixes=true"]
     modes = ["--modes", "target,target:max_new_tokens=2:models.too_long=middle:models.max_context=150"]
     assert main(["evaluate", *tiny, *limits, *modes, "--out", str(out)]) == 0
     err = capfd.readouterr().err
@@ -89,7 +89,7 @@ def test_settings_that_an_evaluation_has_defaults_for_are_honoured(tiny, tmp_pat
     suite = json.loads((out / "suite.json").read_text())
     assert suite["max_new_tokens"] == {"documents": [4, 4]} and suite["settings"]["sampling"]["max_new_tokens"] == 4
     assert suite["settings"]["sampling"]["seed"] == 7 and suite["settings"]["speculation"]["lookup"] == "on"
-    assert "prefix_gib: 0.5\n" in (out / "settings.yaml").read_text()
+    assert "prefixes: true\n" in (out / "settings.yaml").read_text()
     lines = {path.stem: [json.loads(x) for x in path.read_text().splitlines()] for path in out.glob("answers-*")}
     whole, cut = (lines[name] for name in sorted(lines))
     assert [line["new_tokens"] for line in whole] == [4] * 3 and [line["new_tokens"] for line in cut] == [2] * 3

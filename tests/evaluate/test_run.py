@@ -253,7 +253,7 @@ def test_a_mode_by_its_former_name(caplog):
         ("rapid:models.dtype=float32", "expected a setting that a mode may change .*, got 'models.dtype'"),
         ("rapid:batch_size=2", "expected a setting that a mode may change .*, got 'batch_size'"),
         ("rapid:compute.kv=int8", "expected a setting that a mode may change .*, got 'compute.kv'"),
-        ("rapid:cache.prefix_gib=1", "expected a setting that a mode may change .*, got 'cache.prefix_gib'"),
+        ("rapid:cache.disk_gib=1", "expected a setting that a mode may change .*, got 'cache.disk_gib'"),
         ("target:models.too_long=tail", "models.too_long: expected one of 'error', 'middle', 'head', got 'tail'"),
         ("rapid:retrieval=1", "unknown setting 'retrieval'"),
         ("rapid:mesh.model=2", "expected a setting that a mode may change .*, got 'mesh.model'"),

@@ -59,7 +59,7 @@ def config_of(folder: Path, name: str) -> RapidConfig:
         speculation=SpeculationConfig(gamma=3, lookup="off"),
         sampling=GREEDY,
         compute=ComputeConfig(prefill_chunk=256, attention_block=1024),
-        cache=CacheConfig(folder=str(folder / f"cache-{jax.default_backend()}"), prefix_gib=0, programs=False),
+        cache=CacheConfig(folder=str(folder / f"cache-{jax.default_backend()}"), prefixes=False, programs=False),
     )
     return replace(base, **{part: replace(getattr(base, part), **some) for part, some in VARIANTS[name].items()})
 

@@ -54,7 +54,7 @@ def replace_batch(side, batch: int):
 @pytest.mark.parametrize("kind", ["full", "int8"])
 def test_a_shared_prefix_is_that_prefix_copied(kind):
     """The very case of questions about one document: rows 1 and up read what row 0 reads."""
-    case = Case((Side(4096, 4096, int8=kind == "int8", shared=True), Side(64, 11)), 4, 8, 4, head_dim=128)
+    case = Case((Side(4096, 4096, int8=kind == "int8", shared=1), Side(64, 11)), 4, 8, 4, head_dim=128)
     given = made(case, jnp.bfloat16)
     call = jax.jit(partial(by_kernel, scale=case.scale, axis=None, block=1024))
     one = call(given.rows, given.sides, given.used)

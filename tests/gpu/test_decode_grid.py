@@ -17,7 +17,7 @@ HEAD_DIMS = (16, 32, 64, 128, 256)
 # Slots, used, empty ones among them; the first three alone under more than 4 rows, for the truth's memory.
 SLOTS = ((1000, 777, (0, 0)), (131, 130, (20, 90)), (1, 1, (0, 0)), (4096, 4096, (0, 0)), (6000, 4500, (64, 640)))
 TAILS = ((8, 3), (64, 0), (200, 133), (1, 1))
-BATCHES = ((1, False), (3, False), (4, True), (9, True), (16, True))  # rows; whether over the prefix of one
+BATCHES = ((1, 0), (3, 0), (4, 1), (9, 1), (16, 1), (8, 2), (6, 3))  # rows; over how many prefixes, 0: one each
 
 
 def grid() -> dict[str, Case]:
@@ -30,7 +30,7 @@ def grid() -> dict[str, Case]:
         slots, used, hole = SLOTS[at % (3 if batch > 4 else 5)]
         time, int8 = (1, 5, 2, 9)[(at // 2) % 4], at % 3 == 0
         far = Side(slots, used, hole, int8=int8, shared=shared)
-        rows = f"{batch}{' over one' if shared else ''} x {time} of {group}"
+        rows = f"{batch}{f' over {shared}' if shared else ''} x {time} of {group}"
         cases[f"{rows}, {kv_heads} x {head_dim}, {slots} {'int8' if int8 else 'full'}"] = Case(
             (far, Side(*TAILS[at % len(TAILS)])), batch, kv_heads, group, time, head_dim, blind=at % 4
         )

@@ -2,6 +2,7 @@
 """Document and question in, selection out; the second question pays only for itself."""
 
 import logging
+import threading
 
 import numpy as np
 import pytest
@@ -84,23 +85,53 @@ def test_a_second_question_embeds_only_itself(document, word_spans):
     assert len(calls) == 2
 
 
-def test_only_the_last_documents_are_remembered(document, word_spans):
+def test_the_documents_that_were_used_last_are_remembered_within_bytes(document, word_spans):
+    one = Retriever(WordCounter(), CONFIG)
+    ask(one, document + "a", "candle", word_spans)
+    assert 40 * 512 * 4 + len(document) < one.bytes < 1.5 * (40 * 512 * 4 + len(document))
+    assert one.remembers(document + "a", word_spans) and not one.remembers(document, word_spans)
+
     embedder = WordCounter()
-    retriever = Retriever(embedder, CONFIG, remember=2)
+    retriever = Retriever(embedder, CONFIG, remember_bytes=2 * one.bytes)
+    made = []
     for ending in ("a", "b", "a", "c", "a", "b"):
+        embedder.calls.clear()
         ask(retriever, document + ending, "candle", word_spans)
-    assert [len(call) > 1 for call in embedder.calls] == [
-        True,
-        False,
-        True,
-        False,
-        False,
-        True,
-        False,
-        False,
-        True,
-        False,
+        made.append(len(embedder.calls) == 2)
+        assert retriever.bytes <= 2 * one.bytes
+    assert made == [True, True, False, True, False, True]
+    none = Retriever(WordCounter(), CONFIG, remember_bytes=one.bytes - 1)
+    assert ask(none, document + "a", "candle", word_spans).kept and none.bytes == 0
+
+
+def test_what_is_kept_on_disk_stays_within_its_bound(document, word_spans, tmp_path):
+    size = 40 * 512 * 4
+    names = []
+    for ending in ("a", "b", "c"):
+        retriever = Retriever(WordCounter(), CONFIG, tmp_path, disk_bytes=2 * size + size // 2)
+        ask(retriever, document + ending, "candle", word_spans)
+        names.append({path.name for path in (tmp_path / "embeddings").iterdir()})
+    assert [len(found) for found in names] == [1, 2, 2] and names[0] - names[2]
+    ask(Retriever(WordCounter(), CONFIG, tmp_path, disk_bytes=size), document, "candle", word_spans)
+    assert {path.name for path in (tmp_path / "embeddings").iterdir()} != names[2]
+    before = {path.name for path in (tmp_path / "embeddings").iterdir()}
+    ask(Retriever(WordCounter(), CONFIG, tmp_path, disk_bytes=size - 1), document + "d", "candle", word_spans)
+    assert {path.name for path in (tmp_path / "embeddings").iterdir()} == before, "too large for all the room"
+
+
+def test_many_threads_ask_at_once(document, word_spans):
+    embedder = WordCounter()
+    retriever, found = Retriever(embedder, CONFIG, remember_bytes=1 << 18), []
+    threads = [
+        threading.Thread(target=lambda n=n: found.append(ask(retriever, document + "ab"[n % 2], "candle", word_spans)))
+        for n in range(8)
     ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({selection.text for selection in found}) == 1 and len(found) == 8
+    assert sum(len(call) > 1 for call in embedder.calls) == 2, "each document's vectors are made once"
 
 
 @pytest.mark.parametrize("config", [CONFIG, TREE])

@@ -85,7 +85,8 @@ def test_another_processs_words_may_be_anything(beside, words):
     assert "\x1b" not in str(error.value) and "process 1" in str(error.value)
 
 
-OWN = {"cache.folder", "cache.prefix_gib", "cache.embeddings", "cache.programs"}
+OWN = {f"cache.{name}" for name in ("folder", "device_gib", "host_gib", "disk_gib")}
+OWN |= {"cache.prefixes", "cache.embeddings", "cache.programs"}
 OWN |= {"models.target", "models.drafter", "models.encoder"}
 OWN_OF_LONGPO = {"run", "model.source", "corpus.sources", "compute.programs", "train.tensorboard", "train.wandb"}
 

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from rapid_jax.answer import Answer, Transcript
+from rapid_jax.conversation import Prompt
 from rapid_jax.engine.errors import Draining, QueueFull, TooLarge, UnknownDocument
 from rapid_jax.engine.request import (
     Cancelled,
@@ -33,6 +34,7 @@ from rapid_jax.engine.request import (
     Tokens,
 )
 from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.prompts import Reading
 from rapid_jax.retrieval.chunk import Chunk
 from rapid_jax.retrieval.select import Selection
 from rapid_jax.runtime.errors import InputError
@@ -312,7 +314,7 @@ class Engine:
         transcript.finish()
         if texts:
             job.on_event(piece(transcript, before, texts, request.logprobs))
-        job.on_event(Done(answer(request, transcript, made, selection, len(self._ids(request)))))
+        job.on_event(Done(answer(request, transcript, made, selection, self._ids(request))))
 
 
 def piece(transcript: Transcript, before: int, texts: list[str], top: int | None) -> Piece:
@@ -339,7 +341,7 @@ def selected(document: str) -> Selection:
 
 
 def answer(
-    request: Request, transcript: Transcript, made: list[int], selection: Selection | None, prompt: int
+    request: Request, transcript: Transcript, made: list[int], selection: Selection | None, prompt: list[int]
 ) -> Answer:
     """The finished answer."""
     ended = made[-1:] == [tokenizer().stop_ids[0]] or transcript.stopped
@@ -361,6 +363,7 @@ def answer(
         decode_seconds=0.1,
     )
     speculation, document = request.speculation, getattr(request.prompt, "document", None) or ""
+    count = len(tokenizer().encode_quoted(document)) if document else 0
     return Answer(
         text=transcript.text,
         token_ids=transcript.token_ids,
@@ -370,10 +373,7 @@ def answer(
         eta=speculation.effective_eta,
         gamma=speculation.gamma,
         generation=generation,
-        selection=selection,
-        target_tokens=prompt,
-        draft_tokens=0,
-        document_tokens=len(tokenizer().encode_quoted(document)) if document else 0,
+        reading=Reading(Prompt([], prompt), None, selection, count, truncated=False),
         prefix_reused=False,
         seconds={"load": 0.0, "decode": 0.1},
     )

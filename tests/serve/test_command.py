@@ -25,7 +25,7 @@ PROGRAM = """
     from rapid_jax.cli import main
     from rapid_jax.serve import command
     from tests.serve.engine import Engine
-    command.make_engine = lambda config, queue: Engine()
+    command.make_engine = lambda config, options: Engine()
     sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
 """
 

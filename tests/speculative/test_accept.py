@@ -97,7 +97,7 @@ def test_temperature_is_inside_the_shift():
     def p_hat_at(temperature: float) -> np.ndarray:
         knobs = Knobs.of(SamplingConfig(temperature=temperature), SpeculationConfig(eta=10.0))
         z, log_q = (jax.nn.log_softmax(warped(jnp.float32(x), law, knobs, None)) for x in (Z3, ZQ3))
-        return np.exp(augment(z, log_q, eta=knobs.eta, alpha=knobs.alpha, guard="none"))
+        return np.exp(augment(z, log_q, eta=knobs.eta_B, alpha=knobs.alpha_B, guard="none"))
 
     np.testing.assert_allclose(p_hat_at(0.5), [0.000002, 0.999911, 0.000076, 0.000010], atol=1e-6)
     p, q = softmax(Z3 / 0.5), softmax(ZQ3 / 0.5)

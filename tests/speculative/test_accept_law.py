@@ -28,7 +28,7 @@ def drawn_rounds(seed, z_GV, zq_GV, length, law, knobs, gamma):
     keys = jax.random.split(jax.random.key(seed), DRAWS)
     log_q = jnp.broadcast_to(jax.nn.log_softmax(zq_GV), (DRAWS, gamma, VOCABULARY))
     at = jnp.zeros(DRAWS, jnp.int32)
-    drafts = draw(position_keys(keys, Draw.DRAFT, at, gamma), log_q, law)
+    drafts = draw(position_keys(keys, Draw.DRAFT, at, gamma), log_q, law, knobs)
     streams = (position_keys(keys, Draw.ACCEPT, at, gamma), position_keys(keys, Draw.TOKEN, at, gamma + 1))
     z = jnp.broadcast_to(z_GV, (DRAWS, gamma + 1, VOCABULARY))
     return drafts, *verify(streams, drafts, log_q, jnp.full(DRAWS, length), z, law, knobs)

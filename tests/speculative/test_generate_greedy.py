@@ -16,7 +16,7 @@ from tests.speculative.models import Weights, next_logits, prompted
 
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=LIMIT)
 # The word "generate" in the package is the module; the function in it hides it from a plain import.
-generate_module = importlib.import_module("rapid_jax.speculative.generate")
+pace_module = importlib.import_module("rapid_jax.speculative.pace")
 
 
 @pytest.mark.parametrize("lookup", ["off", "on"])
@@ -92,7 +92,7 @@ def scheduled(monkeypatch):
     """Puts a schedule in the place of the one that the settings ask for."""
 
     def put(schedule):
-        monkeypatch.setattr(generate_module, "gamma_schedule", lambda config, has_drafter: schedule)
+        monkeypatch.setattr(pace_module, "gamma_schedule", lambda config, has_drafter: schedule)
         return schedule
 
     return put

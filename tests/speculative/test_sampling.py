@@ -127,7 +127,8 @@ def test_greedy_penalises_and_filters_nothing():
     np.testing.assert_allclose(got, theirs(logits, history, SamplingConfig(repetition_penalty=1.5)), rtol=1e-6)
     law = Law.of(config, SpeculationConfig(), ())
     keys = position_keys(jax.random.split(jax.random.key(0), 16), Draw.TOKEN, jnp.zeros(16, jnp.int32), 1)
-    np.testing.assert_array_equal(draw(keys, jnp.asarray(got)[:, None], law)[:, 0], got.argmax(axis=-1))
+    drawn = draw(keys, jnp.asarray(got)[:, None], law, Knobs.of(config, SpeculationConfig()))
+    np.testing.assert_array_equal(drawn[:, 0], got.argmax(axis=-1))
 
 
 def test_settings_that_greedy_ignores_compile_nothing_anew():
@@ -147,7 +148,9 @@ def test_tokens_are_drawn_as_often_as_they_are_probable():
     z = np.array([1.0, -1.0, 0.5, -np.inf, 2.0])
     law = Law.of(SamplingConfig(), SpeculationConfig(), ())
     keys = position_keys(jax.random.split(jax.random.key(1), 50_000), Draw.TOKEN, jnp.zeros(50_000, jnp.int32), 2)
-    tokens = np.asarray(jax.jit(draw, static_argnums=2)(keys, jnp.broadcast_to(jnp.float32(z), (50_000, 2, 5)), law))
+    knobs = Knobs.of(SamplingConfig(), SpeculationConfig())
+    rows = jnp.broadcast_to(jnp.float32(z), (50_000, 2, 5))
+    tokens = np.asarray(jax.jit(draw, static_argnums=2)(keys, rows, law, knobs))
     assert chi_square_p(np.bincount(tokens.ravel(), minlength=5), softmax(z)) > 1e-4
     # The two positions are independent.
     assert chi_square_p(np.bincount(tokens @ [5, 1], minlength=25), np.outer(softmax(z), softmax(z))) > 1e-4

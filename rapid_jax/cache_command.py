@@ -1,0 +1,226 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rapid cache list|clear|verify`: what is kept on disk, how large it is, and whether it is what was written.
+
+Exit status: 1 if something is damaged, else as the other commands'.
+"""
+
+import argparse
+import fcntl
+import json
+import re
+import zlib
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rapid_jax.config import RapidConfig
+from rapid_jax.runtime import settings
+from rapid_jax.runtime.command_line import Place, prepare_jax
+from rapid_jax.runtime.disk_cache import BOUNDED, KINDS, Entry, entries, remove
+from rapid_jax.runtime.errors import InputError, printable
+from rapid_jax.runtime.files import cache_dir, remove_leftovers
+from rapid_jax.runtime.locked_folders import lock
+
+_DAMAGED = 1  # exit status
+_ZSTD = b"\x28\xb5\x2f\xfd"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The three commands and their options."""
+    commands = parser.add_subparsers(required=True, metavar="list|clear|verify")
+    kinds = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
+    for name, run, said in (
+        ("list", _list, "what is kept: how many entries of each kind, their bytes, when one was last used"),
+        ("clear", _clear, "remove everything, or the kinds that are named"),
+        ("verify", _verify, "read every entry and name those that are damaged"),
+    ):
+        command = commands.add_parser(name, help=said, allow_abbrev=False)
+        command.set_defaults(run=run)
+        command.add_argument(
+            "--config", action=Place, as_path=False, metavar="FILE", help="settings whose cache is meant"
+        )
+        command.add_argument("--json", action="store_true", help="print one JSON object")
+        if name == "clear":
+            command.add_argument("kinds", nargs="*", metavar="KIND", help=kinds)
+        if name == "verify":
+            command.add_argument("--remove", action="store_true", help="remove what is damaged")
+
+
+def _place(options: argparse.Namespace) -> tuple[Path, int]:
+    """(the cache folder, the bound of what is in it)."""
+    config = settings.load(RapidConfig, Path(options.config)) if options.config else RapidConfig()
+    return cache_dir(config.cache.folder), int(config.cache.disk_gib * 2**30)
+
+
+def _list(options: argparse.Namespace) -> None:
+    root, bound = _place(options)
+    found = {kind: entries(root, [kind]) for kind in KINDS}
+    bounded = sum(entry.bytes for kind in BOUNDED for entry in found[kind])
+    if options.json:
+        kinds = {kind: _counted(each) for kind, each in found.items()}
+        print(json.dumps({"folder": str(root), "kinds": kinds, "bytes": bounded, "bound_bytes": bound}))
+        return
+    rows = [
+        (kind, str(len(each)), _size(sum(entry.bytes for entry in each)), _last(each)) for kind, each in found.items()
+    ]
+    print(printable(str(root)))
+    _table(("kind", "entries", "size", "last used"), rows)
+    print(f"{_size(bounded)} of {_size(bound)} (cache.disk_gib; digests are not counted)")
+
+
+def _clear(options: argparse.Namespace) -> None:
+    if wrong := [kind for kind in options.kinds if kind not in KINDS]:
+        raise InputError(f"rapid cache clear: expected {', '.join(KINDS)}, got {printable(wrong[0])}")
+    root, _ = _place(options)
+    kinds = [kind for kind in KINDS if kind in (options.kinds or KINDS)]
+    removed: dict[str, list[Entry]] = {kind: [] for kind in kinds}
+    in_use = []
+    for entry in entries(root, kinds):
+        (removed[entry.kind] if remove(entry) else in_use).append(entry)
+    _clean(root, kinds)
+    size = sum(entry.bytes for each in removed.values() for entry in each)
+    if options.json:
+        counts = {kind: len(each) for kind, each in removed.items()}
+        print(json.dumps({"folder": str(root), "removed": counts, "bytes": size, "kept": _paths(in_use)}))
+        return
+    counts = ", ".join(f"{len(each)} {kind}" for kind, each in removed.items())
+    print(f"removed from {printable(str(root))}: {counts}; {_size(size)}")
+    for path in _paths(in_use):
+        print(f"kept, in use or not to be removed: {printable(path)}")
+
+
+def _verify(options: argparse.Namespace) -> int:
+    root, _ = _place(options)
+    prepare_jax(programs=False)
+    checked, damaged = dict.fromkeys(KINDS, 0), []
+    for entry in entries(root):
+        reason = _fault(entry)
+        if reason is None and not entry.path.exists():
+            continue  # removed while it was read
+        checked[entry.kind] += 1
+        if reason is not None:
+            removed = options.remove and remove(entry)
+            damaged.append({"kind": entry.kind, "path": str(entry.path), "reason": reason, "removed": removed})
+    if options.json:
+        print(json.dumps({"folder": str(root), "checked": checked, "damaged": damaged}))
+        return _DAMAGED if damaged else 0
+    for item in damaged:
+        print(printable(f"damaged{', removed' if item['removed'] else ''}: {item['path']}: {item['reason']}"))
+    bad = [item["kind"] for item in damaged]
+    _table(("kind", "read", "damaged"), [(kind, str(count), str(bad.count(kind))) for kind, count in checked.items()])
+    return _DAMAGED if damaged else 0
+
+
+def _fault(entry: Entry) -> str | None:
+    """What is wrong with an entry; None for one that is as it was written."""
+    try:
+        _CHECKS[entry.kind](entry.path)
+    except FileNotFoundError as error:
+        return None if not entry.path.exists() else f"{error.filename} is missing"
+    except (OSError, ValueError) as error:  # InputError among them
+        return " ".join(str(error).split())
+    return None
+
+
+def _check_prefix(path: Path) -> None:
+    from rapid_jax.runtime import checkpoint
+
+    with lock(path, fcntl.LOCK_SH) as held:
+        if held is None:
+            return
+        try:
+            stored = checkpoint.read(path / "checkpoint")
+            stored.verify()
+        except (checkpoint.DamagedCheckpoint, FileNotFoundError) as error:
+            raise ValueError(str(error)) from error
+        if stored.note.text("key") != path.name:
+            raise ValueError("it holds another document")
+
+
+def _check_embeddings(path: Path) -> None:
+    from rapid_jax.retrieval.store import read_embeddings
+
+    read_embeddings(path)
+
+
+def _check_index(path: Path) -> None:
+    from rapid_jax.retrieval.index import Index
+
+    Index.load(path)
+
+
+def _check_program(path: Path) -> None:
+    """JAX keeps no checksum: what can be told is whether the file unpacks to its end."""
+    data, errors = path.read_bytes(), (zlib.error,)
+    unpacking = zlib.decompressobj()
+    if data.startswith(_ZSTD):
+        try:
+            import zstandard
+        except ImportError:  # then JAX cannot use the file either, and makes it again
+            return
+        unpacking, errors = zstandard.ZstdDecompressor().decompressobj(), (zstandard.ZstdError,)
+    try:
+        unpacking.decompress(data)
+    except errors as error:
+        raise ValueError(str(error)) from error
+    if not unpacking.eof:
+        raise ValueError("it ends too early")
+
+
+def _check_digest(path: Path) -> None:
+    if not re.fullmatch(rb"[0-9a-f]{64}", path.read_bytes()):
+        raise ValueError("expected 64 hexadecimal digits, got something else")
+
+
+_CHECKS: dict[str, Callable[[Path], None]] = {
+    "prefixes": _check_prefix,
+    "embeddings": _check_embeddings,
+    "indices": _check_index,
+    "programs": _check_program,
+    "digests": _check_digest,
+}
+
+
+def _clean(root: Path, kinds: Sequence[str]) -> None:
+    """Removes what killed processes have left half written."""
+    from rapid_jax.speculative.prefix_store import PrefixStore
+
+    for kind in kinds:
+        if kind == "prefixes":
+            PrefixStore(root / kind, 0).clean()
+        else:
+            remove_leftovers(root / kind)
+
+
+def _counted(found: list[Entry]) -> dict[str, Any]:
+    used = max((entry.used for entry in found), default=None)
+    return {"entries": len(found), "bytes": sum(entry.bytes for entry in found), "last_used": used}
+
+
+def _last(found: list[Entry]) -> str:
+    if not found:
+        return "-"
+    return datetime.fromtimestamp(max(entry.used for entry in found)).astimezone().strftime("%Y-%m-%d %H:%M")
+
+
+def _paths(found: list[Entry]) -> list[str]:
+    return [str(entry.path) for entry in found]
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        first, *rest = (
+            cell.ljust(width) if at == 0 else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        print("  ".join((first, *rest)).rstrip())

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine: requests take rows of rounds and leave them, between rounds of the others."""
+
+import itertools
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from rapid_jax.answer import answer_of
+from rapid_jax.config import RapidConfig
+from rapid_jax.engine.errors import Draining, QueueFull
+from rapid_jax.engine.job import Job
+from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey
+from rapid_jax.engine.models import Models
+from rapid_jax.engine.prefixes import PrefixCache
+from rapid_jax.engine.prepare import Prepared, Preparing, Steps
+from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
+from rapid_jax.runtime.compiling import forget_programs, timed
+from rapid_jax.runtime.files import cache_dir
+from rapid_jax.speculative.generate import Generation
+from rapid_jax.speculative.own_sampling import resolve
+
+MOST_ROWS = 64  # requests that run at once, of all documents together
+
+
+@dataclass
+class EngineCounts:
+    """What all answers together took."""
+
+    drafted: int = 0
+    accepted: int = 0
+    rounds: int = 0
+    tokens: int = 0
+
+    def add(self, generation: Generation) -> None:
+        """One answer more."""
+        self.drafted += generation.drafted[0]
+        self.accepted += generation.accepted[0]
+        self.rounds += generation.rounds[0]
+        self.tokens += len(generation.tokens[0])
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request that the engine has taken."""
+
+    id: str
+    job: Job
+
+    def cancel(self) -> None:
+        """Takes the request back: its last event is Failed(Cancelled()), unless it has ended. Of any thread."""
+        self.job.cancelled.set()
+
+
+class Engine:
+    """Answers requests side by side. Those over one document read its keys and values once a round for all of them.
+
+    `submit` is of any thread; `step` does the work, and is called by one. Requests over several documents take turns,
+    some rounds each. With `prefill_first` no round is run while a prompt waits to be read: most tokens a second;
+    without it a chunk of a prompt and some rounds of every lane take turns, so that nobody waits for a document.
+    """
+
+    def __init__(
+        self,
+        config: RapidConfig,
+        models: Models | None = None,
+        *,
+        queue: int = 1024,
+        prefill_first: bool = True,
+        quiet: bool = False,
+    ):
+        self.config, self.models = config, models or Models(config, quiet=quiet)
+        self._queue, self._prefill_first, self._quiet = queue, prefill_first, quiet
+        self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by owner, in whose turn it is
+        self._lock = threading.Lock()
+        self._numbers = itertools.count(1)
+        self._preparing: deque[tuple[Job, Steps]] = deque()
+        self._ready: deque[tuple[Job, Prepared]] = deque()  # for which no row is free
+        self._lanes: dict[LaneKey, Lane] = {}
+        self._held: dict[int, Prepared] = {}  # by id of the job in a row
+        self._draining = False
+        self.counts = EngineCounts()
+
+    @cached_property
+    def prefixes(self) -> PrefixCache:
+        """The target's keys and values of documents."""
+        config, target = self.config, self.models.target
+        how = {"weights_hash": lambda: target.weights_hash, "quiet": self._quiet}
+        folder = cache_dir(config.cache.folder)
+        return PrefixCache(target.decoder, config.compute, config.cache, folder, **how)
+
+    @cached_property
+    def _preparer(self) -> Preparing:
+        others = self._lanes, self._ready
+        return Preparing(
+            self.config,
+            self.models,
+            self.prefixes,
+            is_alone=lambda: not any(others),
+            few_programs=not self._prefill_first,
+            on_read=self.on_read,
+            quiet=self._quiet,
+        )
+
+    def on_read(self, request: Request, key: str) -> None:
+        """The keys and values of a request's document, of that key, are about to be looked for, or made."""
+
+    def submit(self, request: Request, on_event: OnEvent, *, streams: bool = True) -> Ticket:
+        """Takes a request; returns at once. `on_event` is called in the thread that steps, in order, and last with Done
+        or Failed; where nobody `streams`, with nothing else.
+
+        Raises InputError for settings that are none, QueueFull and Draining.
+        """
+        config = request.under(self.config)
+        sampling = resolve(config.sampling, self.models.target.generation)
+        job = Job.of(request, config, on_event, sampling, self.models.target.tokenizer, streams=streams)
+        with self._lock:
+            if self._draining:
+                raise Draining("the engine takes no more requests")
+            if sum(map(len, self._waiting.values())) >= self._queue:
+                raise QueueFull(retry_after=5.0)
+            self._waiting.setdefault(request.owner, deque()).append(job)
+        return Ticket(f"request-{next(self._numbers)}", job)
+
+    @property
+    def drains(self) -> bool:
+        """Whether nothing more is taken."""
+        return self._draining
+
+    def refuse(self) -> None:
+        """From now on nothing more is taken."""
+        with self._lock:
+            self._draining = True
+
+    def give_up(self) -> None:
+        """Takes all requests back, and lets them go."""
+        with self._lock:
+            waiting = [job for jobs in self._waiting.values() for job in jobs]
+        running = [job for lane in self._lanes.values() for job in lane.running]
+        for job in (*waiting, *running, *(job for job, _ in (*self._preparing, *self._ready))):
+            job.cancelled.set()
+        while not self.is_idle:
+            self.step()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that no work has been done for yet."""
+        return sum(map(len, list(self._waiting.values())))
+
+    @property
+    def running(self) -> int:
+        """Requests that are being prepared or answered."""
+        lanes = list(self._lanes.values())
+        return sum(len(lane.running) for lane in lanes) + len(self._preparing) + len(self._ready)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not (self._waiting or self._preparing or self._ready or self._lanes)
+
+    def run(self, tickets: Sequence[Ticket]) -> None:
+        """Works until these requests have ended; others go on beside them."""
+        while not all(ticket.job.ended for ticket in tickets):
+            self.step()
+
+    def step(self) -> None:
+        """A piece of work: something of a prompt, and rounds of the lanes."""
+        self._admit()
+        if self._preparing:
+            self._prepare()
+        if self._preparing and self._prefill_first:
+            return
+        self._place()
+        for key, lane in list(self._lanes.items()):
+            self._advance(key, lane)
+        if self.is_idle:
+            forget_programs()
+
+    def _admit(self) -> None:
+        """Owners in turn: the next request begins to be prepared."""
+        running = sum(len(lane.running) for lane in self._lanes.values())
+        most = ROW_BUCKETS[-1] if self._prefill_first else MOST_ROWS
+        while self._waiting and running + len(self._preparing) + len(self._ready) < most:
+            with self._lock:
+                owner, jobs = self._waiting.popitem(last=False)
+                job = jobs.popleft()
+                if jobs:
+                    self._waiting[owner] = jobs
+            self._preparing.append((job, self._preparer.steps(job)))
+
+    def _prepare(self) -> None:
+        """A piece of the work for the request that is in turn."""
+        job, steps = self._preparing[0]
+        if job.cancelled.is_set():
+            self._preparing.popleft()
+            steps.close()
+            self._fail(job, Cancelled())
+            return
+        try:
+            next(steps)
+        except StopIteration as done:
+            self._preparing.popleft()
+            self._ready.append((job, done.value))
+        except Exception as error:  # of this request alone: the engine goes on
+            self._preparing.popleft()
+            self._fail(job, error)
+
+    def _place(self) -> None:
+        """Requests whose prompts have been read take rows, where some are free; those that come together at once."""
+        waiting = [item for item in self._ready if not item[0].cancelled.is_set()]
+        for job, prepared in self._ready:
+            if job.cancelled.is_set():
+                self._release(prepared)
+                self._fail(job, Cancelled())
+        self._ready.clear()
+        for place, (job, prepared) in enumerate(waiting):
+            lane = self._lanes.get(prepared.key)
+            if lane is None:
+                self._lanes[prepared.key] = Lane.of(prepared.key, job, prepared.rounds, prepared.document)
+                self._held[id(job)] = prepared
+                continue
+            others = [other.document for _, other in waiting[place + 1 :] if other.key == prepared.key]
+            alone = lane.sizes_with([prepared.document])
+            if alone is None:
+                self._ready.append((job, prepared))
+                continue
+            with timed() as work:
+                lane.join(
+                    job, prepared.rounds, prepared.document, lane.sizes_with([prepared.document, *others]) or alone
+                )
+            job.took("prefill", work)
+            self._held[id(job)] = prepared
+
+    def _advance(self, key: LaneKey, lane: Lane) -> None:
+        try:
+            gone = lane.advance()
+        except Exception as error:  # of these rows: what they made of the document is of no use
+            del self._lanes[key]
+            for job in lane.running:
+                self._release(self._held.pop(id(job)))
+                self._fail(job, error)
+            return
+        for job in gone:
+            self._release(self._held.pop(id(job)))
+            self._finish(job)
+        if not lane.running:
+            del self._lanes[key]
+
+    def _finish(self, job: Job) -> None:
+        """The last event of a request that has been answered, or taken back."""
+        if job.cancelled.is_set():
+            self._fail(job, Cancelled())
+            return
+        job.finish()
+        assert job.reading is not None and job.generation is not None
+        self.counts.add(job.generation)
+        how = job.config.speculation, job.sampling, job.seconds
+        answer = answer_of(job.reading, job.transcript, job.generation, *how, reused=job.reused)
+        job.end(Done(replace(answer, logprobs=job.token_logprobs)))
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        job.end(Failed(error))
+
+    def _release(self, prepared: Prepared) -> None:
+        if prepared.handle is not None:
+            self.prefixes.release(prepared.handle)

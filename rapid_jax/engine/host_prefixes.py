@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefixes on the host: what the devices have no room for, a copy away from them."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+
+import jax
+import numpy as np
+from jax.sharding import Sharding
+
+from rapid_jax.attention.cache import KV, Prefix
+from rapid_jax.attention.kernels import platform_of
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.runtime.mesh import placed
+from rapid_jax.speculative.prefill import serving
+from rapid_jax.speculative.prefix_heads import Place, layer_names
+
+
+def device_bytes(prefix: Prefix) -> int:
+    """Memory of this process's devices that the prefix takes, copies counted."""
+
+    def size(array: jax.Array) -> int:
+        held = len(array.sharding.addressable_devices)
+        return held * prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+    return sum(map(size, jax.tree.leaves(prefix)))
+
+
+@dataclass(frozen=True)
+class HostPrefix:
+    """A prefix's arrays in the host's memory."""
+
+    prefix: Prefix  # of NumPy's arrays
+    shardings: Prefix  # how each lay on the devices
+    bytes: int
+
+
+class HostMoves:
+    """Moves prefixes between a decoder's devices and the host, bit for bit, and measures the way to the devices."""
+
+    def __init__(self, decoder: Decoder):
+        self._decoder = decoder
+        self._strategy = serving(decoder, block=1)
+        # A CPU's arrays are the host's memory: without a copy nothing would be freed.
+        self._copied = platform_of(decoder.mesh) == "cpu"
+        self.bytes = 0
+        self.seconds = 0.0
+
+    @property
+    def gigabytes_per_second(self) -> float | None:
+        """10^9 bytes a second from the host to the devices, over all moves so far; None before the first."""
+        return self.bytes / self.seconds / 1e9 if self.seconds else None
+
+    def to_host(self, prefix: Prefix) -> HostPrefix:
+        """A copy of the prefix; the given one stays."""
+        for array in jax.tree.leaves(prefix):
+            array.copy_to_host_async()
+        kept = jax.tree.map(lambda array: np.array(array) if self._copied else np.asarray(array), prefix)
+        shardings = jax.tree.map(lambda array: array.sharding, prefix)
+        return HostPrefix(kept, shardings, sum(array.nbytes for array in jax.tree.leaves(kept)))
+
+    def to_devices(self, kept: HostPrefix) -> Prefix:
+        """The prefix as it was: the same bits, lying as they lay."""
+
+        def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
+            if self._decoder.mesh is None:  # uncommitted, as what prefill makes
+                return jax.device_put(array)
+            return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
+
+        return self._timed(lambda: jax.tree.map(put, kept.prefix, kept.shardings))
+
+    def head(self, kept: HostPrefix, place: Place) -> Prefix:
+        """The first tokens of a prefix in full precision, in slots of their own."""
+        mesh, layers = self._decoder.mesh, kept.prefix.layers
+
+        def put(kv: KV) -> KV:
+            moved = {}
+            for field, (name, axis) in layer_names(kv).items():
+                array = place.moved(getattr(kv, field), axis)
+                moved[field] = jax.device_put(array) if mesh is None else placed(mesh, self._strategy.spec(name), array)
+            return KV(**moved)
+
+        return self._timed(
+            lambda: place.prefix(tuple(map(put, layers)) if isinstance(layers, tuple) else put(layers), mesh)
+        )
+
+    def _timed(self, move: Callable[[], Prefix]) -> Prefix:
+        start = time.perf_counter()
+        prefix = jax.block_until_ready(move())
+        self.seconds += time.perf_counter() - start
+        self.bytes += device_bytes(prefix)
+        return prefix

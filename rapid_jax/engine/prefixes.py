@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys and values of documents in three tiers: on the devices, on the host, on disk."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from rapid_jax.attention.cache import Prefix
+from rapid_jax.attention.kernels import kernel_of, platform_of
+from rapid_jax.config import CacheConfig, ComputeConfig
+from rapid_jax.engine.heads import Name, StoredHeads
+from rapid_jax.engine.host_prefixes import HostMoves, device_bytes
+from rapid_jax.engine.tiers import Handle, Kept, Tiers
+from rapid_jax.model.decoder import Decoder, Layout
+from rapid_jax.runtime.files import digest
+from rapid_jax.speculative.prefill import serving
+from rapid_jax.speculative.prefix_heads import Place, head_of
+from rapid_jax.speculative.prefix_store import PrefixStore
+
+_GIB = 2**30
+_CPU_BYTES = 4 * _GIB  # for keys and values, where no device says what it has left
+
+
+@dataclass(frozen=True)
+class Found:
+    """What there is of a head: on the devices are its first `tokens` tokens.
+
+    All of them, then with a handle; or fewer, a multiple of the prefill chunk, as a copy in the slots that prefill has
+    for the whole head: it is the caller's, who prefills the rest. None, then without a prefix.
+    """
+
+    prefix: Prefix | None = None
+    tokens: int = 0
+    handle: Handle | None = None
+    tier: str | None = None  # where it was: device, host or disk
+
+
+class PrefixCache:
+    """Prefixes of one row by the token ids of their heads, each tier with a bound in bytes.
+
+    What has not been used for longest goes first: from the devices to the host, from there to disk. Owners share
+    nothing but what is public. One thread calls it; `bytes`, `tier` and
+    `tier_of` any.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        compute: ComputeConfig,
+        cache: CacheConfig,
+        folder: Path,
+        *,
+        weights_hash: Callable[[], str],
+        reserve: int = 0,
+        quiet: bool = False,
+    ):
+        """`reserve` bytes of the devices are for others, where the settings leave the bound to what there is.
+
+        `weights_hash` is asked for only if something is kept on disk, under `folder`.
+        """
+        self._decoder, self._compute, self._weights_hash = decoder, compute, weights_hash
+        self.moves = HostMoves(decoder)
+        alone = jax.process_count() == 1  # else every process would have to find the same entry
+        given = cache.device_gib
+        device = max(_left(decoder) - reserve, 0) if given is None else int(given * _GIB)
+        self._tiers = Tiers(
+            self.moves, {"device": device, "host": int(cache.host_gib * _GIB) if alone else 0}, self._save
+        )
+        self._store, disk = None, int(cache.disk_gib * _GIB)
+        if disk and cache.prefixes and alone:
+            how = {"mesh": decoder.mesh, "kv_heads": decoder.config.num_kv_heads, "root": folder, "quiet": quiet}
+            self._store = PrefixStore(folder / "prefixes", disk, **how)
+            self._on_disk = StoredHeads(self._store)
+        self._disk_bytes = 0 if self._store is None else self._store.bytes()
+
+    def bytes(self) -> dict[str, int]:
+        """What each tier holds, "device" (copies counted), "host" and "disk"."""
+        return {**self._tiers.bytes, "disk": self._disk_bytes}
+
+    def bytes_for(self, tokens: int) -> int:
+        """Of the devices' memory that `prefill` takes for a head of so many tokens, in full precision."""
+        return self._bytes_of(self._place(tokens, tokens))
+
+    def name(self, head: Sequence[int], owner: str = "", public: bool = False) -> Name:
+        """What the cache knows a head by; `key` is that of its handle."""
+        whose = "everybody's" if public else f"of {owner}"
+        return Name.of(head, self._compute.prefill_chunk, digest(self._made_by, whose))
+
+    def tier(self, head: Sequence[int], owner: str = "", public: bool = False) -> str | None:
+        """Where the whole head is: "device", "host", "disk" or nowhere. Of any thread."""
+        return self.tier_of(self.name(head, owner, public).key)
+
+    def tier_of(self, key: str) -> str | None:
+        """As `tier`, of what has this key. Of any thread."""
+        kept = self._tiers.get(key)
+        if kept is not None:
+            return "host" if kept.device is None else "device"
+        return "disk" if self._store is not None and self._store.has(key) else None
+
+    def find(self, head: Sequence[int], owner: str = "", public: bool = False) -> Found:
+        """As much of the head as is kept somewhere and has room on the devices; it becomes the most recently used."""
+        name = self.name(head, owner, public)
+        kept = self._tiers.get(name.key)
+        if kept is not None:
+            tier = "device" if kept.host is None else "host"
+            self._tiers.used(kept)
+            return Found(kept.device, len(head), kept.handle, tier) if self._tiers.to_devices(kept) else Found()
+        if self._store is not None and self._store.has(name.key):
+            prefix = self._from_disk(name.key, self._place(len(head), len(head)))
+            if prefix is not None:
+                return Found(prefix, len(head), self._keep(name, len(head), prefix), "disk")
+        return self._common(name, len(head))
+
+    def put(self, head: Sequence[int], prefix: Prefix, owner: str = "", public: bool = False) -> Handle:
+        """Keeps a finished prefix of this head, as the most recently used.
+
+        Where no room can be made for it it stays all the same: it is there. Where one of the same head is on the
+        devices that one stays, and the handle is its.
+        """
+        if prefix.pos_BS.shape[0] != 1:
+            raise ValueError(f"expected a prefix of one row, got {prefix.pos_BS.shape[0]}")
+        name = self.name(head, owner, public)
+        kept = self._tiers.get(name.key)
+        if kept is not None and kept.device is not None:
+            self._tiers.used(kept)
+            return kept.handle
+        if kept is not None:
+            self._tiers.forget(kept)
+        self._tiers.make_room(device_bytes(prefix))
+        return self._keep(name, len(head), prefix)
+
+    def hold(self, handle: Handle) -> None:
+        """Keeps the prefix on the devices until it is released as often as it was held."""
+        self._tiers.hold(handle)
+
+    def release(self, handle: Handle) -> None:
+        """Takes one `hold` back."""
+        self._tiers.release(handle)
+        self._tiers.make_room(0)  # what was put where there was no room for it
+
+    def pin(self, key: str, pinned: bool) -> None:
+        """Whether the prefix of this key, there yet or not, stays in memory: on the devices, else on the host."""
+        self._tiers.pin(key, pinned)
+
+    def remove(self, key: str) -> None:
+        """Forgets the prefix of this key in every tier, and its pin; those who hold it may still read it."""
+        self._tiers.pin(key, pinned=False)
+        kept = self._tiers.get(key)
+        if kept is not None:
+            self._tiers.forget(kept)
+        if self._store is not None:
+            self._store.remove(key)
+            self._disk_bytes = self._store.bytes()
+
+    def make_room(self, wanted: int) -> bool:
+        """Moves prefixes that are not held off the devices until `wanted` more bytes fit; False if they cannot."""
+        return self._tiers.make_room(wanted)
+
+    def save(self, most: int | None = None) -> None:
+        """Stores on disk what is not there yet, at most so many: each takes as long as its bytes need."""
+        for kept in [kept for kept in self._tiers.every() if not kept.stored][:most]:
+            self._save(kept)
+
+    @property
+    def _dtype(self) -> jnp.dtype:
+        return self._decoder.embed_VD[...].dtype
+
+    @cached_property
+    def _made_by(self) -> str:
+        """Of all that makes keys and values of token ids: for other numbers another text."""
+        compute, config = self._compute, self._decoder.config
+        kernel = type(kernel_of(compute.kernel, platform_of(self._decoder.mesh), 1)).__name__
+        weights = "" if self._store is None else self._weights_hash()
+        return digest(weights, repr(config), jax.default_backend(), kernel, jnp.dtype(self._dtype).name, compute.kv)
+
+    def _place(self, tokens: int, longest: int) -> Place:
+        devices = serving(self._decoder, block=1).context
+        return Place.of(tokens, longest, self._compute.prefill_chunk, devices)
+
+    def _bytes_of(self, place: Place) -> int:
+        config, strategy, slots = self._decoder.config, serving(self._decoder, block=1), place.layout.slots
+
+        def on_devices(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
+            parts = 1
+            if strategy.mesh is not None:
+                sharding = NamedSharding(strategy.mesh, strategy.spec(name))
+                shape, parts = sharding.shard_shape(shape), len(sharding.addressable_devices)
+            return math.prod(shape) * parts * jnp.dtype(dtype).itemsize
+
+        kv = (1, strategy.kv_heads(config.num_kv_heads), slots, config.head_dim)
+        layers = 2 * config.num_layers * on_devices("kv_BKSH", kv, self._dtype)
+        return layers + on_devices("pos_BS", (1, slots), jnp.dtype("int32")) + on_devices("", (), jnp.dtype("int32"))
+
+    def _keep(self, name: Name, tokens: int, prefix: Prefix) -> Handle:
+        stored = self._store is None or self._store.has(name.key)
+        kept = Kept(name, tokens, prefix, stored=stored)
+        self._tiers.keep(kept)
+        return kept.handle
+
+    def _from_disk(self, key: str, place: Place) -> Prefix | None:
+        assert self._store is not None
+        if not self._tiers.make_room(self._bytes_of(place)):
+            return None
+        layout: Layout = "stacked" if self._decoder.layout == "stacked" else "unrolled"
+        prefix = self._store.load(key, layout=layout, place=place)
+        self._disk_bytes = self._store.bytes()
+        return prefix
+
+    def _common(self, name: Name, longest: int) -> Found:
+        """The longest head that another document has in common, copied; from disk only if that is longer."""
+        if self._compute.kv != "full":  # nothing can be prefilled behind what was rounded
+            return Found()
+        chunk, found, tier = self._compute.prefill_chunk, None, None
+        count, kept = self._tiers.longest_common(name.marks)
+        if self._store is not None:
+            longer, key = self._on_disk.find(name.marks, least=count)
+            if longer > count:
+                found = self._from_disk(key, self._place(longer * chunk, longest))
+            if found is not None:
+                count, tier = longer, "disk"
+        if found is None and kept is not None:
+            tier = "device" if kept.host is None else "host"
+            found = self._copied(kept, self._place(count * chunk, longest))
+        if found is None:
+            return Found()
+        handle = self._keep(name, longest, found) if count * chunk == longest else None
+        return Found(found, count * chunk, handle, tier)
+
+    def _copied(self, kept: Kept, place: Place) -> Prefix | None:
+        self._tiers.used(kept)
+        if not self._tiers.make_room(self._bytes_of(place), kept):
+            return None
+        if kept.host is not None:
+            return self.moves.head(kept.host, place)
+        assert kept.device is not None
+        return head_of(self._decoder, kept.device, place)
+
+    def _save(self, kept: Kept) -> None:
+        if kept.stored or self._store is None:
+            return
+        self._store.save(kept.handle.key, kept.prefix, kept.marks)
+        kept.stored = True
+        self._disk_bytes = self._store.bytes()
+
+
+def _left(decoder: Decoder) -> int:
+    """Bytes of this process's devices of the decoder that nothing takes yet."""
+    devices = jax.local_devices()[:1] if decoder.mesh is None else decoder.mesh.local_devices
+    left = 0
+    for device in devices:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return _CPU_BYTES
+        left += stats["bytes_limit"] - stats["bytes_in_use"]
+    return left

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a request to a row: its prompts are made and read, a piece at a time."""
+
+from collections.abc import Callable, Generator, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from rapid_jax.attention.cache import Prefix
+from rapid_jax.attention.rounded import rounded
+from rapid_jax.config import RapidConfig
+from rapid_jax.engine.errors import TooLarge
+from rapid_jax.engine.job import Job
+from rapid_jax.engine.lane import LaneKey
+from rapid_jax.engine.models import Models
+from rapid_jax.engine.prefixes import Found, PrefixCache
+from rapid_jax.engine.reader import read
+from rapid_jax.engine.request import Question, Request, Retrieved
+from rapid_jax.engine.tiers import Handle
+from rapid_jax.identity import check_same_prompts
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.runtime.compiling import timed
+from rapid_jax.runtime.progress import progress
+from rapid_jax.speculative.generate import Prompted, start
+from rapid_jax.speculative.prefill import Prefill, PrefillSettings
+from rapid_jax.speculative.rounds import Rounds
+
+# Tokens that a prompt's prefix lacks when its rounds begin: the target feeds the last one, a drafter the last two.
+TARGET_LACKS, DRAFTER_LACKS = 1, 2
+COPIED_BYTES = 2**30  # of keys and values that are copied, so that rows about several documents run in one program
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose prompts have been read."""
+
+    key: LaneKey
+    rounds: Rounds
+    document: Hashable  # equal for requests about the same one
+    handle: Handle | None  # of the document's keys and values, held
+
+
+Steps = Generator[None, None, Any]
+
+
+class Preparing:
+    """Makes prompts and reads them; what is read of documents is kept."""
+
+    def __init__(
+        self,
+        config: RapidConfig,
+        models: Models,
+        prefixes: PrefixCache,
+        *,
+        is_alone: Callable[[], bool],
+        few_programs: bool,
+        on_read: Callable[[Request, str], None],
+        quiet: bool,
+    ):
+        """`is_alone`: whether no other request has memory that it will give back. `few_programs`: requests that ask
+        for different things share theirs. `on_read` is told the key of a document's keys and values.
+        """
+        self._config, self._models, self._prefixes, self._quiet = config, models, prefixes, quiet
+        self._is_alone, self._few_programs, self._on_read = is_alone, few_programs, on_read
+
+    def steps(self, job: Job) -> Generator[None, None, Prepared]:
+        """Yields between pieces of the work, and while there is no room; returns the request's row.
+
+        Raises InputError where the models cannot read what is asked, and TooLarge where it never fits.
+        """
+        config, request = job.config, job.request
+        with timed() as retrieval:
+            reading = read(
+                self._models, config, request, lambda found: job.on_event(Retrieved(found)) if job.streams else None
+            )
+        job.took("retrieval", retrieval)
+        job.reading = reading
+        check_same_prompts(config, [reading], [job.sampling.config.seed], streamed=job.streams)
+        yield
+        speculation, model = config.speculation, self._models.target
+        if speculation.reads == "retrieved":
+            assert reading.short is not None
+            tokens = reading.short.tokens
+            prefix = yield from self._read(job, model.decoder, tokens[:-TARGET_LACKS], "prefill")
+            target, handle = Prompted(model.decoder, [tokens], prefix, [len(tokens) - TARGET_LACKS]), None
+            return self._prepared(job, target, None, tokens, handle)
+        head = reading.long.head
+        prefix, handle = yield from self._document(job, head)
+        target = Prompted(model.decoder, [reading.long.tokens], prefix, [len(head)])
+        if not speculation.drafts:
+            return self._prepared(job, target, None, head, handle)
+        assert reading.short is not None
+        short, decoder = reading.short.tokens, self._models.drafter.decoder
+        prefix = yield from self._read(job, decoder, short[:-DRAFTER_LACKS], "prefill (drafter)")
+        if config.models.drafter_weights != "full":
+            prefix = rounded(prefix)
+        drafter = Prompted(decoder, [short], prefix, [len(short) - DRAFTER_LACKS])
+        return self._prepared(job, target, drafter, head + short, handle)
+
+    def _document(self, job: Job, head: list[int]) -> Generator[None, None, tuple[Prefix, Handle | None]]:
+        """The target's prefix of the prompt up to the end of the document, kept for others; held where it is kept."""
+        request, decoder = job.request, self._models.target.decoder
+        owner = request.owner, request.public
+        if not isinstance(request.prompt, Question) and len(head) < self._config.compute.prefill_chunk:
+            return (yield from self._read(job, decoder, head, "prefill")), None
+        self._on_read(request, self._prefixes.name(head, *owner).key)
+        with timed() as work:
+            found = self._prefixes.find(head, *owner)
+        job.took("prefill", work)
+        if found.handle is not None and found.prefix is not None:
+            job.reused = True
+            self._prefixes.hold(found.handle)
+            return found.prefix, found.handle
+        while not self._prefixes.make_room(self._prefixes.bytes_for(len(head))):
+            if self._is_alone():
+                raise TooLarge(f"the document is too large for the memory: {len(head)} tokens of keys and values")
+            yield
+        prefix = yield from self._read(job, decoder, head, "prefill", found)
+        if self._config.compute.kv != "full":
+            prefix = rounded(prefix)
+        handle = self._prefixes.put(head, prefix, *owner)
+        self._prefixes.hold(handle)
+        return prefix, handle
+
+    def _read(
+        self, job: Job, decoder: Decoder, tokens: list[int], label: str, begun: Found | None = None
+    ) -> Generator[None, None, Prefix]:
+        """The prefix of a prompt, a chunk at a time; of one that is kept, from what there is of it."""
+        compute, dtype = self._config.compute, decoder.embed_VD[...].dtype
+        settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, coarse=begun is None)
+        known = {} if begun is None else {"begun": begun.prefix, "known": begun.tokens}
+        work = Prefill(decoder, [tokens], settings, dtype=dtype, **known)
+        with progress(label, work.left, "tokens", quiet=self._quiet) as report:
+            while work.left:
+                before = work.left
+                with timed() as chunk:
+                    work.step()
+                    work.wait()
+                job.took("prefill", chunk)
+                report.advance(before - work.left)
+                yield
+        return work.prefix
+
+    def _prepared(
+        self, job: Job, target: Prompted, drafter: Prompted | None, text: Sequence[int], handle: Handle | None
+    ) -> Prepared:
+        config = job.config
+        document = object() if handle is None else handle
+        size = sum(x.nbytes for x in jax.tree.leaves(target.prefix.layers))
+        key = LaneKey.of(config.speculation, None if size <= COPIED_BYTES else document)
+        with timed() as work:
+            rounds = start(
+                target,
+                drafter,
+                speculation=config.speculation,
+                sampling=job.sampling.config,
+                stops=self._models.target.tokenizer.stop_ids,
+                texts=[text],
+                block=config.compute.attention_block,
+                token_ids=self._models.target.token_ids,
+                logprobs=job.request.logprobs is not None,
+            )
+            if self._few_programs:
+                rounds.widen()
+        job.took("prefill", work)
+        return Prepared(key, rounds, document, handle)

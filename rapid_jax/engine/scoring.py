@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How probable a given text is: the log-probability of each token of a prompt."""
+
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rapid_jax.answer import TokenLogprobs
+from rapid_jax.config import RapidConfig
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.model.load import LoadedModel
+from rapid_jax.prompts import check_ids
+from rapid_jax.runtime.mesh import replicated
+from rapid_jax.speculative.prefill import Prefill, PrefillSettings
+from rapid_jax.speculative.state import MOST_LOGPROBS
+
+_PIECE = 64  # tokens whose logits are there at once
+
+
+def scores(model: LoadedModel, config: RapidConfig, ids: Sequence[int], top: int) -> list[TokenLogprobs | None]:
+    """Of each token its log-probability behind those before it, with the `top` most probable; None for the first.
+
+    Natural logarithms, before temperature and filters. Raises InputError for ids that are none of the model's, or too
+    many.
+    """
+    check_ids(model, config, ids, new=0)
+    decoder, compute = model.decoder, config.compute
+    settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, coarse=True)
+    work = Prefill(decoder, [ids], settings, dtype=decoder.embed_VD[...].dtype)
+    found: dict[int, TokenLogprobs] = {}
+    padded = np.asarray([*ids, 0], np.int32)
+    while work.left:
+        hidden_BTD, positions = work.step()
+        at_BT = np.clip(positions + 1, 0, len(ids))
+        next_BT = replicated(decoder.mesh, padded[at_BT])
+        own, best, best_ids = jax.device_get(_scored(decoder, hidden_BTD, next_BT, most=MOST_LOGPROBS))
+        for place, position in enumerate(positions[0].tolist()):
+            if 0 <= position < len(ids) - 1:
+                pairs = zip(best_ids[place, :top].tolist(), best[place, :top].tolist(), strict=True)
+                found[position + 1] = TokenLogprobs(ids[position + 1], float(own[place]), tuple(pairs))
+    return [None, *(found[at] for at in range(1, len(ids)))]
+
+
+@partial(jax.jit, static_argnames="most")
+def _scored(decoder: Decoder, hidden_BTD: jax.Array, next_BT: jax.Array, *, most: int):
+    """([T] of the next token of the first row, [T, most] of the most probable ones and their ids)."""
+    time, size = hidden_BTD.shape[1:]
+    piece = min(_PIECE, time)
+    padding = -time % piece
+    hidden = jnp.pad(hidden_BTD[0], ((0, padding), (0, 0))).reshape(-1, 1, piece, size)
+    following = jnp.pad(next_BT[0], (0, padding)).reshape(-1, piece)
+
+    def of_piece(item):
+        hidden_BTD, next_T = item
+        log_p_TV = jax.nn.log_softmax(decoder.logits(hidden_BTD)[0], axis=-1)
+        own_T = jnp.take_along_axis(log_p_TV, next_T[:, None], axis=-1)[:, 0]
+        return own_T, *lax.top_k(log_p_TV, min(most, log_p_TV.shape[-1]))
+
+    parts = lax.map(of_piece, (hidden, following))
+    return tuple(part.reshape(-1, *part.shape[2:])[:time] for part in parts)

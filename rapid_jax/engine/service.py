@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine in a thread of its own, for callers that come and go: it starts, drains and stops, scores and counts."""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from rapid_jax.answer import TokenLogprobs
+from rapid_jax.config import RapidConfig
+from rapid_jax.engine.documents import DocumentLibrary, Watch, document_id
+from rapid_jax.engine.engine import Engine, Ticket
+from rapid_jax.engine.errors import Draining
+from rapid_jax.engine.models import Models
+from rapid_jax.engine.request import Chat, OnEvent, Question, Request
+from rapid_jax.engine.scoring import scores
+from rapid_jax.engine.warm_up import WarmUp, warm_up
+
+_PAUSE_S = 0.5  # between looks of an idle thread at whether it is to stop
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Counts since the engine was made; `waiting` and `running` are now's."""
+
+    waiting: int
+    running: int
+    kv_bytes: dict[str, int]  # by tier: device, host, disk
+    drafted: int
+    accepted: int
+    rounds: int
+    tokens: int
+
+
+class RunningEngine(Engine):
+    """An engine whose steps are those of its own thread. Every method is of any thread."""
+
+    def __init__(
+        self,
+        config: RapidConfig,
+        models: Models | None = None,
+        *,
+        queue: int = 64,
+        warm: WarmUp | None = None,
+        documents: Path | None = None,
+        quiet: bool = True,
+    ):
+        """`warm` says what is compiled before it is ready; under `documents` they survive a restart."""
+        super().__init__(config, models, queue=queue, prefill_first=False, quiet=quiet)
+        self._warm, self._folder = warm or WarmUp(), documents
+        self._keys: dict[str, set[str]] = {}  # id of a document -> keys of its keys and values
+        self._chores: deque[Callable[[], None]] = deque()  # for the engine's thread
+        self._wake = threading.Condition()
+        self._scoring: list[tuple[Sequence[int], int, Future[list[TokenLogprobs | None]]]] = []
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+
+    @cached_property
+    def documents(self) -> DocumentLibrary:
+        """Texts by id, and where the keys and values of each are."""
+        watch = Watch(tier=self._tier_of, chunked=self._keys.__contains__, pinned=self._pin, removed=self._remove)
+        return DocumentLibrary(
+            self._folder, count_tokens=lambda text: self.models.target.tokenizer.counts([text])[0], watch=watch
+        )
+
+    def on_read(self, request: Request, key: str) -> None:
+        """The document of a request has these keys and values."""
+        text = request.prompt.document if isinstance(request.prompt, Question | Chat) else None
+        if text is not None:
+            name = document_id(text, request.owner, request.public)
+            self._keys.setdefault(name, set()).add(key)
+
+    def _tier_of(self, id: str) -> str | None:
+        tiers = {self.prefixes.tier_of(key) for key in list(self._keys.get(id, ()))}
+        return next((tier for tier in ("device", "host", "disk") if tier in tiers), None)
+
+    def _pin(self, id: str, pinned: bool) -> None:
+        for key in list(self._keys.get(id, ())):
+            self._later(lambda key=key: self.prefixes.pin(key, pinned))
+
+    def _remove(self, id: str) -> None:
+        for key in self._keys.pop(id, ()):
+            self._later(lambda key=key: self.prefixes.remove(key))
+
+    def _later(self, chore: Callable[[], None]) -> None:
+        with self._wake:
+            self._chores.append(chore)
+            self._wake.notify()
+
+    def start(self) -> None:
+        """Begins to answer."""
+        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: Request, on_event: OnEvent, *, streams: bool = True) -> Ticket:
+        """As `Engine.submit`; events come in the engine's thread."""
+        ticket = super().submit(request, on_event, streams=streams)
+        with self._wake:
+            self._wake.notify()
+        return ticket
+
+    def score(self, ids: Sequence[int], top: int) -> "Future[list[TokenLogprobs | None]]":
+        """The log-probability of each token of a prompt behind those before it, with so many alternatives; None for
+        the first. Raises Draining."""
+        future: Future[list[TokenLogprobs | None]] = Future()
+        with self._wake:
+            if self.drains:
+                raise Draining("the engine takes no more requests")
+            self._scoring.append((ids, top, future))
+            self._wake.notify()
+        return future
+
+    def drain(self, seconds: float) -> bool:
+        """Takes nothing more, waits up to so many seconds for what runs, and stores what was prefilled; whether all
+        have ended."""
+        self.refuse()
+        until = time.monotonic() + seconds
+        while self._is_alive and not (self.is_idle and not self._scoring) and time.monotonic() < until:
+            time.sleep(0.02)
+        ended = self.is_idle
+        self.stop()
+        self.prefixes.save()
+        return ended
+
+    def stop(self) -> None:
+        """Ends the thread at the next round's border; what runs is given up."""
+        with self._wake:
+            self._stopped = True
+            self._wake.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def warm_up(self, report: Callable[[str], None]) -> None:
+        """Compiles what requests of the declared sizes need, before the thread starts."""
+        warm_up(self, self._warm, report)
+
+    def stats(self) -> EngineStats:
+        """Now's numbers."""
+        counts = self.counts
+        return EngineStats(
+            waiting=self.waiting,
+            running=self.running,
+            kv_bytes=self.prefixes.bytes(),
+            drafted=counts.drafted,
+            accepted=counts.accepted,
+            rounds=counts.rounds,
+            tokens=counts.tokens,
+        )
+
+    @property
+    def _is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _work(self) -> None:
+        while not self._stopped:
+            with self._wake:
+                if self.is_idle and not (self._scoring or self._chores or self._stopped):
+                    self._wake.wait(_PAUSE_S)
+                scoring, self._scoring = self._scoring[:1], self._scoring[1:]
+            while self._chores:
+                self._chores.popleft()()
+            for ids, top, future in scoring:
+                self._score(ids, top, future)
+            if not self.is_idle:
+                self.step()
+        self.give_up()
+
+    def _score(self, ids: Sequence[int], top: int, future: "Future[list[TokenLogprobs | None]]") -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(scores(self.models.target, self.config, ids, top))
+        except Exception as error:  # of this prompt alone
+            future.set_exception(error)

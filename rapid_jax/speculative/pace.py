@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How rows go on: how many drafts the next rounds have, whether they copy, and what is learnt of that."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from rapid_jax.speculative.config import SpeculationConfig
+from rapid_jax.speculative.rounds import Rounds, Schedule
+from rapid_jax.speculative.schedule import AutoGamma, CopyGate, Observation, gamma_schedule
+
+
+@dataclass
+class Pace:
+    """The schedule of rows that are answered side by side."""
+
+    speculation: SpeculationConfig
+    has_drafter: bool
+    gammas: dict[int, int] = field(default_factory=dict)  # rounds run with each gamma
+    rows: int = 1
+    _seconds: dict[int, dict[int, float]] = field(default_factory=dict)  # by rows, of a round by gamma
+    schedule: Schedule = field(init=False)
+    gate: CopyGate = field(init=False)
+
+    def __post_init__(self):
+        self.schedule = gamma_schedule(self.speculation, self.has_drafter)
+        self.gate = CopyGate(gain=1.0 if self.speculation.lookup == "auto" else float("inf"))
+
+    def under(self, speculation: SpeculationConfig, rows: int) -> "Pace":
+        """The pace of so many rows from now on: how often drafts are accepted is still known, and how long rounds of
+        as many rows took when there were as many before."""
+        other = Pace(speculation, self.has_drafter, self.gammas, rows, self._seconds)
+        old, new = self.schedule, other.schedule
+        if isinstance(old, AutoGamma) and isinstance(new, AutoGamma):
+            self._seconds[self.rows] = old.seconds
+            new.accepted, new.rejected = old.accepted, old.rejected
+            new.seconds = dict(self._seconds.get(rows, {}))
+        other.gate = self.gate
+        return other
+
+    def advance(self, rounds: Rounds, tell: Callable[[], None]) -> Observation:
+        """A call of the device, or several where the host looks at every round; `tell` is called after each."""
+        gamma, count = self.schedule.choose()
+        count = count if self.gammas else 1  # the first tokens are not to wait for more
+        may_copy = gamma > 0 or rounds.may_copy
+        copying = self.speculation.lookup != "off" and self.gate.is_open() and may_copy
+        plan = replace(rounds.plan, gamma=gamma, copies=rounds.plan.copies * copying)
+        calls = []
+        for part in [1] * count if self.speculation.rounds_per_read == 1 else [count]:
+            calls.append(rounds.advance(plan, part))
+            tell()
+            if all(rounds.ended()):
+                break
+        seen = Observation.total(calls)
+        self.gammas[gamma] = self.gammas.get(gamma, 0) + seen.rounds
+        self.schedule.observe(gamma, seen)
+        self.gate.observe(seen, copying)
+        return seen

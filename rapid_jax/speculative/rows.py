@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that come and go: copying one batch's arrays into another's, making room, and keeping some rows alone.
+
+A part is a pytree whose arrays have a row a sequence: on its first axis, or on the second where layers are stacked.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rapid_jax.attention.cache import KV, Prefix, Tail, with_slots
+
+T = TypeVar("T")
+# What stands where no row has anything yet: an empty slot, no token, an answer that is complete. Else 0.
+_EMPTY = {"pos_BS": -1, "text_BM": -1, "recent_BR": -1, "done_B": True}
+
+
+def _each(visit: Callable[..., Any], first: Any, *others: Any, name: str = "", axis: int = 0) -> Any:
+    """The part with `visit(name, row axis, arrays...)` for each of its arrays; a scalar has the row axis -1."""
+    if isinstance(first, Prefix | Tail):
+        stacked = isinstance(first.layers, KV)
+        layers = [part.layers for part in (first, *others)]
+        found = jax.tree.map(partial(visit, "layers", int(stacked)), *layers)
+        rest = {
+            field: visit(field, 0 if getattr(first, field).ndim else -1, *(getattr(x, field) for x in (first, *others)))
+            for field in vars(first)
+            if field != "layers"
+        }
+        return type(first)(found, **rest)
+    if isinstance(first, dict):
+        return {key: _each(visit, first[key], *(x[key] for x in others), name=key) for key in first}
+    if hasattr(first, "__dataclass_fields__"):
+        values = {
+            key: _each(visit, getattr(first, key), *(getattr(x, key) for x in others), name=key) for key in vars(first)
+        }
+        return type(first)(**values)
+    return None if first is None else visit(name, axis, first, *others)
+
+
+@partial(jax.jit, donate_argnums=0)
+def written(old: T, new: T, index: jax.Array) -> T:
+    """`old`, which is used up, with the rows of `new` from row `index` on; its arrays have room for them."""
+
+    def put(name: str, axis: int, old, new):
+        if axis < 0:  # the slots in use by any row
+            return jnp.maximum(old, new)
+        if old.dtype != new.dtype:
+            new = new.astype(old.dtype)
+        empty = [(0, size - own) for size, own in zip(old.shape, new.shape, strict=True)]
+        empty[axis] = (0, 0)
+        if name in _EMPTY:
+            new = jnp.pad(new, empty, constant_values=_EMPTY[name])
+        return lax.dynamic_update_slice(old, new, [index if at == axis else 0 for at in range(old.ndim)])
+
+    return _each(put, old, new)
+
+
+def with_room(old: T, new: T, rows: int) -> T:
+    """`old` if it has so many rows and room for what `new` has in one; else a copy of it in larger arrays."""
+    shapes = _each(partial(_shape, rows), old, new)
+    if all(x.shape == shape.value for x, shape in zip(jax.tree.leaves(old), jax.tree.leaves(shapes), strict=True)):
+        return old
+    return written(_each(_fresh, old, shapes), old, np.int32(0))
+
+
+def with_same_slots(first: dict[str, Any], second: dict[str, Any], devices: int) -> tuple[dict, dict]:
+    """Both parts with prefixes, if they have any, of as many slots as the larger; devices of the context axis share
+    them."""
+    if "prefix" not in first:
+        return first, second
+    slots = max(part["prefix"].pos_BS.shape[1] for part in (first, second))
+
+    def fitted(part: dict[str, Any]) -> dict[str, Any]:
+        prefix = part["prefix"]
+        return part if prefix.pos_BS.shape[1] == slots else part | {"prefix": with_slots(prefix, slots, devices)}
+
+    return fitted(first), fitted(second)
+
+
+class _Static:
+    """A shape that jax.tree does not look into."""
+
+    def __init__(self, value: tuple[int, ...]):
+        self.value = value
+
+
+def _shape(rows: int, name: str, axis: int, old: jax.Array, new: jax.Array) -> _Static:
+    sizes = [max(pair) for pair in zip(old.shape, new.shape, strict=True)]
+    if axis >= 0:
+        sizes[axis] = rows
+    return _Static(tuple(sizes))
+
+
+def _fresh(name: str, axis: int, like: jax.Array, shape: _Static) -> jax.Array:
+    """Nothing, lying as `like` does."""
+    if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
+        return jax.device_put(jax.random.split(jax.random.key(0), shape.value), like.sharding)
+    return jnp.full(shape.value, _EMPTY.get(name, 0), like.dtype, device=like.sharding)
+
+
+@jax.jit
+def _taken(part, rows: jax.Array):
+    return _each(lambda name, axis, x: x if axis < 0 else jnp.take(x, rows, axis=axis), part)
+
+
+def taken(part: T, rows: Sequence[int]) -> T:
+    """Those rows alone, in that order."""
+    return _taken(part, np.asarray(rows, np.int32))

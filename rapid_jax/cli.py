@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `rapid`: answer a question about a document, evaluate, plan a run, convert a checkpoint, look at caches.
+"""The command `rapid`: answer a question, serve, evaluate, plan a run, convert a checkpoint, look at caches.
 
 Standard output carries the answer and nothing else; progress, what was retrieved and the summary go to standard error.
 Exit status: 0 done, 1 something damaged in the cache, 2 input that cannot be used (one line says why), 3 a plan that
@@ -25,6 +25,7 @@ from rapid_jax.runtime.command_line import Place, prepare_jax, say, status_of
 from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import cache_dir
+from rapid_jax.serve import command as serving
 
 if TYPE_CHECKING:
     from rapid_jax.answer import Answer
@@ -97,6 +98,9 @@ def parser() -> argparse.ArgumentParser:
     answer.add_argument("--compare", action="store_true", help="answer in modes target and retrieval as well")
     answer.add_argument("--save-config", **text, metavar="FILE", help="write the settings that ran")
     answer.add_argument("--quiet", action="store_true", help="print the answer alone; warnings still show")
+    serve = commands.add_parser("serve", help="answer over HTTP, as OpenAI's API does", allow_abbrev=False)
+    serve.set_defaults(run=serving.run)
+    serving.add_arguments(serve)
     plan = commands.add_parser("plan", help="what a run needs of a TPU slice or a GPU, without it", allow_abbrev=False)
     plan.set_defaults(run=command.run)
     command.add_arguments(plan)

@@ -49,8 +49,15 @@ def read_document(source: str) -> str:
     /dev/fd/N, are read), has more than 256 MiB, or has no text in it.
     """
     name = "standard input" if source == STDIN else source
-    data = _bytes_of(source, name)
-    suffix = Path(source).suffix.lower()
+    return text_of(_bytes_of(source, name), name, Path(source).suffix)
+
+
+def text_of(data: bytes, name: str, suffix: str) -> str:
+    """The text of a file's bytes, as `read_document` reads it; `name` is what errors call it, `suffix` ends its name.
+
+    Raises InputError where there is no text in it.
+    """
+    suffix = suffix.lower()
     if data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"%PDF-") or suffix == ".pdf":
         text = _pdf_text(data, name)
     elif suffix in (".html", ".htm", ".xhtml") or begins_as_html(_head(data)):

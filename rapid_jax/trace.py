@@ -21,8 +21,9 @@ _KINDS = {
     Origin.CORRECTION: ("correction", "drawn in place of a rejected draft"),
     Origin.BONUS: ("bonus", "drawn from the target: after a full accept, or nothing was drafted"),
 }
-# Underlines repeat what the colours say; each text colour has a contrast of at least 7 with its background.
-_STYLE = """
+# Also of the page that `rapid serve` shows. Underlines repeat what the colours say; each text colour has a contrast of
+# at least 7 with its background.
+STYLE = """
 :root { color-scheme: light dark; --page: #fff; --ink: #1a1a1a; --faint: #595959; --line: #c8c8c8; --box: #f6f6f6;
   --lookup: #d3ecd5; --draft: #d4e4fb; --correction: #ffd9c7; --bonus: #ece5f6; }
 @media (prefers-color-scheme: dark) { :root { --page: #16181b; --ink: #ececec; --faint: #b0b0b0; --line: #44474c;
@@ -101,7 +102,7 @@ def _page(answer: Answer, tokenizer: Tokenizer, question: str, config: RapidConf
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width">
 <title>RAPID: {escape(question[:80])}</title>
-<style>{_STYLE}</style>
+<style>{STYLE}</style>
 </head>
 <body>
 <h1>{escape(question)}</h1>

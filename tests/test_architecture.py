@@ -46,9 +46,10 @@ MAY_IMPORT = {
     "rapid_jax.bench": FACADE | {"rapid_jax.plan", "rapid_jax.evaluate"},  # its shapes and costs; its figures
     "rapid_jax.plan": FACADE,
     "rapid_jax.cache_command": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
+    "rapid_jax.serve": FACADE | {"rapid_jax.documents", "rapid_jax.trace"},
     "rapid_jax.cli": FACADE
     | TOOLS
-    | {f"rapid_jax.{name}" for name in ("documents", "trace", "compare", "cache_command")},
+    | {f"rapid_jax.{name}" for name in ("documents", "trace", "compare", "cache_command", "serve")},
     "rapid_jax.__main__": {"rapid_jax.cli"},
     "longpo_jax": SPECULATIVE | {"rapid_jax.plan"},
 }

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rapid serve`: the options, and what is checked before anything slow begins."""
+
+import argparse
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from rapid_jax.config import RapidConfig
+from rapid_jax.runtime import settings
+from rapid_jax.runtime.command_line import Place, prepare_jax, say
+from rapid_jax.runtime.distributed import meet
+from rapid_jax.runtime.errors import InputError, extra
+from rapid_jax.runtime.files import cache_dir
+from rapid_jax.serve.keys import VARIABLE, Keys, read_keys
+from rapid_jax.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from rapid_jax.serve.interface import Engine
+
+_PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+_PLAIN = ServeSettings()
+# Option -> the setting that it stands for, its value's name, its help.
+_MODELS = {
+    "model": ("models.target", "DIR|FILE.gguf|smollm2", "the long-context target"),
+    "drafter": ("models.drafter", "same|DIR|FILE.gguf", "reads the retrieved text; same: the target"),
+    "mode": ("speculation.mode", "rapid|lossless|phat|target|retrieval", "of requests that name none"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `serve`."""
+    text = {"action": Place, "as_path": False}
+    parser.add_argument("--config", **text, metavar="FILE", help="settings to start from, as configs/rapid/*.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
+    )
+    for name, (_, value, said) in _MODELS.items():
+        parser.add_argument(f"--{name}", **({} if name == "mode" else text), metavar=value, help=said)
+    parser.add_argument("--host", default=_PLAIN.host, help="address to listen on (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=_PLAIN.port, help="0: any free one (default: %(default)s)")
+    parser.add_argument(
+        "--api-key", action=Place, metavar="FILE", help=f"a key a line; more of them in ${VARIABLE}, with commas"
+    )
+    parser.add_argument(
+        "--allow-host", action="append", default=[], metavar="NAME", help="a name of this machine besides localhost"
+    )
+    parser.add_argument("--drain", type=float, default=_PLAIN.drain_seconds, metavar="S",
+                        help="seconds that requests have to end after SIGTERM (default: %(default)g)")  # fmt: skip
+    parser.add_argument("--queue", type=int, default=64, metavar="N",
+                        help="requests that may wait; more are told to come again (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--documents", action=Place, metavar="DIR",
+                        help="keep documents there over a restart (default: in memory alone)")  # fmt: skip
+    parser.add_argument("--warm-tokens", type=_wholes, default=(1024,), metavar="LIST",
+                        help="lengths of documents that are compiled for before the start, as 1024,8192")  # fmt: skip
+    parser.add_argument("--warm-rows", type=int, default=1, metavar="N",
+                        help="questions at once about a document, compiled for too (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--quiet", action="store_true", help="no progress while models are loaded")
+    parser.add_argument("--max-body", type=int, default=_PLAIN.body_mib, metavar="MIB",
+                        help="of a request in JSON (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--max-upload", type=int, default=_PLAIN.upload_mib, metavar="MIB",
+                        help="of a document's file (default: %(default)s)")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Serves until it is told to end; 0, or 1 where the engine failed."""
+    with meet() as together:
+        if together.count > 1:
+            raise InputError(
+                f"rapid serve: expected one process, got {together.count}: requests reach one of them alone. Start a "
+                "server for each host, behind a load balancer; mesh spreads a model over the devices of one process"
+            )
+        config, own = config_of(options), settings_of(options)
+        if not 1 <= options.queue <= 1 << 16:
+            raise InputError(f"--queue: expected 1 to {1 << 16}, got {options.queue}")
+        keys = read_keys(options.api_key, os.environ)
+        _check_packages()
+        prepare_jax(programs=config.cache.programs, cache=cache_dir(config.cache.folder))
+        from rapid_jax.serve.server import serve
+        from rapid_jax.serve.service import Service
+
+        warn_if_open(own, keys)
+        return serve(Service(make_engine(config, options), config, own, keys), lambda text: say(f"rapid serve: {text}"))
+
+
+def config_of(options: argparse.Namespace) -> RapidConfig:
+    """The settings file or the defaults, --set over it, and the named options over that."""
+    named = {key: getattr(options, name) for name, (key, _, _) in _MODELS.items()}
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
+    overrides = [*options.set, *given]
+    if options.config is None:
+        return settings.defaults(RapidConfig, overrides)
+    return settings.load(RapidConfig, Path(options.config), overrides)
+
+
+def settings_of(options: argparse.Namespace) -> ServeSettings:
+    """Where to listen, and the limits."""
+    return ServeSettings(
+        host=options.host,
+        port=options.port,
+        drain_seconds=options.drain,
+        body_mib=options.max_body,
+        upload_mib=options.max_upload,
+        hosts=tuple(name.lower() for name in options.allow_host),
+    )
+
+
+def _wholes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected whole numbers with commas, got {text!r}") from error
+
+
+def warn_if_open(own: ServeSettings, keys: Keys) -> None:
+    """Says so where anyone on the network may ask, and read what others handed in."""
+    if not keys and not own.local:
+        say(f"rapid serve: open to everyone who reaches {own.host}: --api-key FILE or ${VARIABLE} closes it")
+
+
+def make_engine(config: RapidConfig, options: argparse.Namespace) -> "Engine":
+    """An engine with its target loaded, as the options want it."""
+    from rapid_jax.engine.models import Models
+    from rapid_jax.engine.service import RunningEngine
+    from rapid_jax.engine.warm_up import WarmUp
+
+    warm = WarmUp(options.warm_tokens, options.warm_rows)
+    more = {"queue": options.queue, "warm": warm, "documents": options.documents}
+    engine = RunningEngine(config, Models(config, quiet=options.quiet), **more)
+    # Made here, by one thread: while the engine warms up, others may ask for them.
+    _ = engine.documents, engine.stats()
+    return cast("Engine", engine)  # its cached properties are properties to all but the type checker
+
+
+def _check_packages() -> None:
+    missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"rapid serve needs {', '.join(missing)}: {extra('serve')}")

@@ -1,16 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests run under: the CPU backend, no compilation cache on disk, quick compiles; and the small real model."""
+"""What tests run under: the CPU backend, programs compiled once a run, quick compiles; and the small real model."""
 
 import importlib.util
 import itertools
 import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 # Before any test imports jax: a TPU or GPU plugin that is installed but has no device is slow and noisy to probe.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # meshes are tested on devices that share this machine's cores
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Programs that another test, worker or process of this run has compiled are read, not compiled again. On a GPU, where
+# what is compiled is tested, every program is.
+_PROGRAMS = "RAPID_TEST_PROGRAMS"
+_IS_FIRST = _PROGRAMS not in os.environ  # workers and processes that tests start have it from the first
+if _IS_FIRST:
+    os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="rapid-test-programs-")
+os.environ |= {
+    "JAX_ENABLE_COMPILATION_CACHE": str("cuda" not in os.environ["JAX_PLATFORMS"]).lower(),
+    "JAX_COMPILATION_CACHE_DIR": os.environ[_PROGRAMS],
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+}
 # Tests compare with transformers' models built from a config: nothing is to be looked up on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -22,6 +35,12 @@ _COUNT = itertools.count(1)
 def pytest_addoption(parser: pytest.Parser) -> None:
     """`--fuzz 20`: the fuzzers try twenty times as many cases."""
     parser.addoption("--fuzz", type=int, default=1, help="how many times as many cases the fuzzers try")
+
+
+def pytest_unconfigure() -> None:
+    """Removes the programs of this run."""
+    if _IS_FIRST:
+        shutil.rmtree(os.environ[_PROGRAMS], ignore_errors=True)
 
 
 GPU_TESTS = Path(__file__).parent / "gpu"

@@ -27,7 +27,7 @@ os.environ |= {
 # Tests compare with transformers' models built from a config: nothing is to be looked up on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import pytest
+import pytest  # noqa: E402
 
 _COUNT = itertools.count(1)
 

@@ -131,23 +131,23 @@ class PairsConfig:
     speculation: Literal["off", "lossless"] = "off"  # lossless: RAPID drafts the long answer from the excerpt
     gamma: int = 5  # tokens drafted a round
     batch: int = 4  # prompts of about equal length generated at once; a document's questions always are
+    documents: int = 1  # whose long answers are generated at once, as many as their keys and values fit in memory
     repeats_chosen: float = 0.90  # share of words that occur more than once, above which an answer is dropped
     repeats_rejected: float = 0.95
     min_words: int = 2  # words of 3 letters or more that an answer has at least
     shard_pairs: int = 64  # documents a file
 
     def __post_init__(self):
-        for name in ("max_new_tokens", "max_context", "batch", "shard_pairs"):
+        for name in ("max_new_tokens", "max_context", "batch", "documents", "shard_pairs"):
             _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
         _require(1 <= self.gamma <= 64, f"gamma: expected 1 to 64, got {self.gamma}")
         _require_sampling(self.temperature, self.top_p)
-        right = 1e-3 <= (penalty := self.repetition_penalty) <= 1e3
-        _require(right, f"repetition_penalty: expected a number > 0, 1e-3 to 1e3, got {penalty}")
-        for name in ("repeats_chosen", "repeats_rejected"):
-            _require(0 <= getattr(self, name) <= 1, f"{name}: expected 0 to 1, got {getattr(self, name)}")
-        _require(self.min_words >= 0, f"min_words: expected at least 0, got {self.min_words}")
-        sizes = self.max_context, self.max_new_tokens
-        _require(sizes[0] > sizes[1], f"max_context: expected more than max_new_tokens, got {sizes[0]} and {sizes[1]}")
+        penalty = self.repetition_penalty
+        _require(1e-3 <= penalty <= 1e3, f"repetition_penalty: expected a number > 0, 1e-3 to 1e3, got {penalty}")
+        for name, most in (("repeats_chosen", 1), ("repeats_rejected", 1), ("min_words", math.inf)):
+            _require(0 <= getattr(self, name) <= most, f"{name}: expected 0 to {most}, got {getattr(self, name)}")
+        most, new = self.max_context, self.max_new_tokens
+        _require(most > new, f"max_context: expected more than max_new_tokens, got {most} and {new}")
 
 
 @dataclass(frozen=True)

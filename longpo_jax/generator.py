@@ -2,8 +2,8 @@
 """The model's own answers, many prompts at a time: to independent prompts, and to several questions on one document."""
 
 from collections.abc import Sequence
-from dataclasses import replace
-from functools import cached_property, partial
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from flax import nnx
 
@@ -17,7 +17,15 @@ from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Prompted, generate
 from rapid_jax.speculative.prefill import prefill
-from rapid_jax.speculative.prefill_once import prefilled_once
+
+
+@dataclass(frozen=True)
+class About:
+    """A document's prompt up to its end, and what of each question's prompt comes behind it."""
+
+    head: list[int]
+    tails: Sequence[list[int]]
+    drafts: Sequence[list[int]] | None = None  # shorter prompts for the same answers; all documents have them, or none
 
 
 class Generator:
@@ -74,34 +82,31 @@ class Generator:
         return [found[index] for index in range(len(prompts))]
 
     def answers_about(
-        self,
-        head: list[int],
-        tails: Sequence[list[int]],
-        sampling: SamplingConfig,
-        seeds: Sequence[int],
-        *,
-        drafts: Sequence[list[int]] | None = None,
-    ) -> list[Answer]:
-        """An answer to each prompt head + tail. The head is computed and kept once, and every row reads that one copy.
+        self, asked: Sequence["About"], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+    ) -> list[list[Answer]]:
+        """The answers to the questions about each document, all at once. A document is computed and kept once, and the
+        rows of all its questions read that one copy.
 
-        With `drafts`, shorter prompts for the same answers, RAPID's drafter reads those, and `pairs.gamma` drafts are
-        verified a round. That is lossless: the law is exactly the target's, and greedy answers are the same.
+        With drafts, RAPID's drafter reads those, and `pairs.gamma` drafts are verified a round. That is lossless: the
+        law is exactly the target's, and greedy answers are the same.
         """
-        if not tails:
-            return []
-        rows = self._filled(range(len(tails)))
-        decoder = self.model.decoder
-        make = partial(self._prefilled, decoder)
-        prefix = prefilled_once([head] * len(rows), make, parts=self.config.generation.mesh.data)
-        prompts = [head + tails[row] for row in rows]
-        target, drafter = Prompted(decoder, prompts, prefix, [len(head)] * len(rows)), None
-        if drafts is not None:
-            short = [drafts[row] for row in rows]
-            cached = [len(prompt) - 2 for prompt in short]
-            drafter = Prompted(
-                self.short, short, self._prefilled(self.short, [prompt[:-2] for prompt in short]), cached
-            )
-        return self._generated(target, drafter, sampling, [seeds[row] for row in rows])[: len(tails)]
+        if not any(about.tails for about in asked):
+            return [[] for _ in asked]
+        places = [at for at, about in enumerate(asked) if about.tails]
+        documents = self._filled(places)  # each has as many rows as the one with the most questions
+        each = 1 << (max(len(about.tails) for about in asked) - 1).bit_length()
+        rows = [(at, min(row, len(asked[at].tails) - 1)) for at in documents for row in range(each)]
+        decoder, heads = self.model.decoder, [asked[at].head for at in documents]
+        prefix = self._prefilled(decoder, heads)
+        prompts = [asked[at].head + asked[at].tails[row] for at, row in rows]
+        target, drafter = Prompted(decoder, prompts, prefix, [len(asked[at].head) for at, _ in rows]), None
+        if asked[places[0]].drafts is not None:
+            short = [(asked[at].drafts or [])[row] for at, row in rows]
+            lacking = [prompt[:-2] for prompt in short]
+            drafter = Prompted(self.short, short, self._prefilled(self.short, lacking), list(map(len, lacking)))
+        said = self._generated(target, drafter, sampling, [seeds[at][row] for at, row in rows])
+        found = dict(zip(places, (said[start : start + each] for start in range(0, len(said), each)), strict=False))
+        return [found[at][: len(about.tails)] if at in found else [] for at, about in enumerate(asked)]
 
     def _filled(self, rows: Sequence[int], most: int | None = None) -> list[int]:
         """The rows, the last one repeated up to a power of two or `most`: programs are compiled for few sizes only.

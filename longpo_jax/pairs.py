@@ -18,7 +18,7 @@ from longpo_jax.dialogue import Dialogue
 from longpo_jax.documents import Corpus, Document, read_corpus
 from longpo_jax.excerpts import Excerpt, excerpts_of
 from longpo_jax.filters import reason_to_drop
-from longpo_jax.generator import Generator
+from longpo_jax.generator import About, Generator
 from longpo_jax.journal import Writer
 from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.shortfall import lost, warning
@@ -136,8 +136,14 @@ class PairMaker:
             group = [self._begun(documents[index]) for index in range(first, min(first + size, total))]
             self._ask(group)
             self._choose(group)
-            for work in group[max(start - first, 0) :]:
-                yield work.document, self._finished(work), work.counts
+            step = self._config.pairs.documents
+            for at in range(0, len(group), step):
+                some = group[at : at + step]
+                if first + at + len(some) <= start:
+                    continue
+                for index, record in enumerate(self._finished(some), first + at):
+                    if index >= start:
+                        yield group[index - first].document, record, group[index - first].counts
 
     def _begun(self, document: Document) -> _Work:
         return _Work(document, _seed(self._config.seed, document.id), Counter(documents=1))
@@ -193,12 +199,19 @@ class PairMaker:
             work.counts[f"{_OF_TURNS}excerpt cut out"] += len(work.questions) - len(whole)
             work.questions = whole
 
-    def _finished(self, work: _Work) -> Record | None:
+    def _finished(self, group: Sequence[_Work]) -> list[Record | None]:
+        """The records of documents whose long answers are generated at once; None for one without a turn of use."""
+        records = []
+        for work in group:
+            document, text = work.document, work.document.text
+            what = document.id, document.domain, text, document.tokens, work.cut, (), work.seed, self._settings
+            records.append(Record(*what))
+        rejected = self._rejected(group, [record.context for record in records])
+        return [self._with_turns(*each) for each in zip(group, records, rejected, strict=True)]
+
+    def _with_turns(self, work: _Work, record: Record, rejected_answers: Sequence[Answer]) -> Record | None:
         """The record with the turns whose answers are of use; None without any."""
-        document, turns = work.document, []
-        settings, text = self._settings, document.text
-        record = Record(document.id, document.domain, text, document.tokens, work.cut, (), work.seed, settings)
-        rejected_answers = self._rejected(work, record.context)
+        turns = []
         for question, chosen, rejected in zip(work.questions, work.chosen, rejected_answers, strict=True):
             reason = reason_to_drop(chosen.text, rejected.text, self._config.pairs)
             if reason is not None:
@@ -218,16 +231,17 @@ class PairMaker:
         work.counts["pairs"] += 1
         return replace(record, turns=tuple(turns))
 
-    def _rejected(self, work: _Work, context: str) -> list[Answer]:
-        if not work.questions:
-            return []
-        head = work.questions[0].dialogue.before + self._generator.tokenizer.encode_quoted(context)
-        tails = [question.dialogue.first for question in work.questions]
-        seeds = [_seed(question.seed, "rejected") for question in work.questions]
-        drafts = None
-        if self._config.pairs.speculation == "lossless":
-            drafts = [self._short(work, question) for question in work.questions]
-        return self._generator.answers_about(head, tails, self._answering, seeds, drafts=drafts)
+    def _rejected(self, group: Sequence[_Work], contexts: Sequence[str]) -> list[list[Answer]]:
+        asked, seeds = [], []
+        drafted = self._config.pairs.speculation == "lossless"
+        for work, context in zip(group, contexts, strict=True):
+            head: list[int] = []
+            if work.questions:
+                head = work.questions[0].dialogue.before + self._generator.tokenizer.encode_quoted(context)
+            drafts = [self._short(work, question) for question in work.questions] if drafted else None
+            asked.append(About(head, [question.dialogue.first for question in work.questions], drafts))
+            seeds.append([_seed(question.seed, "rejected") for question in work.questions])
+        return self._generator.answers_about(asked, self._answering, seeds)
 
 
 def middle_of(text: str, room: int, tokenizer: Tokenizer) -> tuple[int, int] | None:

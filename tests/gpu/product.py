@@ -18,7 +18,7 @@ import numpy as np
 
 from longpo_jax.config import GenerationConfig, LongPOConfig, PairsConfig, PolicyConfig, TrainConfig
 from longpo_jax.dialogue import Dialogue
-from longpo_jax.generator import Generator
+from longpo_jax.generator import About, Generator
 from longpo_jax.optimizer import transform_of
 from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.reference import Scorer
@@ -106,7 +106,8 @@ def about_one_document(folder: Path, dtype: str, drafted: bool) -> list[str]:
     head = dialogues[0].before + generator.tokenizer.encode_quoted(DOCUMENT)
     drafts = [dialogue.shared(DOCUMENT[:600]) for dialogue in dialogues] if drafted else None
     tails = [dialogue.first for dialogue in dialogues]
-    return [answer.text for answer in generator.answers_about(head, tails, GREEDY, range(4), drafts=drafts)]
+    (answers,) = generator.answers_about([About(head, tails, drafts)], GREEDY, [range(4)])
+    return [answer.text for answer in answers]
 
 
 def one_update(folder: Path, dtype: str) -> dict[str, Any]:

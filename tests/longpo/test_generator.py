@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from longpo_jax.config import GenerationConfig, LongPOConfig, PairsConfig, PolicyConfig
 from longpo_jax.dialogue import Dialogue
-from longpo_jax.generator import Generator
+from longpo_jax.generator import About, Generator
+from longpo_jax.records import Answer
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig
@@ -66,6 +67,14 @@ def prompt(generator: Generator, context: str, question: str) -> list[int]:
     return Dialogue(generator.tokenizer, [question]).shared(context)
 
 
+def about(
+    generator: Generator, head: list[int], tails: Any, sampling: SamplingConfig, seeds: Any, drafts: Any = None
+) -> list[Answer]:
+    """The answers about one document."""
+    (found,) = generator.answers_about([About(head, tails, drafts)], sampling, [list(seeds)])
+    return found
+
+
 def plain_greedy(folder: Path, generator: Generator, prompt: list[int], theta: float = 10000.0) -> str:
     config = LlamaConfig.from_pretrained(folder)
     config.rope_parameters = {"rope_type": "default", "rope_theta": theta}
@@ -108,24 +117,24 @@ def test_questions_about_one_document_share_its_one_copy(folder, generator, ques
     read = []
     prefilled = generator._prefilled
     monkeypatch.setattr(generator, "_prefilled", lambda decoder, given: read.append(given) or prefilled(decoder, given))
-    answers = generator.answers_about(head, tails, GREEDY, SEEDS)
+    answers = about(generator, head, tails, GREEDY, SEEDS)
     assert read == [[head]]
     expected = [plain_greedy(folder, generator, head + tail) for tail in tails]
     assert [answer.text for answer in answers] == expected and len(set(expected)) > 1
-    assert generator.answers_about(head, [], GREEDY, []) == []
+    assert about(generator, head, [], GREEDY, []) == []
 
 
 def test_drafts_from_the_excerpt_change_no_greedy_answer(generator, questions):
     head, tails, drafts = questions
-    plain = generator.answers_about(head, tails, GREEDY, SEEDS)
-    assert generator.answers_about(head, tails, GREEDY, SEEDS, drafts=drafts) == plain
+    plain = about(generator, head, tails, GREEDY, SEEDS)
+    assert about(generator, head, tails, GREEDY, SEEDS, drafts=drafts) == plain
 
 
 def test_a_drafted_answer_does_not_depend_on_its_neighbours(generator, questions):
     head, tails, drafts = questions
     drawn = SamplingConfig(temperature=1.0, max_new_tokens=12)
-    first, second = generator.answers_about(head, tails[:2], drawn, SEEDS[:2], drafts=drafts[:2])
-    turned = generator.answers_about(head, tails[2:0:-1], drawn, SEEDS[2:0:-1], drafts=drafts[2:0:-1])
+    first, second = about(generator, head, tails[:2], drawn, SEEDS[:2], drafts=drafts[:2])
+    turned = about(generator, head, tails[2:0:-1], drawn, SEEDS[2:0:-1], drafts=drafts[2:0:-1])
     assert turned[1] == second != turned[0] != first
 
 
@@ -154,7 +163,7 @@ def test_whole_documents_are_read_with_the_theta_of_generation_and_excerpts_with
     assert by_theta[10000.0] != by_theta[500.0]
     short = policy.answers([head + tail for tail in tails], GREEDY, SEEDS[:2])
     assert [answer.text for answer in short] == by_theta[10000.0]
-    assert [answer.text for answer in policy.answers_about(head, tails, GREEDY, SEEDS[:2])] == by_theta[500.0]
+    assert [answer.text for answer in about(policy, head, tails, GREEDY, SEEDS[:2])] == by_theta[500.0]
 
 
 def test_an_answer_that_was_cut_inside_a_character_ends_before_it(generator, prompts, monkeypatch):
@@ -181,5 +190,18 @@ def test_a_mesh_answers_as_one_device(folder, generator, prompts, questions):
     spread = Generator(config_for(folder, generation=mesh), quiet=True)
     assert spread.answers(prompts, GREEDY, SEEDS) == generator.answers(prompts, GREEDY, SEEDS)
     head, tails, _ = questions
-    expected = generator.answers_about(head, tails, GREEDY, SEEDS)
-    assert spread.answers_about(head, tails, GREEDY, SEEDS) == expected
+    expected = about(generator, head, tails, GREEDY, SEEDS)
+    assert about(spread, head, tails, GREEDY, SEEDS) == expected
+
+
+def test_several_documents_at_once_are_answered_as_each_alone(generator, questions):
+    """With other numbers of questions, and none; of the rows that fill up nothing is told."""
+    head, tails, drafts = questions
+    drawn = SamplingConfig(temperature=1.0, max_new_tokens=12)
+    other = head[:30] + head[60:] + head[30:60]
+    asked = [About(head, tails[:1], drafts[:1]), About([], [], []), About(other, tails, drafts)]
+    seeds = [SEEDS[:1], [], SEEDS]
+    together = generator.answers_about(asked, drawn, seeds)
+    alone = [generator.answers_about([one], drawn, [own])[0] for one, own in zip(asked, seeds, strict=True)]
+    assert together == alone and [len(answers) for answers in together] == [1, 0, 3]
+    assert together[0][0] != together[2][0]

@@ -88,11 +88,15 @@ class Engine:
         self.calls.append(("answers", list(prompts)))
         return self._say(prompts, sampling, seeds)
 
-    def answers_about(self, head, tails, sampling, seeds, *, drafts=None) -> list[Answer]:
-        prompts = [head + tail for tail in tails]
-        self.calls.append(("about", prompts))
-        self.drafts.append(drafts)
-        return self._say(prompts, sampling, seeds)
+    def answers_about(self, asked, sampling, seeds) -> list[list[Answer]]:
+        found = []
+        for about, own in zip(asked, seeds, strict=True):
+            prompts = [about.head + tail for tail in about.tails]
+            if prompts:
+                self.calls.append(("about", prompts))
+                self.drafts.append(about.drafts)
+            found.append(self._say(prompts, sampling, own))
+        return found
 
     def _say(self, prompts, sampling, seeds) -> list[Answer]:
         drawn = [random.Random(digest(repr(prompts), repr(sampling), repr(seed), self.weights)) for seed in seeds]

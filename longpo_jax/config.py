@@ -144,8 +144,9 @@ class PairsConfig:
         _require_sampling(self.temperature, self.top_p)
         penalty = self.repetition_penalty
         _require(1e-3 <= penalty <= 1e3, f"repetition_penalty: expected a number > 0, 1e-3 to 1e3, got {penalty}")
-        for name, most in (("repeats_chosen", 1), ("repeats_rejected", 1), ("min_words", math.inf)):
-            _require(0 <= getattr(self, name) <= most, f"{name}: expected 0 to {most}, got {getattr(self, name)}")
+        for name in ("repeats_chosen", "repeats_rejected"):
+            _require(0 <= getattr(self, name) <= 1, f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        _require(self.min_words >= 0, f"min_words: expected at least 0, got {self.min_words}")
         most, new = self.max_context, self.max_new_tokens
         _require(most > new, f"max_context: expected more than max_new_tokens, got {most} and {new}")
 
@@ -222,9 +223,9 @@ class TrainConfig:
     def __post_init__(self):
         rise = len(self.lengths) > 0 and list(self.lengths) == sorted(set(self.lengths)) and self.lengths[0] >= 1
         _require(rise, f"lengths: expected to rise from at least 1, got {list(self.lengths)}")
-        for name in ("tail", "rows_per_step", "epochs", "logits_chunk", "attention_block", "log_every", "save_every"):
+        counts = ("tail", "rows_per_step", "epochs", "logits_chunk", "attention_block", "log_every", "save_every", "keep")
+        for name in counts:
             _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
-        _require(self.keep >= 1, f"keep: expected at least 1, got {self.keep}")
         for name in ("max_steps", "keep_every"):
             _require(
                 (value := getattr(self, name)) is None or value >= 1,

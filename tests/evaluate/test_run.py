@@ -269,7 +269,7 @@ def test_modes_that_are_none(asked, said):
         modes_of(asked, CONFIG)
 
 
-def test_a_sample_has_the_same_prompt_on_any_day(tmp_path, monkeypatch):
+def test_a_sample_has_the_same_prompt_on_any_day(tmp_path):
     """A template that writes the date: the date of evaluations while samples are made and answered, else today's."""
     template = b"{{ strftime_now('%d %b %Y') }} {% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer = Tokenizer({**tokenizer_files(["the text 0123456789"]), "chat_template.jinja": template})
@@ -278,7 +278,6 @@ def test_a_sample_has_the_same_prompt_on_any_day(tmp_path, monkeypatch):
     assert today != "01 Jan 2025 the text"
     assert measure_of(CONFIG, tokenizer)(sample(0)) > 0
     assert tokenizer.chat(messages) == "01 Jan 2025 the text"
-    monkeypatch.setattr(Stub, "with_config", lambda self, config: self)
     stub = Stub(CONFIG, say)
     evaluate(stub, SAMPLES[:1], MODES[:1], begun(tmp_path, samples=SAMPLES[:1]), quiet=True)  # type: ignore[arg-type]
     assert stub.target.tokenizer.now == NOW

@@ -196,8 +196,7 @@ class OptimizerConfig:
         _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")
         for name in ("b1", "b2", "decay"):
             _require(0 <= getattr(self, name) < 1, f"{name}: expected 0 to below 1, got {getattr(self, name)}")
-        decays = math.isfinite(self.weight_decay) and self.weight_decay >= 0
-        _require(decays, f"weight_decay: expected a number >= 0, got {self.weight_decay}")
+        _require(0 <= self.weight_decay < math.inf, f"weight_decay: expected a number >= 0, got {self.weight_decay}")
 
 
 @dataclass(frozen=True)
@@ -223,8 +222,8 @@ class TrainConfig:
     def __post_init__(self):
         rise = len(self.lengths) > 0 and list(self.lengths) == sorted(set(self.lengths)) and self.lengths[0] >= 1
         _require(rise, f"lengths: expected to rise from at least 1, got {list(self.lengths)}")
-        counts = ("tail", "rows_per_step", "epochs", "logits_chunk", "attention_block", "log_every", "save_every", "keep")
-        for name in counts:
+        sizes = "tail rows_per_step epochs logits_chunk attention_block log_every save_every keep"
+        for name in sizes.split():
             _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("max_steps", "keep_every"):
             _require(

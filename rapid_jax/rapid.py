@@ -6,6 +6,7 @@ the target's distribution is moved towards the drafter's (arXiv 2502.20330).
 """
 
 import asyncio
+import sys
 import threading
 import time
 from collections import deque
@@ -43,7 +44,8 @@ class Rapid:
     @cached_property
     def engine(self) -> Engine:
         """What runs the requests."""
-        return Engine(self.config, self.models, quiet=self._quiet)
+        # Whoever asks also does the work, and waits for all of it: no question is one too many.
+        return Engine(self.config, self.models, queue=sys.maxsize, quiet=self._quiet)
 
     @property
     def target(self) -> LoadedModel:
@@ -79,19 +81,16 @@ class Rapid:
         loaded = time.perf_counter()
         if on_text is not None:  # every round is told at once
             config = replace(config, speculation=replace(config.speculation, rounds_per_read=1))
-        answer, first = None, None
+        answer = None
         for event in self.stream(Question(document, question), settings=config, streams=on_text is not None):
             if isinstance(event, Retrieved) and on_retrieved is not None:
                 on_retrieved(event.selection)
-            elif isinstance(event, Piece):
-                first = first or time.perf_counter()
-                if on_text is not None and event.text:
-                    on_text(event.text)
+            elif isinstance(event, Piece) and on_text is not None and event.text:
+                on_text(event.text)
             elif isinstance(event, Done):
                 answer = event.answer
         assert answer is not None
-        times = {"load": loaded - start, "first_token": (first or time.perf_counter()) - loaded}
-        return replace(answer, seconds=times | answer.seconds)
+        return replace(answer, seconds={"load": loaded - start} | answer.seconds)
 
     def stream(
         self, prompt: Prompt, *, settings: RapidConfig | None = None, logprobs: int | None = None, streams: bool = True
@@ -176,15 +175,15 @@ class Rapid:
                 if on_answer is not None:
                     on_answer(place, event.answer)
 
-        for place, prompt in enumerate(prompts):
-            own = config
-            if seeds is not None:
-                own = replace(config, sampling=replace(config.sampling, seed=seeds[place]))
-            prompt = Question(*prompt) if isinstance(prompt, tuple) else prompt
-            request = Request.of(prompt, own, logprobs=logprobs)
-            on_event = lambda event, place=place: hear(place, event)  # noqa: E731
-            tickets.append(self.engine.submit(request, on_event, streams=False))
         try:
+            for place, prompt in enumerate(prompts):
+                own = config
+                if seeds is not None:
+                    own = replace(config, sampling=replace(config.sampling, seed=seeds[place]))
+                prompt = Question(*prompt) if isinstance(prompt, tuple) else prompt
+                request = Request.of(prompt, own, logprobs=logprobs)
+                on_event = lambda event, place=place: hear(place, event)  # noqa: E731
+                tickets.append(self.engine.submit(request, on_event, streams=False))
             while not failed and not all(ticket.job.ended for ticket in tickets):
                 self.engine.step()
         finally:
@@ -211,4 +210,6 @@ class Rapid:
             raise ValueError("settings have the same models: models.* must be equal, but max_context and too_long")
         if (settings.mesh, settings.drafter_mesh, settings.compute) != (own.mesh, own.drafter_mesh, own.compute):
             raise ValueError("settings leave the models where they are: mesh, drafter_mesh and compute must be equal")
+        if settings.cache != own.cache:
+            raise ValueError("settings have the same cache: what is kept of documents serves all")
         return settings

@@ -7,7 +7,9 @@ import random
 import pytest
 
 from rapid_jax.answer import Answer, Transcript
+from rapid_jax.conversation import Prompt
 from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.prompts import Reading
 from rapid_jax.retrieval.chunk import Chunk
 from rapid_jax.retrieval.select import Selection
 from rapid_jax.speculative.generate import Generation
@@ -99,6 +101,17 @@ def generation(**changed) -> Generation:
     return Generation(**values | changed)
 
 
+SELECTION = Selection((Chunk(3, 9, "chunk.", 2),), (0.5,), 4, False)
+
+
+def reading(
+    selection: Selection | None = SELECTION, *, tokens: int = 100, document_tokens: int = 90, truncated: bool = False
+) -> Reading:
+    """A prompt of so many tokens; where something was retrieved, another of 20."""
+    short = None if selection is None else Prompt([2] * 15, [3] * 5)
+    return Reading(Prompt([0] * (tokens - 5), [1] * 5), short, selection, document_tokens, truncated=truncated)
+
+
 def answer(**changed) -> Answer:
     values = {
         "text": "abc",
@@ -109,10 +122,7 @@ def answer(**changed) -> Answer:
         "eta": 10.0,
         "gamma": "auto",
         "generation": generation(),
-        "selection": Selection((Chunk(3, 9, "chunk.", 2),), (0.5,), 4, False),
-        "target_tokens": 100,
-        "draft_tokens": 20,
-        "document_tokens": 90,
+        "reading": reading(),
         "prefix_reused": True,
         "seconds": {"load": 1.0, "retrieval": 0.1, "prefill": 2.0, "compile": 79.2, "first_token": 2.2, "decode": 1.5},
     }
@@ -124,6 +134,19 @@ def test_figures_of_an_answer():
     assert (given.tokens_per_second, given.acceptance_rate, given.tokens_per_round) == (2.0, 0.75, 1.5)
     without = answer(generation=generation(drafted=[0], accepted=[0]))
     assert without.acceptance_rate is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "selection", "sizes"),
+    [("rapid", SELECTION, (100, 20)), ("retrieval", SELECTION, (20, 0)), ("target", None, (100, 0))],
+)
+def test_which_model_read_which_prompt(mode, selection, sizes):
+    given = answer(mode=mode, reading=reading(selection, truncated=True))
+    assert (given.target_tokens, given.draft_tokens) == sizes
+    assert (given.document_tokens, given.truncated, given.selection) == (90, True, selection)
+    told = given.to_json()
+    assert (told["target_tokens"], told["draft_tokens"]) == sizes
+    assert (told["document_tokens"], told["truncated"]) == (90, True)
 
 
 def test_json_is_json_and_says_all_of_it():
@@ -138,4 +161,4 @@ def test_json_is_json_and_says_all_of_it():
         "fallback": False,
     }
     assert given["rounds_by_gamma"] == {"4": 2}
-    assert json.loads(json.dumps(answer(selection=None).to_json()))["retrieval"] is None
+    assert json.loads(json.dumps(answer(reading=reading(None)).to_json()))["retrieval"] is None

@@ -17,7 +17,7 @@ from rapid_jax.cli import main
 from rapid_jax.config import RapidConfig
 from rapid_jax.runtime import settings
 from tests.retrieval import encoders
-from tests.test_answer import answer
+from tests.test_answer import answer, reading
 from tests.tiny_models import MAX_POSITIONS, save_decoder, words
 
 QUESTION = "w12 w34 w56?"
@@ -207,7 +207,7 @@ def test_a_second_run_reuses_the_documents_prefill(rapid, tmp_path):
 )
 def test_the_summary_says_cut_of_a_document_that_was(capsys, truncated, mode, said):
     """In mode retrieval the target's prompt is shorter than the document, which is whole all the same."""
-    given = answer(mode=mode, truncated=truncated, document_tokens=900, target_tokens=100)
+    given = answer(mode=mode, reading=reading(document_tokens=900, truncated=truncated))
     rapid_jax.cli._tell_summary(given, RapidConfig())
     told = capsys.readouterr().err
     assert said in told and ("cut" in told) == truncated
@@ -358,7 +358,7 @@ def test_a_truncated_checkpoint_is_refused(rapid, folder, tmp_path):
 
 
 def test_a_drafter_of_another_vocabulary_is_refused_before_weights_are_read(rapid, tmp_path, monkeypatch):
-    monkeypatch.setattr("rapid_jax.rapid.load_model", None)
+    monkeypatch.setattr("rapid_jax.engine.models.load_model", None)
     save_decoder(tmp_path / "drafter", corpus=["quite another text about other things"])
     outcome = rapid("--drafter", tmp_path / "drafter")
     refused(outcome, "the drafter must have the target's vocabulary: expected token ", str(tmp_path / "drafter"))

@@ -2,22 +2,25 @@
 """The facade as a library: one object, many questions, the same models under other settings."""
 
 import json
+import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import safetensors.numpy
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, PromptsConfig, RapidConfig
+from rapid_jax.engine.request import Question
 from rapid_jax.rapid import Rapid
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig, SamplingSettings, SpeculationConfig
-from rapid_jax.speculative.prefill import prefill
+from rapid_jax.speculative.prefill import Prefill
+from rapid_jax.speculative.rounds import Rounds
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 QUESTION = "w12 w34 w56?"
 
 
@@ -40,9 +43,22 @@ def rapid(config) -> Rapid:
     return Rapid(config, quiet=True)
 
 
-def under(rapid: Rapid, **speculation) -> Rapid:
-    config = rapid.config
-    return rapid.with_config(replace(config, speculation=replace(config.speculation, **speculation)))
+@pytest.fixture
+def prefilled(monkeypatch) -> list[int]:
+    """The sizes of documents that are prefilled from here on, each when it begins."""
+    sizes: list[int] = []
+
+    class Counting(Prefill):
+        def __init__(self, decoder, prompts, settings, **how):
+            sizes.extend(len(prompt) for prompt in prompts if not settings.coarse)
+            super().__init__(decoder, prompts, settings, **how)
+
+    monkeypatch.setattr("rapid_jax.engine.prepare.Prefill", Counting)
+    return sizes
+
+
+def under(config: RapidConfig, **speculation) -> RapidConfig:
+    return replace(config, speculation=replace(config.speculation, **speculation))
 
 
 def test_text_is_told_in_order_after_what_was_retrieved(rapid):
@@ -59,55 +75,96 @@ def test_text_is_told_in_order_after_what_was_retrieved(rapid):
     assert answer.seconds["first_token"] <= answer.seconds["prefill"] + answer.seconds["decode"] + 60
 
 
-def test_the_last_documents_prefill_stays_in_memory(rapid):
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_first_token_comes_before_the_last(rapid, monkeypatch, streamed):
+    """Whether or not somebody reads along."""
+    advance = Rounds.advance
+
+    def slow(self, plan, rounds):
+        time.sleep(0.2)
+        return advance(self, plan, rounds)
+
+    monkeypatch.setattr(Rounds, "advance", slow)
+    settings = under(rapid.config, rounds_per_read=1, mode="target", lookup="off")
+    start = time.perf_counter()
+    answer = rapid.answer(words(200), QUESTION, settings=settings, on_text=[].append if streamed else None)
+    calls = len(answer.token_ids)
+    assert calls > 4
+    assert 0.2 <= answer.seconds["first_token"] <= time.perf_counter() - start - (calls - 1) * 0.2
+
+
+def test_documents_that_were_prefilled_stay_in_memory(rapid):
     first = rapid.answer(words(200, seed=1), QUESTION)
     again = rapid.answer(words(200, seed=1), "w1?")
     other = rapid.answer(words(200, seed=2), QUESTION)
-    assert [answer.prefix_reused for answer in (first, again, other)] == [False, True, False]
+    third = rapid.answer(words(200, seed=1), QUESTION)
+    assert [answer.prefix_reused for answer in (first, again, other, third)] == [False, True, False, True]
+    assert third.token_ids == first.token_ids
 
 
-def test_another_configuration_shares_models_and_prefill_and_changes_the_rest(rapid):
-    document = words(200, seed=3)
+def test_other_settings_share_models_and_prefill_and_change_the_rest(rapid):
+    document, target = words(200, seed=3), rapid.target
     first = rapid.answer(document, QUESTION)
-    other = under(rapid, mode="target")
-    assert other.target is rapid.target
-    answer = other.answer(document, QUESTION)
+    answer = rapid.answer(document, QUESTION, settings=under(rapid.config, mode="target"))
+    assert rapid.target is target
     assert answer.prefix_reused and answer.token_ids == first.token_ids
     assert (answer.mode, answer.gamma, answer.draft_tokens, answer.selection) == ("target", 0, 0, None)
-    with pytest.raises(ValueError, match="the models"):
-        rapid.with_config(replace(rapid.config, models=replace(rapid.config.models, target="other")))
+    assert rapid.answer(document, QUESTION).mode == "rapid", "they are of one call"
 
 
-def test_a_configuration_that_cuts_documents_shares_models_too(rapid):
-    models = replace(rapid.config.models, max_context=200)
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"models": ModelsConfig(target="other")}, "settings have the same models"),
+        ({"mesh": MeshConfig(context=2)}, "settings leave the models where they are"),
+        ({"compute": ComputeConfig(kv="int8")}, "settings leave the models where they are"),
+        ({"cache": CacheConfig(host_gib=1)}, "settings have the same cache"),
+    ],
+)
+def test_settings_that_concern_what_is_loaded_are_refused(rapid, changed, said):
+    """In every method, and nothing is done."""
+    settings = replace(rapid.config, **changed)
+    asked = (words(50), QUESTION)
+    for call in (
+        lambda: rapid.load(settings),
+        lambda: rapid.answer(*asked, settings=settings),
+        lambda: rapid.answers([asked], settings=settings),
+        lambda: rapid.read(asked, settings=settings),
+        lambda: next(rapid.stream(Question(*asked), settings=settings)),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+
+
+def test_settings_that_cut_documents_share_models_too(rapid):
+    models, target = replace(rapid.config.models, max_context=200), rapid.target
+    settings = replace(under(rapid.config, mode="target"), models=models)
     with pytest.raises(InputError, match="the document is too long"):
-        under(rapid, mode="target").with_config(replace(rapid.config, models=models)).answer(words(400), QUESTION)
-    models = replace(models, too_long="middle")
-    other = rapid.with_config(replace(rapid.config, models=models))
-    assert other.target is rapid.target and other.answer(words(400), QUESTION).target_tokens <= 200
+        rapid.answer(words(400), QUESTION, settings=settings)
+    settings = replace(rapid.config, models=replace(models, too_long="middle"))
+    answer = rapid.answer(words(400), QUESTION, settings=settings)
+    assert rapid.target is target and answer.target_tokens <= 200 and answer.truncated
 
 
 def test_retrieval_alone_answers_as_the_target_does_from_the_retrieved_text(rapid, config):
-    retrieved = under(rapid, mode="retrieval").answer(words(200), QUESTION)
+    retrieved = rapid.answer(words(200), QUESTION, settings=under(config, mode="retrieval"))
     assert retrieved.selection is not None and retrieved.gamma == 0
     prompts = PromptsConfig(target=config.prompts.drafter)
-    plain = under(rapid, mode="target").with_config(
-        replace(config, prompts=prompts, speculation=SpeculationConfig(mode="target"))
-    )
-    expected = plain.answer(retrieved.selection.text, QUESTION)
+    plain = replace(config, prompts=prompts, speculation=SpeculationConfig(mode="target"))
+    expected = rapid.answer(retrieved.selection.text, QUESTION, settings=plain)
     assert retrieved.token_ids == expected.token_ids
     assert retrieved.target_tokens == expected.target_tokens
 
 
 def test_the_drafter_reads_the_retrieved_text_in_its_own_prompt(rapid):
     """A drafter that reads all that the target reads, in the same words, is the target: every draft is accepted."""
-    config = replace(
+    settings = replace(
         rapid.config,
         retrieval=replace(rapid.config.retrieval, min_tokens=4096, threshold=-1.0),
         prompts=PromptsConfig(drafter=rapid.config.prompts.target),
     )
     document = "w1 w2 w3 w4 w5 w6 w7 w8 w9."
-    answer = rapid.with_config(config).answer(document, QUESTION)
+    answer = rapid.answer(document, QUESTION, settings=settings)
     assert answer.draft_tokens == answer.target_tokens
     assert answer.acceptance_rate == 1.0
 
@@ -118,11 +175,11 @@ def test_a_drafter_of_another_vocabulary_is_refused_whenever_it_is_first_needed(
     alone = Rapid(replace(config, models=models, speculation=SpeculationConfig(mode="target")), quiet=True)
     assert alone.answer(words(50), QUESTION).token_ids
     with pytest.raises(InputError, match=r"the drafter must have the target's vocabulary: expected token \d+"):
-        under(alone, mode="rapid").answer(words(50), QUESTION)
+        alone.answer(words(50), QUESTION, settings=under(alone.config, mode="rapid"))
 
 
 def test_the_encoder_is_looked_for_before_weights_are_read(config, monkeypatch):
-    monkeypatch.setattr("rapid_jax.rapid.load_model", None)
+    monkeypatch.setattr("rapid_jax.engine.models.load_model", None)
     models = replace(config.models, encoder="absent")
     with pytest.raises(InputError, match="encoder: expected 'minilm' or a Hugging Face folder"):
         Rapid(replace(config, models=models), quiet=True).answer(words(50), QUESTION)
@@ -149,18 +206,21 @@ def test_rounded_weights_draft_and_the_answer_stays_the_targets(rapid, config, w
     assert sum(answer.generation.drafted) > 0
 
 
-def test_a_rounded_prefix_is_stored_in_full_and_answers_nearly_the_same(config, tmp_path):
+def test_a_rounded_prefix_is_stored_as_it_is_and_answers_nearly_the_same(config, tmp_path):
+    """Settings that round find it again, those that do not make their own."""
     cache = CacheConfig(folder=str(tmp_path), disk_gib=1)
-    speculation = SpeculationConfig(mode="target")
-    full = Rapid(replace(config, cache=cache, speculation=speculation), quiet=True)
-    halved = Rapid(replace(full.config, compute=replace(config.compute, kv="int8")), quiet=True)
+    settings = replace(config, cache=cache, speculation=SpeculationConfig(mode="target"))
+    rounded = replace(settings, compute=replace(config.compute, kv="int8"))
+    halved = Rapid(rounded, quiet=True)
     first = halved.answer(words(200), QUESTION)
-    assert {kv.k_BKSH.dtype.name for kv in next(iter(halved._prefixes._memory.values())).layers} == {"int8"}
-    second = full.answer(words(200), QUESTION)
-    assert (first.prefix_reused, second.prefix_reused) == (False, True)
-    assert first.token_ids[:4] == second.token_ids[:4]
-    read = halved.read(words(200), QUESTION)
-    assert halved.answers([read], kept=False)[0].token_ids == first.token_ids
+    found = halved.engine.prefixes.find(first.prompt.head)
+    assert found.prefix is not None
+    assert {kv.k_BKSH.dtype.name for kv in found.prefix.layers} == {"int8"}
+    again = Rapid(rounded, quiet=True).answers([(words(200), QUESTION)])[0]
+    full = Rapid(settings, quiet=True).answer(words(200), QUESTION)
+    assert [answer.prefix_reused for answer in (first, again, full)] == [False, True, False]
+    assert first.token_ids == again.token_ids
+    assert first.token_ids[:4] == full.token_ids[:4]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +252,7 @@ def test_the_answer_does_not_wait_for_the_disk(config, tmp_path, monkeypatch):
 def test_a_mesh_gives_the_answer_of_one_device_and_shares_its_stored_prefill(config, tmp_path):
     """One device stores the document's prefill; two meshes answer from it, and each from its own too."""
     sampled = replace(config.sampling, temperature=0.8, seed=3)
-    kept = replace(config.cache, folder=str(tmp_path), prefixes=True)
+    kept = CacheConfig(folder=str(tmp_path), disk_gib=1.0)
     base = replace(config, sampling=sampled, cache=kept, speculation=replace(config.speculation, lookup="off"))
     document = words(300, seed=5)
     first = Rapid(base, quiet=True).answer(document, QUESTION)
@@ -205,7 +265,6 @@ def test_a_mesh_gives_the_answer_of_one_device_and_shares_its_stored_prefill(con
 
 
 def test_a_drafter_on_its_own_devices_gives_the_same_answer(config, tmp_path):
-    """The drafter reads its prompt while the target reads the document: its prefill is not waited for."""
     drafter = save_decoder(tmp_path / "drafter", seed=1)
     settings = replace(
         config,
@@ -240,11 +299,11 @@ def test_answers_together_are_those_of_each_question_alone(rapid, config):
     """Of other lengths, drawn, with seeds of their own."""
     asked = [(words(150, seed=11), QUESTION), (words(90, seed=12), "w1 w2?")]
     for mode in ("retrieval", "rapid"):
-        changed = replace(config.speculation, mode=mode, lookup="off"), replace(config.sampling, temperature=0.9)
-        one = rapid.with_config(replace(config, speculation=changed[0], sampling=changed[1]))
-        together = one.answers([one.read(*item) for item in asked], [0, 5])
+        sampling = replace(config.sampling, temperature=0.9)
+        settings = replace(under(config, mode=mode, lookup="off"), sampling=sampling)
+        together = rapid.answers(asked, settings=settings, seeds=[0, 5])
         for seed, item, answer in zip((0, 5), asked, together, strict=True):
-            alone = one.with_config(replace(one.config, sampling=replace(changed[1], seed=seed))).answer(*item)
+            alone = rapid.answer(*item, settings=replace(settings, sampling=replace(sampling, seed=seed)))
             for name in ("text", "token_ids", "origins", "finish_reason", "target_tokens", "draft_tokens"):
                 assert getattr(answer, name) == getattr(alone, name), name
             assert answer.selection is not None and alone.selection is not None
@@ -255,73 +314,81 @@ def test_answers_together_are_those_of_each_question_alone(rapid, config):
             )
 
 
-def test_documents_that_are_read_together_are_prefilled_once_for_all_modes(rapid):
-    asked = [(words(80, seed=seed), QUESTION) for seed in (21, 22)]
-    rapid.load()
-    found = []
-    for mode, rows, kept in [
-        ("target", asked, True),
-        ("rapid", asked, True),
-        ("target", asked[:1], False),
-        ("lossless", asked, True),
-        ("target", asked[:1], True),
-        ("lossless", asked, True),
-    ]:
-        one = under(rapid, mode=mode, lookup="off")
-        found += [one.answers([one.read(*item) for item in rows], kept=kept)[0].prefix_reused]
-    assert found == [False, True, False, True, False, False]
+def test_answers_are_told_as_they_come(rapid):
+    told: dict[int, str] = {}
+    found = rapid.answers(
+        [(words(80, seed=13), QUESTION), (words(60, seed=14), "w1?")],
+        settings=under(rapid.config, mode="target"),
+        on_answer=lambda place, answer: told.update({place: answer.text}),
+    )
+    assert told == {place: answer.text for place, answer in enumerate(found)}
+
+
+def test_one_question_that_cannot_be_answered_takes_the_others_back(rapid):
+    """And nothing of them is left for the next call."""
+    settings, asked = under(rapid.config, mode="target"), [(words(80, seed=15), QUESTION), ("", "w1?")]
+    with pytest.raises(InputError, match="expected a document with text in it"):
+        rapid.answers(asked, settings=settings)
+    assert rapid.engine.is_idle
+    with pytest.raises(InputError, match="seed must be in"):
+        rapid.answers([asked[0]] * 2, settings=settings, seeds=[1, -1])
+    assert rapid.engine.is_idle
+
+
+def test_more_questions_than_the_engine_keeps_waiting_for_strangers(rapid, config):
+    """Whoever steps the engine waits for every answer: no question is one too many."""
+    asked = [("", "w1?"), *[(words(80, seed=16), QUESTION)] * 1100]
+    with pytest.raises(InputError, match="expected a document with text in it"):
+        rapid.answers(asked, settings=under(config, mode="target"))
+    assert rapid.engine.is_idle
+
+
+def test_documents_are_prefilled_once_for_all_modes(rapid, prefilled):
+    asked, found = [(words(80, seed=seed), QUESTION) for seed in (21, 22)], []
+    for mode, rows in [("target", asked), ("rapid", asked), ("target", asked[:1]), ("lossless", asked)]:
+        answers = rapid.answers(rows, settings=under(rapid.config, mode=mode, lookup="off"))
+        found.append([answer.prefix_reused for answer in answers])
+    assert found == [[False, False], [True, True], [True], [True, True]]
+    assert len(prefilled) == 2
 
 
 def test_what_is_retrieved_may_come_from_another_text(rapid):
     document, other = words(200, seed=31), words(200, seed=32)
-    one = under(rapid, mode="rapid")
-    read = one.read(document, QUESTION, retrieve_from=other)
+    read = rapid.read(Question(document, QUESTION, retrieve_from=other))
     assert read.selection is not None
     assert all(other[chunk.start : chunk.end] == chunk.text for chunk in read.selection.chunks)
-    assert read.long == one.read(document, QUESTION).long
+    assert read.long == rapid.read((document, QUESTION)).long
 
 
 def test_an_answer_is_made_to_begin_with_words(rapid):
-    other = under(rapid, mode="rapid")
-    plain, begun = (other.read(words(60), QUESTION, begins=begins) for begins in ("", " So w1 w2"))
+    plain, begun = (rapid.read(Question(words(60), QUESTION, begins=begins)) for begins in ("", " So w1 w2"))
     assert plain.short is not None and begun.short is not None
     for one, more in ((plain.long, begun.long), (plain.short, begun.short)):
         assert rapid.target.tokenizer.decode(more.tokens).removeprefix(rapid.target.tokenizer.decode(one.tokens)) == (
             " So w1 w2"
         )
-    template = "Read.\n{document}\nAsked: {question}"
-    asked = rapid.target.tokenizer.decode(other.read("w1 w2.", "w3?", template=template).long.tokens)
-    assert "Read.\nw1 w2.\nAsked: w3?" in asked
+    read = rapid.read(Question("w1 w2.", "w3?", template="Read.\n{document}\nAsked: {question}"))
+    assert "Read.\nw1 w2.\nAsked: w3?" in rapid.target.tokenizer.decode(read.long.tokens)
 
 
-def test_rows_of_one_document_are_prefilled_once_and_stored_once(rapid, config, monkeypatch):
+def test_rows_of_one_document_are_prefilled_once_and_stored_once(config, tmp_path, prefilled):
     """One row serves them all; of several documents each is computed once."""
-    prefilled: list[list[int]] = []
-
-    def counting(decoder, prompts, **how):
-        prefilled.append([len(prompt) for prompt in prompts])
-        return prefill(decoder, prompts, **how)
-
-    monkeypatch.setattr("rapid_jax.rapid.prefill", counting)
-    one = rapid.with_config(
-        replace(
-            config,
-            cache=replace(config.cache, prefixes=True),
-            speculation=SpeculationConfig(mode="target", lookup="off"),
-        )
+    cache = CacheConfig(folder=str(tmp_path), disk_gib=1)
+    one = Rapid(
+        replace(config, cache=cache, speculation=SpeculationConfig(mode="target", lookup="off")),
+        quiet=True,
     )
     asked = [(words(80, seed=41), question) for question in (QUESTION, "w1?", "w2 w3?")]
-    readings = [one.read(*item) for item in asked]
-    size = len(readings[0].long.head)
-    together = one.answers(readings)
-    assert prefilled == [[size]] and len(list(Path(config.cache.folder, "prefixes").glob("*"))) == 1
+    together = one.answers(asked)
+    size = len(together[0].prompt.head)
+    assert prefilled == [size] and len(list((tmp_path / "prefixes").glob("*"))) == 1
     assert [answer.token_ids for answer in together] == [one.answer(*item).token_ids for item in asked]
-    assert prefilled == [[size]], "an answer alone finds the same prefill"
-    other = one.read(words(80, seed=42), QUESTION)
-    mixed = one.answers([readings[0], other, readings[1]], kept=False)
-    assert prefilled[1:] == [[size, len(other.long.head)]]
+    assert prefilled == [size], "an answer alone finds the same prefill"
+    other = (words(80, seed=42), QUESTION)
+    mixed = one.answers([asked[0], other, asked[1]])
+    assert prefilled[1:] == [len(mixed[1].prompt.head)]
     assert [mixed[0].token_ids, mixed[2].token_ids] == [answer.token_ids for answer in together[:2]]
-    assert mixed[1].token_ids == one.answers([other], kept=False)[0].token_ids
+    assert mixed[1].token_ids == one.answer(*other).token_ids
 
 
 def test_the_checkpoints_own_sampling_is_the_default_and_settings_go_before_it(config, tmp_path, caplog):
@@ -352,6 +419,7 @@ def test_an_answer_from_weights_that_are_not_finite_is_refused_and_nothing_is_ke
     told: list[str] = []
     with pytest.raises(InputError, match=r"the target's logits are NaN.*: model.layers.1.mlp.up_proj.weight holds"):
         spoilt.answer(words(50), QUESTION, on_text=told.append)
-    assert told == [] and not list((tmp_path / "cache").rglob("*.safetensors"))
     with pytest.raises(InputError, match="up_proj"):
-        spoilt.answers([spoilt.read(words(50), QUESTION)])
+        spoilt.answers([(words(50), QUESTION)])
+    assert told == [] and not list((tmp_path / "cache" / "prefixes").rglob("*"))
+    assert spoilt.engine.prefixes.bytes() == {"device": 0, "host": 0, "disk": 0} and spoilt.engine.is_idle

@@ -11,7 +11,7 @@ from rapid_jax.config import RapidConfig
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.trace import pieces, write_trace
-from tests.test_answer import answer
+from tests.test_answer import answer, reading
 from tests.tiny_models import tokenizer_files
 
 NAMES = ["lookup", "draft", "correction", "bonus"]
@@ -129,7 +129,7 @@ def test_question_chunks_times_and_settings_are_on_the_page(tmp_path, tokenizer)
     assert "75%" in text and "2.0 tokens/s" in text and "1.5 s" in text
     assert "speculation:\n  mode: rapid" in text
     assert "prefers-color-scheme: dark" in text
-    traced(tmp_path, tokenizer, tokenizer.encode("a"), [0], "a", selection=None, mode="target")
+    traced(tmp_path, tokenizer, tokenizer.encode("a"), [0], "a", reading=reading(None), mode="target")
     assert "mode target reads the document alone" in (tmp_path / "trace.html").read_text()
 
 

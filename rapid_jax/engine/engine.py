@@ -18,6 +18,7 @@ from rapid_jax.engine.prefixes import PrefixCache
 from rapid_jax.engine.prepare import Prepared, Preparing, Steps
 from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
 from rapid_jax.runtime.compiling import forget_programs, timed
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import cache_dir
 from rapid_jax.speculative.generate import Generation
 from rapid_jax.speculative.own_sampling import resolve
@@ -236,12 +237,13 @@ class Engine:
     def _advance(self, key: LaneKey, lane: Lane) -> None:
         try:
             gone = lane.advance()
-        except Exception as error:  # of these rows: what they made of the document is of no use
+        except Exception as error:  # of these rows
             del self._lanes[key]
             for job in lane.running:
                 prepared = self._held.pop(id(job))
                 self._release(prepared)
-                if prepared.handle is not None:
+                # A model that gives no answer: what it made of the document is of no use.
+                if isinstance(error, InputError) and prepared.handle is not None:
                     self.prefixes.remove(prepared.handle.key)
                 self._fail(job, error)
             return

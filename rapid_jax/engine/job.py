@@ -34,8 +34,8 @@ class Job:
     generation: Generation | None = None  # once it is complete
     ended: bool = False  # the last event is out
     token_logprobs: list[TokenLogprobs] | None = None
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("retrieval", "prefill", "compile", "decode"), 0.0)
+    seconds: dict[str, float] = field(  # those to the first token are of a clock on the wall
+        default_factory=lambda: dict.fromkeys(("retrieval", "prefill", "compile", "first_token", "decode"), 0.0)
     )
     submitted_at: float = field(default_factory=time.perf_counter)
     cancelled: threading.Event = field(default_factory=threading.Event)
@@ -84,6 +84,8 @@ class Job:
     def finish(self) -> None:
         """Nothing more comes; what was held back belongs to the answer."""
         self.transcript.finish()
+        first = self.transcript.first_token_at or time.perf_counter()
+        self.seconds["first_token"] = first - self.submitted_at
         rest = self._text()
         if self.streams and rest:
             self.on_event(Piece(rest, [], [], None if self.request.logprobs is None else []))

@@ -81,8 +81,10 @@ def evaluate(
         left = [(mode.label, s.id) for mode in modes for s in mine if s.id not in done[mode.label]]
         check_agreed({"batch": batch, "answers that are there already": (len(left), left)})
         report = stack.enter_context(progress("evaluate", len(left), "answers", quiet=quiet or not leads))
+        unfinished = {label for label, _ in left}
         for mode in modes:
-            _dated(rapid, mode.config)
+            if mode.label in unfinished:
+                _dated(rapid, mode.config)
         for group in _groups(mine, batch):
             for mode in modes:
                 todo = [sample for sample in group if sample.id not in done[mode.label]]
@@ -211,7 +213,8 @@ def _line(sample: Sample, answer: Answer, mode: LabelledMode, rapid: Rapid) -> d
         "tokens_per_round": told["tokens_per_round"],
         "tokens_per_second": told["tokens_per_second"],
         "prefix_reused": answer.prefix_reused,
-        "seconds": answer.seconds,
+        # When the first token came says how long others of the batch were waited for.
+        "seconds": {name: value for name, value in answer.seconds.items() if name != "first_token"},
     }
 
 

@@ -93,17 +93,25 @@ class PlannedModel:
         return work_of(config, self.sizes, run, weight, cached, split_tokens=split_tokens)
 
 
-def layout_of(config: RapidConfig, mesh: MeshConfig, prompt: int) -> prefill.ChunkLayout:
-    """How a prompt of so many tokens is prefilled."""
-    return prefill.ChunkLayout.of(prompt, config.compute.prefill_chunk, mesh.context)
+def layout_of(config: RapidConfig, mesh: MeshConfig, prompt: int, *, coarse: bool) -> prefill.ChunkLayout:
+    """How a prompt of so many tokens is prefilled; `coarse`: one of retrieved text, which is kept for nobody."""
+    return prefill.ChunkLayout.of(prompt, config.compute.prefill_chunk, mesh.context, coarse=coarse)
 
 
 def planned(
-    config: RapidConfig, architecture: Architecture, mesh: Mesh | None, sizes: MeshConfig, prompt: int
+    config: RapidConfig,
+    architecture: Architecture,
+    mesh: Mesh | None,
+    sizes: MeshConfig,
+    prompt: int,
+    *,
+    retrieved: bool,
 ) -> PlannedModel:
-    """The model as the settings have it loaded; its prefix is rounded where they say so of the target's."""
+    """The model as the settings have it loaded, with a prompt of a document or of `retrieved` text; that of a document
+    is rounded where the settings say so."""
     table = with_copied_kv(PARAM, sizes.replicate_kv)
     dtype = jnp.dtype("bfloat16" if config.models.dtype == "auto" else config.models.dtype)
     decoder = abstract(architecture.config, layout=config.models.layout, dtype=dtype, mesh=mesh, table=table)
-    layout, rounds = layout_of(config, sizes, prompt), config.compute.kv != "full"
+    layout = layout_of(config, sizes, prompt, coarse=retrieved)
+    rounds = config.compute.kv != "full" and not retrieved
     return PlannedModel(decoder, decoder, mesh, sizes, dtype, prompt, layout, rounds_prefix=rounds)

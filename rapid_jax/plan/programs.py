@@ -27,7 +27,7 @@ from rapid_jax.speculative.draft import Draft
 from rapid_jax.speculative.loop import run_rounds_on_tpu
 from rapid_jax.speculative.own_sampling import resolve
 from rapid_jax.speculative.sampling import Knobs, Law
-from rapid_jax.speculative.start import Sizes, gammas_of, plan_of, start_state, text_slots
+from rapid_jax.speculative.start import Sizes, gamma_bucket, gammas_of, plan_of, start_state, text_slots
 from rapid_jax.speculative.state import Plan, State
 
 QUESTION = 256  # tokens assumed for the question and the template's end, behind the document
@@ -60,7 +60,7 @@ def programs_of(
     together = theirs is not None and theirs.mesh == ours.mesh
     beside = [theirs.held] if own and together and theirs is not None else []
     found = [_prefill(config, ours, "prefill", beside)]
-    if config.compute.kv != "full":
+    if ours.rounds_prefix:
         found.append(_rounded_prefix(ours, beside))
     if theirs is not None and theirs.bits is not None:
         found.insert(0, _rounded_weights(ours, theirs))
@@ -84,14 +84,15 @@ def _models(
         first = first or make_mesh(config.mesh, devices[:1])
     short = chunk_count(context, config.retrieval) * config.retrieval.chunk_tokens + QUESTION
     long = short if mode == "retrieval" else max(context - config.sampling.max_new_tokens - QUESTION, 1)
-    ours = planned(config, target, first, config.mesh, long)
+    ours = planned(config, target, first, config.mesh, long, retrieved=mode == "retrieval")
     if mode in ("target", "retrieval"):
         return ours, None
     if drafter is None:
-        theirs = replace(ours, prompt=short - 2, layout=layout_of(config, config.mesh, short - 2), rounds_prefix=False)
+        layout = layout_of(config, config.mesh, short - 2, coarse=True)
+        theirs = replace(ours, prompt=short - 2, layout=layout, rounds_prefix=False)
     else:
         sizes = config.drafter_mesh or config.mesh
-        theirs = replace(planned(config, drafter, second or first, sizes, short - 2), rounds_prefix=False)
+        theirs = planned(config, drafter, second or first, sizes, short - 2, retrieved=True)
     return ours, theirs if bits is None else theirs.rounded_to(bits, shared=drafter is None)
 
 
@@ -176,7 +177,7 @@ def _rounds(config: RapidConfig, target: PlannedModel, drafter: PlannedModel | N
     speculation, sampling = config.speculation, resolve(config.sampling, None).config
     models = [target] if drafter is None else [target, drafter]
     vocabulary = target.decoder.config.vocab_size
-    gamma = 0 if drafter is None else max(gammas_of(speculation))
+    gamma = 0 if drafter is None else gamma_bucket(max(gammas_of(speculation)))
     law = Law.of(sampling, speculation, (vocabulary - 1,))
     plan = plan_of(speculation, block=config.compute.attention_block, vocabulary=vocabulary)
     copying = speculation.lookup != "off" and (gamma > 0 or law.greedy or speculation.effective_eta == 0)

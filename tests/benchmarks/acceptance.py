@@ -15,7 +15,6 @@ from dataclasses import replace
 from pydoc_data.topics import topics
 
 from rapid_jax.config import CacheConfig, ModelsConfig, RapidConfig
-from rapid_jax.retrieval.chunk import Chunk
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 
@@ -26,6 +25,7 @@ QUESTIONS = {
     "import": "How does the import statement find and bind a module?",
     "lambda": "What is the difference between a lambda expression and a function definition?",
 }
+USELESS = "The recipe calls for two cups of flour, a pinch of salt and three eggs. Beat until smooth. " * 60
 LENGTHS = (6200, 6600, 7000, 7300, 7600)  # tokens of each document, about
 
 
@@ -53,6 +53,7 @@ def main() -> None:
     arguments = parser.parse_args()
     os.environ["JAX_PLATFORMS"] = "cpu"
 
+    from rapid_jax.engine.request import Question
     from rapid_jax.rapid import Rapid
 
     gamma = "auto" if arguments.gamma == "auto" else int(arguments.gamma)
@@ -64,8 +65,7 @@ def main() -> None:
             cache=CacheConfig(folder=scratch),
         )
         rapid = Rapid(base, quiet=True)
-        if arguments.useless:
-            _mislead(rapid)
+        elsewhere = USELESS if arguments.useless else None
         plain = SpeculationConfig(mode="target", lookup="off")
         settings = {"target alone": plain}
         for eta in arguments.etas:
@@ -74,8 +74,8 @@ def main() -> None:
         for (topic, question), tokens in list(zip(QUESTIONS.items(), LENGTHS, strict=True))[: arguments.questions]:
             text = document(topic, tokens, lambda text: len(rapid.target.tokenizer.encode(text)))
             for name, speculation in settings.items():
-                one = rapid.with_config(replace(base, speculation=speculation))
-                answer = one.answer(text, question)
+                asked = Question(text, question, retrieve_from=elsewhere)
+                (answer,) = rapid.answers([asked], settings=replace(base, speculation=speculation))
                 made = answer.generation
                 row = (len(answer.token_ids), made.drafted[0], made.accepted[0], made.target_steps, made.decode_seconds)
                 totals[name] = [a + b for a, b in zip(totals[name], row, strict=True)]
@@ -84,16 +84,6 @@ def main() -> None:
     for name, row in totals.items():
         ratio = (row[0] / row[4]) / (slow[0] / slow[4])
         print(f"all     {name}: {_line(row)}, {ratio:.2f}x the target alone")
-
-
-def _mislead(rapid) -> None:
-    retrieve = rapid.retriever.retrieve
-    text = "The recipe calls for two cups of flour, a pinch of salt and three eggs. Beat until smooth. " * 60
-
-    def elsewhere(*given, **named):
-        return replace(retrieve(*given, **named), chunks=(Chunk(0, len(text), text, len(text) // 4),), scores=(1.0,))
-
-    rapid.retriever.retrieve = elsewhere
 
 
 def _line(row) -> str:

@@ -26,10 +26,12 @@ class Stub:
             encode_quoted=codes,
             decode=lambda ids, **_: "".join(map(chr, ids)),
         )
-        self.target = SimpleNamespace(tokenizer=tokenizer)
+        self.target = self.drafter = SimpleNamespace(tokenizer=tokenizer)
+        self.loaded: list[str] = []  # modes
 
     def load(self, settings: RapidConfig | None = None) -> None:
-        """Nothing."""
+        """Notes for which mode."""
+        self.loaded.append((settings or self.config).speculation.mode)
 
     def answers(self, prompts: Sequence[Any], *, settings: RapidConfig, seeds: Sequence[int]) -> list[Any]:
         """One of each, with code points for tokens; the drafter reads all that it may retrieve from."""

@@ -80,11 +80,11 @@ def test_a_run_that_is_stopped_goes_on_and_repeats_nothing(stops, tmp_path):
         stub = Stub(CONFIG, say)
         answers, left = Stub.answers, [after]
 
-        def stopping(self, *given, answers=answers, left=left):
+        def stopping(self, *given, answers=answers, left=left, **how):
             if left[0] == 0:
                 raise KeyboardInterrupt
             left[0] -= 1
-            return answers(self, *given)
+            return answers(self, *given, **how)
 
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(Stub, "answers", stopping)
@@ -106,7 +106,9 @@ def test_shares_are_the_whole(tmp_path):
     for label, outcomes in whole.by_label.items():
         assert sorted(o.id for o in shared.by_label[label]) == sorted(o.id for o in outcomes)
     before = lines_in(tmp_path / "shared")
-    evaluate(Stub(CONFIG, say), SAMPLES, MODES, tmp_path / "shared", quiet=True)  # type: ignore[arg-type]
+    stub = Stub(CONFIG, say)
+    evaluate(stub, SAMPLES, MODES, tmp_path / "shared", quiet=True)  # type: ignore[arg-type]
+    assert stub.loaded == []
     after = lines_in(tmp_path / "shared")  # of all shares nothing is left to do
     assert {name: lines for name, lines in after.items() if lines} == before
 
@@ -150,7 +152,7 @@ def test_thoughts_are_followed_by_the_question_for_the_answer(tmp_path):
     """In mode target, on the first answer alone; the second answer is scored, and both are kept."""
     asked = [sample(number, then="You said: {answer} So?", then_tokens=7) for number in range(2)]
     stub = Stub(
-        CONFIG, lambda mode, document, question: "key1" if "You said" in document else f"thought {document[-1]}"
+        CONFIG, lambda mode, document, question: "key1" if "You said" in question else f"thought {document[-1]}"
     )
     evaluate(stub, asked, MODES[1:], begun(tmp_path), batch=2, quiet=True)  # type: ignore[arg-type]
     (lines,) = lines_in(tmp_path).values()
@@ -269,7 +271,7 @@ def test_modes_that_are_none(asked, said):
         modes_of(asked, CONFIG)
 
 
-def test_a_sample_has_the_same_prompt_on_any_day(tmp_path, monkeypatch):
+def test_a_sample_has_the_same_prompt_on_any_day(tmp_path):
     """A template that writes the date: the date of evaluations while samples are made and answered, else today's."""
     template = b"{{ strftime_now('%d %b %Y') }} {% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer = Tokenizer({**tokenizer_files(["the text 0123456789"]), "chat_template.jinja": template})
@@ -278,7 +280,6 @@ def test_a_sample_has_the_same_prompt_on_any_day(tmp_path, monkeypatch):
     assert today != "01 Jan 2025 the text"
     assert measure_of(CONFIG, tokenizer)(sample(0)) > 0
     assert tokenizer.chat(messages) == "01 Jan 2025 the text"
-    monkeypatch.setattr(Stub, "with_config", lambda self, config: self)
     stub = Stub(CONFIG, say)
     evaluate(stub, SAMPLES[:1], MODES[:1], begun(tmp_path, samples=SAMPLES[:1]), quiet=True)  # type: ignore[arg-type]
     assert stub.target.tokenizer.now == NOW

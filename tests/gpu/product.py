@@ -66,14 +66,11 @@ def config_of(folder: Path, name: str) -> RapidConfig:
 
 def answers(folder: Path) -> dict[str, list[list[list[int]]]]:
     """name -> [prompt, answer] of each question; all questions at once, over the one document."""
-    found, base = {}, Rapid(config_of(folder, "rapid"), quiet=True)
+    asked = [(DOCUMENT, question) for question in QUESTIONS]
+    found = {}
     for name in VARIANTS:
-        config = config_of(folder, name)
-        rapid = base.with_config(config) if config.models == base.config.models else Rapid(config, quiet=True)
-        rapid.load()
-        readings = [rapid.read(DOCUMENT, question) for question in QUESTIONS]
-        said = rapid.answers(readings)
-        found[name] = [[read.long.tokens, answer.token_ids] for read, answer in zip(readings, said, strict=True)]
+        said = Rapid(config_of(folder, name), quiet=True).answers(asked)
+        found[name] = [[answer.prompt.tokens, answer.token_ids] for answer in said]
     return found
 
 

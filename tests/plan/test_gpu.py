@@ -60,7 +60,7 @@ def test_the_longest_prompt_within_a_tenth_of_what_was_measured(plan):
         assert abs(peak - MEASURED) < 0.1 * MEASURED
     weights = found["round"]["weights"] / GIB
     assert weights == pytest.approx(15.0 + 7.0, abs=0.1)
-    assert found["round"]["cache"] / GIB == pytest.approx(64.0 + 0.5, abs=0.5)  # and what both generate
+    assert found["round"]["cache"] / GIB == pytest.approx(64.0 + 0.8, abs=0.5)  # and what both generate
 
 
 def test_four_bits_are_half_of_eight_and_scales(plan):
@@ -115,7 +115,7 @@ def test_what_does_not_fit_says_what_would_help(capsys):
 def test_a_card_that_jax_takes_too_little_of(monkeypatch, capsys):
     words = ("--context", "393216", "--program", "round")
     assert status_of(*words, topology="h100") == command.DOES_NOT_FIT
-    assert "XLA_CLIENT_MEM_FRACTION=0.83 or more" in capsys.readouterr().err
+    assert "XLA_CLIENT_MEM_FRACTION=0.84 or more" in capsys.readouterr().err
     monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
     assert status_of(*words, topology="h100") == 0
     assert "90% of 79.65, as JAX takes it" in capsys.readouterr().out

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is planned is what runs: the same programs with arrays of the same shapes in the same places."""
 
+import threading
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rapid_jax.config import ComputeConfig, ModelsConfig, RapidConfig
+from rapid_jax.engine.lane import Lane, LaneKey
 from rapid_jax.plan import programs
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.cost import Pass, work_of
@@ -24,7 +30,7 @@ VOCABULARY, CONTEXT, NEW = 64, 512, 16
 LONG, SHORT = CONTEXT - NEW - QUESTION, 64 + QUESTION
 SETTINGS = {
     "sampled": (
-        SpeculationConfig(gamma=3, lookup="on"),
+        SpeculationConfig(gamma=7, lookup="on"),  # rows of different gammas share the program of 8
         SamplingConfig(temperature=0.7, top_k=5, repetition_penalty=1.1, max_new_tokens=NEW),
     ),
     "greedy": (SpeculationConfig(gamma=2, lookup="off"), SamplingConfig(temperature=0.0, max_new_tokens=NEW)),
@@ -62,19 +68,25 @@ def config_for(settings: str, mesh: MeshConfig, layout="stacked", drafter_mesh=N
 
 
 def run(config: RapidConfig) -> None:
-    """The prompts that a plan assumes, answered."""
+    """The prompts that a plan assumes, answered as a lane of the engine does."""
     rng = np.random.default_rng(0)
     weights, meshes = Weights.lively(VOCABULARY), make_meshes(config.mesh, config.drafter_mesh)
     target = weights.decoder(config.models.layout, mesh=meshes[0])
     drafter = target if config.drafter_mesh is None else weights.decoder(config.models.layout, mesh=meshes[1])
 
-    def prompted(decoder, length: int, cached: int) -> generate.Prompted:
+    def prompted(decoder, length: int, cached: int, *, coarse: bool) -> generate.Prompted:
         tokens = rng.integers(0, VOCABULARY, length).tolist()
-        compute = {"chunk": config.compute.prefill_chunk, "dtype": jnp.dtype("float32"), "kernel": "xla"}
-        return generate.Prompted(decoder, [tokens], prefill.prefill(decoder, [tokens[:cached]], **compute), [cached])
+        settings = prefill.PrefillSettings(config.compute.prefill_chunk, "xla", coarse=coarse)
+        work = prefill.Prefill(decoder, [tokens[:cached]], settings, dtype=jnp.dtype("float32"))
+        while work.left:
+            work.step()
+        return generate.Prompted(decoder, [tokens], work.prefix, [cached])
 
-    long, short = prompted(target, LONG + QUESTION, LONG), prompted(drafter, SHORT, SHORT - 2)
-    generate.generate(
+    long, short = (
+        prompted(target, LONG + QUESTION, LONG, coarse=False),
+        prompted(drafter, SHORT, SHORT - 2, coarse=True),
+    )
+    rounds = generate.start(
         long,
         short,
         speculation=config.speculation,
@@ -83,6 +95,17 @@ def run(config: RapidConfig) -> None:
         texts=[[*long.prompts[0][:LONG], *short.prompts[0]]],
         block=config.compute.attention_block,
     )
+    job: Any = SimpleNamespace(
+        config=config,
+        request=SimpleNamespace(logprobs=None),
+        cancelled=threading.Event(),
+        receive=lambda row, progress: False,
+        seconds=Counter(),
+        gammas={},
+    )
+    lane = Lane.of(LaneKey.of(config.speculation, None), job, rounds, "the document")
+    while lane.running:
+        lane.advance()
 
 
 def planned(config: RapidConfig) -> list[programs.Program]:

@@ -31,7 +31,7 @@ def config(tmp_path_factory) -> RapidConfig:
         models=ModelsConfig(target=str(target), encoder=str(encoder)),
         retrieval=RetrievalConfig(chunk_tokens=64, min_tokens=128),
         speculation=SpeculationConfig(gamma=3, lookup="off", rounds_per_read=1),
-        sampling=SamplingSettings(temperature=0.9, max_new_tokens=LIMIT),
+        sampling=SamplingSettings(temperature=0.0, max_new_tokens=LIMIT),
         compute=ComputeConfig(prefill_chunk=64),
         cache=CacheConfig(folder=str(folder / "cache"), prefixes=False, programs=False),
     )
@@ -85,7 +85,7 @@ def test_the_answer_is_the_engines_own(config, found: Running, client: openai.Op
 
 def test_a_document_is_prefilled_once_for_its_questions(found: Running, client: openai.OpenAI):
     with found.http(KEYS[0]) as http:
-        id = http.post("/v1/documents", json={"text": words(80, seed=9)}).json()["id"]
+        id = http.post("/v1/documents", json={"text": words(90, seed=9)}).json()["id"]
         assert http.get(f"/v1/documents/{id}").json()["state"] == "uploaded"
         reused = [
             ask(client, extra_body={"document": id}).choices[0].model_extra["rapid"]["document_reused"]
@@ -94,7 +94,7 @@ def test_a_document_is_prefilled_once_for_its_questions(found: Running, client: 
         assert reused == [False, True]
         assert http.get(f"/v1/documents/{id}").json()["state"] == "prefilled"
     with found.openai(KEYS[1]) as other:
-        again = ask(other, extra_body={"document": words(80, seed=9)}).choices[0]
+        again = ask(other, extra_body={"document": words(90, seed=9)}).choices[0]
         assert not again.model_extra["rapid"]["document_reused"]  # another key's: time would tell
 
 
@@ -112,7 +112,7 @@ def test_log_probabilities_of_a_prompt_are_those_of_the_answer_that_made_it(clie
 
 
 def test_who_leaves_frees_the_row(found: Running, client: openai.OpenAI):
-    stream = ask(client, stream=True, max_tokens=1500, extra_body={"retrieval": "off"}, temperature=0)
+    stream = ask(client, stream=True, max_tokens=1500, extra_body={"retrieval": "off"})
     next(iter(stream))
     stream.close()
     end = time.monotonic() + 10

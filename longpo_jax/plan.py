@@ -119,7 +119,7 @@ def _full_row(config: LongPOConfig) -> dict[str, Any]:
 
     from longpo_jax.dialogue import Branch
     from longpo_jax.rows import batched, packed
-    from rapid_jax.speculative.prefill import bucket
+    from rapid_jax.speculative.chunk_layout import bucket
 
     train, name, devices = config.train, config.objective.name, config.mesh.context
 

@@ -40,7 +40,7 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, digest_file, replace_file
 from rapid_jax.runtime.mesh import agreed, make_meshes, placed, whole
 from rapid_jax.runtime.progress import progress
-from rapid_jax.speculative.prefill import bucket
+from rapid_jax.speculative.chunk_layout import bucket
 
 References: TypeAlias = Mapping[str, Sequence[float]]  # by name, an item a turn (dpo: one item)
 

@@ -12,7 +12,7 @@ from longpo_jax.records import Line, Record, Turn, located
 from longpo_jax.rows import Row, needed, packed
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.speculative.prefill import bucket
+from rapid_jax.speculative.chunk_layout import bucket
 
 
 @dataclass(frozen=True)

@@ -239,7 +239,10 @@ class Engine:
         except Exception as error:  # of these rows: what they made of the document is of no use
             del self._lanes[key]
             for job in lane.running:
-                self._release(self._held.pop(id(job)))
+                prepared = self._held.pop(id(job))
+                self._release(prepared)
+                if prepared.handle is not None:
+                    self.prefixes.remove(prepared.handle.key)
                 self._fail(job, error)
             return
         for job in gone:

@@ -79,8 +79,14 @@ class Models:
         """Chunks of a document by similarity with a question; the same one for the same settings."""
         with self._lock:
             if config not in self._retrievers:
-                folder = self._cache if self.config.cache.embeddings else None
-                self._retrievers[config] = Retriever(self.embedder, config, folder, quiet=self._quiet)
+                cache = self.config.cache
+                self._retrievers[config] = Retriever(
+                    self.embedder,
+                    config,
+                    self._cache if cache.embeddings else None,
+                    disk_bytes=int(cache.disk_gib * 2**30),
+                    quiet=self._quiet,
+                )
             return self._retrievers[config]
 
     def load(self, speculation: SpeculationConfig) -> None:

@@ -17,7 +17,8 @@ from rapid_jax.attention.cache import KV, Layers, Prefix
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.mesh import placed, replicated
-from rapid_jax.speculative.prefill import ChunkLayout, empty_cache, serving
+from rapid_jax.speculative.chunk_layout import ChunkLayout
+from rapid_jax.speculative.prefill import empty_cache, serving
 
 
 @dataclass(frozen=True)

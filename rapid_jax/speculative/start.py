@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rapid_jax.speculative.chunk_layout import coarse_bucket
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import CATCH_UP
-from rapid_jax.speculative.prefill import coarse_bucket
 from rapid_jax.speculative.schedule import GAMMAS
 from rapid_jax.speculative.state import Counts, Logprobs, Plan
 

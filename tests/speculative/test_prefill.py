@@ -11,7 +11,8 @@ from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.speculative.prefill import bucket, extend, new_tail, prefill
+from rapid_jax.speculative.chunk_layout import bucket
+from rapid_jax.speculative.prefill import extend, new_tail, prefill
 from tests.speculative.models import Weights
 
 VOCABULARY = 16

@@ -126,6 +126,9 @@ def test_who_leaves_frees_the_row(found: Running, client: openai.OpenAI):
 @pytest.mark.parametrize(
     ("more", "status"),
     [
+        ({"max_tokens": 100_000}, 413),
+        ({"extra_body": {"document": words(3000)}}, 413),
+        ({"messages": [{"role": "user", "content": "w1 " * 3000}], "extra_body": {"retrieval": "off"}}, 413),
         ({"messages": [{"role": "system", "content": "x"}], "extra_body": {}}, 400),
         ({"extra_body": {"document": "doc-0123456789abcdef01234567"}}, 404),
         ({"temperature": 1e-9}, 400),
@@ -139,6 +142,8 @@ def test_what_cannot_be_answered_has_its_status(client: openai.OpenAI, more: dic
 
 
 def test_a_chat_without_a_document_is_answered_by_the_target_alone(client: openai.OpenAI):
+    long = ask(client, messages=[{"role": "user", "content": "w1 " * 300}], extra_body={})  # and no question behind it
+    assert long.usage is not None and long.usage.prompt_tokens > 300
     alone, *others = (ask(client, extra_body={"mode": mode}) for mode in ("target", "rapid", "lossless", "retrieval"))
     for other in others:
         assert other.choices[0].message == alone.choices[0].message

@@ -10,7 +10,7 @@ from rapid_jax.model.backend import check_unicode
 from rapid_jax.model.load import LoadedModel
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.retrieval.select import Selection
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, TooLarge
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def check_fits(config: RapidConfig, drafter: LoadedModel, prompt_tokens: int) ->
     """Raises InputError if a prompt of so many tokens and the answer are more than the drafter was made for."""
     needed = prompt_tokens + config.sampling.max_new_tokens
     if needed > drafter.config.context_size:
-        raise InputError(
+        raise TooLarge(
             f"the drafter's prompt is too long: expected at most {drafter.config.context_size} positions, got "
             f"{needed} with the answer; lower retrieval.min_tokens or retrieval.max_chunks"
         )
@@ -106,9 +106,7 @@ def check_ids(target: LoadedModel, config: RapidConfig, ids: Sequence[int], *, n
         raise InputError(f"expected token ids of this model, got {unknown[0]}")
     room = context_of(config, target.config.context_size) - new
     if len(ids) > room:
-        raise InputError(
-            f"the prompt is too long: expected at most {room} tokens beside {new} new ones, got {len(ids)}"
-        )
+        raise TooLarge(f"the prompt is too long: expected at most {room} tokens beside {new} new ones, got {len(ids)}")
 
 
 def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, keep: int) -> tuple[str, int]:
@@ -121,14 +119,14 @@ def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, 
         raise InputError("expected a document with text in it, got an empty one")
     check_unicode(document, "the document")
     if room < 1:
-        raise InputError(f"no room for a document: {1 - room} tokens too many around it; raise models.max_context")
+        raise TooLarge(f"no room for a document: {1 - room} tokens too many around it; raise models.max_context")
     spans = tokenizer.spans(document)
     if not spans:
         raise InputError("expected a document that this model's tokenizer has tokens for, got one without any")
     if len(spans) <= room:
         return document, len(spans)
     if too_long == "error":
-        raise InputError(
+        raise TooLarge(
             f"the document is too long: expected at most {room} tokens (models.max_context less the prompt around it "
             f"and the answer), got {len(spans)}; models.too_long=middle or head cuts it"
         )
@@ -142,4 +140,4 @@ def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, 
             text = document[: spans[first - 1][1]] + (document[spans[-last][0] :] if last else "")
         if len(tokenizer.encode_quoted(text)) <= room:
             return text, len(spans)
-    raise InputError(f"no part of the document fits into {room} tokens")
+    raise TooLarge(f"no part of the document fits into {room} tokens")

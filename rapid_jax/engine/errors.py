@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Why an engine does not take a request."""
 
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, TooLarge
+
+__all__ = ("Draining", "QueueFull", "TooLarge", "UnknownDocument")
 
 
 class QueueFull(Exception):
@@ -10,10 +12,6 @@ class QueueFull(Exception):
     def __init__(self, retry_after: float):
         super().__init__(f"the queue is full; try again in {retry_after:.0f} s")
         self.retry_after = retry_after
-
-
-class TooLarge(InputError):
-    """What is asked for never fits: the context, or the memory."""
 
 
 class Draining(Exception):

@@ -2,7 +2,7 @@
 """From a request to a row: its prompts are made and read, a piece at a time."""
 
 from collections.abc import Callable, Generator, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -76,6 +76,8 @@ class Preparing:
             )
         job.took("retrieval", retrieval)
         job.reading = reading
+        if reading.short is None and config.speculation.retrieves:  # nothing to retrieve from: the target alone
+            config = job.config = replace(config, speculation=replace(config.speculation, mode="target"))
         check_same_prompts(config, [reading], [job.sampling.config.seed], streamed=job.streams)
         yield
         speculation, model = config.speculation, self._models.target

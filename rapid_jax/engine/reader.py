@@ -2,6 +2,7 @@
 """From a request to the prompts of the two models."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from rapid_jax.config import RapidConfig
 from rapid_jax.conversation import Frame, Prompt, conversation
@@ -43,13 +44,15 @@ def _of_tokens(target: LoadedModel, config: RapidConfig, ids: list[int]) -> Read
 def _of_chat(models: Models, config: RapidConfig, chat: Chat, on_retrieved: OnRetrieved | None) -> Reading:
     tokenizer = models.target.tokenizer
     found = parted_chat(chat, config.prompts, config.retrieval.chunk_tokens, tokenizer.counts)
-    if found.document is None or not found.question.strip():
+    if found.document is None:
         plain = conversation(tokenizer, found.long)
         return _of_tokens(models.target, config, plain.before + plain.after)
 
     def framed(model: LoadedModel, template: str) -> Frame:
         return conversation(model.tokenizer, found.short if template == config.prompts.drafter else found.long)
 
+    if not found.question.strip():  # a long message and no question behind it: the target reads all of it, alone
+        config = replace(config, speculation=replace(config.speculation, mode="target"))
     return _about(models, config, found.document, found.question, framed, None, on_retrieved)
 
 

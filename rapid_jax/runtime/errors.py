@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class TooLarge(InputError):
+    """What is asked for never fits: the context, or the memory."""
+
+
 def printable(text: str) -> str:
     """The text with each character that is not printable, line ends too, as its escape: a terminal obeys none of it."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

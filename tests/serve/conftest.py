@@ -42,11 +42,16 @@ class Running:
 
 @contextlib.contextmanager
 def running(
-    engine: Engine | None = None, keys: tuple[str, ...] = (), *, ready: bool = True, **settings: Any
+    engine: Any = None,
+    keys: tuple[str, ...] = (),
+    *,
+    ready: bool = True,
+    config: RapidConfig | None = None,
+    **settings: Any,
 ) -> Iterator[Running]:
     """A server over the engine, on a free port."""
     engine, said = engine or Engine(), []
-    service = Service(engine, RapidConfig(), ServeSettings(port=0, **settings), Keys(keys))
+    service = Service(engine, config or RapidConfig(), ServeSettings(port=0, **settings), Keys(keys))
     server, listening = Server(service, said.append), listen(service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()

@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from functools import cached_property
 
@@ -82,19 +83,21 @@ class Rapid:
         if on_text is not None:  # every round is told at once
             config = replace(config, speculation=replace(config.speculation, rounds_per_read=1))
         answer = None
-        for event in self.stream(Question(document, question), settings=config, streams=on_text is not None):
-            if isinstance(event, Retrieved) and on_retrieved is not None:
-                on_retrieved(event.selection)
-            elif isinstance(event, Piece) and on_text is not None and event.text:
-                on_text(event.text)
-            elif isinstance(event, Done):
-                answer = event.answer
+        # Closed at once where a listener raises, not once nobody holds the error any more.
+        with closing(self.stream(Question(document, question), settings=config, streams=on_text is not None)) as events:
+            for event in events:
+                if isinstance(event, Retrieved) and on_retrieved is not None:
+                    on_retrieved(event.selection)
+                elif isinstance(event, Piece) and on_text is not None and event.text:
+                    on_text(event.text)
+                elif isinstance(event, Done):
+                    answer = event.answer
         assert answer is not None
         return replace(answer, seconds={"load": loaded - start} | answer.seconds)
 
     def stream(
         self, prompt: Prompt, *, settings: RapidConfig | None = None, logprobs: int | None = None, streams: bool = True
-    ) -> Iterator[Event]:
+    ) -> Generator[Event, None, None]:
         """What comes of a prompt: what was retrieved, the answer's pieces (unless it does not stream), Done.
 
         Raises InputError for what cannot be answered. Whoever leaves the iterator takes the request back; what was

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The facade as a library: one object, many questions, the same models under other settings."""
 
+import asyncio
 import json
 import time
+from contextlib import aclosing, closing
 from dataclasses import replace
 
 import pytest
 import safetensors.numpy
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, PromptsConfig, RapidConfig
-from rapid_jax.engine.request import Question
+from rapid_jax.engine.request import Done, Event, Piece, Question, Retrieved
 from rapid_jax.rapid import Rapid
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
@@ -91,6 +93,58 @@ def test_the_first_token_comes_before_the_last(rapid, monkeypatch, streamed):
     calls = len(answer.token_ids)
     assert calls > 4
     assert 0.2 <= answer.seconds["first_token"] <= time.perf_counter() - start - (calls - 1) * 0.2
+
+
+def test_a_listener_that_raises_ends_the_answer_and_the_prefill_is_kept(rapid):
+    """At once, also while the error is held on to."""
+
+    def leave(_):
+        raise RuntimeError("gone")
+
+    for how in ({"on_text": leave}, {"on_retrieved": leave, "on_text": lambda _: None}):
+        with pytest.raises(RuntimeError, match="gone") as caught:
+            rapid.answer(words(200, seed=4), QUESTION, **how)
+        assert caught.tb is not None and rapid.engine.is_idle
+    assert rapid.answer(words(200, seed=4), QUESTION).prefix_reused
+
+
+def test_a_stream_is_the_answer_piece_by_piece_in_this_thread_or_another(rapid):
+    asked = Question(words(200), QUESTION)
+    answer = rapid.answer(asked.document, asked.question)
+
+    async def streamed() -> list[Event]:
+        return [event async for event in rapid.astream(asked)]
+
+    for first, *pieces, last in (list(rapid.stream(asked)), asyncio.run(streamed())):
+        assert isinstance(first, Retrieved) and answer.selection is not None
+        assert first.selection.chunks == answer.selection.chunks
+        assert isinstance(last, Done) and last.answer.token_ids == answer.token_ids
+        assert "".join(piece.text for piece in pieces) == answer.text and len(pieces) > 1
+        assert [token for piece in pieces for token in piece.token_ids] == answer.token_ids
+
+
+def test_whoever_leaves_a_stream_takes_the_request_back(rapid):
+    asked = Question(words(200), QUESTION)
+    settings = under(rapid.config, rounds_per_read=1)
+
+    async def left() -> Event:
+        async with aclosing(rapid.astream(asked, settings=settings)) as events:
+            return await anext(events)
+
+    assert isinstance(asyncio.run(left()), Retrieved) and rapid.engine.is_idle
+    with closing(rapid.stream(asked, settings=settings)) as events:
+        assert isinstance(next(events), Retrieved) and isinstance(next(events), Piece)
+        assert not rapid.engine.is_idle
+    assert rapid.engine.is_idle
+
+
+def test_a_stream_that_fails_says_why(rapid):
+    async def failed() -> None:
+        async for _ in rapid.astream(Question("", QUESTION)):
+            pass
+
+    with pytest.raises(InputError, match="expected a document with text in it"):
+        asyncio.run(failed())
 
 
 def test_documents_that_were_prefilled_stay_in_memory(rapid):

@@ -16,7 +16,7 @@ from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Prompted, generate
-from rapid_jax.speculative.prefill import prefill
+from rapid_jax.speculative.prefill import Prefill, PrefillSettings
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,13 @@ class Generator:
         return [*rows, *[rows[-1]] * (-(-size // data) * data - len(rows))]
 
     def _prefilled(self, decoder: Decoder, prompts: Sequence[list[int]]) -> Prefix:
-        compute = self.config.compute
-        chunk, dtype = self.config.generation.prefill_chunk, decoder.embed_VD[...].dtype
-        return prefill(decoder, prompts, chunk=chunk, dtype=dtype, kernel=compute.kernel, over=compute.context)
+        """The keys and values of prompts, in few sizes: every size compiles programs of its own."""
+        compute, generation = self.config.compute, self.config.generation
+        settings = PrefillSettings(generation.prefill_chunk, compute.kernel, compute.context, coarse=True)
+        work = Prefill(decoder, prompts, settings, dtype=decoder.embed_VD[...].dtype)
+        while work.left:
+            work.step()
+        return work.prefix
 
     def _generated(
         self, target: Prompted, drafter: Prompted | None, sampling: SamplingConfig, seeds: Sequence[int]

@@ -17,7 +17,9 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
     `rows` are those of `rapid bench --json`, batch 1. Raises InputError without matplotlib or without rows.
     """
     require()
-    rows = [row for row in rows if "case" in row and row["case"]["batch"] == 1 and row["case"].get("quoting") is None]
+    left_out = ("quoting", "documents")
+    cases = [row for row in rows if "case" in row and row["case"]["batch"] == 1]
+    rows = [row for row in cases if all(row["case"].get(name) is None for name in left_out)]
     if not rows:
         raise InputError("--plot: expected rows of batch 1 without copies, got none")
     with texts_as_they_are():

@@ -13,6 +13,10 @@ from rapid_jax.retrieval.select import Selection
 from rapid_jax.runtime.errors import InputError
 
 
+class TooLong(InputError):
+    """A prompt of more tokens than the model reads."""
+
+
 @dataclass(frozen=True)
 class Reading:
     """The prompts about one question."""
@@ -79,18 +83,32 @@ def visible(config: RapidConfig, target: LoadedModel, document: str, around: int
     What is cut depends on the question only where it takes more than 1/32 of the context: one prefill serves the
     questions that are shorter.
     """
-    most = context_of(config, target.config.context_size)
-    left = most - config.sampling.max_new_tokens
-    usual = frame(target.tokenizer, config.prompts.target, "?", config.prompts.system).size + most // 32
+    left, usual = _room(config, target)
     keep = left - max(around, usual) if left > usual else left - around
     return visible_text(document, left - around, target.tokenizer, config.models.too_long, keep)
 
 
+def room_around(config: RapidConfig, target: LoadedModel, document_tokens: int, *, cut: bool) -> int:
+    """Most tokens that a prompt may have around a document without having less of it than one of a short question has.
+
+    `cut`: whether that one does not have all of it.
+    """
+    left, usual = _room(config, target)
+    return usual if cut else left - document_tokens
+
+
+def _room(config: RapidConfig, target: LoadedModel) -> tuple[int, int]:
+    """(tokens beside the answer, those of them that a cut document leaves to the rest of the prompt)."""
+    most = context_of(config, target.config.context_size)
+    usual = frame(target.tokenizer, config.prompts.target, "?", config.prompts.system).size + most // 32
+    return most - config.sampling.max_new_tokens, usual
+
+
 def check_fits(config: RapidConfig, drafter: LoadedModel, prompt_tokens: int) -> None:
-    """Raises InputError if a prompt of so many tokens and the answer are more than the drafter was made for."""
+    """Raises TooLong if a prompt of so many tokens and the answer are more than the drafter was made for."""
     needed = prompt_tokens + config.sampling.max_new_tokens
     if needed > drafter.config.context_size:
-        raise InputError(
+        raise TooLong(
             f"the drafter's prompt is too long: expected at most {drafter.config.context_size} positions, got "
             f"{needed} with the answer; lower retrieval.min_tokens or retrieval.max_chunks"
         )
@@ -121,14 +139,14 @@ def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, 
         raise InputError("expected a document with text in it, got an empty one")
     check_unicode(document, "the document")
     if room < 1:
-        raise InputError(f"no room for a document: {1 - room} tokens too many around it; raise models.max_context")
+        raise TooLong(f"no room for a document: {1 - room} tokens too many around it; raise models.max_context")
     spans = tokenizer.spans(document)
     if not spans:
         raise InputError("expected a document that this model's tokenizer has tokens for, got one without any")
     if len(spans) <= room:
         return document, len(spans)
     if too_long == "error":
-        raise InputError(
+        raise TooLong(
             f"the document is too long: expected at most {room} tokens (models.max_context less the prompt around it "
             f"and the answer), got {len(spans)}; models.too_long=middle or head cuts it"
         )
@@ -142,4 +160,4 @@ def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, 
             text = document[: spans[first - 1][1]] + (document[spans[-last][0] :] if last else "")
         if len(tokenizer.encode_quoted(text)) <= room:
             return text, len(spans)
-    raise InputError(f"no part of the document fits into {room} tokens")
+    raise TooLong(f"no part of the document fits into {room} tokens")

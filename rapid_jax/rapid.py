@@ -115,12 +115,12 @@ class Rapid:
         settings: RapidConfig | None = None,
         logprobs: int | None = None,
         streams: bool = True,
-        until: threading.Event | None = None,
+        until: Callable[[], bool] | None = None,
     ) -> Iterator[Event]:
         """What comes of a prompt: what was retrieved, the answer's pieces (unless it does not stream), Done.
 
-        Raises InputError for what cannot be answered. Whoever leaves the iterator takes the request back, and so does
-        who sets `until`, of any thread or signal: then it ends without Done. What was prefilled is kept.
+        Raises InputError for what cannot be answered. Whoever leaves the iterator takes the request back. `until` is
+        asked between pieces of the work: once it holds the iterator ends, without Done. What was prefilled is kept.
         """
         config = self._checked(settings)
         self.load(config)
@@ -133,7 +133,7 @@ class Rapid:
                     if isinstance(event, Failed):
                         raise event.error
                     yield event
-                if until is not None and until.is_set():
+                if until is not None and until():
                     return
                 if not ticket.job.ended:
                     self.engine.step()

@@ -79,15 +79,29 @@ def visible(config: RapidConfig, target: LoadedModel, document: str, around: int
     What is cut depends on the question only where it takes more than 1/32 of the context: one prefill serves the
     questions that are shorter.
     """
-    most = context_of(config, target.config.context_size)
-    left = most - config.sampling.max_new_tokens
-    usual = frame(target.tokenizer, config.prompts.target, "?", config.prompts.system).size + most // 32
+    left, usual = _room(config, target)
     keep = left - max(around, usual) if left > usual else left - around
     return visible_text(document, left - around, target.tokenizer, config.models.too_long, keep)
 
 
+def room_around(config: RapidConfig, target: LoadedModel, document_tokens: int, *, cut: bool) -> int:
+    """Most tokens that a prompt may have around a document without having less of it than one of a short question has.
+
+    `cut`: whether that one does not have all of it.
+    """
+    left, usual = _room(config, target)
+    return usual if cut else left - document_tokens
+
+
+def _room(config: RapidConfig, target: LoadedModel) -> tuple[int, int]:
+    """(tokens beside the answer, those of them that a cut document leaves to the rest of the prompt)."""
+    most = context_of(config, target.config.context_size)
+    usual = frame(target.tokenizer, config.prompts.target, "?", config.prompts.system).size + most // 32
+    return most - config.sampling.max_new_tokens, usual
+
+
 def check_fits(config: RapidConfig, drafter: LoadedModel, prompt_tokens: int) -> None:
-    """Raises InputError if a prompt of so many tokens and the answer are more than the drafter was made for."""
+    """Raises TooLarge if a prompt of so many tokens and the answer are more than the drafter was made for."""
     needed = prompt_tokens + config.sampling.max_new_tokens
     if needed > drafter.config.context_size:
         raise TooLarge(

@@ -17,13 +17,14 @@ from functools import cached_property
 
 from rapid_jax.answer import Answer, OnText
 from rapid_jax.config import RapidConfig
-from rapid_jax.engine.engine import Engine
+from rapid_jax.engine.engine import Engine, Ticket
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.reader import read
 from rapid_jax.engine.request import Done, Event, Failed, Piece, Prompt, Question, Request, Retrieved
 from rapid_jax.model.load import LoadedModel
 from rapid_jax.prompts import Reading
 from rapid_jax.retrieval.select import Selection
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.own_sampling import ResolvedSampling, resolve
 
 
@@ -95,13 +96,31 @@ class Rapid:
         assert answer is not None
         return replace(answer, seconds={"load": loaded - start} | answer.seconds)
 
+    def prefill(self, document: str, *, settings: RapidConfig | None = None) -> Reading:
+        """Reads a document, so that an answer about it starts at once; the prompts of a question mark about it.
+
+        Its keys and values are kept, and where anything is retrieved its chunks and their index; in mode retrieval,
+        whose target reads no document, the chunks alone. Raises InputError for a document that the models cannot read.
+        """
+        config = self._checked(settings)
+        self.load(config)
+        reading = self.engine.prefill(Request.of(Question(document, "?"), config))
+        self.engine.prefixes.save()
+        return reading
+
     def stream(
-        self, prompt: Prompt, *, settings: RapidConfig | None = None, logprobs: int | None = None, streams: bool = True
+        self,
+        prompt: Prompt,
+        *,
+        settings: RapidConfig | None = None,
+        logprobs: int | None = None,
+        streams: bool = True,
+        until: Callable[[], bool] | None = None,
     ) -> Generator[Event, None, None]:
         """What comes of a prompt: what was retrieved, the answer's pieces (unless it does not stream), Done.
 
-        Raises InputError for what cannot be answered. Whoever leaves the iterator takes the request back; what was
-        prefilled is kept.
+        Raises InputError for what cannot be answered. Whoever leaves the iterator takes the request back. `until` is
+        asked between pieces of the work: once it holds the iterator ends, without Done. What was prefilled is kept.
         """
         config = self._checked(settings)
         self.load(config)
@@ -114,6 +133,8 @@ class Rapid:
                     if isinstance(event, Failed):
                         raise event.error
                     yield event
+                if until is not None and until():
+                    return
                 if not ticket.job.ended:
                     self.engine.step()
         finally:
@@ -130,10 +151,8 @@ class Rapid:
 
         def work() -> None:
             try:
-                for event in self.stream(prompt, settings=settings, logprobs=logprobs):
+                for event in self.stream(prompt, settings=settings, logprobs=logprobs, until=gone.is_set):
                     loop.call_soon_threadsafe(queue.put_nowait, event)
-                    if gone.is_set():
-                        return
             except Exception as error:
                 loop.call_soon_threadsafe(queue.put_nowait, Failed(error))
 
@@ -158,26 +177,19 @@ class Rapid:
         seeds: Sequence[int] | None = None,
         logprobs: int | None = None,
         on_answer: Callable[[int, Answer], None] | None = None,
+        on_error: Callable[[int, InputError], None] | None = None,
     ) -> list[Answer]:
         """Of each prompt, or (document, question), what `answer` would say; all are worked on side by side.
 
-        `seeds`: one a prompt, else the settings' for each. `on_answer` gets each with its place as it comes. Raises
-        InputError for the first that cannot be answered; the others are then taken back.
+        `seeds`: one a prompt, else the settings' for each. `on_answer` gets each with its place as it comes, between
+        pieces of the work. Raises InputError for the first that cannot be answered; the others are then taken back.
+        With `on_error` it is told of each such prompt instead, the others go on, and the list has their answers alone.
         """
         config = self._checked(settings)
         self.load(config)
         found: dict[int, Answer] = {}
-        tickets = []
-        failed: list[Exception] = []
-
-        def hear(place: int, event: Event) -> None:
-            if isinstance(event, Failed):
-                failed.append(event.error)
-            elif isinstance(event, Done):
-                found[place] = event.answer
-                if on_answer is not None:
-                    on_answer(place, event.answer)
-
+        events: deque[tuple[int, Event]] = deque()
+        tickets: list[Ticket] = []
         try:
             for place, prompt in enumerate(prompts):
                 own = config
@@ -185,18 +197,29 @@ class Rapid:
                     own = replace(config, sampling=replace(config.sampling, seed=seeds[place]))
                 prompt = Question(*prompt) if isinstance(prompt, tuple) else prompt
                 request = Request.of(prompt, own, logprobs=logprobs)
-                on_event = lambda event, place=place: hear(place, event)  # noqa: E731
+                on_event = lambda event, place=place: events.append((place, event))  # noqa: E731
                 tickets.append(self.engine.submit(request, on_event, streams=False))
-            while not failed and not all(ticket.job.ended for ticket in tickets):
-                self.engine.step()
+            while tickets or events:
+                # Told here and not by the engine: what is raised then leaves no row half done.
+                while events:
+                    place, event = events.popleft()
+                    if isinstance(event, Failed):
+                        if on_error is None or not isinstance(event.error, InputError):
+                            raise event.error
+                        on_error(place, event.error)
+                    elif isinstance(event, Done):
+                        found[place] = event.answer
+                        if on_answer is not None:
+                            on_answer(place, event.answer)
+                tickets = [ticket for ticket in tickets if not ticket.job.ended]
+                if tickets:
+                    self.engine.step()
         finally:
             for ticket in tickets:
                 ticket.cancel()
             self.engine.run(tickets)
             self.engine.prefixes.save()
-        if len(found) < len(tickets):
-            raise failed[0]
-        return [found[place] for place in range(len(tickets))]
+        return [found[place] for place in sorted(found)]
 
     def read(self, prompt: Prompt | tuple[str, str], *, settings: RapidConfig | None = None) -> Reading:
         """The prompts that the models get."""

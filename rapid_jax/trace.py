@@ -165,7 +165,7 @@ def _figures(answer: Answer) -> list[tuple[str, str]]:
         ("sampling", str(answer.sampling or "")),
         ("prompt of the target", f"{answer.target_tokens} tokens, of a document of {answer.document_tokens}"),
         ("prompt of the drafter", f"{answer.draft_tokens} tokens"),
-        ("loading", f"{seconds['load']:.1f} s"),
+        *([("loading", f"{seconds['load']:.1f} s")] if "load" in seconds else []),  # of a first answer
         ("retrieval", f"{seconds['retrieval']:.1f} s"),
         ("prefill", f"{seconds['prefill']:.1f} s{reused}"),
         ("compiling programs", f"{seconds['compile']:.1f} s"),

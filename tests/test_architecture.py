@@ -21,6 +21,7 @@ RETRIEVAL = MODEL | {"rapid_jax.retrieval"}
 SPECULATIVE = MODEL | {"rapid_jax.speculative"}
 FACADE_PARTS = {f"rapid_jax.{name}" for name in ("config", "conversation", "prompts", "answer", "identity", "engine")}
 FACADE = RETRIEVAL | SPECULATIVE | FACADE_PARTS | {"rapid_jax.rapid"}
+ASKING = {f"rapid_jax.{name}" for name in ("documents", "questions", "answer_options", "summary", "trace")}
 TOOLS = {"rapid_jax.evaluate", "rapid_jax.bench", "rapid_jax.plan"}
 
 # part -> the parts it may import besides itself; `rapid_jax` is the package's __init__, which every part may import.
@@ -45,11 +46,18 @@ MAY_IMPORT = {
     "rapid_jax.evaluate": FACADE,
     "rapid_jax.bench": FACADE | {"rapid_jax.plan", "rapid_jax.evaluate"},  # its shapes and costs; its figures
     "rapid_jax.plan": FACADE,
+    "rapid_jax.questions": RUNTIME | {"rapid_jax.documents"},
+    "rapid_jax.summary": RETRIEVAL | SPECULATIVE | FACADE_PARTS,
+    "rapid_jax.answer_options": RUNTIME | {"rapid_jax.config", "rapid_jax.documents"},
+    "rapid_jax.answer_command": FACADE | ASKING | {"rapid_jax.compare"},
+    "rapid_jax.chat_session": FACADE,
+    "rapid_jax.chat_command": FACADE | ASKING | {"rapid_jax.chat_session"},
     "rapid_jax.cache_command": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
     "rapid_jax.serve": FACADE | {"rapid_jax.documents", "rapid_jax.trace"},
-    "rapid_jax.cli": FACADE
+    "rapid_jax.cli": RUNTIME
     | TOOLS
-    | {f"rapid_jax.{name}" for name in ("documents", "trace", "compare", "cache_command", "serve")},
+    | {f"rapid_jax.{name}_command" for name in ("answer", "chat", "cache")}
+    | {"rapid_jax.serve", "rapid_jax.model"},  # rapid convert
     "rapid_jax.__main__": {"rapid_jax.cli"},
     "longpo_jax": SPECULATIVE | {"rapid_jax.plan"},
 }

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import rapid_jax.cli
 from rapid_jax import __version__
 from rapid_jax.cli import main
 from rapid_jax.config import RapidConfig
 from rapid_jax.runtime import settings
+from rapid_jax.summary import tell_summary
 from tests.retrieval import encoders
 from tests.test_answer import answer, reading
 from tests.tiny_models import MAX_POSITIONS, save_decoder, words
@@ -208,7 +208,7 @@ def test_a_second_run_reuses_the_documents_prefill(rapid, tmp_path):
 def test_the_summary_says_cut_of_a_document_that_was(capsys, truncated, mode, said):
     """In mode retrieval the target's prompt is shorter than the document, which is whole all the same."""
     given = answer(mode=mode, reading=reading(document_tokens=900, truncated=truncated))
-    rapid_jax.cli._tell_summary(given, RapidConfig())
+    tell_summary(given, RapidConfig())
     told = capsys.readouterr().err
     assert said in told and ("cut" in told) == truncated
 
@@ -402,12 +402,12 @@ def test_an_interrupt_is_one_line_and_status_130(rapid, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(rapid_jax.cli, "read_document", interrupted)
+    monkeypatch.setattr("rapid_jax.questions.read_document", interrupted)
     assert rapid() == (130, "", "rapid: interrupted\n")
 
 
 def test_wrong_usage_leaves_with_status_2_and_version_with_0(capfd):
-    for arguments in ([], ["answer"], ["answer", "--document", "x"], ["answer", "--docu", "x"], ["unknown"]):
+    for arguments in ([], ["answer", "--docu", "x"], ["chat"], ["unknown"]):
         with pytest.raises(SystemExit) as left:
             main(arguments)
         assert left.value.code == 2

@@ -17,6 +17,7 @@ from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import PrefixCache
 from rapid_jax.engine.prepare import Prepared, Preparing, Steps
 from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
+from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import forget_programs, timed
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import cache_dir
@@ -68,7 +69,7 @@ class Engine:
         config: RapidConfig,
         models: Models | None = None,
         *,
-        queue: int = 1024,
+        queue: int = 1 << 30,
         prefill_first: bool = True,
         quiet: bool = False,
     ):
@@ -124,6 +125,23 @@ class Engine:
                 raise QueueFull(retry_after=5.0)
             self._waiting.setdefault(request.owner, deque()).append(job)
         return Ticket(f"request-{next(self._numbers)}", job)
+
+    def prefill(self, request: Request) -> Reading:
+        """Reads the document of a request, and keeps what comes of it; requests that run go on beside it.
+
+        Works until it is done, in the thread that steps. Raises InputError for what the models cannot read.
+        """
+        config = request.under(self.config)
+        sampling = resolve(config.sampling, self.models.target.generation)
+        job = Job.of(request, config, lambda event: None, sampling, self.models.target.tokenizer, streams=False)
+        steps = self._preparer.document(job)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                return done.value
+            if not self.is_idle:
+                self.step()
 
     @property
     def drains(self) -> bool:

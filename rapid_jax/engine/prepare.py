@@ -20,6 +20,7 @@ from rapid_jax.engine.request import Question, Request, Retrieved
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.identity import check_same_prompts
 from rapid_jax.model.decoder import Decoder
+from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import timed
 from rapid_jax.runtime.progress import progress
 from rapid_jax.speculative.generate import Prompted, start
@@ -99,6 +100,17 @@ class Preparing:
             prefix = rounded(prefix)
         drafter = Prompted(decoder, [short], prefix, [len(short) - DRAFTER_LACKS])
         return self._prepared(job, target, drafter, head + short, handle)
+
+    def document(self, job: Job) -> Generator[None, None, Reading]:
+        """As `steps`, of the request's document alone: no row comes of it. Returns the request's prompts."""
+        config = job.config
+        reading = read(self._models, config, job.request)
+        check_same_prompts(config, [reading])
+        if config.speculation.reads == "document":
+            _, handle = yield from self._document(job, reading.long.head)
+            if handle is not None:
+                self._prefixes.release(handle)
+        return reading
 
     def _document(self, job: Job, head: list[int]) -> Generator[None, None, tuple[Prefix, Handle | None]]:
         """The target's prefix of the prompt up to the end of the document, kept for others; held where it is kept."""

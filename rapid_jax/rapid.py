@@ -17,7 +17,8 @@ from functools import cached_property
 
 from rapid_jax.answer import Answer, OnText
 from rapid_jax.config import RapidConfig
-from rapid_jax.engine.engine import Engine, Ticket
+from rapid_jax.engine.engine import Engine
+from rapid_jax.engine.job import Ticket
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.reader import read
 from rapid_jax.engine.request import Done, Event, Failed, Piece, Prompt, Question, Request, Retrieved

@@ -5,55 +5,28 @@ import itertools
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import cached_property
 
 from rapid_jax.answer import answer_of
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.errors import Draining, QueueFull
-from rapid_jax.engine.job import Job
+from rapid_jax.engine.job import Job, Ticket
 from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import PrefixCache
 from rapid_jax.engine.prepare import Prepared, Preparing, Steps
 from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
+from rapid_jax.engine.stats import EngineCounts
+from rapid_jax.engine.tiers import Handle
 from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import forget_programs, timed
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import cache_dir
-from rapid_jax.speculative.generate import Generation
 from rapid_jax.speculative.own_sampling import resolve
 
 MOST_ROWS = 64  # requests that run at once, of all documents together
-
-
-@dataclass
-class EngineCounts:
-    """What all answers together took."""
-
-    drafted: int = 0
-    accepted: int = 0
-    rounds: int = 0
-    tokens: int = 0
-
-    def add(self, generation: Generation) -> None:
-        """One answer more."""
-        self.drafted += generation.drafted[0]
-        self.accepted += generation.accepted[0]
-        self.rounds += generation.rounds[0]
-        self.tokens += len(generation.tokens[0])
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """A request that the engine has taken."""
-
-    id: str
-    job: Job
-
-    def cancel(self) -> None:
-        """Takes the request back: its last event is Failed(Cancelled()), unless it has ended. Of any thread."""
-        self.job.cancelled.set()
 
 
 class Engine:
@@ -81,7 +54,7 @@ class Engine:
         self._preparing: deque[tuple[Job, Steps]] = deque()
         self._ready: deque[tuple[Job, Prepared]] = deque()  # for which no row is free
         self._lanes: dict[LaneKey, Lane] = {}
-        self._held: dict[int, Prepared] = {}  # by id of the job in a row
+        self._held: dict[int, Handle | None] = {}  # of the job in a row, by its id: keys and values that it reads
         self._draining = False
         self.counts = EngineCounts()
 
@@ -91,7 +64,8 @@ class Engine:
         config, target = self.config, self.models.target
         how = {"weights_hash": lambda: target.weights_hash, "quiet": self._quiet}
         folder = cache_dir(config.cache.folder)
-        return PrefixCache(target.decoder, config.compute, config.cache, folder, **how)
+        reserve = bytes_of_rows(config, target, ROW_BUCKETS[-1])
+        return PrefixCache(target.decoder, config.compute, config.cache, folder, reserve=reserve, **how)
 
     @cached_property
     def _preparer(self) -> Preparing:
@@ -102,6 +76,7 @@ class Engine:
             self.prefixes,
             is_alone=lambda: not any(others),
             few_programs=not self._prefill_first,
+            aside=None if self._prefill_first else ThreadPoolExecutor(1, "retrieval"),
             on_read=self.on_read,
             quiet=self._quiet,
         )
@@ -231,45 +206,54 @@ class Engine:
         waiting = [item for item in self._ready if not item[0].cancelled.is_set()]
         for job, prepared in self._ready:
             if job.cancelled.is_set():
-                self._release(prepared)
+                self._release(prepared.handle)
                 self._fail(job, Cancelled())
         self._ready.clear()
         for place, (job, prepared) in enumerate(waiting):
             lane = self._lanes.get(prepared.key)
             if lane is None:
                 self._lanes[prepared.key] = Lane.of(prepared.key, job, prepared.rounds, prepared.document)
-                self._held[id(job)] = prepared
+                self._held[id(job)] = prepared.handle
                 continue
             others = [other.document for _, other in waiting[place + 1 :] if other.key == prepared.key]
-            alone = lane.sizes_with([prepared.document])
-            if alone is None:
+            sizes = lane.sizes_with([prepared.document, *others]) or lane.sizes_with([prepared.document])
+            if sizes is None:
                 self._ready.append((job, prepared))
                 continue
-            with timed() as work:
-                lane.join(
-                    job, prepared.rounds, prepared.document, lane.sizes_with([prepared.document, *others]) or alone
-                )
+            try:
+                with timed() as work:
+                    lane.join(job, prepared.rounds, prepared.document, sizes)
+            except Exception as error:  # no room for another row: of those there were, arrays may be gone already
+                self._release(prepared.handle)
+                self._fail(job, error)
+                self._break(prepared.key, lane, error)
+                continue
             job.took("prefill", work)
-            self._held[id(job)] = prepared
+            self._held[id(job)] = prepared.handle
 
     def _advance(self, key: LaneKey, lane: Lane) -> None:
         try:
             gone = lane.advance()
-        except Exception as error:  # of these rows
-            del self._lanes[key]
-            for job in lane.running:
-                prepared = self._held.pop(id(job))
-                self._release(prepared)
-                # A model that gives no answer: what it made of the document is of no use.
-                if isinstance(error, InputError) and prepared.handle is not None:
-                    self.prefixes.remove(prepared.handle.key)
-                self._fail(job, error)
+        except Exception as error:  # of these rows: other lanes go on
+            self._break(key, lane, error)
             return
         for job in gone:
             self._release(self._held.pop(id(job)))
             self._finish(job)
         if not lane.running:
             del self._lanes[key]
+
+    def _break(self, key: LaneKey, lane: Lane, error: Exception) -> None:
+        """Ends a lane whose rows cannot go on."""
+        del self._lanes[key]
+        for job in lane.running:
+            handle = self._held.pop(id(job), None)
+            self._release(handle)
+            # A model that gives no answer: what it made of the document is of no use.
+            if isinstance(error, InputError) and handle is not None:
+                self.prefixes.remove(handle.key)
+            if not job.ended:
+                self._fail(job, error)
 
     def _finish(self, job: Job) -> None:
         """The last event of a request that has been answered, or taken back."""
@@ -286,6 +270,6 @@ class Engine:
     def _fail(self, job: Job, error: Exception) -> None:
         job.end(Failed(error))
 
-    def _release(self, prepared: Prepared) -> None:
-        if prepared.handle is not None:
-            self.prefixes.release(prepared.handle)
+    def _release(self, handle: Handle | None) -> None:
+        if handle is not None:
+            self.prefixes.release(handle)

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """A request on its way through the engine, and what it has come to so far."""
 
+import logging
 import threading
 import time
 from dataclasses import dataclass, field
 
 from rapid_jax.answer import Transcript
 from rapid_jax.config import RapidConfig
-from rapid_jax.engine.request import Done, Failed, OnEvent, Piece, Request, TokenLogprobs
+from rapid_jax.engine.request import Done, Event, Failed, OnEvent, Piece, Request, TokenLogprobs
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import Timed
 from rapid_jax.speculative.generate import Generation
 from rapid_jax.speculative.own_sampling import ResolvedSampling
 from rapid_jax.speculative.rounds import Progress
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -59,7 +62,15 @@ class Job:
     def end(self, event: Done | Failed) -> None:
         """Tells the last event."""
         self.ended = True
-        self.on_event(event)
+        self.tell(event)
+
+    def tell(self, event: Event) -> None:
+        """Tells the caller; one that cannot hear it takes its request back by that."""
+        try:
+            self.on_event(event)
+        except Exception:
+            _log.exception("a request's listener failed: the request is taken back")
+            self.cancelled.set()
 
     def took(self, what: str, timed: Timed) -> None:
         """Counts the seconds of a stretch of work to this request."""
@@ -78,7 +89,7 @@ class Job:
         taken = len(self.transcript.token_ids) - before
         if self.streams:
             logprobs = None if self.request.logprobs is None else self.logprobs(row, progress, before, taken)
-            self.on_event(Piece(self._text(), tokens[:taken], origins[:taken], logprobs))
+            self.tell(Piece(self._text(), tokens[:taken], origins[:taken], logprobs))
         return stopped
 
     def finish(self) -> None:
@@ -88,7 +99,7 @@ class Job:
         self.seconds["first_token"] = first - self.submitted_at
         rest = self._text()
         if self.streams and rest:
-            self.on_event(Piece(rest, [], [], None if self.request.logprobs is None else []))
+            self.tell(Piece(rest, [], [], None if self.request.logprobs is None else []))
 
     def _text(self) -> str:
         text = "".join(self.pieces)
@@ -105,3 +116,15 @@ class Job:
             top = tuple(zip(ids, values, strict=True))
             found.append(TokenLogprobs(int(progress.emitted_BO[row, at]), float(known.token_BO[row, at]), top))
         return found
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request that the engine has taken."""
+
+    id: str
+    job: Job
+
+    def cancel(self) -> None:
+        """Takes the request back: its last event is Failed(Cancelled()), unless it has ended. Of any thread."""
+        self.job.cancelled.set()

@@ -68,7 +68,8 @@ class PrefixCache:
         self.moves = HostMoves(decoder)
         alone = jax.process_count() == 1  # else every process would have to find the same entry
         given = cache.device_gib
-        device = max(_left(decoder) - reserve, 0) if given is None else int(given * _GIB)
+        left = _left(decoder)
+        device = left - min(reserve, left // 2) if given is None else int(given * _GIB)
         self._tiers = Tiers(
             self.moves, {"device": device, "host": int(cache.host_gib * _GIB) if alone else 0}, self._save
         )

@@ -2,6 +2,7 @@
 """From a request to a row: its prompts are made and read, a piece at a time."""
 
 from collections.abc import Callable, Generator, Hashable, Sequence
+from concurrent.futures import Executor, wait
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from rapid_jax.speculative.rounds import Rounds
 
 # Tokens that a prompt's prefix lacks when its rounds begin: the target feeds the last one, a drafter the last two.
 TARGET_LACKS, DRAFTER_LACKS = 1, 2
+_PAUSE_S = 0.01  # between looks at whether prompts are made, where nothing else is to be done
 COPIED_BYTES = 2**30  # of keys and values that are copied, so that rows about several documents run in one program
 
 
@@ -56,27 +58,29 @@ class Preparing:
         *,
         is_alone: Callable[[], bool],
         few_programs: bool,
+        aside: Executor | None,
         on_read: Callable[[Request, str], None],
         quiet: bool,
     ):
         """`is_alone`: whether no other request has memory that it will give back. `few_programs`: requests that ask
-        for different things share theirs. `on_read` is told the key of a document's keys and values.
+        for different things share theirs. `aside`: where prompts are made, None: here. `on_read` is told the key of a
+        document's keys and values.
         """
         self._config, self._models, self._prefixes, self._quiet = config, models, prefixes, quiet
         self._is_alone, self._few_programs, self._on_read = is_alone, few_programs, on_read
+        self._aside = aside
 
     def steps(self, job: Job) -> Generator[None, None, Prepared]:
         """Yields between pieces of the work, and while there is no room; returns the request's row.
 
         Raises InputError where the models cannot read what is asked, and TooLarge where it never fits.
         """
-        config, request = job.config, job.request
+        config = job.config
         with timed() as retrieval:
-            reading = read(
-                self._models, config, request, lambda found: job.on_event(Retrieved(found)) if job.streams else None
-            )
+            job.reading = reading = yield from self._prompts(job)
         job.took("retrieval", retrieval)
-        job.reading = reading
+        if job.streams and reading.selection is not None:
+            job.tell(Retrieved(reading.selection))
         if reading.short is None and config.speculation.retrieves:  # nothing to retrieve from: the target alone
             config = job.config = replace(config, speculation=replace(config.speculation, mode="target"))
         check_same_prompts(config, [reading], [job.sampling.config.seed], streamed=job.streams)
@@ -91,15 +95,35 @@ class Preparing:
         head = reading.long.head
         prefix, handle = yield from self._document(job, head)
         target = Prompted(model.decoder, [reading.long.tokens], prefix, [len(head)])
-        if not speculation.drafts:
-            return self._prepared(job, target, None, head, handle)
-        assert reading.short is not None
-        short, decoder = reading.short.tokens, self._models.drafter.decoder
-        prefix = yield from self._read(job, decoder, short[:-DRAFTER_LACKS], "prefill (drafter)")
-        if config.models.drafter_weights != "full":
+        try:
+            if not speculation.drafts:
+                return self._prepared(job, target, None, head, handle)
+            assert reading.short is not None
+            drafter = yield from self._drafter(job, reading.short.tokens)
+            return self._prepared(job, target, drafter, head + reading.short.tokens, handle)
+        except BaseException:  # closed by who takes the request back, too
+            if handle is not None:
+                self._prefixes.release(handle)
+            raise
+
+    def _prompts(self, job: Job) -> Generator[None, None, Reading]:
+        """The request's prompts; where others are answered meanwhile, by a thread of its own."""
+        if self._aside is None:
+            return read(self._models, job.config, job.request)
+        work = self._aside.submit(read, self._models, job.config, job.request)
+        while not work.done():
+            if self._is_alone():
+                wait([work], _PAUSE_S)
+            yield
+        return work.result()
+
+    def _drafter(self, job: Job, tokens: list[int]) -> Generator[None, None, Prompted]:
+        """The drafter with its prompt."""
+        decoder = self._models.drafter.decoder
+        prefix = yield from self._read(job, decoder, tokens[:-DRAFTER_LACKS], "prefill (drafter)")
+        if job.config.models.drafter_weights != "full":
             prefix = rounded(prefix)
-        drafter = Prompted(decoder, [short], prefix, [len(short) - DRAFTER_LACKS])
-        return self._prepared(job, target, drafter, head + short, handle)
+        return Prompted(decoder, [tokens], prefix, [len(tokens) - DRAFTER_LACKS])
 
     def document(self, job: Job) -> Generator[None, None, Reading]:
         """As `steps`, of the request's document alone: no row comes of it. Returns the request's prompts."""

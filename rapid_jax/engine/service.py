@@ -6,34 +6,22 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from rapid_jax.answer import TokenLogprobs
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.documents import DocumentLibrary, Watch, document_id
-from rapid_jax.engine.engine import Engine, Ticket
-from rapid_jax.engine.errors import Draining
+from rapid_jax.engine.engine import Engine
+from rapid_jax.engine.errors import Draining, UnknownDocument
+from rapid_jax.engine.job import Ticket
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.request import Chat, OnEvent, Question, Request
 from rapid_jax.engine.scoring import scores
+from rapid_jax.engine.stats import EngineStats
 from rapid_jax.engine.warm_up import WarmUp, warm_up
 
 _PAUSE_S = 0.5  # between looks of an idle thread at whether it is to stop
-
-
-@dataclass(frozen=True)
-class EngineStats:
-    """Counts since the engine was made; `waiting` and `running` are now's."""
-
-    waiting: int
-    running: int
-    kv_bytes: dict[str, int]  # by tier: device, host, disk
-    drafted: int
-    accepted: int
-    rounds: int
-    tokens: int
 
 
 class RunningEngine(Engine):
@@ -70,9 +58,14 @@ class RunningEngine(Engine):
     def on_read(self, request: Request, key: str) -> None:
         """The document of a request has these keys and values."""
         text = request.prompt.document if isinstance(request.prompt, Question | Chat) else None
-        if text is not None:
-            name = document_id(text, request.owner, request.public)
-            self._keys.setdefault(name, set()).add(key)
+        if text is None:
+            return
+        name = document_id(text, request.owner, request.public)
+        try:
+            self.documents.info(name, owner=request.owner)
+        except UnknownDocument:  # not handed in: nobody asks where it is
+            return
+        self._keys.setdefault(name, set()).add(key)
 
     def _tier_of(self, id: str) -> str | None:
         tiers = {self.prefixes.tier_of(key) for key in list(self._keys.get(id, ()))}

@@ -187,6 +187,8 @@ class Rapid:
         With `on_error` it is told of each such prompt instead, the others go on, and the list has their answers alone.
         """
         config = self._checked(settings)
+        if seeds is not None and len(seeds) != len(prompts):
+            raise ValueError(f"expected a seed for each of {len(prompts)} prompts, got {len(seeds)}")
         self.load(config)
         found: dict[int, Answer] = {}
         events: deque[tuple[int, Event]] = deque()

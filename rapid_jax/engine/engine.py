@@ -18,7 +18,7 @@ from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import PrefixCache
 from rapid_jax.engine.prepare import Prepared, Preparing, Steps
 from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
-from rapid_jax.engine.stats import EngineCounts
+from rapid_jax.engine.stats import EngineCounts, bytes_of_rows
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import forget_programs, timed

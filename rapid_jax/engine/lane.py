@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests that are answered side by side by the same programs: those over one document, or each with its own text."""
 
+import time
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from rapid_jax.engine.job import Job
-from rapid_jax.runtime.compiling import timed
 from rapid_jax.speculative.config import SpeculationConfig
 from rapid_jax.speculative.generate import generation_of
 from rapid_jax.speculative.pace import Pace
@@ -108,11 +108,13 @@ class Lane:
 
     def _advance(self) -> None:
         before, running = dict(self.pace.gammas), self.running
-        with timed() as work:
-            self.pace.advance(self.rounds, self._tell)
+        start, compiled = time.perf_counter(), self.rounds.compile_seconds
+        self.pace.advance(self.rounds, self._tell)
+        compiling = self.rounds.compile_seconds - compiled
+        decoding = time.perf_counter() - start - compiling
         for job in running:
-            job.seconds["decode"] += work.working / len(running)
-            job.seconds["compile"] += work.compiling / len(running)
+            job.seconds["decode"] += decoding / len(running)
+            job.seconds["compile"] += compiling / len(running)
             for gamma, count in self.pace.gammas.items():
                 own = gamma if self.key.auto else min(gamma, int(job.config.speculation.gamma or 0))
                 run = count - before.get(gamma, 0)

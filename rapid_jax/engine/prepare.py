@@ -17,7 +17,7 @@ from rapid_jax.engine.lane import LaneKey
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import Found, PrefixCache
 from rapid_jax.engine.reader import read
-from rapid_jax.engine.request import Question, Request, Retrieved
+from rapid_jax.engine.request import Question, Request, Retrieved, Tokens
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.identity import check_same_prompts
 from rapid_jax.model.decoder import Decoder
@@ -92,15 +92,18 @@ class Preparing:
             prefix = yield from self._read(job, model.decoder, tokens[:-TARGET_LACKS], "prefill")
             target, handle = Prompted(model.decoder, [tokens], prefix, [len(tokens) - TARGET_LACKS]), None
             return self._prepared(job, target, None, tokens, handle)
-        head = reading.long.head
+        head, short, drafter = reading.long.head, reading.short, None
+        if speculation.drafts and self._models.meshes[0] != self._models.meshes[1]:
+            assert short is not None  # on devices of its own the drafter reads while the target does
+            drafter = yield from self._drafter(job, short.tokens, waits=False)
         prefix, handle = yield from self._document(job, head)
         target = Prompted(model.decoder, [reading.long.tokens], prefix, [len(head)])
         try:
             if not speculation.drafts:
                 return self._prepared(job, target, None, head, handle)
-            assert reading.short is not None
-            drafter = yield from self._drafter(job, reading.short.tokens)
-            return self._prepared(job, target, drafter, head + reading.short.tokens, handle)
+            assert short is not None
+            drafter = drafter or (yield from self._drafter(job, short.tokens))
+            return self._prepared(job, target, drafter, head + short.tokens, handle)
         except BaseException:  # closed by who takes the request back, too
             if handle is not None:
                 self._prefixes.release(handle)
@@ -117,10 +120,11 @@ class Preparing:
             yield
         return work.result()
 
-    def _drafter(self, job: Job, tokens: list[int]) -> Generator[None, None, Prompted]:
-        """The drafter with its prompt."""
+    def _drafter(self, job: Job, tokens: list[int], *, waits: bool = True) -> Generator[None, None, Prompted]:
+        """The drafter with its prompt; without waiting it is only under way."""
         decoder = self._models.drafter.decoder
-        prefix = yield from self._read(job, decoder, tokens[:-DRAFTER_LACKS], "prefill (drafter)")
+        label = "prefill (drafter)" if waits else None
+        prefix = yield from self._read(job, decoder, tokens[:-DRAFTER_LACKS], label)
         if job.config.models.drafter_weights != "full":
             prefix = rounded(prefix)
         return Prompted(decoder, [tokens], prefix, [len(tokens) - DRAFTER_LACKS])
@@ -140,7 +144,8 @@ class Preparing:
         """The target's prefix of the prompt up to the end of the document, kept for others; held where it is kept."""
         request, decoder = job.request, self._models.target.decoder
         owner = request.owner, request.public
-        if not isinstance(request.prompt, Question) and len(head) < self._config.compute.prefill_chunk:
+        prompt, is_short = request.prompt, len(head) < self._config.compute.prefill_chunk
+        if not isinstance(prompt, Question) and (is_short or (isinstance(prompt, Tokens) and not prompt.kept)):
             return (yield from self._read(job, decoder, head, "prefill")), None
         self._on_read(request, self._prefixes.name(head, *owner).key)
         with timed() as work:
@@ -162,14 +167,18 @@ class Preparing:
         return prefix, handle
 
     def _read(
-        self, job: Job, decoder: Decoder, tokens: list[int], label: str, begun: Found | None = None
+        self, job: Job, decoder: Decoder, tokens: list[int], label: str | None, begun: Found | None = None
     ) -> Generator[None, None, Prefix]:
-        """The prefix of a prompt, a chunk at a time; of one that is kept, from what there is of it."""
+        """The prefix of a prompt, a chunk at a time; of one that is kept, from what there is of it. Without a label it
+        is only under way, at once.
+        """
         compute, dtype = self._config.compute, decoder.embed_VD[...].dtype
         settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, coarse=begun is None)
         known = {} if begun is None else {"begun": begun.prefix, "known": begun.tokens}
         work = Prefill(decoder, [tokens], settings, dtype=dtype, **known)
-        with progress(label, work.left, "tokens", quiet=self._quiet) as report:
+        while label is None and work.left:
+            work.step()
+        with progress(label or "", work.left, "tokens", quiet=self._quiet or label is None) as report:
             while work.left:
                 before = work.left
                 with timed() as chunk:

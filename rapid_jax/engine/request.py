@@ -45,6 +45,7 @@ class Tokens:
     """Token ids, read as they are by the target alone."""
 
     ids: Sequence[int]
+    kept: bool = True  # the keys and values of a long one serve others that begin so
 
 
 Prompt: TypeAlias = Question | Chat | Tokens

@@ -178,7 +178,7 @@ def _concluded(
     texts = [
         (sample.then or "").replace("{answer}", answer.text) for sample, answer in zip(samples, answers, strict=True)
     ]
-    prompts = [Tokens(message(tokenizer, text, system)) for text in texts]
+    prompts = [Tokens(message(tokenizer, text, system), kept=False) for text in texts]
     return rapid.answers(prompts, settings=replace(config, speculation=speculation, sampling=sampling), seeds=seeds)
 
 

@@ -69,7 +69,7 @@ def test_prompts_and_dialogues_have_the_controlling_tokens_of_plain_words(tokeni
         dialogue = Dialogue(tokenizer, [text, text])
         answers = [Answer(text, 1, True)] * 2
         whole = dialogue.shared(text) + dialogue.branch(answers).tokens
-        return shape(prompt), shape(message(tokenizer, text, None).tokens), shape(whole)
+        return shape(prompt), shape(message(tokenizer, text, None)), shape(whole)
 
     plain, sound = all_of("the cat"), 0
     for _ in range(8):

@@ -4,7 +4,8 @@
 import itertools
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -114,9 +115,7 @@ class Engine:
 
         Raises InputError for settings that are none, QueueFull and Draining.
         """
-        config = request.under(self.config)
-        sampling = resolve(config.sampling, self.models.target.generation)
-        job = Job.of(request, config, on_event, sampling, self.models.target.tokenizer, streams=streams)
+        job = self._job(request, on_event, streams=streams)
         with self._lock:
             if self._draining:
                 raise Draining("the engine takes no more requests")
@@ -124,6 +123,30 @@ class Engine:
                 raise QueueFull(retry_after=5.0)
             self._waiting.setdefault(request.owner, deque()).append(job)
         return Ticket(f"request-{next(self._numbers)}", job)
+
+    def _job(self, request: Request, on_event: OnEvent, *, streams: bool) -> Job:
+        config, target = request.under(self.config), self.models.target
+        sampling = resolve(config.sampling, target.generation)
+        return Job.of(request, config, on_event, sampling, target.tokenizer, streams=streams)
+
+    @contextmanager
+    def read(self, request: Request) -> Iterator[tuple[Job, Prepared]]:
+        """A request that has been read at once, beside all others, and has no row; what it needs is held meanwhile.
+
+        In the thread that steps. Raises InputError for what cannot be read.
+        """
+        job = self._job(request, lambda event: None, streams=False)
+        steps = self._preparer.steps(job)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                prepared = done.value
+                break
+        try:
+            yield job, prepared
+        finally:
+            self._release(prepared)
 
     @property
     def drains(self) -> bool:

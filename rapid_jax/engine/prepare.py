@@ -20,14 +20,20 @@ from rapid_jax.engine.request import Question, Request, Retrieved
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.identity import check_same_prompts
 from rapid_jax.model.decoder import Decoder
+from rapid_jax.prompts import Reading
+from rapid_jax.retrieval.config import chunk_count
 from rapid_jax.runtime.compiling import timed
 from rapid_jax.runtime.progress import progress
 from rapid_jax.speculative.generate import Prompted, start
 from rapid_jax.speculative.prefill import Prefill, PrefillSettings
 from rapid_jax.speculative.rounds import Rounds
+from rapid_jax.speculative.start import Room
 
 # Tokens that a prompt's prefix lacks when its rounds begin: the target feeds the last one, a drafter the last two.
 TARGET_LACKS, DRAFTER_LACKS = 1, 2
+# Where requests are to share programs, there is room for at least so many tokens: of a question about a document and
+# what the chat template puts behind it, around a drafter's text, and between two chunks of it.
+QUESTION_TOKENS, FRAME_TOKENS, JOIN_TOKENS = 128, 256, 2
 COPIED_BYTES = 2**30  # of keys and values that are copied, so that rows about several documents run in one program
 
 
@@ -85,20 +91,40 @@ class Preparing:
             assert reading.short is not None
             tokens = reading.short.tokens
             prefix = yield from self._read(job, model.decoder, tokens[:-TARGET_LACKS], "prefill")
-            target, handle = Prompted(model.decoder, [tokens], prefix, [len(tokens) - TARGET_LACKS]), None
-            return self._prepared(job, target, None, tokens, handle)
-        head = reading.long.head
-        prefix, handle = yield from self._document(job, head)
-        target = Prompted(model.decoder, [reading.long.tokens], prefix, [len(head)])
-        if not speculation.drafts:
+            target = Prompted(model.decoder, [tokens], prefix, [len(tokens) - TARGET_LACKS])
+            return self._prepared(job, target, None, tokens, None)
+        prefix, handle = yield from self._document(job, reading.long.head)
+        try:
+            return (yield from self._behind(job, reading, prefix, handle))
+        except BaseException:  # closed too, where the request is taken back
+            if handle is not None:
+                self._prefixes.release(handle)
+            raise
+
+    def _behind(
+        self, job: Job, reading: Reading, prefix: Prefix, handle: Handle | None
+    ) -> Generator[None, None, Prepared]:
+        """What is left to be read once the target has the document: the question, and the drafter's prompt."""
+        config, head = job.config, reading.long.head
+        target = Prompted(self._models.target.decoder, [reading.long.tokens], prefix, [len(head)])
+        if not config.speculation.drafts:
             return self._prepared(job, target, None, head, handle)
         assert reading.short is not None
         short, decoder = reading.short.tokens, self._models.drafter.decoder
-        prefix = yield from self._read(job, decoder, short[:-DRAFTER_LACKS], "prefill (drafter)")
+        room = self._room_of_retrieved(job, prefix)
+        prefix = yield from self._read(job, decoder, short[:-DRAFTER_LACKS], "prefill (drafter)", room=room)
         if config.models.drafter_weights != "full":
             prefix = rounded(prefix)
         drafter = Prompted(decoder, [short], prefix, [len(short) - DRAFTER_LACKS])
-        return self._prepared(job, target, drafter, head + short, handle)
+        return self._prepared(job, target, drafter, head + short, handle, room)
+
+    def _room_of_retrieved(self, job: Job, prefix: Prefix) -> int:
+        """Tokens that a drafter's prompt has at most for any document of the size, whatever is found; 0: as it is."""
+        if not self._few_programs:
+            return 0
+        retrieval, slots = job.config.retrieval, prefix.pos_BS.shape[1]
+        each = retrieval.chunk_tokens + JOIN_TOKENS
+        return chunk_count(slots, retrieval) * each + FRAME_TOKENS
 
     def _document(self, job: Job, head: list[int]) -> Generator[None, None, tuple[Prefix, Handle | None]]:
         """The target's prefix of the prompt up to the end of the document, kept for others; held where it is kept."""
@@ -126,11 +152,11 @@ class Preparing:
         return prefix, handle
 
     def _read(
-        self, job: Job, decoder: Decoder, tokens: list[int], label: str, begun: Found | None = None
+        self, job: Job, decoder: Decoder, tokens: list[int], label: str, begun: Found | None = None, room: int = 0
     ) -> Generator[None, None, Prefix]:
         """The prefix of a prompt, a chunk at a time; of one that is kept, from what there is of it."""
         compute, dtype = self._config.compute, decoder.embed_VD[...].dtype
-        settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, coarse=begun is None)
+        settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, begun is None, room)
         known = {} if begun is None else {"begun": begun.prefix, "known": begun.tokens}
         work = Prefill(decoder, [tokens], settings, dtype=dtype, **known)
         with progress(label, work.left, "tokens", quiet=self._quiet) as report:
@@ -145,9 +171,19 @@ class Preparing:
         return work.prefix
 
     def _prepared(
-        self, job: Job, target: Prompted, drafter: Prompted | None, text: Sequence[int], handle: Handle | None
+        self,
+        job: Job,
+        target: Prompted,
+        drafter: Prompted | None,
+        text: Sequence[int],
+        handle: Handle | None,
+        retrieved: int = 0,
     ) -> Prepared:
-        config = job.config
+        config, room = job.config, Room(logprobs=job.request.logprobs is not None)
+        if self._few_programs:
+            slots = target.prefix.pos_BS.shape[1]
+            new = self._config.sampling.max_new_tokens
+            room = replace(room, new=new, suffix=QUESTION_TOKENS, text=slots + retrieved)
         document = object() if handle is None else handle
         size = sum(x.nbytes for x in jax.tree.leaves(target.prefix.layers))
         key = LaneKey.of(config.speculation, None if size <= COPIED_BYTES else document)
@@ -161,7 +197,7 @@ class Preparing:
                 texts=[text],
                 block=config.compute.attention_block,
                 token_ids=self._models.target.token_ids,
-                logprobs=job.request.logprobs is not None,
+                room=room,
             )
             if self._few_programs:
                 rounds.widen()

@@ -4,8 +4,9 @@
 import itertools
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 
@@ -90,9 +91,7 @@ class Engine:
 
         Raises InputError for settings that are none, QueueFull and Draining.
         """
-        config = request.under(self.config)
-        sampling = resolve(config.sampling, self.models.target.generation)
-        job = Job.of(request, config, on_event, sampling, self.models.target.tokenizer, streams=streams)
+        job = self._job(request, on_event, streams=streams)
         with self._lock:
             if self._draining:
                 raise Draining("the engine takes no more requests")
@@ -101,15 +100,17 @@ class Engine:
             self._waiting.setdefault(request.owner, deque()).append(job)
         return Ticket(f"request-{next(self._numbers)}", job)
 
+    def _job(self, request: Request, on_event: OnEvent, *, streams: bool) -> Job:
+        config, target = request.under(self.config), self.models.target
+        sampling = resolve(config.sampling, target.generation)
+        return Job.of(request, config, on_event, sampling, target.tokenizer, streams=streams)
+
     def prefill(self, request: Request) -> Reading:
         """Reads the document of a request, and keeps what comes of it; requests that run go on beside it.
 
         Works until it is done, in the thread that steps. Raises InputError for what the models cannot read.
         """
-        config = request.under(self.config)
-        sampling = resolve(config.sampling, self.models.target.generation)
-        job = Job.of(request, config, lambda event: None, sampling, self.models.target.tokenizer, streams=False)
-        steps = self._preparer.document(job)
+        steps = self._preparer.document(self._job(request, lambda event: None, streams=False))
         while True:
             try:
                 next(steps)
@@ -117,6 +118,25 @@ class Engine:
                 return done.value
             if not self.is_idle:
                 self.step()
+
+    @contextmanager
+    def read(self, request: Request) -> Iterator[tuple[Job, Prepared]]:
+        """A request that has been read at once, beside all others, and has no row; what it needs is held meanwhile.
+
+        In the thread that steps. Raises InputError for what cannot be read.
+        """
+        job = self._job(request, lambda event: None, streams=False)
+        steps = self._preparer.steps(job)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                prepared = done.value
+                break
+        try:
+            yield job, prepared
+        finally:
+            self._release(prepared.handle)
 
     @property
     def drains(self) -> bool:

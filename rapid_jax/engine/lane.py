@@ -81,7 +81,7 @@ class Lane:
         """One more request, whose prompt has been read by rounds of its own, in a lane of at least these `sizes`."""
         count, each = max(sizes[0], len(self.documents)), max(sizes[1], self.each)
         if each > self.each and len(self.documents) > 1:
-            self._arrange(range(len(self.documents)), each)
+            self.arrange(range(len(self.documents)), each)
         is_new = document not in self.documents
         self.documents += [None] * (count - len(self.documents))
         self.jobs += [None] * (count * each - len(self.jobs))
@@ -148,14 +148,14 @@ class Lane:
         if 2 * wanted > each and 2 * count > len(self.documents):
             return
         free = [at for at, rows in enumerate(used) if not rows]
-        self._arrange([*kept, *free][:count], wanted)
+        self.arrange([*kept, *free][:count], wanted)
         self._repace()
 
     def _of(self, at: int) -> list[Job | None]:
         """The rows of a document."""
         return self.jobs[at * self.each : (at + 1) * self.each]
 
-    def _arrange(self, documents: Sequence[int], each: int) -> None:
+    def arrange(self, documents: Sequence[int], each: int) -> None:
         """Those documents alone, with so many rows each; those that answer something come first."""
         order = []
         for at in documents:

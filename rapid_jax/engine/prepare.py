@@ -22,15 +22,20 @@ from rapid_jax.engine.tiers import Handle
 from rapid_jax.identity import check_same_prompts
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.prompts import Reading
+from rapid_jax.retrieval.config import chunk_count
 from rapid_jax.runtime.compiling import timed
 from rapid_jax.runtime.progress import progress
 from rapid_jax.speculative.generate import Prompted, start
 from rapid_jax.speculative.prefill import Prefill, PrefillSettings
 from rapid_jax.speculative.rounds import Rounds
+from rapid_jax.speculative.start import Room
 
 # Tokens that a prompt's prefix lacks when its rounds begin: the target feeds the last one, a drafter the last two.
 TARGET_LACKS, DRAFTER_LACKS = 1, 2
 _PAUSE_S = 0.01  # between looks at whether prompts are made, where nothing else is to be done
+# Where requests are to share programs, there is room for at least so many tokens: of a question about a document and
+# what the chat template puts behind it, around a drafter's text, and between two chunks of it.
+QUESTION_TOKENS, FRAME_TOKENS, JOIN_TOKENS = 128, 256, 2
 COPIED_BYTES = 2**30  # of keys and values that are copied, so that rows about several documents run in one program
 
 
@@ -90,21 +95,16 @@ class Preparing:
             assert reading.short is not None
             tokens = reading.short.tokens
             prefix = yield from self._read(job, model.decoder, tokens[:-TARGET_LACKS], "prefill")
-            target, handle = Prompted(model.decoder, [tokens], prefix, [len(tokens) - TARGET_LACKS]), None
-            return self._prepared(job, target, None, tokens, handle)
-        head, short, drafter = reading.long.head, reading.short, None
+            target = Prompted(model.decoder, [tokens], prefix, [len(tokens) - TARGET_LACKS])
+            return self._prepared(job, target, None, tokens, None)
+        drafter = None
         if speculation.drafts and self._models.meshes[0] != self._models.meshes[1]:
-            assert short is not None  # on devices of its own the drafter reads while the target does
-            drafter = yield from self._drafter(job, short.tokens, waits=False)
-        prefix, handle = yield from self._document(job, head)
-        target = Prompted(model.decoder, [reading.long.tokens], prefix, [len(head)])
+            assert reading.short is not None  # on devices of its own the drafter reads while the target does
+            drafter = yield from self._drafter(job, reading.short.tokens, waits=False)
+        prefix, handle = yield from self._document(job, reading.long.head)
         try:
-            if not speculation.drafts:
-                return self._prepared(job, target, None, head, handle)
-            assert short is not None
-            drafter = drafter or (yield from self._drafter(job, short.tokens))
-            return self._prepared(job, target, drafter, head + short.tokens, handle)
-        except BaseException:  # closed by who takes the request back, too
+            return (yield from self._behind(job, reading, prefix, handle, drafter))
+        except BaseException:  # closed too, where the request is taken back
             if handle is not None:
                 self._prefixes.release(handle)
             raise
@@ -120,14 +120,37 @@ class Preparing:
             yield
         return work.result()
 
-    def _drafter(self, job: Job, tokens: list[int], *, waits: bool = True) -> Generator[None, None, Prompted]:
+    def _behind(
+        self, job: Job, reading: Reading, prefix: Prefix, handle: Handle | None, drafter: Prompted | None
+    ) -> Generator[None, None, Prepared]:
+        """What is left to be read once the target has the document: the question, and the drafter's prompt."""
+        config, head = job.config, reading.long.head
+        target = Prompted(self._models.target.decoder, [reading.long.tokens], prefix, [len(head)])
+        if not config.speculation.drafts:
+            return self._prepared(job, target, None, head, handle)
+        assert reading.short is not None
+        short, room = reading.short.tokens, self._room_of_retrieved(job, prefix)
+        drafter = drafter or (yield from self._drafter(job, short, room=room))
+        return self._prepared(job, target, drafter, head + short, handle, room)
+
+    def _drafter(
+        self, job: Job, tokens: list[int], *, room: int = 0, waits: bool = True
+    ) -> Generator[None, None, Prompted]:
         """The drafter with its prompt; without waiting it is only under way."""
         decoder = self._models.drafter.decoder
         label = "prefill (drafter)" if waits else None
-        prefix = yield from self._read(job, decoder, tokens[:-DRAFTER_LACKS], label)
+        prefix = yield from self._read(job, decoder, tokens[:-DRAFTER_LACKS], label, room=room)
         if job.config.models.drafter_weights != "full":
             prefix = rounded(prefix)
         return Prompted(decoder, [tokens], prefix, [len(tokens) - DRAFTER_LACKS])
+
+    def _room_of_retrieved(self, job: Job, prefix: Prefix) -> int:
+        """Tokens that a drafter's prompt has at most for any document of the size, whatever is found; 0: as it is."""
+        if not self._few_programs:
+            return 0
+        retrieval, slots = job.config.retrieval, prefix.pos_BS.shape[1]
+        each = retrieval.chunk_tokens + JOIN_TOKENS
+        return chunk_count(slots, retrieval) * each + FRAME_TOKENS
 
     def document(self, job: Job) -> Generator[None, None, Reading]:
         """As `steps`, of the request's document alone: no row comes of it. Returns the request's prompts."""
@@ -167,13 +190,19 @@ class Preparing:
         return prefix, handle
 
     def _read(
-        self, job: Job, decoder: Decoder, tokens: list[int], label: str | None, begun: Found | None = None
+        self,
+        job: Job,
+        decoder: Decoder,
+        tokens: list[int],
+        label: str | None,
+        begun: Found | None = None,
+        room: int = 0,
     ) -> Generator[None, None, Prefix]:
         """The prefix of a prompt, a chunk at a time; of one that is kept, from what there is of it. Without a label it
         is only under way, at once.
         """
         compute, dtype = self._config.compute, decoder.embed_VD[...].dtype
-        settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, coarse=begun is None)
+        settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, begun is None, room)
         known = {} if begun is None else {"begun": begun.prefix, "known": begun.tokens}
         work = Prefill(decoder, [tokens], settings, dtype=dtype, **known)
         while label is None and work.left:
@@ -190,9 +219,19 @@ class Preparing:
         return work.prefix
 
     def _prepared(
-        self, job: Job, target: Prompted, drafter: Prompted | None, text: Sequence[int], handle: Handle | None
+        self,
+        job: Job,
+        target: Prompted,
+        drafter: Prompted | None,
+        text: Sequence[int],
+        handle: Handle | None,
+        retrieved: int = 0,
     ) -> Prepared:
-        config = job.config
+        config, room = job.config, Room(logprobs=job.request.logprobs is not None)
+        if self._few_programs:
+            slots = target.prefix.pos_BS.shape[1]
+            new = self._config.sampling.max_new_tokens
+            room = replace(room, new=new, suffix=QUESTION_TOKENS, text=slots + retrieved)
         document = object() if handle is None else handle
         size = sum(x.nbytes for x in jax.tree.leaves(target.prefix.layers))
         key = LaneKey.of(config.speculation, None if size <= COPIED_BYTES else document)
@@ -206,7 +245,7 @@ class Preparing:
                 texts=[text],
                 block=config.compute.attention_block,
                 token_ids=self._models.target.token_ids,
-                logprobs=job.request.logprobs is not None,
+                room=room,
             )
             if self._few_programs:
                 rounds.widen()

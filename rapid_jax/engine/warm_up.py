@@ -2,73 +2,127 @@
 """What requests will need, compiled before the first of them comes."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass, replace
 
+from rapid_jax.config import RapidConfig
 from rapid_jax.engine.engine import Engine
+from rapid_jax.engine.job import Job
+from rapid_jax.engine.lane import ROW_BUCKETS, Lane
+from rapid_jax.engine.prepare import Prepared
 from rapid_jax.engine.request import Event, Failed, Piece, Question, Request
 from rapid_jax.runtime.errors import InputError
 
 _WORDS = "The harbour of the old town lies open to the north, and its boats leave before the light comes. "
+Size = tuple[int, int]  # documents, rows of each
 
 
 @dataclass(frozen=True)
 class WarmUp:
-    """Sizes of requests that compile nothing once the engine is ready."""
+    """Sizes of requests that compile nothing once the engine is ready.
+
+    That holds for questions about documents under the engine's own mode, gamma and lookup, with answers of at most its
+    own limit (or of the same bucket), questions of at most `prepare.QUESTION_TOKENS` and a top-k of at most 64,
+    whatever else they ask for. Requests that name others bring programs of their own.
+    """
 
     lengths: tuple[int, ...] = (1024,)  # tokens of documents; one stands for all of its bucket
     rows: int = 1  # questions about a document at once
-    temperatures: tuple[float, ...] = (0.0, 1.0)
+    documents: int = 1  # that are asked about at once
 
     def __post_init__(self):
         if not all(length >= 16 for length in self.lengths):
             raise InputError(f"lengths to warm up for: expected at least 16 tokens, got {min(self.lengths)}")
-        if not 1 <= self.rows <= 16:
-            raise InputError(f"rows to warm up for: expected 1 to 16, got {self.rows}")
+        for name in ("rows", "documents"):
+            if not 1 <= getattr(self, name) <= ROW_BUCKETS[-1]:
+                raise InputError(f"{name} to warm up for: expected 1 to {ROW_BUCKETS[-1]}, got {getattr(self, name)}")
+
+    def sizes(self) -> list[Size]:
+        """All that a lane may have, the smallest first."""
+        documents, rows = (
+            [size for size in ROW_BUCKETS if size == 1 or size < 2 * most] for most in (self.documents, self.rows)
+        )
+        return [(count, each) for count in documents for each in rows if count * each <= ROW_BUCKETS[-1]]
 
 
 def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None:
-    """Loads the models and runs requests of these sizes, under the engine's own settings, a few rounds each.
+    """Loads the models and reads and answers questions of these sizes, under the engine's own settings.
 
     Raises InputError for models or sizes that cannot be.
     """
     engine.models.load(engine.config.speculation)
     for length in what.lengths:
-        document = _document(engine, length)
-        for temperature in what.temperatures:
+        document, asked = _document(engine, length), "When do the boats leave?"
+        for kind, request in _kinds(Question(document, asked), engine.config):
             start = time.perf_counter()
-            for rows in {1, what.rows}:
-                _ask(engine, document, temperature, rows)
+            _ask(engine, request)
+            with engine.read(request) as (job, prepared):
+                _compile(job, prepared, what.sizes())
+                # Another one that begins so is copied as far as that goes.
+                with engine.read(replace(request, prompt=Question(document[:-1], asked))) as (_, other):
+                    unwanted = [one.handle for one in (prepared, other) if one.handle is not None]
             took = time.perf_counter() - start
-            report(
-                f"documents of {length} tokens, up to {what.rows} questions, temperature {temperature:g}: {took:.1f} s"
-            )
+            report(f"documents of {length} tokens, up to {what.rows} questions, {kind}: {took:.1f} s")
+        for handle in unwanted:
+            engine.prefixes.remove(handle.key)
 
 
 def _document(engine: Engine, length: int) -> str:
-    """About so many tokens."""
-    each = engine.models.target.tokenizer.counts([_WORDS])[0]
-    return _WORDS * max(length // each, 1)
+    """So many tokens."""
+    tokenizer = engine.models.target.tokenizer
+    text = _WORDS * (length // tokenizer.counts([_WORDS])[0] + 1)
+    return text[: tokenizer.spans(text)[length - 1][1]]
 
 
-def _ask(engine: Engine, document: str, temperature: float, rows: int) -> None:
-    """So many questions, told of until each has begun; then they are taken back one by one."""
-    sampling = replace(engine.config.sampling, temperature=temperature)
-    begun: set[int] = set()
-    failed: list[Exception] = []
+def _kinds(question: Question, config: RapidConfig) -> Iterator[tuple[str, Request]]:
+    """A request for each kind of law that rows may have (`Law.widened`)."""
+    greedy = replace(config.sampling, temperature=0.0, repetition_penalty=1.0)
+    asked = Request.of(question, replace(config, sampling=greedy))
+    yield "greedy", asked
+    yield "sampled", replace(asked, sampling=replace(config.sampling, temperature=1.0))
+    yield "with log-probabilities", replace(asked, logprobs=0)
 
-    def hear(row: int, event: Event) -> None:
-        if isinstance(event, Piece):
-            begun.add(row)
-        elif isinstance(event, Failed) and isinstance(event.error, InputError):
-            failed.append(event.error)
 
-    request = Request.of(Question(document, "When do the boats leave?"), replace(engine.config, sampling=sampling))
-    tickets = [engine.submit(request, lambda event, row=row: hear(row, event)) for row in range(rows)]
-    while not all(ticket.job.ended for ticket in tickets) and len(begun) < rows:
+def _ask(engine: Engine, request: Request) -> None:
+    """Answers a request until its first tokens are there, and takes it back."""
+    heard: list[Event] = []
+    ticket = engine.submit(request, heard.append)
+    while not ticket.job.ended and not any(isinstance(event, Piece) for event in heard):
         engine.step()
-    for ticket in tickets:
-        ticket.cancel()
-        engine.run([ticket])
-    if failed:
-        raise failed[0]
+    ticket.cancel()
+    engine.run([ticket])
+    for event in heard:
+        if isinstance(event, Failed) and isinstance(event.error, InputError):
+            raise event.error
+
+
+def _compile(job: Job, prepared: Prepared, sizes: list[Size]) -> None:
+    """Everything that lanes of these sizes run, and all ways from one size to another.
+
+    The smallest comes last: its rounds use up the arrays that the others are made of.
+    """
+    if prepared.key.document is not None:
+        sizes = [size for size in sizes if size[0] == 1]
+    for size in reversed(sizes):
+        for other in sizes:
+            if other != size and other[0] >= size[0] and other[1] >= size[1]:
+                _join(_lane(job, prepared, size), job, prepared, other)
+            elif other[0] <= size[0] and other[1] <= size[1]:
+                _lane(job, prepared, size).arrange(range(other[0]), other[1])
+        lane = _lane(job, prepared, size)
+        for plan in lane.pace.plans(lane.rounds):
+            lane.rounds.compile(plan)
+
+
+def _lane(job: Job, prepared: Prepared, size: Size) -> Lane:
+    """A lane of this size."""
+    lane = Lane.of(prepared.key, job, copy(prepared.rounds), 1)
+    if size != (1, 1):
+        _join(lane, job, prepared, size)
+    return lane
+
+
+def _join(lane: Lane, job: Job, prepared: Prepared, size: Size) -> None:
+    """The request once more, about the last of so many documents: another one where the lane has fewer."""
+    lane.join(job, prepared.rounds, size[0], size)

@@ -19,7 +19,7 @@ from rapid_jax.speculative.pace import Pace
 from rapid_jax.speculative.prefill import extend, new_tail
 from rapid_jax.speculative.rounds import Rounds
 from rapid_jax.speculative.sampling import Knobs, Law
-from rapid_jax.speculative.start import EXTEND_WIDTH, RECENT, Sizes, plan_of, start_state, text_slots
+from rapid_jax.speculative.start import EXTEND_WIDTH, RECENT, Room, Sizes, plan_of, start_state, text_slots
 from rapid_jax.speculative.state import Side, State
 
 
@@ -79,8 +79,8 @@ def _side(prompted: Prompted, *, uncached: int, sizes: Sizes, block: int) -> tup
     return Side(prompted.decoder, prompted.prefix, *replicated(prompted.decoder.mesh, (recent, lengths))), tail
 
 
-def _text(texts: Sequence[Sequence[int]], match: int) -> np.ndarray:
-    longest = max((len(text) for text in texts), default=0)
+def _text(texts: Sequence[Sequence[int]], match: int, room: int) -> np.ndarray:
+    longest = max(room, *(len(text) for text in texts))
     text_BM = np.full((len(texts), text_slots(longest, match)), -1, np.int32)
     for row, text in enumerate(texts):
         text_BM[row, : len(text)] = text
@@ -144,16 +144,16 @@ def start(
     seeds: Sequence[int] | None = None,
     block: int = 8192,
     token_ids: Sequence[int] | np.ndarray | None = None,
-    logprobs: bool = False,
+    room: Room | None = None,
 ) -> Rounds:
     """Rows that have read all of their prompts, before their first tokens.
 
     `texts` is what prompt lookup may copy from, as token ids: document, then retrieved text. Answers are made of
     `token_ids`, those that the tokenizer has (default: those that both models have), whatever rows the models were
-    padded to; a drafter may lack some of them.
+    padded to; a drafter may lack some of them. `room` is what arrays hold beside what is needed.
     """
-    batch = len(target.prompts)
-    sizes = Sizes.of(speculation, sampling)
+    batch, room = len(target.prompts), room or Room()
+    sizes = Sizes.of(speculation, sampling, room)
     vocabulary = target.decoder.config.vocab_size
     if token_ids is None:
         token_ids = range(min(vocabulary, vocabulary if drafter is None else drafter.decoder.config.vocab_size))
@@ -163,12 +163,12 @@ def start(
         drafter_side, draft_tail = _side(drafter, uncached=2, sizes=sizes, block=block)
     seen = _seen(target, vocabulary, sampling), _seen(drafter, vocabulary, sampling)
     seeds = seeds or [sampling.seed] * batch
-    host_state = start_state(seeds, sizes, sampling.max_new_tokens, seen, logprobs=logprobs)
+    host_state = start_state(seeds, sizes, sampling.max_new_tokens, seen, logprobs=room.logprobs)
     placed_state = replicated(target.decoder.mesh, host_state)
     state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state)
     plan = plan_of(speculation, block=block, vocabulary=vocabulary)
-    text_BM = _text(texts or [[]] * batch, speculation.lookup_match)
-    law = Law.of(sampling, speculation, stops, logprobs=logprobs)
+    text_BM = _text(texts or [[]] * batch, speculation.lookup_match, room.text)
+    law = Law.of(sampling, speculation, stops, logprobs=room.logprobs)
     knobs = Knobs.of(sampling, speculation, _allowed(token_ids, vocabulary))
     sides = target_side, drafter_side
     rounds = Rounds(sides, text_BM, state, law, knobs, plan)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from rapid_jax.speculative.config import SpeculationConfig
 from rapid_jax.speculative.rounds import Rounds, Schedule
 from rapid_jax.speculative.schedule import AutoGamma, CopyGate, Observation, gamma_schedule
+from rapid_jax.speculative.state import Plan
 
 
 @dataclass
@@ -37,12 +38,21 @@ class Pace:
         other.gate = self.gate
         return other
 
+    def _may_copy(self, rounds: Rounds, gamma: int) -> bool:
+        return self.speculation.lookup != "off" and (gamma > 0 or rounds.may_copy)
+
+    def plans(self, rounds: Rounds) -> list[Plan]:
+        """All that these rows may come to run by."""
+        gammas = self.schedule.gammas if isinstance(self.schedule, AutoGamma) else (self.schedule.gamma,)
+        each = [(gamma, False) for gamma in gammas]
+        each += [(gamma, True) for gamma in gammas if self._may_copy(rounds, gamma)]
+        return [replace(rounds.plan, gamma=gamma, copies=rounds.plan.copies * copying) for gamma, copying in each]
+
     def advance(self, rounds: Rounds, tell: Callable[[], None]) -> Observation:
         """A call of the device, or several where the host looks at every round; `tell` is called after each."""
         gamma, count = self.schedule.choose()
         count = count if self.gammas else 1  # the first tokens are not to wait for more
-        may_copy = gamma > 0 or rounds.may_copy
-        copying = self.speculation.lookup != "off" and self.gate.is_open() and may_copy
+        copying = self._may_copy(rounds, gamma) and self.gate.is_open()
         plan = replace(rounds.plan, gamma=gamma, copies=rounds.plan.copies * copying)
         calls = []
         for part in [1] * count if self.speculation.rounds_per_read == 1 else [count]:

@@ -113,11 +113,12 @@ class PrefillSettings:
     kernel: KernelName = "auto"
     over: Over = "ring"
     coarse: bool = False  # sizes are few: for prompts of many lengths that share programs
+    room: int = 0  # tokens that there are slots for at least
 
     def layout(self, decoder: Decoder, longest: int) -> ChunkLayout:
-        """Where the tokens of prompts of up to `longest` go."""
+        """Where the tokens of prompts of up to `longest` go, or of as many as there is to be room for."""
         devices = 1 if decoder.mesh is None else decoder.mesh.shape["context"]
-        return ChunkLayout.of(longest, self.chunk, devices, coarse=self.coarse)
+        return ChunkLayout.of(max(longest, self.room), self.chunk, devices, coarse=self.coarse)
 
 
 class Prefill:

@@ -82,13 +82,15 @@ class Rounds:
         beside = None if drafter is None else drafter.beside(target)
         self.state = program(target, beside, self.texts[0], self.state, self.knobs[0], count, law=self.law, plan=plan)
 
-    def _compile(self, plan: Plan) -> None:
+    def compile(self, plan: Plan) -> None:
         """Runs rounds of the plan that change nothing: none of them, or one with every row done."""
         if len(set(self.meshes)) == 1:
-            return self._call(plan, 0)
-        self._set_done([True] * len(self.interrupted))
-        self._call(plan, 1)
-        self._set_done(self.ended())
+            self._call(plan, 0)
+        else:
+            self._set_done([True] * len(self.interrupted))
+            self._call(plan, 1)
+            self._set_done(self.ended())
+        jax.block_until_ready(self.state)
 
     def ended(self) -> list[bool]:
         """Rows whose answers are complete, or cut off."""
@@ -111,8 +113,7 @@ class Rounds:
         """What `rounds` rounds of a plan did; a program new to these rows is first compiled, by zero rounds of it."""
         start = time.perf_counter()
         if (self.law, plan) not in self._compiled:
-            self._compile(plan)
-            jax.block_until_ready(self.state)
+            self.compile(plan)
             self._compiled.add((self.law, plan))
             self.compile_seconds += time.perf_counter() - start
             start = time.perf_counter()

@@ -97,10 +97,11 @@ def _shape(rows: int, name: str, axis: int, old: jax.Array, new: jax.Array) -> _
 
 
 def _fresh(name: str, axis: int, like: jax.Array, shape: _Static) -> jax.Array:
-    """Nothing, lying as `like` does."""
+    """Nothing, lying as `like` does: bound to devices only if that is, else each program would be compiled twice."""
+    device = like.sharding if like.committed else None
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jax.device_put(jax.random.split(jax.random.key(0), shape.value), like.sharding)
-    return jnp.full(shape.value, _EMPTY.get(name, 0), like.dtype, device=like.sharding)
+        return jax.device_put(jax.random.split(jax.random.key(0), shape.value), device)
+    return jnp.full(shape.value, _EMPTY.get(name, 0), like.dtype, device=device)
 
 
 @jax.jit

@@ -72,8 +72,8 @@ class Law:
         )
 
     def widened(self) -> "Law":
-        """A law of few: greedy without a penalty as it is, any other for all kinds of sampling at once."""
-        if self.greedy and not (self.penalty or self.confidence_stop):
+        """One of three: greedy and no more, or all kinds of sampling at once, without log-probabilities or with."""
+        if self.greedy and not (self.penalty or self.confidence_stop or self.logprobs):
             return self
         most = max(_FEW_TOP_K, 1 << (self.top_k - 1).bit_length() if self.top_k else 0)
         return Law(False, "mixed", True, most, True, True, True, True, self.stops, self.logprobs)

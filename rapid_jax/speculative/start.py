@@ -21,21 +21,33 @@ GAMMA_BUCKETS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)  # that row
 
 
 @dataclass(frozen=True)
+class Room:
+    """What arrays have room for: at least so many tokens, so that runs which need less share their programs."""
+
+    new: int = 0  # of an answer
+    suffix: int = 0  # of a prompt, behind its prefix
+    text: int = 0  # that level 0 copies from
+    logprobs: bool = False  # log-probabilities of what is emitted, and of the most probable tokens
+
+
+@dataclass(frozen=True)
 class Sizes:
     """How many slots the arrays of a run have: of few sizes, so that runs share programs and rows can join them."""
 
     reserve: int  # of a tail, behind the prompt tokens that it holds
     output: int  # for emitted tokens
+    suffix: int = 0  # prompt tokens that a tail has room for at least
 
     @classmethod
-    def of(cls, speculation: SpeculationConfig, sampling: SamplingConfig) -> "Sizes":
+    def of(cls, speculation: SpeculationConfig, sampling: SamplingConfig, room: Room = Room()) -> "Sizes":
         """What these settings may need at most."""
         widest = max(*map(gamma_bucket, gammas_of(speculation)), speculation.lookup_width) + 1
-        new = sampling.max_new_tokens
-        return cls(new + 2 * widest + CATCH_UP, coarse_bucket(new + widest, 32))
+        new = max(sampling.max_new_tokens, room.new)
+        return cls(new + 2 * widest + CATCH_UP, coarse_bucket(new + widest, 32), room.suffix)
 
     def tail(self, longest: int) -> int:
         """Slots of a tail that holds up to `longest` prompt tokens of a row."""
+        longest = max(longest, self.suffix)
         return coarse_bucket(-(-longest // EXTEND_WIDTH) * EXTEND_WIDTH + self.reserve, 32)
 
 

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After the warm-up no request of the declared sizes compiles anything."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
+from rapid_jax.engine.models import Models
+from rapid_jax.engine.request import Done, Event, Piece, Question, Request
+from rapid_jax.engine.service import RunningEngine
+from rapid_jax.engine.warm_up import WarmUp
+from rapid_jax.retrieval.config import RetrievalConfig
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
+from tests.retrieval import encoders
+from tests.tiny_models import save_decoder, words
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+LIMIT = 24
+LENGTH = 220  # tokens, as words(90) has: with the template around it, six chunks of the prefill
+EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@contextmanager
+def compiled() -> Iterator[list[str]]:
+    """The names of the programs that are compiled inside, or read from the folder of compiled ones."""
+    found: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == EVENT:
+            found.append(str(kwargs.get("fun_name", event)))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield found
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module")
+def warm(request: pytest.FixtureRequest) -> WarmUp:
+    """Two rows of one document; with `--fuzz 2` or more four rows, and two documents at once."""
+    more = request.config.getoption("--fuzz") > 1
+    return WarmUp((LENGTH,), rows=2 + 2 * more, documents=1 + more)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, warm: WarmUp) -> RunningEngine:
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    target = save_decoder(folder / "model", sizes={"num_hidden_layers": 1})
+    config = RapidConfig(
+        models=ModelsConfig(target=str(target), encoder=str(encoders.save(folder / "encoder", "bert"))),
+        retrieval=RetrievalConfig(chunk_tokens=64, min_tokens=128),
+        speculation=SpeculationConfig(gamma=2, lookup="off", rounds_per_read=1),
+        sampling=SamplingSettings(temperature=0.9, max_new_tokens=LIMIT),
+        compute=ComputeConfig(prefill_chunk=64),
+        cache=CacheConfig(folder=str(folder / "cache"), prefixes=False, programs=False),
+    )
+    engine = RunningEngine(config, Models(config, quiet=True), warm=warm)
+    said: list[str] = []
+    with compiled() as found:
+        engine.warm_up(said.append)
+    assert len(said) == 3 and "jit(_run_rounds)" in found and engine.is_idle
+    return engine
+
+
+def asked(engine: RunningEngine, number: int) -> Request:
+    """One of many about documents of the same size: of each setting another value."""
+    sampling = [
+        {"temperature": 0.0},
+        {"temperature": 0.9, "top_k": 5},
+        {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.3},
+        {"temperature": 0.0, "repetition_penalty": 1.2, "penalize": "all"},
+        {"temperature": 1.2, "min_p": 0.05, "top_k": 64},
+    ][number % 5]
+    speculation = [
+        {"mode": "rapid"},
+        {"mode": "rapid", "eta": 20.0, "guard": "paper", "alpha": 0.3},
+        {"mode": "lossless"},
+        {"mode": "phat", "eta": 2.0, "guard": "none"},
+        {"mode": "rapid", "confidence_stop": 0.2},
+    ][number * 2 % 5]
+    settings = replace(
+        engine.config,
+        speculation=replace(engine.config.speculation, **speculation),
+        sampling=SamplingSettings(max_new_tokens=LIMIT - 3 * (number % 4), seed=number, **sampling),
+        stop=("w7", "zz")[: number % 3],
+    )
+    question = Question(words(90 - number % 3, seed=number // 4), "w12 w34 " * (1 + number % 6) + "?")
+    return Request.of(question, settings, logprobs=(None, None, 0, 3)[number % 4], owner=str(number % 2))
+
+
+class Heard:
+    """The events of a request."""
+
+    def __init__(self, engine: RunningEngine, request: Request):
+        self.events: list[Event] = []
+        self.ticket = engine.submit(request, self.events.append)
+
+    def until_it_says_something(self, engine: RunningEngine) -> None:
+        while not any(isinstance(event, Piece) for event in self.events):
+            engine.step()
+
+
+def test_the_programs_are_counted():
+    with compiled() as found:
+        jax.jit(lambda x: x * 2 + 41)(jax.numpy.zeros(3)).block_until_ready()
+    assert any("lambda" in name for name in found)
+
+
+def test_no_request_alone_compiles_anything(engine: RunningEngine):
+    for number in range(20):
+        with compiled() as found:
+            heard = Heard(engine, asked(engine, number))
+            engine.run([heard.ticket])
+        assert isinstance(heard.events[-1], Done), heard.events[-1]
+        assert found == [], f"request {number}"
+
+
+def test_nor_do_requests_that_come_and_go(engine: RunningEngine, warm: WarmUp):
+    """In each group the rows are filled up one by one, while others answer; some are taken back."""
+    for start in range(0, 24, warm.rows):
+        same = [
+            replace(asked(engine, start + at), prompt=asked(engine, start).prompt, owner="") for at in range(warm.rows)
+        ]
+        with compiled() as found:
+            heard = []
+            for request in same:
+                heard.append(Heard(engine, request))
+                heard[-1].until_it_says_something(engine)
+            heard[start % warm.rows].ticket.cancel()
+            engine.step()
+            late = Heard(engine, replace(same[0], sampling=replace(same[0].sampling, seed=77)))
+            engine.run([one.ticket for one in (*heard, late)])
+        assert found == [], f"requests {start} to {start + warm.rows}"
+        assert isinstance(late.events[-1], Done) and engine.is_idle
+
+
+def test_nor_do_requests_about_as_many_documents_as_declared(engine: RunningEngine, warm: WarmUp):
+    for start in range(0, 32, 8):
+        with compiled() as found:
+            heard = [Heard(engine, asked(engine, start + 4 * at)) for at in range(warm.documents)]
+            engine.run([one.ticket for one in heard])
+        assert found == []
+        assert all(isinstance(one.events[-1], Done) for one in heard)
+
+
+def test_the_sizes_that_lanes_come_to_have():
+    assert WarmUp().sizes() == [(1, 1)]
+    assert WarmUp(rows=3).sizes() == [(1, 1), (1, 2), (1, 4)]
+    assert WarmUp(rows=4, documents=2).sizes() == [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)]
+    assert WarmUp(rows=16, documents=16).sizes()[-1] == (16, 1)
+    for wrong in ({"lengths": (8,)}, {"rows": 17}, {"documents": 0}):
+        with pytest.raises(InputError, match="to warm up for"):
+            WarmUp(**wrong)

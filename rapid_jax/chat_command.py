@@ -119,11 +119,10 @@ class _Chat:
                 line = self._lines.next()
                 if line is None or line.strip() == "/quit":
                     return
-                self._stopped = False
+                interrupted = self._stopped = False
                 self._obey(line)
                 interrupted = self._stopped
             except InputError as error:
-                interrupted = False
                 say(f"rapid: {legible(str(error))}")
             except KeyboardInterrupt:
                 if not self._lines.on_terminal or (interrupted and not self._lines.typed):

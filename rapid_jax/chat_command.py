@@ -187,7 +187,7 @@ class _Chat:
             self._answering = False
             if told:  # what there is of an answer that was ended
                 print(flush=True)
-        if self._stopped:
+        if not summary:
             say("rapid: the answer was ended by Ctrl-C")
         elif not self._quiet:
             say(summary)

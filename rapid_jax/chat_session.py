@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 from rapid_jax.answer import Answer
 from rapid_jax.config import RapidConfig
-from rapid_jax.engine.request import Done, Event, Piece, Question
+from rapid_jax.engine.request import Done, Event, Piece, Question, Retrieved
 from rapid_jax.prompts import TooLong, frame, room_around
 from rapid_jax.rapid import Rapid
 from rapid_jax.runtime import settings
@@ -81,13 +81,15 @@ class Session:
         self.config = changed
 
     def ask(self, question: str, until: Callable[[], bool]) -> Iterator[Event | Note]:
-        """What comes of a question, with notes about the turns before; `until` it holds. Ends with Done, or, where it
-        was taken back, without: then what was said by then is the answer that later questions follow.
+        """The answer's pieces and Done, with notes about the turns before. Once `until` holds it is taken back and
+        there is no Done: then what was said by then is the answer that later questions follow.
         """
         turns, begun = self._fitting(question), False
         while True:
             try:
                 for event in self._asked(question, turns, until):
+                    if isinstance(event, Retrieved):  # told of before it is known whether the prompt fits
+                        continue
                     if not begun and len(turns) < len(self.turns):
                         yield Note(_dropped(len(self.turns) - len(turns), len(turns)))
                     begun = True

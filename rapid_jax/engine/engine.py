@@ -179,8 +179,8 @@ class Engine:
         return not (self._waiting or self._preparing or self._ready or self._lanes)
 
     def run(self, tickets: Sequence[Ticket]) -> None:
-        """Works until these requests have ended; others go on beside them."""
-        while not all(ticket.job.ended for ticket in tickets):
+        """Works until these requests have ended, or an error that a step raised has lost them; others go on beside."""
+        while not self.is_idle and not all(ticket.job.ended for ticket in tickets):
             self.step()
 
     def step(self) -> None:

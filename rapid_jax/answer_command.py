@@ -175,12 +175,15 @@ def _answer_all(config: RapidConfig, tasks: Sequence[Task], options: argparse.Na
 
     rapid.load()
     start = time.perf_counter()
-    answers = rapid.answers(
-        [Question(task.document, task.question) for task in tasks],
-        on_answer=tell,
-        # Of several processes one may fail alone: then all of them end, and say why.
-        on_error=None if together.count > 1 else fail,
-    )
+    prompts = [Question(task.document, task.question) for task in tasks]
+    if together.count > 1:
+        # Rows do not join where devices are of several processes. An error, which one may have alone, ends all of them.
+        answers = []
+        for place, prompt in enumerate(prompts):
+            answers += rapid.answers([prompt])
+            tell(place, answers[place])
+    else:
+        answers = rapid.answers(prompts, on_answer=tell, on_error=fail)
     seconds, tokens = time.perf_counter() - start, sum(len(answer.token_ids) for answer in answers)
     if not options.quiet:
         say(

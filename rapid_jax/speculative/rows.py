@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import Sharding
 
 from rapid_jax.attention.cache import KV, Prefix, Tail, with_slots
 
@@ -98,10 +99,21 @@ def _shape(rows: int, name: str, axis: int, old: jax.Array, new: jax.Array) -> _
 
 def _fresh(name: str, axis: int, like: jax.Array, shape: _Static) -> jax.Array:
     """Nothing, lying as `like` does: bound to devices only if that is, else each program would be compiled twice."""
-    device = like.sharding if like.committed else None
+    sharding = like.sharding if like.committed else None
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return jax.device_put(jax.random.split(jax.random.key(0), shape.value), device)
-    return jnp.full(shape.value, _EMPTY.get(name, 0), like.dtype, device=device)
+        return _keys(shape.value, sharding)
+    return _filled(shape.value, _EMPTY.get(name, 0), like.dtype, sharding)
+
+
+# Programs, for arrays that lie on devices of several processes.
+def _filled(shape: tuple[int, ...], value: int, dtype: jnp.dtype, sharding: Sharding | None) -> jax.Array:
+    make = partial(jnp.full, shape, value, dtype)
+    return make() if sharding is None else jax.jit(make, out_shardings=sharding)()
+
+
+def _keys(shape: tuple[int, ...], sharding: Sharding | None) -> jax.Array:
+    make = lambda: jax.random.split(jax.random.key(0), shape)  # noqa: E731
+    return make() if sharding is None else jax.jit(make, out_shardings=sharding)()
 
 
 @jax.jit

@@ -5,7 +5,7 @@ A part is a pytree whose arrays have a row a sequence: on its first axis, or on 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import jax
@@ -101,19 +101,24 @@ def _fresh(name: str, axis: int, like: jax.Array, shape: _Static) -> jax.Array:
     """Nothing, lying as `like` does: bound to devices only if that is, else each program would be compiled twice."""
     sharding = like.sharding if like.committed else None
     if jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
-        return _keys(shape.value, sharding)
-    return _filled(shape.value, _EMPTY.get(name, 0), like.dtype, sharding)
+        if sharding is None:
+            return jax.random.split(jax.random.key(0), shape.value)
+        return _key_maker(shape.value, sharding)()
+    empty = _EMPTY.get(name, 0)
+    if sharding is None:
+        return jnp.full(shape.value, empty, like.dtype)
+    return _filler(shape.value, empty, like.dtype, sharding)()
 
 
 # Programs, for arrays that lie on devices of several processes.
-def _filled(shape: tuple[int, ...], value: int, dtype: jnp.dtype, sharding: Sharding | None) -> jax.Array:
-    make = partial(jnp.full, shape, value, dtype)
-    return make() if sharding is None else jax.jit(make, out_shardings=sharding)()
+@cache
+def _filler(shape: tuple[int, ...], value: int, dtype: jnp.dtype, sharding: Sharding) -> Callable[[], jax.Array]:
+    return jax.jit(partial(jnp.full, shape, value, dtype), out_shardings=sharding)
 
 
-def _keys(shape: tuple[int, ...], sharding: Sharding | None) -> jax.Array:
-    make = lambda: jax.random.split(jax.random.key(0), shape)  # noqa: E731
-    return make() if sharding is None else jax.jit(make, out_shardings=sharding)()
+@cache
+def _key_maker(shape: tuple[int, ...], sharding: Sharding) -> Callable[[], jax.Array]:
+    return jax.jit(lambda: jax.random.split(jax.random.key(0), shape), out_shardings=sharding)
 
 
 @jax.jit

@@ -8,6 +8,7 @@ line on standard error where there is none to be had.
 import asyncio
 import os
 import resource
+import subprocess
 import sys
 from typing import Any, Final
 
@@ -24,21 +25,22 @@ async def extracted(file: Any, filename: str) -> str:
     """The text of an open file; of its name only the ending is used. Raises InputError where there is no text."""
     suffix = next((one for one in _SUFFIXES if filename.lower().endswith(one)), ".txt")
     paths = os.pathsep.join(path for path in sys.path if path)
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", __name__, suffix),
+    # By subprocess and not by the loop: uvloop forks, which a process in which JAX has threads must not do.
+    process = subprocess.Popen(
+        [sys.executable, "-P", "-m", __name__, suffix],
         stdin=file.fileno(),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         env={"PYTHONPATH": paths},
     )
     try:
-        text, words = await asyncio.wait_for(process.communicate(), SECONDS + 10)
-    except TimeoutError as error:
+        text, words = await asyncio.to_thread(process.communicate, timeout=SECONDS + 10)
+    except subprocess.TimeoutExpired as error:
         raise InputError(f"{_NAME}: reading it takes longer than {SECONDS} s") from error
     finally:
-        if process.returncode is None:
+        if process.poll() is None:
             process.kill()
-            await process.wait()
+            process.wait()
     if process.returncode == 2:
         raise InputError(words.decode("utf-8", "replace").splitlines()[-1])
     if process.returncode != 0:

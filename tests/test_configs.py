@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rapid_jax.cli import config_of, parser
+from rapid_jax.answer_options import config_of
+from rapid_jax.cli import parser
 from rapid_jax.config import RapidConfig
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError

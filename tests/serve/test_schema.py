@@ -53,7 +53,7 @@ def test_all_operations_are_tried(operations: dict[str, schemathesis.APIOperatio
     [(label, GenerationMode.POSITIVE) for label in OPERATIONS]
     + [(label, GenerationMode.NEGATIVE) for label in OPERATIONS if not label.startswith(("GET", "DELETE"))],
 )
-def test_every_answer_is_declared(operations, label: str, mode: GenerationMode):
+def test_every_answer_is_declared(server: Running, operations, label: str, mode: GenerationMode):
     operation = operations[label]
 
     @hypothesis.given(case=operation.as_strategy(generation_mode=mode))
@@ -71,11 +71,9 @@ def test_every_answer_is_declared(operations, label: str, mode: GenerationMode):
         case.call_and_validate(excluded_checks=BEYOND_THE_SCHEMA, timeout=10)
 
     sent()
-
-
-def test_nothing_is_left_with_the_engine(server: Running):
-    assert server.engine.idle()
-    assert len(server.engine.requests) > 10  # not all of it was refused
+    # Behind each operation, since workers share them out.
+    if label.endswith("completions") and mode is GenerationMode.POSITIVE:
+        assert len(server.engine.requests) > 10  # not all of it was refused
     with server.http() as http:
         assert http.get("/ready").status_code == 200
         assert 'status="500"' not in http.get("/metrics").text

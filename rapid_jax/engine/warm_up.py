@@ -71,7 +71,8 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
 def _document(engine: Engine, length: int) -> str:
     """So many tokens."""
     tokenizer = engine.models.target.tokenizer
-    text = _WORDS * (length // tokenizer.counts([_WORDS])[0] + 1)
+    # Put together the words may have fewer tokens than alone.
+    text = _WORDS * (2 * length // tokenizer.counts([_WORDS])[0] + 2)
     return text[: tokenizer.spans(text)[length - 1][1]]
 
 

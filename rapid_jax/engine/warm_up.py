@@ -70,7 +70,9 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
 
 def _document(engine: Engine, length: int) -> str:
     """So many tokens."""
-    tokenizer = engine.models.target.tokenizer
+    tokenizer, most = engine.models.target.tokenizer, engine.models.target.config.context_size
+    if length > most:
+        raise InputError(f"lengths to warm up for: expected at most the model's context of {most} tokens, got {length}")
     # Put together the words may have fewer tokens than alone.
     text = _WORDS * (2 * length // tokenizer.counts([_WORDS])[0] + 2)
     return text[: tokenizer.spans(text)[length - 1][1]]

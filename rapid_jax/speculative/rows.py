@@ -21,7 +21,7 @@ T = TypeVar("T")
 _EMPTY = {"pos_BS": -1, "text_BM": -1, "recent_BR": -1, "done_B": True}
 
 
-def _each(visit: Callable[..., Any], first: Any, *others: Any, name: str = "", axis: int = 0) -> Any:
+def _each(visit: Callable[..., Any], first: Any, *others: Any, name: str = "") -> Any:
     """The part with `visit(name, row axis, arrays...)` for each of its arrays; a scalar has the row axis -1."""
     if isinstance(first, Prefix | Tail):
         stacked = isinstance(first.layers, KV)
@@ -40,7 +40,7 @@ def _each(visit: Callable[..., Any], first: Any, *others: Any, name: str = "", a
             key: _each(visit, getattr(first, key), *(getattr(x, key) for x in others), name=key) for key in vars(first)
         }
         return type(first)(**values)
-    return None if first is None else visit(name, axis, first, *others)
+    return None if first is None else visit(name, 0, first, *others)
 
 
 @partial(jax.jit, donate_argnums=0)

@@ -13,7 +13,7 @@ from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConf
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.request import Done, Event, Piece, Question, Request
 from rapid_jax.engine.service import RunningEngine
-from rapid_jax.engine.warm_up import WarmUp
+from rapid_jax.engine.warm_up import WarmUp, warm_up
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
@@ -158,3 +158,8 @@ def test_the_sizes_that_lanes_come_to_have():
     for wrong in ({"lengths": (8,)}, {"rows": 17}, {"documents": 0}):
         with pytest.raises(InputError, match="to warm up for"):
             WarmUp(**wrong)
+
+
+def test_a_length_beyond_the_models_context_is_refused_before_its_text_is_made(engine: RunningEngine):
+    with pytest.raises(InputError, match=r"at most the model's context of \d+ tokens, got 1000000000"):
+        warm_up(engine, WarmUp(lengths=(10**9,)), print)

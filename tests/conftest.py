@@ -13,16 +13,19 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # meshes are tested on devices that share this machine's cores
 # Programs that another test, worker or process of this run has compiled are read, not compiled again. On a GPU, where
-# what is compiled is tested, every program is.
+# what is compiled is tested, every program is, and as it is compiled for use.
+_ON_CPU = str("cuda" not in os.environ["JAX_PLATFORMS"]).lower()
 _PROGRAMS = "RAPID_TEST_PROGRAMS"
 _IS_FIRST = _PROGRAMS not in os.environ  # workers and processes that tests start have it from the first
 if _IS_FIRST:
     os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="rapid-test-programs-")
 os.environ |= {
-    "JAX_ENABLE_COMPILATION_CACHE": str("cuda" not in os.environ["JAX_PLATFORMS"]).lower(),
+    "JAX_ENABLE_COMPILATION_CACHE": _ON_CPU,
     "JAX_COMPILATION_CACHE_DIR": os.environ[_PROGRAMS],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
+    # Programs of tests run for milliseconds: XLA makes the passes that it needs alone.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": _ON_CPU,
 }
 # Tests compare with transformers' models built from a config: nothing is to be looked up on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -67,17 +70,6 @@ def few_mappings():
         from rapid_jax.runtime.compiling import forget_programs
 
         forget_programs(25_000)
-
-
-@pytest.fixture(scope="module")
-def quick_compiles():
-    """For modules of many programs that run for milliseconds: XLA makes the passes that it needs alone."""
-    import jax
-
-    # On a GPU what is compiled is tested, so as it is compiled for use.
-    jax.config.update("jax_disable_most_optimizations", "cuda" not in os.environ["JAX_PLATFORMS"])
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

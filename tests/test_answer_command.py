@@ -20,7 +20,7 @@ from rapid_jax.runtime.errors import InputError
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "own_environment")
+pytestmark = pytest.mark.usefixtures("own_environment")
 Rapid = Callable[..., tuple[int, str, str]]
 FIRST, SECOND = "w12 w34 w56?", "w7 and w8?"
 

@@ -19,7 +19,6 @@ from rapid_jax.bench.models import dialled, random_decoder, random_prefix
 from rapid_jax.cli import main
 from rapid_jax.runtime.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 SMALL = ["bench", "--layers", "1", "--contexts", "64", "--short", "32", "--tokens", "24"]
 
 

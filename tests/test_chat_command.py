@@ -27,7 +27,7 @@ from rapid_jax.runtime.errors import InputError, TooLarge
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "own_environment")
+pytestmark = pytest.mark.usefixtures("own_environment")
 Chat = Callable[..., tuple[int, str, str]]
 FIRST, SECOND = "w12 w34 w56?", "w7 and w8?"
 WAIT_S = 120  # a busy machine compiles slowly

@@ -22,7 +22,6 @@ from rapid_jax.speculative.rounds import Rounds
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 QUESTION = "w12 w34 w56?"
 
 

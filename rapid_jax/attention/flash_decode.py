@@ -25,7 +25,7 @@ from rapid_jax.attention.shared_prefix import is_shared, over_shared
 from rapid_jax.runtime.contract import contract
 
 LOW = -1e30  # stands for -inf where a difference of two must not be NaN
-MOST_ROWS = 128  # more are not a few
+MOST_ROWS = 256  # more are not a few
 MOST_BYTES = 512  # of a query's head: more, and a block of keys and values does not fit a multiprocessor's memory
 MOST_FLOAT16 = 65504.0
 
@@ -34,6 +34,7 @@ MOST_FLOAT16 = 65504.0
 class Shape:
     """How the kernel is cut; by measurement (WORKSPACE.md)."""
 
+    rows: int  # of a program: more are several programs', which run side by side and read the same slots
     block: int  # slots at a time
     warps: int
     stages: int  # blocks under way
@@ -42,9 +43,9 @@ class Shape:
 
 def shape_of(rows: int, rounded: bool) -> Shape:
     """For so many rows of a kv head, a power of two, over a prefix that is rounded or not."""
-    if rounded and rows <= 16:
-        return Shape(128, 4, 2, 396)
-    return Shape(64, 4, 3, 264) if rows <= 64 else Shape(64, 8, 2, 132)
+    if rounded:
+        return Shape(16, 128, 4, 2, 396) if rows <= 16 else Shape(64, 128, 4, 2, 264)
+    return Shape(64, 64, 4, 3, 264)
 
 
 def fits(rows: Rows, slots: Slots) -> bool:
@@ -163,12 +164,14 @@ def _shares(
     B, K, R, H = rows.q_BKRH.shape
     padded = max(16, pl.next_power_of_2(R))  # a matrix unit takes 16 rows
     shape = shape or shape_of(padded, rounded=sides[0].k_scale_BKS is not None)
-    shares = max(1, shape.programs // (B * K) - (len(sides) - 1))
+    padded = min(padded, shape.rows)
+    parts = -(-R // padded)
+    shares = max(1, shape.programs // (B * K * parts) - (len(sides) - 1))
     blocks = jnp.stack(
         [-(-jnp.minimum(n, side.pos_BS.shape[1]) // shape.block) for n, side in zip(used, sides, strict=True)]
     )
-    given = [(rows.q_BKRH, pl.BlockSpec((None, None, padded, H), lambda j, k, b: (b, k, 0, 0)))]
-    given.append((rows.pos_BR, pl.BlockSpec((None, padded), lambda j, k, b: (b, 0))))
+    given = [(rows.q_BKRH, pl.BlockSpec((None, None, padded, H), lambda j, k, b: (b, k, j % parts, 0)))]
+    given.append((rows.pos_BR, pl.BlockSpec((None, padded), lambda j, k, b: (b, j % parts))))
     given.append((blocks.astype(jnp.int32), pl.BlockSpec((len(sides),), lambda j, k, b: (0,))))
     for side in sides:
         arrays = (side.k_BKSH, side.v_BKSH, side.k_scale_BKS, side.v_scale_BKS, side.pos_BS)
@@ -184,12 +187,16 @@ def _shares(
         scaled=tuple(side.k_scale_BKS is not None for side in sides),
         packed=not interpret,
     )
-    flat = pl.BlockSpec((None, None, None, padded), lambda j, k, b: (b, k, j, 0))
+    flat = pl.BlockSpec((None, None, None, padded), lambda j, k, b: (b, k, j // parts, j % parts))
     return pl.pallas_call(
         kernel,
-        grid=(programs, K, B),
+        grid=(programs * parts, K, B),  # the parts of a share are neighbours: what one reads, the others find in cache
         in_specs=[spec for _, spec in given],
-        out_specs=[pl.BlockSpec((None, None, None, padded, H), lambda j, k, b: (b, k, j, 0, 0)), flat, flat],
+        out_specs=[
+            pl.BlockSpec((None, None, None, padded, H), lambda j, k, b: (b, k, j // parts, j % parts, 0)),
+            flat,
+            flat,
+        ],
         out_shape=[jax.ShapeDtypeStruct((B, K, programs, R, *more), jnp.float32) for more in ((H,), (), ())],
         compiler_params=triton.CompilerParams(num_warps=shape.warps, num_stages=shape.stages),
         interpret=interpret,
@@ -207,9 +214,10 @@ def _spec(x: jax.Array) -> pl.BlockSpec:
 
 def _kernel(q_ref, row_pos_ref, blocks_ref, *refs, rows, scale, block, shares, slots, scaled, packed):
     *refs, out_ref, max_ref, sum_ref = refs
-    share = pl.program_id(0)
     R, H = q_ref.shape
-    real_R = jnp.arange(R) < rows
+    parts = -(-rows // R)
+    share, part = pl.program_id(0) // parts, pl.program_id(0) % parts
+    real_R = part * R + jnp.arange(R) < rows
     real_RH = jnp.broadcast_to(real_R[:, None], (R, H))
     q_RH = triton.load(q_ref.at[:, :], mask=real_RH, other=0)
     row_pos_R = triton.load(row_pos_ref.at[:], mask=real_R, other=-1)

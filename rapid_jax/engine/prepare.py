@@ -152,6 +152,11 @@ class Preparing:
         each = retrieval.chunk_tokens + JOIN_TOKENS
         return chunk_count(slots, retrieval) * each + FRAME_TOKENS
 
+    def _room_of_short(self, tokens: int) -> int:
+        """Tokens that there is room for with a prompt of so many that is not kept; 0: as it is."""
+        chunk = self._config.compute.prefill_chunk
+        return (chunk // 4 if tokens <= chunk // 4 else chunk) if self._few_programs else 0
+
     def document(self, job: Job) -> Generator[None, None, Reading]:
         """As `steps`, of the request's document alone: no row comes of it. Returns the request's prompts."""
         config = job.config
@@ -169,7 +174,7 @@ class Preparing:
         owner = request.owner, request.public
         prompt, is_short = request.prompt, len(head) < self._config.compute.prefill_chunk
         if not isinstance(prompt, Question) and (is_short or (isinstance(prompt, Tokens) and not prompt.kept)):
-            return (yield from self._read(job, decoder, head, "prefill")), None
+            return (yield from self._read(job, decoder, head, "prefill", room=self._room_of_short(len(head)))), None
         self._on_read(request, self._prefixes.name(head, *owner).key)
         with timed() as work:
             found = self._prefixes.find(head, *owner)

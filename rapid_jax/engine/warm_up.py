@@ -11,7 +11,8 @@ from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.job import Job
 from rapid_jax.engine.lane import ROW_BUCKETS, Lane
 from rapid_jax.engine.prepare import Prepared
-from rapid_jax.engine.request import Event, Failed, Piece, Question, Request
+from rapid_jax.engine.request import Event, Failed, Piece, Prompt, Question, Request, Tokens
+from rapid_jax.engine.tiers import Handle
 from rapid_jax.runtime.errors import InputError
 
 _WORDS = "The harbour of the old town lies open to the north, and its boats leave before the light comes. "
@@ -22,18 +23,21 @@ Size = tuple[int, int]  # documents, rows of each
 class WarmUp:
     """Sizes of requests that compile nothing once the engine is ready.
 
-    That holds for questions about documents under the engine's own mode, gamma and lookup, with answers of at most its
-    own limit (or of the same bucket), questions of at most `prepare.QUESTION_TOKENS` and a top-k of at most 64,
-    whatever else they ask for. Requests that name others bring programs of their own.
+    That holds for questions about documents under the engine's own mode, gamma and lookup, and for chats and texts
+    without one, with answers of at most the engine's own limit (or of the same bucket), questions of at most
+    `prepare.QUESTION_TOKENS` and a top-k of at most 64, whatever else they ask for. Requests that name others bring
+    programs of their own.
     """
 
     lengths: tuple[int, ...] = (1024,)  # tokens of documents; one stands for all of its bucket
     rows: int = 1  # questions about a document at once
     documents: int = 1  # that are asked about at once
+    chats: tuple[int, ...] = ()  # tokens of prompts without a document; as many at once as a document has questions
 
     def __post_init__(self):
-        if not all(length >= 16 for length in self.lengths):
-            raise InputError(f"lengths to warm up for: expected at least 16 tokens, got {min(self.lengths)}")
+        if not all(length >= 16 for length in (*self.lengths, *self.chats)):
+            least = min((*self.lengths, *self.chats))
+            raise InputError(f"lengths to warm up for: expected at least 16 tokens, got {least}")
         for name in ("rows", "documents"):
             if not 1 <= getattr(self, name) <= ROW_BUCKETS[-1]:
                 raise InputError(f"{name} to warm up for: expected 1 to {ROW_BUCKETS[-1]}, got {getattr(self, name)}")
@@ -54,18 +58,32 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
     engine.models.load(engine.config.speculation)
     for length in what.lengths:
         document, asked = _document(engine, length), "When do the boats leave?"
-        for kind, request in _kinds(Question(document, asked), engine.config):
-            start = time.perf_counter()
-            _ask(engine, request)
-            with engine.read(request) as (job, prepared):
-                _compile(job, prepared, what.sizes())
-                # Another one that begins so is copied as far as that goes.
-                with engine.read(replace(request, prompt=Question(document[:-1], asked))) as (_, other):
-                    unwanted = [one.handle for one in (prepared, other) if one.handle is not None]
-            took = time.perf_counter() - start
-            report(f"documents of {length} tokens, up to {what.rows} questions, {kind}: {took:.1f} s")
-        for handle in unwanted:
-            engine.prefixes.remove(handle.key)
+        # Of another one that begins so what they have in common is copied.
+        prompts = Question(document, asked), Question(document[:-1], asked)
+        about = f"documents of {length} tokens, up to {what.documents} at once with {what.rows} questions each"
+        _warm_up(engine, prompts, what.sizes(), about, report)
+    for length in what.chats:
+        ids = engine.models.target.tokenizer.encode(_document(engine, length))[:length]
+        alone = [(count, 1) for count in ROW_BUCKETS if count == 1 or count < 2 * what.rows]
+        about = f"chats of {length} tokens, up to {what.rows} at once"
+        _warm_up(engine, (Tokens(ids), Tokens(ids[:-1])), alone, about, report)
+
+
+def _warm_up(
+    engine: Engine, prompts: tuple[Prompt, Prompt], sizes: list[Size], about: str, report: Callable[[str], None]
+) -> None:
+    """For requests like the first prompt in lanes of these sizes; the second begins as the first does."""
+    unwanted: list[Handle] = []
+    for kind, request in _kinds(prompts[0], engine.config):
+        start = time.perf_counter()
+        _ask(engine, request)
+        with engine.read(request) as (job, prepared):
+            _compile(job, prepared, sizes)
+            with engine.read(replace(request, prompt=prompts[1])) as (_, other):
+                unwanted = [one.handle for one in (prepared, other) if one.handle is not None]
+        report(f"{about}, {kind}: {time.perf_counter() - start:.1f} s")
+    for handle in unwanted:
+        engine.prefixes.remove(handle.key)
 
 
 def _document(engine: Engine, length: int) -> str:
@@ -78,10 +96,10 @@ def _document(engine: Engine, length: int) -> str:
     return text[: tokenizer.spans(text)[length - 1][1]]
 
 
-def _kinds(question: Question, config: RapidConfig) -> Iterator[tuple[str, Request]]:
+def _kinds(prompt: Prompt, config: RapidConfig) -> Iterator[tuple[str, Request]]:
     """A request for each kind of law that rows may have (`Law.widened`)."""
     greedy = replace(config.sampling, temperature=0.0, repetition_penalty=1.0)
-    asked = Request.of(question, replace(config, sampling=greedy))
+    asked = Request.of(prompt, replace(config, sampling=greedy))
     yield "greedy", asked
     yield "sampled", replace(asked, sampling=replace(config.sampling, temperature=1.0))
     yield "with log-probabilities", replace(asked, logprobs=0)

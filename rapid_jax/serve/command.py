@@ -57,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="lengths of documents that are compiled for before the start, as 1024,8192")  # fmt: skip
     parser.add_argument("--warm-rows", type=int, default=1, metavar="N",
                         help="questions at once about a document, compiled for too (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--warm-documents", type=int, default=1, metavar="N",
+                        help="documents that are asked about at once, likewise (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--warm-chats", type=_wholes, default=(), metavar="LIST",
+                        help="lengths of prompts without a document, likewise (default: none)")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress while models are loaded")
     parser.add_argument("--max-body", type=int, default=_PLAIN.body_mib, metavar="MIB",
                         help="of a request in JSON (default: %(default)s)")  # fmt: skip
@@ -126,7 +130,7 @@ def make_engine(config: RapidConfig, options: argparse.Namespace) -> "Engine":
     from rapid_jax.engine.service import RunningEngine
     from rapid_jax.engine.warm_up import WarmUp
 
-    warm = WarmUp(options.warm_tokens, options.warm_rows)
+    warm = WarmUp(options.warm_tokens, options.warm_rows, options.warm_documents, options.warm_chats)
     more = {"queue": options.queue, "warm": warm, "documents": options.documents}
     engine = RunningEngine(config, Models(config, quiet=options.quiet), **more)
     # Made here, by one thread: while the engine warms up, others may ask for them.

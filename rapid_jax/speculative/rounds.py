@@ -2,7 +2,7 @@
 """Calls of the device until every row is done, and what the host learns between them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -57,7 +57,7 @@ class Rounds:
         self.texts = [replicated(mesh, text_BM) for mesh in self.meshes]
         self.compile_seconds = 0.0
         self.interrupted = [False] * text_BM.shape[0]  # rows that the caller has stopped
-        self._compiled: set[tuple[Law, Plan]] = set()
+        self._overheads: dict[Hashable, float] = {}  # by program: seconds of a call beside its rounds
         self.set_knobs(knobs)
         self.host = self._read()
 
@@ -110,22 +110,24 @@ class Rounds:
         return self.law.greedy or bool(np.all(self.host_knobs.greedy_B | (self.host_knobs.eta_B == 0)))
 
     def advance(self, plan: Plan, rounds: int) -> Observation:
-        """What `rounds` rounds of a plan did; a program new to these rows is first compiled, by zero rounds of it."""
-        start = time.perf_counter()
-        if (self.law, plan) not in self._compiled:
-            self.compile(plan)
-            self._compiled.add((self.law, plan))
-            self.compile_seconds += time.perf_counter() - start
+        """What `rounds` rounds of a plan did; a program new to these rows, and to as many, is first compiled, by zero
+        rounds of it."""
+        key = self.law, plan, len(self.interrupted), self.sides[0].prefix.pos_BS.shape
+        if key not in self._overheads:
             start = time.perf_counter()
-        self._call(plan, rounds)
-        before, self.host = self.host, self._read()
+            self.compile(plan)
+            # Where the halves are apart the host starts every round by itself.
+            self._overheads[key] = self._timed(plan, 0)[0] if len(set(self.meshes)) == 1 else 0.0
+            self.compile_seconds += time.perf_counter() - start
+        before = self.host
+        seconds, self.host = self._timed(plan, rounds)
         own = jax.tree.map(np.subtract, self.host.counts, before.counts)
         total = jax.tree.map(lambda delta: int(np.sum(delta)), own)
         self._check_finite(total.target_faults_B, total.draft_faults_B)
         run = int(np.max(own.round_B))
         passes = int(np.max(own.draft_steps_B)) if plan.gamma else run
         return Observation(
-            seconds=agreed(time.perf_counter() - start),
+            seconds=agreed(max(seconds - self._overheads[key], 0.1 * seconds)),
             rounds=run,
             row_rounds=total.round_B,
             accepted=total.accepted_B,
@@ -134,6 +136,13 @@ class Rounds:
             copy_steps=passes * len(self.interrupted) if plan.copies else 0,
             emitted=int(np.sum(self.host.count_B - before.count_B)),
         )
+
+    def _timed(self, plan: Plan, rounds: int) -> tuple[float, Progress]:
+        """(seconds, what the host knows then) of a call and of reading what it did."""
+        start = time.perf_counter()
+        self._call(plan, rounds)
+        host = self._read()
+        return time.perf_counter() - start, host
 
     def _check_finite(self, *faults: int) -> None:
         for side, name, count in zip(self.sides, ("target", "drafter"), faults, strict=True):

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from rapid_jax.speculative.config import SpeculationConfig
 
-GAMMAS = (0, 1, 2, 5, 10)  # what gamma = auto chooses from
+GAMMAS = (0, 1, 2, 3, 5, 10)  # what gamma = auto chooses from
 TRIAL = 2  # rounds that a first look takes; after one alone, a single unlucky draft would decide
 
 
@@ -14,7 +14,7 @@ TRIAL = 2  # rounds that a first look takes; after one alone, a single unlucky d
 class Observation:
     """What one call of the device program did, summed over rows."""
 
-    seconds: float
+    seconds: float  # of its rounds, without what a call takes beside them
     rounds: int  # forward passes of the target
     row_rounds: int  # the same, counted once a live row
     accepted: int

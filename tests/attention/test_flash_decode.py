@@ -21,9 +21,9 @@ from rapid_jax.attention.verbs import attend_prefix_tail
 from tests.attention.decode_cases import FLOAT16, Case, Made, Side, made, tagged, truth
 from tests.reference import dense_attention, visible
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "reads_inside")
+pytestmark = pytest.mark.usefixtures("reads_inside")
 
-SMALL = Shape(block=32, warps=4, stages=2, programs=9)
+SMALL = Shape(rows=128, block=32, warps=4, stages=2, programs=9)
 BLOCK = 48  # of the plain path
 
 
@@ -40,7 +40,7 @@ CASES = {
     "8 bits": Case((Side(200, 190, (30, 40), int8=True), Side(8, 6)), batch=2, group=4, time=3, blind=4),
     "8 bits, more than 64 rows": Case((Side(70, 70, int8=True), Side(33, 33)), kv_heads=1, group=4, time=20),
     "one prefix under 3 rows": Case((Side(100, 90, (20, 45), shared=1), Side(8, 5)), batch=3, group=2),
-    "one prefix under 5 rows of 28, read twice": Case((Side(75, 75, shared=1), Side(40, 37)), 5, 1, 4, 7, blind=9),
+    "one prefix under 12 rows of 28, read twice": Case((Side(75, 75, shared=1), Side(40, 37)), 12, 1, 4, 7, blind=9),
     "2 prefixes under 3 rows each": Case(
         (Side(70, 61, (9, 12), shared=2), Side(8, 5)), batch=6, group=2, time=2, blind=3
     ),
@@ -89,7 +89,7 @@ def test_unfinished_it_is_the_algebra_s_partial(name):
     np.testing.assert_allclose(finish(got, jnp.float32), truth(given), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [Shape(16, 2, 1, 1), Shape(256, 4, 2, 6)])
+@pytest.mark.parametrize("shape", [Shape(16, 16, 2, 1, 1), Shape(16, 32, 4, 2, 9), Shape(128, 256, 4, 2, 6)])
 def test_how_it_is_cut_changes_nothing(shape):
     """Also with fewer programs than kv heads, and with blocks larger than the prefix."""
     case, given = CASES["21 rows of 7"], made(CASES["21 rows of 7"])
@@ -155,12 +155,12 @@ def test_a_shared_prefix_is_read_once_for_as_many_rows_as_fit(monkeypatch):
     calls = []
     shares = flash_decode_module._shares
     monkeypatch.setattr(flash_decode_module, "_shares", lambda *args, **how: calls.append(args) or shares(*args, **how))
-    given = made(CASES["one prefix under 5 rows of 28, read twice"])
+    given = made(CASES["one prefix under 12 rows of 28, read twice"])
     flash_decoded(given.rows, given.sides, given.used, scale=1.0, shape=SMALL, interpret=True)
     assert [(rows.q_BKRH.shape, len(side)) for rows, side, _ in calls] == [
-        ((1, 1, 84, 16), 1),  # three sequences of 28 rows, over the prefix
-        ((1, 1, 56, 16), 1),  # the other two
-        ((5, 1, 28, 16), 1),  # every sequence over its own tail
+        ((1, 1, 168, 16), 1),  # six sequences of 28 rows, over the prefix
+        ((1, 1, 168, 16), 1),  # the other six
+        ((12, 1, 28, 16), 1),  # every sequence over its own tail
     ]
 
 

@@ -20,8 +20,6 @@ from tests.attention.test_kernels import primitives
 from tests.attention.test_ring import gradients_of, mesh_of
 from tests.reference import dense_attention, visible
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @dataclass(frozen=True)
 class Case:

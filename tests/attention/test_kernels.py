@@ -17,8 +17,6 @@ from rapid_jax.attention.partial import Rows, Slots, finish, fold, log_sum, merg
 from rapid_jax.runtime.errors import InputError
 from tests.reference import dense_attention, dense_gradients, visible
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PLATFORM = platform_of(None)
 KERNELS = {"cpu": ("xla", "splash"), "tpu": ("xla", "splash"), "gpu": ("xla", "cudnn")}[PLATFORM]
 BLOCK = 96  # of xla; splash chooses 128 at these sizes

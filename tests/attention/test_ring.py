@@ -17,8 +17,6 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import MeshConfig, make_mesh
 from tests.reference import dense_attention, visible
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 H = 8
 
 

@@ -15,8 +15,6 @@ from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_prefix_tail
 from rapid_jax.runtime.mesh import MeshConfig, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 B, N, K, H = 2, 4, 2, 16
 SLOTS, USED, TAIL, NEW = 48, 40, 8, 2
 ZERO, LARGE = 3, 5  # slots of zeros, and of one large element

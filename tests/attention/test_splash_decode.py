@@ -20,8 +20,6 @@ from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_prefix_tail, layers_of
 from tests.attention.decode_cases import Case, Made, Side, made, tagged, truth
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BLOCK = 300  # of the plain path
 INTERPRETED = InterpretParams(out_of_bounds_reads="raise", uninitialized_memory="nan")
 ONE = Case((Side(1024, 1024), Side(8, 3)), head_dim=64)

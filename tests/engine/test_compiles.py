@@ -11,7 +11,7 @@ import pytest
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.models import Models
-from rapid_jax.engine.request import Done, Event, Piece, Question, Request
+from rapid_jax.engine.request import Chat, Done, Event, Piece, Question, Request
 from rapid_jax.engine.service import RunningEngine
 from rapid_jax.engine.warm_up import WarmUp, warm_up
 from rapid_jax.retrieval.config import RetrievalConfig
@@ -20,7 +20,6 @@ from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 LIMIT = 24
 LENGTH = 220  # tokens, as words(90) has: with the template around it, six chunks of the prefill
 EVENT = "/jax/core/compile/backend_compile_duration"
@@ -46,7 +45,7 @@ def compiled() -> Iterator[list[str]]:
 def warm(request: pytest.FixtureRequest) -> WarmUp:
     """Two rows of one document; with `--fuzz 2` or more four rows, and two documents at once."""
     more = request.config.getoption("--fuzz") > 1
-    return WarmUp((LENGTH,), rows=2 + 2 * more, documents=1 + more)
+    return WarmUp((LENGTH,), rows=2 + 2 * more, documents=1 + more, chats=(40,))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def engine(tmp_path_factory, warm: WarmUp) -> RunningEngine:
     said: list[str] = []
     with compiled() as found:
         engine.warm_up(said.append)
-    assert len(said) == 3 and "jit(_run_rounds)" in found and engine.is_idle
+    assert len(said) == 6 and "jit(_run_rounds)" in found and engine.is_idle
     return engine
 
 
@@ -150,12 +149,28 @@ def test_nor_do_requests_about_as_many_documents_as_declared(engine: RunningEngi
         assert all(isinstance(one.events[-1], Done) for one in heard)
 
 
+def test_nor_do_chats(engine: RunningEngine, warm: WarmUp):
+    """Without a document there is nothing to retrieve: the target answers alone, several of them in one program."""
+    for start in range(0, 20, warm.rows):
+        chats = [
+            replace(
+                asked(engine, start + at), prompt=Chat([{"role": "user", "content": words(3 * at + 2, seed=start)}])
+            )
+            for at in range(warm.rows)
+        ]
+        with compiled() as found:
+            heard = [Heard(engine, chat) for chat in chats]
+            engine.run([one.ticket for one in heard])
+        assert all(isinstance(one.events[-1], Done) for one in heard), heard[0].events[-1]
+        assert found == [], f"chats {start} to {start + warm.rows}"
+
+
 def test_the_sizes_that_lanes_come_to_have():
     assert WarmUp().sizes() == [(1, 1)]
     assert WarmUp(rows=3).sizes() == [(1, 1), (1, 2), (1, 4)]
     assert WarmUp(rows=4, documents=2).sizes() == [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2), (2, 4)]
     assert WarmUp(rows=16, documents=16).sizes()[-1] == (16, 1)
-    for wrong in ({"lengths": (8,)}, {"rows": 17}, {"documents": 0}):
+    for wrong in ({"lengths": (8,)}, {"chats": (8,)}, {"rows": 17}, {"documents": 0}):
         with pytest.raises(InputError, match="to warm up for"):
             WarmUp(**wrong)
 

@@ -22,7 +22,6 @@ from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 DOCUMENTS = [words(90, seed=seed) for seed in range(3)]
 QUESTIONS = ["w12 w34 w56?", "w1?", "w3 w4 w5 w6?", "w80 w2?"]
 LIMIT = 12

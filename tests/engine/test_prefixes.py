@@ -27,7 +27,6 @@ from tests.engine.prefix_cases import (
     tokens,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 LENGTH = 5 * CHUNK + 3
 
 

@@ -10,8 +10,6 @@ from rapid_jax.cli import main
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> list[str]:

@@ -18,8 +18,6 @@ from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig
 from tests.tiny_models import save_decoder, words
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=12)
 SAMPLED = SamplingConfig(temperature=1.0, top_p=0.9, repetition_penalty=1.2, max_new_tokens=12)
 SEEDS = [11, 12, 13]

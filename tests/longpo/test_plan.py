@@ -22,8 +22,6 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_mesh
 from tests.longpo import oracles
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TRUNK, TAIL = 64, 16
 TINY = {
     "architectures": ["LlamaForCausalLM"],

@@ -24,8 +24,6 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
 from tests.tiny_models import CHATML, save_decoder, words
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

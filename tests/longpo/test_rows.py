@@ -19,8 +19,6 @@ from rapid_jax.attention.verbs import attend_fork, attend_self
 from rapid_jax.runtime.errors import InputError
 from tests.longpo import oracles
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 BEFORE = [10, 11, 12]
 FIRST = Branch([20, 21, 2, 30, 22, 2], [1, 1, 1, 0, 2, 2])
 SECOND = Branch([40, 2, 30, 41], [1, 1, 0, 2])

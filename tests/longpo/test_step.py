@@ -25,8 +25,6 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.mesh import make_mesh
 from tests.longpo import oracles
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 TRUNK, TAIL = 64, 16
 # Nothing rises where nothing is weighed: the preference has as much to say as the NLL.
 SETTINGS = ("objective.beta=0.5", "objective.preference_weight=2.0", "optimizer.learning_rate=0.001")

@@ -15,8 +15,6 @@ from rapid_jax.model.logprobs import token_log_probs
 from rapid_jax.runtime.axes import PARAM, spec_of
 from rapid_jax.runtime.mesh import MeshConfig, make_mesh
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 B, T, D, V = 2, 48, 16, 40
 
 

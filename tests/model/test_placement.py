@@ -65,7 +65,7 @@ def expected_parts(weight: Weight, mesh: dict[str, int], trained: bool) -> int:
         ("unrolled", {"fsdp": 2, "context": 2, "model": 2}, True),
     ],
 )
-def test_each_row_is_read_once_and_in_the_parts_that_devices_hold(layout, mesh, trained, folder, quick_compiles):
+def test_each_row_is_read_once_and_in_the_parts_that_devices_hold(layout, mesh, trained, folder):
     recorder = Recorder(folder)
     config = recorder.checkpoint.config
     options: dict[str, Any] = {"layout": layout, "dtype": jnp.dtype("float32"), "quiet": True}
@@ -85,7 +85,7 @@ def test_each_row_is_read_once_and_in_the_parts_that_devices_hold(layout, mesh, 
     assert all((leaf[...] == alone[path][...]).all() for path, leaf in leaves(on_mesh).items())
 
 
-def test_an_array_that_is_only_read_whole_is_read_once(folder, quick_compiles):
+def test_an_array_that_is_only_read_whole_is_read_once(folder):
     recorder = Recorder(folder)
     mesh = make_mesh(MeshConfig(fsdp=2, model=4))
     options: dict[str, Any] = {"layout": "unrolled", "dtype": jnp.dtype("float32"), "quiet": True}

@@ -24,8 +24,6 @@ from rapid_jax.model.quantized import Packed, Pending, QuantizedBlock, quantized
 from rapid_jax.model.skinny import GROUP, fixed_point, skinny_matmul
 from rapid_jax.runtime.errors import InputError
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 
 def weights(depth: int, width: int, dtype=jnp.float32, seed: int = 0) -> jax.Array:
     """[D, N] with columns of different sizes, one of zeros, and groups whose largest element has either sign."""

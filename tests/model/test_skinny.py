@@ -22,7 +22,7 @@ from tests.model.skinny_cases import (
     rows_of,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compiles", "reads_inside")
+pytestmark = pytest.mark.usefixtures("reads_inside")
 
 fixed_point = partial(skinny.fixed_point, interpret=True)
 skinny_matmul = partial(skinny.skinny_matmul, interpret=True)

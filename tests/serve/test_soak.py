@@ -25,7 +25,6 @@ from tests.retrieval import encoders
 from tests.serve.conftest import KEYS, Running, running
 from tests.tiny_models import save_decoder, words
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 REQUESTS = 100  # in each of two phases, times what --fuzz says
 CLIENTS = 2  # at once: few sizes of lanes, so few programs
 LIMIT = 10  # tokens of an answer

@@ -19,7 +19,6 @@ from tests.retrieval import encoders
 from tests.serve.conftest import KEYS, Running, running
 from tests.tiny_models import save_decoder, words
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 DOCUMENT, QUESTION, LIMIT = words(90), "w12 w34 w56?", 12
 
 

@@ -2,14 +2,17 @@
 """Temperature 0: every way of speculating gives the target's own greedy answer, token for token."""
 
 import importlib
+import time
 
+import jax
 import numpy as np
 import pytest
 
 from rapid_jax.speculative.config import Mode, SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import generate
+from rapid_jax.speculative.rounds import Rounds
 from rapid_jax.speculative.schedule import AutoGamma, Observation
-from rapid_jax.speculative.state import Origin
+from rapid_jax.speculative.state import Origin, Plan
 from tests.reference import greedy
 from tests.speculative.conftest import LIMIT, VOCABULARY
 from tests.speculative.models import Weights, next_logits, prompted
@@ -128,6 +131,22 @@ def test_gamma_chosen_by_the_clock(questions, answer, scheduled):
     got = answer(SpeculationConfig(gamma="auto", lookup="off"), GREEDY)
     assert got.tokens == questions.until_stop()
     assert got.gammas.keys() == {0, 5}
+
+
+def test_what_a_call_takes_beside_its_rounds_is_not_their_time(questions, answer, scheduled, monkeypatch):
+    """A round of a call of one is timed as one of a call of five, where starting a call takes ten times as long."""
+    run = Rounds._call
+
+    def slow(self: Rounds, plan: Plan, rounds: int) -> None:
+        run(self, plan, rounds)
+        jax.block_until_ready(self.state)
+        time.sleep(0.5 + 0.05 * rounds)
+
+    monkeypatch.setattr(Rounds, "_call", slow)
+    script = scheduled(Script((0, 1), (0, 5)))
+    answer(SpeculationConfig(gamma="auto", lookup="off"), GREEDY)
+    took = [seen.seconds / seen.rounds for seen in script.seen]
+    assert len(took) >= 4 and all(0.02 < each < 0.2 for each in took), took
 
 
 @pytest.mark.parametrize(("rounds_per_read", "largest"), [(1, 1), (4, 8)])

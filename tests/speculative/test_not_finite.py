@@ -19,7 +19,6 @@ from rapid_jax.speculative.generate import Prompted, generate
 from tests.speculative.conftest import VOCABULARY
 from tests.speculative.models import Weights, prompted
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]
 UP = "model.layers.1.mlp.up_proj.weight"
 

@@ -126,7 +126,7 @@ def test_a_drafter_that_becomes_useless_is_given_up():
         before = len(machine.gammas)
         drive(machine, 300, schedule)
         assert sum(gamma > 0 for gamma in machine.gammas[before:]) < 25
-        assert machine.gammas[-1] == 0
+        assert sum(gamma > 0 for gamma in machine.gammas[-40:]) <= 2  # a trial
 
 
 @pytest.mark.parametrize("slow", [0, 1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `rapid answer` and `rapid chat` have in common: options that are settings, and the files that a run writes."""
+"""What `rapid answer`, `chat` and `serve` share: options that are settings, and the files that a run writes."""
 
 import argparse
 import json
@@ -54,7 +54,7 @@ def add_settings(parser: argparse.ArgumentParser) -> None:
 
 def config_of(options: argparse.Namespace) -> RapidConfig:
     """The settings file or the defaults, --set over it, and the named options over that."""
-    named = {key: getattr(options, name) for name, (key, _, _) in _OPTIONS.items()}
+    named = {key: getattr(options, name, None) for name, (key, _, _) in _OPTIONS.items()}  # serve has some of them
     texts = {_OPTIONS[name][0] for name in _TEXTS}
     overrides = [
         f"{key}={json.dumps(value, ensure_ascii=False) if key in texts else value}"

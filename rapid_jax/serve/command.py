@@ -3,13 +3,11 @@
 
 import argparse
 import importlib.util
-import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from rapid_jax.answer_options import TEXT, config_of
 from rapid_jax.config import RapidConfig
-from rapid_jax.runtime import settings
 from rapid_jax.runtime.command_line import Place, prepare_jax, say
 from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.errors import InputError, extra
@@ -22,23 +20,18 @@ if TYPE_CHECKING:
 
 _PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 _PLAIN = ServeSettings()
-# Option -> the setting that it stands for, its value's name, its help.
-_MODELS = {
-    "model": ("models.target", "DIR|FILE.gguf|smollm2", "the long-context target"),
-    "drafter": ("models.drafter", "same|DIR|FILE.gguf", "reads the retrieved text; same: the target"),
-    "mode": ("speculation.mode", "rapid|lossless|phat|target|retrieval", "of requests that name none"),
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `serve`."""
-    text = {"action": Place, "as_path": False}
-    parser.add_argument("--config", **text, metavar="FILE", help="settings to start from, as configs/rapid/*.yaml")
+    parser.add_argument("--config", **TEXT, metavar="FILE", help="settings to start from, as configs/rapid/*.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
     )
-    for name, (_, value, said) in _MODELS.items():
-        parser.add_argument(f"--{name}", **({} if name == "mode" else text), metavar=value, help=said)
+    parser.add_argument("--model", **TEXT, metavar="DIR|FILE.gguf|smollm2", help="the long-context target")
+    parser.add_argument("--drafter", **TEXT, metavar="same|DIR|FILE.gguf",
+                        help="reads the retrieved text; same: the target")  # fmt: skip
+    parser.add_argument("--mode", metavar="rapid|lossless|phat|target|retrieval", help="of requests that name none")
     parser.add_argument("--host", default=_PLAIN.host, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=_PLAIN.port, help="0: any free one (default: %(default)s)")
     parser.add_argument(
@@ -87,16 +80,6 @@ def run(options: argparse.Namespace) -> int:
 
         warn_if_open(own, keys)
         return serve(Service(make_engine(config, options), config, own, keys), lambda text: say(f"rapid serve: {text}"))
-
-
-def config_of(options: argparse.Namespace) -> RapidConfig:
-    """The settings file or the defaults, --set over it, and the named options over that."""
-    named = {key: getattr(options, name) for name, (key, _, _) in _MODELS.items()}
-    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in named.items() if value is not None]
-    overrides = [*options.set, *given]
-    if options.config is None:
-        return settings.defaults(RapidConfig, overrides)
-    return settings.load(RapidConfig, Path(options.config), overrides)
 
 
 def settings_of(options: argparse.Namespace) -> ServeSettings:

@@ -17,6 +17,7 @@ from rapid_jax.prompts import check_ids
 from rapid_jax.runtime.mesh import replicated
 from rapid_jax.speculative.prefill import Prefill, PrefillSettings
 from rapid_jax.speculative.state import MOST_LOGPROBS
+from rapid_jax.speculative.vocabulary import at, largest
 
 _PIECE = 64  # tokens whose logits are there at once
 
@@ -57,8 +58,7 @@ def _scored(decoder: Decoder, hidden_BTD: jax.Array, next_BT: jax.Array, *, most
     def of_piece(item):
         hidden_BTD, next_T = item
         log_p_TV = jax.nn.log_softmax(decoder.logits(hidden_BTD)[0], axis=-1)
-        own_T = jnp.take_along_axis(log_p_TV, next_T[:, None], axis=-1)[:, 0]
-        return own_T, *lax.top_k(log_p_TV, min(most, log_p_TV.shape[-1]))
+        return at(log_p_TV, next_T), *largest(log_p_TV, min(most, log_p_TV.shape[-1]))
 
     parts = lax.map(of_piece, (hidden, following))
     return tuple(part.reshape(-1, *part.shape[2:])[:time] for part in parts)

@@ -75,6 +75,12 @@ def bytes_of(arrays: Sequence[tuple[str, tuple[int, ...]]]) -> int:
     return int(sum(_ITEM_BYTES.get(kind, 0) * math.prod(dims) for kind, dims in arrays))
 
 
+def widest_sort(text: str) -> int:
+    """The largest dimension of what any sort of a program takes; 0 without one."""
+    sorts = (line for lines in parse(text)[0].values() for line in lines if line.opcode == "sort")
+    return max((size for line in sorts for _, sizes in arrays_of(line.shape) for size in sizes), default=0)
+
+
 def collectives(text: str, loops: Sequence[int] = ()) -> list[Collective]:
     """Every collective of a program. A pair of start and done is one.
 

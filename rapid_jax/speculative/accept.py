@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from rapid_jax.speculative.config import Guard
 from rapid_jax.speculative.sampling import GUARDS, Knobs, Law, Numbers, along, draw
+from rapid_jax.speculative.vocabulary import at, best
 
 
 def augment(z_V: jax.Array, log_q_V: jax.Array, *, eta: Numbers, alpha: Numbers, guard: Guard) -> jax.Array:
@@ -50,10 +51,6 @@ def residual(p_V: jax.Array, q_V: jax.Array, p_hat_V: jax.Array, *, exact_phat: 
     exact_V, left_V = jnp.maximum(p_hat_V - q_V, 0.0), jnp.maximum(p_V - jnp.minimum(q_V, p_hat_V), 0.0)
     left = jnp.where(exact_phat, exact_V, left_V)
     return jnp.where(jnp.sum(left, axis=-1, keepdims=True) > 0, left, p_V)
-
-
-def _at(rows_BGV: jax.Array, index_BG: jax.Array) -> jax.Array:
-    return jnp.take_along_axis(rows_BGV, index_BG[..., None], axis=-1)[..., 0]
 
 
 def _row(rows_BGV: jax.Array, index_B: jax.Array) -> jax.Array:
@@ -94,7 +91,7 @@ def verify(
     log_p_hat_BGV = enriched(z_BGV[:, :-1], log_q_BGV, law, knobs)
     above_zero = partial(jax.random.uniform, minval=jnp.finfo(jnp.float32).tiny)
     log_r_BG = jnp.log(jax.vmap(jax.vmap(above_zero))(accept_keys_BG))
-    n_B = leading_accepts(_at(log_p_hat_BGV, drafts_BG) - _at(log_q_BGV, drafts_BG), log_r_BG, length_B)
+    n_B = leading_accepts(at(log_p_hat_BGV, drafts_BG) - at(log_q_BGV, drafts_BG), log_r_BG, length_B)
     best_n_B, best_B = _best(drafts_BG, length_B, z_BGV)
     n_B = jnp.where(knobs.greedy_B, best_n_B, n_B)
 
@@ -131,6 +128,6 @@ def enriched(z_BGV: jax.Array, log_q_BGV: jax.Array, law: Law, knobs: Knobs) -> 
 
 def _best(drafts_BG: jax.Array, length_B: jax.Array, z_BGV: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(drafts that are the target's argmax, up to the first that is not; its argmax after them)."""
-    best_BG = jnp.argmax(z_BGV, axis=-1).astype(jnp.int32)
+    best_BG = best(z_BGV)
     n_B = leading_agreement(drafts_BG, best_BG, length_B)
     return n_B, jnp.take_along_axis(best_BG, n_B[:, None], axis=1)[:, 0]

@@ -25,6 +25,7 @@ from rapid_jax.speculative.sampling import (
     warped,
 )
 from rapid_jax.speculative.state import Origin, Plan, Side, State, known_tokens, put, window
+from rapid_jax.speculative.vocabulary import at
 
 CATCH_UP = 32  # tokens read at once by a drafter that missed rounds
 
@@ -96,7 +97,7 @@ def _unsure(z_BGV: jax.Array, tokens_BG: jax.Array, law: Law, knobs: Knobs) -> j
     if not law.confidence_stop:
         return jnp.zeros(tokens_BG.shape, bool)
     q_BGV = jax.nn.softmax(z_BGV, axis=-1)
-    q_BG = jnp.take_along_axis(q_BGV, tokens_BG[..., None], axis=-1)[..., 0]
+    q_BG = at(q_BGV, tokens_BG)
     return q_BG < along(knobs.confidence_stop_B, q_BG)
 
 

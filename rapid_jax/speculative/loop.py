@@ -30,6 +30,7 @@ from rapid_jax.speculative.sampling import (
     warped,
 )
 from rapid_jax.speculative.state import Logprobs, Origin, Plan, Side, State, known_tokens, put, window
+from rapid_jax.speculative.vocabulary import at, largest
 
 # Without this option the TPU compiler comes to no end on some rounds (libtpu 0.0.42.1; plain temperature with copies).
 TPU_OPTIONS = MappingProxyType({"xla_disable_hlo_passes": "while-loop-invariant-code-motion"})
@@ -186,8 +187,8 @@ def _committed(
 def _with_logprobs(logprobs: Logprobs, logits_BGV: jax.Array, fresh_BG: jax.Array, count_B: jax.Array) -> Logprobs:
     """What is known of the tokens so far and of the fresh ones after them."""
     log_p_BGV = jax.nn.log_softmax(logits_BGV.astype(jnp.float32), axis=-1)
-    own_BG = jnp.take_along_axis(log_p_BGV, fresh_BG[..., None], axis=-1)[..., 0]
-    top_BGN, ids_BGN = lax.top_k(log_p_BGV, logprobs.top_BON.shape[-1])
+    own_BG = at(log_p_BGV, fresh_BG)
+    top_BGN, ids_BGN = largest(log_p_BGV, logprobs.top_BON.shape[-1])
     return Logprobs(
         put(logprobs.token_BO, own_BG, count_B),
         put(logprobs.top_BON, top_BGN, count_B),

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rapid_jax.speculative.config import MOST_DRAFTS, Guard, SamplingConfig, SpeculationConfig
-
-_FEW_TOP_K = 64  # that most requests ask for no more than
+from rapid_jax.speculative.vocabulary import best, kth_largest, nucleus
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Law:
     greedy: bool  # every row is
     guard: Guard | Literal["mixed"]
     exact_phat: bool  # some rows have the residual max(p_hat - q, 0): they sample p-hat exactly
-    top_k: int  # the most that any row asks for, or more
+    top_k: bool
     nucleus: bool
     min_p: bool
     penalty: bool
@@ -43,7 +42,7 @@ class Law:
             greedy=not sampled,
             guard=speculation.guard if sampled else "none",
             exact_phat=sampled and speculation.mode == "phat",
-            top_k=sampling.top_k if sampled else 0,
+            top_k=sampled and sampling.top_k > 0,
             nucleus=sampled and sampling.top_p < 1,
             min_p=sampled and sampling.min_p > 0,
             penalty=sampling.repetition_penalty != 1,
@@ -62,7 +61,7 @@ class Law:
             greedy=self.greedy and other.greedy,
             guard=guard,
             exact_phat=self.exact_phat or other.exact_phat,
-            top_k=max(self.top_k, other.top_k),
+            top_k=self.top_k or other.top_k,
             nucleus=self.nucleus or other.nucleus,
             min_p=self.min_p or other.min_p,
             penalty=self.penalty or other.penalty,
@@ -75,8 +74,7 @@ class Law:
         """One of three: greedy and no more, or all kinds of sampling at once, without log-probabilities or with."""
         if self.greedy and not (self.penalty or self.confidence_stop or self.logprobs):
             return self
-        most = max(_FEW_TOP_K, 1 << (self.top_k - 1).bit_length() if self.top_k else 0)
-        return Law(False, "mixed", True, most, True, True, True, True, self.stops, self.logprobs)
+        return Law(False, "mixed", True, True, True, True, True, True, self.stops, self.logprobs)
 
     def is_stop(self, tokens: jax.Array) -> jax.Array:
         """bool, of the tokens' shape."""
@@ -172,78 +170,16 @@ def warped(logits: jax.Array, law: Law, knobs: Knobs, seen: jax.Array | None) ->
     if law.greedy:
         return z
     z = z / along(knobs.temperature_B, z)
-    largest, least = None, jnp.full((1,) * z.ndim, -jnp.inf)
-    if law.top_k and law.top_k < z.shape[-1]:
-        largest = jax.lax.top_k(z, law.top_k)[0]
-        top_k = along(knobs.top_k_B, z)
-        at = jnp.broadcast_to(jnp.clip(top_k, 1, law.top_k) - 1, (*z.shape[:-1], 1))
-        filtered = (top_k > 0) & (top_k < z.shape[-1])
-        least = jnp.where(filtered, jnp.take_along_axis(largest, at, axis=-1), -jnp.inf)
-        z = jnp.where(z < least, -jnp.inf, z)
+    if law.top_k:
+        top_k, V = along(knobs.top_k_B, z), z.shape[-1]
+        least = kth_largest(z, jnp.clip(top_k, 1, V))
+        z = jnp.where((z < least) & (top_k > 0), -jnp.inf, z)
     if law.nucleus:
-        z = _nucleus(z, largest, least, along(knobs.outside_B, z))
+        outside = along(knobs.outside_B, z)
+        z = jnp.where(outside < 0, z, nucleus(z, outside))
     if law.min_p:
         z = jnp.where(z < jnp.max(z, axis=-1, keepdims=True) + jnp.log(along(knobs.min_p_B, z)), -jnp.inf, z)
     return z
-
-
-def _nucleus(z: jax.Array, largest: jax.Array | None, least: jax.Array, outside: jax.Array) -> jax.Array:
-    """z with -inf for the least probable tokens, as many as have a mass of at most `outside` together; where that is
-    below 0 as it was.
-
-    `largest` are the most probable tokens in falling order. Where every row that has a nucleus keeps none but those of
-    them that reach its `least`, and what equals that, nothing is sorted.
-    """
-
-    def by_sorting(z):
-        ranked = jnp.sort(z, axis=-1)
-        return _least_removed(z, ranked, ranked[..., :1], outside)
-
-    if largest is None:
-        found = by_sorting(z)
-    else:
-        is_enough = jnp.all((least > -jnp.inf) | (outside < 0))
-        ranked = jnp.flip(largest, axis=-1)
-        found = jax.lax.cond(is_enough, lambda z: _least_removed(z, ranked, least, outside), by_sorting, z)
-    return jnp.where(outside < 0, z, found)
-
-
-def _least_removed(z: jax.Array, ranked: jax.Array, least: jax.Array, outside: jax.Array) -> jax.Array:
-    """z with -inf for the least probable tokens, as many as have a mass of at most `outside` together.
-
-    `ranked` has in rising order every token above `least`, the smallest that z has above -inf, and may have others.
-    Of equal tokens those of lower ids go first, as in transformers.
-    """
-    weight = jnp.exp(ranked - ranked[..., -1:])
-    # One stands for all that equal the least: top-k keeps more than k where some are equal at its edge.
-    equal = jnp.sum(z == least, axis=-1, keepdims=True)
-    is_least = ranked <= least
-    of_least = jnp.where(jnp.isfinite(least), jnp.exp(least - ranked[..., -1:]), 0.0)
-    above = jnp.where(is_least, 0.0, weight)
-    total = equal * of_least + jnp.sum(above, axis=-1, keepdims=True)
-    mass = (equal * of_least + jnp.cumsum(above, axis=-1)) / total
-    is_out = (mass <= outside) & ~is_least
-    is_out = is_out.at[..., -1].set(False)  # the most probable one always stays
-    kept = jnp.sum(~is_out & ~is_least, axis=-1, keepdims=True)
-    # Either some of the least stay, and all above them, or the edge lies above them.
-    share = of_least / total
-    guess = jnp.floor(outside / share)  # from below or above by rounding
-    dropped = guess - (guess * share > outside) + ((guess + 1) * share <= outside)
-    staying = jnp.where(of_least > 0, jnp.maximum(equal - dropped, 0), 0).astype(jnp.int32)
-    staying = jnp.where(is_least[..., -1:], jnp.maximum(staying, 1), staying)
-    edge = jnp.where(staying > 0, least, jnp.min(jnp.where(is_out | is_least, jnp.inf, ranked), axis=-1, keepdims=True))
-    room = jnp.where(staying > 0, staying, kept - jnp.sum(ranked > edge, axis=-1, keepdims=True))
-    at_edge = z == edge
-
-    def all_stay(z):
-        return jnp.where(z < edge, -jnp.inf, z)
-
-    def some_stay(z):
-        later = jnp.flip(jnp.cumsum(jnp.flip(at_edge, axis=-1), axis=-1), axis=-1)
-        return jnp.where((z < edge) | (at_edge & (later > room)), -jnp.inf, z)
-
-    is_split = jnp.any((jnp.sum(at_edge, axis=-1, keepdims=True) > room) & (outside >= 0))
-    return jax.lax.cond(is_split, some_stay, all_stay, z)
 
 
 class Draw(IntEnum):
@@ -268,10 +204,11 @@ def position_keys(key_B: jax.Array, purpose: Draw, position_B: jax.Array, width:
 
 def draw(keys_BG: jax.Array, z_BGV: jax.Array, law: Law, knobs: Knobs) -> jax.Array:
     """int32 [B, G]: a token of softmax(z) at each position by its own key; the argmax in greedy rows."""
-    best_BG = jnp.argmax(z_BGV, axis=-1).astype(jnp.int32)
+    best_BG = best(z_BGV)
     if law.greedy:
         return best_BG
-    drawn_BG = jax.vmap(jax.vmap(jax.random.categorical))(keys_BG, z_BGV).astype(jnp.int32)
+    noise_BGV = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, z_BGV.shape[-1:], jnp.float32)))(keys_BG)
+    drawn_BG = best(noise_BGV + z_BGV)
     return jnp.where(along(knobs.greedy_B, drawn_BG), best_BG, drawn_BG)
 
 

@@ -10,7 +10,7 @@ from rapid_jax.cli import main
 from rapid_jax.config import RapidConfig
 from rapid_jax.plan import command
 from rapid_jax.plan.architectures import architecture_of
-from rapid_jax.plan.hlo import collectives, gathered_kv, schedule, under_kernels
+from rapid_jax.plan.hlo import collectives, gathered_kv, schedule, under_kernels, widest_sort
 from rapid_jax.plan.programs import programs_of
 from rapid_jax.plan.report import Result, examined
 from rapid_jax.plan.topologies import GIB, topology_of
@@ -53,6 +53,10 @@ def test_a_program_fits_and_no_key_or_value_is_gathered(name: str, topology: str
     # Nor is a matrix of weights, or the table of embeddings.
     assert max((item.bytes for item in collectives(result.text) if item.kind == "all-gather"), default=0) < 8 * 2**20
     assert "all-to-all" not in result.collectives
+    if program == "round":  # top-k over the vocabulary sorts none of it and gathers none of it
+        assert widest_sort(result.text) <= 8192
+        vocabulary = [item for item in collectives(result.text) if any(max(x, default=0) > 8192 for x in item.arrays)]
+        assert vocabulary == []
     loops = schedule(result.text)
     if program == "prefill" and result.chips > 16:  # more than two devices share the document: hops in a loop
         hops = [events for events in loops.values() if sum(event.kind == "kernel" for event in events) == 2]

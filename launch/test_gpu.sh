@@ -22,5 +22,5 @@ fi
 "$python" -c 'import jax; print("jax", jax.__version__, "on", jax.devices("gpu")[0].device_kind)'
 # Plugins that happen to be installed would warn, and a warning is a failure.
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 OMP_NUM_THREADS=2
-# One worker has all of the product's tests, which share two processes that take as long as many kernels.
-exec "$python" -m pytest -p xdist tests/gpu tests/attention/test_kernels.py --numprocesses 12 --dist loadgroup "$@"
+# A worker for each file: the product's tests share two processes that take as long as many kernels.
+exec "$python" -m pytest -p xdist tests/gpu tests/attention/test_kernels.py --numprocesses 6 --dist loadfile "$@"

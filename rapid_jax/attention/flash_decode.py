@@ -43,9 +43,7 @@ class Shape:
 
 def shape_of(rows: int, rounded: bool) -> Shape:
     """For so many rows of a kv head, a power of two, over a prefix that is rounded or not."""
-    if rounded:
-        return Shape(16, 128, 4, 2, 396) if rows <= 16 else Shape(64, 128, 4, 2, 264)
-    return Shape(64, 64, 4, 3, 264)
+    return Shape(16, 128, 4, 2, 396) if rounded and rows <= 16 else Shape(64, 64, 4, 3, 264)
 
 
 def fits(rows: Rows, slots: Slots) -> bool:

@@ -22,8 +22,6 @@ from tests.longpo.test_round import write_pairs
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder
 
-pytestmark = pytest.mark.xdist_group("product")
-
 # How far below the best token's logit a greedy one may lie, by transformers in float64. Logits have a deviation of 3.
 # Rounded: of 1,152 tokens of a CPU's, in bfloat16 over int8 keys and values, a tenth were not the best, by up to 0.70.
 TIE, ROUNDED, NOT_BEST = 2e-3, 0.75, 0.25

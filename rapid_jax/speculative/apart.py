@@ -14,19 +14,21 @@ from rapid_jax.attention.cache import Tail
 from rapid_jax.attention.kernels import platform_of
 from rapid_jax.runtime.mesh import moved, whole
 from rapid_jax.speculative.draft import Draft
+from rapid_jax.speculative.lookup import framed
 from rapid_jax.speculative.loop import TPU_OPTIONS, copies_alone, drafted, verified
 from rapid_jax.speculative.sampling import Knobs, Law
 from rapid_jax.speculative.state import Plan, Side, State
 
 
 def _draft(drafter: Side, state: State, tail: Tail, text_BM, knobs: Knobs, *, law: Law, plan: Plan):
-    draft, tail = drafted(drafter, state, tail, text_BM, knobs, law, plan)
+    framed_BM = framed(text_BM, drafter.recent_BR.shape[1], plan.copies)
+    draft, tail = drafted(drafter, state, tail, framed_BM, knobs, law, plan)
     return whole(drafter.decoder.mesh, draft), tail
 
 
 def _verify(target: Side, state: State, draft: Draft | None, text_BM, knobs: Knobs, *, law: Law, plan: Plan) -> State:
     if draft is None:
-        draft = copies_alone(target, state, text_BM, law, plan)
+        draft = copies_alone(target, state, framed(text_BM, target.recent_BR.shape[1], plan.copies), law, plan)
     return verified(target, state, draft, knobs, law, plan)
 
 

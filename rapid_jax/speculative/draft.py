@@ -10,7 +10,7 @@ from jax import lax
 from rapid_jax.attention.cache import Tail
 from rapid_jax.attention.verbs import attend_prefix_tail, layers_of
 from rapid_jax.speculative.accept import leading_agreement
-from rapid_jax.speculative.lookup import propose
+from rapid_jax.speculative.lookup import framed, propose
 from rapid_jax.speculative.prefill import serving
 from rapid_jax.speculative.sampling import (
     Draw,
@@ -146,21 +146,22 @@ def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs,
     return draft, tail
 
 
-def copies_for(known: jax.Array, end_B: jax.Array, reach: int, text_BM: jax.Array, plan: Plan):
+def copies_for(known: jax.Array, end_B: jax.Array, reach: int, framed_BM: jax.Array, plan: Plan):
     """(copied tokens [B, copies], how many count [B], the last `reach` tokens before `end_B`).
 
-    Copied from the text or from what was said since the prompt; `known` holds prompt tokens up to slot `reach`.
+    Copied from the `framed` text or from what was said since the prompt; `known` holds prompt tokens up to slot
+    `reach`.
     """
     slots = jnp.arange(known.shape[1])
     said = jnp.where((slots >= reach) & (slots < end_B[:, None]), known, -1)
     recent_BR = window(known, end_B - reach, reach)
-    text = jnp.concatenate([text_BM, said], axis=1)
-    copied_BW, count_B = propose(text, recent_BR, width=plan.copies, least=plan.match)
+    texts = framed_BM, framed(said, reach, plan.copies)
+    copied_BW, count_B = propose(texts, recent_BR, width=plan.copies, least=plan.match)
     return copied_BW, count_B, recent_BR
 
 
 def draft_with_copies(
-    side: Side, state: State, tail: Tail, text_BM: jax.Array, law: Law, knobs: Knobs, plan: Plan
+    side: Side, state: State, tail: Tail, framed_BM: jax.Array, law: Law, knobs: Knobs, plan: Plan
 ) -> tuple[Draft, Tail]:
     """Drafts and the drafter's tail: each step also reads copied tokens and keeps those that it would have drawn.
 
@@ -177,7 +178,7 @@ def draft_with_copies(
         draft, tail, seen_BV, open_B = item
         at_B = draft.length_B
         sequence = put(known, draft.tokens_BG, reach + state.count_B)
-        copied_BW, count_B, recent_BR = copies_for(sequence, reach + state.count_B + at_B, reach, text_BM, plan)
+        copied_BW, count_B, recent_BR = copies_for(sequence, reach + state.count_B + at_B, reach, framed_BM, plan)
         fed_BT = jnp.concatenate([recent_BR[:, -2:], copied_BW], axis=1)
         logits, longer = read(side, tail, fed_BT, plan, rows=width + 1)
         logits, finite_B = limited(logits, knobs, plan.vocabulary)

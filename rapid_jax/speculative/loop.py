@@ -18,6 +18,7 @@ from rapid_jax.attention.cache import Tail
 from rapid_jax.runtime.mesh import whole
 from rapid_jax.speculative.accept import leading_agreement, verify
 from rapid_jax.speculative.draft import Draft, caught_up, copies_for, draft_stepwise, draft_with_copies, read
+from rapid_jax.speculative.lookup import framed
 from rapid_jax.speculative.sampling import (
     Draw,
     Knobs,
@@ -52,10 +53,11 @@ def _run_rounds(
     The drafter comes as `Side.beside` makes it.
     """
     drafter = None if drafter is None else drafter.with_decoder_of(target)
+    framed_BM = framed(text_BM, target.recent_BR.shape[1], plan.copies)  # once a call
 
     def one(item):
         index, state = item
-        return index + 1, one_round(target, drafter, text_BM, state, knobs, law, plan)
+        return index + 1, one_round(target, drafter, framed_BM, state, knobs, law, plan)
 
     def more(item):
         index, state = item
@@ -69,25 +71,25 @@ run_rounds, run_rounds_on_tpu = _jit(_run_rounds), _jit(_run_rounds, compiler_op
 
 
 def one_round(
-    target: Side, drafter: Side | None, text_BM: jax.Array, state: State, knobs: Knobs, law: Law, plan: Plan
+    target: Side, drafter: Side | None, framed_BM: jax.Array, state: State, knobs: Knobs, law: Law, plan: Plan
 ) -> State:
     """The state after one round; each row that is not done has 1 to (drafts + 1) tokens more."""
     if plan.gamma == 0:
-        draft, draft_tail = copies_alone(target, state, text_BM, law, plan), state.draft_tail
+        draft, draft_tail = copies_alone(target, state, framed_BM, law, plan), state.draft_tail
     elif drafter is None or state.draft_tail is None:
         raise ValueError(f"gamma {plan.gamma} needs a drafter")
     else:
-        draft, draft_tail = drafted(drafter, state, state.draft_tail, text_BM, knobs, law, plan)
+        draft, draft_tail = drafted(drafter, state, state.draft_tail, framed_BM, knobs, law, plan)
     return replace(verified(target, state, draft, knobs, law, plan), draft_tail=draft_tail)
 
 
 def drafted(
-    drafter: Side, state: State, tail: Tail, text_BM: jax.Array, knobs: Knobs, law: Law, plan: Plan
+    drafter: Side, state: State, tail: Tail, framed_BM: jax.Array, knobs: Knobs, law: Law, plan: Plan
 ) -> tuple[Draft, Tail]:
     """The drafter's half of a round: (drafts, its tail)."""
     tail = caught_up(drafter, state, tail, plan)
     if plan.copies:
-        return draft_with_copies(drafter, state, tail, text_BM, law, knobs, plan)
+        return draft_with_copies(drafter, state, tail, framed_BM, law, knobs, plan)
     return draft_stepwise(drafter, state, tail, law, knobs, plan)
 
 
@@ -115,13 +117,13 @@ def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, p
     return replace(state, target_tail=replace(state.target_tail, layers=target_tail.layers))
 
 
-def copies_alone(target: Side, state: State, text_BM: jax.Array, law: Law, plan: Plan) -> Draft:
-    """Copied tokens as drafts for the target itself."""
+def copies_alone(target: Side, state: State, framed_BM: jax.Array, law: Law, plan: Plan) -> Draft:
+    """Copied tokens as drafts for the target itself, from the `framed` text."""
     draft = Draft.empty(state.count_B.shape[0], plan.copies, law, 1)
     if not plan.copies:
         return draft
     reach = target.recent_BR.shape[1]
-    copied_BW, count_B, _ = copies_for(known_tokens(target, state), reach + state.count_B, reach, text_BM, plan)
+    copied_BW, count_B, _ = copies_for(known_tokens(target, state), reach + state.count_B, reach, framed_BM, plan)
     origin_BG = jnp.full_like(draft.origin_BG, Origin.LOOKUP)
     return replace(draft, tokens_BG=copied_BW, origin_BG=origin_BG, length_B=count_B, copied_B=count_B)
 

@@ -5,15 +5,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import jax
 import pytest
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
+from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.request import Chat, Done, Event, Piece, Question, Request
 from rapid_jax.engine.service import RunningEngine
-from rapid_jax.engine.warm_up import WarmUp, warm_up
+from rapid_jax.engine.warm_up import WarmUp, _document, warm_up
+from rapid_jax.model.load import open_checkpoint
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
@@ -62,6 +66,7 @@ def engine(tmp_path_factory, warm: WarmUp) -> RunningEngine:
     )
     engine = RunningEngine(config, Models(config, quiet=True), warm=warm)
     said: list[str] = []
+    jax.clear_caches()  # of this process: programs of the same shapes would not be compiled
     with compiled() as found:
         engine.warm_up(said.append)
     assert len(said) == 6 and "jit(_run_rounds)" in found and engine.is_idle
@@ -173,6 +178,14 @@ def test_the_sizes_that_lanes_come_to_have():
     for wrong in ({"lengths": (8,)}, {"chats": (8,)}, {"rows": 17}, {"documents": 0}):
         with pytest.raises(InputError, match="to warm up for"):
             WarmUp(**wrong)
+
+
+@pytest.mark.parametrize("length", [16, 220, 1024, 8192])
+def test_a_document_of_a_length_has_it_for_a_tokenizer_that_joins_words(smollm2_path, length):
+    _, tokenizer = open_checkpoint(smollm2_path)
+    target = SimpleNamespace(tokenizer=tokenizer, config=SimpleNamespace(context_size=8192))
+    engine = cast("Engine", SimpleNamespace(models=SimpleNamespace(target=target)))
+    assert tokenizer.counts([_document(engine, length)]) == [length]
 
 
 def test_a_length_beyond_the_models_context_is_refused_before_its_text_is_made(engine: RunningEngine):

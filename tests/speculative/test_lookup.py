@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rapid_jax.speculative.lookup import propose
+from rapid_jax.speculative.lookup import framed, propose
 
-proposals = jax.jit(propose, static_argnames=("width", "least"))
+
+@functools.partial(jax.jit, static_argnames=("width", "least"))
+def proposals(text_BM, recent_BR, *, width, least):
+    return propose([framed(text_BM, recent_BR.shape[1], width)], recent_BR, width=width, least=least)
 
 
 def plain_search(text: list[int], recent: list[int], width: int, least: int) -> list[int]:
@@ -82,3 +85,19 @@ def test_random_texts(alphabet, least):
     assert got == want
     assert len({len(row) for row in want}) > 2, "the cases were meant to differ"
     assert int(tokens_BW.min()) >= 0  # what does not count is still a token id
+
+
+def test_two_texts_are_as_one_with_a_gap_between():
+    rng = np.random.default_rng(3)
+    first, second = (rng.integers(0, 3, (200, size)) for size in (20, 9))
+    recent = jnp.asarray(rng.integers(0, 3, (200, 5)))
+    joined = np.concatenate([first, np.full((200, 1), -1), second], axis=1)
+
+    def counted(tokens_BW, count_B) -> list[list[int]]:
+        return [row[:count] for row, count in zip(tokens_BW.tolist(), count_B.tolist(), strict=True)]
+
+    want = counted(*proposals(jnp.asarray(joined), recent, width=4, least=2))
+    both = [framed(jnp.asarray(text), 5, 4) for text in (first, second)]
+    assert counted(*propose(both, recent, width=4, least=2)) == want
+    for text in (first, second):  # each of them gives some of the copies
+        assert counted(*proposals(jnp.asarray(text), recent, width=4, least=2)) != want

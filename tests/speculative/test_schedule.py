@@ -126,7 +126,7 @@ def test_a_drafter_that_becomes_useless_is_given_up():
         before = len(machine.gammas)
         drive(machine, 300, schedule)
         assert sum(gamma > 0 for gamma in machine.gammas[before:]) < 25
-        assert sum(gamma > 0 for gamma in machine.gammas[-40:]) <= 2  # a trial
+        assert machine.gammas[-40:].count(0) >= 32  # but for a trial or two
 
 
 @pytest.mark.parametrize("slow", [0, 1])

@@ -41,12 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer, for models.max_context")
     parser.add_argument("--layers", type=int, metavar="N", help="plan models of N layers: for a look at the program")
     parser.add_argument("--program", metavar="NAME", help="only the program of that name")
-    parser.add_argument("--json", action="store_true", help="print one JSON object a program")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a program, and one of the speed")
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the plan; 0 if every program fits, else 3."""
     from rapid_jax.plan.report import examined, table
+    from rapid_jax.plan.speed import predicted, said
 
     config = settings.load(RapidConfig, Path(options.config), options.set)
     topology = _topology(config, options.topology)
@@ -61,6 +62,10 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(result.to_json()) if options.json else table([result]), flush=True)
         if not result.fits:
             print(f"rapid: {_advice(result, config, topology)}", file=sys.stderr)
+    on_tpu = topology.generation.platform == "tpu"  # of a GPU `rapid bench` says what it takes
+    speed = predicted(config, topology.devices, *models, context, topology.generation) if on_tpu else None
+    if speed is not None and options.program is None:
+        print(json.dumps({"predicted": speed.to_json()}) if options.json else "\n".join(said(speed)))
     return 0 if fitting else DOES_NOT_FIT
 
 

@@ -55,7 +55,7 @@ def programs_of(
     `drafter` None: the target's own weights, or no drafter. The prompts are as long as they can be: the target's all
     but the answer, the drafter's what retrieval gives it. Raises InputError for what a run would refuse.
     """
-    ours, theirs = _models(config, devices, target, drafter, context)
+    ours, theirs = models_of(config, devices, target, drafter, context)
     own = theirs is not None and theirs.held is not ours.held  # weights of its own, or a copy
     together = theirs is not None and theirs.mesh == ours.mesh
     beside = [theirs.held] if own and together and theirs is not None else []
@@ -72,7 +72,7 @@ def programs_of(
     return [*found, _round(config, ours, theirs)]
 
 
-def _models(
+def models_of(
     config: RapidConfig, devices: tuple[Any, ...], target: Architecture, drafter: Architecture | None, context: int
 ) -> tuple[PlannedModel, PlannedModel | None]:
     """(The target, the drafter or None where none drafts), each with the longest prompt that it may get."""

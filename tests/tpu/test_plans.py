@@ -87,8 +87,9 @@ def test_the_small_settings_are_planned_whole_by_the_command(capfd):
     """In the stacked layout, which compiles faster; the architecture is read from the model's own file."""
     arguments = ["--topology", "v5e:2x2", "--set", "models.layout=stacked", "--set", "models.target=smollm2", "--json"]
     assert main(["plan", "--config", str(CONFIGS / "lossless.yaml"), *arguments]) == 0
-    found = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    *found, speed = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
     assert [item["program"] for item in found] == ["prefill", "round"]
+    assert speed["predicted"]["plain_token_seconds"][0] > 0 and len(speed["predicted"]["best"]) == 3
     for item in found:
         assert item["fits"] and item["topology"] == "v5e:2x2" and item["chips"] == 4
         kinds = item["bytes_per_chip"]

@@ -14,18 +14,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["JAX_NUM_CPU_DEVICES"] = "8"  # meshes are tested on devices that share this machine's cores
 # Programs that another test, worker or process of this run has compiled are read, not compiled again. On a GPU, where
 # what is compiled is tested, every program is, and as it is compiled for use.
-_ON_CPU = str("cuda" not in os.environ["JAX_PLATFORMS"]).lower()
+_YES_ON_CPU = str("cuda" not in os.environ["JAX_PLATFORMS"]).lower()
 _PROGRAMS = "RAPID_TEST_PROGRAMS"
 _IS_FIRST = _PROGRAMS not in os.environ  # workers and processes that tests start have it from the first
 if _IS_FIRST:
     os.environ[_PROGRAMS] = tempfile.mkdtemp(prefix="rapid-test-programs-")
 os.environ |= {
-    "JAX_ENABLE_COMPILATION_CACHE": _ON_CPU,
+    "JAX_ENABLE_COMPILATION_CACHE": _YES_ON_CPU,
     "JAX_COMPILATION_CACHE_DIR": os.environ[_PROGRAMS],
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     "JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES": "none",
     # Programs of tests run for milliseconds: XLA makes the passes that it needs alone.
-    "JAX_DISABLE_MOST_OPTIMIZATIONS": _ON_CPU,
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": _YES_ON_CPU,
 }
 # Tests compare with transformers' models built from a config: nothing is to be looked up on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"

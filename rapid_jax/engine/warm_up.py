@@ -16,6 +16,7 @@ from rapid_jax.engine.tiers import Handle
 from rapid_jax.runtime.errors import InputError
 
 _WORDS = "The harbour of the old town lies open to the north, and its boats leave before the light comes. "
+_PIECES = 2  # an encoder's tokens for one of the target's, at most
 Size = tuple[int, int]  # documents, rows of each
 
 
@@ -24,15 +25,17 @@ class WarmUp:
     """Sizes of requests that compile nothing once the engine is ready.
 
     That holds for questions about documents under the engine's own mode, gamma and lookup, and for chats and texts
-    without one, with answers of at most the engine's own limit (or of the same bucket), questions of at most
-    `prepare.QUESTION_TOKENS` and a top-k of at most 64, whatever else they ask for. Requests that name others bring
-    programs of their own.
+    without one, with answers of at most the engine's own limit (or of the same bucket) and questions of at most
+    `prepare.QUESTION_TOKENS`, whatever else they ask for. Requests that name others bring programs of their own, and
+    so do those of several sizes that are answered by one program side by side.
     """
 
     lengths: tuple[int, ...] = (1024,)  # tokens of documents; one stands for all of its bucket
     rows: int = 1  # questions about a document at once
-    documents: int = 1  # that are asked about at once
-    chats: tuple[int, ...] = ()  # tokens of prompts without a document; as many at once as a document has questions
+    documents: int = 1  # that are asked about at once; with all their questions no more than a lane has rows
+    # Tokens of prompts without a document, as many at once as a document has questions. Those of a prefill chunk are
+    # of two sizes, up to a quarter of it and above.
+    chats: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not all(length >= 16 for length in (*self.lengths, *self.chats)):
@@ -55,7 +58,12 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
 
     Raises InputError for models or sizes that cannot be.
     """
-    engine.models.load(engine.config.speculation)
+    config = engine.config
+    engine.models.load(config.speculation)
+    if config.speculation.retrieves:
+        start = time.perf_counter()
+        engine.models.embedder.warm_up(_PIECES * config.retrieval.chunk_tokens)
+        report(f"chunks and questions: {time.perf_counter() - start:.1f} s")
     for length in what.lengths:
         document, asked = _document(engine, length), "When do the boats leave?"
         # Of another one that begins so what they have in common is copied.

@@ -62,10 +62,10 @@ def run(options: argparse.Namespace) -> int:
         print(json.dumps(result.to_json()) if options.json else table([result]), flush=True)
         if not result.fits:
             print(f"rapid: {_advice(result, config, topology)}", file=sys.stderr)
-    on_tpu = topology.generation.platform == "tpu"  # of a GPU `rapid bench` says what it takes
-    speed = predicted(config, topology.devices, *models, context, topology.generation) if on_tpu else None
-    if speed is not None and options.program is None:
-        print(json.dumps({"predicted": speed.to_json()}) if options.json else "\n".join(said(speed)))
+    if topology.generation.platform == "tpu" and options.program is None:  # of a GPU `rapid bench` says what it takes
+        speed = predicted(config, topology.devices, *models, context, topology.generation)
+        if speed is not None:
+            print(json.dumps({"predicted": speed.to_json()}) if options.json else "\n".join(said(speed)))
     return 0 if fitting else DOES_NOT_FIT
 
 

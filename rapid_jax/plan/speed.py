@@ -3,7 +3,8 @@
 
 A range: at the least weights and caches are read at the memory's rate and sums go around the ring; at the most every
 layer's small operations come on top, which the compiler's own cost model puts at SMALL_SECONDS (v5p; nothing of it was
-measured). What comes of a number of drafts is Leviathan et al.'s (arXiv 2211.17192, Eq. 1 and Theorem 3.8).
+measured). Sums are those over `model`: what `context` merges, and `fsdp` gathers, is not counted. What comes of a
+number of drafts is Leviathan et al.'s (arXiv 2211.17192, Eq. 1 and Theorem 3.8).
 """
 
 from collections.abc import Iterator, Sequence

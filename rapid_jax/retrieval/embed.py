@@ -126,6 +126,13 @@ class Embedder:
             raise InputError(f"encoder {self.folder}: its vectors are not finite; the weights are not usable")
         return sums_NE / np.maximum(np.linalg.norm(sums_NE, axis=1, keepdims=True), 1e-12)
 
+    def warm_up(self, most_tokens: int) -> None:
+        """Compiles what texts of up to so many of its tokens need, however many there are."""
+        for length in self._buckets[: 1 + sum(bucket < most_tokens for bucket in self._buckets)]:
+            for rows in {1, _FEW_ROWS, self._most_rows(length)}:
+                if rows <= self._most_rows(length):
+                    self._run([np.zeros(0, np.int32)] * rows, length)
+
     def _batches(self, pieces: list[np.ndarray]) -> Iterator[tuple[list[int], int]]:
         """Indices of pieces that share a bucket, at most as many as a batch of that length may hold; long ones first.
 

@@ -53,7 +53,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-documents", type=int, default=1, metavar="N",
                         help="documents that are asked about at once, likewise (default: %(default)s)")  # fmt: skip
     parser.add_argument("--warm-chats", type=_wholes, default=(), metavar="LIST",
-                        help="lengths of prompts without a document, likewise (default: none)")  # fmt: skip
+                        help="lengths of prompts without a document, likewise: up to a quarter of "
+                        "compute.prefill_chunk is one size, up to all of it another (default: none)")  # fmt: skip
     parser.add_argument("--quiet", action="store_true", help="no progress while models are loaded")
     parser.add_argument("--max-body", type=int, default=_PLAIN.body_mib, metavar="MIB",
                         help="of a request in JSON (default: %(default)s)")  # fmt: skip

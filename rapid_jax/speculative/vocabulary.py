@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What sampling asks of rows over the vocabulary, by sums and maxima alone: nothing is sorted and nothing is gathered.
+"""What sampling asks of rows over the vocabulary, by sums and maxima: nothing is sorted and nothing is gathered.
 
-A row may lie over the chips of a mesh: each reduces its own part, and what chips exchange are a few numbers a row.
+A row may lie over the chips of a mesh: each reduces its own part, and what chips exchange are a few numbers a row. Not
+so `largest`, by which log-probabilities are told: it ranks one number of each group of a row, and a few groups whole.
 """
 
 from functools import partial
@@ -33,9 +34,9 @@ def largest(z_V: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     They are in the groups with the largest maxima, as many groups as numbers: only those are ranked.
     """
     size = z_V.shape[-1]
-    groups = -(-size // _GROUP)
-    if groups <= count:
+    if size <= count * _GROUP:
         return lax.top_k(z_V, count)
+    groups = -(-size // _GROUP**2) * _GROUP  # as many on every chip
     padding = [(0, 0)] * (z_V.ndim - 1) + [(0, groups * _GROUP - size)]
     grouped = jnp.pad(z_V, padding, constant_values=-jnp.inf).reshape(*z_V.shape[:-1], groups, _GROUP)
     chosen = jnp.sort(lax.top_k(jnp.max(grouped, axis=-1), count)[1], axis=-1)[..., None]

@@ -96,7 +96,7 @@ def measure(count: int, slots: Slots, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=131072)
-    parser.add_argument("--rows", type=int, nargs="*", default=list(CUTS))
+    parser.add_argument("--rows", type=int, nargs="*", choices=list(CUTS), default=list(CUTS))
     options = parser.parse_args()
     for int8 in (False, True):
         slots = slots_of(options.tokens, 8, 128, int8)

@@ -69,7 +69,7 @@ def engine(tmp_path_factory, warm: WarmUp) -> RunningEngine:
     jax.clear_caches()  # of this process: programs of the same shapes would not be compiled
     with compiled() as found:
         engine.warm_up(said.append)
-    assert len(said) == 6 and "jit(_run_rounds)" in found and engine.is_idle
+    assert len(said) == 7 and "jit(_run_rounds)" in found and engine.is_idle
     return engine
 
 
@@ -80,7 +80,7 @@ def asked(engine: RunningEngine, number: int) -> Request:
         {"temperature": 0.9, "top_k": 5},
         {"temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.3},
         {"temperature": 0.0, "repetition_penalty": 1.2, "penalize": "all"},
-        {"temperature": 1.2, "min_p": 0.05, "top_k": 64},
+        {"temperature": 1.2, "min_p": 0.05, "top_k": 500},
     ][number % 5]
     speculation = [
         {"mode": "rapid"},

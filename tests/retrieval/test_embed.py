@@ -65,6 +65,20 @@ def test_a_hundred_lengths_compile_few_programs(folder):
     assert len(embedder.shapes) <= 6
 
 
+@pytest.mark.parametrize("batch_size", [4, 8, 16])
+def test_after_a_warm_up_no_text_brings_a_new_shape(folder, batch_size):
+    embedder = Embedder(folder, batch_size=batch_size)
+    embedder.warm_up(40)
+    known = set(embedder.shapes)
+    assert {length for _, length in known} == {32, 48}
+    for copies in (1, 2, 9, 40):
+        embedder.embed([sentence(10)] * copies + [sentence(40)] * copies + ["", sentence(300)])
+    assert embedder.shapes == known
+    short = Embedder(folder, batch_size=batch_size)
+    short.warm_up(20)
+    assert {length for _, length in short.shapes} == {32}
+
+
 def test_buckets_and_windows():
     assert bucket_lengths(256) == [32, 48, 64, 96, 128, 192, 256]
     assert bucket_lengths(300)[-2:] == [256, 300]

@@ -146,7 +146,7 @@ def test_what_a_call_takes_beside_its_rounds_is_not_their_time(questions, answer
     script = scheduled(Script((0, 1), (0, 5)))
     answer(SpeculationConfig(gamma="auto", lookup="off"), GREEDY)
     took = [seen.seconds / seen.rounds for seen in script.seen]
-    assert len(took) >= 4 and all(0.02 < each < 0.2 for each in took), took
+    assert len(took) >= 4 and all(0.02 < each < 0.3 for each in took), took
 
 
 @pytest.mark.parametrize(("rounds_per_read", "largest"), [(1, 1), (4, 8)])

@@ -9,6 +9,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 BIN=$ROOT/.venv/bin
 failed=()
 export JAX_PLATFORMS=cpu # a TPU or GPU plugin that is installed is not probed
+unset PYTHONDONTWRITEBYTECODE # tests start many processes: each would compile thousands of modules for itself
 
 step() { # name, command ...
     local name=$1 start=$SECONDS

@@ -2,6 +2,7 @@
 """The programs of whole runs: each fits its chip, keys and values stay where they are, transfers run under kernels."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from rapid_jax.plan.architectures import architecture_of
 from rapid_jax.plan.hlo import collectives, gathered_kv, schedule, under_kernels, widest_sort
 from rapid_jax.plan.programs import programs_of
 from rapid_jax.plan.report import Result, examined
+from rapid_jax.plan.speed import predicted
 from rapid_jax.plan.topologies import GIB, topology_of
 from rapid_jax.runtime import settings
 from tests.tpu import heads
@@ -81,6 +83,14 @@ def test_the_settings_of_a_slice_can_be_split_over_it(path: Path, monkeypatch):
     assert context is not None
     programs = programs_of(config, slice_.devices, *models, context)
     assert list(heads.programs_of(path)) == [program.name for program in programs]
+    speed = predicted(config, slice_.devices, *models, context, slice_.generation)
+    assert speed is not None
+    best = speed.best[0]  # at 0.9 accepted
+    assert config.speculation.gamma == best.gamma
+    words = r"predicted: ([\d.]+) to ([\d.]+) ms plain, ([\d.]+) to ([\d.]+) by"
+    told = re.search(words, path.read_text(encoding="utf-8"))
+    seconds = speed.plain.least, speed.plain.most, best.token.least, best.token.most
+    assert told and [float(number) for number in told.groups()] == [round(1e3 * second, 1) for second in seconds]
 
 
 def test_the_small_settings_are_planned_whole_by_the_command(capfd):

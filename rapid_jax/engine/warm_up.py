@@ -60,18 +60,19 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
     """
     config = engine.config
     engine.models.load(config.speculation)
+    texts = {length: _document(engine, length) for length in (*what.lengths, *what.chats)}  # refused before any work
     if config.speculation.retrieves:
         start = time.perf_counter()
         engine.models.embedder.warm_up(_PIECES * config.retrieval.chunk_tokens)
         report(f"chunks and questions: {time.perf_counter() - start:.1f} s")
     for length in what.lengths:
-        document, asked = _document(engine, length), "When do the boats leave?"
+        document, asked = texts[length], "When do the boats leave?"
         # Of another one that begins so what they have in common is copied.
         prompts = Question(document, asked), Question(document[:-1], asked)
         about = f"documents of {length} tokens, up to {what.documents} at once with {what.rows} questions each"
         _warm_up(engine, prompts, what.sizes(), about, report)
     for length in what.chats:
-        ids = engine.models.target.tokenizer.encode(_document(engine, length))[:length]
+        ids = engine.models.target.tokenizer.encode(texts[length])[:length]
         alone = [(count, 1) for count in ROW_BUCKETS if count == 1 or count < 2 * what.rows]
         about = f"chats of {length} tokens, up to {what.rows} at once"
         _warm_up(engine, (Tokens(ids), Tokens(ids[:-1])), alone, about, report)

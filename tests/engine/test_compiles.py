@@ -189,5 +189,8 @@ def test_a_document_of_a_length_has_it_for_a_tokenizer_that_joins_words(smollm2_
 
 
 def test_a_length_beyond_the_models_context_is_refused_before_its_text_is_made(engine: RunningEngine):
-    with pytest.raises(InputError, match=r"at most the model's context of \d+ tokens, got 1000000000"):
-        warm_up(engine, WarmUp(lengths=(10**9,)), print)
+    for what in (WarmUp(lengths=(10**9,)), WarmUp(chats=(10**9,))):
+        said: list[str] = []
+        with pytest.raises(InputError, match=r"at most the model's context of \d+ tokens, got 1000000000"):
+            warm_up(engine, what, said.append)
+        assert said == []

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """After the warm-up no request of the declared sizes compiles anything."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,28 +19,12 @@ from rapid_jax.model.load import open_checkpoint
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
+from tests.compiled import compiled
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
 
 LIMIT = 24
 LENGTH = 220  # tokens, as words(90) has: with the template around it, six chunks of the prefill
-EVENT = "/jax/core/compile/backend_compile_duration"
-
-
-@contextmanager
-def compiled() -> Iterator[list[str]]:
-    """The names of the programs that are compiled inside, or read from the folder of compiled ones."""
-    found: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == EVENT:
-            found.append(str(kwargs.get("fun_name", event)))
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield found
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Generation, generate
 from rapid_jax.speculative.loop import run_rounds
 from rapid_jax.speculative.state import Origin
+from tests.compiled import compiled
 from tests.speculative.conftest import LIMIT, VOCABULARY
 from tests.speculative.models import prompted
 
@@ -140,10 +141,6 @@ def test_confidence_stop_shortens_drafts(questions, answer):
 
 def test_a_second_question_compiles_nothing(questions, answer):
     """Another text of the same bucket, eta, temperature, seed: all are data of the same programs."""
-    compiled = [0]
-
-    def count(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        compiled[0] += event == "/jax/core/compile/backend_compile_duration"
 
     answer(DRAFTED, WARM)
     functions: list[Any] = [
@@ -153,8 +150,7 @@ def test_a_second_question_compiles_nothing(questions, answer):
         prefill_module._embedded,
     ]
     before = [function._cache_size() for function in functions]
-    jax.monitoring.register_event_duration_secs_listener(count)
-    try:
+    with compiled() as programs:
         other = [[*prompt[3:], 1] for prompt in questions.prompts]
         generate(
             prompted(questions.target, other),
@@ -165,11 +161,9 @@ def test_a_second_question_compiles_nothing(questions, answer):
             texts=[[1, 2, 3]] * 3,
         )
         assert [function._cache_size() for function in functions] == before
-        assert compiled == [0]
+        assert not programs
         jax.jit(lambda x: x * 3 + 1)(np.ones(3))
-        assert compiled == [1]  # the count counts
-    finally:
-        jax.monitoring.unregister_event_duration_listener(count)
+        assert len(programs) == 1  # the count counts
 
 
 def test_what_does_not_fit_is_refused(questions):

@@ -51,6 +51,7 @@ class Generator:
             mesh=make_meshes(mesh_config, None)[0],
             replicate_kv=mesh_config.replicate_kv,
             rope_theta=self.config.model.generation_rope_theta or self.config.model.rope_theta,
+            decodes=True,
             quiet=self._quiet,
         )
 

@@ -28,10 +28,6 @@ class ModelsConfig:
     def __post_init__(self):
         for name in ("target", "drafter", "encoder"):
             local_path(getattr(self, name), f"models.{name}")
-        if self.drafter_weights != "full" and self.layout != "unrolled":
-            raise InputError(
-                f"models.drafter_weights {self.drafter_weights} needs models.layout unrolled, got {self.layout}"
-            )
         if self.max_context is not None and self.max_context < 1:
             raise InputError(f"models.max_context: expected at least 1, got {self.max_context}")
 
@@ -119,10 +115,8 @@ class RapidConfig:
         for name, mesh in (("mesh", self.mesh), ("drafter_mesh", self.drafter_mesh)):
             if mesh is None:
                 continue
-            if self.models.drafter_weights != "full" and mesh.devices > 1:
-                raise InputError(
-                    f"models.drafter_weights {self.models.drafter_weights} is for one device, got {name} {mesh}"
-                )
+            if self.models.drafter_weights == "int4" and mesh.devices > 1:
+                raise InputError(f"models.drafter_weights int4 is for one device, got {name} {mesh}")
             if mesh.data > 1:
                 raise InputError(
                     f"{name}.data: one question at a time has no batch to split, expected 1, got {mesh.data}"

@@ -10,8 +10,15 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from rapid_jax.attention.cache import KV, Prefix
+from rapid_jax.attention.kernels import platform_of
+
+
+def can_round(mesh: Mesh | None) -> bool:
+    """Whether a prefix in 8 bits can be read there: on one device that is no TPU."""
+    return mesh is None and platform_of(mesh) != "tpu"
 
 
 def rounded(prefix: Prefix) -> Prefix:

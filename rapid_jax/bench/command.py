@@ -175,8 +175,9 @@ def _attention(
 def _prefill(rows: _Rows, config: ModelConfig, options: argparse.Namespace, contexts: tuple[int, ...], sizes: Sizes):
     from rapid_jax.bench.models import random_decoder
     from rapid_jax.bench.parts import prefill_seconds
+    from rapid_jax.model.fused import fused
 
-    decoder = random_decoder(config, _dtype(options))
+    decoder = fused(random_decoder(config, _dtype(options)), spent=True)
     short = options.short or sizes.short
     drafter = prefill_seconds(decoder, short, sizes.chunk, options.repeats)
     for context in contexts:

@@ -8,7 +8,6 @@ one is measured: how far the same text's logits move when it is read in pieces o
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import jax
@@ -21,7 +20,8 @@ from rapid_jax.bench.cases import Case, Drafter, Measured, Timing, plain_bytes
 from rapid_jax.bench.models import dialled, random_decoder, random_prefix
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.model.quantized import BITS, quantized
+from rapid_jax.model.fused import fused, quantized
+from rapid_jax.model.quantized import BITS
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import read
 from rapid_jax.speculative.generate import Generation, Prompted, generate
@@ -162,8 +162,11 @@ class Decoding:
             self._held[name] = (what, make())
         return self._held[name][1]
 
+    def _base(self) -> Decoder:
+        return fused(random_decoder(self.config, self.dtype, self.seed), spent=True)
+
     def _decoder(self) -> Decoder:
-        base = self._hold("weights", None, partial(random_decoder, self.config, self.dtype, self.seed))
+        base = self._hold("weights", None, self._base)
         return self._hold("dialled", self.dial, lambda: dialled(base, self.dial))
 
     def _prefix(self, name: str, case: Case, tokens: int, seed: int) -> Prefix:

@@ -61,7 +61,8 @@ def dialled(decoder: Decoder, dial: float) -> Decoder:
     graph, state = nnx.split(decoder)
 
     def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
-        return leaf * jnp.asarray(dial, leaf.dtype) if "o_NHD" in jax.tree_util.keystr(path) else leaf
+        name = jax.tree_util.keystr(path)
+        return leaf * jnp.asarray(dial, leaf.dtype) if "o_NHD" in name or "'out'" in name else leaf
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(scaled, state))
 

@@ -110,4 +110,4 @@ class Models:
 
     def _load(self, source: str, mesh: Mesh | None, config: MeshConfig) -> LoadedModel:
         how = {"layout": self.config.models.layout, "dtype": self.config.models.dtype, "quiet": self._quiet}
-        return load_model(source, mesh=mesh, replicate_kv=config.replicate_kv, **how)
+        return load_model(source, mesh=mesh, replicate_kv=config.replicate_kv, decodes=True, **how)

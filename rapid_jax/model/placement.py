@@ -114,6 +114,8 @@ def stored_arrays(decoder: Decoder, dtype: np.dtype) -> Iterator[tuple[Weight, n
 
     On several hosts each must run through it: every array is gathered from all of them.
     """
+    if type(decoder) is not Decoder:
+        raise ValueError(f"expected a Decoder, whose arrays are those of a checkpoint, got a {type(decoder).__name__}")
     _, state = nnx.split(decoder)
     leaves: dict[Any, Any] = dict(nnx.to_flat_state(state))
     for weight in weights(decoder.config):

@@ -22,7 +22,7 @@ from rapid_jax.runtime.contract import contract
 
 MOST_ROWS = 8  # their high and low halves fill the 16 rows of a matrix unit
 GROUP = 128  # weights of a column that share a scale, in 4 bits
-_STEPS = 127 * 128  # of the largest element of a row
+STEPS = 127 * 128  # of the largest element of a row
 
 
 @jax.tree_util.register_dataclass
@@ -123,13 +123,13 @@ def _fixed_point_kernel(x_ref, *refs, width, shares, normed, eps):
     if normed:
         y *= lax.rsqrt(jnp.sum(y * y) / width + eps) * load(refs[-1])
     largest = jnp.max(jnp.abs(y))
-    steps = y * jnp.where(largest > 0, _STEPS / largest, 0.0)
+    steps = y * jnp.where(largest > 0, STEPS / largest, 0.0)
     steps = (steps + jnp.where(steps >= 0, 0.5, -0.5)).astype(jnp.int32)
     high = lax.shift_right_arithmetic(steps + 64, jnp.int32(7))
     row = pl.program_id(0)
     for half, at in ((high, row), (steps - high * 128, row + MOST_ROWS)):
         triton.store(halves_ref.at[at, :], half.astype(jnp.int8), mask=inside)
-    scale_ref[...] = largest / _STEPS
+    scale_ref[...] = largest / STEPS
 
 
 def skinny_matmul(

@@ -72,17 +72,15 @@ def run(options: argparse.Namespace) -> int:
 def _topology(config: RapidConfig, name: str) -> Topology:
     """The slice or the GPU; raises InputError, before any compiler is loaded, for settings that it is not planned with.
 
-    Rounded weights and caches are for one device, and not compiled for TPUs here.
+    Weights in 4 bits and rounded caches are for one GPU.
     """
     card = card_of(name)
     if card is not None:
         return card
-    for setting, kind in (("models.drafter_weights", config.models.drafter_weights), ("compute.kv", config.compute.kv)):
-        if kind != "full":
-            raise InputError(
-                f"{setting}: plans for TPUs are of full weights and caches, expected full (or a GPU, --topology h200), "
-                f"got {kind}"
-            )
+    if config.models.drafter_weights == "int4":
+        raise InputError("models.drafter_weights: TPUs take full and int8, got int4 (a GPU: --topology h200)")
+    if config.compute.kv != "full":
+        raise InputError(f"compute.kv: TPUs take full, got {config.compute.kv} (a GPU: --topology h200)")
     return topology_of(name)
 
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rapid_jax.attention.cache import Layers, Prefix, Tail
-from rapid_jax.attention.rounded import rounded_layer
+from rapid_jax.attention.rounded import can_round, rounded_layer
 from rapid_jax.config import RapidConfig
-from rapid_jax.model.decoder import Decoder
+from rapid_jax.model.fused import FusedDecoder, fused, quantized
 from rapid_jax.model.placement import abstract
-from rapid_jax.model.quantized import GROUP, Packed, WeightBits, quantized
+from rapid_jax.model.quantized import GROUP, WeightBits
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.cost import Pass, Work, work_of
 from rapid_jax.runtime.axes import PARAM, with_copied_kv
@@ -27,8 +27,9 @@ from rapid_jax.speculative.state import Side
 class PlannedModel:
     """A model on its devices with one prompt."""
 
-    decoder: Decoder  # in full
-    held: Any  # what is in memory of its weights while it runs: the decoder, or a rounded copy
+    decoder: FusedDecoder
+    full: FusedDecoder  # the decoder, or what it is a rounded copy of
+    held: Any  # what is in memory of its weights while it runs
     mesh: Mesh | None  # None: the one device of a GPU
     sizes: MeshConfig
     dtype: jnp.dtype
@@ -38,12 +39,10 @@ class PlannedModel:
     rounds_prefix: bool = False
 
     def rounded_to(self, bits: WeightBits, *, shared: bool) -> "PlannedModel":
-        """Its copy in so many bits, whose prompt is in 8; if `shared`, without what the copy has of the original."""
-        copy = jax.eval_shape(lambda decoder: quantized(decoder, bits), self.decoder)
-        blocks: Any = copy.blocks
-        packed: list[Packed] = [x for block in blocks for x in (block.qkv, block.o, block.gate_up, block.down)]
-        held = [*packed, copy.packed_head] if shared else copy
-        return replace(self, held=held, bits=bits, rounds_prefix=True)
+        """Its copy in so many bits; if `shared`, without what the copy has of the original."""
+        copy = quantized(self.decoder, bits)
+        held = copy.matrices if shared else copy
+        return replace(self, decoder=copy, held=held, bits=bits, rounds_prefix=can_round(self.mesh))
 
     def whole(self, tree: Any) -> Any:
         """Shapes that are the same on every device."""
@@ -111,7 +110,8 @@ def planned(
     is rounded where the settings say so."""
     table = with_copied_kv(PARAM, sizes.replicate_kv)
     dtype = jnp.dtype("bfloat16" if config.models.dtype == "auto" else config.models.dtype)
-    decoder = abstract(architecture.config, layout=config.models.layout, dtype=dtype, mesh=mesh, table=table)
+    canonical = abstract(architecture.config, layout=config.models.layout, dtype=dtype, mesh=mesh, table=table)
+    decoder = fused(canonical)
     layout = layout_of(config, sizes, prompt, coarse=retrieved)
     rounds = config.compute.kv != "full" and not retrieved
-    return PlannedModel(decoder, decoder, mesh, sizes, dtype, prompt, layout, rounds_prefix=rounds)
+    return PlannedModel(decoder, decoder, decoder, mesh, sizes, dtype, prompt, layout, rounds_prefix=rounds)

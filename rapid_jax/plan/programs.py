@@ -15,7 +15,8 @@ from rapid_jax.attention.kernels import kernel_of
 from rapid_jax.attention.rounded import rounded_layer
 from rapid_jax.config import RapidConfig
 from rapid_jax.model.decoder import Block
-from rapid_jax.model.quantized import BITS, rounded
+from rapid_jax.model.matrix import rounded_matrix
+from rapid_jax.model.quantized import BITS
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.cost import Pass, Work
 from rapid_jax.plan.models import PlannedModel, layout_of, planned
@@ -24,6 +25,7 @@ from rapid_jax.retrieval.config import chunk_count
 from rapid_jax.runtime.mesh import make_mesh, make_meshes
 from rapid_jax.speculative import apart, prefill
 from rapid_jax.speculative.draft import Draft
+from rapid_jax.speculative.generate import allowed_rows
 from rapid_jax.speculative.loop import run_rounds_on_tpu
 from rapid_jax.speculative.own_sampling import resolve
 from rapid_jax.speculative.sampling import Knobs, Law
@@ -128,15 +130,23 @@ def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[A
 
 def _rounded_weights(target: PlannedModel, drafter: PlannedModel) -> Program:
     """The drafter's copy being made, its largest matrix last; weights of its own are still there in full."""
-    bits, config = drafter.bits, drafter.decoder.config
+    bits = drafter.bits
     assert bits is not None
-    matrix = jax.ShapeDtypeStruct((config.hidden_size, config.vocab_size), drafter.dtype)
-    apart = [drafter.decoder] if drafter.decoder is not target.decoder else []
-    work = Work(0.0, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(drafter.decoder)))
-    copy = drafter.rounded_to(bits, shared=True)  # the rest of it is in `drafter.decoder`, or the target's
-    resident = _by_kind(target.held, copy.held, *apart, other=())
+    full = drafter.full
+    apart = [full] if full is not target.decoder else []
+    work = Work(0.0, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(full)))
+    # The rest of the copy is in `full`.
+    resident = _by_kind(target.held, drafter.decoder.matrices, *apart, other=())
     working = of_rounded_matrix(drafter)
-    return Program("drafter rounding", lambda: rounded.lower(matrix, bits), resident, work, work, working=working)
+
+    def lower():
+        head = drafter.decoder.lm_head
+        assert head is not None
+        if full.lm_head is None:
+            return rounded_matrix.lower(full.embed_VD.get_value(), "JD", bits, head.place)
+        return rounded_matrix.lower(full.lm_head.values.get_value(), "DJ", bits, head.place)
+
+    return Program("drafter rounding", lower, resident, work, work, working=working)
 
 
 def _rounded_prefix(model: PlannedModel, others: list[Any]) -> Program:
@@ -176,9 +186,9 @@ class _Rounds:
 def _rounds(config: RapidConfig, target: PlannedModel, drafter: PlannedModel | None) -> _Rounds:
     speculation, sampling = config.speculation, resolve(config.sampling, None).config
     models = [target] if drafter is None else [target, drafter]
-    vocabulary = target.decoder.config.vocab_size
+    tokens, vocabulary = target.decoder.config.vocab_size, target.decoder.vocabulary
     gamma = 0 if drafter is None else gamma_bucket(max(gammas_of(speculation)))
-    law = Law.of(sampling, speculation, (vocabulary - 1,))
+    law = Law.of(sampling, speculation, (tokens - 1,))
     plan = plan_of(speculation, block=config.compute.attention_block, vocabulary=vocabulary)
     copying = speculation.lookup != "off" and (gamma > 0 or law.greedy or speculation.effective_eta == 0)
     plan = replace(plan, gamma=gamma, copies=plan.copies * copying)
@@ -186,7 +196,8 @@ def _rounds(config: RapidConfig, target: PlannedModel, drafter: PlannedModel | N
     seen = jax.ShapeDtypeStruct((1, vocabulary), bool) if law.penalty else None
     state = start_state([0], sizes, sampling.max_new_tokens, (seen, seen if drafter is not None else None))  # type: ignore[arg-type]
     text = text_slots(sum(model.prompt for model in models) + 2, speculation.lookup_match)
-    return _Rounds(law, Knobs.of(sampling, speculation), plan, sizes, state, text)
+    knobs = Knobs.of(sampling, speculation, allowed_rows(range(tokens), vocabulary))
+    return _Rounds(law, knobs, plan, sizes, state, text)
 
 
 def _passes(rounds: _Rounds, target: PlannedModel, drafter: PlannedModel | None) -> tuple[Work, Work]:

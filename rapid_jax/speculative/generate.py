@@ -97,7 +97,7 @@ def _seen(prompted: Prompted | None, vocabulary: int, sampling: SamplingConfig) 
     return seen_BV
 
 
-def _allowed(token_ids: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray | None:
+def allowed_rows(token_ids: Sequence[int] | np.ndarray, vocabulary: int) -> np.ndarray | None:
     """bool [V]: which of a model's rows are tokens; None where all are."""
     allowed_V = np.zeros(vocabulary, bool)
     ids = np.asarray(token_ids)
@@ -154,9 +154,10 @@ def start(
     """
     batch, room = len(target.prompts), room or Room()
     sizes = Sizes.of(speculation, sampling, room)
-    vocabulary = target.decoder.config.vocab_size
+    vocabulary = target.decoder.vocabulary
     if token_ids is None:
-        token_ids = range(min(vocabulary, vocabulary if drafter is None else drafter.decoder.config.vocab_size))
+        models = [target] if drafter is None else [target, drafter]
+        token_ids = range(min(model.decoder.config.vocab_size for model in models))
     target_side, target_tail = _side(target, uncached=1, sizes=sizes, block=block)
     drafter_side, draft_tail = None, None
     if drafter is not None:
@@ -169,7 +170,7 @@ def start(
     plan = plan_of(speculation, block=block, vocabulary=vocabulary)
     text_BM = _text(texts or [[]] * batch, speculation.lookup_match, room.text)
     law = Law.of(sampling, speculation, stops, logprobs=room.logprobs)
-    knobs = Knobs.of(sampling, speculation, _allowed(token_ids, vocabulary))
+    knobs = Knobs.of(sampling, speculation, allowed_rows(token_ids, vocabulary))
     sides = target_side, drafter_side
     rounds = Rounds(sides, text_BM, state, law, knobs, plan)
     jax.block_until_ready((target_tail, draft_tail))

@@ -10,7 +10,8 @@ import pytest
 
 from rapid_jax.bench.models import random_decoder
 from rapid_jax.model.config import ModelConfig, Rope
-from rapid_jax.model.quantized import FEW, Packed, quantized, restored
+from rapid_jax.model.fused import quantized
+from rapid_jax.model.quantized import FEW, product, restored, rounded
 from rapid_jax.model.skinny import MOST_ROWS, fixed_point, skinny_matmul
 from tests.model.skinny_cases import EPS, check_product, check_rows, fixed_rows, gate_and_up, matrix, normal, normed
 
@@ -58,9 +59,9 @@ def test_gated_products(rows, depth, width, bits, dtype):
 def test_a_matrix_of_few_bits(depth, rows, bits):
     """By the kernel, by several readings of it, and restored: rows beyond, and a depth that is no whole group."""
     weight_DN, x_TD = normal(0, depth, 96), normal(1, rows, depth)
-    packed = Packed(weight_DN, bits)
-    got_TN = jax.jit(packed.__call__)(x_TD)
-    weight_ND = np.asarray(restored(packed.values[...], packed.scale[...], bits), np.float64)[:, :depth]
+    values, scale = rounded(weight_DN, bits)
+    got_TN = jax.jit(partial(product, bits=bits))(x_TD, values, scale)
+    weight_ND = np.asarray(restored(values, scale, bits), np.float64)[:, :depth]
     want_TN = np.asarray(x_TD, np.float64) @ weight_ND.T
     assert np.linalg.norm(np.asarray(got_TN, np.float64) - want_TN) <= 2e-4 * np.linalg.norm(want_TN)
 

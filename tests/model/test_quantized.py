@@ -16,13 +16,15 @@ from flax import nnx
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_self
 from rapid_jax.bench.models import random_decoder
-from rapid_jax.model import quantized as module
+from rapid_jax.model import fused_decoder
+from rapid_jax.model import quantized as quantized_module
 from rapid_jax.model.config import ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.model.placement import abstract
-from rapid_jax.model.quantized import Packed, Pending, QuantizedBlock, quantized, restored, rounded
+from rapid_jax.model.fused import quantized
+from rapid_jax.model.fused_decoder import FusedBlock, Pending
+from rapid_jax.model.matrix import Matrix
+from rapid_jax.model.quantized import kernels_fit, product, restored, rounded
 from rapid_jax.model.skinny import GROUP, fixed_point, skinny_matmul
-from rapid_jax.runtime.errors import InputError
 
 
 def weights(depth: int, width: int, dtype=jnp.float32, seed: int = 0) -> jax.Array:
@@ -73,12 +75,13 @@ def test_4_bits_are_off_by_half_a_step_and_by_one_where_clipped(depth, dtype):
 @pytest.mark.parametrize("shape", [(2, 3, 200), (256,)])
 def test_a_packed_matrix_times_rows(shape, bits):
     x = jnp.asarray(np.float32(np.random.default_rng(1).normal(size=shape)))
-    packed = Packed(weights(shape[-1], 96), bits)
-    weight_ND = np.asarray(restored(packed.values[...], packed.scale[...], bits), np.float64)[:, : shape[-1]]
-    got, want = packed(x), np.asarray(x, np.float64) @ weight_ND.T
+    values, scale = rounded(weights(shape[-1], 96), bits)
+    weight_ND = np.asarray(restored(values, scale, bits), np.float64)[:, : shape[-1]]
+    got, want = product(x, values, scale, bits), np.asarray(x, np.float64) @ weight_ND.T
     assert got.dtype == jnp.float32 and got.shape == (*shape[:-1], 96)
     np.testing.assert_allclose(got, want, atol=1e-6 * np.max(np.abs(want)))
-    assert packed.fits(8) == (shape[-1] == 256) and not packed.fits(9)
+    depth = shape[-1]
+    assert kernels_fit(8, depth, values) == (depth == 256) and not kernels_fit(9, depth, values)
 
 
 QWEN = ModelConfig(
@@ -150,17 +153,18 @@ def in_full(copy: Any, decoder: Decoder) -> Decoder:
     graph, state = nnx.split(decoder)
     plain: Any = nnx.merge(graph, state)
 
-    def weight(packed: Packed) -> jax.Array:
-        return restored(packed.values[...], packed.scale[...], packed.bits)[:, : packed.depth].T
+    def weight(matrix: Matrix) -> jax.Array:
+        assert matrix.scale is not None and matrix.bits is not None
+        return restored(matrix.values[...], matrix.scale[...], matrix.bits).T
 
     for mine, theirs in zip(plain.blocks, copy.blocks, strict=True):
         q, k, v = jnp.split(weight(theirs.qkv), [4 * 32, 6 * 32], axis=1)
         gate, up = jnp.split(weight(theirs.gate_up), 2, axis=1)
-        given = {"q_DNH": q, "k_DKH": k, "v_DKH": v, "o_NHD": weight(theirs.o), "gate_DF": gate, "up_DF": up}
+        given = {"q_DNH": q, "k_DKH": k, "v_DKH": v, "o_NHD": weight(theirs.out), "gate_DF": gate, "up_DF": up}
         for name, value in (given | {"down_FD": weight(theirs.down)}).items():
             parameter = getattr(mine, name)
             parameter[...] = value.reshape(parameter.shape)
-    plain.head_DV[...] = weight(copy.packed_head)
+    plain.head_DV[...] = weight(copy.lm_head)
     return plain
 
 
@@ -170,15 +174,6 @@ def test_4_bits_say_what_their_weights_say():
     got, full = logits(copy), logits(decoder)
     np.testing.assert_allclose(got, logits(in_full(copy, decoder)), atol=1e-4 * np.max(np.abs(got)))
     assert 0.02 < relative(got, full) < 0.4
-
-
-def test_one_device_and_the_unrolled_layout_alone():
-    stacked = abstract(LLAMA, layout="stacked", dtype=jnp.dtype(jnp.float32))
-    meshed = abstract(LLAMA, layout="unrolled", dtype=jnp.dtype(jnp.float32))
-    meshed.mesh = jax.sharding.Mesh(jax.devices()[:1], ("model",))
-    for decoder in (stacked, meshed):
-        with pytest.raises(InputError, match="one device and layout unrolled"):
-            quantized(decoder, 8)
 
 
 class Gpu:
@@ -203,13 +198,14 @@ def calls(monkeypatch) -> Counter:
 
         return call
 
-    monkeypatch.setattr(module, "jax", Gpu())
-    for function in (fixed_point, skinny_matmul):
-        monkeypatch.setattr(module, function.__name__, counted(function))
+    for module in (fused_decoder, quantized_module):
+        monkeypatch.setattr(module, "jax", Gpu())
+        for function in (fixed_point, skinny_matmul):
+            monkeypatch.setattr(module, function.__name__, counted(function))
     return counts
 
 
-def run(decoder: Decoder, block: QuantizedBlock, x: jax.Array | Pending, rows: tuple[int, int] = (2, 3)) -> Any:
+def run(decoder: Decoder, block: FusedBlock, x: jax.Array | Pending, rows: tuple[int, int] = (2, 3)) -> Any:
     """(x after the block, the keys and values that it attends and what else it was given)."""
     pos_BT = jnp.asarray(np.tile(np.arange(7, 7 + rows[1], dtype=np.int32), (rows[0], 1)))
     inner = attend_self(pos_BT, Strategy(block=64))
@@ -227,7 +223,7 @@ def run(decoder: Decoder, block: QuantizedBlock, x: jax.Array | Pending, rows: t
     return through(state, x)
 
 
-def in_bfloat16(block: QuantizedBlock) -> QuantizedBlock:
+def in_bfloat16(block: FusedBlock) -> FusedBlock:
     """With the norms and biases of a bfloat16 model."""
     graph, state = nnx.split(block)
 
@@ -241,7 +237,7 @@ def in_bfloat16(block: QuantizedBlock) -> QuantizedBlock:
 def test_a_block_s_fast_path_is_its_plain_one(request):
     """In bfloat16, after a block that left its last product in parts."""
     decoder = decoder_of(QWEN)
-    block = in_bfloat16(QuantizedBlock(cast(Any, decoder.blocks)[1], QWEN.head_dim, 4))
+    block = in_bfloat16(cast(Any, quantized(decoder, 4).blocks)[1])
     x, parts = (np.random.default_rng(2).normal(size=shape) * 2 for shape in ((2, 3, 128), (3, 6, 128)))
     given = Pending(jnp.asarray(x.astype(jnp.bfloat16)), jnp.asarray(np.float32(parts)))
     np.testing.assert_allclose(np.float32(given.summed()), x + parts.sum(axis=0).reshape(x.shape), atol=0.1)
@@ -266,10 +262,11 @@ def test_a_decoder_s_fast_path_is_its_plain_one(request):
 
 def test_a_packed_matrix_s_fast_path(calls):
     """The head, say: rows of any axes, at most 8 at a time."""
-    packed, x = Packed(weights(256, 96), 8), np.float32(np.random.default_rng(1).normal(size=(2, 5, 256)))
-    got = packed(jnp.asarray(x))
+    values, scale = rounded(weights(256, 96), 8)
+    x = np.float32(np.random.default_rng(1).normal(size=(2, 5, 256)))
+    got = product(jnp.asarray(x), values, scale, 8)
     assert calls == {"fixed_point": 2, "skinny_matmul": 2}
-    weight_ND = np.asarray(restored(packed.values[...], packed.scale[...], 8), np.float64)
+    weight_ND = np.asarray(restored(values, scale, 8), np.float64)
     assert got.shape == (2, 5, 96) and relative(got, np.asarray(x, np.float64) @ weight_ND.T) < 1e-4
 
 
@@ -277,7 +274,7 @@ def test_a_packed_matrix_s_fast_path(calls):
 def test_what_the_fast_path_is_for(config, time, fast, calls):
     """All of a block for 8 rows, its matrices for some more; of a hidden size of 96, the last matrix alone."""
     decoder = decoder_of(config)
-    block = QuantizedBlock(cast(Any, decoder.blocks)[0], config.head_dim, 8)
+    block = cast(Any, quantized(decoder, 8).blocks)[0]
     x_BTD = jax.ShapeDtypeStruct((2, time, config.hidden_size), jnp.float32)
     out_BTD, _ = jax.eval_shape(partial(run, decoder, block, rows=(2, time)), x_BTD)
     assert out_BTD.shape == x_BTD.shape and out_BTD.dtype == x_BTD.dtype
@@ -291,8 +288,3 @@ def test_the_copys_head_is_what_its_logits_are_made_by(bits):
     weight, axes = copy.head
     wanted = np.einsum(f"BTD,{axes}->BTV", np.asarray(hidden_BTD, np.float64), np.asarray(weight, np.float64))
     np.testing.assert_allclose(copy.logits(hidden_BTD), wanted, rtol=1e-5, atol=1e-5)
-
-
-def test_a_copy_of_a_copy_is_refused():
-    with pytest.raises(InputError, match="got one that is quantised already"):
-        quantized(quantized(decoder_of(LLAMA), 8), 4)

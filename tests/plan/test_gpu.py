@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.model.quantized import quantized
+from rapid_jax.model.fused import quantized
 from rapid_jax.plan import command
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.report import dense_bytes
@@ -127,7 +127,7 @@ def test_a_card_that_jax_takes_too_little_of(monkeypatch, capsys):
         (("--set", "mesh.context=2"), "h200", "expected 2 devices, got 1"),
         (("--set", "compute.kernel=splash"), "h200", "kernel splash is for TPUs, got a GPU"),
         ((), "h200:8", "plans are of one GPU, expected one of h100, h200"),
-        (("--set", "models.drafter_weights=int4"), "v5p:2x2x1", "models.drafter_weights: plans for TPUs .* got int4"),
+        (("--set", "models.drafter_weights=int4"), "v5p:2x2x1", "models.drafter_weights: TPUs take full and int8, got int4"),
         (("--program", "verify"), "h200", "expected one of prefill, round, got verify"),
     ],
 )

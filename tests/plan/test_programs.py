@@ -13,6 +13,8 @@ import pytest
 
 from rapid_jax.config import ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.lane import Lane, LaneKey
+from rapid_jax.model.fused import fused, quantized
+from rapid_jax.model.quantized import BITS
 from rapid_jax.plan import programs
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.cost import Pass, work_of
@@ -53,11 +55,18 @@ class Spy:
         self.planned.append((args, static))
 
 
-def config_for(settings: str, mesh: MeshConfig, layout="stacked", drafter_mesh=None) -> RapidConfig:
+def config_for(settings: str, mesh: MeshConfig, layout="stacked", drafter_mesh=None, bits="full") -> RapidConfig:
     speculation, sampling = SETTINGS[settings]
     drafter = "other" if drafter_mesh else "same"
     return RapidConfig(
-        models=ModelsConfig(target="none", drafter=drafter, dtype="float32", layout=layout, max_context=CONTEXT),
+        models=ModelsConfig(
+            target="none",
+            drafter=drafter,
+            drafter_weights=bits,
+            dtype="float32",
+            layout=layout,
+            max_context=CONTEXT,
+        ),
         retrieval=RetrievalConfig(chunk_tokens=32, compression=8, min_tokens=64),
         speculation=speculation,
         sampling=sampling,
@@ -71,8 +80,10 @@ def run(config: RapidConfig) -> None:
     """The prompts that a plan assumes, answered as a lane of the engine does."""
     rng = np.random.default_rng(0)
     weights, meshes = Weights.lively(VOCABULARY), make_meshes(config.mesh, config.drafter_mesh)
-    target = weights.decoder(config.models.layout, mesh=meshes[0])
-    drafter = target if config.drafter_mesh is None else weights.decoder(config.models.layout, mesh=meshes[1])
+    target = fused(weights.decoder(config.models.layout, mesh=meshes[0]))
+    drafter = target if config.drafter_mesh is None else fused(weights.decoder(config.models.layout, mesh=meshes[1]))
+    if config.models.drafter_weights != "full":
+        drafter = quantized(drafter, BITS[config.models.drafter_weights])
 
     def prompted(decoder, length: int, cached: int, *, coarse: bool) -> generate.Prompted:
         tokens = rng.integers(0, VOCABULARY, length).tolist()
@@ -130,18 +141,22 @@ def check(spy: Spy) -> None:
             assert mine.sharding.is_equivalent_to(theirs.sharding, len(mine.shape))
 
 
-@pytest.mark.parametrize(("settings", "layout"), [("sampled", "stacked"), ("greedy", "unrolled")])
-def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str):
+@pytest.mark.parametrize(
+    ("settings", "layout", "bits"),
+    [("sampled", "stacked", "full"), ("greedy", "unrolled", "full"), ("greedy", "stacked", "int8")],
+)
+def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str, bits: str):
     rounds, stacked, layers = Spy(rounds_module.run_rounds), Spy(prefill._chunk_stacked), Spy(prefill._chunk_layer)
     monkeypatch.setattr(rounds_module, "run_rounds", rounds)
     monkeypatch.setattr(programs, "run_rounds_on_tpu", rounds)
     monkeypatch.setattr(prefill, "_chunk_stacked", stacked)
     monkeypatch.setattr(prefill, "_chunk_layer", layers)
-    config = config_for(settings, MeshConfig(context=2, model=2), layout)
+    config = config_for(settings, MeshConfig(context=2, model=2), layout, bits=bits)
     run(config)
-    assert [program.name for program in planned(config)] == ["prefill", "round"]
+    others = [] if bits == "full" else ["drafter rounding", "drafter prefill"]
+    assert sorted(program.name for program in planned(config)) == sorted(["prefill", "round", *others])
     for spy in (rounds, stacked if layout == "stacked" else layers):
-        assert len(spy.planned) == 1
+        assert spy.planned
         check(spy)
 
 

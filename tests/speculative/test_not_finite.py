@@ -11,7 +11,7 @@ import pytest
 
 from rapid_jax.attention.rounded import rounded
 from rapid_jax.model.finite import why_not_finite
-from rapid_jax.model.quantized import quantized
+from rapid_jax.model.fused import quantized
 from rapid_jax.model.rope import Rope
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig

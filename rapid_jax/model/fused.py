@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder with its matrices as decoding reads them, and its copies in few bits.
+
+Matrices that read the same input are one: q, k and v, and gate and up. All have two axes, and the columns of the head
+are padded to whole tiles of every device: a TPU otherwise copies q, k, v and the head at each call. On a mesh each
+device has its own parts side by side, so the order of columns is not the checkpoint's: what is trained, saved and
+exported is a `Decoder`, and this is made of it.
+
+What a copy in few bits says is its own distribution q, so verification by the target stays exact.
+"""
+
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from rapid_jax.model.decoder import Block, Decoder
+from rapid_jax.model.fused_decoder import FusedBlock, FusedDecoder, Heads
+from rapid_jax.model.matrix import MODEL, Matrix, Place, in_bits, made
+from rapid_jax.model.quantized import WeightBits
+from rapid_jax.runtime.axes import MeshAxes
+from rapid_jax.runtime.errors import InputError
+
+LANES = 128  # columns of a tile
+
+
+def fused(decoder: Decoder, *, spent: bool = False) -> FusedDecoder:
+    """The decoder as decoding reads it. `spent`: the given one's matrices are deleted, a layer at a time.
+
+    Shapes in the place of arrays give shapes.
+    """
+    if isinstance(decoder, FusedDecoder):
+        return decoder
+    make = partial(_fused_block, decoder, spent=spent)
+    blocks = make(decoder.blocks) if isinstance(decoder.blocks, Block) else nnx.List(map(make, decoder.blocks))
+    return FusedDecoder(decoder, blocks, _head(decoder, spent))
+
+
+def quantized(decoder: Decoder, bits: WeightBits) -> FusedDecoder:
+    """The decoder's copy in so many bits, on the same devices; the original stays as it is.
+
+    Raises InputError for a decoder that is quantised already.
+    """
+    whole = fused(decoder)
+    if whole.bits is not None:
+        raise InputError("quantised weights: expected a decoder in full, got one that is quantised already")
+    if isinstance(whole.blocks, Block):
+        blocks: Any = cast(FusedBlock, whole.blocks).in_bits(bits)
+    else:
+        blocks = nnx.List([cast(FusedBlock, block).in_bits(bits) for block in whole.blocks])
+    if whole.lm_head is not None:
+        return FusedDecoder(whole, blocks, whole.lm_head.in_bits(bits))
+    place = Place(whole.mesh, other=_split(whole.embed_VD.get_value(), 1))
+    return FusedDecoder(whole, blocks, in_bits(whole.embed_VD.get_value(), "JD", bits, place))
+
+
+def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
+    mesh, config, stack = decoder.mesh, decoder.config, (None,) * (block.mlp_norm_D.get_value().ndim - 1)
+    q, k, v, o, gate, up, down = (
+        weight.get_value()
+        for weight in (block.q_DNH, block.k_DKH, block.v_DKH, block.o_NHD, block.gate_DF, block.up_DF, block.down_FD)
+    )
+    parts = 1 if mesh is None else mesh.shape[MODEL]
+    copied = parts > 1 and _split(k, -2) is None
+    kv = config.num_kv_heads if copied else config.num_kv_heads // parts
+    columns, depth = Place(mesh, "columns", _split(gate, -2)), Place(mesh, "depth", _split(down, -1))
+    how = Heads(config.num_heads // parts, kv, config.head_dim, columns, copied)
+    beside = columns.sharding(*stack, *columns.spec)
+    join = partial(_side_by_side, lead=len(stack) + 1, place=columns)
+    bias = None
+    if block.q_bias_NH is not None:
+        assert block.k_bias_KH is not None and block.v_bias_KH is not None
+        biases = (bias.get_value() for bias in (block.q_bias_NH, block.k_bias_KH, block.v_bias_KH))
+        along = partial(_side_by_side, lead=len(stack), place=columns, copied=copied)
+        bias = made(along, columns.sharding(*stack, MODEL), *biases)
+    return FusedBlock(
+        block,
+        Matrix(_made(partial(join, copied=copied), beside, q, k, v, spent=spent), place=columns),
+        bias,
+        Matrix(_made(_flat, depth.sharding(*stack, *depth.spec), o, spent=spent), place=depth),
+        Matrix(_made(partial(join, copied=False), beside, gate, up, spent=spent), place=columns),
+        Matrix(down, place=depth),
+        how,
+    )
+
+
+def _head(decoder: Decoder, spent: bool) -> Matrix | None:
+    """The head, its columns padded; None where it is the embedding."""
+    if decoder.head_DV is None:
+        return None
+    head, mesh = decoder.head_DV.get_value(), decoder.mesh
+    place = Place(mesh, other=_split(head, 0))
+    parts = 1 if mesh is None else mesh.shape[MODEL]
+    lacking = 0 if parts == 1 else -head.shape[1] % (parts * LANES)
+    if lacking:
+        head = _made(partial(_padded, columns=lacking), place.sharding(*place.spec), head, spent=spent)
+    return Matrix(head, place=place)
+
+
+def _split(array: Any, axis: int) -> MeshAxes:
+    """What an axis of an array is split over; None for one that is whole."""
+    if not isinstance(array.sharding, NamedSharding):
+        return None
+    spec, mesh = array.sharding.spec, array.sharding.mesh
+    entry = (*spec, *(None,) * (array.ndim - len(spec)))[axis]
+    some = tuple(name for name in ((entry,) if isinstance(entry, str) else entry or ()) if mesh.shape[name] > 1)
+    return some[0] if len(some) == 1 else some or None
+
+
+def _made(function: Any, sharding: Any, *arrays: Any, spent: bool) -> Any:
+    """What a program makes of arrays, which are deleted then if `spent`."""
+    found = made(function, sharding, *arrays)
+    if spent and not isinstance(found, jax.ShapeDtypeStruct):
+        jax.block_until_ready(found)
+        for array in arrays:
+            array.delete()
+    return found
+
+
+@partial(jax.jit, static_argnames=("lead", "place", "copied"))
+def _side_by_side(*parts: jax.Array, lead: int, place: Place, copied: bool) -> jax.Array:
+    """Arrays side by side along all axes behind the `lead` first, which are one then; on a mesh each device's own.
+
+    `copied`: all but the first are whole on every device.
+    """
+
+    def local(*parts: jax.Array) -> jax.Array:
+        return jnp.concatenate([part.reshape(*part.shape[:lead], -1) for part in parts], axis=lead)
+
+    own = PartitionSpec(*(None,) * lead, MODEL)
+    given = tuple(PartitionSpec() if copied and at else own for at in range(len(parts)))
+    return place.per_device(local, given, own)(*parts)
+
+
+@jax.jit
+def _flat(o_NHD: jax.Array) -> jax.Array:
+    """Heads and what is in them as one axis."""
+    return o_NHD.reshape(*o_NHD.shape[:-3], -1, o_NHD.shape[-1])
+
+
+@partial(jax.jit, static_argnames="columns")
+def _padded(head_DV: jax.Array, columns: int) -> jax.Array:
+    return jnp.pad(head_DV, ((0, 0), (0, columns)))

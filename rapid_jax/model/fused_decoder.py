@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A decoder whose matrices lie as decoding reads them, in full or in few bits: `fused.py` makes it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from rapid_jax.model.decoder import Attend, Block, Decoder
+from rapid_jax.model.matrix import MODEL, Matrix, Place
+from rapid_jax.model.quantized import WeightBits, kernels_fit, restored
+from rapid_jax.model.rope import rotate
+from rapid_jax.model.skinny import FixedPoint, fixed_point, skinny_matmul
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Pending:
+    """What a layer gives the next as fixed-point arithmetic leaves it: x and the addends of its last product."""
+
+    x_BTD: jax.Array
+    parts_STD: jax.Array  # float32
+
+    def summed(self) -> jax.Array:
+        """[B, T, D] in x's dtype."""
+        total_TD = jnp.sum(self.parts_STD, axis=0).reshape(self.x_BTD.shape)
+        return (self.x_BTD + total_TD).astype(self.x_BTD.dtype)
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The columns of q, k and v on a device, one behind the other."""
+
+    query: int
+    kv: int
+    dim: int
+    place: Place
+    copied: bool  # k and v are whole on every device
+
+    def split(self, qkv_BTJ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(q_BTNH, k_BTKH, v_BTKH)."""
+
+        def local(qkv_BTJ: jax.Array) -> tuple[jax.Array, ...]:
+            heads = qkv_BTJ.reshape(*qkv_BTJ.shape[:2], -1, self.dim)
+            return tuple(jnp.split(heads, [self.query, self.query + self.kv], axis=2))
+
+        own = PartitionSpec(None, None, MODEL)
+        kv = PartitionSpec() if self.copied else own
+        return self.place.per_device(local, (own,), (own, kv, kv))(qkv_BTJ)
+
+
+class FusedBlock(Block):
+    """One layer, or all of a stack."""
+
+    def __init__(
+        self, block: Block, qkv: Matrix, qkv_bias: Any, out: Matrix, gate_up: Matrix, down: Matrix, how: Heads
+    ):
+        self.norm_eps, self.how = block.norm_eps, how
+        self.attention_norm_D, self.mlp_norm_D = block.attention_norm_D, block.mlp_norm_D
+        self.qkv, self.out, self.gate_up, self.down = qkv, out, gate_up, down
+        self.qkv_bias_J = None if qkv_bias is None else nnx.Param(qkv_bias)
+
+    def __call__(self, x: jax.Array | Pending, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):  # type: ignore[override]
+        """As of any block. A few rows of a copy in few bits stay fixed-point numbers on a GPU from norm to product:
+        fewer, larger kernels.
+        """
+        x_BTD, parts = (x.x_BTD, x.parts_STD) if isinstance(x, Pending) else (x, None)
+        B, T, D = x_BTD.shape
+        if not self._runs_in_kernels(B * T, D):
+            return super().__call__(x.summed() if isinstance(x, Pending) else x, cos, sin, attend, layer)
+        x_TD = x_BTD.reshape(B * T, D)
+        fixed, x_TD = fixed_point(x_TD, parts_STD=parts, norm_D=self.attention_norm_D[...], eps=self.norm_eps)
+        qkv_BTJ = jnp.sum(_times(self.qkv, fixed), axis=0).reshape(B, T, -1).astype(x_TD.dtype)
+        q_BTNH, k_BTKH, v_BTKH = self._heads(qkv_BTJ)
+        attended_BTNH, kept = attend(rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin), v_BTKH, layer)
+        fixed, _ = fixed_point(attended_BTNH.reshape(B * T, -1))
+        parts, norm_D = _times(self.out, fixed), self.mlp_norm_D[...]
+        fixed, x_TD = fixed_point(x_TD, parts_STD=parts, norm_D=norm_D, eps=self.norm_eps)
+        fixed, _ = fixed_point(_times(self.gate_up, fixed, gated=x_TD.dtype))
+        return Pending(x_TD.reshape(B, T, D), _times(self.down, fixed)), kept
+
+    def _runs_in_kernels(self, rows: int, depth: int) -> bool:
+        if jax.default_backend() != "gpu" or self.qkv.bits is None or self.how.place.mesh is not None:
+            return False
+        inner = self.how.query * self.how.dim, self.gate_up.columns // 2
+        depths = {self.qkv: depth, self.out: inner[0], self.gate_up: depth, self.down: inner[1]}
+        return all(kernels_fit(rows, deep, matrix.values[...]) for matrix, deep in depths.items())
+
+    def _heads(self, qkv_BTJ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.how.split(qkv_BTJ if self.qkv_bias_J is None else qkv_BTJ + self.qkv_bias_J[...])
+
+    def projected(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """(q_BTNH, k_BTKH, v_BTKH), not rotated."""
+        return self._heads(self.qkv(h_BTD))
+
+    def attention_output(self, attended_BTNH: jax.Array) -> jax.Array:
+        """[B, T, D]."""
+        return self.out(attended_BTNH.reshape(*attended_BTNH.shape[:2], -1))
+
+    def mlp(self, h_BTD: jax.Array) -> jax.Array:
+        """[B, T, D]."""
+
+        def gated(both_BTJ: jax.Array) -> jax.Array:
+            gate_BTF, up_BTF = jnp.split(both_BTJ, 2, axis=-1)
+            return jax.nn.silu(gate_BTF) * up_BTF
+
+        own = PartitionSpec(None, None, MODEL)
+        return self.down(self.how.place.per_device(gated, (own,), own)(self.gate_up(h_BTD)))
+
+    def in_bits(self, bits: WeightBits) -> "FusedBlock":
+        """Its copy in so many bits; norms and biases are its own arrays."""
+        qkv, out, gate_up, down = (matrix.in_bits(bits) for matrix in (self.qkv, self.out, self.gate_up, self.down))
+        bias = None if self.qkv_bias_J is None else self.qkv_bias_J.get_value()
+        return FusedBlock(self, qkv, bias, out, gate_up, down, self.how)
+
+
+def _times(matrix: Matrix, x: FixedPoint, gated: Any = None) -> jax.Array:
+    """float32 [S, T, J], to be summed over S; `gated`: [T, J / 2] of that dtype, silu of one half times the other."""
+    assert matrix.bits is not None and matrix.scale is not None
+    return skinny_matmul(x, matrix.values[...], matrix.scale[...], bits=matrix.bits, gated=gated)
+
+
+class FusedDecoder(Decoder):
+    """The decoder. Its norms and its embedding are the original's own arrays."""
+
+    def __init__(self, decoder: Decoder, blocks: Any, lm_head: Matrix | None):
+        self.config, self.layout, self.mesh = decoder.config, decoder.layout, decoder.mesh
+        self.embed_VD, self.norm_D, self.head_DV = decoder.embed_VD, decoder.norm_D, None
+        self.blocks = blocks
+        self.lm_head = lm_head  # None: the embedding, in full
+
+    @property
+    def _every(self) -> list[FusedBlock]:
+        blocks: Any = self.blocks
+        return [blocks] if isinstance(blocks, FusedBlock) else list(blocks)
+
+    @property
+    def bits(self) -> WeightBits | None:
+        """Of its weights; None: in full."""
+        return self._every[0].qkv.bits
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """Those of the layers, and the head where it is not the embedding."""
+        found = [x for block in self._every for x in (block.qkv, block.out, block.gate_up, block.down)]
+        return found if self.lm_head is None else [*found, self.lm_head]
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a token; those behind the model's own vocabulary are -inf."""
+        return self.config.vocab_size if self.lm_head is None else self.lm_head.columns
+
+    @property
+    def head(self) -> tuple[jax.Array, str]:
+        """(the weights that make logits of hidden states, their axes)."""
+        head = self.lm_head
+        if head is None or head.bits is None:
+            return super().head if head is None else (head.values[...], "DV")
+        assert head.scale is not None
+        weight_VD = restored(head.values[...], head.scale[...], head.bits)[:, : self.config.hidden_size]
+        return weight_VD.astype(self.embed_VD[...].dtype), "VD"
+
+    def final_norm(self, x_BTD: jax.Array | Pending) -> jax.Array:
+        """The last layer's output, normalised: what `logits` takes."""
+        return super().final_norm(x_BTD.summed() if isinstance(x_BTD, Pending) else x_BTD)
+
+    def logits(self, hidden_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, vocabulary]."""
+        if self.lm_head is None:
+            return super().logits(hidden_BTD)
+        logits_BTV = self.lm_head(hidden_BTD, jnp.float32)
+        if self.vocabulary == self.config.vocab_size:
+            return logits_BTV
+        index_V = jnp.arange(self.vocabulary)
+        return jnp.where(index_V < self.config.vocab_size, logits_BTV, -jnp.inf)

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Matrices as decoding reads them say what the checkpoint's say, on every mesh and in both layouts, in few bits too."""
+
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from rapid_jax.attention.strategy import Strategy
+from rapid_jax.attention.verbs import attend_self
+from rapid_jax.model.config import ModelConfig, Rope
+from rapid_jax.model.decoder import Decoder, Layout
+from rapid_jax.model.fused import FusedDecoder, fused, quantized
+from rapid_jax.model.hf_names import weights
+from rapid_jax.model.placement import abstract, build, stored_arrays
+from rapid_jax.model.quantized import in_digits, restored, rounded
+from rapid_jax.runtime.axes import PARAM, with_copied_kv
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh import make_mesh
+from rapid_jax.runtime.mesh_config import MeshConfig
+
+QWEN = ModelConfig(
+    family="qwen2",
+    vocab_size=104,
+    hidden_size=64,
+    intermediate_size=192,
+    num_layers=2,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=16,
+    norm_eps=1e-5,
+    rope=Rope(10000.0),
+    max_positions=512,
+    tie_embeddings=False,
+    qkv_bias=True,
+)
+LLAMA = replace(QWEN, family="llama", num_kv_heads=2, tie_embeddings=True, qkv_bias=False)
+MESHES = {
+    "model 2": MeshConfig(model=2),
+    "model 4": MeshConfig(model=4),
+    "model 8, copied": MeshConfig(model=8, replicate_kv=True),
+    "fsdp 2, model 2": MeshConfig(fsdp=2, model=2),
+    "context 2, model 2, copied": MeshConfig(context=2, model=2, replicate_kv=True),
+}
+
+
+@lru_cache
+def arrays_of(config: ModelConfig) -> dict[str, np.ndarray]:
+    rng, found = np.random.default_rng(0), {}
+    for weight in weights(config):
+        noise = rng.normal(size=weight.stored_shape)
+        found[weight.key] = np.float32(noise * weight.stored_shape[-1] ** -0.5 if noise.ndim > 1 else 1 + 0.2 * noise)
+    return found
+
+
+def decoder_of(config: ModelConfig, layout: Layout, mesh: MeshConfig | None = None) -> Decoder:
+    on = None if mesh is None else make_mesh(mesh, jax.devices()[: mesh.devices])
+    table = with_copied_kv(PARAM, mesh is not None and mesh.replicate_kv)
+    read = arrays_of(config).__getitem__
+    return build(config, read, layout=layout, dtype=jnp.dtype(jnp.float32), mesh=on, table=table, quiet=True)
+
+
+def logits(decoder: Decoder) -> np.ndarray:
+    """float64 [T, vocabulary]."""
+    tokens_BT, pos_BT = np.random.default_rng(1).integers(0, 104, (1, 8)), np.arange(8)[None]
+    graph, state = nnx.split(decoder)
+
+    @jax.jit
+    def run(state: Any):
+        decoder = nnx.merge(graph, state)
+        hidden_BTD, _ = decoder.hidden(tokens_BT, pos_BT, attend_self(pos_BT, Strategy(block=256)))
+        return decoder.logits(hidden_BTD)[0]
+
+    return np.asarray(run(state), np.float64)
+
+
+@lru_cache
+def wanted(config: ModelConfig, bits: Any) -> np.ndarray:
+    """On one device; in full by the checkpoint's own matrices."""
+    decoder = decoder_of(config, "unrolled")
+    return logits(decoder if bits is None else quantized(decoder, bits))
+
+
+def same(got: np.ndarray, want: np.ndarray) -> None:
+    """Logits, of which there may be more behind the vocabulary: -inf."""
+    assert got.shape[1] in (104, 256, 512, 1024)
+    np.testing.assert_allclose(got[:, :104], want, atol=2e-5)
+    assert np.all(got[:, 104:] == -np.inf)
+
+
+@pytest.mark.parametrize("config", [QWEN, LLAMA], ids=["biases, untied", "tied"])
+@pytest.mark.parametrize("layout", ["stacked", "unrolled"])
+def test_on_one_device(config: ModelConfig, layout: Layout):
+    decoder = decoder_of(config, layout)
+    same(logits(fused(decoder)), wanted(config, None))
+    for bits in (8, 4):
+        same(logits(quantized(decoder, bits)), wanted(config, bits))
+    same(logits(decoder), wanted(config, None))  # it was left as it is
+
+
+@pytest.mark.parametrize("name", MESHES)
+@pytest.mark.parametrize(("config", "layout"), [(QWEN, "stacked"), (QWEN, "unrolled"), (LLAMA, "stacked")])
+def test_on_a_mesh(name: str, config: ModelConfig, layout: Layout):
+    mesh = MESHES[name]
+    if config.num_kv_heads % mesh.model and not mesh.replicate_kv:
+        mesh = replace(mesh, replicate_kv=True)
+    decoder = decoder_of(config, layout, mesh)
+    whole = fused(decoder, spent=True)
+    same(logits(whole), wanted(config, None))
+    copy = quantized(whole, 8)
+    same(logits(copy), wanted(config, 8))
+    same(logits(whole), wanted(config, None))
+    for one in (whole, copy):
+        outline = abstract_of(config, layout, mesh, one.bits)
+        for made, shape in zip(jax.tree.leaves(nnx.state(one)), jax.tree.leaves(nnx.state(outline)), strict=True):
+            assert (made.shape, made.dtype) == (shape.shape, shape.dtype)
+            assert made.sharding.is_equivalent_to(shape.sharding, made.ndim)
+
+
+def abstract_of(config: ModelConfig, layout: Layout, mesh: MeshConfig, bits: Any) -> FusedDecoder:
+    on, table = make_mesh(mesh, jax.devices()[: mesh.devices]), with_copied_kv(PARAM, mesh.replicate_kv)
+    decoder = abstract(config, layout=layout, dtype=jnp.dtype(jnp.float32), mesh=on, table=table)
+    return fused(decoder) if bits is None else quantized(decoder, bits)
+
+
+def test_the_head_of_a_mesh_is_whole_tiles():
+    """Of every device: the compiler copies another one at each call."""
+    decoder = fused(decoder_of(QWEN, "stacked", MeshConfig(model=4)))
+    assert decoder.vocabulary == 512 and decoder.lm_head is not None
+    assert decoder.lm_head.values[...].addressable_shards[0].data.shape == (64, 128)
+    assert decoder.config.vocab_size == 104 and decoder.head[0].shape == (64, 512)
+
+
+def test_of_a_spent_decoder_no_matrix_is_left():
+    for layout in ("stacked", "unrolled"):
+        decoder = decoder_of(QWEN, layout)
+        block: Any = decoder.blocks if layout == "stacked" else decoder.blocks[1]
+        whole = fused(decoder, spent=True)
+        for name in ("q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF"):
+            assert getattr(block, name)[...].is_deleted(), name
+        same(logits(whole), wanted(QWEN, None))
+        assert fused(whole) is whole
+
+
+def test_it_is_no_checkpoint():
+    with pytest.raises(ValueError, match=r"expected a Decoder, whose arrays .* got a FusedDecoder"):
+        next(stored_arrays(quantized(decoder_of(LLAMA, "unrolled"), 8), np.dtype("float32")))
+
+
+def test_a_copy_of_a_copy_is_refused():
+    with pytest.raises(InputError, match="got one that is quantised already"):
+        quantized(quantized(decoder_of(LLAMA, "unrolled"), 8), 4)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 128, 40), (11, 200, 96), (48, 384, 7)])
+def test_rows_in_two_digits(shape: tuple[int, int, int], dtype: Any):
+    """As far off as a row's 16,256 steps are: half of one for each addend, so far less of their sum."""
+    rows, depth, width = shape
+    rng = np.random.default_rng(2)
+    w_DN = jnp.asarray(np.float32(rng.normal(size=(depth, width)) * rng.uniform(0.1, 3, width)))
+    x_TD = np.float32(rng.normal(size=(rows, depth)) * rng.uniform(0.01, 100, (rows, 1)))
+    x_TD[rows // 2] = 0
+    values_ND, scale_N = rounded(w_DN, 8)
+    x_TD = jnp.asarray(x_TD, dtype)
+    got_TN = np.asarray(in_digits(x_TD, values_ND, scale_N), np.float64)
+    weight_ND = np.asarray(restored(values_ND, scale_N, 8), np.float64)[:, :depth]
+    exact = np.asarray(x_TD, np.float64)
+    steps_T = np.abs(exact).max(axis=1) / (127 * 128)
+    worst_TN = 0.5 * steps_T[:, None] * np.abs(weight_ND).sum(axis=1)
+    want_TN = exact @ weight_ND.T
+    assert np.all(np.abs(got_TN - want_TN) <= worst_TN * 1.001 + 1e-6 * np.abs(want_TN).max())
+    assert np.all(got_TN[rows // 2] == 0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_what_is_no_number_stays_none(bad: float):
+    x_TD = np.ones((2, 128), np.float32)
+    x_TD[1, 5] = bad
+    out_TN = np.asarray(in_digits(jnp.asarray(x_TD), *rounded(jnp.ones((128, 8)), 8)))
+    assert np.all(np.isfinite(out_TN[0])) and not np.any(np.isfinite(out_TN[1]))

@@ -18,7 +18,7 @@ class ModelsConfig:
 
     target: str = "smollm2"  # a Hugging Face folder, a .gguf file, or the name smollm2
     drafter: str = "same"  # same = the target's own weights, no second copy; else as target
-    drafter_weights: Literal["full", "int8", "int4"] = "full"  # int8, int4: a rounded copy drafts, its prompt in int8
+    drafter_weights: Literal["full", "int8", "int4"] = "full"  # int8, int4: a rounded copy drafts
     encoder: str = "minilm"  # embeds chunks: a Hugging Face folder, or the name minilm
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, else bfloat16
     layout: Literal["unrolled", "stacked"] = "unrolled"  # unrolled decodes faster on CPU and GPU

@@ -251,9 +251,12 @@ def test_a_stored_prefill_gives_the_same_answer_in_the_other_layout(config, tmp_
     assert not Rapid(other_chunk, quiet=True).answer(words(200), QUESTION).prefix_reused
 
 
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_rounded_weights_draft_and_the_answer_stays_the_targets(rapid, config, weights):
-    rounded = replace(config, models=replace(config.models, drafter_weights=weights))
+@pytest.mark.parametrize(
+    ("weights", "layout", "mesh"),
+    [("int8", "unrolled", MeshConfig()), ("int4", "unrolled", MeshConfig()), ("int8", "stacked", MeshConfig(model=2))],
+)
+def test_rounded_weights_draft_and_the_answer_stays_the_targets(rapid, config, weights, layout, mesh):
+    rounded = replace(config, models=replace(config.models, drafter_weights=weights, layout=layout), mesh=mesh)
     answer = Rapid(rounded, quiet=True).answer(words(200), QUESTION)
     assert answer.token_ids == rapid.answer(words(200), QUESTION).token_ids
     assert sum(answer.generation.drafted) > 0
@@ -276,20 +279,10 @@ def test_a_rounded_prefix_is_stored_as_it_is_and_answers_nearly_the_same(config,
     assert first.token_ids[:4] == full.token_ids[:4]
 
 
-@pytest.mark.parametrize(
-    ("models", "mesh", "said"),
-    [
-        ({"layout": "stacked"}, {}, "models.drafter_weights int8 needs models.layout unrolled, got stacked"),
-        (
-            {},
-            {"model": 2},
-            "models.drafter_weights int8 is for one device, got mesh data 1 x fsdp 1 x context 1 x model 2",
-        ),
-    ],
-)
-def test_rounded_weights_are_for_one_device(config, models, mesh, said):
+def test_weights_in_4_bits_are_for_one_device(config):
+    said = "models.drafter_weights int4 is for one device, got mesh data 1 x fsdp 1 x context 1 x model 2"
     with pytest.raises(InputError, match=said):
-        replace(config, models=replace(config.models, drafter_weights="int8", **models), mesh=MeshConfig(**mesh))
+        replace(config, models=replace(config.models, drafter_weights="int4"), mesh=MeshConfig(model=2))
 
 
 def test_the_answer_does_not_wait_for_the_disk(config, tmp_path, monkeypatch):

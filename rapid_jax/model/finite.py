@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rapid_jax.model.decoder import Decoder
+from rapid_jax.model.fused_decoder import FusedDecoder
 from rapid_jax.model.hf_names import weights
 from rapid_jax.runtime.mesh import whole
 
@@ -18,6 +19,8 @@ def why_not_finite(decoder: Decoder) -> str:
     named = {(weight.name, weight.layer): weight.key for weight in weights(decoder.config)}
     for name, layer, array in _arrays(decoder):
         if not bool(_all_finite(array, decoder)):
+            if isinstance(decoder, FusedDecoder):
+                name = decoder.part_at(name.split(".")[0], int(_first_column(array, decoder)))
             return f"{named.get((name, layer), _spelt(name, layer))} holds NaN or infinite values"
     angles = decoder.rotation(jnp.arange(2)[None])
     if not bool(jnp.all(jnp.isfinite(jnp.stack(angles)))):
@@ -46,6 +49,15 @@ def _arrays(decoder: Decoder) -> Iterator[tuple[str, int | None, jax.Array]]:
 
 def _all_finite(array: jax.Array, decoder: Decoder) -> jax.Array:
     return jax.jit(lambda x: whole(decoder.mesh, jnp.all(jnp.isfinite(x))))(array)
+
+
+def _first_column(array: jax.Array, decoder: Decoder) -> jax.Array:
+    """Of the last axis, the first place with something that is not finite."""
+
+    def first(x: jax.Array) -> jax.Array:
+        return jnp.argmax(jnp.any(~jnp.isfinite(x), axis=tuple(range(x.ndim - 1))))
+
+    return jax.jit(lambda x: whole(decoder.mesh, first(x)))(array)
 
 
 def _spelt(name: str, layer: int | None) -> str:

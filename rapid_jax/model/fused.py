@@ -70,6 +70,10 @@ def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
     how = Heads(config.num_heads // parts, kv, config.head_dim, columns, copied)
     beside = columns.sharding(*stack, *columns.spec)
     join = partial(_side_by_side, lead=len(stack) + 1, place=columns)
+    lanes = 1 if mesh is None else LANES
+    if down.shape[-2] // parts % lanes:
+        deepened = partial(_deepened, lanes=lanes, place=depth)
+        down = _made(deepened, depth.sharding(*stack, *depth.spec), down, spent=spent)
     bias = None
     if block.q_bias_NH is not None:
         assert block.k_bias_KH is not None and block.v_bias_KH is not None
@@ -81,7 +85,7 @@ def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
         Matrix(_made(partial(join, copied=copied), beside, q, k, v, spent=spent), place=columns),
         bias,
         Matrix(_made(_flat, depth.sharding(*stack, *depth.spec), o, spent=spent), place=depth),
-        Matrix(_made(partial(join, copied=False), beside, gate, up, spent=spent), place=columns),
+        Matrix(_made(partial(join, lanes=lanes), beside, gate, up, spent=spent), place=columns),
         Matrix(down, place=depth),
         how,
     )
@@ -120,19 +124,35 @@ def _made(function: Any, sharding: Any, *arrays: Any, spent: bool) -> Any:
     return found
 
 
-@partial(jax.jit, static_argnames=("lead", "place", "copied"))
-def _side_by_side(*parts: jax.Array, lead: int, place: Place, copied: bool) -> jax.Array:
+@partial(jax.jit, static_argnames=("lead", "place", "copied", "lanes"))
+def _side_by_side(*parts: jax.Array, lead: int, place: Place, copied: bool = False, lanes: int = 1) -> jax.Array:
     """Arrays side by side along all axes behind the `lead` first, which are one then; on a mesh each device's own.
 
-    `copied`: all but the first are whole on every device.
+    `copied`: all but the first are whole on every device. `lanes`: each is filled up with zeros to so many columns.
     """
 
     def local(*parts: jax.Array) -> jax.Array:
-        return jnp.concatenate([part.reshape(*part.shape[:lead], -1) for part in parts], axis=lead)
+        flat = (part.reshape(*part.shape[:lead], -1) for part in parts)
+        return jnp.concatenate([_filled(part, lead, lanes) for part in flat], axis=lead)
 
     own = PartitionSpec(*(None,) * lead, MODEL)
     given = tuple(PartitionSpec() if copied and at else own for at in range(len(parts)))
     return place.per_device(local, given, own)(*parts)
+
+
+@partial(jax.jit, static_argnames=("lanes", "place"))
+def _deepened(down_FD: jax.Array, lanes: int, place: Place) -> jax.Array:
+    """With zeros for the columns that gate and up were filled up with."""
+    axis = down_FD.ndim - 2
+    own = PartitionSpec(*(None,) * axis, MODEL)
+    return place.per_device(partial(_filled, axis=axis, lanes=lanes), (own,), own)(down_FD)
+
+
+def _filled(array: jax.Array, axis: int, lanes: int) -> jax.Array:
+    """An axis with zeros up to a multiple of `lanes`."""
+    lacking = [(0, 0)] * array.ndim
+    lacking[axis] = (0, -array.shape[axis] % lanes)
+    return jnp.pad(array, lacking)
 
 
 @jax.jit

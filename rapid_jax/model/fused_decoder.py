@@ -110,6 +110,19 @@ class FusedBlock(Block):
         own = PartitionSpec(None, None, MODEL)
         return self.down(self.how.place.per_device(gated, (own,), own)(self.gate_up(h_BTD)))
 
+    def part_at(self, name: str, column: int) -> str:
+        """The parameter of a `Block` that a column of this block's array came from: qkv, qkv_bias_J, gate_up and so on."""
+        if name.startswith("qkv"):
+            heads = column // self.how.dim % (self.how.query + 2 * self.how.kv)
+            which = "q" if heads < self.how.query else "k" if heads < self.how.query + self.how.kv else "v"
+            letters = "NH" if which == "q" else "KH"
+            return f"{which}_bias_{letters}" if "bias" in name else f"{which}_D{letters}"
+        if name == "gate_up":
+            parts = 1 if self.how.place.mesh is None else self.how.place.mesh.shape[MODEL]
+            width = self.gate_up.columns // parts
+            return "gate_DF" if column % width < width // 2 else "up_DF"
+        return {"out": "o_NHD", "down": "down_FD"}.get(name, name)
+
     def in_bits(self, bits: WeightBits) -> "FusedBlock":
         """Its copy in so many bits; norms and biases are its own arrays."""
         qkv, out, gate_up, down = (matrix.in_bits(bits) for matrix in (self.qkv, self.out, self.gate_up, self.down))
@@ -136,6 +149,10 @@ class FusedDecoder(Decoder):
     def _every(self) -> list[FusedBlock]:
         blocks: Any = self.blocks
         return [blocks] if isinstance(blocks, FusedBlock) else list(blocks)
+
+    def part_at(self, name: str, column: int) -> str:
+        """The parameter of a `Decoder` that a column of an array came from."""
+        return "head_DV" if name == "lm_head" else self._every[0].part_at(name, column)
 
     @property
     def bits(self) -> WeightBits | None:

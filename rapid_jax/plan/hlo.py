@@ -81,6 +81,20 @@ def widest_sort(text: str) -> int:
     return max((size for line in sorts for _, sizes in arrays_of(line.shape) for size in sizes), default=0)
 
 
+def largest_copy(text: str) -> int:
+    """Bytes of the largest array that a program copies or lays out anew outside of its loops; 0 without one."""
+    computations, entry = parse(text)
+    copies = ("copy", "copy-start", "transpose")
+
+    def copied(line: Instruction) -> bool:
+        if line.opcode != "fusion" or "output_to_operand_aliasing" in line.rest:  # the same bytes under another name
+            return line.opcode in copies
+        return any(inner.root and inner.opcode in copies for name in line.called() for inner in computations[name])
+
+    sizes = [bytes_of(arrays_of(line.shape)[:1]) for line in computations[entry] if copied(line)]
+    return max(sizes, default=0)
+
+
 def collectives(text: str, loops: Sequence[int] = ()) -> list[Collective]:
     """Every collective of a program. A pair of start and done is one.
 

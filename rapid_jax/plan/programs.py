@@ -136,7 +136,8 @@ def _rounded_weights(target: PlannedModel, drafter: PlannedModel) -> Program:
     apart = [full] if full is not target.decoder else []
     work = Work(0.0, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(full)))
     # The rest of the copy is in `full`.
-    resident = _by_kind(target.held, drafter.decoder.matrices, *apart, other=())
+    beside = [target.held] if drafter.mesh == target.mesh else []
+    resident = _by_kind(drafter.decoder.matrices, *beside, *apart, other=())
     working = of_rounded_matrix(drafter)
 
     def lower():

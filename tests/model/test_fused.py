@@ -136,6 +136,15 @@ def test_the_head_of_a_mesh_is_whole_tiles():
     assert decoder.config.vocab_size == 104 and decoder.head[0].shape == (64, 512)
 
 
+def test_the_ffn_of_a_mesh_is_whole_tiles():
+    """Of every device, filled up with zeros: 96 columns of gate and of up come to 128."""
+    decoder: Any = fused(decoder_of(QWEN, "stacked", MeshConfig(model=2)))
+    gate_up, down = (matrix.values[...] for matrix in (decoder.blocks.gate_up, decoder.blocks.down))
+    assert gate_up.addressable_shards[0].data.shape == (2, 64, 256)
+    assert down.addressable_shards[0].data.shape == (2, 128, 64)
+    assert np.all(np.asarray(gate_up)[..., 96:128] == 0) and np.all(np.asarray(down)[:, 96:128] == 0)
+
+
 def test_of_a_spent_decoder_no_matrix_is_left():
     for layout in ("stacked", "unrolled"):
         decoder = decoder_of(QWEN, layout)

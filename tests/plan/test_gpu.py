@@ -127,7 +127,11 @@ def test_a_card_that_jax_takes_too_little_of(monkeypatch, capsys):
         (("--set", "mesh.context=2"), "h200", "expected 2 devices, got 1"),
         (("--set", "compute.kernel=splash"), "h200", "kernel splash is for TPUs, got a GPU"),
         ((), "h200:8", "plans are of one GPU, expected one of h100, h200"),
-        (("--set", "models.drafter_weights=int4"), "v5p:2x2x1", "models.drafter_weights: TPUs take full and int8, got int4"),
+        (
+            ("--set", "models.drafter_weights=int4"),
+            "v5p:2x2x1",
+            "models.drafter_weights: TPUs take full and int8, got int4",
+        ),
         (("--program", "verify"), "h200", "expected one of prefill, round, got verify"),
     ],
 )

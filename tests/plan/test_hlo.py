@@ -12,6 +12,7 @@ from rapid_jax.plan.hlo import (
     bytes_of,
     collectives,
     gathered_kv,
+    largest_copy,
     parse,
     schedule,
     totals,
@@ -121,3 +122,36 @@ def test_a_real_program():
     assert totals(collectives(text)) == {"all-reduce": {"count": 5, "bytes": 5 * 32 * 4}}
     computations, entry = parse(text)
     assert entry in computations
+
+
+def test_what_a_program_copies_as_it_begins():
+    text = """
+HloModule test
+
+%turned (p: bf16[8,64]) -> bf16[64,8] {
+  %p = bf16[8,64]{1,0} parameter(0)
+  ROOT %transpose.1 = bf16[64,8]{1,0} transpose(%p), dimensions={1,0}
+}
+
+%same (q: s8[4096,64]) -> s8[4096,64] {
+  %q = s8[4096,64]{1,0:T(32,128)(4,1)} parameter(0)
+  ROOT %copy.1 = s8[4096,64]{1,0:T(8,128)(4,1)} copy(%q)
+}
+
+%body (r: f32[512,512]) -> f32[512,512] {
+  %r = f32[512,512]{1,0} parameter(0)
+  ROOT %copy.2 = f32[512,512]{0,1} copy(%r)
+}
+
+ENTRY %main (a: bf16[8,64], b: s8[4096,64], c: f32[16]) -> bf16[64,8] {
+  %a = bf16[8,64]{1,0} parameter(0)
+  %b = s8[4096,64]{1,0} parameter(1)
+  %c = f32[16]{0} parameter(2)
+  %copy.3 = f32[16]{0} copy(%c)
+  %fusion.2 = s8[4096,64]{1,0} fusion(%b), kind=kLoop, output_to_operand_aliasing={{}: (0, {})}, calls=%same
+  ROOT %fusion.1 = bf16[64,8]{1,0} fusion(%a), kind=kLoop, calls=%turned
+}
+"""
+    assert largest_copy(text) == 2 * 64 * 8
+    assert largest_copy(text.replace("calls=%turned", "calls=%other").replace("%turned (", "%other (")) == 2 * 64 * 8
+    assert largest_copy(text.replace("transpose(", "negate(")) == 4 * 16

@@ -11,9 +11,11 @@ import pytest
 
 from rapid_jax.attention.rounded import rounded
 from rapid_jax.model.finite import why_not_finite
-from rapid_jax.model.fused import quantized
+from rapid_jax.model.fused import fused, quantized
 from rapid_jax.model.rope import Rope
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh import make_mesh
+from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Prompted, generate
 from tests.speculative.conftest import VOCABULARY
@@ -65,10 +67,14 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("made", [None, "on one device", "on a mesh"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_weight_that_is_not_finite_is_named(weights, name):
+def test_a_weight_that_is_not_finite_is_named(weights, name, made):
+    """By its name in the checkpoint, joined with others too."""
     key, value, at = CASES[name]
-    message = said(prompted(spoilt(weights, key, value, at).decoder(), [PROMPT]))
+    mesh = make_mesh(MeshConfig(model=2), jax.devices()[:2]) if made == "on a mesh" else None
+    decoder = spoilt(weights, key, value, at).decoder("unrolled" if mesh is None else "stacked", mesh=mesh)
+    message = said(prompted(decoder if made is None else fused(decoder), [PROMPT]))
     assert (
         message == f"the target's logits are NaN or infinite, which gives no answer: {key} holds NaN or infinite values"
     )
@@ -91,7 +97,7 @@ def test_the_drafters_are_looked_at_too(weights, temperature, lookup):
 def test_a_quantised_copy_is_looked_at_too(weights):
     copy = quantized(spoilt(weights, UP, float("inf")).decoder(), 8)
     message = said(prompted(weights.decoder(), [PROMPT]), prompted(copy, [PROMPT]))
-    assert message.startswith("the drafter's") and "layer 1's gate_up.scale holds" in message
+    assert message.startswith("the drafter's") and f"{UP} holds" in message
 
 
 def test_what_overflows_from_finite_weights(weights):

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rapid_jax.runtime.axes import PARAM
+from rapid_jax.model.fused import fused, quantized
+from rapid_jax.runtime.axes import PARAM, with_copied_kv
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
@@ -39,7 +40,8 @@ MESHES = {
 
 def decoder_on(weights: Weights, config: MeshConfig, layout="unrolled", mesh=None):
     mesh = make_meshes(config, None)[0] if mesh is None else mesh
-    return weights.decoder(layout, mesh=mesh, table={**PARAM, "K": None} if config.replicate_kv else PARAM)
+    table = with_copied_kv(PARAM, config.replicate_kv)
+    return fused(weights.decoder(layout, mesh=mesh, table=table), spent=True)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,22 @@ def test_every_mesh_gives_the_tokens_of_one_device(questions, drafter_weights, a
     assert got.tokens == want.tokens and got.origins == want.origins
     assert (got.drafted, got.accepted, got.rounds) == (want.drafted, want.accepted, want.rounds)
     assert sum(want.accepted) > 0 and len(set(want.tokens[0])) > 4
+
+
+def test_a_drafter_in_8_bits_drafts_alike_on_every_mesh(questions, answer):
+    """The target's own copy, of the same 8 bits however they are split; greedy answers are plain ones."""
+    speculation, sampling = SpeculationConfig(mode="lossless", gamma=3, lookup="off"), SPECULATIONS["greedy"][1]
+    found = []
+    for config, layout in (
+        (MeshConfig(), "unrolled"),
+        (MeshConfig(model=2), "stacked"),
+        (MESHES["model 4, kv heads copied"], "unrolled"),
+    ):
+        target = decoder_on(questions.weights, config, layout)
+        found.append(answer(speculation, sampling, rows=[0, 1], target=target, drafter=quantized(target, 8)))
+    assert [one.tokens for one in found] == [questions.until_stop()[:2]] * 3
+    assert found[0].accepted == found[1].accepted == found[2].accepted and found[0].drafted == found[1].drafted
+    assert 0 < sum(found[0].accepted) < sum(found[0].drafted)
 
 
 @pytest.mark.parametrize("settings", SPECULATIONS)
@@ -139,7 +157,8 @@ def test_a_stored_prefix_is_read_onto_another_mesh(questions, answer, tmp_path: 
 
 
 def test_weights_go_straight_into_their_shards(questions):
-    decoder = decoder_on(questions.weights, MESHES["fsdp 2, context 2, model 2"])
+    mesh = make_meshes(MESHES["fsdp 2, context 2, model 2"], None)[0]
+    decoder = questions.weights.decoder(mesh=mesh)
     gate = decoder.blocks[0].gate_DF[...]
     assert gate.sharding.shard_shape(gate.shape) == (gate.shape[0] // 2, gate.shape[1] // 2)
     held = sum(shard.data.nbytes for leaf in jax.tree.leaves(decoder) for shard in leaf.addressable_shards[:1])

@@ -11,7 +11,7 @@ from rapid_jax.cli import main
 from rapid_jax.config import RapidConfig
 from rapid_jax.plan import command
 from rapid_jax.plan.architectures import architecture_of
-from rapid_jax.plan.hlo import collectives, gathered_kv, schedule, under_kernels, widest_sort
+from rapid_jax.plan.hlo import collectives, gathered_kv, largest_copy, schedule, under_kernels, widest_sort
 from rapid_jax.plan.programs import programs_of
 from rapid_jax.plan.report import Result, examined
 from rapid_jax.plan.speed import predicted
@@ -59,6 +59,7 @@ def test_a_program_fits_and_no_key_or_value_is_gathered(name: str, topology: str
         assert widest_sort(result.text) <= 8192
         vocabulary = [item for item in collectives(result.text) if any(max(x, default=0) > 8192 for x in item.arrays)]
         assert vocabulary == []
+        assert largest_copy(result.text) < 2**20  # neither weights nor caches
     loops = schedule(result.text)
     if program == "prefill" and result.chips > 16:  # more than two devices share the document: hops in a loop
         hops = [events for events in loops.values() if sum(event.kind == "kernel" for event in events) == 2]

@@ -43,6 +43,7 @@ class Answer:
     seconds: dict[str, float] = field(default_factory=dict)
     sampling: ResolvedSampling | None = None  # how it was drawn
     logprobs: list[TokenLogprobs] | None = None  # where they were asked for, one for each token
+    lossy: Sequence[str] = ()  # settings by which the target's distribution is not the checkpoint's own
 
     @property
     def selection(self) -> Selection | None:
@@ -128,6 +129,7 @@ class Answer:
             "rounds_by_gamma": {str(gamma): rounds for gamma, rounds in self.generation.gammas.items()},
             "document_tokens": self.document_tokens,
             "truncated": self.truncated,
+            "lossy": list(self.lossy),
             "sampling": self.sampling and self.sampling.to_json(),
             "prefix_reused": self.prefix_reused,
             "seconds": self.seconds,

@@ -17,6 +17,9 @@ class ModelsConfig:
     """Which models, and how they are laid out."""
 
     target: str = "smollm2"  # a Hugging Face folder, a .gguf file, or the name smollm2
+    target_weights: Literal["full", "int8"] = (
+        "full"  # int8: half the bytes to read, and no longer the model's own answer
+    )
     drafter: str = "same"  # same = the target's own weights, no second copy; else as target
     drafter_weights: Literal["full", "int8", "int4"] = "full"  # int8, int4: a rounded copy drafts
     encoder: str = "minilm"  # embeds chunks: a Hugging Face folder, or the name minilm
@@ -28,6 +31,8 @@ class ModelsConfig:
     def __post_init__(self):
         for name in ("target", "drafter", "encoder"):
             local_path(getattr(self, name), f"models.{name}")
+        if self.target_weights != "full" and self.drafter == "same" and self.drafter_weights == "int4":
+            raise InputError("models.drafter_weights int4 needs models.target_weights full, got int8")
         if self.max_context is not None and self.max_context < 1:
             raise InputError(f"models.max_context: expected at least 1, got {self.max_context}")
 
@@ -108,6 +113,12 @@ class RapidConfig:
     drafter_mesh: MeshConfig | None = None  # devices of the drafter alone, after those of the target
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
+
+    @property
+    def lossy(self) -> list[str]:
+        """Settings by which the target's distribution is not the checkpoint's own."""
+        given = {"models.target_weights": self.models.target_weights, "compute.kv": self.compute.kv}
+        return [f"{name} {kind}" for name, kind in given.items() if kind != "full"]
 
     def __post_init__(self):
         if self.drafter_mesh is not None and self.models.drafter == "same":

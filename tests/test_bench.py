@@ -241,3 +241,24 @@ def test_a_reader_that_contradicts_itself_makes_no_tie_of_everything(bench, monk
     rng = np.random.default_rng(0)
     monkeypatch.setattr(bench, "_logits", lambda *_: rng.normal(size=2048))
     assert bench._gap(Case(64), 0, [], 1, 2)[1] == decoding.LARGEST_TIE
+
+
+def test_what_a_first_hour_on_a_tpu_is_to_measure(tmp_path, capsys):
+    """The devices of this process sum, a matrix is read in full and in 8 bits, and a layer takes time beside its own."""
+    path = tmp_path / "hour.jsonl"
+    assert main(["bench", "--tpu-hour", "--repeats", "1", "--json", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [(row["part"], row.get("weights")) for row in rows] == [
+        ("sum", None),
+        ("product", "full"),
+        ("layer", "full"),
+        ("product", "int8"),
+        ("layer", "int8"),
+    ]
+    assert rows[0]["chips"] == 8 and rows[0]["kib"] == 8 * 128 * 4 / 1024  # rows, hidden size, bytes
+    # A layer's time is a difference, which the noise of a shared machine may make nothing.
+    assert all(row["us"] > 0 or (row["part"] == "layer" and row["us"] == 0) for row in rows)
+    assert all(0 <= row["small_us"] <= row["us"] for row in rows if "small_us" in row)
+    whole, eighth = (row["us"] * row["bytes_per_second"] for row in rows if row["part"] == "product")
+    assert whole / eighth == pytest.approx(128 * 512 * 4 / (128 * 512 + 512 * 4))  # a scale a column
+    assert len(capsys.readouterr().out.strip().splitlines()) >= 5

@@ -279,6 +279,31 @@ def test_a_rounded_prefix_is_stored_as_it_is_and_answers_nearly_the_same(config,
     assert first.token_ids[:4] == full.token_ids[:4]
 
 
+def test_a_target_in_8_bits_is_named_lossy_and_its_documents_are_its_own(config, tmp_path):
+    cache = CacheConfig(folder=str(tmp_path), disk_gib=1)
+    settings = replace(config, cache=cache, sampling=replace(config.sampling, temperature=0.0))
+    eight = Rapid(replace(settings, models=replace(config.models, target_weights="int8")), quiet=True)
+    answer, full = eight.answer(words(200), QUESTION), Rapid(settings, quiet=True).answer(words(200), QUESTION)
+    assert answer.to_json()["lossy"] == ["models.target_weights int8"] and full.to_json()["lossy"] == []
+    assert not full.prefix_reused  # what the copy made of the document is not the model's
+    models = eight.engine.models
+    assert models.target.decoder.bits == 8 and models.drafter is models.target
+    again = Rapid(replace(eight.config, speculation=SpeculationConfig(mode="target")), quiet=True)
+    alone = again.answer(words(200), QUESTION)
+    assert (
+        alone.prefix_reused
+        and alone.token_ids
+        == Rapid(replace(eight.config, speculation=SpeculationConfig(mode="lossless", gamma=3)), quiet=True)
+        .answer(words(200), QUESTION)
+        .token_ids
+    )
+
+
+def test_no_4_bits_of_8(config):
+    with pytest.raises(InputError, match=r"int4 needs models\.target_weights full, got int8"):
+        replace(config.models, drafter_weights="int4", target_weights="int8")
+
+
 def test_weights_in_4_bits_are_for_one_device(config):
     said = "models.drafter_weights int4 is for one device, got mesh data 1 x fsdp 1 x context 1 x model 2"
     with pytest.raises(InputError, match=said):

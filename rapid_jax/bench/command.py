@@ -76,6 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", default=3, help="timings of everything: medians are told; by default 3", **number)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="by default float32 on a CPU")
     parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--tpu-hour", action="store_true",
+                        help="instead of all parts: the three numbers that `rapid plan` assumes of a TPU")  # fmt: skip
     parser.add_argument("--json", action=Place, metavar="FILE", help="write every row there, a JSON object a line")
     parser.add_argument("--with", action=Place, many=True, default=[], dest="others", metavar="FILE",
                         help="rows measured elsewhere in the same form, for the figure")  # fmt: skip
@@ -106,6 +108,11 @@ def run(options: argparse.Namespace) -> int:
     contexts = options.contexts or sizes.contexts
     say(f"{platform.device_kind}, jax {jax.__version__}; {options.shape or sizes.shape}, {config.num_layers} layers")
     rows = _Rows(options.json)
+    if options.tpu_hour:
+        from rapid_jax.bench.first_hour import first_hour
+
+        first_hour(config, _dtype(options), options.repeats, rows.add)
+        return 0
     good = True
     rate = _memory(rows, platform.platform)
     if "attention" in parts:

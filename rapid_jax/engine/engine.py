@@ -285,7 +285,7 @@ class Engine:
         self.counts.add(job.generation)
         how = job.config.speculation, job.sampling, job.seconds
         answer = answer_of(job.reading, job.transcript, job.generation, *how, reused=job.reused)
-        job.end(Done(replace(answer, logprobs=job.token_logprobs)))
+        job.end(Done(replace(answer, logprobs=job.token_logprobs, lossy=self.config.lossy)))
 
     def _fail(self, job: Job, error: Exception) -> None:
         job.end(Failed(error))

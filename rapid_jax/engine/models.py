@@ -49,7 +49,8 @@ class Models:
         ignored = resolve(self.config.sampling, target.generation).ignored
         if ignored:
             _log.warning("%s: not implemented and ignored: %s", target.generation.source, ", ".join(ignored))
-        return target
+        kind = self.config.models.target_weights
+        return target if kind == "full" else target.with_weights(kind)
 
     @cached_property
     def drafter(self) -> LoadedModel:
@@ -58,7 +59,8 @@ class Models:
         if models.drafter != "same":
             drafter = self._load(models.drafter, self.meshes[1], config.drafter_mesh or config.mesh)
             check_same_vocabulary(self.target.tokenizer, drafter.tokenizer, models.drafter)
-        return drafter if models.drafter_weights == "full" else drafter.with_weights(models.drafter_weights)
+        is_copy = drafter is self.target and models.target_weights != "full"
+        return drafter if is_copy or models.drafter_weights == "full" else drafter.with_weights(models.drafter_weights)
 
     @cached_property
     def embedder(self) -> Embedder:

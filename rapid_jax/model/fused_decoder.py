@@ -111,7 +111,7 @@ class FusedBlock(Block):
         return self.down(self.how.place.per_device(gated, (own,), own)(self.gate_up(h_BTD)))
 
     def part_at(self, name: str, column: int) -> str:
-        """The parameter of a `Block` that a column of this block's array came from: qkv, qkv_bias_J, gate_up and so on."""
+        """The parameter of a `Block` that a column of this block's array of that name came from."""
         if name.startswith("qkv"):
             heads = column // self.how.dim % (self.how.query + 2 * self.how.kv)
             which = "q" if heads < self.how.query else "k" if heads < self.how.query + self.how.kv else "v"

@@ -61,9 +61,12 @@ class LoadedModel:
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 over the bytes of the weight files and the architecture; reads the files when first asked for."""
-        config = json.dumps(to_hf(self.config), sort_keys=True)
-        return digest(config, *(digest_file(path) for path in self.weight_files))
+        """SHA-256 over the architecture, the bytes of the weight files and what they were rounded to. Reads the files
+        when first asked for.
+        """
+        config, bits = json.dumps(to_hf(self.config), sort_keys=True), getattr(self.decoder, "bits", None)
+        rounding = [] if bits is None else [f"{bits} bits"]
+        return digest(config, *rounding, *(digest_file(path) for path in self.weight_files))
 
 
 def load_model(

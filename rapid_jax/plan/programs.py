@@ -64,8 +64,11 @@ def programs_of(
     found = [_prefill(config, ours, "prefill", beside)]
     if ours.rounds_prefix:
         found.append(_rounded_prefix(ours, beside))
-    if theirs is not None and theirs.bits is not None:
-        found.insert(0, _rounded_weights(ours, theirs))
+    if theirs is not None and own and theirs.bits is not None:
+        others = [ours.held] if together and ours.held is not theirs.full else []
+        found.insert(0, _rounded_weights(theirs, "drafter rounding", others))
+    if ours.bits is not None:
+        found.insert(0, _rounded_weights(ours, "rounding", []))
     if own and theirs is not None:
         others = [ours.held, ours.read_prefix()] if together else []
         found.append(_prefill(config, theirs, "drafter prefill", others))
@@ -87,11 +90,15 @@ def models_of(
     short = chunk_count(context, config.retrieval) * config.retrieval.chunk_tokens + QUESTION
     long = short if mode == "retrieval" else max(context - config.sampling.max_new_tokens - QUESTION, 1)
     ours = planned(config, target, first, config.mesh, long, retrieved=mode == "retrieval")
+    if config.models.target_weights == "int8":
+        rounds = ours.rounds_prefix
+        ours = replace(ours.rounded_to(8, shared=False), rounds_prefix=rounds)
     if mode in ("target", "retrieval"):
         return ours, None
     if drafter is None:
         layout = layout_of(config, config.mesh, short - 2, coarse=True)
         theirs = replace(ours, prompt=short - 2, layout=layout, rounds_prefix=False)
+        bits = None if ours.bits is not None else bits  # the target's own copy
     else:
         sizes = config.drafter_mesh or config.mesh
         theirs = planned(config, drafter, second or first, sizes, short - 2, retrieved=True)
@@ -128,26 +135,21 @@ def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[A
     return Program(name, lower, resident, one, total, layout.chunks * parts, working=of_prefill(model))
 
 
-def _rounded_weights(target: PlannedModel, drafter: PlannedModel) -> Program:
-    """The drafter's copy being made, its largest matrix last; weights of its own are still there in full."""
-    bits = drafter.bits
+def _rounded_weights(model: PlannedModel, name: str, others: list[Any]) -> Program:
+    """A model's copy being made, its largest matrix last; the weights in full are still there."""
+    bits, full = model.bits, model.full
     assert bits is not None
-    full = drafter.full
-    apart = [full] if full is not target.decoder else []
     work = Work(0.0, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(full)))
-    # The rest of the copy is in `full`.
-    beside = [target.held] if drafter.mesh == target.mesh else []
-    resident = _by_kind(drafter.decoder.matrices, *beside, *apart, other=())
-    working = of_rounded_matrix(drafter)
+    resident = _by_kind(model.decoder.matrices, full, *others, other=())  # the rest of the copy is in `full`
 
     def lower():
-        head = drafter.decoder.lm_head
+        head = model.decoder.lm_head
         assert head is not None
         if full.lm_head is None:
             return rounded_matrix.lower(full.embed_VD.get_value(), "JD", bits, head.place)
         return rounded_matrix.lower(full.lm_head.values.get_value(), "DJ", bits, head.place)
 
-    return Program("drafter rounding", lower, resident, work, work, working=working)
+    return Program(name, lower, resident, work, work, working=of_rounded_matrix(model))
 
 
 def _rounded_prefix(model: PlannedModel, others: list[Any]) -> Program:

@@ -99,6 +99,14 @@ def test_a_copy_in_few_bits_is_what_a_run_holds():
         assert dense_bytes(program.resident["weights"]) == held(decoder) + held(copy, decoder if shared else None)
 
 
+def test_a_target_in_few_bits_drafts_for_itself(plan):
+    """Weights are there once, and in full only while the copy is made."""
+    full = plan("--set", "models.drafter_weights=full", "--program", "round")[0]["round"]["weights"]
+    found = plan("--set", "models.target_weights=int8")[0]
+    assert list(found) == ["rounding", "prefill", "round"]
+    assert found["round"]["weights"] == found["prefill"]["weights"] < 0.6 * full < found["rounding"]["weights"]
+
+
 def held(decoder: Decoder, other: Decoder | None = None) -> int:
     """Bytes of the arrays that are not the other's."""
     known = set() if other is None else {id(x) for x in jax.tree.leaves(nnx.state(other))}

@@ -47,8 +47,9 @@ def line(answer: Answer) -> str:
     """How an answer came about, in a line."""
     acceptance = answer.acceptance_rate
     accepted = "" if acceptance is None else f", {acceptance:.0%} of the drafts accepted"
+    lossy = f"; lossy: {', '.join(answer.lossy)}" if answer.lossy else ""
     return (
         f"{answer.mode}, eta {answer.eta:g}, gamma {answer.gamma}: {len(answer.token_ids)} tokens "
         f"({answer.finish_reason}) at {answer.tokens_per_second:.1f} tokens/s, "
-        f"{answer.tokens_per_round:.2f} a round{accepted}"
+        f"{answer.tokens_per_round:.2f} a round{accepted}{lossy}"
     )

@@ -61,35 +61,35 @@ def kernels_fit(rows: int, depth: int, values: jax.Array) -> bool:
 
 def product(x: jax.Array, values: jax.Array, scale: jax.Array, bits: WeightBits) -> jax.Array:
     """x [..., D] times the matrix [D, N] that `rounded` stored, float32 [..., N]."""
-    x_TD = x.reshape(-1, x.shape[-1])
-    if jax.default_backend() == "gpu" and len(x_TD) <= FEW and kernels_fit(1, x.shape[-1], values):
-        some = (x_TD[start : start + MOST_ROWS] for start in range(0, len(x_TD), MOST_ROWS))
+    rows = x.size // x.shape[-1]
+    if jax.default_backend() == "gpu" and rows <= FEW and kernels_fit(1, x.shape[-1], values):
+        x_TD = x.reshape(rows, x.shape[-1])
+        some = (x_TD[start : start + MOST_ROWS] for start in range(0, rows, MOST_ROWS))
         times = partial(skinny_matmul, bits=bits)
-        out_TN = jnp.concatenate([jnp.sum(times(fixed_point(rows)[0], values, scale), axis=0) for rows in some])
-    elif bits == 8:
-        out_TN = lax.platform_dependent(x_TD, values, scale, tpu=in_digits, default=partial(_restoring, bits=8))
-    else:
-        out_TN = _restoring(x_TD, values, scale, bits=bits)
-    return out_TN.reshape(*x.shape[:-1], -1)
+        out_TN = jnp.concatenate([jnp.sum(times(fixed_point(few)[0], values, scale), axis=0) for few in some])
+        return out_TN.reshape(*x.shape[:-1], -1)
+    if bits == 8:
+        return lax.platform_dependent(x, values, scale, tpu=in_digits, default=partial(_restoring, bits=8))
+    return _restoring(x, values, scale, bits=bits)
 
 
-def _restoring(x_TD: jax.Array, values: jax.Array, scale: jax.Array, *, bits: WeightBits) -> jax.Array:
-    precision = lax.Precision.HIGHEST if x_TD.dtype == jnp.float32 else None
-    weight_ND = restored(values, scale, bits).astype(x_TD.dtype)[:, : x_TD.shape[1]]
-    return jnp.einsum("TD,ND->TN", x_TD, weight_ND, precision=precision, preferred_element_type=jnp.float32)
+def _restoring(x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: WeightBits) -> jax.Array:
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    weight_ND = restored(values, scale, bits).astype(x.dtype)[:, : x.shape[-1]]
+    return jnp.einsum("...D,ND->...N", x, weight_ND, precision=precision, preferred_element_type=jnp.float32)
 
 
-def in_digits(x_TD: jax.Array, values_ND: jax.Array, scale_N: jax.Array) -> jax.Array:
+def in_digits(x: jax.Array, values_ND: jax.Array, scale_N: jax.Array) -> jax.Array:
     """x times 8-bit weights by one product of integers: each row of x is two rows of int8, digits of base 128.
 
     A row is rounded to 16,256 steps of its largest element. NaN and infinity stay what they are.
     """
-    T, D = x_TD.shape
-    x_TD = jnp.pad(x_TD.astype(jnp.float32), ((0, 0), (0, values_ND.shape[1] - D)))
-    step_T1 = jnp.max(jnp.abs(x_TD), axis=1, keepdims=True) / STEPS
-    fixed_TD = jnp.round(x_TD / jnp.where(step_T1 == 0, 1.0, step_T1)).astype(jnp.int32)
-    high_TD = (fixed_TD + 64) >> 7
-    digits_PD = jnp.concatenate([high_TD, fixed_TD - (high_TD << 7)]).astype(jnp.int8)
-    contracted = (((1,), (1,)), ((), ()))
-    out_PN = lax.dot_general(digits_PD, values_ND, contracted, preferred_element_type=jnp.int32).astype(jnp.float32)
-    return (out_PN[:T] * 128 + out_PN[T:]) * step_T1 * scale_N
+    lacking = values_ND.shape[1] - x.shape[-1]
+    x = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, lacking)])
+    step = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / STEPS
+    fixed = jnp.round(x / jnp.where(step == 0, 1.0, step)).astype(jnp.int32)
+    high = (fixed + 64) >> 7
+    digits = jnp.stack([high, fixed - (high << 7)]).astype(jnp.int8)  # an axis of their own: rows may lie over devices
+    contracted = (((digits.ndim - 1,), (1,)), ((), ()))
+    out = lax.dot_general(digits, values_ND, contracted, preferred_element_type=jnp.int32).astype(jnp.float32)
+    return (out[0] * 128 + out[1]) * step * scale_N

@@ -4,7 +4,8 @@
 JAX's own rendezvous waits for ever for a host that never comes, and a device that waits for a dead one never answers.
 So the processes first meet at the coordinator's address, in plain sockets (meeting.py). These stay open as long as the
 run: what must not differ is compared over them, and when a process dies its sockets close, the others read that and
-end. What is said is a line: "say" and a JSON text, "bye", or the status that the run ends with and why.
+end. What is said is a line: "say" and a JSON text, "bye", or the status that the run ends with and why; "all" and why
+where all have met the same, and each ends by itself.
 """
 
 import contextlib
@@ -26,8 +27,9 @@ from rapid_jax.runtime.meeting import Seat, met
 LOST_PEER = 75  # exit status EX_TEMPFAIL: the run may be started again
 INTERRUPTED = 130
 _INPUT_ERROR = 2
-_SAY, _GOODBYE = "say", "bye"
+_SAY, _GOODBYE, _ALL = "say", "bye", "all"
 _GRACE_S = 1.0  # for news of a process whose end made something here fail
+_CLEARING_S = 10.0  # for a process to take away what it made, where all have met what ends them
 _PATIENCE_S = 300.0
 _MOST_BYTES = 1 << 20  # of a line
 _MOST_CHARACTERS = 2000  # of a reason
@@ -36,7 +38,7 @@ _running: list["Run"] = []  # the runs that this process is in: at most one
 
 
 class Disagreement(InputError):
-    """What is wrong is between the processes, and all of them have met it."""
+    """What is wrong is between the processes, and all of them have met it: each is left the time to clear up."""
 
 
 class Run:
@@ -117,8 +119,8 @@ class Run:
             time.sleep(_GRACE_S)  # if the reason is a process that has ended, the listener says it better
         self._end_once()  # the others end by what they are told, and that is not to end this one
         if isinstance(error, InputError):
-            whose = "" if isinstance(error, Disagreement) else f"{me} has ended: "
-            self._tell(_INPUT_ERROR, f"{whose}{error}")
+            told = (_ALL, f"{error}") if isinstance(error, Disagreement) else (_INPUT_ERROR, f"{me} has ended: {error}")
+            self._tell(*told)
             self._end(_INPUT_ERROR, str(error))
         if isinstance(error, KeyboardInterrupt):
             self._tell(LOST_PEER, f"{me} was interrupted")
@@ -127,7 +129,7 @@ class Run:
         traceback.print_exception(error)
         self._end(1, f"{me} has failed")
 
-    def _tell(self, status: int, reason: str) -> None:
+    def _tell(self, status: int | str, reason: str) -> None:
         self._send(f"{status} {legible(reason)[:_MOST_CHARACTERS]}")
 
     def _send(self, line: str) -> None:
@@ -151,6 +153,8 @@ class Run:
             with contextlib.suppress(queue.Full):
                 self._said[index].put_nowait(None)  # nobody waits for a word of it
             return
+        if line.startswith(f"{_ALL} ".encode()):
+            time.sleep(_CLEARING_S)  # this process ends before that, unless something holds it
         if self._seat is None or not self._ending.acquire(blocking=False):
             return
         status, reason = self._ended_by(line, f"process {index} of {self._seat.count}")
@@ -162,8 +166,8 @@ class Run:
     def _ended_by(line: bytes, who: str) -> tuple[int, str]:
         """(status, reason) of a process's last line."""
         code, _, reason = line.decode(errors="replace").partition(" ")
-        for status in (_INPUT_ERROR, LOST_PEER):
-            if code == str(status) and line.endswith(b"\n"):
+        for known, status in ((_ALL, _INPUT_ERROR), (str(_INPUT_ERROR), _INPUT_ERROR), (str(LOST_PEER), LOST_PEER)):
+            if code == known and line.endswith(b"\n"):
                 return status, reason
         return LOST_PEER, f"{who} has ended without a word" if not line else f"{who} said what no process of a run says"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from rapid_jax.runtime import meeting
+from rapid_jax.runtime import distributed, meeting
 from rapid_jax.runtime.distributed import LOST_PEER, Run
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.meeting import ADDRESS, COUNT, INDEX, TOKEN, Seat, met
@@ -251,6 +251,11 @@ def seated(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bytes], tuple[
 )
 def test_a_process_that_says_this_ends_the_run_so(seated, said, status, line):
     assert seated(said) == (status, f"rapid: {line}\n" if line else "")
+
+
+def test_what_all_have_met_ends_a_process_that_does_not_end_by_itself(seated, monkeypatch):
+    monkeypatch.setattr(distributed, "_CLEARING_S", 0.2)
+    assert seated(b"all expected the same prompts\n") == (2, "rapid: expected the same prompts\n")
 
 
 def test_a_reason_of_any_length_is_one_line(seated):

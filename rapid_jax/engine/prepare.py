@@ -52,6 +52,11 @@ class Prepared:
 Steps = Generator[None, None, Any]
 
 
+def room_of_short(tokens: int, chunk: int) -> int:
+    """Tokens that there is room for with a prompt of so many that others are not to begin with: of two sizes."""
+    return chunk // 4 if tokens <= chunk // 4 else chunk
+
+
 class Preparing:
     """Makes prompts and reads them; what is read of documents is kept."""
 
@@ -154,8 +159,7 @@ class Preparing:
 
     def _room_of_short(self, tokens: int) -> int:
         """Tokens that there is room for with a prompt of so many that is not kept; 0: as it is."""
-        chunk = self._config.compute.prefill_chunk
-        return (chunk // 4 if tokens <= chunk // 4 else chunk) if self._few_programs else 0
+        return room_of_short(tokens, self._config.compute.prefill_chunk) if self._few_programs else 0
 
     def document(self, job: Job) -> Generator[None, None, Reading]:
         """As `steps`, of the request's document alone: no row comes of it. Returns the request's prompts."""
@@ -239,7 +243,6 @@ class Preparing:
             room = replace(room, new=new, suffix=QUESTION_TOKENS, text=slots + retrieved)
         document = object() if handle is None else handle
         size = sum(x.nbytes for x in jax.tree.leaves(target.prefix.layers))
-        key = LaneKey.of(config.speculation, None if size <= COPIED_BYTES else document)
         with timed() as work:
             rounds = start(
                 target,
@@ -256,3 +259,5 @@ class Preparing:
                 rounds.widen()
         job.took("prefill", work)
         return Prepared(key, rounds, document, handle)
+        slots = rounds.slots if self._few_programs else None
+        key = LaneKey.of(config.speculation, None if size <= COPIED_BYTES else document, slots)

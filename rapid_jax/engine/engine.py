@@ -68,7 +68,8 @@ class Engine:
         how = {"weights_hash": lambda: target.weights_hash, "quiet": self._quiet}
         folder = cache_dir(config.cache.folder)
         reserve = bytes_of_rows(config, target, ROW_BUCKETS[-1])
-        return PrefixCache(target.decoder, config.compute, config.cache, folder, reserve=reserve, **how)
+        how |= {"reserve": reserve, "aside": not self._prefill_first}
+        return PrefixCache(target.decoder, config.compute, config.cache, folder, **how)
 
     @cached_property
     def _preparer(self) -> Preparing:
@@ -191,7 +192,7 @@ class Engine:
         self._place()
         for key, lane in list(self._lanes.items()):
             self._advance(key, lane)
-        if self.is_idle:
+        if self.is_idle and not self.prefixes.moving:
             forget_programs()
 
     def _admit(self) -> None:
@@ -237,12 +238,12 @@ class Engine:
             if found is None:
                 self._ready.append((job, prepared))
                 continue
-            try:
             key, sizes = found
             if sizes is None:
                 self._lanes[key] = Lane.of(key, job, prepared.rounds, prepared.document)
                 self._held[id(job)] = prepared.handle
                 continue
+            try:
                 with timed() as work:
                     self._lanes[key].join(job, prepared.rounds, prepared.document, sizes)
             except Exception as error:  # no room for another row: of those there were, arrays may be gone already
@@ -250,8 +251,8 @@ class Engine:
                 self._fail(job, error)
                 self._break(key, self._lanes[key], error)
                 continue
-            job.took("prefill", work)
             self.sharing.joined(prepared.key, key)
+            job.took("prefill", work)
             self._held[id(job)] = prepared.handle
 
     def _advance(self, key: LaneKey, lane: Lane) -> None:

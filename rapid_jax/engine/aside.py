@@ -17,7 +17,7 @@ def begun(work: Callable[[], T]) -> "Future[T]":
         try:
             future.set_result(work())
         except BaseException as error:  # whose it is asks for the result
-            future.set_exception(error)
+            future.set_exception(error.with_traceback(None))  # which would keep all arrays of the work
 
     threading.Thread(target=run, name="aside", daemon=True).start()
     return future

@@ -19,6 +19,7 @@ from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import PrefixCache
 from rapid_jax.engine.prepare import Prepared, Preparing, Steps
 from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
+from rapid_jax.engine.sharing import Sharing
 from rapid_jax.engine.stats import EngineCounts, bytes_of_rows
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.prompts import Reading
@@ -55,6 +56,7 @@ class Engine:
         self._preparing: deque[tuple[Job, Steps]] = deque()
         self._ready: deque[tuple[Job, Prepared]] = deque()  # for which no row is free
         self._lanes: dict[LaneKey, Lane] = {}
+        self.sharing = Sharing()
         self._held: dict[int, Handle | None] = {}  # of the job in a row, by its id: keys and values that it reads
         self._draining = False
         self.counts = EngineCounts()
@@ -66,7 +68,8 @@ class Engine:
         how = {"weights_hash": lambda: target.weights_hash, "quiet": self._quiet}
         folder = cache_dir(config.cache.folder)
         reserve = bytes_of_rows(config, target, ROW_BUCKETS[-1])
-        return PrefixCache(target.decoder, config.compute, config.cache, folder, reserve=reserve, **how)
+        how |= {"reserve": reserve, "aside": not self._prefill_first}
+        return PrefixCache(target.decoder, config.compute, config.cache, folder, **how)
 
     @cached_property
     def _preparer(self) -> Preparing:
@@ -189,7 +192,7 @@ class Engine:
         self._place()
         for key, lane in list(self._lanes.items()):
             self._advance(key, lane)
-        if self.is_idle:
+        if self.is_idle and not self.prefixes.moving:
             forget_programs()
 
     def _admit(self) -> None:
@@ -230,24 +233,25 @@ class Engine:
                 self._fail(job, Cancelled())
         self._ready.clear()
         for place, (job, prepared) in enumerate(waiting):
-            lane = self._lanes.get(prepared.key)
-            if lane is None:
-                self._lanes[prepared.key] = Lane.of(prepared.key, job, prepared.rounds, prepared.document)
-                self._held[id(job)] = prepared.handle
-                continue
             others = [other.document for _, other in waiting[place + 1 :] if other.key == prepared.key]
-            sizes = lane.sizes_with([prepared.document, *others]) or lane.sizes_with([prepared.document])
-            if sizes is None:
+            found = self.sharing.place(self._lanes, prepared.key, prepared.document, others)
+            if found is None:
                 self._ready.append((job, prepared))
+                continue
+            key, sizes = found
+            if sizes is None:
+                self._lanes[key] = Lane.of(key, job, prepared.rounds, prepared.document)
+                self._held[id(job)] = prepared.handle
                 continue
             try:
                 with timed() as work:
-                    lane.join(job, prepared.rounds, prepared.document, sizes)
+                    self._lanes[key].join(job, prepared.rounds, prepared.document, sizes)
             except Exception as error:  # no room for another row: of those there were, arrays may be gone already
                 self._release(prepared.handle)
                 self._fail(job, error)
-                self._break(prepared.key, lane, error)
+                self._break(key, self._lanes[key], error)
                 continue
+            self.sharing.joined(prepared.key, key)
             job.took("prefill", work)
             self._held[id(job)] = prepared.handle
 

@@ -49,6 +49,11 @@ class HostMoves:
         self.seconds = 0.0
 
     @property
+    def on_one_device(self) -> bool:
+        """Whether prefixes lie on one device, not parted over several."""
+        return self._decoder.mesh is None
+
+    @property
     def gigabytes_per_second(self) -> float | None:
         """10^9 bytes a second from the host to the devices, over all moves so far; None before the first."""
         return self.bytes / self.seconds / 1e9 if self.seconds else None

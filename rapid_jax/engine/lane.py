@@ -10,7 +10,7 @@ from rapid_jax.engine.job import Job
 from rapid_jax.speculative.config import SpeculationConfig
 from rapid_jax.speculative.generate import generation_of
 from rapid_jax.speculative.pace import Pace
-from rapid_jax.speculative.rounds import Rounds
+from rapid_jax.speculative.rounds import Rounds, Slots
 from rapid_jax.speculative.start import gamma_bucket
 
 ROW_BUCKETS = (1, 2, 4, 8, 16)  # rows, of documents or of one, that programs are compiled for
@@ -25,14 +25,15 @@ class LaneKey:
     auto: bool  # the gamma goes by the clock
     lookup: tuple[str, int, int]
     rounds_per_read: int
+    slots: Slots | None = None  # that each row has room for; None: what its rows ask for
 
     @classmethod
-    def of(cls, speculation: SpeculationConfig, document: Hashable) -> "LaneKey":
-        """Of a request with these settings about that document."""
+    def of(cls, speculation: SpeculationConfig, document: Hashable, slots: Slots | None = None) -> "LaneKey":
+        """Of a request with these settings about that document, in a lane whose rows have so many slots."""
         drafts = speculation.drafts and speculation.gamma != 0
         auto = drafts and speculation.gamma == "auto"
         lookup = speculation.lookup, speculation.lookup_width, speculation.lookup_match
-        return cls(document, drafts, auto, lookup, speculation.rounds_per_read)
+        return cls(document, drafts, auto, lookup, speculation.rounds_per_read, slots)
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Lane:
     """Rows, some of which answer a request each.
 
     Rows lie by document: of `documents` D each has as many rows, one behind the other. Their keys and values are read
-    once a round for all of a document's rows.
+    once a round for all of a document's rows. Where the key says how many slots rows have, none that needs more joins.
     """
 
     key: LaneKey

@@ -41,12 +41,16 @@ class Found:
     tier: str | None = None  # where it was: device, host or disk
 
 
+class RoomLater(Exception):
+    """Room on the devices is being made: what was asked for is to be asked for again."""
+
+
 class PrefixCache:
     """Prefixes of one row by the token ids of their heads, each tier with a bound in bytes.
 
     What has not been used for longest goes first: from the devices to the host, from there to disk. Owners share
-    nothing but what is public. One thread calls it; `bytes`, `tier` and
-    `tier_of` any.
+    nothing but what is public. One thread calls it; `bytes`, `tier` and `tier_of` any. With `aside` what goes is copied
+    and saved by another thread, a prefix at a time: its room is free once that is done, and who needs it asks again.
     """
 
     def __init__(
@@ -58,6 +62,7 @@ class PrefixCache:
         *,
         weights_hash: Callable[[], str],
         reserve: int = 0,
+        aside: bool = False,
         quiet: bool = False,
     ):
         """`reserve` bytes of the devices are for others, where the settings leave the bound to what there is.
@@ -70,9 +75,8 @@ class PrefixCache:
         given = cache.device_gib
         left = _left(decoder)
         device = left - min(reserve, left // 2) if given is None else int(given * _GIB)
-        self._tiers = Tiers(
-            self.moves, {"device": device, "host": int(cache.host_gib * _GIB) if alone else 0}, self._save
-        )
+        most = {"device": device, "host": int(cache.host_gib * _GIB) if alone else 0}
+        self._tiers = Tiers(self.moves, most, self._save, self._saved, aside=aside and alone)
         self._store, disk = None, int(cache.disk_gib * _GIB)
         if disk and cache.prefixes and alone:
             how = {"mesh": decoder.mesh, "kv_heads": decoder.config.num_kv_heads, "root": folder, "quiet": quiet}
@@ -105,13 +109,17 @@ class PrefixCache:
         return "disk" if self._store is not None and self._store.has(key) else None
 
     def find(self, head: Sequence[int], owner: str = "", public: bool = False) -> Found:
-        """As much of the head as is kept somewhere and has room on the devices; it becomes the most recently used."""
+        """As much of the head as is kept somewhere and has room on the devices; it becomes the most recently used.
+
+        Raises RoomLater.
+        """
         name = self.name(head, owner, public)
         kept = self._tiers.get(name.key)
         if kept is not None:
             tier = "device" if kept.host is None else "host"
             self._tiers.used(kept)
-            return Found(kept.device, len(head), kept.handle, tier) if self._tiers.to_devices(kept) else Found()
+            there = self._now(self._tiers.to_devices(kept))
+            return Found(kept.device, len(head), kept.handle, tier) if there else Found()
         if self._store is not None and self._store.has(name.key):
             prefix = self._from_disk(name.key, self._place(len(head), len(head)))
             if prefix is not None:
@@ -160,13 +168,28 @@ class PrefixCache:
             self._disk_bytes = self._store.bytes()
 
     def make_room(self, wanted: int) -> bool:
-        """Moves prefixes that are not held off the devices until `wanted` more bytes fit; False if they cannot."""
+        """Moves prefixes that are not held off the devices until `wanted` more bytes fit; False if they cannot.
+
+        While some are `moving` False may also mean: not yet.
+        """
         return self._tiers.make_room(wanted)
+
+    @property
+    def moving(self) -> bool:
+        """Whether the other thread moves a prefix."""
+        return self._tiers.moving
+
+    def wait(self, seconds: float) -> None:
+        """Until the move that is under way has ended, if one is, at most so long."""
+        self._tiers.wait(seconds)
 
     def save(self, most: int | None = None) -> None:
         """Stores on disk what is not there yet, at most so many: each takes as long as its bytes need."""
+        self._tiers.wait()
         for kept in [kept for kept in self._tiers.every() if not kept.stored][:most]:
-            self._save(kept)
+            self._save(kept, kept.prefix)
+            kept.stored = True
+            self._saved(kept)
 
     @property
     def _dtype(self) -> jnp.dtype:
@@ -206,7 +229,7 @@ class PrefixCache:
 
     def _from_disk(self, key: str, place: Place) -> Prefix | None:
         assert self._store is not None
-        if not self._tiers.make_room(self._bytes_of(place)):
+        if not self._now(self._tiers.make_room(self._bytes_of(place))):
             return None
         layout: Layout = "stacked" if self._decoder.layout == "stacked" else "unrolled"
         prefix = self._store.load(key, layout=layout, place=place)
@@ -225,7 +248,7 @@ class PrefixCache:
                 found = self._from_disk(key, self._place(longer * chunk, longest))
             if found is not None:
                 count, tier = longer, "disk"
-        if found is None and kept is not None:
+        if found is None and kept is not None and not kept.removed:  # to make room
             tier = "device" if kept.host is None else "host"
             found = self._copied(kept, self._place(count * chunk, longest))
         if found is None:
@@ -235,18 +258,29 @@ class PrefixCache:
 
     def _copied(self, kept: Kept, place: Place) -> Prefix | None:
         self._tiers.used(kept)
-        if not self._tiers.make_room(self._bytes_of(place), kept):
+        if not self._now(self._tiers.make_room(self._bytes_of(place), kept)):
             return None
         if kept.host is not None:
             return self.moves.head(kept.host, place)
         assert kept.device is not None
         return head_of(self._decoder, kept.device, place)
 
-    def _save(self, kept: Kept) -> None:
-        if kept.stored or self._store is None:
+    def _now(self, there: bool) -> bool:
+        if not there and self._tiers.moving:
+            raise RoomLater
+        return there
+
+    def _save(self, kept: Kept, prefix: Prefix) -> None:
+        """In whichever thread."""
+        if self._store is not None:
+            self._store.save(kept.handle.key, prefix, kept.marks, wanted=lambda: not kept.removed)
+
+    def _saved(self, kept: Kept) -> None:
+        if self._store is None:
             return
-        self._store.save(kept.handle.key, kept.prefix, kept.marks)
-        kept.stored = True
+        key = kept.handle.key
+        if kept.removed and self._tiers.get(key) is None:  # in the very moment in which it was saved
+            self._store.remove(key)
         self._disk_bytes = self._store.bytes()
 
 

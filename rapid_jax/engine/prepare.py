@@ -15,7 +15,7 @@ from rapid_jax.engine.errors import TooLarge
 from rapid_jax.engine.job import Job
 from rapid_jax.engine.lane import LaneKey
 from rapid_jax.engine.models import Models
-from rapid_jax.engine.prefixes import Found, PrefixCache
+from rapid_jax.engine.prefixes import Found, PrefixCache, RoomLater
 from rapid_jax.engine.reader import read
 from rapid_jax.engine.request import Question, Request, Retrieved, Tokens
 from rapid_jax.engine.tiers import Handle
@@ -50,6 +50,11 @@ class Prepared:
 
 
 Steps = Generator[None, None, Any]
+
+
+def room_of_short(tokens: int, chunk: int) -> int:
+    """Tokens that there is room for with a prompt of so many that others are not to begin with: of two sizes."""
+    return chunk // 4 if tokens <= chunk // 4 else chunk
 
 
 class Preparing:
@@ -154,8 +159,7 @@ class Preparing:
 
     def _room_of_short(self, tokens: int) -> int:
         """Tokens that there is room for with a prompt of so many that is not kept; 0: as it is."""
-        chunk = self._config.compute.prefill_chunk
-        return (chunk // 4 if tokens <= chunk // 4 else chunk) if self._few_programs else 0
+        return room_of_short(tokens, self._config.compute.prefill_chunk) if self._few_programs else 0
 
     def document(self, job: Job) -> Generator[None, None, Reading]:
         """As `steps`, of the request's document alone: no row comes of it. Returns the request's prompts."""
@@ -176,23 +180,38 @@ class Preparing:
         if not isinstance(prompt, Question) and (is_short or (isinstance(prompt, Tokens) and not prompt.kept)):
             return (yield from self._read(job, decoder, head, "prefill", room=self._room_of_short(len(head)))), None
         self._on_read(request, self._prefixes.name(head, *owner).key)
-        with timed() as work:
-            found = self._prefixes.find(head, *owner)
-        job.took("prefill", work)
+        found = yield from self._find(job, head)
         if found.handle is not None and found.prefix is not None:
             job.reused = True
             self._prefixes.hold(found.handle)
             return found.prefix, found.handle
         while not self._prefixes.make_room(self._prefixes.bytes_for(len(head))):
-            if self._is_alone():
+            if self._is_alone() and not self._prefixes.moving:
                 raise TooLarge(f"the document is too large for the memory: {len(head)} tokens of keys and values")
-            yield
+            yield from self._until_there_may_be_room()
         prefix = yield from self._read(job, decoder, head, "prefill", found)
         if self._config.compute.kv != "full":
             prefix = rounded(prefix)
         handle = self._prefixes.put(head, prefix, *owner)
         self._prefixes.hold(handle)
         return prefix, handle
+
+    def _find(self, job: Job, head: list[int]) -> Generator[None, None, Found]:
+        """What is kept of the document."""
+        while True:
+            try:
+                with timed() as work:
+                    found = self._prefixes.find(head, job.request.owner, job.request.public)
+            except RoomLater:
+                yield from self._until_there_may_be_room()
+                continue
+            job.took("prefill", work)
+            return found
+
+    def _until_there_may_be_room(self) -> Steps:
+        if self._is_alone():
+            self._prefixes.wait(_PAUSE_S)
+        yield
 
     def _read(
         self,
@@ -239,7 +258,6 @@ class Preparing:
             room = replace(room, new=new, suffix=QUESTION_TOKENS, text=slots + retrieved)
         document = object() if handle is None else handle
         size = sum(x.nbytes for x in jax.tree.leaves(target.prefix.layers))
-        key = LaneKey.of(config.speculation, None if size <= COPIED_BYTES else document)
         with timed() as work:
             rounds = start(
                 target,
@@ -255,4 +273,6 @@ class Preparing:
             if self._few_programs:
                 rounds.widen()
         job.took("prefill", work)
+        slots = rounds.slots if self._few_programs else None
+        key = LaneKey.of(config.speculation, None if size <= COPIED_BYTES else document, slots)
         return Prepared(key, rounds, document, handle)

@@ -11,6 +11,7 @@ from jax import lax
 
 from rapid_jax.answer import TokenLogprobs
 from rapid_jax.config import RapidConfig
+from rapid_jax.engine.prepare import room_of_short
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import LoadedModel
 from rapid_jax.prompts import check_ids
@@ -29,21 +30,36 @@ def scores(model: LoadedModel, config: RapidConfig, ids: Sequence[int], top: int
     many.
     """
     check_ids(model, config, ids, new=0)
-    decoder, compute = model.decoder, config.compute
-    settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, coarse=True)
-    work = Prefill(decoder, [ids], settings, dtype=decoder.embed_VD[...].dtype)
+    work = _prefill(model, config, ids)
     found: dict[int, TokenLogprobs] = {}
-    padded = np.asarray([*ids, 0], np.int32)
     while work.left:
-        hidden_BTD, positions = work.step()
-        at_BT = np.clip(positions + 1, 0, len(ids))
-        next_BT = replicated(decoder.mesh, padded[at_BT])
-        own, best, best_ids = jax.device_get(_scored(decoder, hidden_BTD, next_BT, most=MOST_LOGPROBS))
+        positions, (own, best, best_ids) = _scored_chunk(work, model.decoder, ids)
         for place, position in enumerate(positions[0].tolist()):
             if 0 <= position < len(ids) - 1:
                 pairs = zip(best_ids[place, :top].tolist(), best[place, :top].tolist(), strict=True)
                 found[position + 1] = TokenLogprobs(ids[position + 1], float(own[place]), tuple(pairs))
     return [None, *(found[at] for at in range(1, len(ids)))]
+
+
+def compile_scores(model: LoadedModel, config: RapidConfig, ids: Sequence[int]) -> None:
+    """Makes all programs of the scores of so many tokens, by their first chunk alone."""
+    _scored_chunk(_prefill(model, config, ids), model.decoder, ids)
+
+
+def _prefill(model: LoadedModel, config: RapidConfig, ids: Sequence[int]) -> Prefill:
+    """Of sizes so few that prompts of many lengths share programs."""
+    decoder, compute = model.decoder, config.compute
+    room = room_of_short(len(ids), compute.prefill_chunk)
+    settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, coarse=True, room=room)
+    return Prefill(decoder, [ids], settings, dtype=decoder.embed_VD[...].dtype)
+
+
+def _scored_chunk(work: Prefill, decoder: Decoder, ids: Sequence[int]) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """(positions [1, T] of the next chunk, -1 where there is none; what `_scored` gives of it)."""
+    hidden_BTD, positions = work.step()
+    following = np.asarray([*ids, 0], np.int32)[np.clip(positions + 1, 0, len(ids))]
+    next_BT = replicated(decoder.mesh, following)
+    return positions, jax.device_get(_scored(decoder, hidden_BTD, next_BT, most=MOST_LOGPROBS))
 
 
 @partial(jax.jit, static_argnames="most")

@@ -116,6 +116,7 @@ class RunningEngine(Engine):
             time.sleep(0.02)
         ended = self.is_idle
         self.stop()
+        self._do_chores()  # what was removed is not saved
         self.prefixes.save()
         return ended
 
@@ -154,13 +155,18 @@ class RunningEngine(Engine):
                 if self.is_idle and not (self._scoring or self._chores or self._stopped):
                     self._wake.wait(_PAUSE_S)
                 scoring, self._scoring = self._scoring[:1], self._scoring[1:]
-            while self._chores:
-                self._chores.popleft()()
+            self._do_chores()
             for ids, top, future in scoring:
                 self._score(ids, top, future)
             if not self.is_idle:
                 self.step()
         self.give_up()
+
+    def _do_chores(self) -> None:
+        while self._chores:
+            self._chores.popleft()()
+        if "prefixes" in self.__dict__ and self.prefixes.moving:
+            self.prefixes.make_room(0)  # takes in what has arrived, and goes on where more is to go
 
     def _score(self, ids: Sequence[int], top: int, future: "Future[list[TokenLogprobs | None]]") -> None:
         if not future.set_running_or_notify_cancel():

@@ -2,16 +2,21 @@
 """What is kept in memory, on the devices and on the host: who goes when there is no room, and what stays."""
 
 import itertools
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
 import jax
 
 from rapid_jax.attention.cache import Prefix
+from rapid_jax.engine.aside import begun
 from rapid_jax.engine.heads import Name
 from rapid_jax.engine.host_prefixes import HostMoves, HostPrefix, device_bytes
+from rapid_jax.runtime.errors import legible
 
+_log = logging.getLogger(__name__)
 _COUNT = itertools.count()
 
 
@@ -34,6 +39,7 @@ class Kept:
         self.bytes = device_bytes(prefix)  # on the devices
         self.holds = 0
         self.stored = stored  # on disk, or that was tried
+        self.removed = False  # it is in no table any more
 
     @property
     def prefix(self) -> Prefix:
@@ -43,18 +49,41 @@ class Kept:
         return found
 
 
+@dataclass
+class Move:
+    """A prefix on its way to the host, or to disk and then away. Until it has arrived it counts where it was."""
+
+    kept: Kept
+    work: Callable[[], HostPrefix | None]  # in whichever thread: it changes nothing that is read here
+    to_disk: bool
+    host_bytes: int = 0  # that count on the host until it has ended
+    asked: bool = False  # somebody wants it meanwhile: it stays
+    future: "Future[HostPrefix | None] | None" = None
+
+
 class Tiers:
     """Prefixes by key, in the order of their use; `most` bounds the bytes on "device" and on "host".
 
-    Those that are held stay on the devices, pinned ones in memory. `dropped` is called with what is about to leave.
+    Those that are held stay on the devices, pinned ones in memory. What is about to leave memory is saved. One thread
+    calls this; with `aside` another one copies and saves meanwhile, one prefix at a time.
     """
 
-    def __init__(self, moves: HostMoves, most: Mapping[str, int], dropped: Callable[[Kept], None]):
-        self._moves, self._most, self._dropped = moves, most, dropped
+    def __init__(
+        self,
+        moves: HostMoves,
+        most: Mapping[str, int],
+        save: Callable[[Kept, Prefix], None],
+        saved: Callable[[Kept], None],
+        *,
+        aside: bool = False,
+    ):
+        """`save` may be called in the other thread, with the arrays to be saved; `saved` once it has ended, in this."""
+        self._moves, self._most, self._save, self._saved, self._aside = moves, most, save, saved, aside
         self._kept: OrderedDict[str, Kept] = OrderedDict()  # the least recently used first
         self._held: dict[Handle, Kept] = {}  # some of which may have been removed
         self._by_mark: dict[str, dict[str, None]] = {}  # mark -> keys
         self._pinned: set[str] = set()
+        self._move: Move | None = None  # under way
         self.bytes = {"device": 0, "host": 0}
 
     def get(self, key: str) -> Kept | None:
@@ -66,8 +95,10 @@ class Tiers:
         return list(self._kept.values())
 
     def used(self, kept: Kept) -> None:
-        """Makes it the most recently used."""
+        """Makes it the most recently used; if it is about to leave it stays."""
         self._kept.move_to_end(kept.handle.key)
+        if self._move is not None and self._move.kept is kept:
+            self._move.asked = True
 
     def keep(self, kept: Kept) -> None:
         """Adds what is on the devices, under a key that is free."""
@@ -77,16 +108,23 @@ class Tiers:
         self.bytes["device"] += kept.bytes
 
     def forget(self, kept: Kept) -> None:
-        """Takes it away at once; what is held takes its room until it is released."""
+        """Takes it away at once; what is held, or on its way, takes its room until that ends."""
         del self._kept[kept.handle.key]
         for mark in kept.marks:
             keys = self._by_mark[mark]
             del keys[kept.handle.key]
             if not keys:
                 del self._by_mark[mark]
+        kept.removed = True
+        self._free(kept)
+
+    def _free(self, kept: Kept) -> None:
+        """The room of what has been taken away, unless its arrays are still read."""
+        if not kept.removed or kept.holds or (self._move is not None and self._move.kept is kept):
+            return
         if kept.host is not None:
             self.bytes["host"] -= kept.host.bytes
-        elif not kept.holds:
+        else:
             self.bytes["device"] -= kept.bytes
 
     def hold(self, handle: Handle) -> None:
@@ -106,8 +144,7 @@ class Tiers:
         if kept.holds:
             return
         del self._held[handle]
-        if self._kept.get(handle.key) is not kept:
-            self.bytes["device"] -= kept.bytes
+        self._free(kept)
 
     def pin(self, key: str, pinned: bool) -> None:
         """Whether what is or will be kept under the key stays in memory."""
@@ -121,54 +158,109 @@ class Tiers:
                 return count, max((self._kept[key] for key in keys), key=lambda kept: kept.device is not None)
         return 0, None
 
+    @property
+    def moving(self) -> bool:
+        """Whether a move is under way: room that there is not yet may be there later."""
+        return self._move is not None
+
+    def wait(self, seconds: float | None = None) -> None:
+        """Until the move that is under way, if one is, has ended, or so long."""
+        if self._move is not None and self._move.future is not None:
+            wait([self._move.future], seconds)
+            self._settle()
+
     def make_room(self, wanted: int, but: Kept | None = None) -> bool:
-        """Moves what is not held off the devices until `wanted` more bytes fit; False if they cannot.
+        """Moves what is not held off the devices until `wanted` more bytes fit; False if they cannot, or not yet.
 
         `but` stays where it is.
         """
+        self._settle()
         most, staying = self._most["device"], {*self._held.values(), *([but] if but and but.device else [])}
         if sum(kept.bytes for kept in staying) + wanted > most:
             return False
         for kept in self.every():
-            if self.bytes["device"] + wanted <= most:
+            if self._move is not None or self.bytes["device"] + wanted <= most:
                 break
             if kept.device is not None and kept not in staying:
                 self._off_devices(kept, but)
         return self.bytes["device"] + wanted <= most
 
     def to_devices(self, kept: Kept) -> bool:
-        """Brings it to the devices if it is on the host; False where they have no room."""
+        """Brings it to the devices if it is on the host; False where they have no room, or not yet."""
         if kept.host is None:
             return True
         if not self.make_room(kept.bytes, kept):
             return False
-        kept.device, self.bytes["host"] = self._moves.to_devices(kept.host), self.bytes["host"] - kept.host.bytes
-        kept.host = None
+        kept.device, host, kept.host = self._moves.to_devices(kept.host), kept.host, None
         self.bytes["device"] += kept.bytes
+        if self._move is not None and self._move.kept is kept:  # which is being saved from there
+            self._move.host_bytes += host.bytes
+        else:
+            self.bytes["host"] -= host.bytes
         return True
 
     def _off_devices(self, kept: Kept, but: Kept | None) -> None:
         """To the host, or away where that has no room; what is pinned then stays where it is."""
-        assert kept.device is not None
-        if not self._room_on_host(sum(array.nbytes for array in jax.tree.leaves(kept.device)), but):
+        prefix = kept.device
+        assert prefix is not None
+        size = sum(array.nbytes for array in jax.tree.leaves(prefix))
+        if not self._room_on_host(size, but):
             if kept.handle.key not in self._pinned:
                 self._drop(kept)
-            return
-        kept.host, kept.device = self._moves.to_host(kept.device), None
-        self.bytes["device"] -= kept.bytes
-        self.bytes["host"] += kept.host.bytes
+        elif self._move is None:  # else something leaves the host first
+            self._begin(Move(kept, lambda: self._moves.to_host(prefix), to_disk=False, host_bytes=size))
 
     def _room_on_host(self, wanted: int, but: Kept | None) -> bool:
+        """Whether there is room, or will be once the move that is under way then has ended."""
         sizes = {kept: kept.host.bytes for kept in self._kept.values() if kept.host is not None}
         free = [kept for kept in sizes if kept is not but and kept.handle.key not in self._pinned]
         if self.bytes["host"] - sum(sizes[kept] for kept in free) + wanted > self._most["host"]:
             return False
         for kept in free:
-            if self.bytes["host"] + wanted <= self._most["host"]:
+            if self._move is not None or self.bytes["host"] + wanted <= self._most["host"]:
                 break
             self._drop(kept)
         return True
 
     def _drop(self, kept: Kept) -> None:
-        self._dropped(kept)
-        self.forget(kept)
+        if kept.stored:
+            self.forget(kept)
+            return
+        prefix = kept.prefix
+        self._begin(Move(kept, lambda: self._save(kept, prefix), to_disk=True))
+
+    def _begin(self, move: Move) -> None:
+        # Saving from several devices runs programs on them all, which must be in one order: that of one thread.
+        if not self._aside or (move.to_disk and move.kept.host is None and not self._moves.on_one_device):
+            self._end(move, move.work())
+            return
+        self.bytes["host"] += move.host_bytes
+        self._move, move.future = move, begun(move.work)
+
+    def _settle(self) -> None:
+        """Takes in the move that was under way, if it has ended."""
+        move = self._move
+        if move is None or move.future is None or not move.future.done():
+            return
+        self._move = None
+        self.bytes["host"] -= move.host_bytes
+        error = move.future.exception()
+        if error is not None:
+            why = legible(f"{type(error).__name__}: {error}")
+            _log.warning("keys and values of a document could not be moved off the devices: %s", why)
+        self._end(move, None if error is not None else move.future.result())
+
+    def _end(self, move: Move, arrived: HostPrefix | None) -> None:
+        kept = move.kept
+        if move.to_disk:
+            kept.stored = True
+            self._saved(kept)
+        self._free(kept)
+        if kept.removed or kept.holds or move.asked or (move.to_disk and kept.handle.key in self._pinned):
+            return
+        if arrived is None:
+            self.forget(kept)
+            return
+        kept.host, kept.device = arrived, None
+        self.bytes["device"] -= kept.bytes
+        self.bytes["host"] += arrived.bytes

@@ -5,19 +5,24 @@ import time
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.job import Job
-from rapid_jax.engine.lane import ROW_BUCKETS, Lane
+from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey
 from rapid_jax.engine.prepare import Prepared
 from rapid_jax.engine.request import Event, Failed, Piece, Prompt, Question, Request, Tokens
+from rapid_jax.engine.scoring import compile_scores
+from rapid_jax.engine.sharing import fits
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.runtime.errors import InputError
 
 _WORDS = "The harbour of the old town lies open to the north, and its boats leave before the light comes. "
 _PIECES = 2  # an encoder's tokens for one of the target's, at most
 Size = tuple[int, int]  # documents, rows of each
+Prompts: TypeAlias = tuple[Prompt, Prompt]
+Outlines: TypeAlias = dict[str, dict[LaneKey, list[Any]]]  # by kind of request, of the lanes that there are so far
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,13 @@ class WarmUp:
 
     That holds for questions about documents under the engine's own mode, gamma and lookup, and for chats and texts
     without one, with answers of at most the engine's own limit (or of the same bucket) and questions of at most
-    `prepare.QUESTION_TOKENS`, whatever else they ask for. Requests that name others bring programs of their own, and
-    so do those of several sizes that are answered by one program side by side.
+    `prepare.QUESTION_TOKENS`, whatever else they ask for, of one of the sizes or of several at once; and for the
+    log-probabilities of prompts of these lengths. Requests that name others bring programs of their own, and so do more
+    at once. (In mode target questions about a document may share a lane with chats that need as many slots; then each
+    of those counts as a document.)
+
+    Requests of several sizes run side by side in the lane of the largest (engine/sharing.py): that takes one program
+    for each pair of sizes, where lanes that grew would take one for each pair and number of rows.
     """
 
     lengths: tuple[int, ...] = (1024,)  # tokens of documents; one stands for all of its bucket
@@ -65,34 +75,54 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
         start = time.perf_counter()
         engine.models.embedder.warm_up(_PIECES * config.retrieval.chunk_tokens)
         report(f"chunks and questions: {time.perf_counter() - start:.1f} s")
-    for length in what.lengths:
-        document, asked = texts[length], "When do the boats leave?"
-        # Of another one that begins so what they have in common is copied.
-        prompts = Question(document, asked), Question(document[:-1], asked)
-        about = f"documents of {length} tokens, up to {what.documents} at once with {what.rows} questions each"
-        _warm_up(engine, prompts, what.sizes(), about, report)
-    for length in what.chats:
+    larger: tuple[Outlines, Outlines] = {}, {}  # of chats, of documents: they come in other numbers
+    for length, is_document in sorted({*((n, True) for n in what.lengths), *((n, False) for n in what.chats)})[::-1]:
         ids = engine.models.target.tokenizer.encode(texts[length])[:length]
-        alone = [(count, 1) for count in ROW_BUCKETS if count == 1 or count < 2 * what.rows]
-        about = f"chats of {length} tokens, up to {what.rows} at once"
-        _warm_up(engine, (Tokens(ids), Tokens(ids[:-1])), alone, about, report)
+        if is_document:
+            asked = "When do the boats leave?"
+            # Of another one that begins so what they have in common is copied.
+            prompts: Prompts = Question(texts[length], asked), Question(texts[length][:-1], asked)
+            about = f"documents of {length} tokens, up to {what.documents} at once with {what.rows} questions each"
+            _warm_up(engine, prompts, what.sizes(), larger[True], about, report)
+        else:
+            alone = [(count, 1) for count in ROW_BUCKETS if count == 1 or count < 2 * what.rows]
+            about = f"chats of {length} tokens, up to {what.rows} at once"
+            _warm_up(engine, (Tokens(ids), Tokens(ids[:-1])), alone, larger[False], about, report)
+        start = time.perf_counter()
+        compile_scores(engine.models.target, config, ids)
+        report(f"log-probabilities of prompts of {length} tokens: {time.perf_counter() - start:.1f} s")
 
 
 def _warm_up(
-    engine: Engine, prompts: tuple[Prompt, Prompt], sizes: list[Size], about: str, report: Callable[[str], None]
+    engine: Engine, prompts: Prompts, sizes: list[Size], larger: Outlines, about: str, report: Callable[[str], None]
 ) -> None:
-    """For requests like the first prompt in lanes of these sizes; the second begins as the first does."""
+    """For requests like the first prompt in lanes of these sizes and in those of larger ones, which have been before;
+    the second begins as the first does.
+    """
     unwanted: list[Handle] = []
     for kind, request in _kinds(prompts[0], engine.config):
         start = time.perf_counter()
         _ask(engine, request)
         with engine.read(request) as (job, prepared):
+            _compile_joins(engine, prepared, larger.setdefault(kind, {}))
             _compile(job, prepared, sizes)
             with engine.read(replace(request, prompt=prompts[1])) as (_, other):
                 unwanted = [one.handle for one in (prepared, other) if one.handle is not None]
         report(f"{about}, {kind}: {time.perf_counter() - start:.1f} s")
     for handle in unwanted:
         engine.prefixes.remove(handle.key)
+
+
+def _compile_joins(engine: Engine, prepared: Prepared, larger: dict[LaneKey, list[Any]]) -> None:
+    """What makes such a row fit into larger ones' lanes; then it is one of them."""
+    key, rounds = prepared.key, prepared.rounds
+    for other, outline in larger.items():
+        if other != key and fits(key, other):
+            rounds.compile_fit(outline)
+            engine.sharing.joined(key, other)
+    if key.slots is not None:
+        engine.sharing.declared.add(key.slots)
+        larger[key] = rounds.outline()
 
 
 def _document(engine: Engine, length: int) -> str:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -114,10 +114,12 @@ class PrefixStore:
             os.utime(folder)
         return prefix
 
-    def save(self, key: str, prefix: Prefix, marks: Sequence[str] = ()) -> None:
-        """Stores the prefix, whole or not at all; returns when it is on disk. `marks` is what `marked` finds it by.
+    def save(
+        self, key: str, prefix: Prefix, marks: Sequence[str] = (), wanted: Callable[[], bool] = lambda: True
+    ) -> None:
+        """Stores the prefix, whole or not at all; returns when it is on disk. `marks` is what `marks` gives of it.
 
-        One that is there already stays, and one larger than `max_bytes` is not written.
+        One that is there already stays, and one larger than `max_bytes` is not written, nor what is no longer `wanted`.
         """
         folder = self.folder / key
         if folder.is_dir():
@@ -130,7 +132,7 @@ class PrefixStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.clean()
             self._evict(size)
-            self._write(folder, key, prefix, marks)
+            self._write(folder, key, prefix, marks, wanted)
             self._evict(0, newest=folder)
         except (OSError, InputError, RuntimeError) as error:
             if isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):  # XLA's word: out of memory
@@ -165,7 +167,7 @@ class PrefixStore:
             return [path.name for path in self._children(_ENTRY)]
         return []
 
-    def _write(self, folder: Path, key: str, prefix: Prefix, marks: Sequence[str]) -> None:
+    def _write(self, folder: Path, key: str, prefix: Prefix, marks: Sequence[str], wanted: Callable[[], bool]) -> None:
         used, count = int(prefix.used), layer_count(prefix.layers)
         per_part = max(1, _PART_BYTES * count // self._used_bytes(prefix))
         slots, order, copies = prefix.pos_BS.shape[1], slots_in_order(prefix), self._copies(prefix)
@@ -183,9 +185,12 @@ class PrefixStore:
             ):
                 writer.add("positions", {"pos_BS": pos_BS})
                 for part in _parts(count, per_part):
+                    if not wanted():
+                        break
                     writer.add(_item(part), {f"{layer}": to_host(prefix, layer, order, copies) for layer in part})
                     report.advance(len(part))
-            temporary.rename(folder)
+            if wanted():
+                temporary.rename(folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 

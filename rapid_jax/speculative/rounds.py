@@ -10,19 +10,21 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rapid_jax.attention.cache import capacity
 from rapid_jax.attention.kernels import platform_of
 from rapid_jax.model.finite import why_not_finite
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import agreed, replicated
 from rapid_jax.speculative.apart import run_rounds_apart
 from rapid_jax.speculative.loop import run_rounds, run_rounds_on_tpu
-from rapid_jax.speculative.rows import taken, with_room, with_same_slots, written
+from rapid_jax.speculative.rows import fitted, outline, taken, with_room, written
 from rapid_jax.speculative.sampling import Knobs, Law
 from rapid_jax.speculative.schedule import AutoGamma, FixedGamma, Observation
 from rapid_jax.speculative.state import Counts, Logprobs, Plan, Side, State
 
 _LOOKS = 3  # at how long a call takes without rounds: one alone may meet a hiccup
 Schedule: TypeAlias = FixedGamma | AutoGamma
+Slots: TypeAlias = tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ class Rounds:
         (first, second), (their_first, their_second) = self._parts(), other._parts()
 
         def put(mine: dict[str, Any], theirs: dict[str, Any], mesh: Mesh | None, at: int, count: int):
-            mine, theirs = with_same_slots(mine, theirs, 1 if mesh is None else mesh.shape["context"])
+            mine, theirs = fitted(mine, theirs, _context(mesh))
             return written(with_room(mine, theirs, count), theirs, np.int32(at))
 
         first = put(first, their_first, self.meshes[0], row, rows)
@@ -186,6 +188,30 @@ class Rounds:
         self.interrupted[row] = False
         self.set_knobs(_with_row(self.host_knobs, other.host_knobs, row, rows))
         self.host = self._read()
+
+    @property
+    def slots(self) -> Slots:
+        """Of a row: in the target's prefix and tail, the text, the output, and the drafter's prefix and tail."""
+        target, drafter = self.sides
+        own = capacity(target.prefix.layers), capacity(self.state.target_tail.layers)
+        own += self.texts[0].shape[1], self.state.emitted_BO.shape[1]
+        if drafter is None or self.state.draft_tail is None:
+            return own
+        return *own, capacity(drafter.prefix.layers), capacity(self.state.draft_tail.layers)
+
+    def outline(self) -> list[Any]:
+        """The shapes of all that the rows have."""
+        return [outline(part) for part in self._every_part()]
+
+    def compile_fit(self, larger: list[Any]) -> None:
+        """Runs what makes the one row's arrays as large as those of such an outline, as `join` does, and drops them."""
+        meshes = self.meshes[0], self.meshes[0], self.meshes[-1]
+        for part, other, mesh in zip(self._every_part(), larger, meshes, strict=False):
+            jax.block_until_ready(fitted(other, part, _context(mesh))[1])
+
+    def _every_part(self) -> list[dict[str, Any]]:
+        first, second = self._parts()
+        return [first, {"prefix": self.sides[0].prefix}, *([] if second is None else [second])]
 
     def arrange(self, rows: Sequence[int], documents: Sequence[int] | None = None) -> None:
         """Those rows in that order, and of the target's prefixes those; a row that is there twice is done in all but
@@ -236,6 +262,10 @@ class Rounds:
             if side is not None and getattr(state, name) is None
         ]
         return replace(state, **{name: replicated(self.meshes[0], np.zeros(shape, bool)) for name in missing})
+
+
+def _context(mesh: Mesh | None) -> int:
+    return 1 if mesh is None else mesh.shape["context"]
 
 
 def _with_row(knobs: Knobs, new: Knobs, row: int, rows: int) -> Knobs:

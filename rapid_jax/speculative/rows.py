@@ -69,6 +69,21 @@ def with_room(old: T, new: T, rows: int) -> T:
     return written(_each(_fresh, old, shapes), old, np.int32(0))
 
 
+def outline(part: T) -> T:
+    """The part's shapes alone, in the place of its arrays."""
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), part)
+
+
+def fitted(mine: dict[str, Any], theirs: dict[str, Any], devices: int) -> tuple[dict, dict]:
+    """Both parts, which `written` then takes: their one row has at least as many slots of everything as mine have.
+
+    One program for a pair of sizes, whatever number of rows mine are. Of mine, prefixes alone grow to the size of
+    theirs.
+    """
+    mine, theirs = with_same_slots(mine, theirs, devices)
+    return mine, with_room(theirs, mine, 1)
+
+
 def with_same_slots(first: dict[str, Any], second: dict[str, Any], devices: int) -> tuple[dict, dict]:
     """Both parts with prefixes, if they have any, of as many slots as the larger; devices of the context axis share
     them."""

@@ -59,10 +59,10 @@ def prefix_of(decoder: Decoder, head: Sequence[int]) -> Prefix:
     return place.prefix(tuple(placed(decoder.mesh, strategy.spec("kv_BKSH"), each)), decoder.mesh)
 
 
-def cache_of(decoder: Decoder, folder: Path, *, kv: str = "full", **settings) -> PrefixCache:
+def cache_of(decoder: Decoder, folder: Path, *, kv: str = "full", aside: bool = False, **settings) -> PrefixCache:
     compute = ComputeConfig(prefill_chunk=CHUNK, kv=kv)  # type: ignore[arg-type]
     cache = CacheConfig(**{"disk_gib": 0.0, "device_gib": 1.0, "host_gib": 1.0} | settings)
-    return PrefixCache(decoder, compute, cache, folder, weights_hash=lambda: "w", quiet=True)
+    return PrefixCache(decoder, compute, cache, folder, weights_hash=lambda: "w", aside=aside, quiet=True)
 
 
 def check_head(got: Prefix | None, decoder: Decoder, head: Sequence[int], longest: int) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """After the warm-up no request of the declared sizes compiles anything."""
 
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ import pytest
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.engine import Engine
+from rapid_jax.engine.lane import LaneKey
 from rapid_jax.engine.models import Models
-from rapid_jax.engine.request import Chat, Done, Event, Piece, Question, Request
+from rapid_jax.engine.request import Chat, Done, Event, Piece, Question, Request, Tokens
 from rapid_jax.engine.service import RunningEngine
 from rapid_jax.engine.warm_up import WarmUp, _document, warm_up
 from rapid_jax.model.load import open_checkpoint
@@ -25,20 +27,22 @@ from tests.tiny_models import save_decoder, words
 
 LIMIT = 24
 LENGTH = 220  # tokens, as words(90) has: with the template around it, six chunks of the prefill
+SHORT = 90  # as words(30) has
+SHORTEST = 16  # a quarter of a chunk
 
 
 @pytest.fixture(scope="module")
 def warm(request: pytest.FixtureRequest) -> WarmUp:
-    """Two rows of one document; with `--fuzz 2` or more four rows, and two documents at once."""
+    """Two rows of one document; with `--fuzz 2` or more four rows, and two documents of two sizes at once."""
     more = request.config.getoption("--fuzz") > 1
-    return WarmUp((LENGTH,), rows=2 + 2 * more, documents=1 + more, chats=(40,))
+    return WarmUp((LENGTH, SHORT)[: 1 + more], rows=2 + 2 * more, documents=1 + more, chats=(SHORTEST, 40))
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory, warm: WarmUp) -> RunningEngine:
+def config(tmp_path_factory) -> RapidConfig:
     folder: Path = tmp_path_factory.mktemp("tiny")
     target = save_decoder(folder / "model", sizes={"num_hidden_layers": 1})
-    config = RapidConfig(
+    return RapidConfig(
         models=ModelsConfig(target=str(target), encoder=str(encoders.save(folder / "encoder", "bert"))),
         retrieval=RetrievalConfig(chunk_tokens=64, min_tokens=128),
         speculation=SpeculationConfig(gamma=2, lookup="off", rounds_per_read=1),
@@ -46,13 +50,27 @@ def engine(tmp_path_factory, warm: WarmUp) -> RunningEngine:
         compute=ComputeConfig(prefill_chunk=64),
         cache=CacheConfig(folder=str(folder / "cache"), prefixes=False, programs=False),
     )
+
+
+@pytest.fixture(scope="module")
+def engine(config: RapidConfig, warm: WarmUp) -> RunningEngine:
     engine = RunningEngine(config, Models(config, quiet=True), warm=warm)
     said: list[str] = []
     jax.clear_caches()  # of this process: programs of the same shapes would not be compiled
     with compiled() as found:
         engine.warm_up(said.append)
-    assert len(said) == 7 and "jit(_run_rounds)" in found and engine.is_idle
+    assert len(said) == 1 + 4 * len((*warm.lengths, *warm.chats))
+    assert "jit(_run_rounds)" in found and engine.is_idle
     return engine
+
+
+@pytest.fixture(scope="module")
+def plain(config: RapidConfig, engine: RunningEngine) -> RunningEngine:
+    """Documents of two sizes, two at once, that the target answers about alone."""
+    config = replace(config, speculation=replace(config.speculation, mode="target"))
+    plain = RunningEngine(config, engine.models, warm=WarmUp((LENGTH, SHORT), documents=2))
+    plain.warm_up(lambda text: None)
+    return plain
 
 
 def asked(engine: RunningEngine, number: int) -> Request:
@@ -89,7 +107,7 @@ class Heard:
         self.ticket = engine.submit(request, self.events.append)
 
     def until_it_says_something(self, engine: RunningEngine) -> None:
-        while not any(isinstance(event, Piece) for event in self.events):
+        while not (self.ticket.job.ended or any(isinstance(event, Piece) for event in self.events)):
             engine.step()
 
 
@@ -150,6 +168,73 @@ def test_nor_do_chats(engine: RunningEngine, warm: WarmUp):
             engine.run([one.ticket for one in heard])
         assert all(isinstance(one.events[-1], Done) for one in heard), heard[0].events[-1]
         assert found == [], f"chats {start} to {start + warm.rows}"
+
+
+class Joins:
+    """Counts the lanes that are there at once, and the rows that join larger ones, while nothing is compiled."""
+
+    def __init__(self, engine: RunningEngine, monkeypatch: pytest.MonkeyPatch):
+        self._engine, self.lanes, self.across = engine, 0, 0
+        joined = engine.sharing.joined
+
+        def counted(key: LaneKey, lane: LaneKey) -> None:
+            self.across += key != lane
+            joined(key, lane)
+
+        monkeypatch.setattr(engine.sharing, "joined", counted)
+
+    def check(self, requests: list[Request]) -> None:
+        """Asks all at once, and each once another says something, in either order."""
+        for order in (requests, requests[::-1]):
+            for waits in (False, True):
+                with compiled() as found:
+                    heard = []
+                    for request in order:
+                        heard.append(Heard(self._engine, request))
+                        if waits:
+                            heard[-1].until_it_says_something(self._engine)
+                        self.lanes = max(self.lanes, len(self._engine._lanes))
+                    self._engine.run([one.ticket for one in heard])
+                assert found == [] and self._engine.is_idle
+                assert all(isinstance(one.events[-1], Done) for one in heard), heard[0].events[-1]
+
+
+def test_nor_do_chats_of_several_sizes_side_by_side(engine: RunningEngine, warm: WarmUp, monkeypatch):
+    """A smaller one joins the larger ones' lane; a larger one that comes later has its own."""
+    joins = Joins(engine, monkeypatch)
+    for start in range(0, 20, warm.rows):
+        sizes = [(SHORTEST - start % 5, 40 - start % 7)[at % 2] for at in range(warm.rows)]
+        joins.check(
+            [replace(asked(engine, start + at), prompt=Tokens([5 + start + at] * n)) for at, n in enumerate(sizes)]
+        )
+    assert joins.lanes == 2 and joins.across > 2
+
+
+def test_nor_do_documents_of_several_sizes_side_by_side(plain: RunningEngine, monkeypatch):
+    joins = Joins(plain, monkeypatch)
+    for number in range(20):
+        about = [Question(words(count, seed=number), "w12 w34?") for count in (30, 90)]
+        one = replace(asked(plain, number), speculation=plain.config.speculation)
+        joins.check([replace(one, prompt=question) for question in about])
+    assert joins.lanes == 2 and joins.across > 2
+
+
+def test_nor_do_documents_of_several_sizes_with_a_drafter(engine: RunningEngine, warm: WarmUp, monkeypatch):
+    """Where only one at once is declared there is one size."""
+    joins = Joins(engine, monkeypatch)
+    for number in range(0, 20, 5):
+        questions = [Question(words(90 - 60 * at, seed=number), "w12 w34?") for at in range(len(warm.lengths))]
+        joins.check([replace(asked(engine, number + at), prompt=one) for at, one in enumerate(questions)])
+    assert (joins.across > 0) == (warm.documents > 1)
+
+
+def test_nor_do_log_probabilities_of_prompts(engine: RunningEngine):
+    for count in (2, SHORTEST, SHORTEST + 1, 40, 64, LENGTH - 20, LENGTH):
+        with compiled() as found:
+            future: Future = Future()
+            engine._score([7, *range(3, 2 + count)], 3, future)
+        assert len(future.result()) == count
+        assert found == [], f"{count} tokens"
 
 
 def test_the_sizes_that_lanes_come_to_have():

@@ -132,6 +132,37 @@ def test_who_joins_late_and_who_goes_concerns_nobody_else(engine, config, alone)
     assert engine.is_idle
 
 
+@pytest.mark.parametrize("seen", ["new", "declared"])
+def test_sizes_side_by_side_have_the_tokens_that_they_have_alone(config, engine, seen):
+    """A smaller row is copied into a larger lane; a larger one, or one of a declared size, has a lane of its own."""
+    engine = Engine(config, engine.models, quiet=True, prefill_first=False)
+    longer = SamplingSettings(temperature=0.0, max_new_tokens=60)
+    asked = [
+        replace(request(config, 1), prompt=Question(words(count, seed=5), QUESTIONS[number]), sampling=longer)
+        for number, count in enumerate((200, 90, 400))
+    ]
+    alone = []
+    for one in asked:
+        heard = Heard(engine, one)
+        while not (engine._lanes or heard.ticket.job.ended):
+            engine.step()
+        (key,) = engine._lanes
+        if seen == "declared":
+            engine.sharing.declared.add(key.slots)
+        engine.run([heard.ticket])
+        alone.append(heard.tokens)
+    together, lanes = [], []
+    for one in asked:
+        together.append(Heard(engine, one))
+        while not (together[-1].pieces or together[-1].ticket.job.ended):
+            engine.step()
+        lanes.append(len(engine._lanes))
+    assert lanes == ([1, 1, 2] if seen == "new" else [1, 2, 3])
+    engine.run([heard.ticket for heard in together])
+    assert [heard.tokens for heard in together] == alone
+    assert len(engine.sharing.pairs) == (seen == "new") and engine.is_idle
+
+
 def test_cancelled_before_it_began_or_while_its_prompt_is_read(engine, config, alone):
     waiting, running = (Heard(engine, request(config, number)) for number in (1, 0))
     waiting.ticket.cancel()

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which lane a request joins."""
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from rapid_jax.engine.lane import LaneKey
+from rapid_jax.engine.sharing import Sharing, fits
+from rapid_jax.speculative.config import SpeculationConfig
+
+SMALL, MIDDLE, LARGE, WIDE = (64, 16, 64, 32), (128, 16, 128, 32), (256, 16, 256, 32), (64, 16, 64, 64)
+
+
+def key(slots: tuple[int, ...] | None, **settings) -> LaneKey:
+    return LaneKey.of(SpeculationConfig(mode="target", **settings), None, slots)
+
+
+def lanes(*sizes: tuple[int, ...], full: tuple[int, ...] | None = None, documents: tuple = ()) -> Any:
+    """Lanes with these slots; one of them may be full."""
+    found = {}
+    for slots in sizes:
+        room = None if slots == full else (2, 1)
+        found[key(slots)] = SimpleNamespace(sizes_with=lambda names, room=room: room, documents=list(documents))
+    return cast("Any", found)
+
+
+def placed(sharing: Sharing, there: Any, slots: tuple[int, ...], document: str = "a") -> tuple | str | None:
+    """The slots of the lane; "new" is one of its own."""
+    found = sharing.place(there, key(slots), document, [])
+    if found is None:
+        return None
+    lane, sizes = found
+    return "new" if sizes is None else lane.slots
+
+
+def test_a_row_fits_into_what_is_larger_in_everything():
+    assert fits(key(SMALL), key(LARGE)) and fits(key(SMALL), key(SMALL)) and fits(key(SMALL), key(WIDE))
+    assert not fits(key(LARGE), key(SMALL)) and not fits(key(LARGE), key(WIDE)) and not fits(key(WIDE), key(LARGE))
+    assert not fits(key(SMALL), key((*LARGE, 64, 16))), "that one has a drafter"
+    assert not fits(key(SMALL), key(LARGE, rounds_per_read=7)) and not fits(key(None), key(LARGE))
+
+
+def test_one_of_no_declared_size_joins_the_largest_unless_it_has_a_lane():
+    sharing = Sharing()
+    assert placed(sharing, lanes(), SMALL) == "new"
+    assert placed(sharing, lanes(MIDDLE, LARGE), SMALL) == LARGE
+    assert placed(sharing, lanes(MIDDLE, LARGE), LARGE) == LARGE
+    assert placed(sharing, lanes(SMALL, LARGE), SMALL) == SMALL, "that needs no program"
+    assert placed(sharing, lanes(SMALL), LARGE) == "new"
+    sharing.joined(key(SMALL), key(LARGE))
+    assert placed(sharing, lanes(SMALL, LARGE), SMALL) == LARGE, "nor does that now"
+    assert placed(sharing, lanes(SMALL, LARGE, full=LARGE), SMALL) == SMALL
+    assert placed(sharing, lanes(SMALL, full=SMALL), SMALL) is None, "it waits"
+
+
+def test_one_of_a_declared_size_joins_where_that_compiles_nothing():
+    sharing = Sharing({SMALL, LARGE}, {(SMALL, LARGE)})
+    assert placed(sharing, lanes(MIDDLE), SMALL) == "new"
+    assert placed(sharing, lanes(MIDDLE, LARGE), SMALL) == LARGE
+    assert placed(sharing, lanes(LARGE, full=LARGE), SMALL) == "new"
+
+
+def test_a_lane_that_has_the_document_comes_first():
+    sharing = Sharing({SMALL, LARGE}, {(SMALL, LARGE)})
+    there = lanes(SMALL, documents=("a",)) | lanes(LARGE)
+    assert placed(sharing, there, SMALL, "a") == SMALL
+    assert placed(sharing, there, SMALL, "b") == LARGE
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_lanes_whose_rows_may_grow_are_one_for_all_sizes(full: bool):
+    there = {key(None): SimpleNamespace(sizes_with=lambda names: None if full else (1, 2), documents=[])}
+    found = Sharing().place(cast("Any", there), key(None), "a", [])
+    assert found == (None if full else (key(None), (1, 2)))

@@ -244,7 +244,7 @@ def test_a_reader_that_contradicts_itself_makes_no_tie_of_everything(bench, monk
 
 
 def test_what_a_first_hour_on_a_tpu_is_to_measure(tmp_path, capsys):
-    """The devices of this process sum, a matrix is read in full and in 8 bits, and a layer takes time beside its own."""
+    """All devices sum, a matrix is read in full and in 8 bits, and a layer takes time beside its own."""
     path = tmp_path / "hour.jsonl"
     assert main(["bench", "--tpu-hour", "--repeats", "1", "--json", str(path)]) == 0
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

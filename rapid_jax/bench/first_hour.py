@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `rapid plan` assumes of a chip and nobody has measured on a TPU: a few rows times a matrix, a small sum over the
+"""What `rapid plan` assumes of a chip and nobody has measured on a TPU: a row times a matrix, a small sum over the
 chips, and a layer's operations beside its matrices (`plan/speed.py`).
 """
 
@@ -25,7 +25,7 @@ from rapid_jax.speculative.draft import read
 from rapid_jax.speculative.prefill import new_tail
 from rapid_jax.speculative.state import Plan, Side
 
-ROWS = 8  # a tile of them: one token's products take as long
+ROWS = 8  # that sums are of: a tile of them
 LAYERS = 8  # of the decoder that is timed
 PROMPT = 256  # tokens that its attention reads: next to nothing
 STEPS, SUMS = 8, 64  # that one call makes
@@ -33,14 +33,14 @@ STEPS, SUMS = 8, 64  # that one call makes
 
 @dataclass(frozen=True)
 class Product:
-    """ROWS rows times gate and up of a layer."""
+    """A row times gate and up of a layer."""
 
     weights: str  # full, int8
     us: float
     bytes_per_second: float
 
     def __str__(self) -> str:
-        return f"rows times a matrix, {self.weights}: {self.us:.1f} us, {self.bytes_per_second / 1e12:.3g} TB/s"
+        return f"a row times a matrix, {self.weights}: {self.us:.1f} us, {self.bytes_per_second / 1e12:.3g} TB/s"
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def first_hour(config: ModelConfig, dtype: Any, repeats: int, add: Callable[[str
 
 def _product(matrices: list[Matrix], config: ModelConfig, dtype: Any, weights: str, repeats: int) -> Product:
     """Each layer's matrix in turn, so that none is in a cache when it comes again."""
-    x_BTD = jax.random.normal(jax.random.key(0), (1, ROWS, config.hidden_size), jnp.float32).astype(dtype)
+    x_BTD = jax.random.normal(jax.random.key(0), (1, 1, config.hidden_size), jnp.float32).astype(dtype)
 
     @jax.jit
     def run(x_BTD: jax.Array, matrices: list[Matrix]) -> jax.Array:
@@ -108,6 +108,7 @@ def _product(matrices: list[Matrix], config: ModelConfig, dtype: Any, weights: s
 
 def _sum(config: ModelConfig, dtype: Any, repeats: int) -> Sum:
     chips = len(jax.devices())
+    dtype = jnp.dtype(jnp.float32) if jax.default_backend() == "cpu" else dtype  # CPUs cannot add bfloat16
     place = Place(make_mesh(MeshConfig(model=chips)))
     x_CTD = jnp.zeros((chips, ROWS, config.hidden_size), dtype)
     lying = NamedSharding(place.mesh, PartitionSpec(MODEL))  # type: ignore[arg-type]

@@ -145,7 +145,8 @@ class Preparing:
         decoder = self._models.drafter.decoder
         label = "prefill (drafter)" if waits else None
         prefix = yield from self._read(job, decoder, tokens[:-DRAFTER_LACKS], label, room=room)
-        if job.config.models.drafter_weights != "full" and can_round(decoder.mesh):
+        is_copy = decoder.bits is not None and decoder is not self._models.target.decoder
+        if is_copy and can_round(decoder.mesh):
             prefix = rounded(prefix)
         return Prompted(decoder, [tokens], prefix, [len(tokens) - DRAFTER_LACKS])
 

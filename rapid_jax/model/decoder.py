@@ -177,6 +177,11 @@ class Decoder(nnx.Module):
         return (self.embed_VD[...], "VD") if self.head_DV is None else (self.head_DV[...], "DV")
 
     @property
+    def bits(self) -> int | None:
+        """That weights were rounded to; None: in full."""
+        return None
+
+    @property
     def vocabulary(self) -> int:
         """Logits of a token."""
         return self.config.vocab_size

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rapid_jax.attention.kernels import platform_of
 from rapid_jax.model.decoder import Block, Decoder
 from rapid_jax.model.fused_decoder import FusedBlock, FusedDecoder, Heads
 from rapid_jax.model.matrix import MODEL, Matrix, Place, in_bits, made
@@ -28,7 +29,9 @@ LANES = 128  # columns of a tile
 
 
 def fused(decoder: Decoder, *, spent: bool = False) -> FusedDecoder:
-    """The decoder as decoding reads it. `spent`: the given one's matrices are deleted, a layer at a time.
+    """The decoder as decoding reads it. `spent`: the given one's matrices are deleted as soon as they are joined.
+
+    One layer is joined after the other, or all at once where they are one array.
 
     Shapes in the place of arrays give shapes.
     """
@@ -42,9 +45,12 @@ def fused(decoder: Decoder, *, spent: bool = False) -> FusedDecoder:
 def quantized(decoder: Decoder, bits: WeightBits) -> FusedDecoder:
     """The decoder's copy in so many bits, on the same devices; the original stays as it is.
 
-    Raises InputError for a decoder that is quantised already.
+    Raises InputError for a decoder that is quantised already, and for 4 bits on a TPU or over devices.
     """
     whole = fused(decoder)
+    parts = 1 if whole.mesh is None else whole.mesh.shape[MODEL]
+    if bits == 4 and (parts > 1 or platform_of(whole.mesh) == "tpu"):
+        raise InputError("weights in 4 bits are for one device that is no TPU: expected 8 bits")
     if whole.bits is not None:
         raise InputError("quantised weights: expected a decoder in full, got one that is quantised already")
     if isinstance(whole.blocks, Block):
@@ -67,7 +73,7 @@ def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
     copied = parts > 1 and _split(k, -2) is None
     kv = config.num_kv_heads if copied else config.num_kv_heads // parts
     columns, depth = Place(mesh, "columns", _split(gate, -2)), Place(mesh, "depth", _split(down, -1))
-    how = Heads(config.num_heads // parts, kv, config.head_dim, columns, copied)
+    how = Heads(config.num_heads // parts, kv, config.head_dim, columns, copied, bool(stack))
     beside = columns.sharding(*stack, *columns.spec)
     join = partial(_side_by_side, lead=len(stack) + 1, place=columns)
     lanes = 1 if mesh is None else LANES

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from rapid_jax.model.decoder import Attend, Block, Decoder
-from rapid_jax.model.matrix import MODEL, Matrix, Place
+from rapid_jax.model.matrix import MODEL, Matrix, Place, times
 from rapid_jax.model.quantized import WeightBits, kernels_fit, restored
 from rapid_jax.model.rope import rotate
 from rapid_jax.model.skinny import FixedPoint, fixed_point, skinny_matmul
@@ -39,6 +39,7 @@ class Heads:
     dim: int
     place: Place
     copied: bool  # k and v are whole on every device
+    stacked: bool  # the block is of all layers: what one gives the next is an array
 
     def split(self, qkv_BTJ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(q_BTNH, k_BTKH, v_BTKH)."""
@@ -80,7 +81,8 @@ class FusedBlock(Block):
         parts, norm_D = _times(self.out, fixed), self.mlp_norm_D[...]
         fixed, x_TD = fixed_point(x_TD, parts_STD=parts, norm_D=norm_D, eps=self.norm_eps)
         fixed, _ = fixed_point(_times(self.gate_up, fixed, gated=x_TD.dtype))
-        return Pending(x_TD.reshape(B, T, D), _times(self.down, fixed)), kept
+        out = Pending(x_TD.reshape(B, T, D), _times(self.down, fixed))
+        return out.summed() if self.how.stacked else out, kept
 
     def _runs_in_kernels(self, rows: int, depth: int) -> bool:
         if jax.default_backend() != "gpu" or self.qkv.bits is None or self.how.place.mesh is not None:
@@ -187,7 +189,7 @@ class FusedDecoder(Decoder):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, vocabulary]."""
         if self.lm_head is None:
-            return super().logits(hidden_BTD)
+            return times(hidden_BTD, self.embed_VD[...], "JD")
         logits_BTV = self.lm_head(hidden_BTD, jnp.float32)
         if self.vocabulary == self.config.vocab_size:
             return logits_BTV

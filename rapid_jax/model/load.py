@@ -2,6 +2,7 @@
 """A model by name: a Hugging Face folder, a GGUF file, or the small one that comes as a Python package."""
 
 import dataclasses
+import gc
 import importlib.util
 import json
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class LoadedModel:
         """SHA-256 over the architecture, the bytes of the weight files and what they were rounded to. Reads the files
         when first asked for.
         """
-        config, bits = json.dumps(to_hf(self.config), sort_keys=True), getattr(self.decoder, "bits", None)
+        config, bits = json.dumps(to_hf(self.config), sort_keys=True), self.decoder.bits
         rounding = [] if bits is None else [f"{bits} bits"]
         return digest(config, *rounding, *(digest_file(path) for path in self.weight_files))
 
@@ -107,7 +108,9 @@ def load_model(
         table=table,
         quiet=quiet,
     )
-    decoder = fused(decoder, spent=True) if decodes else decoder
+    if decodes:
+        decoder = fused(decoder, spent=True)
+        gc.collect()  # arrays that a copy in few bits does not need must have no other owner: flax leaves cycles
     return LoadedModel(decoder, tokenizer, path, tuple(checkpoint.weight_files), generation)
 
 

@@ -2,8 +2,8 @@
 """Matrices in 8 or 4 bits: a half or a quarter of the bytes to read for every token.
 
 8 bits: one scale a column, the largest weight is 127 steps. 4 bits: one scale for every `GROUP` weights of a column,
-the largest weight is -8 steps. The few rows of a decoding step meet them as fixed-point numbers of 15 bits on a GPU
-(`skinny.py`) and on a TPU; elsewhere, and for many rows, the weights are restored.
+the largest weight is -8 steps. Rows meet 8 bits as fixed-point numbers of 15 bits on a TPU; so do the few rows of a
+decoding step on a GPU, and 4 bits (`skinny.py`). Elsewhere the weights are restored.
 """
 
 from collections.abc import Mapping

@@ -101,7 +101,8 @@ def _advice(result: Any, config: RapidConfig, topology: Topology) -> str:
     shorter = "a lower models.max_context, or a card with more memory"
     reading = result.program == "round" and config.compute.kv == "full"
     changes = {
-        "weights": "a smaller target, models.drafter same, models.drafter_weights full or int4, or a TPU slice",
+        "weights": "a smaller target, models.drafter same, models.drafter_weights full or int4, models.target_weights "
+        "int8 (lossy), or a TPU slice",
         "cache": f"compute.kv int8, {shorter}" if reading else shorter,
     }
     return advice(result, f"{topology.name}, compute.prefill_chunk {config.compute.prefill_chunk}", changes)
@@ -146,7 +147,9 @@ def _introduce(config: RapidConfig, models: Sequence[Architecture | None], topol
     assert target is not None
     print(f"target    {config.models.target}: {_said(target)}")
     kind, kv = config.models.drafter_weights, config.compute.kv
-    copy = "" if kind == "full" else f", in {kind} with its prompt in int8"
+    copy = "" if kind == "full" else f", in {kind}"
+    if config.models.target_weights != "full":
+        print(f"          in {config.models.target_weights}: the answer is the copy's")
     print(f"drafter   {'the target itself' if drafter is None else f'{config.models.drafter}: {_said(drafter)}'}{copy}")
     beyond = context > target.config.context_size
     note = f", beyond the target's {target.config.context_size}: it needs rope scaling for that" if beyond else ""

@@ -38,8 +38,9 @@ def of_round(plan: Plan) -> int:
 
 
 def of_rounded_matrix(model: PlannedModel) -> int:
-    """The largest matrix, the head, turned in float32."""
-    return FLOAT32 * model.decoder.config.vocab_size * model.decoder.config.hidden_size
+    """The largest matrix, the head or gate and up, turned in float32."""
+    config = model.decoder.config
+    return FLOAT32 * max(config.vocab_size, 2 * config.intermediate_size) * config.hidden_size
 
 
 def of_rounded_layers(kv: KV) -> int:

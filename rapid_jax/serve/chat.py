@@ -154,6 +154,7 @@ class ChatReply:
             "document_tokens": answer.document_tokens,
             "document_reused": answer.prefix_reused,
             "truncated": answer.truncated,
+            "lossy": list(answer.lossy),
             "seconds": answer.seconds,
         }
 

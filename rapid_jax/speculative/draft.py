@@ -111,7 +111,7 @@ def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs,
     def step(index, carry, tokens_BT):
         draft, tail, seen_BV, open_B = carry
         logits, tail = read(side, tail, tokens_BT, plan, rows=1)
-        logits, finite_B = limited(logits, knobs, plan.vocabulary)
+        logits, finite_B = limited(logits, knobs, plan.vocabulary, side.decoder.config.vocab_size)
         z_BGV = warped(logits, law, knobs, None if seen_BV is None else seen_BV[:, None])
         token_B1 = draw(position_keys(state.key_B, Draw.DRAFT, state.count_B + index, 1), z_BGV, law, knobs)
         log_q_BGV = draft.log_q_BGV
@@ -181,7 +181,7 @@ def draft_with_copies(
         copied_BW, count_B, recent_BR = copies_for(sequence, reach + state.count_B + at_B, reach, framed_BM, plan)
         fed_BT = jnp.concatenate([recent_BR[:, -2:], copied_BW], axis=1)
         logits, longer = read(side, tail, fed_BT, plan, rows=width + 1)
-        logits, finite_B = limited(logits, knobs, plan.vocabulary)
+        logits, finite_B = limited(logits, knobs, plan.vocabulary, side.decoder.config.vocab_size)
         z_BGV = warped(logits, law, knobs, seen_before_each(seen_BV, copied_BW))
         keys_BG = position_keys(state.key_B, Draw.DRAFT, state.count_B + at_B, width + 1)
         drawn_BG = draw(keys_BG, z_BGV, law, knobs)

@@ -99,7 +99,7 @@ def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, p
     fed_BT = jnp.concatenate([last_B1, draft.tokens_BG], axis=1)
     T = fed_BT.shape[1]
     logits, target_tail = read(target, state.target_tail, fed_BT, plan, rows=T)
-    logits, finite_B = limited(logits, knobs, plan.vocabulary)
+    logits, finite_B = limited(logits, knobs, plan.vocabulary, target.decoder.config.vocab_size)
     z_BGV = warped(logits, law, knobs, seen_before_each(state.target_seen_BV, draft.tokens_BG))
     token_keys_BG = position_keys(state.key_B, Draw.TOKEN, state.count_B, T)
     if plan.gamma:

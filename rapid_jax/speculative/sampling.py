@@ -135,13 +135,16 @@ def along(value_B: Numbers, rows: jax.Array) -> jax.Array:
     return jnp.reshape(value_B, (-1, *(1,) * (rows.ndim - 1)))
 
 
-def limited(logits_BTV: jax.Array, knobs: Knobs, vocabulary: int) -> tuple[jax.Array, jax.Array]:
+def limited(logits_BTV: jax.Array, knobs: Knobs, vocabulary: int, own: int) -> tuple[jax.Array, jax.Array]:
     """(logits [B, T, vocabulary], -inf where no token may be drawn; bool [B]: whether the others are all numbers).
 
-    A model with fewer rows than `vocabulary` gives the ids that it lacks no chance; one with more loses them.
+    A model with fewer rows than `vocabulary` gives the ids that it lacks no chance; one with more loses them. The first
+    `own` of its rows are its vocabulary: no others are looked at.
     """
     logits_BTV = logits_BTV[..., :vocabulary]
     finite_BTV = jnp.isfinite(logits_BTV)
+    if logits_BTV.shape[-1] > own:
+        finite_BTV |= jnp.arange(logits_BTV.shape[-1]) >= own
     if knobs.allowed_V is not None:
         allowed_V = knobs.allowed_V[: logits_BTV.shape[-1]]
         finite_BTV |= ~allowed_V

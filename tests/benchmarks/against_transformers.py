@@ -34,7 +34,7 @@ def main() -> None:
 
     threads = len(os.sched_getaffinity(0))
     torch.set_num_threads(threads)
-    ours = load_model("smollm2", layout="unrolled", dtype="float32", quiet=True)
+    ours = load_model("smollm2", layout="unrolled", dtype="float32", decodes=True, quiet=True)
     with tempfile.TemporaryDirectory() as scratch:
         convert("smollm2", Path(scratch) / "model", "float32", quiet=True)
         theirs = AutoModelForCausalLM.from_pretrained(Path(scratch) / "model", dtype=torch.float32).eval()

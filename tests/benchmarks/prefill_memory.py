@@ -26,7 +26,7 @@ def main() -> None:
     def peak_gb() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
-    decoder = load_model("smollm2", layout="unrolled", dtype="float32", quiet=True).decoder
+    decoder = load_model("smollm2", layout="unrolled", dtype="float32", decodes=True, quiet=True).decoder
     loaded = peak_gb()
     prompt = [token % 40000 for token in range(7, 7 + arguments.tokens)]
     start = time.perf_counter()

@@ -58,11 +58,13 @@ def arrays_of(config: ModelConfig) -> dict[str, np.ndarray]:
     return found
 
 
-def decoder_of(config: ModelConfig, layout: Layout, mesh: MeshConfig | None = None) -> Decoder:
+def decoder_of(
+    config: ModelConfig, layout: Layout, mesh: MeshConfig | None = None, dtype: Any = jnp.float32
+) -> Decoder:
     on = None if mesh is None else make_mesh(mesh, jax.devices()[: mesh.devices])
     table = with_copied_kv(PARAM, mesh is not None and mesh.replicate_kv)
     read = arrays_of(config).__getitem__
-    return build(config, read, layout=layout, dtype=jnp.dtype(jnp.float32), mesh=on, table=table, quiet=True)
+    return build(config, read, layout=layout, dtype=jnp.dtype(dtype), mesh=on, table=table, quiet=True)
 
 
 def logits(decoder: Decoder) -> np.ndarray:
@@ -128,6 +130,20 @@ def abstract_of(config: ModelConfig, layout: Layout, mesh: MeshConfig, bits: Any
     return fused(decoder) if bits is None else quantized(decoder, bits)
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_in_bfloat16_on_a_mesh(bits: Any):
+    decoder = decoder_of(QWEN, "stacked", MeshConfig(fsdp=2, model=2), dtype=jnp.bfloat16)
+    got = logits(fused(decoder) if bits is None else quantized(decoder, bits))[:, :104]
+    assert np.linalg.norm(got - wanted(QWEN, bits)) < 0.03 * np.linalg.norm(wanted(QWEN, bits))
+
+
+def test_4_bits_are_not_split_over_devices():
+    with pytest.raises(InputError, match="4 bits are for one device that is no TPU"):
+        quantized(abstract_of(QWEN, "stacked", MeshConfig(model=2), None), 4)
+    alone = decoder_of(QWEN, "stacked", MeshConfig())  # a mesh of one
+    same(logits(quantized(alone, 4)), wanted(QWEN, 4))
+
+
 def test_the_head_of_a_mesh_is_whole_tiles():
     """Of every device: the compiler copies another one at each call."""
     decoder = fused(decoder_of(QWEN, "stacked", MeshConfig(model=4)))
@@ -146,12 +162,13 @@ def test_the_ffn_of_a_mesh_is_whole_tiles():
 
 
 def test_of_a_spent_decoder_no_matrix_is_left():
-    for layout in ("stacked", "unrolled"):
-        decoder = decoder_of(QWEN, layout)
+    for layout, mesh in (("stacked", None), ("unrolled", MeshConfig(model=2))):
+        decoder = decoder_of(QWEN, layout, mesh)
         block: Any = decoder.blocks if layout == "stacked" else decoder.blocks[1]
         whole = fused(decoder, spent=True)
         for name in ("q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF"):
             assert getattr(block, name)[...].is_deleted(), name
+        assert mesh is None or (block.down_FD[...].is_deleted() and decoder.head_DV[...].is_deleted())  # filled up
         same(logits(whole), wanted(QWEN, None))
         assert fused(whole) is whole
 

@@ -23,6 +23,7 @@ from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.fused import quantized
 from rapid_jax.model.fused_decoder import FusedBlock, Pending
 from rapid_jax.model.matrix import Matrix
+from rapid_jax.model.placement import build, stored_arrays
 from rapid_jax.model.quantized import kernels_fit, product, restored, rounded
 from rapid_jax.model.skinny import GROUP, fixed_point, skinny_matmul
 
@@ -250,14 +251,24 @@ def test_a_block_s_fast_path_is_its_plain_one(request):
         assert relative(got, want) < 0.005
 
 
-def test_a_decoder_s_fast_path_is_its_plain_one(request):
-    copy = quantized(decoder_of(QWEN), 8)
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+def test_a_decoder_s_fast_path_is_its_plain_one(request, layout):
+    """In one array of all layers too, where what a layer gives the next is summed."""
+    decoder = decoder_of(QWEN)
+    copy = quantized(decoder if layout == "unrolled" else stacked(decoder), 8)
     want = logits(copy)
     calls = request.getfixturevalue("calls")
     _logits.clear_cache()
     got = logits(copy)
-    assert calls == {"fixed_point": 9, "skinny_matmul": 9}
+    layers = QWEN.num_layers if layout == "unrolled" else 1
+    assert calls == {"fixed_point": 4 * layers + 1, "skinny_matmul": 4 * layers + 1}
     assert relative(got, want) < 5e-4
+
+
+def stacked(decoder: Decoder) -> Decoder:
+    arrays = {weight.key: array for weight, array in stored_arrays(decoder, np.dtype("float32"))}
+    how = {"layout": "stacked", "dtype": jnp.dtype(jnp.float32), "quiet": True}
+    return build(decoder.config, arrays.__getitem__, **how)
 
 
 def test_a_packed_matrix_s_fast_path(calls):

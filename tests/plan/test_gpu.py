@@ -163,7 +163,7 @@ def test_names_of_cards(monkeypatch):
 def test_people_are_told_that_nothing_was_compiled(capsys):
     assert status_of(*LONG) == 0
     out = capsys.readouterr().out
-    assert "the target itself, in int8 with its prompt in int8" in out
+    assert "the target itself, in int8" in out
     assert "round: fits h200 (1 chip)" in out and "temporaries by rule, not compiled" in out
     # A prompt's last chunk sees all before it: what is said of it is not said of the others.
     told = dict(re.findall(r"^(\S.*): fits.*\n.*\n  at the least +(.*)", out, re.M))

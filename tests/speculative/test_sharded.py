@@ -83,6 +83,17 @@ def test_a_drafter_in_8_bits_drafts_alike_on_every_mesh(questions, answer):
     assert 0 < sum(found[0].accepted) < sum(found[0].drafted)
 
 
+def test_a_drafter_that_lacks_tokens_is_none_that_fails(questions, answer):
+    """What it has beyond its vocabulary, to fill its devices' tiles, is no fault of it."""
+    short = Weights.lively(VOCABULARY - 8, seed=7)
+    speculation, sampling = SpeculationConfig(mode="lossless", gamma=2, lookup="off"), SPECULATIONS["greedy"][1]
+    for config in (MeshConfig(), MeshConfig(model=2)):
+        target = decoder_on(questions.weights, config)
+        drafter = decoder_on(short, config, mesh=target.mesh)
+        got = answer(speculation, sampling, rows=[0], target=target, drafter=drafter, token_ids=range(VOCABULARY))
+        assert got.tokens == questions.until_stop()[:1]
+
+
 @pytest.mark.parametrize("settings", SPECULATIONS)
 def test_a_drafter_on_devices_of_its_own(questions, drafter_weights, answer, on_one_device, settings):
     here, there = make_meshes(MeshConfig(context=2), MeshConfig(context=2, model=2))

@@ -4,12 +4,13 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rapid_jax.attention.cache import KV, Prefix, Tail
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_prefix_tail, layers_of
-from rapid_jax.plan.hlo import Instruction, arrays_of, bytes_of, parse
+from rapid_jax.model.matrix import Place, in_bits
+from rapid_jax.plan.hlo import Instruction, arrays_of, bytes_of, collectives, parse
 from rapid_jax.plan.topologies import topology_of
 from rapid_jax.runtime.mesh import make_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
@@ -82,3 +83,17 @@ def test_the_kernel_reads_keys_and_values_where_they_lie(topology, slots: int, c
         assert item.opcode == ("parameter" if layers is None else "get-tuple-element"), item
     assert max(written(text)) < share / 8
     assert "all-gather" not in text
+
+
+def test_rows_that_lie_over_devices_meet_8_bits_where_they_are():
+    """A chunk of a prompt, split over `context`, times a matrix in 8 bits, split over `model`: nothing is moved."""
+    mesh = make_mesh(MeshConfig(context=2, model=2), topology_of("v5p:2x2x1").devices)
+    place = Place(mesh)
+
+    def given(shape: tuple[int, ...], dtype, *axes):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec(*axes)))
+
+    matrix = in_bits(given((1024, 4096), jnp.bfloat16, None, "model"), "DJ", 8, place)
+    lowered = jax.jit(lambda matrix, x: matrix(x)).lower(matrix, given((1, 2048, 1024), jnp.bfloat16, None, "context"))
+    text = lowered.compile().as_text()
+    assert collectives(text) == [] and "s8[" in text

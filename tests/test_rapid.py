@@ -315,7 +315,9 @@ def test_the_answer_does_not_wait_for_the_disk(config, tmp_path, monkeypatch):
         config, cache=CacheConfig(folder=str(tmp_path), disk_gib=1), speculation=SpeculationConfig(mode="target")
     )
     told: list[str] = []
-    monkeypatch.setattr("rapid_jax.speculative.prefix_store.PrefixStore.save", lambda *given: told.append("saved"))
+    monkeypatch.setattr(
+        "rapid_jax.speculative.prefix_store.PrefixStore.save", lambda *given, **more: told.append("saved")
+    )
     answer = Rapid(kept, quiet=True).answer(words(100), QUESTION, on_text=told.append)
     assert told[-1] == "saved" and "".join(told[:-1]) == answer.text
 

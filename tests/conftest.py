@@ -74,7 +74,7 @@ def few_mappings():
     if next(_COUNT) % 20 == 0 and "jax" in sys.modules:
         from rapid_jax.runtime.compiling import forget_programs
 
-        forget_programs(25_000)
+        forget_programs(10_000)
 
 
 @pytest.fixture

@@ -100,14 +100,16 @@ def _warm_up(
     the second begins as the first does.
     """
     unwanted: list[Handle] = []
-    for kind, request in _kinds(prompts[0], engine.config):
+    for number, (kind, request) in enumerate(_kinds(prompts[0], engine.config)):
         start = time.perf_counter()
-        _ask(engine, request)
+        if not number:  # how prompts are read, and events told, is the same for all kinds
+            _ask(engine, request)
+            with engine.read(replace(request, prompt=prompts[1])) as (_, other):
+                unwanted += [] if other.handle is None else [other.handle]
         with engine.read(request) as (job, prepared):
             _compile_joins(engine, prepared, larger.setdefault(kind, {}))
             _compile(job, prepared, sizes)
-            with engine.read(replace(request, prompt=prompts[1])) as (_, other):
-                unwanted = [one.handle for one in (prepared, other) if one.handle is not None]
+            unwanted += [] if number or prepared.handle is None else [prepared.handle]
         report(f"{about}, {kind}: {time.perf_counter() - start:.1f} s")
     for handle in unwanted:
         engine.prefixes.remove(handle.key)

@@ -93,7 +93,7 @@ def prepare_jax(*, programs: bool, cache: Path | None = None) -> None:
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "2")
     if programs:
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str((cache or default_cache_dir()) / "programs"))
-        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
 def say(text: str) -> None:

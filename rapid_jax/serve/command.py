@@ -4,6 +4,8 @@
 import argparse
 import importlib.util
 import os
+import sys
+import threading
 from typing import TYPE_CHECKING, cast
 
 from rapid_jax.answer_options import TEXT, config_of
@@ -76,11 +78,18 @@ def run(options: argparse.Namespace) -> int:
         keys = read_keys(options.api_key, os.environ)
         _check_packages()
         prepare_jax(programs=config.cache.programs, cache=cache_dir(config.cache.folder))
-        from rapid_jax.serve.server import serve
+        from rapid_jax.serve.server import WARM_UP, serve
         from rapid_jax.serve.service import Service
 
         warn_if_open(own, keys)
-        return serve(Service(make_engine(config, options), config, own, keys), lambda text: say(f"rapid serve: {text}"))
+        service = Service(make_engine(config, options), config, own, keys)
+        status = serve(service, lambda text: say(f"rapid serve: {text}"))
+        if any(thread.name == WARM_UP for thread in threading.enumerate()):
+            # Python would end that thread inside of XLA's compiler, which aborts the process.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+        return status
 
 
 def settings_of(options: argparse.Namespace) -> ServeSettings:

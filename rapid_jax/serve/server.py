@@ -16,6 +16,7 @@ from rapid_jax.serve.app import create_app
 from rapid_jax.serve.guard import log_fault
 from rapid_jax.serve.service import Service
 
+WARM_UP = "warm-up"  # the thread that compiles before the first request
 _GRACE_S = 3  # for answers to be sent and connections to close once the engine has ended
 Say = Callable[[str], None]
 
@@ -80,7 +81,7 @@ def serve(service: Service, say: Say) -> int:
     try:
         host, port = listening.getsockname()[:2]
         say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
-        threading.Thread(target=server.get_ready, daemon=True).start()
+        threading.Thread(target=server.get_ready, name=WARM_UP, daemon=True).start()
         server.run(sockets=[listening])
     finally:
         listening.close()

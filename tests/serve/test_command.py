@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -88,6 +89,34 @@ def test_a_server_that_is_open_to_all_says_so(capsys):
     command.warn_if_open(ServeSettings(host="0.0.0.0"), Keys(["0123456789abcdef"]))
     command.warn_if_open(ServeSettings(), Keys())
     assert capsys.readouterr().err == ""
+
+
+COMPILES = """
+    import jax, jax.numpy as jnp
+
+    def for_ever(self, report):
+        report("compiling")
+        for length in range(10, 1 << 20):
+            jax.jit(lambda x: sum(jnp.sin(x * n) for n in range(400)))(jnp.ones(length))
+
+    Engine.warm_up = for_ever
+"""
+
+
+def test_a_server_that_is_told_to_end_while_it_compiles_ends_well(tmp_path: Path):
+    """A thread that Python takes away inside of the compiler would abort the process."""
+    program = textwrap.dedent(PROGRAM)
+    first, last = program.split("command.make_engine", 1)
+    process = [sys.executable, "-c", f"{first}{textwrap.dedent(COMPILES)}command.make_engine{last}"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "RAPID_JAX_CACHE": str(tmp_path)}
+    with subprocess.Popen(process, env=environment, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as running:
+        assert running.stderr is not None
+        assert [running.stderr.readline() for _ in range(2)][1] == "rapid serve: compiling\n"
+        time.sleep(0.5)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(20) == 0
+        said = running.stderr.read().splitlines()
+    assert said[0].startswith("rapid serve: SIGTERM: no new requests") and said[-1].startswith("rapid serve: ")
 
 
 def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path):

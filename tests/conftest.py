@@ -28,8 +28,8 @@ os.environ |= {
     "JAX_DISABLE_MOST_OPTIMIZATIONS": _YES_ON_CPU,
 }
 if _YES_ON_CPU == "true" and _IS_FIRST:
-    # XLA's older emitter of fused loops takes half the time to compile, and a program is compiled on one core: tests
-    # run a worker a core.
+    # XLA's older emitter of fused loops compiles in a quarter to a half less processor time, and a program is compiled
+    # on one core: tests run a worker a core.
     quick = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 # Tests compare with transformers' models built from a config: nothing is to be looked up on the network.

@@ -71,10 +71,8 @@ def first_hour(config: ModelConfig, dtype: Any, repeats: int, add: Callable[[str
     """Measures and prints each as soon as it is there; `add` is given (part, its numbers)."""
     config = replace(config, num_layers=min(config.num_layers, LAYERS))
     decoder: Decoder = fused(random_decoder(config, dtype), spent=True)
-    found: list[Product | Sum | Layer] = []
 
     def tell(item: Product | Sum | Layer) -> None:
-        found.append(item)
         add(type(item).__name__.lower(), asdict(item))
         print(item, flush=True)
 

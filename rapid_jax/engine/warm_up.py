@@ -75,7 +75,8 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
         start = time.perf_counter()
         engine.models.embedder.warm_up(_PIECES * config.retrieval.chunk_tokens)
         report(f"chunks and questions: {time.perf_counter() - start:.1f} s")
-    larger: tuple[Outlines, Outlines] = {}, {}  # of chats, of documents: they come in other numbers
+    documents: Outlines = {}  # apart from chats: they come in other numbers
+    chats: Outlines = {}
     for length, is_document in sorted({*((n, True) for n in what.lengths), *((n, False) for n in what.chats)})[::-1]:
         ids = engine.models.target.tokenizer.encode(texts[length])[:length]
         if is_document:
@@ -83,11 +84,11 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
             # Of another one that begins so what they have in common is copied.
             prompts: Prompts = Question(texts[length], asked), Question(texts[length][:-1], asked)
             about = f"documents of {length} tokens, up to {what.documents} at once with {what.rows} questions each"
-            _warm_up(engine, prompts, what.sizes(), larger[True], about, report)
+            _warm_up(engine, prompts, what.sizes(), documents, about, report)
         else:
             alone = [(count, 1) for count in ROW_BUCKETS if count == 1 or count < 2 * what.rows]
             about = f"chats of {length} tokens, up to {what.rows} at once"
-            _warm_up(engine, (Tokens(ids), Tokens(ids[:-1])), alone, larger[False], about, report)
+            _warm_up(engine, (Tokens(ids), Tokens(ids[:-1])), alone, chats, about, report)
         start = time.perf_counter()
         compile_scores(engine.models.target, config, ids)
         report(f"log-probabilities of prompts of {length} tokens: {time.perf_counter() - start:.1f} s")

@@ -41,10 +41,14 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
     return weight_D * normed.astype(x.dtype)
 
 
-def _project(spec: str, x: jax.Array, weight: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
-    """einsum accumulated in float32; float32 weights are multiplied in full float32 on every backend."""
+def einsum32(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """einsum accumulated in float32, float32; float32 weights are multiplied in full float32 on every backend."""
     precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    out = jnp.einsum(spec, x, weight, precision=precision, preferred_element_type=jnp.float32).astype(x.dtype)
+    return jnp.einsum(spec, x, weight, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _project(spec: str, x: jax.Array, weight: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
+    out = einsum32(spec, x, weight).astype(x.dtype)
     return out if bias is None else out + bias[...]
 
 
@@ -189,6 +193,4 @@ class Decoder(nnx.Module):
     def logits(self, hidden_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V]; take the rows you need first, V is large."""
         weight, axes = self.head
-        spec = f"BTD,{axes}->BTV"
-        precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-        return jnp.einsum(spec, hidden_BTD, weight, precision=precision, preferred_element_type=jnp.float32)
+        return einsum32(f"BTD,{axes}->BTV", hidden_BTD, weight)

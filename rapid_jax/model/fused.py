@@ -47,12 +47,11 @@ def quantized(decoder: Decoder, bits: WeightBits) -> FusedDecoder:
 
     Raises InputError for a decoder that is quantised already, and for 4 bits on a TPU or over devices.
     """
-    whole = fused(decoder)
-    parts = 1 if whole.mesh is None else whole.mesh.shape[MODEL]
-    if bits == 4 and (parts > 1 or platform_of(whole.mesh) == "tpu"):
+    if bits == 4 and (Place(decoder.mesh).parts > 1 or platform_of(decoder.mesh) == "tpu"):
         raise InputError("weights in 4 bits are for one device that is no TPU: expected 8 bits")
-    if whole.bits is not None:
+    if decoder.bits is not None:
         raise InputError("quantised weights: expected a decoder in full, got one that is quantised already")
+    whole = fused(decoder)
     if isinstance(whole.blocks, Block):
         blocks: Any = cast(FusedBlock, whole.blocks).in_bits(bits)
     else:
@@ -69,10 +68,10 @@ def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
         weight.get_value()
         for weight in (block.q_DNH, block.k_DKH, block.v_DKH, block.o_NHD, block.gate_DF, block.up_DF, block.down_FD)
     )
-    parts = 1 if mesh is None else mesh.shape[MODEL]
+    columns, depth = Place(mesh, "columns", _split(gate, -2)), Place(mesh, "depth", _split(down, -1))
+    parts = columns.parts
     copied = parts > 1 and _split(k, -2) is None
     kv = config.num_kv_heads if copied else config.num_kv_heads // parts
-    columns, depth = Place(mesh, "columns", _split(gate, -2)), Place(mesh, "depth", _split(down, -1))
     how = Heads(config.num_heads // parts, kv, config.head_dim, columns, copied, bool(stack))
     beside = columns.sharding(*stack, *columns.spec)
     join = partial(_side_by_side, lead=len(stack) + 1, place=columns)
@@ -101,12 +100,11 @@ def _head(decoder: Decoder, spent: bool) -> Matrix | None:
     """The head, its columns padded; None where it is the embedding."""
     if decoder.head_DV is None:
         return None
-    head, mesh = decoder.head_DV.get_value(), decoder.mesh
-    place = Place(mesh, other=_split(head, 0))
-    parts = 1 if mesh is None else mesh.shape[MODEL]
-    lacking = 0 if parts == 1 else -head.shape[1] % (parts * LANES)
-    if lacking:
-        head = _made(partial(_padded, columns=lacking), place.sharding(*place.spec), head, spent=spent)
+    head = decoder.head_DV.get_value()
+    place = Place(decoder.mesh, other=_split(head, 0))
+    lanes = 1 if place.parts == 1 else place.parts * LANES
+    if head.shape[1] % lanes:
+        head = _made(partial(_filled, axis=1, lanes=lanes), place.sharding(*place.spec), head, spent=spent)
     return Matrix(head, place=place)
 
 
@@ -139,7 +137,7 @@ def _side_by_side(*parts: jax.Array, lead: int, place: Place, copied: bool = Fal
 
     def local(*parts: jax.Array) -> jax.Array:
         flat = (part.reshape(*part.shape[:lead], -1) for part in parts)
-        return jnp.concatenate([_filled(part, lead, lanes) for part in flat], axis=lead)
+        return jnp.concatenate([_filled(part, axis=lead, lanes=lanes) for part in flat], axis=lead)
 
     own = PartitionSpec(*(None,) * lead, MODEL)
     given = tuple(PartitionSpec() if copied and at else own for at in range(len(parts)))
@@ -154,6 +152,7 @@ def _deepened(down_FD: jax.Array, lanes: int, place: Place) -> jax.Array:
     return place.per_device(partial(_filled, axis=axis, lanes=lanes), (own,), own)(down_FD)
 
 
+@partial(jax.jit, static_argnames=("axis", "lanes"))
 def _filled(array: jax.Array, axis: int, lanes: int) -> jax.Array:
     """An axis with zeros up to a multiple of `lanes`."""
     lacking = [(0, 0)] * array.ndim
@@ -165,8 +164,3 @@ def _filled(array: jax.Array, axis: int, lanes: int) -> jax.Array:
 def _flat(o_NHD: jax.Array) -> jax.Array:
     """Heads and what is in them as one axis."""
     return o_NHD.reshape(*o_NHD.shape[:-3], -1, o_NHD.shape[-1])
-
-
-@partial(jax.jit, static_argnames="columns")
-def _padded(head_DV: jax.Array, columns: int) -> jax.Array:
-    return jnp.pad(head_DV, ((0, 0), (0, columns)))

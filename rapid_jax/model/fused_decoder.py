@@ -87,9 +87,9 @@ class FusedBlock(Block):
     def _runs_in_kernels(self, rows: int, depth: int) -> bool:
         if jax.default_backend() != "gpu" or self.qkv.bits is None or self.how.place.mesh is not None:
             return False
-        inner = self.how.query * self.how.dim, self.gate_up.columns // 2
-        depths = {self.qkv: depth, self.out: inner[0], self.gate_up: depth, self.down: inner[1]}
-        return all(kernels_fit(rows, deep, matrix.values[...]) for matrix, deep in depths.items())
+        heads, ffn = self.how.query * self.how.dim, self.gate_up.columns // 2
+        deep = (self.qkv, depth), (self.out, heads), (self.gate_up, depth), (self.down, ffn)
+        return all(kernels_fit(rows, depth, matrix.values[...]) for matrix, depth in deep)
 
     def _heads(self, qkv_BTJ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.how.split(qkv_BTJ if self.qkv_bias_J is None else qkv_BTJ + self.qkv_bias_J[...])
@@ -120,8 +120,7 @@ class FusedBlock(Block):
             letters = "NH" if which == "q" else "KH"
             return f"{which}_bias_{letters}" if "bias" in name else f"{which}_D{letters}"
         if name == "gate_up":
-            parts = 1 if self.how.place.mesh is None else self.how.place.mesh.shape[MODEL]
-            width = self.gate_up.columns // parts
+            width = self.gate_up.columns // self.how.place.parts
             return "gate_DF" if column % width < width // 2 else "up_DF"
         return {"out": "o_NHD", "down": "down_FD"}.get(name, name)
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A matrix of a model as it lies in memory: in full or in few bits, on one device or split over those of a mesh."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rapid_jax.attention.kernels import platform_of
+from rapid_jax.model.decoder import einsum32
 from rapid_jax.model.quantized import WeightBits, product, rounded
 from rapid_jax.runtime.axes import MeshAxes
 
@@ -26,6 +27,11 @@ class Place:
     mesh: Mesh | None = None
     split: Split = "columns"
     other: MeshAxes = None  # what the axis that `model` does not split is split over
+
+    @property
+    def parts(self) -> int:
+        """Devices along `model`."""
+        return 1 if self.mesh is None else self.mesh.shape[MODEL]
 
     @property
     def spec(self) -> tuple[MeshAxes, MeshAxes]:
@@ -77,10 +83,9 @@ class Matrix(nnx.Module):
                 return out_BTJ.astype(dtype)
             return lax.psum(out_BTJ if platform_of(mesh) == "cpu" else out_BTJ.astype(dtype), MODEL).astype(dtype)
 
-        parts = (MODEL,) if split == "columns" else (None, MODEL)
-        x = PartitionSpec() if split == "columns" else PartitionSpec(None, None, MODEL)
-        given = x, PartitionSpec(*parts), PartitionSpec(*(parts[:1] if bits == 8 else parts[::-1]))
-        result = PartitionSpec(None, None, MODEL) if split == "columns" else PartitionSpec()
+        along = PartitionSpec(None, None, MODEL)
+        x, result = (PartitionSpec(), along) if split == "columns" else (along, PartitionSpec())
+        given = x, *(PartitionSpec(*axes) for axes in _axes_in_bits(*replace(self.place, other=None).spec, bits))
         return self.place.per_device(local, given, result)(x_BTD, self.values[...], self.scale[...])
 
     def in_bits(self, bits: WeightBits) -> "Matrix":
@@ -94,7 +99,7 @@ def times(x_BTD: jax.Array, weight: jax.Array, axes: str) -> jax.Array:
     A row alone comes as eight on GPUs and TPUs. With one XLA reads the weights 1.15 times as slowly on a GPU; on a TPU
     it does without the matrix unit, 2.5 times as slowly on v5p and 12 times on v6e by its compiler's own model.
     """
-    by_rows = partial(_times, axes=axes)
+    by_rows = partial(einsum32, f"BTD,{axes}->BTJ")
     if x_BTD.shape[0] * x_BTD.shape[1] > 1:
         return by_rows(x_BTD, weight)
 
@@ -104,18 +109,17 @@ def times(x_BTD: jax.Array, weight: jax.Array, axes: str) -> jax.Array:
     return lax.platform_dependent(x_BTD, weight, cpu=by_rows, default=as_eight)
 
 
-def _times(x_BTD: jax.Array, weight: jax.Array, axes: str) -> jax.Array:
-    precision = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    return jnp.einsum(f"BTD,{axes}->BTJ", x_BTD, weight, precision=precision, preferred_element_type=jnp.float32)
-
-
 def in_bits(weight: Any, axes: str, bits: WeightBits, place: Place) -> Matrix:
     """The matrix whose array has the axes DJ or JD, or those of every layer, in few bits. The array stays as it is."""
     stack = (None,) * (weight.ndim - 2)
-    D, J = place.spec
-    shardings = place.sharding(*stack, J, D), place.sharding(*stack, *((J,) if bits == 8 else (D, J)))
+    shardings = tuple(place.sharding(*stack, *axes) for axes in _axes_in_bits(*place.spec, bits))
     values, scale = made(partial(rounded_matrix, axes=axes, bits=bits, place=place), shardings, weight)
     return Matrix(values, scale, place=place, bits=bits)
+
+
+def _axes_in_bits(D: MeshAxes, J: MeshAxes, bits: WeightBits) -> tuple[tuple[MeshAxes, ...], tuple[MeshAxes, ...]]:
+    """What the axes of values and of scales are split over, where those of the matrix [D, J] are so."""
+    return (J, D), (J,) if bits == 8 else (D, J)
 
 
 def made(function: Any, shardings: Any, *arrays: Any) -> Any:
@@ -140,8 +144,7 @@ def rounded_matrix(weight: jax.Array, axes: str, bits: WeightBits, place: Place)
         return one(weight) if weight.ndim == 2 else lax.map(one, weight)  # one layer at a time in float32
 
     stack = (None,) * (weight.ndim - 2)
-    own = [MODEL if (axis == "J") == (place.split == "columns") else None for axis in "DJ"]
-    D, J = own
+    own = replace(place, other=None).spec  # of `model` alone
     given = PartitionSpec(*stack, *(own if axes == "DJ" else own[::-1]))
-    result = PartitionSpec(*stack, J, D), PartitionSpec(*stack, *((J,) if bits == 8 else (D, J)))
+    result = tuple(PartitionSpec(*stack, *axes) for axes in _axes_in_bits(*own, bits))
     return place.per_device(local, (given,), result)(weight)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rapid_jax.model import skinny
+from rapid_jax.model.decoder import einsum32
 from rapid_jax.model.skinny import GROUP, MOST_ROWS, STEPS, fixed_point, skinny_matmul
 
 WeightBits: TypeAlias = Literal[8, 4]
@@ -74,9 +75,8 @@ def product(x: jax.Array, values: jax.Array, scale: jax.Array, bits: WeightBits)
 
 
 def _restoring(x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: WeightBits) -> jax.Array:
-    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     weight_ND = restored(values, scale, bits).astype(x.dtype)[:, : x.shape[-1]]
-    return jnp.einsum("...D,ND->...N", x, weight_ND, precision=precision, preferred_element_type=jnp.float32)
+    return einsum32("...D,ND->...N", x, weight_ND)
 
 
 def in_digits(x: jax.Array, values_ND: jax.Array, scale_N: jax.Array) -> jax.Array:

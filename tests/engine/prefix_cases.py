@@ -19,6 +19,7 @@ from rapid_jax.speculative.prefix_heads import Place
 from tests.speculative.models import Weights
 
 CHUNK = 16
+LENGTH = 5 * CHUNK + 3
 MESHES = {
     "one device": MeshConfig(),
     "context 2": MeshConfig(context=2),

@@ -18,10 +18,17 @@ from rapid_jax.engine.request import Done, Event, Piece, Question, Request
 from rapid_jax.engine.service import RunningEngine
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
 from rapid_jax.speculative.prefix_store import PrefixStore
-from tests.engine.prefix_cases import CHUNK, MESHES, cache_of, check_head, check_same, decoder_on, prefix_of, tokens
+from tests.engine.prefix_cases import (
+    LENGTH,
+    MESHES,
+    cache_of,
+    check_head,
+    check_same,
+    decoder_on,
+    prefix_of,
+    tokens,
+)
 from tests.tiny_models import save_decoder, words
-
-LENGTH = 5 * CHUNK + 3
 
 
 class Gate:
@@ -60,16 +67,6 @@ def slow_disk(gate: Gate, monkeypatch) -> Gate:
 def slow_copy(gate: Gate, monkeypatch) -> Gate:
     monkeypatch.setattr(HostMoves, "to_host", gate.before(HostMoves.to_host))
     return gate
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    return decoder_on(MESHES["one device"])
-
-
-@pytest.fixture(scope="module")
-def size(decoder) -> int:
-    return cache_of(decoder, Path()).bytes_for(LENGTH)
 
 
 def cache_for(decoder, folder: Path, *, device: float, host: float = 100.0, disk: bool = False) -> PrefixCache:

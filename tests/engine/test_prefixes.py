@@ -18,6 +18,7 @@ from rapid_jax.speculative.generate import Prompted, generate
 from rapid_jax.speculative.prefill import prefill
 from tests.engine.prefix_cases import (
     CHUNK,
+    LENGTH,
     MESHES,
     cache_of,
     check_head,
@@ -26,19 +27,6 @@ from tests.engine.prefix_cases import (
     prefix_of,
     tokens,
 )
-
-LENGTH = 5 * CHUNK + 3
-
-
-@pytest.fixture(scope="module")
-def decoder():
-    return decoder_on(MESHES["one device"])
-
-
-@pytest.fixture(scope="module")
-def size(decoder) -> int:
-    """Bytes of a prefix of LENGTH tokens."""
-    return cache_of(decoder, Path()).bytes_for(LENGTH)
 
 
 def full(cache: PrefixCache, decoder, *seeds: int) -> list:

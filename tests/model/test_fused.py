@@ -17,12 +17,13 @@ from rapid_jax.model.config import ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.fused import FusedDecoder, fused, quantized
 from rapid_jax.model.hf_names import weights
-from rapid_jax.model.placement import abstract, build, stored_arrays
+from rapid_jax.model.placement import abstract, stored_arrays
 from rapid_jax.model.quantized import in_digits, restored, rounded
 from rapid_jax.runtime.axes import PARAM, with_copied_kv
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
+from tests.speculative.models import Weights
 
 QWEN = ModelConfig(
     family="qwen2",
@@ -63,8 +64,7 @@ def decoder_of(
 ) -> Decoder:
     on = None if mesh is None else make_mesh(mesh, jax.devices()[: mesh.devices])
     table = with_copied_kv(PARAM, mesh is not None and mesh.replicate_kv)
-    read = arrays_of(config).__getitem__
-    return build(config, read, layout=layout, dtype=jnp.dtype(dtype), mesh=on, table=table, quiet=True)
+    return Weights(config, arrays_of(config)).decoder(layout, jnp.dtype(dtype), on, table)
 
 
 def logits(decoder: Decoder) -> np.ndarray:

@@ -17,7 +17,7 @@ class ModelsConfig:
     """Which models, and how they are laid out."""
 
     target: str = "smollm2"  # a Hugging Face folder, a .gguf file, or the name smollm2
-    target_weights: Literal["full", "int8"] = "full"  # int8: half the bytes to read; lossy
+    target_weights: Literal["full", "int8"] = "full"  # int8: half the bytes to read, but another model's answer
     drafter: str = "same"  # same = the target's own weights, no second copy; else as target
     drafter_weights: Literal["full", "int8", "int4"] = "full"  # int8, int4: a rounded copy drafts
     encoder: str = "minilm"  # embeds chunks: a Hugging Face folder, or the name minilm

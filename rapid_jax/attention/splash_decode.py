@@ -38,13 +38,29 @@ class Stack:
     layer: jax.Array  # int32 scalar
 
     def one(self) -> Slots:
-        """The layer's slots. To a kernel, unlike to XLA, this is a copy."""
+        """The layer's slots: a copy, to a kernel and to a loop."""
         names = ("k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS")
         given = {name: getattr(self.every, name) for name in names}
         found = {
             name: lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for name, x in given.items() if x is not None
         }
         return replace(self.every, **found)
+
+    def block(self, start: jax.Array | int, size: int) -> Slots:
+        """`size` of the layer's slots from `start` on: cut out of the stack at once, which XLA fuses with its use."""
+
+        def of(x: jax.Array, axis: int) -> jax.Array:
+            starts, sizes = [jnp.int32(0)] * x.ndim, list(x.shape)
+            starts[0], starts[axis] = self.layer, jnp.int32(start)
+            sizes[0], sizes[axis] = 1, size
+            return lax.dynamic_slice(x, starts, sizes)[0]
+
+        every = self.every
+        pos_BS = lax.dynamic_slice_in_dim(every.pos_BS, start, size, axis=1)
+        if every.k_scale_BKS is None or every.v_scale_BKS is None:
+            return Slots(of(every.k_BKSH, 3), of(every.v_BKSH, 3), pos_BS)
+        scales = of(every.k_scale_BKS, 3), of(every.v_scale_BKS, 3)
+        return Slots(of(every.k_BKSH, 3), of(every.v_BKSH, 4), pos_BS, None, *scales)
 
 
 def block_for(slots: int) -> int | None:
@@ -84,7 +100,7 @@ def splash_decode(rows: Rows, far: Slots | Stack, *, scale: float, interpret: An
     start = jnp.minimum(full * block, size - block)  # of the last block; if that is full, too, it holds no more
     index = jnp.arange(size, dtype=jnp.int32)
     late = replace(slots, pos_BS=jnp.where(index >= full * block, slots.pos_BS, -1))
-    rest = block_of(late, start, block) if isinstance(far, Slots) else _block_of_layer(late, far.layer, start, block)
+    rest = block_of(late, start, block) if isinstance(far, Slots) else Stack(late, far.layer).block(start, block)
     layer = jnp.int32(0) if isinstance(far, Slots) else far.layer
     return merge(_full_blocks(rows, slots, layer, full, block, scale, interpret), attend_block(rows, rest, scale=scale))
 
@@ -102,13 +118,6 @@ def _check(rows: Rows, far: Slots | Stack) -> None:
         )
     one = jax.eval_shape(far.one) if isinstance(far, Stack) else slots
     check_contract("splash_decode", rows, one, shared=True)
-
-
-def _block_of_layer(slots: Slots, layer: jax.Array, start: jax.Array, size: int) -> Slots:
-    def of(x: jax.Array) -> jax.Array:
-        return lax.dynamic_slice(x, (layer, 0, 0, start, 0), (1, *x.shape[1:3], size, x.shape[4]))[0]
-
-    return Slots(of(slots.k_BKSH), of(slots.v_BKSH), lax.dynamic_slice_in_dim(slots.pos_BS, start, size, axis=1))
 
 
 def _full_blocks(rows: Rows, slots: Slots, layer, full, block: int, scale: float, interpret: Any) -> Partial:

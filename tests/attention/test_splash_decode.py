@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 from rapid_jax.attention.cache import KV, Prefix, Tail
 from rapid_jax.attention.decoding import by_blocks, by_splash, decode_of, takes_stack
 from rapid_jax.attention.partial import Rows
-from rapid_jax.attention.splash_decode import MOST_ROWS, block_for, fits
+from rapid_jax.attention.splash_decode import MOST_ROWS, Stack, block_for, fits
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_prefix_tail, layers_of
 from tests.attention.decode_cases import Case, Made, Side, made, tagged, truth
@@ -38,6 +38,12 @@ CASES = {
     ),
 }
 
+STACKED = {
+    "8 bits": Case((Side(1000, 700, int8=True), Side(8, 3)), group=4, time=2, head_dim=64),
+    "8 bits, one prefix under 3 rows": Case((Side(700, 650, shared=1, int8=True), Side(8, 3)), batch=3, head_dim=64),
+    "in full, of several sequences": Case((Side(500, 430), Side(8, 3)), batch=2, head_dim=64),
+}
+
 
 @partial(jax.jit, static_argnames=("scale", "interpret"))
 def both_ways(given: Made, scale: float, interpret: bool = True) -> tuple[jax.Array, jax.Array]:
@@ -54,6 +60,22 @@ def test_it_is_dense_attention(name):
     np.testing.assert_allclose(got, truth(given), atol=1e-5, rtol=0)
     some_BR = np.asarray(given.rows.pos_BR >= 0)
     np.testing.assert_array_equal(np.any(got, axis=(1, 3)), some_BR)
+
+
+@pytest.mark.parametrize("name", STACKED)
+def test_what_the_kernel_does_not_take_is_read_out_of_the_stack(name):
+    """Block by block, the last of which is short: the same as over the layer alone."""
+    case, given = STACKED[name], made(STACKED[name])
+    far, near = given.sides
+    fields = {field: x for field, x in vars(far).items() if x is not None and field != "pos_BS"}
+    every = replace(far, **{field: jnp.stack([x * 0, x, x + 1]) for field, x in fields.items()})
+    assert not fits(given.rows, far)
+
+    def attended(given: Made, layer: jax.Array):
+        return by_splash(given.rows, (Stack(every, layer), near), given.used, case.scale, None, block=BLOCK)
+
+    got = np.asarray(jax.jit(attended)(given, jnp.int32(1)))
+    np.testing.assert_allclose(got, truth(given), atol=1e-5, rtol=0)
 
 
 def test_bfloat16_is_about_as_near_as_plain():

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import numpy as np
 import pytest
 
 from rapid_jax.model.fused import quantized
@@ -77,4 +76,3 @@ def test_a_stored_prefix_is_read_onto_another_mesh(questions, on_one_device, tmp
         if config == COPIED:
             for one, other in zip(jax.tree.leaves(prefix.layers), jax.tree.leaves(made.prefix.layers), strict=True):
                 assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
-                assert np.array_equal(one.addressable_shards[0].data.shape, other.addressable_shards[0].data.shape)

@@ -65,9 +65,7 @@ def test_a_stored_prefix_is_read_onto_another_mesh(questions, on_one_device, tmp
     PrefixStore(tmp_path, 1 << 30, mesh=writer.mesh, kv_heads=2, quiet=True).save("0" * 64, made.prefix)
     for config in (MeshConfig(), MeshConfig(context=2, model=2), COPIED):
         decoder = decoder_on(questions.weights, config, layout)
-        prefix = PrefixStore(tmp_path, 1 << 30, mesh=decoder.mesh, kv_heads=2, quiet=True).load(
-            "0" * 64, layout=layout
-        )
+        prefix = PrefixStore(tmp_path, 1 << 30, mesh=decoder.mesh, kv_heads=2, quiet=True).load("0" * 64, layout=layout)
         assert prefix is not None
         assert {x.dtype.name for x in jax.tree.leaves(prefix.layers)} == {"int8", "float32"}
         side = replace(made, decoder=decoder, prefix=prefix)

@@ -10,18 +10,19 @@ from rapid_jax.attention.cache import KV, Prefix, Tail
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_prefix_tail, layers_of
 from rapid_jax.model.matrix import Place, in_bits
-from rapid_jax.plan.hlo import Instruction, arrays_of, bytes_of, collectives, parse
+from rapid_jax.plan.hlo import Instruction, arrays_of, bytes_of, collectives, made, parse, totals
 from rapid_jax.plan.topologies import topology_of
 from rapid_jax.runtime.mesh import make_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
 
 HEADS, KV_HEADS, HEAD_DIM, TAIL, NEW = 32, 8, 128, 2048, 11
+BLOCK = 16384  # of plain XLA
 
 
-def compiled_text(topology: str, slots: int, *, context: int, layers: int | None) -> str:
+def compiled_text(topology: str, slots: int, *, context: int, layers: int | None, int8: bool = False) -> str:
     """One layer of the unrolled layout, or a scan over the stacked one's; the prefix split over so many devices."""
     mesh = make_mesh(MeshConfig(context=context), topology_of(topology).devices[:context])
-    strategy = Strategy(block=slots, mesh=mesh)
+    strategy = Strategy(block=BLOCK if int8 else slots, mesh=mesh)
 
     def given(letters: str, *shape: int, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, strategy.spec(letters)))
@@ -32,7 +33,15 @@ def compiled_text(topology: str, slots: int, *, context: int, layers: int | None
         return (kv,) if layers is None else kv
 
     int32 = jnp.int32
-    prefix = Prefix(cache("BKSH", slots), given("pos_BS", 1, slots, dtype=int32), given("", dtype=int32))
+    far = cache("BKSH", slots)
+    if int8:
+        lead, sizes = ("", ()) if layers is None else ("L", (layers,))
+        k_BKSH = given(f"k_{lead}BKSH", *sizes, 1, KV_HEADS, slots, HEAD_DIM, dtype=jnp.int8)
+        v_BKHS = given(f"v_{lead}BKHS", *sizes, 1, KV_HEADS, HEAD_DIM, slots, dtype=jnp.int8)
+        scale_BKS = given(f"scale_{lead}BKS", *sizes, 1, KV_HEADS, slots, dtype=jnp.float32)
+        kv = KV(k_BKSH, v_BKHS, scale_BKS, scale_BKS)
+        far = kv if layers is not None else (kv,)
+    prefix = Prefix(far, given("pos_BS", 1, slots, dtype=int32), given("", dtype=int32))
     tail = Tail(cache("BKGH", TAIL), *[given("slot_B", 1, dtype=int32)] * 2)
 
     def attend(q_BGNH, k_BGKH, pos_BG, prefix, tail):
@@ -83,6 +92,15 @@ def test_the_kernel_reads_keys_and_values_where_they_lie(topology, slots: int, c
         assert item.opcode == ("parameter" if layers is None else "get-tuple-element"), item
     assert max(written(text)) < share / 8
     assert "all-gather" not in text
+
+
+@pytest.mark.parametrize("layers", [3, None])
+def test_rounded_keys_and_values_are_multiplied_as_they_lie(layers: int | None):
+    """In plain XLA no block of keys or values is made, neither in 8 bits nor in more; scores are."""
+    text = compiled_text("v5p:2x2x1", 131072, context=2, layers=layers, int8=True)
+    assert {dims for dims in made(text) if HEAD_DIM in dims[-2:] and max(dims[-2:]) >= BLOCK} == set()
+    assert any(dims[-1] == BLOCK for dims in made(text) if dims)
+    assert set(totals(collectives(text))) == {"all-reduce"}  # the parts of both devices
 
 
 def test_rows_that_lie_over_devices_meet_8_bits_where_they_are():

@@ -293,6 +293,18 @@ def test_drafts_over_rounded_keys_and_values_on_a_mesh_are_the_answer_without_dr
     assert drafted.to_json()["lossy"] == ["compute.kv int8"]
 
 
+def test_rounded_documents_of_two_sizes_on_a_mesh_are_rows_of_one_batch(config):
+    """The smaller one's arrays grow in every device's part: each answer is that of its document alone."""
+    settings = replace(config, compute=replace(config.compute, kv="int8"), mesh=MeshConfig(context=2, model=2))
+    settings = replace(settings, sampling=replace(config.sampling, temperature=0.0))
+    rapid = Rapid(replace(settings, speculation=SpeculationConfig(mode="target")), quiet=True)
+    asked = [(words(200), QUESTION), (words(60, seed=3), QUESTION)]
+    alone = [rapid.answer(*one).token_ids for one in asked]
+    assert [answer.token_ids for answer in rapid.answers(asked)] == alone and alone[0] != alone[1]
+    slots = {rapid.engine.prefixes.find(rapid.answer(*one).prompt.head).prefix.pos_BS.shape[1] for one in asked}
+    assert len(slots) == 2
+
+
 def test_a_target_in_8_bits_is_named_lossy_and_its_documents_are_its_own(config, tmp_path):
     cache = CacheConfig(folder=str(tmp_path), disk_gib=1)
     settings = replace(config, cache=cache, sampling=replace(config.sampling, temperature=0.0))

@@ -177,14 +177,22 @@ def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str, b
         check(spy)
 
 
-def test_the_halves_of_a_round_apart_are_those_that_run(monkeypatch):
+@pytest.mark.parametrize("bits", ["full", "int8"])
+def test_the_halves_of_a_round_apart_are_those_that_run(monkeypatch, bits: str):
+    """In full, and with a copy that drafts over keys and values in 8 bits, both prompts'."""
     draft, verify = Spy(apart._drafted), Spy(apart._verified)
     for suffix in ("", "_on_tpu"):
         monkeypatch.setattr(apart, f"_drafted{suffix}", draft)
         monkeypatch.setattr(apart, f"_verified{suffix}", verify)
-    config = config_for("sampled", MeshConfig(context=2, model=2), drafter_mesh=MeshConfig(model=2))
+    config = config_for("sampled", MeshConfig(context=2, model=2), drafter_mesh=MeshConfig(model=2), bits=bits, kv=bits)
     run(config)
-    assert [program.name for program in planned(config)] == ["prefill", "drafter prefill", "draft", "verify"]
+    names = ["prefill", "drafter prefill", "draft", "verify"]
+    if bits == "int8":
+        names = ["drafter rounding", "prefill", "prefix rounding", *names[1:]]
+    found = planned(config)
+    assert [program.name for program in found] == names
+    documents = [x for program in found if program.name == "verify" for x in program.resident["cache"]]
+    assert ("int8" in {x.dtype.name for x in jax.tree.leaves(documents)}) == (bits == "int8")
     check(draft)
     check(verify)
 

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from rapid_jax.model.fused import quantized
+from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import generate
@@ -55,6 +56,15 @@ def test_every_mesh_and_layout_gives_the_tokens_of_one_device(questions, answer,
     want = on_one_device[1]
     assert got.tokens == want.tokens
     assert (got.drafted, got.accepted, got.rounds) == (want.drafted, want.accepted, want.rounds)
+
+
+def test_a_drafter_on_devices_of_its_own(questions, answer, on_one_device):
+    here, there = make_meshes(MeshConfig(context=2), MeshConfig(context=2, model=2))
+    target = decoder_on(questions.weights, MeshConfig(), mesh=here)
+    drafter = quantized(decoder_on(questions.weights, MeshConfig(), mesh=there), 8)
+    got = answer(LOSSLESS, GREEDY, rows=[0, 1], target=target, drafter=drafter, int8=True)
+    want = on_one_device[1]
+    assert got.tokens == want.tokens and (got.drafted, got.accepted) == (want.drafted, want.accepted)
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])

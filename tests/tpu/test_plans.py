@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from rapid_jax.attention.cache import KV
+from rapid_jax.attention.rounded import rounded_array
 from rapid_jax.cli import main
 from rapid_jax.config import RapidConfig
 from rapid_jax.plan import command
 from rapid_jax.plan.architectures import architecture_of
 from rapid_jax.plan.hlo import collectives, gathered_kv, schedule, under_kernels
-from rapid_jax.plan.programs import programs_of
+from rapid_jax.plan.programs import models_of, programs_of
 from rapid_jax.plan.report import Result, examined
 from rapid_jax.plan.speed import predicted
 from rapid_jax.plan.topologies import GIB, topology_of
@@ -69,6 +71,17 @@ def test_a_prefix_is_rounded_where_it_lies_beside_a_quarter_of_it(name: str):
     cache, made = result.bytes_per_chip["cache"], result.bytes_per_chip["activations"]
     assert 0.25 * cache < made < 0.26 * cache + 2**20
     assert result.bytes_per_chip["temporaries"] < 2**20
+    # Of values, turned a layer at a time when the keys in full are gone.
+    config = settings.load(RapidConfig, CONFIGS / f"{name}.yaml")
+    devices, target = topology_of("v5p:4x4x4").devices, architecture_of(config.models.target)
+    assert config.models.max_context is not None
+    model, _ = models_of(config, devices, target, None, config.models.max_context)
+    layers = model.prefix().layers
+    assert isinstance(layers, KV)
+    turned = rounded_array.lower(layers.v_BKSH, turned=True, mesh=model.mesh).compile()
+    assert collectives(turned.as_text()) == []
+    memory = turned.memory_analysis()
+    assert memory.peak_memory_in_bytes - memory.argument_size_in_bytes < 0.5 * cache
 
 
 SLICES = heads.slices_in(CONFIGS)

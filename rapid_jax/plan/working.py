@@ -42,6 +42,6 @@ def of_rounded_matrix(model: PlannedModel) -> int:
     return FLOAT32 * max(config.vocab_size, 2 * config.intermediate_size) * config.hidden_size
 
 
-def of_rounded_keys(k_BKSH: jax.ShapeDtypeStruct) -> int:
+def of_rounded_keys(k_BKSH: jax.Array) -> int:
     """The rounded keys with a scale a slot. Of values, as many, the full keys have left room to turn them in."""
     return k_BKSH.size + FLOAT32 * (k_BKSH.size // k_BKSH.shape[-1])

@@ -18,6 +18,7 @@ from rapid_jax.attention import decoding
 from rapid_jax.attention.cache import KV, Prefix, Tail
 from rapid_jax.attention.decoding import by_blocks, by_tpu_kernel, decode_of, takes_stack
 from rapid_jax.attention.partial import Partial, Rows, Slots, attend_blockwise, finish
+from rapid_jax.attention.rounded import rounded
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.tpu_decode import BLOCKS, MOST_ROWS, Stack, cut_of, fits, tpu_decode
 from rapid_jax.attention.verbs import attend_prefix_tail, layers_of, with_kept
@@ -251,7 +252,7 @@ def test_a_prefix_split_over_devices(devices):
     np.testing.assert_allclose(got, want, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("why", ["kernel", "no block", "2 rows"])
+@pytest.mark.parametrize("why", ["kernel", "no block", "2 rows", "8 bits"])
 def test_new_tokens_over_prefix_and_tail(monkeypatch, why):
     """Through the verb, in the stacked layout: each layer of a scan finds its own keys and values in the stacks."""
     rng, (G, N, K, H, L) = np.random.default_rng(1), (3, 4, 2, 64, 3)
@@ -263,6 +264,7 @@ def test_new_tokens_over_prefix_and_tail(monkeypatch, why):
 
     qkv = [jnp.asarray(np.float32(rng.normal(size=(B, G, heads, H)))) for heads in (N, K, K)]
     prefix = Prefix(random(1, slots), given.sides[0].pos_BS, given.used[0])
+    prefix = rounded(prefix) if why == "8 bits" else prefix
     tail = Tail(random(B, 80), jnp.full(B, used, jnp.int32), jnp.asarray([62, 40][:B], jnp.int32))
     pos_BG = (tail.start_B + tail.length_B)[:, None] + jnp.arange(G)
 

@@ -14,12 +14,13 @@ from rapid_jax.attention.cache import KV, Prefix, Tail
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.model.matrix import Place, in_bits
-from rapid_jax.plan.hlo import Instruction, arrays_of, bytes_of, collectives, parse
+from rapid_jax.plan.hlo import arrays_of, bytes_of, collectives, parse
 from rapid_jax.plan.topologies import topology_of
 from rapid_jax.runtime.mesh import make_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.loop import TPU_OPTIONS
 from tests.tpu.bundles import measured
+from tests.tpu.layers import is_kernel, loops_over_layers
 
 NEW, GROUP, TAIL = 11, 4, 1536
 
@@ -75,10 +76,6 @@ def compiled_text(case: Case) -> str:
     q_BGNH, k_BGKH = (given("q_BGNH", B, NEW, heads, H) for heads in (K * GROUP, K))
     lowered = attend.lower(q_BGNH, k_BGKH, given("pos_BG", B, NEW, dtype=int32), prefix, tail)
     return lowered.compile(compiler_options=dict(TPU_OPTIONS)).as_text()
-
-
-def is_kernel(item: Instruction) -> bool:
-    return 'custom_call_target="tpu_custom_call"' in item.rest
 
 
 def written(text: str, without: tuple[str, ...] = ()) -> list[int]:
@@ -144,10 +141,7 @@ def test_the_kernel_reads_keys_and_values_where_they_lie(name: str):
 def test_a_layer_s_masks_are_the_kernel_s():
     """What is left to XLA in a layer: the rows laid out for the kernel and back, and the new tokens kept."""
     text = compiled_text(CASES["a stack, v5p"])
-    computations, _ = parse(text)
-    (body,) = [found for found in computations.values() if any(map(is_kernel, found))]
-    quiet = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "copy-done")
-    ops = [item for item in body if item.opcode not in quiet]
+    (ops,) = loops_over_layers(text)
     assert len(ops) <= 12, [item.name for item in ops]
     assert not any(kind in ("s32", "pred") and len(dims) > 0 and max(dims) > 1 for item in ops
                    for kind, dims in arrays_of(item.shape))  # fmt: skip

@@ -70,7 +70,7 @@ def cut_of(rows: Rows, far: Slots, near: Slots) -> Cut | None:
     """How the kernel cuts its work; None: the prefix or a tail has no block."""
     B, K, R, H = rows.q_BKRH.shape
     n, S = far.pos_BS.shape
-    together = B // n
+    together = max(B // n, 1)
     each = max(m for m in range(1, together + 1) if together % m == 0 and (m == 1 or m * R <= MOST_ROWS))
     calls = together // each
     heads = K if K % 2 else K // 2
@@ -105,10 +105,11 @@ def tpu_decode(
 ) -> Partial:
     """Attention of the rows over a prefix, a tail and, as a third side, the new tokens; un-normalised.
 
-    The same as `attend_block` over them in one, but for rounding. Slots of a side from its `used` on are empty: int32,
-    one number or, of a prefix, one a sequence. The third side are the tokens that the rows are of, whose positions are
-    the rows'; 0 or all of them are used. A prefix of few sequences is that of equal runs of rows. `interpret` may be
-    Pallas's InterpretParams. Raises ValueError, while tracing, for shapes that do not go together.
+    The same as `attend_block` over them in one, but for rounding. `used` is int32, one number or, of a prefix, one a
+    sequence, and at most the number of slots: those from there on are empty. The third side are the tokens that the
+    rows are of, whose positions are the rows'; 0 or all of them are used. A prefix of few sequences is that of equal
+    runs of rows. `interpret` may be Pallas's InterpretParams. Raises ValueError, while tracing, for shapes that do not
+    go together.
     """
     cut = _checked(rows, sides, used)
     out, stats = attended(_given(rows, sides, used, cut), cut, scale, interpret, finished=False)

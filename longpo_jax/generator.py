@@ -18,6 +18,8 @@ from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Prompted, generate
 from rapid_jax.speculative.prefill import Prefill, PrefillSettings
 
+ROUNDS = 32  # that the device runs before the host looks whether all answers have ended
+
 
 @dataclass(frozen=True)
 class About:
@@ -130,9 +132,10 @@ class Generator:
     def _generated(
         self, target: Prompted, drafter: Prompted | None, sampling: SamplingConfig, seeds: Sequence[int]
     ) -> list[Answer]:
-        # Level 0 is off: a second program for every shape would have to be compiled.
+        # Level 0 is off: a second program for every shape would have to be compiled. Nobody waits for first tokens.
         mode = "target" if drafter is None else "lossless"
-        speculation = SpeculationConfig(mode=mode, gamma=self.config.pairs.gamma, lookup="off")
+        how = {"gamma": self.config.pairs.gamma, "lookup": "off", "rounds_per_read": ROUNDS}
+        speculation = SpeculationConfig(mode=mode, **how)
         generation = generate(
             target,
             drafter,

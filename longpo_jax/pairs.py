@@ -17,7 +17,7 @@ from longpo_jax import instruct
 from longpo_jax.config import LongPOConfig
 from longpo_jax.dialogue import Dialogue
 from longpo_jax.documents import Corpus, Document, read_corpus
-from longpo_jax.excerpts import Excerpt, excerpts_of
+from longpo_jax.excerpts import Excerpt, excerpts_of, middle_of
 from longpo_jax.filters import reason_to_drop
 from longpo_jax.generator import About, Generator
 from longpo_jax.journal import Writer
@@ -25,7 +25,6 @@ from longpo_jax.pair_counts import OF_DOCUMENTS, OF_TEXT, OF_TURNS, summary_line
 from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.shortfall import lost, warning
 from longpo_jax.stages import inputs_of, is_to_skip
-from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.agreement import check_agreed
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
@@ -131,7 +130,7 @@ class PairMaker:
         so are the batches, and with them every rounding. While the model answers, texts that come next are cut and
         turned into tokens.
         """
-        size, step, total = self._config.pairs.batch, self._config.pairs.documents, len(documents)
+        size, total = self._config.pairs.batch, len(documents)
         starts = range(start - start % size, total if start < total else 0, size)
 
         def begun(first: int) -> list[_Work]:
@@ -141,12 +140,26 @@ class PairMaker:
             for first, group in _ahead(aside, begun, starts):
                 self._ask(group)
                 self._choose(group)
-                left = range(max(start - first, 0) // step * step, len(group), step)
-                parts = [group[at : at + step] for at in left]
-                for at, (part, read) in zip(left, _ahead(aside, self._read, parts), strict=True):
-                    for index, record in enumerate(self._finished(part, read), first + at):
-                        if index >= start:
-                            yield group[index - first].document, record, group[index - first].counts
+                for index, record in enumerate(self._records(group, max(start - first, 0), aside), max(start, first)):
+                    work = group[index - first]
+                    yield work.document, record, work.counts
+
+    def _records(self, group: Sequence[_Work], start: int, aside: Executor) -> Iterator[Record | None]:
+        """Of each document from `start` on; None for one without a turn of use.
+
+        `pairs.documents` of those that have questions are read and answered at once.
+        """
+        step = self._config.pairs.documents
+        asked = [place for place, work in enumerate(group) if work.questions]
+        parts = [asked[at : at + step] for at in range(0, len(asked), step)]
+        parts = [part for part in parts if part[-1] >= start]
+        found: dict[int, Record | None] = {}
+        read = _ahead(aside, lambda part: self._read([group[place] for place in part]), parts)
+        for place in range(start, len(group)):
+            while group[place].questions and place not in found:
+                part, records = next(read)
+                found.update(zip(part, self._finished([group[each] for each in part], records), strict=True))
+            yield found[place] if place in found else self._with_turns(group[place], self._record(group[place]), ())
 
     def _begun(self, document: Document) -> _Work:
         """Its excerpts."""
@@ -204,16 +217,18 @@ class PairMaker:
             work.counts[f"{OF_TURNS}excerpt cut out"] += len(work.questions) - len(whole)
             work.questions = whole
 
+    def _record(self, work: _Work) -> Record:
+        """Without turns."""
+        document, text = work.document, work.document.text
+        what = document.id, document.domain, text, document.tokens, work.cut, (), work.seed, self._settings
+        return Record(*what)
+
     def _read(self, group: Sequence[_Work]) -> list[tuple[Record, list[int]]]:
         """Of each document: the record, still without turns, and what the prompts of all its questions begin with."""
         found = []
         for work in group:
-            document, text = work.document, work.document.text
-            what = document.id, document.domain, text, document.tokens, work.cut, (), work.seed, self._settings
-            record, head = Record(*what), []
-            if work.questions:
-                head = work.questions[0].dialogue.before + self._generator.tokenizer.encode_quoted(record.context)
-            found.append((record, head))
+            record, before = self._record(work), work.questions[0].dialogue.before
+            found.append((record, before + self._generator.tokenizer.encode_quoted(record.context)))
         return found
 
     def _finished(self, group: Sequence[_Work], read: Sequence[tuple[Record, list[int]]]) -> list[Record | None]:
@@ -267,23 +282,6 @@ def _ahead(aside: Executor, make: Callable[[_Item], _Made], items: Sequence[_Ite
         made = coming.popleft().result()
         coming.extend(aside.submit(make, item) for item in items[place : place + 1])
         yield item, made
-
-
-def middle_of(text: str, room: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
-    """The characters in the middle without which the text has at most `room` tokens; None if it has no more anyway."""
-    spans = tokenizer.spans(text)
-    keep = room
-    while len(spans) > room:
-        if keep < 1:
-            return 0, len(text)
-        first, last = keep - keep // 2, keep // 2
-        start = spans[first - 1][1]
-        end = max(start, spans[-last][0]) if last else len(text)
-        tokens = len(tokenizer.encode_quoted(text[:start] + text[end:]))
-        if tokens <= room:
-            return start, end
-        keep -= tokens - room  # a text that was cut need not have the tokens that it had
-    return None
 
 
 def _seed(*parts: object) -> int:

@@ -37,7 +37,7 @@ class Pace:
         if isinstance(old, AutoGamma) and isinstance(new, AutoGamma):
             if self.gammas:
                 new.accepted, new.rejected = old.accepted, old.rejected
-            new.seconds = self.times.of(rounds.kind)
+            new.costs = self.times.of(rounds.kind)
             new.draft_share = _draft_share(*rounds.sides)
         other.gate = self.gate
         return other

@@ -78,15 +78,23 @@ class FixedGamma:
 
 
 @dataclass
+class Costs:
+    """What rounds of one kind of rows take."""
+
+    seconds: dict[int, float] = field(default_factory=dict)  # of one round, by gamma
+    once: set[int] = field(default_factory=set)  # gammas that were timed once: a program's first rounds take longer
+
+
+@dataclass
 class RoundTimes:
     """What rounds have taken, and how often drafts were accepted: kept for the rows that come after."""
 
     acceptance: float = BELIEF  # of late
-    _seconds: dict[Hashable, dict[int, float]] = field(default_factory=dict)
+    _costs: dict[Hashable, Costs] = field(default_factory=dict)
 
-    def of(self, kind: Hashable) -> dict[int, float]:
-        """Seconds of a round by gamma, of rows of a kind; what is put in stays."""
-        return self._seconds.setdefault(kind, {})
+    def of(self, kind: Hashable) -> Costs:
+        """Those of rows of a kind; what is put in stays."""
+        return self._costs.setdefault(kind, Costs())
 
 
 @dataclass
@@ -103,7 +111,7 @@ class AutoGamma:
     rounds_per_read: int
     gammas: tuple[int, ...] = GAMMAS
     first_wait: int = 64
-    seconds: dict[int, float] = field(default_factory=dict)  # of one round, by gamma
+    costs: Costs = field(default_factory=Costs)
     draft_share: float | None = None  # bytes that a drafter's pass reads, over those of the target's
     accepted: float = BELIEVED * BELIEF  # discounted counts, starting from a weak belief
     rejected: float = BELIEVED * (1 - BELIEF)
@@ -115,6 +123,11 @@ class AutoGamma:
     def __post_init__(self):
         self.wait = self.first_wait
 
+    @property
+    def seconds(self) -> dict[int, float]:
+        """Of one round, by gamma."""
+        return self.costs.seconds
+
     def believe(self, acceptance: float) -> None:
         """Starts from that chance, weakly."""
         self.accepted, self.rejected = BELIEVED * acceptance, BELIEVED * (1 - acceptance)
@@ -125,10 +138,18 @@ class AutoGamma:
         return min(self.accepted / (self.accepted + self.rejected), 0.999)
 
     def round_seconds(self, gamma: int) -> float | None:
-        """Measured, else extrapolated from gamma = 0 and the measured one nearest to it; None if that cannot be."""
-        if gamma in self.seconds:
-            return self.seconds[gamma]
-        known = [other for other in self.seconds if other > 0]
+        """Measured, else extrapolated from gamma = 0 and the measured one nearest to it; None if that cannot be.
+
+        Of a gamma that was timed once the smaller of both: it is worth a second look before it is given up.
+        """
+        measured, first = self.seconds.get(gamma), gamma in self.costs.once
+        if measured is not None and (gamma == 0 or not first):
+            return measured
+        found = self._extrapolated(gamma)
+        return found if measured is None else min(measured, found or measured)
+
+    def _extrapolated(self, gamma: int) -> float | None:
+        known = [other for other in self.seconds if other > 0 and other != gamma]
         if 0 not in self.seconds or not known:
             return None
         nearest = min(known, key=lambda other: abs(other - gamma))
@@ -156,7 +177,7 @@ class AutoGamma:
             return (self._drafting[0], TRIAL) if self._is_trial else (0, 2 * self.rounds_per_read)
         if self.drafting >= self.first_wait:
             return 0, TRIAL
-        return best, self.rounds_per_read if best in self.seconds else TRIAL
+        return best, self.rounds_per_read if best in self.seconds and best not in self.costs.once else TRIAL
 
     @property
     def _drafting(self) -> list[int]:
@@ -210,7 +231,13 @@ class AutoGamma:
                 del self.seconds[gamma]  # to be timed again, with nothing missed
             elif known is not None:
                 self.seconds[gamma] = min(known, now)
-        elif known is None or was_hiccup:
+        elif known is None:
+            self.seconds[gamma] = now
+            self.costs.once.add(gamma)
+        elif gamma in self.costs.once:
+            self.seconds[gamma] = min(known, now)
+            self.costs.once.remove(gamma)
+        elif was_hiccup:
             self.seconds[gamma] = now
         else:
             self.seconds[gamma] = 0.7 * known + 0.3 * min(now, 1.5 * known)

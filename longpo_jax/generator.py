@@ -117,12 +117,15 @@ class Generator:
         return [found[at][: len(about.tails)] if at in found else [] for at, about in enumerate(asked)]
 
     def _filled(self, rows: Sequence[int], most: int | None = None) -> list[int]:
-        """The rows, the last one repeated up to a power of two or `most`: programs are compiled for few sizes only.
+        """The rows, the last one repeated up to a power of two, or to `most` or a fourth, a sixteenth ... of that.
 
-        On a mesh up to what `data` divides.
+        Programs are so compiled for few sizes only. On a mesh up to what `data` divides.
         """
         data, size = self.config.generation.mesh.data, 1 << (len(rows) - 1).bit_length()
-        size = size if most is None else min(size, most)
+        if most is not None:
+            size = most
+            while size // 4 >= len(rows):
+                size //= 4
         return [*rows, *[rows[-1]] * (-(-size // data) * data - len(rows))]
 
     def _prefilled(self, decoder: Decoder, prompts: Sequence[list[int]], room: int = 0) -> Prefix:

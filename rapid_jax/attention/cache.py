@@ -114,6 +114,18 @@ def write(kv: KV, k_BKTH: jax.Array, v_BKTH: jax.Array, slot_B: jax.Array) -> KV
     return KV(update(kv.k_BKSH, k_BKTH, slot_B), update(kv.v_BKSH, v_BKTH, slot_B))
 
 
+def write_layers(stack: KV, k_LBKTH: jax.Array, v_LBKTH: jax.Array, slot_B: jax.Array) -> KV:
+    """`write` for all layers at once: a slice update a row, each in place."""
+
+    def updated(old_LBKSH: jax.Array, new_LBKTH: jax.Array) -> jax.Array:
+        for row in range(old_LBKSH.shape[1]):
+            at = (0, row, 0, slot_B[row], 0)
+            old_LBKSH = lax.dynamic_update_slice(old_LBKSH, new_LBKTH[:, row : row + 1].astype(old_LBKSH.dtype), at)
+        return old_LBKSH
+
+    return KV(updated(stack.k_BKSH, k_LBKTH), updated(stack.v_BKSH, v_LBKTH))
+
+
 @partial(jax.jit, static_argnames=("slots", "devices"))
 def with_slots(prefix: Prefix, slots: int, devices: int) -> Prefix:
     """A copy with so many slots, at least those there are; each of `devices` context devices keeps its own share."""

@@ -2,7 +2,7 @@
 """Attention of a few new tokens over a prefix and a tail, on one device's parts of them: by platform.
 
 gpu    `flash_decode.py`: a kernel that reads every key once
-tpu    `splash_decode.py`: the same, and the tail in plain XLA
+tpu    `tpu_decode.py`: the same
 else   plain XLA, a block of the prefix at a time; the reference
 
 Each takes a prefix of one sequence under the rows of many, and reads it once for all of them.
@@ -13,31 +13,36 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
 from rapid_jax.attention.flash_decode import fits, flash_decode, flash_decoded
 from rapid_jax.attention.partial import Rows, Slots, attend_blockwise, finish, merge
 from rapid_jax.attention.ring import merged_over
 from rapid_jax.attention.shared_prefix import is_shared, over_shared
-from rapid_jax.attention.splash_decode import Stack, splash_decode
-from rapid_jax.attention.splash_decode import fits as splash_fits
+from rapid_jax.attention.tpu_decode import Stack, tpu_decode, tpu_decoded
+from rapid_jax.attention.tpu_decode import fits as tpu_fits
 
-Sides: TypeAlias = tuple[Slots, Slots]  # this device's part of the prefix; the tail, whole on every device
-StackSides: TypeAlias = tuple[Slots | Stack, Slots]
-Used: TypeAlias = tuple[jax.Array, jax.Array]  # slots from there on are empty
-# (rows, `Sides`, or `StackSides` for `by_splash`, used, scale, mesh axis that the prefix is split over) -> softmax over
-# the keys of both times the values, [B, K, R, H] in the queries' dtype
+# This device's part of the prefix; the tail, whole on every device, and for TPUs perhaps the new tokens, not yet in it.
+Sides: TypeAlias = tuple[Slots, ...]
+StackSides: TypeAlias = tuple[Slots | Stack, ...]
+Used: TypeAlias = tuple[jax.Array, ...]  # slots from there on are empty
+# (rows, `Sides`, or `StackSides` for `by_tpu_kernel`, used, scale, mesh axis that the prefix is split over) -> softmax
+# over the keys of all times the values, [B, K, R, H] in the queries' dtype
 Decode: TypeAlias = Callable[[Rows, Any, Used, float, str | None], jax.Array]
 
 
 def by_blocks(rows: Rows, sides: Sides, used: Used, scale: float, axis: str | None, *, block: int) -> jax.Array:
     """In plain XLA."""
     del used  # a loop of unknown length would be no faster: a prefix has few empty slots
-    far, near = sides
+    far, *others = sides
     attend = partial(attend_blockwise, slots=far, scale=scale, block=block)
     seen = over_shared(rows, far, attend, most=rows.pos_BR.size) if is_shared(rows, far) else attend(rows)
     if axis is not None:
         seen = merged_over(seen, axis)
-    return finish(merge(seen, attend_blockwise(rows, near, scale=scale, block=block)), rows.q_BKRH.dtype)
+    for side in others:
+        seen = merge(seen, attend_blockwise(rows, side, scale=scale, block=block))
+    return finish(seen, rows.q_BKRH.dtype)
 
 
 def by_kernel(
@@ -54,30 +59,30 @@ def by_kernel(
     return finish(both, rows.q_BKRH.dtype)
 
 
-def by_splash(
+def by_tpu_kernel(
     rows: Rows, sides: StackSides, used: Used, scale: float, axis: str | None, *, block: int, interpret: Any = False
 ) -> jax.Array:
-    """The prefix by the kernel for TPUs where it takes the shapes, the tail in plain XLA.
-
-    Empty slots of the prefix are last, and every query is behind it: how much is used is told by its positions.
-    """
-    far, near = sides
-    if not splash_fits(rows, far.every if isinstance(far, Stack) else far):
-        far = far.one() if isinstance(far, Stack) else far
-        return by_blocks(rows, (far, near), used, scale, axis, block=block)
-    seen = splash_decode(rows, far, scale=scale, interpret=interpret)
-    if axis is not None:
-        seen = merged_over(seen, axis)
-    return finish(merge(seen, attend_blockwise(rows, near, scale=scale, block=block)), rows.q_BKRH.dtype)
+    """By the kernel for TPUs where it takes the shapes."""
+    far, *others = sides
+    if not all(tpu_fits(rows, far, side) for side in others):
+        plain = tuple(side.one() if isinstance(side, Stack) else side for side in sides)
+        return by_blocks(rows, plain, used, scale, axis, block=block)
+    if axis is None or lax.axis_size(axis) == 1:
+        return tpu_decoded(rows, sides, used, scale=scale, interpret=interpret)
+    # What every device has whole the first adds.
+    first = lax.axis_index(axis) == 0
+    used = used[0], *(jnp.where(first, count, 0) for count in used[1:])
+    seen = tpu_decode(rows, sides, used, scale=scale, interpret=interpret)
+    return finish(merged_over(seen, axis), rows.q_BKRH.dtype)
 
 
 def takes_stack(kernel: str, platform: str) -> bool:
-    """Whether what `decode_of` gives reads a layer's keys and values out of those of all layers."""
+    """Whether what `decode_of` gives reads a layer's keys and values out of those of all layers, and new ones apart."""
     return platform == "tpu" and kernel != "xla"
 
 
 def decode_of(kernel: str, platform: str, block: int) -> Decode:
     """What a strategy's kernel name means for decoding."""
     if takes_stack(kernel, platform):
-        return partial(by_splash, block=block)
+        return partial(by_tpu_kernel, block=block)
     return partial(by_kernel if platform == "gpu" and kernel != "xla" else by_blocks, block=block)

@@ -11,13 +11,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from rapid_jax.attention.cache import KV, Prefix, Tail, write
+from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, write, write_layers
 from rapid_jax.attention.forked import Forked
 from rapid_jax.attention.partial import Slots, finish, fold, merge, unfold
 from rapid_jax.attention.ring import attend_visitors, ring_attention
-from rapid_jax.attention.splash_decode import Stack
 from rapid_jax.attention.strategy import Strategy
+from rapid_jax.attention.tpu_decode import Stack
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
@@ -113,67 +114,111 @@ def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Atte
     return attend
 
 
+def _from_stack(prefix: Prefix, strategy: Strategy) -> bool:
+    return isinstance(prefix.layers, KV) and strategy.decodes_from_stack
+
+
 def layers_of(prefix: Prefix, tail: Tail, strategy: Strategy) -> Any:
     """What `attend_prefix_tail` wants of every layer, for `Decoder.hidden`: (the prefix's KV, the tail's KV).
 
-    In the stacked layout the layer's number may stand for the first: what is scanned over would be copied for a kernel.
+    In the stacked layout the layer's number may stand for both: what is scanned over would be copied for a kernel.
     """
     if isinstance(prefix.layers, tuple) and isinstance(tail.layers, tuple):
         return tuple(zip(prefix.layers, tail.layers, strict=True))
-    if isinstance(prefix.layers, KV) and strategy.decodes_from_stack:
-        return jnp.arange(prefix.layers.k_BKSH.shape[0], dtype=jnp.int32), tail.layers
+    if _from_stack(prefix, strategy):
+        assert isinstance(prefix.layers, KV)
+        return jnp.arange(prefix.layers.k_BKSH.shape[0], dtype=jnp.int32)
     return prefix.layers, tail.layers
+
+
+def with_kept(prefix: Prefix, tail: Tail, kept: Any, strategy: Strategy) -> Layers:
+    """The tail's layers with the new tokens: of what `attend_prefix_tail` kept of every layer.
+
+    Where that read from stacks it kept the new tokens alone, and all layers are written at once, in place.
+    """
+    if not _from_stack(prefix, strategy):
+        return kept
+    stack = tail.layers
+    assert isinstance(stack, KV)
+
+    def local(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        new = write_layers(KV(*arrays[:2]), *arrays[2:])
+        return new.k_BKSH, new.v_BKSH
+
+    names = ("k_LBKGH", "v_LBKGH")
+    call = strategy.per_device(local, (*names, *names, "slot_B"), names)
+    return KV(*call(stack.k_BKSH, stack.v_BKSH, kept.k_BKSH, kept.v_BKSH, tail.length_B))
+
+
+def _far_used(prefix: Prefix, strategy: Strategy) -> tuple[str, jax.Array]:
+    """(letters, slots of the prefix that may be used: one number, or that of each sequence on each device)."""
+    if strategy.context == 1:
+        return "", prefix.used
+    if not strategy.decodes_from_stack:  # empty slots are found by position
+        return "", jnp.int32(prefix.pos_BS.shape[1])
+
+    def local(pos_BS: jax.Array) -> tuple[jax.Array]:
+        behind = jnp.arange(1, pos_BS.shape[1] + 1, dtype=jnp.int32)
+        return (jnp.max(jnp.where(pos_BS >= 0, behind, 0), axis=1, keepdims=True),)
+
+    return "used_BS", strategy.per_device(local, ("pos_BS",), ("used_BS",))(prefix.pos_BS)[0]
 
 
 def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: Strategy) -> Attend:
     """A few new tokens over the prefix and the tail, themselves included; `layer` is one of `layers_of`.
 
-    Every device attends to its own part of the prefix, and the parts are summed: no key or value moves. Kept: the
-    tail's KV with the new tokens written from slot `length_B` on. The tail's length is the caller's to move.
+    Every device attends to its own part of the prefix, and the parts are summed: no key or value moves. Kept, for
+    `with_kept`: the tail's KV with the new tokens written from slot `length_B` on, or beside stacks the new tokens'
+    alone. The tail's length is the caller's to move.
     """
-    extra = pos_BG.shape[1]
+    stacked = _from_stack(prefix, strategy)
+    extra = 0 if stacked else pos_BG.shape[1]
     tail_pos_BG = tail.slot_positions(extra=extra)
-    # What a device has used of a prefix that is split over several is not told: empty slots are found by position.
-    far_used = prefix.used if strategy.context == 1 else jnp.int32(prefix.pos_BS.shape[1])
+    used_name, far_used = _far_used(prefix, strategy)
     near_used = jnp.max(tail.length_B) + extra
+    if stacked:  # XLA would rather make them anew in every layer
+        pos_BG, tail_pos_BG, near_used = lax.optimization_barrier((pos_BG, tail_pos_BG, near_used))
     over_both = strategy.chosen_decode()
 
-    def local(q_BGNH, k_BGKH, v_BGKH, pos_BG, near_k_BKGH, near_v_BKGH, near_pos_BG, slot_B, used, far_pos_BS, *far):
-        rows = fold(q_BGNH, pos_BG, k_BGKH.shape[2])
-        near_kv = write(KV(near_k_BKGH, near_v_BKGH), k_BGKH.swapaxes(1, 2), v_BGKH.swapaxes(1, 2), slot_B)
+    def local(q_BGNH, new, pos_BG, near, near_pos_BG, slot_B, far_used, scalars, far_pos_BS, *far):
+        near_used, layer = scalars
+        rows = fold(q_BGNH, pos_BG, new[0].shape[2])
+        near, new = KV(*near), KV(*(x_BGKH.swapaxes(1, 2).astype(near[0].dtype) for x_BGKH in new))
         k_BKSH, v_BKSH, *scales = far
-        *used, layer = used
         prefix_slots = Slots(k_BKSH, v_BKSH, far_pos_BS, None, *scales)
-        far_side = prefix_slots if k_BKSH.ndim == 4 else Stack(prefix_slots, layer)
-        sides = (far_side, Slots(near_kv.k_BKSH, near_kv.v_BKSH, near_pos_BG))
-        out_BKRH = over_both(rows, sides, tuple(used), q_BGNH.shape[-1] ** -0.5, strategy.hops.axis)
-        return unfold(out_BKRH, q_BGNH.shape[1]), near_kv.k_BKSH, near_kv.v_BKSH
+        if stacked:
+            kept, tail_slots = new, Slots(near.k_BKSH, near.v_BKSH, near_pos_BG)
+            sides = Stack(prefix_slots, layer), Stack(tail_slots, layer), Slots(new.k_BKSH, new.v_BKSH, pos_BG)
+            used = far_used, near_used, jnp.int32(pos_BG.shape[1])
+        else:
+            kept = write(near, new.k_BKSH, new.v_BKSH, slot_B)
+            sides, used = (prefix_slots, Slots(kept.k_BKSH, kept.v_BKSH, near_pos_BG)), (far_used, near_used)
+        out_BKRH = over_both(rows, sides, used, q_BGNH.shape[-1] ** -0.5, strategy.hops.axis)
+        return unfold(out_BKRH, q_BGNH.shape[1]), kept.k_BKSH, kept.v_BKSH
 
-    def attend(q_BGNH, k_BGKH, v_BGKH, layer: tuple[KV | jax.Array, KV]):
-        far, near = layer
+    def attend(q_BGNH, k_BGKH, v_BGKH, layer: tuple[KV, KV] | jax.Array):
         index, letter = jnp.int32(0), ""
-        if not isinstance(far, KV):
-            assert isinstance(prefix.layers, KV)
-            index, letter, far = far, "L", prefix.layers
-        k_BGKH, v_BGKH = strategy.with_copies(k_BGKH), strategy.with_copies(v_BGKH)
-        given = {
-            "q_BGNH": q_BGNH,
-            "k_BGKH": k_BGKH,
-            "v_BGKH": v_BGKH,
-            "pos_BG": pos_BG,
-            "near_k_BKGH": near.k_BKSH,
-            "near_v_BKGH": near.v_BKSH,
-            "near_pos_BG": tail_pos_BG,
-            "slot_B": tail.length_B,
-            "": (far_used, near_used, index),
-            "far_pos_BS": prefix.pos_BS,
-            f"far_k_{letter}BKSH": far.k_BKSH,
-            f"far_v_{letter}{'BKSH' if far.v_scale_BKS is None else 'BKHS'}": far.v_BKSH,
-        }
+        if stacked:
+            assert isinstance(prefix.layers, KV) and isinstance(tail.layers, KV)
+            index, letter, layer = layer, "L", (prefix.layers, tail.layers)
+        far, near = layer
+        given = [
+            ("q_BGNH", q_BGNH),
+            ("new_BGKH", (strategy.with_copies(k_BGKH), strategy.with_copies(v_BGKH))),
+            ("pos_BG", pos_BG),
+            (f"near_{letter}BKGH", (near.k_BKSH, near.v_BKSH)),
+            ("near_pos_BG", tail_pos_BG),
+            ("slot_B", tail.length_B),
+            (used_name, far_used),
+            ("", (near_used, index)),
+            ("far_pos_BS", prefix.pos_BS),
+            (f"far_k_{letter}BKSH", far.k_BKSH),
+            (f"far_v_{letter}{'BKSH' if far.v_scale_BKS is None else 'BKHS'}", far.v_BKSH),
+        ]
         if far.k_scale_BKS is not None:
-            given |= {f"far_k_scale_{letter}BKS": far.k_scale_BKS, f"far_v_scale_{letter}BKS": far.v_scale_BKS}
-        call = strategy.per_device(local, tuple(given), ("out_BGNH", "k_BKGH", "v_BKGH"))
-        out_BGNH, *tail_kv = call(*given.values())
-        return out_BGNH, KV(*tail_kv)
+            given += [(f"far_k_scale_{letter}BKS", far.k_scale_BKS), (f"far_v_scale_{letter}BKS", far.v_scale_BKS)]
+        call = strategy.per_device(local, tuple(name for name, _ in given), ("out_BGNH", "k_BKGH", "v_BKGH"))
+        out_BGNH, *kept = call(*(x for _, x in given))
+        return out_BGNH, KV(*kept)
 
     return attend

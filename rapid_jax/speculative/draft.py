@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rapid_jax.attention.cache import Tail
-from rapid_jax.attention.verbs import attend_prefix_tail, layers_of
+from rapid_jax.attention.verbs import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.speculative.accept import leading_agreement
 from rapid_jax.speculative.lookup import framed, propose
 from rapid_jax.speculative.prefill import serving
@@ -72,7 +72,7 @@ def read(side: Side, tail: Tail, tokens_BT: jax.Array, plan: Plan, *, rows: int)
     layers = layers_of(side.prefix, tail, strategy)
     hidden_BTD, kept = side.decoder.hidden(tokens_BT, pos_BT, attend, layers)
     logits = side.decoder.logits(hidden_BTD[:, T - rows :])
-    return logits, Tail(kept, tail.start_B, tail.length_B + T)
+    return logits, Tail(with_kept(side.prefix, tail, kept, strategy), tail.start_B, tail.length_B + T)
 
 
 def caught_up(side: Side, state: State, tail: Tail, plan: Plan) -> Tail:

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding
 from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, each_layer, empty_layers
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_chunk, attend_prefix_tail, layers_of
+from rapid_jax.attention.verbs import attend_chunk, attend_prefix_tail, layers_of, with_kept
 from rapid_jax.model.decoder import Block, Decoder
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import placed, replicated
@@ -231,7 +231,8 @@ def _tail_layer(block: Block, x_BTD, cos, sin, far: KV, near: KV, prefix: Prefix
 def _tail_stacked(decoder: Decoder, tokens_BG, prefix: Prefix, tail: Tail, layers: KV, pos_BG, *, strategy):
     tail = replace(tail, layers=layers)
     attend = attend_prefix_tail(prefix, tail, pos_BG, strategy)
-    return decoder.hidden(tokens_BG, pos_BG, attend, layers_of(prefix, tail, strategy))[1]
+    kept = decoder.hidden(tokens_BG, pos_BG, attend, layers_of(prefix, tail, strategy))[1]
+    return with_kept(prefix, tail, kept, strategy)
 
 
 def extend(

@@ -15,7 +15,7 @@ from rapid_jax.attention.flash_decode import flash_decode, flash_decoded
 from rapid_jax.attention.kernels import Cotangent
 from rapid_jax.attention.partial import Rows, Slots
 from rapid_jax.attention.splash import Splash
-from rapid_jax.attention.splash_decode import Stack, splash_decode
+from rapid_jax.attention.tpu_decode import Stack, tpu_decode
 from rapid_jax.attention.xla import Xla
 
 B, K, R, S, H = 2, 2, 128, 512, 64
@@ -133,22 +133,51 @@ def stack(slots: Slots, layers: int = 3) -> Stack:
     return Stack(every, COUNT)  # type: ignore[arg-type]
 
 
+def over(rows: Rows, far: Slots, *, stacked: bool, tail: Slots, new: int | None = None, used: Any = COUNT) -> None:
+    """Traces the kernel for TPUs over a prefix, a tail and perhaps so many new tokens."""
+    sides: tuple[Any, ...] = (stack(far), stack(tail)) if stacked else (far, tail)
+    if new is not None:
+        keys = changed(tail.k_BKSH, shape=(*tail.k_BKSH.shape[:2], new, H))
+        sides += (Slots(keys, keys, changed(tail.pos_BS, shape=(tail.pos_BS.shape[0], new))),)
+    trace(partial(tpu_decode, scale=1.0, interpret=True), rows, sides, (used, *[COUNT] * (len(sides) - 1)))
+
+
 @pytest.mark.parametrize("stacked", [False, True])
-def test_splash_decode(stacked):
-    function = partial(splash_decode, scale=1.0, interpret=True)
-    for batch in (1, 4):
-        rows, slots = rows_and_slots(batch, 1)
-        trace(function, rows, stack(slots) if stacked else slots)
-    rows, slots = rows_and_slots(1, 1)
-    for name, change in WRONG.items():
-        if name.startswith("q_BKRH, axis 0") or name.startswith("pos_BR, axis 0") or "sequences" in name:
-            continue  # of `B` rows: below
+def test_tpu_decode(stacked):
+    for batch, sequences in ((1, 1), (4, 1), (4, 2), (2, 2)):
+        rows, far = rows_and_slots(batch, sequences)
+        over(rows, far, stacked=stacked, tail=rows_and_slots(batch, batch)[1])
+        over(rows, far, stacked=stacked, tail=rows_and_slots(batch, batch)[1], new=R)
+        over(rows, far, stacked=stacked, tail=far if sequences == batch else rows_and_slots(batch, batch)[1])
+    rows, slots = rows_and_slots()
+    for change in WRONG.values():
         other_rows, other_slots = change(rows, slots)
-        with pytest.raises(ValueError, match=r"^splash_decode: "):
-            trace(function, other_rows, stack(other_slots) if stacked else other_slots)
-    rows, slots = rows_and_slots(2, 2)
-    with pytest.raises(ValueError, match=r"^splash_decode: expected one sequence of whole blocks"):
-        trace(function, rows, stack(slots) if stacked else slots)
+        for far, tail in ((other_slots, slots), (slots, other_slots)):
+            with pytest.raises(ValueError, match=r"^tpu_decode: .*(expected|Error in)"):
+                over(other_rows, far, stacked=stacked, tail=tail)
+    four = rows_and_slots(4, 4)
+    for refused, why in (
+        (lambda: over(four[0], slots, stacked=stacked, tail=slots), "expected slots of 4 sequences as the rows, got 2"),
+        (lambda: over(rows, slots, stacked=stacked, tail=slots, new=3), "expected the 128 tokens"),
+        (lambda: over(*rows_and_slots(rows=300), stacked=stacked, tail=slots), "expected slots in whole blocks"),
+        (lambda: over(rows, slots, stacked=stacked, tail=slots, used=changed(COUNT, shape=(3,))), "expected 1 or 2"),
+        (lambda: over(rows, slots, stacked=stacked, tail=slots, used=changed(COUNT, dtype=jnp.float32)), "Error in"),
+    ):
+        with pytest.raises(ValueError, match=f"^tpu_decode: {why}"):
+            refused()
+
+
+def test_layers_and_sides_of_the_kernel_for_tpus():
+    rows, slots = rows_and_slots()
+    function = partial(tpu_decode, scale=1.0, interpret=True)
+    every = stack(slots)
+    uneven = Stack(replace(every.every, v_BKSH=stack(slots, 4).every.v_BKSH), every.layer)
+    layers = Stack(every.every, changed(COUNT, shape=(1,)))  # type: ignore[arg-type]
+    for sides in ((uneven, slots), (slots, uneven), (layers, slots), (slots,), (slots,) * 4, (slots, slots, every)):
+        with pytest.raises(ValueError, match=r"^tpu_decode: (expected|Error in)"):
+            trace(function, rows, sides, (COUNT,) * len(sides))
+    with pytest.raises(ValueError, match=r"^tpu_decode: expected 2 counts"):
+        trace(function, rows, (slots, slots), (COUNT,))
 
 
 def test_numbers_of_sets_and_of_used_slots():

@@ -5,12 +5,16 @@ Everything here has the same shapes, so that tests share compiled programs: prom
 set of stop tokens, limits of the same bucket.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import jax
 import numpy as np
 import pytest
 
+from rapid_jax.attention.decoding import by_tpu_kernel
+from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Generation, generate
@@ -89,3 +93,19 @@ def answer(questions: Questions) -> Callable[..., Generation]:
         )
 
     return run
+
+
+@pytest.fixture
+def from_stacks(monkeypatch) -> Iterator[list[Strategy]]:
+    """Decoding as on TPUs, from stacks of layers, in plain XLA; every strategy that was asked for it."""
+    asked: list[Strategy] = []
+
+    def chosen(self: Strategy):
+        asked.append(self)
+        return partial(by_tpu_kernel, block=self.block)
+
+    monkeypatch.setattr(Strategy, "decodes_from_stack", True)
+    monkeypatch.setattr(Strategy, "chosen_decode", chosen)
+    jax.clear_caches()  # strategies are equal that decode otherwise
+    yield asked
+    jax.clear_caches()

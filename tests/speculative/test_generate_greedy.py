@@ -46,6 +46,13 @@ def test_in_the_stacked_layout_too(questions, answer, gamma, lookup):
     assert got.tokens == questions.until_stop()
 
 
+def test_layers_that_are_read_from_stacks_keep_new_tokens_alone(questions, answer, from_stacks):
+    """As on TPUs: the tails of all layers are written at once."""
+    target, drafter = questions.weights.decoder("stacked"), questions.weights.perturbed(0.1).decoder("stacked")
+    got = answer(SpeculationConfig(gamma=3, lookup="on"), GREEDY, target=target, drafter=drafter)
+    assert got.tokens == questions.until_stop() and from_stacks
+
+
 def test_one_row_alone(questions, answer):
     for row, want in enumerate(questions.until_stop()):
         assert answer(SpeculationConfig(gamma=3, lookup="on"), GREEDY, rows=[row]).tokens == [want]

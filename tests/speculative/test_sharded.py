@@ -67,6 +67,15 @@ def test_every_mesh_gives_the_tokens_of_one_device(questions, drafter_weights, a
     assert sum(want.accepted) > 0 and len(set(want.tokens[0])) > 4
 
 
+def test_layers_that_are_read_from_stacks(questions, drafter_weights, answer, from_stacks):
+    """As on TPUs: new tokens are kept apart, and each device is told how much it has used of a prefix."""
+    config = MESHES["context 4, model 2"]
+    target = decoder_on(questions.weights, config, "stacked")
+    drafter = decoder_on(drafter_weights, config, "stacked", mesh=target.mesh)
+    got = answer(*SPECULATIONS["greedy"], rows=[0, 1], target=target, drafter=drafter)
+    assert got.tokens == questions.until_stop()[:2] and from_stacks
+
+
 def test_a_drafter_in_8_bits_drafts_alike_on_every_mesh(questions, answer):
     """The target's own copy, of the same 8 bits however they are split; greedy answers are plain ones."""
     speculation, sampling = SpeculationConfig(mode="lossless", gamma=3, lookup="off"), SPECULATIONS["greedy"][1]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Short contexts cut out of a document: whole paragraphs or LaTeX sections, in groups of as many tokens as fit.
+"""Short contexts cut out of a document: whole paragraphs or LaTeX sections, in groups of as many tokens as fit. Also
+what is left out of the middle of a document that is too long.
 
 The rule is that of LongPO's data scripts (arXiv 2502.13922), with three differences: tokens are counted on the document
 itself, a group is a stretch of the document with its line ends, and a paragraph that is too long is cut, not dropped.
@@ -62,6 +63,23 @@ def excerpts_of(
     if len(drawn) < len(kept):
         dropped["excerpt not drawn"] = len(kept) - len(drawn)
     return [kept[index] for index in drawn], dropped
+
+
+def middle_of(text: str, room: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
+    """The characters in the middle without which the text has at most `room` tokens; None if it has no more anyway."""
+    spans = tokenizer.spans(text)
+    keep = room
+    while len(spans) > room:
+        if keep < 1:
+            return 0, len(text)
+        first, last = keep - keep // 2, keep // 2
+        start = spans[first - 1][1]
+        end = max(start, spans[-last][0]) if last else len(text)
+        tokens = len(tokenizer.encode_quoted(text[:start] + text[end:]))
+        if tokens <= room:
+            return start, end
+        keep -= tokens - room  # a text that was cut need not have the tokens that it had
+    return None
 
 
 def groups(

@@ -17,6 +17,11 @@ from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Prompted, generate
 from rapid_jax.speculative.prefill import Prefill, PrefillSettings
+from rapid_jax.speculative.start import Room
+
+ROUNDS = 32  # that the device runs before the host looks whether all answers have ended
+AROUND = 256  # tokens around an excerpt, or behind a document, that there is room for: programs are then of one size
+_UNIT = 128  # tokens, that chunks are multiples of
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,11 @@ class Generator:
         """An answer to each short prompt of two tokens or more, `pairs.batch` of about equal length at once."""
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         found: dict[int, Answer] = {}
-        most = self.config.pairs.batch
+        most, room = self.config.pairs.batch, self.config.excerpts.max_tokens + AROUND
         for start in range(0, len(by_length), most):
             batch = by_length[start : start + most]
             rows = self._filled(batch, most)
-            prefix = self._prefilled(self.short, [prompts[row][:-1] for row in rows])
+            prefix = self._prefilled(self.short, [prompts[row][:-1] for row in rows], room)
             cached = [len(prompts[row]) - 1 for row in rows]
             prompted = Prompted(self.short, [prompts[row] for row in rows], prefix, cached)
             said = self._generated(prompted, None, sampling, [seeds[row] for row in rows])
@@ -94,8 +99,9 @@ class Generator:
         if not any(about.tails for about in asked):
             return [[] for _ in asked]
         places = [at for at, about in enumerate(asked) if about.tails]
-        documents = self._filled(places)  # each has as many rows as the one with the most questions
-        each = 1 << (max(len(about.tails) for about in asked) - 1).bit_length()
+        documents = self._filled(places)
+        most = max(self.config.excerpts.per_document, *(len(about.tails) for about in asked))
+        each = 1 << (most - 1).bit_length()  # rows of a document, whatever it has: they are nearly free
         rows = [(at, min(row, len(asked[at].tails) - 1)) for at in documents for row in range(each)]
         decoder, heads = self.model.decoder, [asked[at].head for at in documents]
         prefix = self._prefilled(decoder, heads)
@@ -104,35 +110,50 @@ class Generator:
         if asked[places[0]].drafts is not None:
             short = [(asked[at].drafts or [])[row] for at, row in rows]
             lacking = [prompt[:-2] for prompt in short]
-            drafter = Prompted(self.short, short, self._prefilled(self.short, lacking), list(map(len, lacking)))
-        said = self._generated(target, drafter, sampling, [seeds[at][row] for at, row in rows])
+            room = self.config.excerpts.max_tokens + AROUND
+            drafter = Prompted(self.short, short, self._prefilled(self.short, lacking, room), list(map(len, lacking)))
+        said = self._generated(target, drafter, sampling, [seeds[at][row] for at, row in rows], suffix=AROUND)
         found = dict(zip(places, (said[start : start + each] for start in range(0, len(said), each)), strict=False))
         return [found[at][: len(about.tails)] if at in found else [] for at, about in enumerate(asked)]
 
     def _filled(self, rows: Sequence[int], most: int | None = None) -> list[int]:
-        """The rows, the last one repeated up to a power of two or `most`: programs are compiled for few sizes only.
+        """The rows, the last one repeated up to a power of two, or to `most` or a fourth, a sixteenth ... of that.
 
-        On a mesh up to what `data` divides.
+        Programs are so compiled for few sizes only. On a mesh up to what `data` divides.
         """
         data, size = self.config.generation.mesh.data, 1 << (len(rows) - 1).bit_length()
-        size = size if most is None else min(size, most)
+        if most is not None:
+            size = most
+            while size // 4 >= len(rows):
+                size //= 4
         return [*rows, *[rows[-1]] * (-(-size // data) * data - len(rows))]
 
-    def _prefilled(self, decoder: Decoder, prompts: Sequence[list[int]]) -> Prefix:
-        """The keys and values of prompts, in few sizes: every size compiles programs of its own."""
-        compute, generation = self.config.compute, self.config.generation
-        settings = PrefillSettings(generation.prefill_chunk, compute.kernel, compute.context, coarse=True)
+    def _prefilled(self, decoder: Decoder, prompts: Sequence[list[int]], room: int = 0) -> Prefix:
+        """The keys and values of prompts, in few sizes: every size compiles programs of its own.
+
+        Where there is `room` for more tokens than they have, in chunks that these are a multiple of.
+        """
+        compute, chunk = self.config.compute, self.config.generation.prefill_chunk
+        if room:
+            chunk = -(-room // max(round(room / chunk), 1) // _UNIT) * _UNIT
+        settings = PrefillSettings(chunk, compute.kernel, compute.context, coarse=True, room=room)
         work = Prefill(decoder, prompts, settings, dtype=decoder.embed_VD[...].dtype)
         while work.left:
             work.step()
         return work.prefix
 
     def _generated(
-        self, target: Prompted, drafter: Prompted | None, sampling: SamplingConfig, seeds: Sequence[int]
+        self,
+        target: Prompted,
+        drafter: Prompted | None,
+        sampling: SamplingConfig,
+        seeds: Sequence[int],
+        suffix: int = 0,
     ) -> list[Answer]:
-        # Level 0 is off: a second program for every shape would have to be compiled.
+        # Level 0 is off: a second program for every shape would have to be compiled. Nobody waits for first tokens.
         mode = "target" if drafter is None else "lossless"
-        speculation = SpeculationConfig(mode=mode, gamma=self.config.pairs.gamma, lookup="off")
+        how = {"gamma": self.config.pairs.gamma, "lookup": "off", "rounds_per_read": ROUNDS}
+        speculation = SpeculationConfig(mode=mode, **how)
         generation = generate(
             target,
             drafter,
@@ -142,6 +163,7 @@ class Generator:
             seeds=seeds,
             block=self.config.generation.attention_block,
             token_ids=self.model.token_ids,
+            room=Room(suffix=suffix),
         )
         ended = [reason == "stop" for reason in generation.finish_reasons]
         said = [tokens[:-1] if stop else tokens for tokens, stop in zip(generation.tokens, ended, strict=True)]

@@ -5,25 +5,26 @@ Of each document: excerpts, a question about each, its answer from the excerpt (
 document (rejected). The model that is taught says all of it; that the excerpt's answer is the better one is assumed.
 """
 
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from longpo_jax import instruct
 from longpo_jax.config import LongPOConfig
 from longpo_jax.dialogue import Dialogue
 from longpo_jax.documents import Corpus, Document, read_corpus
-from longpo_jax.excerpts import Excerpt, excerpts_of
+from longpo_jax.excerpts import Excerpt, excerpts_of, middle_of
 from longpo_jax.filters import reason_to_drop
 from longpo_jax.generator import About, Generator
 from longpo_jax.journal import Writer
+from longpo_jax.pair_counts import OF_DOCUMENTS, OF_TEXT, OF_TURNS, summary_line, summary_of
 from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.shortfall import lost, warning
 from longpo_jax.stages import inputs_of, is_to_skip
-from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.agreement import check_agreed
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
@@ -31,10 +32,6 @@ from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.mesh import agreed
 from rapid_jax.runtime.progress import progress
 from rapid_jax.speculative.config import SamplingConfig
-
-# What is counted of each document, besides "documents", "pairs", "excerpts", "turns", "chosen_tokens",
-# "rejected_tokens" and "unfinished" (answers cut off at their limit): what was left out, by reason.
-_OF_DOCUMENTS, _OF_TURNS, _OF_TEXT = "documents dropped: ", "turns dropped: ", "text dropped: "
 
 
 def run_pairs(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
@@ -61,12 +58,12 @@ def run_pairs(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: 
             report.advance(1)
     if writer is None:
         return
-    summary = _summary(writer.counts, corpus.dropped)
+    summary = summary_of(writer.counts, corpus.dropped)
     if not summary["pairs"]:
-        raise InputError(f"{folder}: expected pairs, got none: {_told(summary)}. {lost(summary)}")
+        raise InputError(f"{folder}: expected pairs, got none: {summary_line(summary)}. {lost(summary)}")
     writer.finish(summary)
     if not quiet:
-        say(f"pairs: {_told(summary)}")
+        say(f"pairs: {summary_line(summary)}")
     rows = summary["turns" if config.objective.name == "solopo" else "pairs"] * config.train.epochs
     if (few := warning(config, rows, summary)) is not None:
         say(f"longpo: {few}")
@@ -100,6 +97,7 @@ class _Work:
 
     document: Document
     seed: int
+    excerpts: list[Excerpt]
     counts: Counter[str] = field(default_factory=Counter)
     cut: tuple[int, int] | None = None
     questions: list[_Question] = field(default_factory=list)
@@ -129,34 +127,52 @@ class PairMaker:
         """(document, its record or None, what was counted) of the documents from `start` on, in their order.
 
         The short prompts of `pairs.batch` documents are answered together. The groups are the same wherever it starts:
-        so are the batches, and with them every rounding.
+        so are the batches, and with them every rounding. While the model answers, texts that come next are cut and
+        turned into tokens.
         """
         size, total = self._config.pairs.batch, len(documents)
-        for first in range(start - start % size, total if start < total else 0, size):
-            group = [self._begun(documents[index]) for index in range(first, min(first + size, total))]
-            self._ask(group)
-            self._choose(group)
-            step = self._config.pairs.documents
-            for at in range(0, len(group), step):
-                some = group[at : at + step]
-                if first + at + len(some) <= start:
-                    continue
-                for index, record in enumerate(self._finished(some), first + at):
-                    if index >= start:
-                        yield group[index - first].document, record, group[index - first].counts
+        starts = range(start - start % size, total if start < total else 0, size)
+
+        def begun(first: int) -> list[_Work]:
+            return [self._begun(documents[index]) for index in range(first, min(first + size, total))]
+
+        with ThreadPoolExecutor(1, "texts") as aside:
+            for first, group in _ahead(aside, begun, starts):
+                self._ask(group)
+                self._choose(group)
+                for index, record in enumerate(self._records(group, max(start - first, 0), aside), max(start, first)):
+                    work = group[index - first]
+                    yield work.document, record, work.counts
+
+    def _records(self, group: Sequence[_Work], start: int, aside: Executor) -> Iterator[Record | None]:
+        """Of each document from `start` on; None for one without a turn of use.
+
+        `pairs.documents` of those that have questions are read and answered at once.
+        """
+        step = self._config.pairs.documents
+        asked = [place for place, work in enumerate(group) if work.questions]
+        parts = [asked[at : at + step] for at in range(0, len(asked), step)]
+        parts = [part for part in parts if part[-1] >= start]
+        found: dict[int, Record | None] = {}
+        read = _ahead(aside, lambda part: self._read([group[place] for place in part]), parts)
+        for place in range(start, len(group)):
+            while group[place].questions and place not in found:
+                part, records = next(read)
+                found.update(zip(part, self._finished([group[each] for each in part], records), strict=True))
+            yield found[place] if place in found else self._with_turns(group[place], self._record(group[place]), ())
 
     def _begun(self, document: Document) -> _Work:
-        return _Work(document, _seed(self._config.seed, document.id), Counter(documents=1))
+        """Its excerpts."""
+        seed = _seed(self._config.seed, document.id)
+        excerpts, left = excerpts_of(document.text, self._generator.tokenizer, self._config.excerpts, seed)
+        counts = Counter(documents=1, excerpts=len(excerpts))
+        counts.update({f"{OF_TEXT}{reason}": count for reason, count in left.items()})
+        return _Work(document, seed, excerpts, counts)
 
     def _ask(self, group: Sequence[_Work]) -> None:
-        """Excerpts and a question about each."""
+        """A question about each excerpt."""
         config, tokenizer = self._config, self._generator.tokenizer
-        asked: list[tuple[_Work, Excerpt, int]] = []
-        for work in group:
-            excerpts, left = excerpts_of(work.document.text, tokenizer, config.excerpts, work.seed)
-            work.counts.update({f"{_OF_TEXT}{reason}": count for reason, count in left.items()})
-            work.counts["excerpts"] += len(excerpts)
-            asked += [(work, excerpt, _seed(work.seed, index)) for index, excerpt in enumerate(excerpts)]
+        asked = [(work, excerpt, _seed(work.seed, at)) for work in group for at, excerpt in enumerate(work.excerpts)]
         request = Dialogue(tokenizer, [instruct.request(config.instruct)])
         prompts = [request.shared(work.words(excerpt)) for work, excerpt, _ in asked]
         said = self._generator.answers(prompts, self._asking, [_seed(seed, "ask") for *_, seed in asked])
@@ -166,7 +182,7 @@ class PairMaker:
                 cut_off = (
                     "" if answer.finished else ", cut off"
                 )  # at the limit of tokens: of the setting, not the model
-                work.counts[f"{_OF_TURNS}too few questions{cut_off}"] += 1
+                work.counts[f"{OF_TURNS}too few questions{cut_off}"] += 1
                 continue
             opener, question = instruct.drawn(questions, _seed(seed, "draw"))
             dialogue = Dialogue(tokenizer, [f"{opener} {question}"])
@@ -193,21 +209,35 @@ class PairMaker:
         pairs = self._config.pairs
         around = max(len(question.dialogue.before) + len(question.dialogue.first) for question in work.questions)
         room = pairs.max_context - pairs.max_new_tokens - around
+        if work.document.tokens <= room:  # as it mostly is: nothing to look for
+            return
         work.cut = cut = middle_of(work.document.text, room, self._generator.tokenizer)
         if cut is not None:
             whole = [q for q in work.questions if q.excerpt.end <= cut[0] or q.excerpt.start >= cut[1]]
-            work.counts[f"{_OF_TURNS}excerpt cut out"] += len(work.questions) - len(whole)
+            work.counts[f"{OF_TURNS}excerpt cut out"] += len(work.questions) - len(whole)
             work.questions = whole
 
-    def _finished(self, group: Sequence[_Work]) -> list[Record | None]:
-        """The records of documents whose long answers are generated at once; None for one without a turn of use."""
-        records = []
+    def _record(self, work: _Work) -> Record:
+        """Without turns."""
+        document, text = work.document, work.document.text
+        what = document.id, document.domain, text, document.tokens, work.cut, (), work.seed, self._settings
+        return Record(*what)
+
+    def _read(self, group: Sequence[_Work]) -> list[tuple[Record, list[int]]]:
+        """Of each document: the record, still without turns, and what the prompts of all its questions begin with."""
+        found = []
         for work in group:
-            document, text = work.document, work.document.text
-            what = document.id, document.domain, text, document.tokens, work.cut, (), work.seed, self._settings
-            records.append(Record(*what))
-        rejected = self._rejected(group, [record.context for record in records])
-        return [self._with_turns(*each) for each in zip(group, records, rejected, strict=True)]
+            record, before = self._record(work), work.questions[0].dialogue.before
+            found.append((record, before + self._generator.tokenizer.encode_quoted(record.context)))
+        return found
+
+    def _finished(self, group: Sequence[_Work], read: Sequence[tuple[Record, list[int]]]) -> list[Record | None]:
+        """The records of documents whose long answers are generated at once; None for one without a turn of use."""
+        rejected = self._rejected(group, [head for _, head in read])
+        return [
+            self._with_turns(work, record, answers)
+            for work, (record, _), answers in zip(group, read, rejected, strict=True)
+        ]
 
     def _with_turns(self, work: _Work, record: Record, rejected_answers: Sequence[Answer]) -> Record | None:
         """The record with the turns whose answers are of use; None without any."""
@@ -215,7 +245,7 @@ class PairMaker:
         for question, chosen, rejected in zip(work.questions, work.chosen, rejected_answers, strict=True):
             reason = reason_to_drop(chosen.text, rejected.text, self._config.pairs)
             if reason is not None:
-                work.counts[f"{_OF_TURNS}{reason}"] += 1
+                work.counts[f"{OF_TURNS}{reason}"] += 1
                 continue
             at = question.excerpt
             spans = (at.start, at.end), (at.first, at.last)
@@ -226,72 +256,34 @@ class PairMaker:
             work.counts["unfinished"] += (not chosen.finished) + (not rejected.finished)
         if not turns:
             reason = "no turn left" if work.counts["excerpts"] else "no excerpt"
-            work.counts[f"{_OF_DOCUMENTS}{reason}"] += 1
+            work.counts[f"{OF_DOCUMENTS}{reason}"] += 1
             return None
         work.counts["pairs"] += 1
         return replace(record, turns=tuple(turns))
 
-    def _rejected(self, group: Sequence[_Work], contexts: Sequence[str]) -> list[list[Answer]]:
+    def _rejected(self, group: Sequence[_Work], heads: Sequence[list[int]]) -> list[list[Answer]]:
         asked, seeds = [], []
         drafted = self._config.pairs.speculation == "lossless"
-        for work, context in zip(group, contexts, strict=True):
-            head: list[int] = []
-            if work.questions:
-                head = work.questions[0].dialogue.before + self._generator.tokenizer.encode_quoted(context)
+        for work, head in zip(group, heads, strict=True):
             drafts = [self._short(work, question) for question in work.questions] if drafted else None
             asked.append(About(head, [question.dialogue.first for question in work.questions], drafts))
             seeds.append([_seed(question.seed, "rejected") for question in work.questions])
         return self._generator.answers_about(asked, self._answering, seeds)
 
 
-def middle_of(text: str, room: int, tokenizer: Tokenizer) -> tuple[int, int] | None:
-    """The characters in the middle without which the text has at most `room` tokens; None if it has no more anyway."""
-    spans = tokenizer.spans(text)
-    keep = room
-    while len(spans) > room:
-        if keep < 1:
-            return 0, len(text)
-        first, last = keep - keep // 2, keep // 2
-        start = spans[first - 1][1]
-        end = max(start, spans[-last][0]) if last else len(text)
-        tokens = len(tokenizer.encode_quoted(text[:start] + text[end:]))
-        if tokens <= room:
-            return start, end
-        keep -= tokens - room  # a text that was cut need not have the tokens that it had
-    return None
+_Item = TypeVar("_Item")
+_Made = TypeVar("_Made")
+
+
+def _ahead(aside: Executor, make: Callable[[_Item], _Made], items: Sequence[_Item]) -> Iterator[tuple[_Item, _Made]]:
+    """Each with what is made of it; the next one is being made while one is in use."""
+    coming = deque(aside.submit(make, item) for item in items[:1])
+    for place, item in enumerate(items, 1):
+        made = coming.popleft().result()
+        coming.extend(aside.submit(make, item) for item in items[place : place + 1])
+        yield item, made
 
 
 def _seed(*parts: object) -> int:
     """A seed of 32 bits that follows from the parts."""
     return int(digest(*map(str, parts))[:8], 16)
-
-
-def _summary(counts: Mapping[str, int], unread: Mapping[str, int]) -> dict[str, Any]:
-    """What `done.json` says: documents = pairs + documents_dropped, excerpts = turns + turns_dropped."""
-    turns = max(counts.get("turns", 0), 1)
-    dropped = {
-        name: {key.removeprefix(prefix): count for key, count in sorted(counts.items()) if key.startswith(prefix)}
-        for name, prefix in (
-            ("documents_dropped", _OF_DOCUMENTS),
-            ("turns_dropped", _OF_TURNS),
-            ("text_dropped", _OF_TEXT),
-        )
-    }
-    return {
-        **{name: counts.get(name, 0) for name in ("documents", "pairs", "excerpts", "turns")},
-        "chosen_tokens": counts.get("chosen_tokens", 0) / turns,
-        "rejected_tokens": counts.get("rejected_tokens", 0) / turns,
-        "unfinished": counts.get("unfinished", 0) / (2 * turns),
-        "corpus_dropped": dict(unread),
-        **dropped,
-    }
-
-
-def _told(summary: Mapping[str, Any]) -> str:
-    kinds = ("corpus_dropped", "documents_dropped", "text_dropped", "turns_dropped")
-    left = [f"{reason} {count}" for kind in kinds for reason, count in summary[kind].items()]
-    return (
-        f"{summary['pairs']} pairs with {summary['turns']} turns from {summary['documents']} documents; mean tokens "
-        f"chosen {summary['chosen_tokens']:.0f}, rejected {summary['rejected_tokens']:.0f}, "
-        f"{summary['unfinished']:.0%} unfinished; dropped: {', '.join(left) or 'nothing'}"
-    )

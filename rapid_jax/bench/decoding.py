@@ -26,6 +26,7 @@ from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import read
 from rapid_jax.speculative.generate import Generation, Prompted, generate
 from rapid_jax.speculative.prefill import extend, new_tail
+from rapid_jax.speculative.schedule import RoundTimes
 from rapid_jax.speculative.state import Plan, Side
 
 BLOCK = 16384  # slots that plain XLA attends at once
@@ -50,10 +51,14 @@ class Decoding:
     dial: float = 0.0
     tell: Callable[[str], None] = print
     _held: dict[Any, Any] = field(default_factory=dict)  # one of each kind: models and prompts are large
+    _times: dict[Case, RoundTimes] = field(default_factory=dict)  # what its decoding has learnt of rounds
     _plain: dict[Case, tuple[float, list[list[int]]]] = field(default_factory=dict)  # its ms a token, its tokens
 
     def measure(self, case: Case) -> Measured:
-        """Decodes once to compile, then `timings` times; tokens and rounds are those of the median one."""
+        """Decodes once to compile, then `timings` times; tokens and rounds are those of the median one.
+
+        A gamma of auto knows from the first time how long its rounds take, as in a server that has answered before.
+        """
         baseline = None if case == case.baseline else self._baseline(case)
         compile_seconds = self._decoded(case).compile_seconds
         runs = sorted((self._decoded(case) for _ in range(self.timings)), key=lambda run: run.decode_seconds)
@@ -140,6 +145,7 @@ class Decoding:
             stops=(),
             texts=self._texts(case),
             block=BLOCK,
+            times=self._times.setdefault(case, RoundTimes()),
         )
 
     def _texts(self, case: Case) -> list[list[int]]:

@@ -27,6 +27,7 @@ from rapid_jax.runtime.compiling import forget_programs, timed
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import cache_dir
 from rapid_jax.speculative.own_sampling import resolve
+from rapid_jax.speculative.schedule import RoundTimes
 
 MOST_ROWS = 64  # requests that run at once, of all documents together
 
@@ -52,7 +53,7 @@ class Engine:
         self._queue, self._prefill_first, self._quiet = queue, prefill_first, quiet
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by owner, in whose turn it is
         self._lock = threading.Lock()
-        self._numbers = itertools.count(1)
+        self._numbers, self._times = itertools.count(1), RoundTimes()
         self._preparing: deque[tuple[Job, Steps]] = deque()
         self._ready: deque[tuple[Job, Prepared]] = deque()  # for which no row is free
         self._lanes: dict[LaneKey, Lane] = {}
@@ -240,7 +241,7 @@ class Engine:
                 continue
             key, sizes = found
             if sizes is None:
-                self._lanes[key] = Lane.of(key, job, prepared.rounds, prepared.document)
+                self._lanes[key] = Lane.of(key, job, prepared.rounds, prepared.document, self._times)
                 self._held[id(job)] = prepared.handle
                 continue
             try:

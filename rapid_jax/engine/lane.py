@@ -11,6 +11,7 @@ from rapid_jax.speculative.config import SpeculationConfig
 from rapid_jax.speculative.generate import generation_of
 from rapid_jax.speculative.pace import Pace
 from rapid_jax.speculative.rounds import Rounds, Slots
+from rapid_jax.speculative.schedule import RoundTimes
 from rapid_jax.speculative.start import gamma_bucket
 
 ROW_BUCKETS = (1, 2, 4, 8, 16)  # rows, of documents or of one, that programs are compiled for
@@ -51,9 +52,9 @@ class Lane:
     pace: Pace
 
     @classmethod
-    def of(cls, key: LaneKey, job: Job, rounds: Rounds, document: Hashable) -> "Lane":
-        """A lane of one request."""
-        lane = cls(key, rounds, [document], [job], Pace(job.config.speculation, key.drafts))
+    def of(cls, key: LaneKey, job: Job, rounds: Rounds, document: Hashable, times: RoundTimes) -> "Lane":
+        """A lane of one request; `times` is what lanes of the same models have learnt."""
+        lane = cls(key, rounds, [document], [job], Pace(job.config.speculation, key.drafts, times))
         lane._repace()
         return lane
 
@@ -170,12 +171,12 @@ class Lane:
         self.documents = [self.documents[at] for at in documents]
 
     def _repace(self) -> None:
-        """Goes on with the rows that there are now: of others it is not known how long their rounds take."""
+        """Goes on with the rows that there are now: rounds of others take another time."""
         speculation = self.pace.speculation
         gammas = [int(job.config.speculation.gamma) for job in self.running if job.config.speculation.gamma != "auto"]
         if self.key.drafts and not self.key.auto:
             speculation = replace(speculation, gamma=gamma_bucket(max(gammas)))
-        self.pace = self.pace.under(speculation, len(self.jobs))
+        self.pace = self.pace.under(speculation, self.rounds)
 
 
 def _bucket(count: int) -> int:

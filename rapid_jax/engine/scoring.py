@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """How probable a given text is: the log-probability of each token of a prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import partial
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,15 @@ from rapid_jax.speculative.state import MOST_LOGPROBS
 from rapid_jax.speculative.vocabulary import at, largest
 
 _PIECE = 64  # tokens whose logits are there at once
+Scores: TypeAlias = list[TokenLogprobs | None]
 
 
-def scores(model: LoadedModel, config: RapidConfig, ids: Sequence[int], top: int) -> list[TokenLogprobs | None]:
+def scores(model: LoadedModel, config: RapidConfig, ids: Sequence[int], top: int) -> Generator[None, None, Scores]:
     """Of each token its log-probability behind those before it, with the `top` most probable; None for the first.
 
-    Natural logarithms, before temperature and filters. Raises InputError for ids that are none of the model's, or too
-    many.
+    A chunk of the prompt at a time, for others to do something between them; the generator returns them all. Natural
+    logarithms, before temperature and filters. Raises InputError, at the first chunk, for ids that are none of the
+    model's, or too many.
     """
     check_ids(model, config, ids, new=0)
     work = _prefill(model, config, ids)
@@ -38,6 +41,7 @@ def scores(model: LoadedModel, config: RapidConfig, ids: Sequence[int], top: int
             if 0 <= position < len(ids) - 1:
                 pairs = zip(best_ids[place, :top].tolist(), best[place, :top].tolist(), strict=True)
                 found[position + 1] = TokenLogprobs(ids[position + 1], float(own[place]), tuple(pairs))
+        yield
     return [None, *(found[at] for at in range(1, len(ids)))]
 
 

@@ -4,12 +4,11 @@
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
 
-from rapid_jax.answer import TokenLogprobs
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.documents import DocumentLibrary, Watch, document_id
 from rapid_jax.engine.engine import Engine
@@ -17,7 +16,7 @@ from rapid_jax.engine.errors import Draining, UnknownDocument
 from rapid_jax.engine.job import Ticket
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.request import Chat, OnEvent, Question, Request
-from rapid_jax.engine.scoring import scores
+from rapid_jax.engine.scoring import Scores, scores
 from rapid_jax.engine.stats import EngineStats
 from rapid_jax.engine.warm_up import WarmUp, warm_up
 
@@ -43,7 +42,7 @@ class RunningEngine(Engine):
         self._keys: dict[str, set[str]] = {}  # id of a document -> keys of its keys and values
         self._chores: deque[Callable[[], None]] = deque()  # for the engine's thread
         self._wake = threading.Condition()
-        self._scoring: list[tuple[Sequence[int], int, Future[list[TokenLogprobs | None]]]] = []
+        self._scoring: deque[tuple[Future[Scores], Generator[None, None, Scores]]] = deque()
         self._stopped = False
         self._thread: threading.Thread | None = None
 
@@ -96,14 +95,14 @@ class RunningEngine(Engine):
             self._wake.notify()
         return ticket
 
-    def score(self, ids: Sequence[int], top: int) -> "Future[list[TokenLogprobs | None]]":
+    def score(self, ids: Sequence[int], top: int) -> "Future[Scores]":
         """The log-probability of each token of a prompt behind those before it, with so many alternatives; None for
         the first. Raises Draining."""
-        future: Future[list[TokenLogprobs | None]] = Future()
+        future: Future[Scores] = Future()
         with self._wake:
             if self.drains:
                 raise Draining("the engine takes no more requests")
-            self._scoring.append((ids, top, future))
+            self._scoring.append((future, scores(self.models.target, self.config, ids, top)))
             self._wake.notify()
         return future
 
@@ -149,29 +148,43 @@ class RunningEngine(Engine):
     def _is_alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether its thread has ended without being told to."""
+        return self._thread is not None and not self._stopped and not self._thread.is_alive()
+
     def _work(self) -> None:
         while not self._stopped:
             with self._wake:
                 if self.is_idle and not (self._scoring or self._chores or self._stopped):
                     self._wake.wait(_PAUSE_S)
-                scoring, self._scoring = self._scoring[:1], self._scoring[1:]
             self._do_chores()
-            for ids, top, future in scoring:
-                self._score(ids, top, future)
+            self._score()
             if not self.is_idle:
                 self.step()
         self.give_up()
+        while self._scoring:
+            future, _ = self._scoring.popleft()
+            if future.running() or future.set_running_or_notify_cancel():
+                future.set_exception(Draining("the engine takes no more requests"))
+
+    def _score(self) -> None:
+        """A chunk of the prompt whose turn it is, of those that are scored."""
+        if not self._scoring:
+            return
+        future, steps = self._scoring[0]
+        try:
+            if future.running() or future.set_running_or_notify_cancel():
+                next(steps)
+                return
+        except StopIteration as done:
+            future.set_result(done.value)
+        except Exception as error:  # of this prompt alone
+            future.set_exception(error)
+        self._scoring.popleft()
 
     def _do_chores(self) -> None:
         while self._chores:
             self._chores.popleft()()
         if "prefixes" in self.__dict__ and self.prefixes.moving:
             self.prefixes.make_room(0)  # takes in what has arrived, and goes on where more is to go
-
-    def _score(self, ids: Sequence[int], top: int, future: "Future[list[TokenLogprobs | None]]") -> None:
-        if not future.set_running_or_notify_cancel():
-            return
-        try:
-            future.set_result(scores(self.models.target, self.config, ids, top))
-        except Exception as error:  # of this prompt alone
-            future.set_exception(error)

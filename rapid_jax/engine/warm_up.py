@@ -17,6 +17,7 @@ from rapid_jax.engine.scoring import compile_scores
 from rapid_jax.engine.sharing import fits
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.speculative.schedule import RoundTimes
 
 _WORDS = "The harbour of the old town lies open to the north, and its boats leave before the light comes. "
 _PIECES = 2  # an encoder's tokens for one of the target's, at most
@@ -180,7 +181,7 @@ def _compile(job: Job, prepared: Prepared, sizes: list[Size]) -> None:
 
 def _lane(job: Job, prepared: Prepared, size: Size) -> Lane:
     """A lane of this size."""
-    lane = Lane.of(prepared.key, job, copy(prepared.rounds), 1)
+    lane = Lane.of(prepared.key, job, copy(prepared.rounds), 1, RoundTimes())
     if size != (1, 1):
         _join(lane, job, prepared, size)
     return lane

@@ -50,6 +50,8 @@ def decides(config: RapidConfig, limit: int | None = None) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
     found = {name: plain[name] for name in ("models", "retrieval", "speculation", "sampling", "prompts", "stop")}
     del found["sampling"]["max_new_tokens"]
+    if config.compute.kv != "full":  # left out where it changes nothing: folders from before it was compared go on
+        found["kv"] = config.compute.kv
     return found if limit is None else found | {"sampling": found["sampling"] | {"max_new_tokens": limit}}
 
 

@@ -216,6 +216,11 @@ class Engine(Protocol):
     def start(self) -> None:
         """Starts the thread."""
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether the thread has ended without being told to."""
+        ...
+
     def drain(self, seconds: float) -> bool:
         """Takes nothing new and waits for what runs; True if all of it ended."""
         ...

@@ -34,10 +34,19 @@ class Service:
         self.settings, self.keys = settings or ServeSettings(), keys or Keys()
         self.metrics = Metrics(engine)
         self.texts = TokenTexts(engine.models.target.tokenizer)
-        self.phase: Phase = "starting"
+        self._phase: Phase = "starting"
         self.uploads = asyncio.Semaphore(self.settings.upload_files)
         # Not the event loop's own threads: what waits there must not keep a short task waiting.
         self._threads = ThreadPoolExecutor(_THREADS, "rapid-serve")
+
+    @property
+    def phase(self) -> Phase:
+        """How far the server is."""
+        return "failed" if self.engine.has_failed else self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase = phase
 
     async def aside(self, work: Callable[P, R], *args: P.args, **named: P.kwargs) -> R:
         """The result of work that takes more than a moment, done in another thread."""

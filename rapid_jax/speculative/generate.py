@@ -19,6 +19,7 @@ from rapid_jax.speculative.pace import Pace
 from rapid_jax.speculative.prefill import extend, new_tail
 from rapid_jax.speculative.rounds import Rounds
 from rapid_jax.speculative.sampling import Knobs, Law
+from rapid_jax.speculative.schedule import RoundTimes
 from rapid_jax.speculative.start import EXTEND_WIDTH, RECENT, Room, Sizes, plan_of, start_state, text_slots
 from rapid_jax.speculative.state import Side, State
 
@@ -187,20 +188,22 @@ def generate(
     *,
     speculation: SpeculationConfig,
     on_tokens: OnTokens | None = None,
+    times: RoundTimes | None = None,
     **how: Any,
 ) -> Generation:
     """Tokens for every row until a stop token, the length limit or the caller's word; `how` is what `start` is told.
 
     With a fixed gamma, row b's tokens depend on its own prompts and `seeds[b]` (default: the seed of the settings for
     every row), not on the rest of the batch. gamma = auto goes by the clock: the tokens need not be the same again
-    except at temperature 0, and its rounds without drafts are the target's own law whatever eta is.
+    except at temperature 0, and its rounds without drafts are the target's own law whatever eta is. It starts from what
+    is known of `times`, of calls with the same models.
 
     Raises InputError where a model gives logits that are not numbers.
     """
     with timed() as prepared:
         rounds = start(target, drafter, speculation=speculation, **how)
     clock = time.perf_counter()
-    pace = Pace(speculation, drafter is not None)
+    pace = Pace(speculation, drafter is not None, times or RoundTimes()).under(speculation, rounds)
     told = [0] * len(target.prompts)
 
     def tell() -> None:

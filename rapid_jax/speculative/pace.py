@@ -4,37 +4,41 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+import jax
+
 from rapid_jax.speculative.config import SpeculationConfig
 from rapid_jax.speculative.rounds import Rounds, Schedule
-from rapid_jax.speculative.schedule import AutoGamma, CopyGate, Observation, gamma_schedule
-from rapid_jax.speculative.state import Plan
+from rapid_jax.speculative.schedule import AutoGamma, CopyGate, Observation, RoundTimes, gamma_schedule
+from rapid_jax.speculative.state import Plan, Side
 
 
 @dataclass
 class Pace:
-    """The schedule of rows that are answered side by side."""
+    """The schedule of rows that are answered side by side. What it learns of rounds it leaves in `times`."""
 
     speculation: SpeculationConfig
     has_drafter: bool
+    times: RoundTimes = field(default_factory=RoundTimes)
     gammas: dict[int, int] = field(default_factory=dict)  # rounds run with each gamma
-    rows: int = 1
-    _seconds: dict[int, dict[int, float]] = field(default_factory=dict)  # by rows, of a round by gamma
     schedule: Schedule = field(init=False)
     gate: CopyGate = field(init=False)
 
     def __post_init__(self):
         self.schedule = gamma_schedule(self.speculation, self.has_drafter)
         self.gate = CopyGate(gain=1.0 if self.speculation.lookup == "auto" else float("inf"))
+        if isinstance(self.schedule, AutoGamma):  # a drafter that did badly for others may do well for these rows
+            self.schedule.believe(max(self.schedule.acceptance, self.times.acceptance))
 
-    def under(self, speculation: SpeculationConfig, rows: int) -> "Pace":
-        """The pace of so many rows from now on: how often drafts are accepted is still known, and how long rounds of
-        as many rows took when there were as many before."""
-        other = Pace(speculation, self.has_drafter, self.gammas, rows, self._seconds)
+    def under(self, speculation: SpeculationConfig, rounds: Rounds) -> "Pace":
+        """The pace of the rows that there are from now on: how often drafts are accepted is still known, and how long
+        rounds of such rows took."""
+        other = Pace(speculation, self.has_drafter, self.times, self.gammas)
         old, new = self.schedule, other.schedule
         if isinstance(old, AutoGamma) and isinstance(new, AutoGamma):
-            self._seconds[self.rows] = old.seconds
-            new.accepted, new.rejected = old.accepted, old.rejected
-            new.seconds = dict(self._seconds.get(rows, {}))
+            if self.gammas:
+                new.accepted, new.rejected = old.accepted, old.rejected
+            new.costs = self.times.of(rounds.kind)
+            new.draft_share = _draft_share(*rounds.sides)
         other.gate = self.gate
         return other
 
@@ -63,5 +67,16 @@ class Pace:
         seen = Observation.total(calls)
         self.gammas[gamma] = self.gammas.get(gamma, 0) + seen.rounds
         self.schedule.observe(gamma, seen)
+        if gamma and isinstance(self.schedule, AutoGamma):
+            self.times.acceptance = self.schedule.acceptance
         self.gate.observe(seen, copying)
         return seen
+
+
+def _draft_share(target: Side, drafter: Side | None) -> float | None:
+    """Bytes that a pass of the drafter reads, over those of the target: what speculation costs at the least."""
+    if drafter is None:
+        return None
+    theirs, ours = (sum(array.nbytes for array in jax.tree.leaves((side.decoder, side.prefix)))
+                    for side in (drafter, target))  # fmt: skip
+    return theirs / ours

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Calls of the device until every row is done, and what the host learns between them."""
 
+import math
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -188,6 +189,14 @@ class Rounds:
         self.interrupted[row] = False
         self.set_knobs(_with_row(self.host_knobs, other.host_knobs, row, rows))
         self.host = self._read()
+
+    @property
+    def kind(self) -> Hashable:
+        """What rows have in common whose rounds take about as long: how many they are, of how many documents, and the
+        half octaves of what they have read."""
+        target, drafter = self.sides
+        read = [capacity(side.prefix.layers) for side in (target, drafter) if side is not None]
+        return len(self.interrupted), len(target.prefix.pos_BS), *(round(2 * math.log2(slots + 1)) for slots in read)
 
     @property
     def slots(self) -> Slots:

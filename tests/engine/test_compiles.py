@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """After the warm-up no request of the declared sizes compiles anything."""
 
-from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,8 +230,9 @@ def test_nor_do_documents_of_several_sizes_with_a_drafter(engine: RunningEngine,
 def test_nor_do_log_probabilities_of_prompts(engine: RunningEngine):
     for count in (2, SHORTEST, SHORTEST + 1, 40, 64, LENGTH - 20, LENGTH):
         with compiled() as found:
-            future: Future = Future()
-            engine._score([7, *range(3, 2 + count)], 3, future)
+            future = engine.score([7, *range(3, 2 + count)], 3)
+            while not future.done():
+                engine._score()
         assert len(future.result()) == count
         assert found == [], f"{count} tokens"
 

@@ -193,6 +193,12 @@ def test_another_run_is_not_gone_on_with(tmp_path):
         begun(tmp_path, resume=True, samples=SAMPLES[1:])
 
 
+def test_keys_and_values_that_are_rounded_are_another_run():
+    rounded = replace(CONFIG, compute=replace(CONFIG.compute, kv="int8"))
+    assert decides(rounded) == decides(CONFIG) | {"kv": "int8"}
+    assert decides(replace(CONFIG, compute=replace(CONFIG.compute, prefill_chunk=64))) == decides(CONFIG)
+
+
 def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch):
     folder, calls = begun(tmp_path), []
 

@@ -19,10 +19,10 @@ from longpo_jax.config import (
     PolicyConfig,
 )
 from longpo_jax.dialogue import Dialogue
-from longpo_jax.excerpts import excerpts_of
+from longpo_jax.excerpts import excerpts_of, middle_of
 from longpo_jax.instruct import OPENERS, request
 from longpo_jax.journal import Writer
-from longpo_jax.pairs import middle_of, run_pairs
+from longpo_jax.pairs import run_pairs
 from longpo_jax.records import Answer, Record, read_records
 from longpo_jax.stages import summary_of
 from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of

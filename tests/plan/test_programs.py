@@ -28,6 +28,7 @@ from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative import apart, generate, prefill
 from rapid_jax.speculative import rounds as rounds_module
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.schedule import RoundTimes
 from tests.speculative.models import Weights, config_of
 
 VOCABULARY, CONTEXT, NEW = 64, 512, 16
@@ -119,7 +120,7 @@ def run(config: RapidConfig) -> None:
         seconds=Counter(),
         gammas={},
     )
-    lane = Lane.of(LaneKey.of(config.speculation, None), job, rounds, "the document")
+    lane = Lane.of(LaneKey.of(config.speculation, None), job, rounds, "the document", RoundTimes())
     while lane.running:
         lane.advance()
 

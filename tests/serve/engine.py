@@ -188,6 +188,10 @@ class Engine:
         self._tokens = 0
         self._thread = threading.Thread(target=self._run, daemon=True)
 
+    @property
+    def has_failed(self) -> bool:
+        return False
+
     def submit(self, request: Request, on_event: OnEvent) -> Ticket:
         if self._draining:
             raise Draining

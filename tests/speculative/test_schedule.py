@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from rapid_jax.speculative.config import SpeculationConfig
-from rapid_jax.speculative.schedule import GAMMAS, AutoGamma, CopyGate, FixedGamma, Observation, gamma_schedule
+from rapid_jax.speculative.schedule import (
+    GAMMAS,
+    AutoGamma,
+    CopyGate,
+    FixedGamma,
+    Observation,
+    RoundTimes,
+    gamma_schedule,
+)
 
 
 @dataclass
@@ -196,3 +204,53 @@ def test_what_the_settings_ask_for():
     assert gamma_schedule(SpeculationConfig(gamma="auto"), True) == AutoGamma(4)
     for gamma in (7, "auto"):
         assert gamma_schedule(SpeculationConfig(gamma=gamma), False) == FixedGamma(0, 4)
+
+
+def test_what_others_have_learnt_is_known_from_the_start():
+    """The second of two drives drafts from its first call, and loses nothing to looks at gammas that do not pay."""
+    times = RoundTimes()
+
+    def begun() -> AutoGamma:
+        schedule = AutoGamma(rounds_per_read=4, costs=times.of("rows"))
+        schedule.believe(times.acceptance)
+        return schedule
+
+    first = Machine(lambda _: 0.9, draft_step=0.1)
+    times.acceptance = drive(first, 600, begun()).acceptance
+    second = Machine(lambda _: 0.9, draft_step=0.1, seed=1)
+    drive(second, 128, begun())
+    best = max(GAMMAS, key=lambda gamma: second.rate(gamma, 0.9))
+    assert first.gammas[0] == 1 and second.gammas[0] > 1
+    assert second.gammas.count(best) / len(second.gammas) > 0.7 and 0 not in second.gammas
+    assert times.of("others").seconds == {}
+
+
+@pytest.mark.parametrize(("draft_step", "extra", "trials"), [(0.9, 0.6, False), (0.3, 0.1, True)])
+def test_where_no_draft_could_pay_none_is_tried_for_long(draft_step, extra, trials):
+    """Sixteen rows over one document: a round of one draft, both accepted, takes longer than two plain rounds."""
+    machine = Machine(lambda _: 0.0, draft_step=draft_step, extra_token=extra)
+    schedule = drive(machine, 80)  # and the trial after 64 rounds, for the first may have met a hiccup
+    learnt = len(machine.gammas)
+    drive(machine, 480, schedule)
+    assert sum(gamma > 0 for gamma in machine.gammas[:learnt]) == 4
+    assert any(machine.gammas[learnt:]) == trials
+
+
+@pytest.mark.parametrize(("share", "gamma"), [(None, 1), (0.6, 1), (0.25, 2), (0.05, 5)])
+def test_the_first_draft_is_as_long_as_what_passes_read_has_it(share, gamma):
+    assert AutoGamma(rounds_per_read=4, draft_share=share).choose() == (gamma, 2)
+
+
+@pytest.mark.parametrize("acceptance", [0.8, 0.9, 0.95])
+def test_a_gamma_that_was_slow_the_first_time_is_looked_at_again(acceptance):
+    """A program's first rounds also load it."""
+    machine = Machine(lambda _: acceptance, draft_step=0.1)
+    best = max(GAMMAS, key=lambda gamma: machine.rate(gamma, acceptance))
+    schedule, slow = AutoGamma(rounds_per_read=4), {best}
+    while machine.emitted < 800:
+        gamma, rounds = schedule.choose()
+        seen = machine.run(gamma, rounds)
+        schedule.observe(gamma, replace(seen, seconds=seen.seconds * (3 if gamma in slow else 1)))
+        slow -= {gamma}
+    settled = machine.gammas[len(machine.gammas) // 2 :]
+    assert settled.count(best) > 0.5 * len(settled), settled

@@ -83,14 +83,17 @@ def finished(process: subprocess.Popen) -> tuple[int, str, str]:
     ("mesh", "more"),
     [
         # gamma goes by the clock, which two processes must agree on; only greedy answers are the same again
-        (["mesh.context=4", "mesh.model=2"], ["speculation.gamma=auto", "sampling.temperature=0.0"]),
+        (
+            ["mesh.context=4", "mesh.model=2"],
+            ["speculation.gamma=auto", "sampling.temperature=0.0", "compute.kv=int8", "models.drafter_weights=int8"],
+        ),
         # the drafter's devices are others of both processes
         (
             ["mesh.context=4", *(f"drafter_mesh.{key}" for key in OWN_MESH)],
             ["speculation.gamma=3", "models.drafter=TARGET"],
         ),
     ],
-    ids=["one mesh", "the drafter apart"],
+    ids=["one mesh, rounded", "the drafter apart"],
 )
 def test_two_processes_answer_as_one_does(question, mesh, more):
     target = question[question.index("--set") + 1].partition("=")[2]

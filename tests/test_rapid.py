@@ -262,21 +262,47 @@ def test_rounded_weights_draft_and_the_answer_stays_the_targets(rapid, config, w
     assert sum(answer.generation.drafted) > 0
 
 
-def test_a_rounded_prefix_is_stored_as_it_is_and_answers_nearly_the_same(config, tmp_path):
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(context=2, model=2)], ids=str)
+def test_a_rounded_prefix_is_stored_as_it_is_and_answers_nearly_the_same(config, tmp_path, mesh):
     """Settings that round find it again, those that do not make their own."""
     cache = CacheConfig(folder=str(tmp_path), disk_gib=1)
-    settings = replace(config, cache=cache, speculation=SpeculationConfig(mode="target"))
+    settings = replace(config, cache=cache, speculation=SpeculationConfig(mode="target"), mesh=mesh)
     rounded = replace(settings, compute=replace(config.compute, kv="int8"))
     halved = Rapid(rounded, quiet=True)
     first = halved.answer(words(200), QUESTION)
     found = halved.engine.prefixes.find(first.prompt.head)
     assert found.prefix is not None
     assert {kv.k_BKSH.dtype.name for kv in found.prefix.layers} == {"int8"}
-    again = Rapid(rounded, quiet=True).answers([(words(200), QUESTION)])[0]
+    again = Rapid(replace(rounded, mesh=MeshConfig()), quiet=True).answers([(words(200), QUESTION)])[0]
     full = Rapid(settings, quiet=True).answer(words(200), QUESTION)
     assert [answer.prefix_reused for answer in (first, again, full)] == [False, True, False]
     assert first.token_ids == again.token_ids
     assert first.token_ids[:4] == full.token_ids[:4]
+
+
+def test_drafts_over_rounded_keys_and_values_on_a_mesh_are_the_answer_without_drafts(config):
+    """Greedy, and lossless but for the rounding, which both have."""
+    compute, models = replace(config.compute, kv="int8"), replace(config.models, drafter_weights="int8")
+    settings = replace(config, compute=compute, models=models, mesh=MeshConfig(context=2, model=2))
+    settings = replace(settings, sampling=replace(config.sampling, temperature=0.0))
+    drafted, plain = (
+        Rapid(replace(settings, speculation=speculation), quiet=True).answer(words(200), QUESTION)
+        for speculation in (SpeculationConfig(mode="lossless", gamma=3), SpeculationConfig(mode="target"))
+    )
+    assert drafted.token_ids == plain.token_ids and sum(drafted.generation.drafted) > 0
+    assert drafted.to_json()["lossy"] == ["compute.kv int8"]
+
+
+def test_rounded_documents_of_two_sizes_on_a_mesh_are_rows_of_one_batch(config):
+    """The smaller one's arrays grow in every device's part: each answer is that of its document alone."""
+    settings = replace(config, compute=replace(config.compute, kv="int8"), mesh=MeshConfig(context=2, model=2))
+    settings = replace(settings, sampling=replace(config.sampling, temperature=0.0))
+    rapid = Rapid(replace(settings, speculation=SpeculationConfig(mode="target")), quiet=True)
+    asked = [(words(200), QUESTION), (words(60, seed=3), QUESTION)]
+    alone = [rapid.answer(*one).token_ids for one in asked]
+    assert [answer.token_ids for answer in rapid.answers(asked)] == alone and alone[0] != alone[1]
+    slots = {rapid.engine.prefixes.find(rapid.answer(*one).prompt.head).prefix.pos_BS.shape[1] for one in asked}
+    assert len(slots) == 2
 
 
 def test_a_target_in_8_bits_is_named_lossy_and_its_documents_are_its_own(config, tmp_path):

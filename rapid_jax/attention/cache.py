@@ -12,7 +12,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +80,13 @@ def each_layer(layers: Layers) -> tuple[KV, ...]:
 def capacity(layers: Layers) -> int:
     """How many slots a row has."""
     return (layers[0] if isinstance(layers, tuple) else layers).k_BKSH.shape[-2]
+
+
+def mesh_of(layers: Layers) -> Mesh | None:
+    """The mesh that keys and values lie on, arrays or shapes; None: one device."""
+    sharding = jax.tree.leaves(layers)[0].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def empty_layers(

@@ -17,7 +17,16 @@ import jax.numpy as jnp
 from jax import lax
 
 from rapid_jax.attention.flash_decode import fits, flash_decode, flash_decoded
-from rapid_jax.attention.partial import Rows, Slots, attend_blockwise, finish, merge
+from rapid_jax.attention.partial import (
+    Partial,
+    Rows,
+    Slots,
+    attend_block,
+    attend_blockwise,
+    finish,
+    merge,
+    nothing_seen,
+)
 from rapid_jax.attention.ring import merged_over
 from rapid_jax.attention.shared_prefix import is_shared, over_shared
 from rapid_jax.attention.tpu_decode import Stack, tpu_decode, tpu_decoded
@@ -32,17 +41,39 @@ Used: TypeAlias = tuple[jax.Array, ...]  # slots from there on are empty
 Decode: TypeAlias = Callable[[Rows, Any, Used, float, str | None], jax.Array]
 
 
-def by_blocks(rows: Rows, sides: Sides, used: Used, scale: float, axis: str | None, *, block: int) -> jax.Array:
+def by_blocks(rows: Rows, sides: StackSides, used: Used, scale: float, axis: str | None, *, block: int) -> jax.Array:
     """In plain XLA."""
     del used  # a loop of unknown length would be no faster: a prefix has few empty slots
     far, *others = sides
-    attend = partial(attend_blockwise, slots=far, scale=scale, block=block)
-    seen = over_shared(rows, far, attend, most=rows.pos_BR.size) if is_shared(rows, far) else attend(rows)
+    if isinstance(far, Stack):
+        slots, attend = far.every, partial(attend_stack, stack=far, scale=scale, block=block)
+    else:
+        slots, attend = far, partial(attend_blockwise, slots=far, scale=scale, block=block)
+    seen = over_shared(rows, slots, attend, most=rows.pos_BR.size) if is_shared(rows, slots) else attend(rows)
     if axis is not None:
         seen = merged_over(seen, axis)
     for side in others:
-        seen = merge(seen, attend_blockwise(rows, side, scale=scale, block=block))
+        near = side.one() if isinstance(side, Stack) else side
+        seen = merge(seen, attend_blockwise(rows, near, scale=scale, block=block))
     return finish(seen, rows.q_BKRH.dtype)
+
+
+def attend_stack(rows: Rows, stack: Stack, *, scale: float, block: int) -> Partial:
+    """`attend_blockwise` over a layer in the stack of all: each block is read where it lies, rounded ones as int8.
+
+    The layer taken out first would be a copy of it, written and read again.
+    """
+    size = stack.every.pos_BS.shape[1]
+    whole, rest = divmod(size, min(block, size))
+
+    def add(seen: Partial, start: jax.Array | int, count: int) -> Partial:
+        return merge(seen, attend_block(rows, stack.block(start, count), scale=scale))
+
+    def step(index: jax.Array, seen: Partial) -> Partial:
+        return add(seen, index * min(block, size), min(block, size))
+
+    seen = lax.fori_loop(0, whole, step, nothing_seen(rows))
+    return add(seen, jnp.int32(size - rest), rest) if rest else seen
 
 
 def by_kernel(
@@ -65,8 +96,7 @@ def by_tpu_kernel(
     """By the kernel for TPUs where it takes the shapes."""
     far, *others = sides
     if not all(tpu_fits(rows, far, side) for side in others):
-        plain = tuple(side.one() if isinstance(side, Stack) else side for side in sides)
-        return by_blocks(rows, plain, used, scale, axis, block=block)
+        return by_blocks(rows, sides, used, scale, axis, block=block)
     if axis is None or lax.axis_size(axis) == 1:
         return tpu_decoded(rows, sides, used, scale=scale, interpret=interpret)
     # What every device has whole the first adds.

@@ -4,26 +4,29 @@
 The key of a slot is rounded to 127 steps of its own largest element, and so is the value. Values are turned, [B, K, H,
 S]: a matrix unit sums over slots, and takes 8 bits only where what it sums over lies side by side. Scores and sums stay
 float32.
+
+No mesh splits the elements of a slot, so each device rounds its own part and nothing moves.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.sharding import Mesh
 
-from rapid_jax.attention.cache import KV, Prefix
-from rapid_jax.attention.kernels import platform_of
-
-
-def can_round(mesh: Mesh | None) -> bool:
-    """Whether a prefix in 8 bits can be read there: on one device that is no TPU."""
-    return mesh is None and platform_of(mesh) != "tpu"
+from rapid_jax.attention.cache import KV, Prefix, mesh_of
+from rapid_jax.attention.strategy import Strategy
 
 
 def rounded(prefix: Prefix) -> Prefix:
-    """The prefix with int8 keys and values; the given one's are deleted, a layer at a time. A rounded one stays."""
-    if prefix.layers and (prefix.layers if isinstance(prefix.layers, KV) else prefix.layers[0]).k_scale_BKS is not None:
+    """The prefix with int8 keys and values, on the same devices. A rounded one stays.
+
+    The given one's are deleted, those of a layer (stacked: of all layers) at a time, keys before values: there is never
+    more than a quarter of a layer, or of the stack, beside what there was.
+    """
+    if jax.tree.leaves(prefix.layers)[0].dtype == jnp.int8:
         return prefix
     if isinstance(prefix.layers, KV):
         return replace(prefix, layers=_replaced(prefix.layers))
@@ -31,20 +34,31 @@ def rounded(prefix: Prefix) -> Prefix:
 
 
 def _replaced(kv: KV) -> KV:
-    new = jax.block_until_ready(rounded_layer(kv))
+    mesh = mesh_of(kv)
+    k_BKSH, k_scale_BKS = jax.block_until_ready(rounded_array(kv.k_BKSH, turned=False, mesh=mesh))
     kv.k_BKSH.delete()
+    v_BKHS, v_scale_BKS = jax.block_until_ready(rounded_array(kv.v_BKSH, turned=True, mesh=mesh))
     kv.v_BKSH.delete()
-    return new
+    return KV(k_BKSH, v_BKHS, k_scale_BKS, v_scale_BKS)
 
 
-@jax.jit
-def rounded_layer(kv: KV) -> KV:
-    """Keys and values in 8 bits with a float32 scale a slot and head; values by dimension. A program of its own."""
+@partial(jax.jit, static_argnames=("turned", "mesh"))
+def rounded_array(x_BKSH: jax.Array, *, turned: bool, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
+    """(int8 values, float32 scales [B, K, S]) of keys or values, or of those of every layer; values are `turned`.
 
-    def one(x_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    A program of its own.
+    """
+
+    def of_layer(x_BKSH: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = x_BKSH.astype(jnp.float32)
         scale_BKS = jnp.max(jnp.abs(x), axis=-1) / 127
-        return jnp.round(x / jnp.where(scale_BKS == 0, 1.0, scale_BKS)[..., None]).astype(jnp.int8), scale_BKS
+        steps = jnp.round(x / jnp.where(scale_BKS == 0, 1.0, scale_BKS)[..., None]).astype(jnp.int8)
+        return (steps.swapaxes(-1, -2) if turned else steps), scale_BKS
 
-    (k_BKSH, k_scale), (v_BKSH, v_scale) = one(kv.k_BKSH), one(kv.v_BKSH)
-    return KV(k_BKSH, v_BKSH.swapaxes(-1, -2), k_scale, v_scale)
+    def local(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return of_layer(x) if x.ndim == 4 else lax.map(of_layer, x)  # one layer at a time in float32
+
+    stacked = "L" * (x_BKSH.ndim - 4)
+    names = f"v_{stacked}{'BKHS' if turned else 'BKSH'}", f"scale_{stacked}BKS"
+    strategy = Strategy(block=1, mesh=mesh, batch=("data",))
+    return strategy.per_device(local, (f"kv_{stacked}BKSH",), names)(x_BKSH)

@@ -51,6 +51,22 @@ class Stack:
         }
         return replace(self.every, **found)
 
+    def block(self, start: jax.Array | int, size: int) -> Slots:
+        """`size` of the layer's slots from `start` on: cut out of the stack at once, which XLA fuses with its use."""
+
+        def of(x: jax.Array, axis: int) -> jax.Array:
+            starts, sizes = [jnp.int32(0)] * x.ndim, list(x.shape)
+            starts[0], starts[axis] = self.layer, jnp.int32(start)
+            sizes[0], sizes[axis] = 1, size
+            return lax.dynamic_slice(x, starts, sizes)[0]
+
+        every = self.every
+        pos_BS = lax.dynamic_slice_in_dim(every.pos_BS, start, size, axis=1)
+        if every.k_scale_BKS is None or every.v_scale_BKS is None:
+            return Slots(of(every.k_BKSH, 3), of(every.v_BKSH, 3), pos_BS)
+        scales = of(every.k_scale_BKS, 3), of(every.v_scale_BKS, 3)
+        return Slots(of(every.k_BKSH, 3), of(every.v_BKSH, 4), pos_BS, None, *scales)
+
 
 Side: TypeAlias = Slots | Stack
 

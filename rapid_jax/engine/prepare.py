@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from rapid_jax.attention.cache import Prefix
-from rapid_jax.attention.rounded import can_round, rounded
+from rapid_jax.attention.rounded import rounded
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.errors import TooLarge
 from rapid_jax.engine.job import Job
@@ -146,7 +146,7 @@ class Preparing:
         label = "prefill (drafter)" if waits else None
         prefix = yield from self._read(job, decoder, tokens[:-DRAFTER_LACKS], label, room=room)
         is_copy = decoder.bits is not None and decoder is not self._models.target.decoder
-        if is_copy and can_round(decoder.mesh):
+        if is_copy:
             prefix = rounded(prefix)
         return Prompted(decoder, [tokens], prefix, [len(tokens) - DRAFTER_LACKS])
 

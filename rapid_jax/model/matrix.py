@@ -75,11 +75,11 @@ class Matrix(nnx.Module):
         if self.bits is None:
             return times(x_BTD, self.values[...], "DJ").astype(dtype)
         assert self.scale is not None
-        bits, split, mesh = self.bits, self.place.split, self.place.mesh
+        bits, split, mesh, parts = self.bits, self.place.split, self.place.mesh, self.place.parts
 
         def local(x_BTD: jax.Array, values: jax.Array, scale: jax.Array) -> jax.Array:
             out_BTJ = product(x_BTD, values, scale, bits)
-            if split == "columns" or mesh is None:
+            if split == "columns" or parts == 1:  # XLA refuses a sum over an axis of one device
                 return out_BTJ.astype(dtype)
             return lax.psum(out_BTJ if platform_of(mesh) == "cpu" else out_BTJ.astype(dtype), MODEL).astype(dtype)
 
@@ -136,7 +136,7 @@ def rounded_matrix(weight: jax.Array, axes: str, bits: WeightBits, place: Place)
     """(values, scales) of a matrix, or of every layer's, whose array has the axes DJ or JD."""
 
     def local(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-        over = MODEL if place.split == "depth" and place.mesh is not None else None
+        over = MODEL if place.split == "depth" and place.parts > 1 else None
 
         def one(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
             return rounded(matrix if axes == "DJ" else matrix.T, bits, over)

@@ -72,15 +72,13 @@ def run(options: argparse.Namespace) -> int:
 def _topology(config: RapidConfig, name: str) -> Topology:
     """The slice or the GPU; raises InputError, before any compiler is loaded, for settings that it is not planned with.
 
-    Weights in 4 bits and rounded caches are for one GPU.
+    Weights in 4 bits are for one GPU.
     """
     card = card_of(name)
     if card is not None:
         return card
     if config.models.drafter_weights == "int4":
         raise InputError("models.drafter_weights: TPUs take full and int8, got int4 (a GPU: --topology h200)")
-    if config.compute.kv != "full":
-        raise InputError(f"compute.kv: TPUs take full, got {config.compute.kv} (a GPU: --topology h200)")
     return topology_of(name)
 
 

@@ -84,15 +84,54 @@ def widest_sort(text: str) -> int:
 def largest_copy(text: str) -> int:
     """Bytes of the largest array that a program copies or lays out anew outside of its loops; 0 without one."""
     computations, entry = parse(text)
+    lines = [line for line in computations[entry] if _is_copy(line, computations)]
+    return max((bytes_of(arrays_of(line.shape)[:1]) for line in lines), default=0)
+
+
+def copied(text: str) -> set[tuple[int, ...]]:
+    """Shapes of what a program copies or lays out anew, in its loops too. A move to or from fast memory is none."""
+    computations, _ = parse(text)
+    found = set()
+    for lines in _outside_fusions(computations):
+        shapes = {line.name: line.shape for line in lines}
+        for line in lines:
+            if _is_copy(line, computations):
+                (to, dims), (source, _) = (_placed(shape)[0] for shape in (line.shape, shapes[line.operands[0]]))
+                found |= {dims} if to == source else set()
+    return found
+
+
+def made(text: str) -> set[tuple[int, ...]]:
+    """Shapes of what a program's instructions make in a device's large memory, in its loops too. A fusion is one."""
+    passing = ("parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "conditional")
+    return {
+        dims
+        for lines in _outside_fusions(parse(text)[0])
+        for line in lines
+        if line.opcode not in passing and not line.opcode.endswith("-start")
+        for memory, dims in _placed(line.shape)
+        if memory is None
+    }
+
+
+def _placed(shape: str) -> list[tuple[str | None, tuple[int, ...]]]:
+    """(memory, None: the large one; dimensions) of every array in a shape's text."""
+    arrays = re.findall(r"\w+\[[\d,]*\](?:\{[^{}]*\})?", shape)
+    memories = (re.search(r"S\(\d+\)", array) for array in arrays)
+    return [(found and found[0], arrays_of(array)[0][1]) for found, array in zip(memories, arrays, strict=True)]
+
+
+def _outside_fusions(computations: Computations) -> Iterator[list[Instruction]]:
+    fusions = (line for lines in computations.values() for line in lines if line.opcode == "fusion")
+    inside = {name for line in fusions for name in line.called()}
+    return (lines for name, lines in computations.items() if name not in inside)
+
+
+def _is_copy(line: Instruction, computations: Computations) -> bool:
     copies = ("copy", "copy-start", "transpose")
-
-    def copied(line: Instruction) -> bool:
-        if line.opcode != "fusion" or "output_to_operand_aliasing" in line.rest:  # the same bytes under another name
-            return line.opcode in copies
-        return any(inner.root and inner.opcode in copies for name in line.called() for inner in computations[name])
-
-    sizes = [bytes_of(arrays_of(line.shape)[:1]) for line in computations[entry] if copied(line)]
-    return max(sizes, default=0)
+    if line.opcode != "fusion" or "output_to_operand_aliasing" in line.rest:  # the same bytes under another name
+        return line.opcode in copies
+    return any(inner.root and inner.opcode in copies for name in line.called() for inner in computations[name])
 
 
 def collectives(text: str, loops: Sequence[int] = ()) -> list[Collective]:

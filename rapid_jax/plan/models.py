@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model on its devices with one prompt, with shapes in place of arrays: what the programs of a plan are given."""
 
+import math
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rapid_jax.attention.cache import Layers, Prefix, Tail
-from rapid_jax.attention.rounded import can_round, rounded_layer
+from rapid_jax.attention.cache import KV, Layers, Prefix, Tail
+from rapid_jax.attention.rounded import rounded_array
 from rapid_jax.config import RapidConfig
 from rapid_jax.model.fused import FusedDecoder, fused, quantized
 from rapid_jax.model.placement import abstract
@@ -19,6 +21,7 @@ from rapid_jax.plan.cost import Pass, Work, work_of
 from rapid_jax.runtime.axes import PARAM, with_copied_kv
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative import prefill
+from rapid_jax.speculative.prefix_heads import layer_names
 from rapid_jax.speculative.start import RECENT, Sizes
 from rapid_jax.speculative.state import Side
 
@@ -42,7 +45,7 @@ class PlannedModel:
         """Its copy in so many bits; if `shared`, without what the copy has of the original."""
         copy = quantized(self.decoder, bits)
         held = copy.matrices if shared else copy
-        return replace(self, decoder=copy, held=held, bits=bits, rounds_prefix=can_round(self.mesh))
+        return replace(self, decoder=copy, held=held, bits=bits, rounds_prefix=True)
 
     def whole(self, tree: Any) -> Any:
         """Shapes that are the same on every device."""
@@ -72,8 +75,21 @@ class PlannedModel:
         if not self.rounds_prefix:
             return prefix
         if isinstance(prefix.layers, tuple):
-            return replace(prefix, layers=tuple(jax.eval_shape(rounded_layer, kv) for kv in prefix.layers))
-        return replace(prefix, layers=jax.eval_shape(rounded_layer, prefix.layers))
+            return replace(prefix, layers=tuple(map(self._rounded, prefix.layers)))
+        return replace(prefix, layers=self._rounded(prefix.layers))
+
+    def _rounded(self, kv: KV) -> KV:
+        """Shapes of one layer, or of the stack, as `rounded` leaves them."""
+        k_BKSH, k_scale_BKS = jax.eval_shape(partial(rounded_array, turned=False, mesh=self.mesh), kv.k_BKSH)
+        v_BKHS, v_scale_BKS = jax.eval_shape(partial(rounded_array, turned=True, mesh=self.mesh), kv.v_BKSH)
+        found = KV(k_BKSH, v_BKHS, k_scale_BKS, v_scale_BKS)
+        if self.mesh is None:
+            return found
+        lying = {}
+        for field, (name, _) in layer_names(found).items():
+            x, spec = getattr(found, field), prefill.serving(self.decoder, block=1).spec(name)
+            lying[field] = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(self.mesh, spec))
+        return KV(**lying)
 
     def tail(self, sizes: Sizes, suffix: int) -> Tail:
         """Of a run whose prompt has `suffix` tokens behind the prefix."""
@@ -90,6 +106,16 @@ class PlannedModel:
         rounded = self.rounds_prefix and not split_tokens
         cached = 1 + 4 / config.head_dim if rounded else item
         return work_of(config, self.sizes, run, weight, cached, split_tokens=split_tokens)
+
+
+def own_bytes(tree: Any) -> int:
+    """Bytes of one device's parts of all arrays, one element behind the other."""
+
+    def of(x: Any) -> int:
+        shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
+        return math.prod(shape) * x.dtype.itemsize
+
+    return sum(map(of, jax.tree.leaves(tree)))
 
 
 def layout_of(config: RapidConfig, mesh: MeshConfig, prompt: int, *, coarse: bool) -> prefill.ChunkLayout:

@@ -12,15 +12,15 @@ from jax.sharding import NamedSharding
 
 from rapid_jax.attention.cache import KV, Prefix, Tail, each_layer
 from rapid_jax.attention.kernels import kernel_of
-from rapid_jax.attention.rounded import rounded_layer
+from rapid_jax.attention.rounded import rounded_array
 from rapid_jax.config import RapidConfig
 from rapid_jax.model.decoder import Block
 from rapid_jax.model.matrix import rounded_matrix
 from rapid_jax.model.quantized import BITS
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.cost import Pass, Work
-from rapid_jax.plan.models import PlannedModel, layout_of, planned
-from rapid_jax.plan.working import of_prefill, of_round, of_rounded_layers, of_rounded_matrix
+from rapid_jax.plan.models import PlannedModel, layout_of, own_bytes, planned
+from rapid_jax.plan.working import of_prefill, of_round, of_rounded_keys, of_rounded_matrix
 from rapid_jax.retrieval.config import chunk_count
 from rapid_jax.runtime.mesh import make_mesh, make_meshes
 from rapid_jax.speculative import apart, prefill
@@ -139,7 +139,7 @@ def _rounded_weights(model: PlannedModel, name: str, others: list[Any]) -> Progr
     """A model's copy being made, its largest matrix last; the weights in full are still there."""
     bits, full = model.bits, model.full
     assert bits is not None
-    work = Work(0.0, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(full)))
+    work = Work(0.0, own_bytes(full))
     resident = _by_kind(model.decoder.matrices, full, *others, other=())  # the rest of the copy is in `full`
 
     def lower():
@@ -153,16 +153,21 @@ def _rounded_weights(model: PlannedModel, name: str, others: list[Any]) -> Progr
 
 
 def _rounded_prefix(model: PlannedModel, others: list[Any]) -> Program:
-    """The prompt's keys and values being rounded, one layer at a time, or all where they are one array."""
+    """The prompt's keys being rounded, then its values: those of one layer at a time, or all where they are one array.
+
+    The first call, when all else is in full. On one device; a mesh's each round their own part.
+    """
     prefix = model.prefix()
     layers = [prefix.layers] if isinstance(prefix.layers, KV) else list(prefix.layers)
-    total = Work(0.0, sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(layers)))
-    one = Work(0.0, total.hbm_bytes / len(layers))
+    arrays, keys = jax.tree.leaves(layers), layers[0].k_BKSH
+    every = Work(0.0, own_bytes(arrays))
+    one = Work(0.0, every.hbm_bytes / len(arrays))
     resident = _by_kind(model.held, prefix, *others, other=())
-    working = of_rounded_layers(layers[0])
-    return Program(
-        "prefix rounding", lambda: rounded_layer.lower(layers[0]), resident, one, total, len(layers), working=working
-    )
+
+    def lower():
+        return rounded_array.lower(keys, turned=False, mesh=model.mesh)
+
+    return Program("prefix rounding", lower, resident, one, every, len(arrays), working=of_rounded_keys(keys))
 
 
 def _by_kind(*parts: Any, other: Any) -> dict[str, Any]:
@@ -269,7 +274,7 @@ def _halves(config: RapidConfig, target: PlannedModel, drafter: PlannedModel) ->
 
     theirs = _by_kind(drafter.held, side.prefix, tail, other=(texts[1], known, drafter.whole(knobs)))
     rest = replace(state, target_tail=None)  # type: ignore[arg-type]
-    ours = _by_kind(target.held, target.prefix(), near, other=(texts[0], rest, target.whole(knobs)))
+    ours = _by_kind(target.held, target.read_prefix(), near, other=(texts[0], rest, target.whole(knobs)))
     return [
         Program("draft", lower_draft, theirs, drafted, drafted, loops=(_draft_loop(plan),)),
         Program("verify", lower_verify, ours, verified, verified),

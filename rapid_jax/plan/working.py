@@ -7,7 +7,6 @@ own memory (the context of CUDA, code, workspaces of cuBLAS and cuDNN) is not pa
 
 import jax
 
-from rapid_jax.attention.cache import KV
 from rapid_jax.plan.models import PlannedModel
 from rapid_jax.speculative.prefill import LARGEST_BLOCK
 from rapid_jax.speculative.state import Plan
@@ -43,8 +42,6 @@ def of_rounded_matrix(model: PlannedModel) -> int:
     return FLOAT32 * max(config.vocab_size, 2 * config.intermediate_size) * config.hidden_size
 
 
-def of_rounded_layers(kv: KV) -> int:
-    """The rounded layer, and its values before they are turned."""
-    elements = sum(x.size for x in jax.tree.leaves(kv))
-    slots = kv.k_BKSH.size // kv.k_BKSH.shape[-1]
-    return elements + 2 * FLOAT32 * slots + kv.v_BKSH.size
+def of_rounded_keys(k_BKSH: jax.Array) -> int:
+    """The rounded keys with a scale a slot. Of values, as many, the full keys have left room to turn them in."""
+    return k_BKSH.size + FLOAT32 * (k_BKSH.size // k_BKSH.shape[-1])

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rapid_jax.attention.cache import KV, Layers, Prefix
+from rapid_jax.attention.cache import KV, Layers, Prefix, mesh_of
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.runtime.mesh import placed
 from rapid_jax.speculative.prefix_heads import Place, layer_names
@@ -51,15 +51,9 @@ def to_host(prefix: Prefix, layer: int, order: np.ndarray, copies: int) -> dict[
         return {name: np.take(getattr(kv, name)[:, ::copies], order, axis) for name, axis in axes.items()}
     in_place = None
     if not np.array_equal(order, np.arange(order.size)):
-        in_place = placed(_mesh_of(prefix), PartitionSpec(), order)
+        in_place = placed(mesh_of(prefix.layers), PartitionSpec(), order)
     cut = _cut(kv, index, in_place, used=order.size, copies=copies)
     return {name: np.asarray(getattr(cut, name)) for name in layer_names(cut)}
-
-
-def _mesh_of(prefix: Prefix) -> Mesh | None:
-    sharding = jax.tree.leaves(prefix.layers)[0].sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
-    return mesh if isinstance(mesh, Mesh) else None
 
 
 @partial(jax.jit, static_argnames=("used", "copies"))

@@ -8,16 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
 
 from rapid_jax.attention.cache import KV, Prefix, Tail
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention.rounded import rounded, rounded_array
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_prefix_tail
+from rapid_jax.plan.hlo import collectives
 from rapid_jax.runtime.mesh import MeshConfig, make_mesh
 
 B, N, K, H = 2, 4, 2, 16
 SLOTS, USED, TAIL, NEW = 48, 40, 8, 2
 ZERO, LARGE = 3, 5  # slots of zeros, and of one large element
+MESHES = {
+    "context 2": MeshConfig(context=2),
+    "context 4, model 2": MeshConfig(context=4, model=2),
+    "data 2, context 2, model 2": MeshConfig(data=2, context=2, model=2),
+}
 PLAIN = Strategy(block=20)  # several blocks, the last of which is short
 
 
@@ -72,6 +79,35 @@ def test_every_element_is_off_by_half_a_step_at_most(stacked, dtype):
             assert np.all(np.abs(restored - x) <= largest / 127 * 0.5001)
             assert np.all(restored[x == 0] == 0)
             np.testing.assert_array_equal(np.max(np.abs(step), axis=-1), np.where(largest[..., 0] == 0, 0, 127))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("mesh", MESHES)
+def test_each_device_rounds_its_own_part(mesh, stacked, dtype):
+    """To the same bits as one device rounds, lying as their letters say; nothing moves."""
+    strategy = Strategy(block=1, mesh=make_mesh(MESHES[mesh], jax.devices()[: MESHES[mesh].devices]), batch=("data",))
+    layers = tuple(layer_of(seed, dtype) for seed in range(2))
+    layers = stack(*layers) if stacked else layers
+    lead = "L" if stacked else ""
+    placed = jax.device_put(layers, NamedSharding(strategy.mesh, strategy.spec(f"kv_{lead}BKSH")))
+    x = jax.tree.leaves(placed)[0]
+    programs = [rounded_array.lower(x, turned=turned, mesh=strategy.mesh).compile() for turned in (False, True)]
+    assert [collectives(program.as_text()) for program in programs] == [[], []]
+    got = rounded(prefix_of(placed))
+    chex.assert_trees_all_equal(got.layers, rounded(prefix_of(layers)).layers)
+    names = {"k_BKSH": "BKSH", "v_BKSH": "BKHS", "k_scale_BKS": "BKS", "v_scale_BKS": "BKS"}
+    for kv in [got.layers] if stacked else got.layers:
+        for field, letters in names.items():
+            array, spec = getattr(kv, field), strategy.spec(f"x_{lead}{letters}")
+            assert array.sharding.is_equivalent_to(NamedSharding(strategy.mesh, spec), array.ndim)
+            parts = MESHES[mesh].devices
+            assert all(shard.data.size == array.size // parts for shard in array.addressable_shards)
+
+
+def test_a_rounded_prefix_stays_as_it_is():
+    prefix = rounded(prefix_of((layer_of(0),)))
+    assert rounded(prefix) is prefix and not prefix.layers[0].k_BKSH.is_deleted()
 
 
 @pytest.mark.parametrize("stacked", [False, True])

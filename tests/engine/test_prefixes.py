@@ -361,12 +361,14 @@ def test_a_removed_prefix_is_gone_from_every_tier_but_for_who_reads_it(decoder, 
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])
-@pytest.mark.parametrize("mesh", ["one device", "context 2"])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_a_rounded_prefix_is_kept_whole_in_every_tier(tmp_path: Path, mesh, layout):
+    """On the devices, on the host, on disk and on the devices again: the same bits, in half the memory."""
     decoder, head = decoder_on(MESHES[mesh], layout), tokens(LENGTH)
     cache = cache_of(decoder, tmp_path, kv="int8", disk_gib=1.0)
     prefix = rounded(prefix_of(decoder, head))
     cache.put(head, prefix)
+    assert cache.bytes()["device"] < 0.4 * cache.bytes_for(LENGTH)  # of float32, heads of 8: a quarter and an eighth
     assert cache.find(changed(head, 3 * CHUNK, LENGTH)).prefix is None
     assert cache.make_room(2**30) and cache.tier(head) == "host"
     cache.save()

@@ -11,8 +11,10 @@ from rapid_jax.plan.hlo import (
     arrays_of,
     bytes_of,
     collectives,
+    copied,
     gathered_kv,
     largest_copy,
+    made,
     parse,
     schedule,
     totals,
@@ -155,3 +157,26 @@ ENTRY %main (a: bf16[8,64], b: s8[4096,64], c: f32[16]) -> bf16[64,8] {
     assert largest_copy(text) == 2 * 64 * 8
     assert largest_copy(text.replace("calls=%turned", "calls=%other").replace("%turned (", "%other (")) == 2 * 64 * 8
     assert largest_copy(text.replace("transpose(", "negate(")) == 4 * 16
+    assert copied(text) == {(64, 8), (16,), (512, 512)}
+    assert made(text) == {(64, 8), (16,), (4096, 64), (512, 512)}
+
+
+def test_a_move_between_memories_is_no_copy():
+    text = """
+ENTRY %main (a: bf16[8,64], b: f32[16]) -> bf16[8,64] {
+  %a = bf16[8,64]{1,0:T(8,128)(2,1)} parameter(0)
+  %b = f32[16]{0:T(128)S(1)} parameter(1)
+  %start = (bf16[8,64]{1,0:T(8,128)(2,1)S(1)}, bf16[8,64]{1,0:T(8,128)(2,1)}, u32[]{:S(2)}) copy-start(%a)
+  %done = bf16[8,64]{1,0:T(8,128)(2,1)S(1)} copy-done(%start)
+  %copy.1 = f32[16]{0:T(128)S(1)} copy(%b)
+  %wide = (f32[8,64]{1,0:T(8,128)}, f32[8]{0:T(128)S(1)}) fusion(%done), kind=kLoop, calls=%elsewhere
+  ROOT %copy.2 = bf16[8,64]{0,1:T(8,128)(2,1)} copy(%a)
+}
+
+%elsewhere (p: bf16[8,64]) -> (f32[8,64], f32[8]) {
+  %p = bf16[8,64]{1,0} parameter(0)
+  ROOT %sums = (f32[8,64]{1,0}, f32[8]{0}) tuple(%p, %p)
+}
+"""
+    assert copied(text) == {(16,), (8, 64)} and copied(text.replace("copy(%a)", "negate(%a)")) == {(16,)}
+    assert made(text) == {(8, 64)}

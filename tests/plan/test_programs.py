@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rapid_jax.attention import rounded as rounded_module
+from rapid_jax.attention.rounded import rounded
 from rapid_jax.config import ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.lane import Lane, LaneKey
 from rapid_jax.model.fused import fused, quantized
@@ -56,7 +58,9 @@ class Spy:
         self.planned.append((args, static))
 
 
-def config_for(settings: str, mesh: MeshConfig, layout="stacked", drafter_mesh=None, bits="full") -> RapidConfig:
+def config_for(
+    settings: str, mesh: MeshConfig, layout="stacked", drafter_mesh=None, bits="full", kv="full"
+) -> RapidConfig:
     speculation, sampling = SETTINGS[settings]
     drafter = "other" if drafter_mesh else "same"
     return RapidConfig(
@@ -73,7 +77,7 @@ def config_for(settings: str, mesh: MeshConfig, layout="stacked", drafter_mesh=N
         sampling=sampling,
         mesh=mesh,
         drafter_mesh=drafter_mesh,
-        compute=ComputeConfig(prefill_chunk=64, attention_block=128, kernel="xla"),
+        compute=ComputeConfig(prefill_chunk=64, attention_block=128, kernel="xla", kv=kv),
     )
 
 
@@ -86,17 +90,18 @@ def run(config: RapidConfig) -> None:
     if config.models.drafter_weights != "full":
         drafter = quantized(drafter, BITS[config.models.drafter_weights])
 
-    def prompted(decoder, length: int, cached: int, *, coarse: bool) -> generate.Prompted:
+    def prompted(decoder, length: int, cached: int, *, coarse: bool, rounds: bool) -> generate.Prompted:
         tokens = rng.integers(0, VOCABULARY, length).tolist()
         settings = prefill.PrefillSettings(config.compute.prefill_chunk, "xla", coarse=coarse)
         work = prefill.Prefill(decoder, [tokens[:cached]], settings, dtype=jnp.dtype("float32"))
         while work.left:
             work.step()
-        return generate.Prompted(decoder, [tokens], work.prefix, [cached])
+        prefix = rounded(work.prefix) if rounds else work.prefix
+        return generate.Prompted(decoder, [tokens], prefix, [cached])
 
     long, short = (
-        prompted(target, LONG + QUESTION, LONG, coarse=False),
-        prompted(drafter, SHORT, SHORT - 2, coarse=True),
+        prompted(target, LONG + QUESTION, LONG, coarse=False, rounds=config.compute.kv != "full"),
+        prompted(drafter, SHORT, SHORT - 2, coarse=True, rounds=config.models.drafter_weights != "full"),
     )
     rounds = generate.start(
         long,
@@ -143,33 +148,52 @@ def check(spy: Spy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "layout", "bits"),
-    [("sampled", "stacked", "full"), ("greedy", "unrolled", "full"), ("greedy", "stacked", "int8")],
+    ("settings", "layout", "bits", "kv"),
+    [
+        ("sampled", "stacked", "full", "full"),
+        ("greedy", "unrolled", "full", "int8"),
+        ("greedy", "stacked", "int8", "full"),
+        ("greedy", "stacked", "int8", "int8"),
+    ],
 )
-def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str, bits: str):
+def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str, bits: str, kv: str):
     rounds, stacked, layers = Spy(rounds_module.run_rounds), Spy(prefill._chunk_stacked), Spy(prefill._chunk_layer)
     monkeypatch.setattr(rounds_module, "run_rounds", rounds)
     monkeypatch.setattr(programs, "run_rounds_on_tpu", rounds)
     monkeypatch.setattr(prefill, "_chunk_stacked", stacked)
     monkeypatch.setattr(prefill, "_chunk_layer", layers)
-    config = config_for(settings, MeshConfig(context=2, model=2), layout, bits=bits)
+    rounding = Spy(rounded_module.rounded_array)
+    monkeypatch.setattr(rounded_module, "rounded_array", rounding)
+    monkeypatch.setattr(programs, "rounded_array", rounding)
+    config = config_for(settings, MeshConfig(context=2, model=2), layout, bits=bits, kv=kv)
     run(config)
     names = ["prefill", "round"] if bits == "full" else ["drafter rounding", "prefill", "drafter prefill", "round"]
+    if kv != "full":
+        names.insert(names.index("prefill") + 1, "prefix rounding")
     assert [program.name for program in planned(config)] == names
     prefills = stacked if layout == "stacked" else layers
     assert (len(rounds.planned), len(prefills.planned)) == (1, sum("prefill" in name for name in names))
-    for spy in (rounds, prefills):
+    assert len(rounding.planned) == (kv != "full")
+    for spy in (rounds, prefills, rounding):
         check(spy)
 
 
-def test_the_halves_of_a_round_apart_are_those_that_run(monkeypatch):
+@pytest.mark.parametrize("bits", ["full", "int8"])
+def test_the_halves_of_a_round_apart_are_those_that_run(monkeypatch, bits: str):
+    """In full, and with a copy that drafts over keys and values in 8 bits, both prompts'."""
     draft, verify = Spy(apart._drafted), Spy(apart._verified)
     for suffix in ("", "_on_tpu"):
         monkeypatch.setattr(apart, f"_drafted{suffix}", draft)
         monkeypatch.setattr(apart, f"_verified{suffix}", verify)
-    config = config_for("sampled", MeshConfig(context=2, model=2), drafter_mesh=MeshConfig(model=2))
+    config = config_for("sampled", MeshConfig(context=2, model=2), drafter_mesh=MeshConfig(model=2), bits=bits, kv=bits)
     run(config)
-    assert [program.name for program in planned(config)] == ["prefill", "drafter prefill", "draft", "verify"]
+    names = ["prefill", "drafter prefill", "draft", "verify"]
+    if bits == "int8":
+        names = ["drafter rounding", "prefill", "prefix rounding", *names[1:]]
+    found = planned(config)
+    assert [program.name for program in found] == names
+    documents = [x for program in found if program.name == "verify" for x in program.resident["cache"]]
+    assert ("int8" in {x.dtype.name for x in jax.tree.leaves(documents)}) == (bits == "int8")
     check(draft)
     check(verify)
 

@@ -24,25 +24,30 @@ def prediction(*overrides: str):
     return predicted(config, tuple(jax.devices()[:4]), target, None, config.models.max_context, CHIP)
 
 
-def by_hand(tokens: int, prompt: int, item: int = 2) -> float:
+def by_hand(tokens: int, prompt: int, item: int = 2, kv: float = 2) -> float:
     """Llama-3.1-8B over four v5p chips: bytes, and two sums of [8 or 16 rows, 4096] a layer."""
     matrices = 32 * 4096 * ((2 * 32 + 2 * 8) * 128 + 3 * 14336) + 4096 * 128256
     cache = 2 * 32 * 8 * 128 * prompt
     rows = 8 if tokens <= 8 else 16
-    return (item * matrices + 2 * cache) / 4 / 2765e9 + 64 * rows * 4096 * 2 / 100e9
+    return (item * matrices + kv * cache) / 4 / 2765e9 + 64 * rows * 4096 * 2 / 100e9
 
 
-@pytest.mark.parametrize(("gamma", "weights"), [(3, "full"), (10, "full"), (3, "int8")])
-def test_a_speed_is_bytes_and_sums_over_chips(gamma, weights):
-    found = prediction(f"speculation.gamma={gamma}", f"models.drafter_weights={weights}")
+@pytest.mark.parametrize(
+    ("gamma", "weights", "kv"), [(3, "full", "full"), (10, "full", "full"), (3, "int8", "full"), (5, "int8", "int8")]
+)
+def test_a_speed_is_bytes_and_sums_over_chips(gamma, weights, kv):
+    """A copy in 8 bits reads its prompt in 8 bits, too; rounded keys and values are a byte, and 4 for each 128."""
+    found = prediction(f"speculation.gamma={gamma}", f"models.drafter_weights={weights}", f"compute.kv={kv}")
     assert found is not None
     long, short = 131072 - 1024 - 256, 5632 + 256 - 2  # 1/24 of the prompt in chunks of 512, and the question
-    plain = by_hand(1, long)
+    item, cached = {"full": (2, 2), "int8": (1, 1 + 4 / 128)}[weights]
+    document = {"full": 2, "int8": 1 + 4 / 128}[kv]
+    plain = by_hand(1, long, kv=document)
     assert found.plain.least == pytest.approx(plain, rel=0.01)
     assert found.plain.most == pytest.approx(plain + 32 * SMALL_SECONDS, rel=0.01)
     for speed, acceptance in zip(found.given, ACCEPTANCES, strict=True):
         tokens = (1 - acceptance ** (gamma + 1)) / (1 - acceptance)
-        least = (gamma * by_hand(1, short, 1 if weights == "int8" else 2) + by_hand(gamma + 1, long)) / tokens
+        least = (gamma * by_hand(1, short, item, cached) + by_hand(gamma + 1, long, kv=document)) / tokens
         most = least + (gamma + 1) * 32 * SMALL_SECONDS / tokens
         assert (speed.acceptance, speed.gamma) == (acceptance, gamma)
         assert (speed.token.least, speed.token.most) == (pytest.approx(least, rel=0.01), pytest.approx(most, rel=0.01))

@@ -65,7 +65,10 @@ def questions() -> Questions:
 
 @pytest.fixture(scope="session")
 def answer(questions: Questions) -> Callable[..., Generation]:
-    """`answer(speculation, sampling)`: the three questions answered; every part may be replaced."""
+    """`answer(speculation, sampling)`: the three questions answered; every part may be replaced.
+
+    `int8`: over rounded keys and values of all prompts.
+    """
 
     def run(
         speculation: SpeculationConfig,
@@ -78,12 +81,13 @@ def answer(questions: Questions) -> Callable[..., Generation]:
         stops: Sequence[int] | None = None,
         texts: Sequence[Sequence[int]] = (),
         seeds: Sequence[int] | None = None,
+        int8: bool = False,
         **more,
     ) -> Generation:
         ours = draft_prompts or questions.draft_prompts
         return generate(
-            prompted(target or questions.target, [questions.prompts[row] for row in rows]),
-            prompted(drafter or questions.drafter, [ours[row] for row in rows]),
+            prompted(target or questions.target, [questions.prompts[row] for row in rows], int8=int8),
+            prompted(drafter or questions.drafter, [ours[row] for row in rows], int8=int8),
             speculation=speculation,
             sampling=sampling,
             stops=(questions.stop,) if stops is None else stops,

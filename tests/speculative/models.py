@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rapid_jax.attention.rounded import rounded
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.config import ModelConfig, Rope
@@ -111,7 +112,10 @@ def next_logits(decoder: Decoder) -> Callable[[Sequence[int]], np.ndarray]:
     return lambda sequence: logits_of(decoder, np.asarray([sequence], np.int32))[0, -1]
 
 
-def prompted(decoder: Decoder, prompts: Sequence[Sequence[int]], *, keep: int = 2, chunk: int = 16) -> Prompted:
-    """The prompts, all but the last `keep` tokens of each in the prefix."""
+def prompted(
+    decoder: Decoder, prompts: Sequence[Sequence[int]], *, keep: int = 2, chunk: int = 16, int8: bool = False
+) -> Prompted:
+    """The prompts, all but the last `keep` tokens of each in the prefix, `int8`: rounded."""
     heads = [prompt[: len(prompt) - keep] for prompt in prompts]
-    return Prompted(decoder, prompts, prefill(decoder, heads, chunk=chunk, dtype=jnp.float32), [len(h) for h in heads])
+    prefix = prefill(decoder, heads, chunk=chunk, dtype=jnp.float32)
+    return Prompted(decoder, prompts, rounded(prefix) if int8 else prefix, [len(h) for h in heads])

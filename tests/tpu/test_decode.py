@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding over a long prefix, a layer: the kernel reads its keys where they lie, and nothing of their size is made."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -11,10 +11,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rapid_jax.attention.cache import KV, Prefix, Tail
+from rapid_jax.attention.decoding import attend_stack
+from rapid_jax.attention.partial import Rows, Slots, finish
 from rapid_jax.attention.strategy import Strategy
+from rapid_jax.attention.tpu_decode import Stack
 from rapid_jax.attention.verbs import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.model.matrix import Place, in_bits
-from rapid_jax.plan.hlo import arrays_of, bytes_of, collectives, parse
+from rapid_jax.plan.hlo import arrays_of, bytes_of, collectives, made, parse
 from rapid_jax.plan.topologies import topology_of
 from rapid_jax.runtime.mesh import make_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
@@ -167,3 +170,30 @@ def test_rows_that_lie_over_devices_meet_8_bits_where_they_are():
     lowered = jax.jit(lambda matrix, x: matrix(x)).lower(matrix, given((1, 2048, 1024), jnp.bfloat16, None, "context"))
     text = lowered.compile().as_text()
     assert collectives(text) == [] and "s8[" in text
+
+
+@pytest.mark.parametrize("int8", [True, False])
+def test_plain_xla_reads_a_layer_s_blocks_where_they_lie(int8: bool):
+    """Out of the stack: no block of keys or values is made, in 8 bits neither in those nor in more; scores are."""
+    layers, K, S, H, block = 3, 8, 65536, 128, 16384
+    mesh = make_mesh(MeshConfig(), topology_of("v5p:2x2x1").devices[:1])
+
+    def given(*shape: int, dtype: Any = jnp.bfloat16) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+    pos_BS, kind = given(1, S, dtype=jnp.int32), jnp.int8 if int8 else jnp.bfloat16
+    values, scale_LBKS = (H, S) if int8 else (S, H), given(layers, 1, K, S, dtype=jnp.float32) if int8 else None
+    every = Slots(given(layers, 1, K, S, H, dtype=kind), given(layers, 1, K, *values, dtype=kind), pos_BS)
+    every = replace(every, k_scale_BKS=scale_LBKS, v_scale_BKS=scale_LBKS)
+
+    def attend(q_BKRH, pos_BR, every):
+        def step(q_BKRH, layer):
+            seen = attend_stack(Rows(q_BKRH, pos_BR), stack=Stack(every, layer), scale=0.1, block=block)
+            return finish(seen, q_BKRH.dtype), None
+
+        return jax.lax.scan(step, q_BKRH, jnp.arange(layers, dtype=jnp.int32))[0]
+
+    rows = given(1, K, GROUP * NEW, H), given(1, GROUP * NEW, dtype=jnp.int32)
+    shapes = made(jax.jit(attend).lower(*rows, every).compile().as_text())
+    assert {dims for dims in shapes if H in dims[-2:] and max(dims[-2:]) >= block} == set()
+    assert any(dims and dims[-1] == block for dims in shapes)

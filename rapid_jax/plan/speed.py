@@ -2,9 +2,10 @@
 """How long a token takes with drafts and without, before anything runs: from what passes read and exchange.
 
 A range: at the least weights and caches are read at the memory's rate and sums go around the ring; at the most every
-layer's small operations come on top, which the compiler's own cost model puts at SMALL_SECONDS (v5p; nothing of it was
-measured). Sums are those over `model`: what `context` merges, and `fsdp` gathers, is not counted. What comes of a
-number of drafts is Leviathan et al.'s (arXiv 2211.17192, Eq. 1 and Theorem 3.8).
+layer's small operations come on top, which the compiler's own cost model puts at SMALL_SECONDS (the most of three
+compiled rounds, on v5p and v6e: `python -m tests.tpu.layers`; nothing of it was measured). Sums are those over `model`:
+what `context` merges, and `fsdp` gathers, is not counted. What comes of a number of drafts is Leviathan et al.'s (arXiv
+2211.17192, Eq. 1 and Theorem 3.8).
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,7 @@ from rapid_jax.plan.topologies import Generation
 from rapid_jax.speculative.schedule import GAMMAS
 from rapid_jax.speculative.start import gammas_of
 
-SMALL_SECONDS = 90e-6  # of a layer in one pass
+SMALL_SECONDS = {"full": 35e-6, "rounded": 71e-6}  # of a layer in one pass, by its weights
 ACCEPTANCES = (0.9, 0.7, 0.5)  # chances that a draft is accepted
 MOST_GAMMA = 16  # of those that are tried
 _TILE_ROWS = 8  # that rows are filled up to before chips sum them
@@ -118,7 +119,7 @@ def _pass(model: PlannedModel, tokens: int, chip: Generation) -> Range:
         item = jnp.dtype(model.dtype).itemsize
         rows = -(-tokens // _TILE_ROWS) * _TILE_ROWS
         seconds += 2 * config.num_layers * rows * config.hidden_size * item / chip.link_rate
-    return Range(seconds, seconds + config.num_layers * SMALL_SECONDS)
+    return Range(seconds, seconds + config.num_layers * SMALL_SECONDS["full" if model.bits is None else "rounded"])
 
 
 def said(prediction: Prediction) -> Iterator[str]:

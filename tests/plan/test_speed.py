@@ -43,15 +43,16 @@ def test_a_speed_is_bytes_and_sums_over_chips(gamma, weights, kv):
     item, cached = {"full": (2, 2), "int8": (1, 1 + 4 / 128)}[weights]
     document = {"full": 2, "int8": 1 + 4 / 128}[kv]
     plain = by_hand(1, long, kv=document)
+    ours, theirs = (32 * SMALL_SECONDS[each] for each in ("full", "full" if weights == "full" else "rounded"))
     assert found.plain.least == pytest.approx(plain, rel=0.01)
-    assert found.plain.most == pytest.approx(plain + 32 * SMALL_SECONDS, rel=0.01)
+    assert found.plain.most == pytest.approx(plain + ours, rel=0.01)
     for speed, acceptance in zip(found.given, ACCEPTANCES, strict=True):
         tokens = (1 - acceptance ** (gamma + 1)) / (1 - acceptance)
         least = (gamma * by_hand(1, short, item, cached) + by_hand(gamma + 1, long, kv=document)) / tokens
-        most = least + (gamma + 1) * 32 * SMALL_SECONDS / tokens
+        most = least + (gamma * theirs + ours) / tokens
         assert (speed.acceptance, speed.gamma) == (acceptance, gamma)
         assert (speed.token.least, speed.token.most) == (pytest.approx(least, rel=0.01), pytest.approx(most, rel=0.01))
-        ratios = sorted((plain / least, (plain + 32 * SMALL_SECONDS) / most))
+        ratios = sorted((plain / least, (plain + ours) / most))
         assert speed.ratio == (pytest.approx(ratios[0], rel=0.02), pytest.approx(ratios[1], rel=0.02))
 
 

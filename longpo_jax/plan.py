@@ -26,7 +26,7 @@ _CHANGES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `plan`."""
     parser.add_argument(
-        "--config", required=True, action=Place, metavar="FILE", help="settings, as configs/longpo/*.yaml"
+        "--config", required=True, action=Place, reads=True, metavar="FILE", help="settings, as configs/longpo/*.yaml"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"

@@ -15,7 +15,7 @@ from longpo_jax.stages import STAGES, has_ended, working_in
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import check_shared
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import local_path
+from rapid_jax.runtime.storage import local_path
 
 SETTINGS = "settings.yaml"  # in a round's folder: as they were when a stage last ended well
 

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import local_path
+from rapid_jax.runtime.storage import local_path
 
 TEXT, LINES, PACKED = (".txt", ".md", ".tex"), ".jsonl", (".gz", ".zst")
 _KINDS = "a .txt, .md, .tex or .jsonl file (or one of those with .gz or .zst)"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rapid_jax.answer_options import (
+    READ,
     SAMPLING,
     SETTINGS,
     TEXT,
@@ -39,7 +40,7 @@ SOME_FAILED, NONE_ANSWERED = 1, 2  # exit status
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `answer`."""
     parser.description, parser.epilog = SETTINGS, SAMPLING
-    files = {"action": Place, "as_path": False, "many": True, "default": []}
+    files = {"action": Place, "as_path": False, "reads": True, "many": True, "default": []}
     parser.add_argument(
         "--document",
         **files,
@@ -52,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--question", action="append", default=[], metavar="TEXT", help="may be given several times")
     parser.add_argument(
         "--questions",
-        **TEXT,
+        **READ,
         metavar="FILE",
         help="a question a line; or JSON lines with question and, where wanted, id and document (a file)",
     )

@@ -13,6 +13,7 @@ from rapid_jax.documents import STDIN
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.command_line import Place
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.storage import is_local
 
 # Option -> the setting that it stands for, its value's name, its help. `_TEXTS` are never numbers.
 _OPTIONS = {
@@ -28,6 +29,7 @@ _OPTIONS = {
 _PLACES = ("model", "drafter")
 _TEXTS = (*_PLACES, "mode")
 TEXT: dict[str, Any] = {"action": Place, "as_path": False}  # of an option that is a file or folder
+READ: dict[str, Any] = TEXT | {"reads": True}  # of one that is only read, maybe in a bucket
 SETTINGS = "What no option says is as --config has it, else as is shown here."
 SAMPLING = (
     "Sampling (temperature, top_k, top_p, min_p, repetition_penalty; --set sampling.KEY=VALUE) is by default the "
@@ -39,12 +41,12 @@ SAMPLING = (
 
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """The options that make the settings, and --save-config and --quiet."""
-    parser.add_argument("--config", **TEXT, metavar="FILE", help="settings to start from, as configs/rapid/*.yaml")
+    parser.add_argument("--config", **READ, metavar="FILE", help="settings to start from, as configs/rapid/*.yaml")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
     )
     for name, (key, value, said) in _OPTIONS.items():
-        place = TEXT if name in _PLACES else {}
+        place = READ if name in _PLACES else {}
         parser.add_argument(
             f"--{name.replace('_', '-')}", **place, metavar=value, help=f"{said} (default: {_default(key)})"
         )
@@ -64,7 +66,7 @@ def config_of(options: argparse.Namespace) -> RapidConfig:
     overrides = [*options.set, *overrides]
     if options.config is None:
         return settings.defaults(RapidConfig, overrides)
-    return settings.load(RapidConfig, Path(options.config), overrides)
+    return settings.load(RapidConfig, options.config, overrides)
 
 
 def trace_paths(name: str, source: str) -> tuple[Path, Path]:
@@ -77,7 +79,7 @@ def trace_paths(name: str, source: str) -> tuple[Path, Path]:
 
 def check_output(source: str, path: Path, read: Iterable[str | None]) -> None:
     """Raises InputError, naming `source`, for a file that cannot be written, or that is among those that are `read`."""
-    others = [Path(name) for name in read if name and name != STDIN]
+    others = [Path(name) for name in read if name and name != STDIN and is_local(name)]
     if path.resolve() in [other.resolve() for other in others]:
         raise InputError(f"{source}: would write over {path}, which this run reads")
     if not path.parent.is_dir():

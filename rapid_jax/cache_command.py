@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         command = commands.add_parser(name, help=said, allow_abbrev=False)
         command.set_defaults(run=run)
         command.add_argument(
-            "--config", action=Place, as_path=False, metavar="FILE", help="settings whose cache is meant"
+            "--config", action=Place, as_path=False, reads=True, metavar="FILE", help="settings whose cache is meant"
         )
         command.add_argument("--json", action="store_true", help="print one JSON object")
         if name == "clear":
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _place(options: argparse.Namespace) -> tuple[Path, int]:
     """(the cache folder, the bound of what is in it)."""
-    config = settings.load(RapidConfig, Path(options.config)) if options.config else RapidConfig()
+    config = settings.load(RapidConfig, options.config) if options.config else RapidConfig()
     return cache_dir(config.cache.folder), int(config.cache.disk_gib * 2**30)
 
 

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `chat`."""
     parser.description = f"{SETTINGS} In the chat, /help lists the commands."
     parser.epilog = SAMPLING
-    files = {"action": Place, "as_path": False, "many": True, "default": []}
+    files = {"action": Place, "as_path": False, "reads": True, "many": True, "default": []}
     parser.add_argument(
         "--document",
         **files,

@@ -68,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
     cache_command.add_arguments(cache)
     convert = commands.add_parser("convert", help="write a checkpoint as a Hugging Face folder", allow_abbrev=False)
     convert.set_defaults(run=_convert)
-    convert.add_argument("source", **text, metavar="IN", help="checkpoint folder, .gguf file, or smollm2")
+    convert.add_argument("source", **text, reads=True, metavar="IN", help="checkpoint folder, .gguf file, or smollm2")
     convert.add_argument("target", **text, metavar="OUT", help="folder that does not exist yet, or is empty")
     convert.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16", help="auto loses nothing")
     convert.add_argument("--quiet", action="store_true", help="no progress")

@@ -7,8 +7,9 @@ from typing import Literal
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import cache_dir, local_path
+from rapid_jax.runtime.files import cache_dir
 from rapid_jax.runtime.mesh_config import MeshConfig
+from rapid_jax.runtime.storage import place_of
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
 
 
@@ -28,7 +29,7 @@ class ModelsConfig:
 
     def __post_init__(self):
         for name in ("target", "drafter", "encoder"):
-            local_path(getattr(self, name), f"models.{name}")
+            place_of(getattr(self, name), f"models.{name}")
         if self.target_weights != "full" and self.drafter == "same" and self.drafter_weights == "int4":
             raise InputError("models.drafter_weights int4 needs models.target_weights full, got int8")
         if self.max_context is not None and self.max_context < 1:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from rapid_jax.html_text import begins_as_html, html_text
 from rapid_jax.runtime.errors import InputError, extra
-from rapid_jax.runtime.files import local_path
 from rapid_jax.runtime.input_files import blocks, byte_order_mark, open_regular
+from rapid_jax.runtime.storage import place_of
 
 if TYPE_CHECKING:
     import pypdf
@@ -78,7 +78,7 @@ def text_of(data: bytes, name: str, suffix: str) -> str:
 def _bytes_of(source: str, name: str) -> bytes:
     try:
         if source != STDIN:
-            with open_regular(local_path(source, "document"), or_open_already=True) as file:
+            with open_regular(place_of(source, "document"), or_open_already=True) as file:
                 return b"".join(blocks(file, _MOST_BYTES, name))
         if sys.stdin is None:
             raise InputError("standard input: expected a document, but it is closed")

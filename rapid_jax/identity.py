@@ -18,6 +18,7 @@ from rapid_jax.runtime.agreement import (
     left_out,
 )
 from rapid_jax.runtime.files import cache_dir, digest, digests_of
+from rapid_jax.runtime.storage import AnyPlace
 
 # Where files lie, on each machine: what is in them is compared.
 _OWN = ("cache.*", "models.target", "models.drafter", "models.encoder")
@@ -68,7 +69,7 @@ def check_same_prompts(
         check_agreed(prompts | {"seeds": seeds, "streamed": streamed, "settings": deciding(config)})
 
 
-def _of_encoder(folder: Path, cache: Path) -> dict[str, str]:
+def _of_encoder(folder: AnyPlace, cache: Path) -> dict[str, str]:
     tokenizer = folder / "tokenizer.json"
     weights = digests_of(weight_files(folder), cache / "digests")
     return {

@@ -7,9 +7,9 @@ from typing import Final
 
 from rapid_jax.documents import STDIN, read_document
 from rapid_jax.runtime.errors import InputError, legible
-from rapid_jax.runtime.files import local_path
 from rapid_jax.runtime.input_files import blocks, open_regular
 from rapid_jax.runtime.json_input import Fields, parse_object, shown
+from rapid_jax.runtime.storage import place_of
 
 _MOST_BYTES: Final = 1 << 26  # of a file of questions
 _KEYS: Final = ("id", "question", "document")
@@ -129,7 +129,7 @@ def _of_object(fields: Fields, number: int) -> Asked:
     if document is not None:
         if not document.strip() or document == STDIN:
             raise fields.error("document", "a file")
-        local_path(document, f"{fields.source}: document")
+        place_of(document, f"{fields.source}: document")
     given = fields.get("id")
     is_id = given is None or (isinstance(given, int | str) and not isinstance(given, bool) and str(given).strip())
     if not is_id:
@@ -139,7 +139,7 @@ def _of_object(fields: Fields, number: int) -> Asked:
 
 def _lines(file: str) -> list[str]:
     try:
-        with open_regular(file, or_open_already=True) as opened:
+        with open_regular(place_of(file, "--questions"), or_open_already=True) as opened:
             data = b"".join(blocks(opened, _MOST_BYTES, file))
     except InputError:
         raise

@@ -51,6 +51,30 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(os.environ[_PROGRAMS], ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def bucket_server():
+    """The one emulator of a bucket, and the proxy before it."""
+    from rapid_jax.runtime import buckets
+
+    with pytest.MonkeyPatch.context() as patch:
+        from tests.bucket_server import BucketServer
+
+        server = BucketServer()
+        patch.setenv("STORAGE_EMULATOR_HOST", server.url)
+        buckets.client.cache_clear()
+        yield server
+        server.close()
+    buckets.client.cache_clear()
+
+
+@pytest.fixture
+def bucket(bucket_server):
+    """A bucket that nothing is wrong with yet."""
+    bucket_server.heal()
+    yield bucket_server
+    bucket_server.heal()
+
+
 GPU_TESTS = Path(__file__).parent / "gpu"
 
 

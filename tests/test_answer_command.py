@@ -222,7 +222,7 @@ BAD_LINES = [
     ('{"question": "w1?", "id": 1.5}', "line 2: id must be a text or a whole number, got 1.5"),
     ('{"question": "w1?", "document": "-"}', "line 2: document must be a file, got '-'"),
     ('{"question": "w1?", "document": 3}', "line 2: document must be a string, got 3"),
-    ('{"question": "w1?", "document": "gs://b/x"}', "line 2: document: expected a path on this machine"),
+    ('{"question": "w1?", "document": "hdfs://b/x"}', "line 2: document: expected a path on this machine"),
     ('{"question": "w1?", "document": "absent.txt"}', "document absent.txt: cannot be read: No such file"),
 ]
 

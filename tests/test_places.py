@@ -10,6 +10,7 @@ import rapid_jax.cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 GS = "gs://bucket/x"
+HDFS = "hdfs://host/x"
 ANSWER = ("answer", "--document", "d.txt", "--question", "?")
 EVALUATE = ("evaluate", "--suite", "qa")
 BENCH = ("bench", "--shape", "small")
@@ -28,17 +29,20 @@ def put(command: tuple[str, ...], *more: str) -> tuple[str, ...]:
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        *((put(ANSWER, option, GS), option) for option in ("--document", "--config", "--model", "--drafter")),
+        *((put(ANSWER, option, HDFS), option) for option in ("--document", "--config", "--model", "--drafter")),
         *((put(ANSWER, option, "s3://b/t.html"), option) for option in ("--trace", "--save-config")),
-        *((put(ANSWER, "--set", f"models.{name}={GS}"), f"models.{name}") for name in ("target", "drafter", "encoder")),
+        *((put(ANSWER, "--set", f"models.{n}={HDFS}"), f"models.{n}") for n in ("target", "drafter", "encoder")),
         (put(ANSWER, "--set", "cache.folder=https://h/x"), "cache.folder"),
-        *((put(EVALUATE, option, GS), option) for option in ("--config", "--data", "--text", "--out")),
+        (put(EVALUATE, "--config", HDFS), "--config"),
+        *((put(EVALUATE, option, GS), option) for option in ("--data", "--text", "--out")),
         *((put(BENCH, option, GS), option) for option in ("--json", "--with", "--plot")),
-        (("plan", "--config", GS, "--topology", "v5p:2x2x1"), "--config"),
+        (("plan", "--config", HDFS, "--topology", "v5p:2x2x1"), "--config"),
         (("report", GS), "DIR"),
         (("report", ".", "--out", GS), "--out"),
         (("compare", ".", "file:///a"), "DIR2"),
-        (("convert", GS, "out"), "IN"),
+        (("convert", HDFS, "out"), "IN"),
+        (("chat", "--document", HDFS), "--document"),
+        (("serve", "--documents", GS), "--documents"),
         (("convert", "smollm2", GS), "OUT"),
     ],
 )
@@ -53,11 +57,11 @@ def test_rapid_refuses_a_place_with_a_scheme(arguments, named, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (put(TRAIN, "--config", GS), "--config"),
+        (put(TRAIN, "--config", HDFS), "--config"),
         (put(TRAIN, "--set", f"run={GS}"), "run"),
-        (put(TRAIN, "--set", f"model.source={GS}"), "source"),
+        (put(TRAIN, "--set", f"model.source={HDFS}"), "source"),
         (put(TRAIN, "--set", f'corpus.sources=["books={GS}"]'), "sources"),
-        (("plan", "--config", GS, "--topology", "v5p:2x2x1"), "--config"),
+        (("plan", "--config", HDFS, "--topology", "v5p:2x2x1"), "--config"),
         (("report", ".", GS), "RUN"),
         (("report", ".", "--out", GS), "--out"),
     ],
@@ -78,3 +82,20 @@ def test_the_cache_of_the_environment_is_a_place_too(name, tmp_path, monkeypatch
     (tmp_path / "d.txt").write_text("text")
     assert rapid_jax.cli.main([*ANSWER, "--set", "cache.folder=null"]) == 2
     assert f"${name}: expected a path on this machine, got 'gs://bucket/x'" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("place", [GS, "s3://bucket/x"])
+@pytest.mark.parametrize("option", ["--save-config", "--trace"])
+def test_a_bucket_that_would_be_written_to_is_told_what_to_do_instead(place, option, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert rapid_jax.cli.main([*ANSWER, option, place]) == 2
+    assert "writing to a bucket is not supported yet" in (err := capfd.readouterr().err) and "gcloud storage cp" in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["s3", "ftp", "hdfs", "http", "https", "file", "az", "GS"])
+def test_only_one_kind_of_bucket_is_read(scheme, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    assert rapid_jax.cli.main([*ANSWER, "--model", f"{scheme}://bucket/x"]) == 2
+    assert f"got '{scheme}://bucket/x': only gs:// is read besides" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())

@@ -41,7 +41,7 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     """The options of `evaluate`."""
     parser.add_argument("--suite", required=True, choices=tuple(SUITES))
     parser.add_argument(
-        "--config", action=Place, metavar="FILE", help="settings to start from, as configs/rapid/*.yaml"
+        "--config", action=Place, reads=True, metavar="FILE", help="settings to start from, as configs/rapid/*.yaml"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"

@@ -9,6 +9,7 @@ from rapid_jax.model import safetensors_file
 from rapid_jax.model.safetensors_file import Tensor
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields, read_object, shown
+from rapid_jax.runtime.storage import AnyPlace
 
 INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
@@ -17,7 +18,7 @@ _ADAPTER: Final = "adapter_config.json"
 _MOST_CONFIG_BYTES: Final = 2**24  # of the JSON files; an index of the largest models has 2 MB
 
 
-def read_folder_config(folder: Path) -> Fields:
+def read_folder_config(folder: AnyPlace) -> Fields:
     """The config.json of a checkpoint folder. Raises InputError that says what the folder is, if it is something else.
 
     A folder that holds an adapter, too, is refused: transformers would put it on top of the weights.
@@ -31,7 +32,7 @@ def read_folder_config(folder: Path) -> Fields:
     return read_object(folder / _CONFIG, _MOST_CONFIG_BYTES)
 
 
-def folder_tensors(folder: Path) -> dict[str, Tensor]:
+def folder_tensors(folder: AnyPlace) -> dict[str, Tensor]:
     """The tensors of a checkpoint folder by name: those of model.safetensors, else of the files that the index names.
 
     Raises InputError when there are none, or one is not where the index says.
@@ -51,7 +52,7 @@ def folder_tensors(folder: Path) -> dict[str, Tensor]:
     raise InputError(f"{folder}: expected {SINGLE} or {INDEX}; {_described(folder)}")
 
 
-def _indexed(folder: Path) -> dict[str, Tensor]:
+def _indexed(folder: AnyPlace) -> dict[str, Tensor]:
     path = folder / INDEX
     weight_map: Fields = read_object(path, _MOST_CONFIG_BYTES).fields("weight_map")
     places = {key: weight_map.text(key) for key in weight_map}
@@ -68,7 +69,7 @@ def _indexed(folder: Path) -> dict[str, Tensor]:
     return {key: files[name][key] for key, name in places.items()}
 
 
-def _described(folder: Path) -> str:
+def _described(folder: AnyPlace) -> str:
     """What is there instead, and what to do about it, for the end of an error's line."""
     if gguf := [path for path in folder.iterdir() if path.suffix.lower() == ".gguf"]:
         return f"name the GGUF file itself: {folder}/{_names(gguf)}"
@@ -77,7 +78,7 @@ def _described(folder: Path) -> str:
     return f"the folder holds {_names(folder.iterdir()) or 'nothing'}"
 
 
-def _names(paths: Iterable[Path]) -> str:
+def _names(paths: Iterable[AnyPlace]) -> str:
     """The names of the files, or the first few of them."""
     names = sorted(path.name for path in paths)
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -7,10 +7,8 @@ allocate. Its dequantisation is used as it is.
 """
 
 import math
-import os
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import numpy as np
@@ -20,6 +18,7 @@ from gguf.quants import dequantize
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.input_files import open_regular
 from rapid_jax.runtime.json_input import Fields, shown
+from rapid_jax.runtime.storage import AnyPlace, read_into
 
 # What no model comes near: a header has some 10 MB, 500,000 merges, 60 pairs and 1,000 tensors.
 _MOST_BYTES: Final = 1 << 28  # of a header
@@ -49,7 +48,7 @@ _SCALARS: Final = {
 class Tensor:
     """Where one tensor lies."""
 
-    file: Path
+    file: AnyPlace
     name: str
     kind: GGMLQuantizationType
     shape: tuple[int, ...]  # outermost axis first, as in Hugging Face checkpoints
@@ -63,9 +62,10 @@ class _Header:
     `place` is what is being read, for the errors.
     """
 
-    def __init__(self, path: Path, file: BinaryIO):
+    def __init__(self, path: AnyPlace, file: BinaryIO):
         self._path, self._file = path, file
-        self._left = os.fstat(file.fileno()).st_size
+        self._left = file.seek(0, 2)
+        file.seek(0)
         self._allowed = _MOST_BYTES
         self.place = "the header"
 
@@ -137,7 +137,7 @@ class _Header:
         return GGUFValueType(kind)
 
 
-def open_gguf(path: Path) -> tuple[Fields, dict[str, Tensor]]:
+def open_gguf(path: AnyPlace) -> tuple[Fields, dict[str, Tensor]]:
     """(metadata, tensors by name). Raises InputError when it is not GGUF, of another version, damaged or cut short."""
     try:
         with open_regular(path) as file:
@@ -148,7 +148,7 @@ def open_gguf(path: Path) -> tuple[Fields, dict[str, Tensor]]:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def _read_header(path: Path, file: BinaryIO) -> tuple[Fields, dict[str, Tensor]]:
+def _read_header(path: AnyPlace, file: BinaryIO) -> tuple[Fields, dict[str, Tensor]]:
     header = _Header(path, file)
     if header.take(4) != b"GGUF":
         raise InputError(f"{path}: not a GGUF file")
@@ -172,11 +172,11 @@ def _read_header(path: Path, file: BinaryIO) -> tuple[Fields, dict[str, Tensor]]
             raise header.error("expected each tensor once, got it twice")
         entries[name] = (kind, shape, start)
     fields = Fields(metadata, str(path))
-    return fields, _tensors(path, fields, entries, file.tell(), os.fstat(file.fileno()).st_size)
+    return fields, _tensors(path, fields, entries, file.tell(), file.seek(0, 2))
 
 
 def _tensors(
-    path: Path,
+    path: AnyPlace,
     metadata: Fields,
     entries: dict[str, tuple[GGMLQuantizationType, tuple[int, ...], int]],
     header_end: int,
@@ -200,7 +200,7 @@ def _tensors(
     return tensors
 
 
-def _tensor(path: Path, name: str, kind: GGMLQuantizationType, shape: tuple[int, ...], start: int) -> Tensor:
+def _tensor(path: AnyPlace, name: str, kind: GGMLQuantizationType, shape: tuple[int, ...], start: int) -> Tensor:
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if not shape or math.prod(shape) == 0:
         raise InputError(f"{path}: {name} must have rows and columns, got shape {list(shape)}")
@@ -211,8 +211,8 @@ def _tensor(path: Path, name: str, kind: GGMLQuantizationType, shape: tuple[int,
 
 def read(tensor: Tensor) -> np.ndarray:
     """The tensor in dense float32."""
-    stored = np.fromfile(tensor.file, np.uint8, tensor.size, offset=tensor.start)
-    if stored.size < tensor.size:
+    stored = np.empty(tensor.size, np.uint8)
+    if read_into(tensor.file, tensor.start, stored.data) < tensor.size:
         raise InputError(f"{tensor.file}: {tensor.name} was cut short while the file was read")
     rows = math.prod(tensor.shape[:-1])
     # The package works on 16 rows at a time; quantised blocks do not care where a row ends, so join rows.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF checkpoints: the architecture, weights and tokenizer that llama.cpp's files hold, under Hugging Face's names."""
 
-from pathlib import Path
-
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -16,19 +14,20 @@ from rapid_jax.model.hf_names import weights
 from rapid_jax.model.placement import build
 from rapid_jax.runtime.axes import PARAM, Table
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.storage import AnyPlace
 
 
 class GgufCheckpoint:
     """A GGUF file whose tensors were found to be all there, of the right shapes and not cut short."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: AnyPlace):
         self.path = path
         self._metadata, self._tensors = gguf_file.open_gguf(path)
         self.config = gguf_config(self._metadata, self._tensors)
         self._check_complete()
 
     @property
-    def weight_files(self) -> list[Path]:
+    def weight_files(self) -> list[AnyPlace]:
         """The file."""
         return [self.path]
 
@@ -59,7 +58,7 @@ class GgufCheckpoint:
 
 
 def load_gguf(
-    path: Path,
+    path: AnyPlace,
     *,
     layout: Layout,
     dtype: jnp.dtype,

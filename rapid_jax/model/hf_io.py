@@ -22,6 +22,7 @@ from rapid_jax.runtime.axes import PARAM, Table
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_folder
 from rapid_jax.runtime.json_input import shown
+from rapid_jax.runtime.storage import AnyPlace
 
 ExportDtype = Literal["bfloat16", "float32"]
 _SHARD_BYTES = 5_000_000_000  # the hub's and transformers' usual limit
@@ -30,7 +31,7 @@ _SHARD_BYTES = 5_000_000_000  # the hub's and transformers' usual limit
 class HfCheckpoint:
     """A checkpoint folder whose tensors were found to be all there, of the right shapes and not cut short."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: AnyPlace):
         self.folder = folder
         self.config = from_hf(read_folder_config(folder))
         self._tensors = folder_tensors(folder)
@@ -39,9 +40,9 @@ class HfCheckpoint:
         _check_complete(folder, self.config, self._tensors)
 
     @property
-    def weight_files(self) -> list[Path]:
+    def weight_files(self) -> list[AnyPlace]:
         """The safetensors files, in order of their names."""
-        return sorted({tensor.file for tensor in self._tensors.values()})
+        return sorted({tensor.file for tensor in self._tensors.values()}, key=str)
 
     @property
     def is_bfloat16(self) -> bool:
@@ -60,7 +61,7 @@ class HfCheckpoint:
 
 
 def load_hf(
-    folder: Path,
+    folder: AnyPlace,
     *,
     layout: Layout,
     dtype: jnp.dtype,
@@ -139,7 +140,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_complete(folder: Path, config: ModelConfig, tensors: Mapping[str, safetensors_file.Tensor]) -> None:
+def _check_complete(folder: AnyPlace, config: ModelConfig, tensors: Mapping[str, safetensors_file.Tensor]) -> None:
     expected = {weight.key: weight.stored_shape for weight in weights(config)}
     if config.tie_embeddings and HEAD in tensors:
         expected[HEAD] = expected[EMBEDDING]

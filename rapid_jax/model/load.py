@@ -25,9 +25,10 @@ from rapid_jax.model.quantized import BITS
 from rapid_jax.model.tokenizer import Tokenizer, tokenizer_of
 from rapid_jax.runtime.axes import PARAM, Table, with_copied_kv
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file, local_path
+from rapid_jax.runtime.files import digest, digest_file
 from rapid_jax.runtime.input_files import open_regular
 from rapid_jax.runtime.json_input import Fields, parse_object
+from rapid_jax.runtime.storage import AnyPlace, place_of
 
 LoadDtype = Literal["auto", "float32", "bfloat16"]
 SMOLLM2 = "smollm2"
@@ -41,8 +42,8 @@ class LoadedModel:
 
     decoder: Decoder
     tokenizer: Tokenizer  # its `files` go with an export
-    source: Path  # the folder or file it was read from
-    weight_files: tuple[Path, ...]
+    source: AnyPlace  # the folder or file it was read from
+    weight_files: tuple[AnyPlace, ...]
     generation: Fields  # generation_config.json: the checkpoint's own temperature, top_p and the like
 
     @property
@@ -62,8 +63,8 @@ class LoadedModel:
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 over the architecture, the bytes of the weight files and what they were rounded to. Reads the files
-        when first asked for.
+        """SHA-256 over the architecture, the weight files (`digest_file`) and what they were rounded to. Reads the
+        files when first asked for, but not those in a bucket.
         """
         config, bits = json.dumps(to_hf(self.config), sort_keys=True), self.decoder.bits
         rounding = [] if bits is None else [f"{bits} bits"]
@@ -71,7 +72,7 @@ class LoadedModel:
 
 
 def load_model(
-    source: str | Path,
+    source: str | AnyPlace,
     *,
     layout: Layout,
     dtype: LoadDtype = "auto",
@@ -114,18 +115,18 @@ def load_model(
     return LoadedModel(decoder, tokenizer, path, tuple(checkpoint.weight_files), generation)
 
 
-def own_settings(tokenizer: Tokenizer, source: str | Path) -> Fields:
+def own_settings(tokenizer: Tokenizer, source: str | AnyPlace) -> Fields:
     """The checkpoint's own sampling settings, generation_config.json; nothing where it has none."""
     return parse_object(tokenizer.files.get("generation_config.json", b"{}"), f"{source}/generation_config.json")
 
 
-def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, Tokenizer]:
+def open_checkpoint(source: str | AnyPlace) -> tuple[HfCheckpoint | GgufCheckpoint, Tokenizer]:
     """The checkpoint at `source`, its weights checked but not read yet, and its tokenizer.
 
     Every way to a model goes through here: whatever is wrong with its files is an InputError of one line.
     """
     try:
-        path = _smollm2() if source == SMOLLM2 else local_path(source, "model")
+        path = _smollm2() if source == SMOLLM2 else place_of(source, "model")
         if path.is_dir():
             folder = HfCheckpoint(path)
             eos = folder.config.carried_keys().get("eos_token_id")
@@ -142,7 +143,7 @@ def open_checkpoint(source: str | Path) -> tuple[HfCheckpoint | GgufCheckpoint, 
     raise InputError(f"{source}: expected a checkpoint folder, a .gguf file or the name {SMOLLM2!r}, got {got}")
 
 
-def _begins_as_gguf(path: Path) -> bool:
+def _begins_as_gguf(path: AnyPlace) -> bool:
     """Whether a file is GGUF whatever its name: caches of downloads name files by their hash."""
     try:
         with open_regular(path) as file:

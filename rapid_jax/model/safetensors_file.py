@@ -18,6 +18,7 @@ import numpy as np
 
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields, parse_object, refuse_lfs_pointer, shown
+from rapid_jax.runtime.storage import AnyPlace, open_file, read_into
 
 _DTYPES: Final = {
     "F32": np.dtype(np.float32),
@@ -35,6 +36,7 @@ _BITS: Final = {
     **{"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6},
 }
 _LONGEST_HEADER: Final = 100_000_000  # bytes, the format's own limit
+_AHEAD: Final = 1 << 16  # bytes that a store is asked for first: the header, if it is no longer
 _MOST_AXIS: Final = 2**40
 
 
@@ -42,7 +44,7 @@ _MOST_AXIS: Final = 2**40
 class Tensor:
     """Where one tensor lies."""
 
-    file: Path
+    file: AnyPlace
     name: str
     dtype_name: str  # as in the header: F32, BF16, F16, F64, or one that `read` refuses
     shape: tuple[int, ...]
@@ -50,7 +52,7 @@ class Tensor:
     size: int  # in bytes
 
 
-def tensors_in(path: Path) -> dict[str, Tensor]:
+def tensors_in(path: AnyPlace) -> dict[str, Tensor]:
     """The tensors of one file, by name.
 
     A name that the file's metadata gives to a tensor of another name is that tensor too: safetensors' `save_model`
@@ -58,7 +60,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     or has bytes that belong to no tensor or to two.
     """
     try:
-        with open(path, "rb") as file:
+        with open_file(path, ahead=_AHEAD) as file:
             fields, base, actual = _header(path, file)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
@@ -76,7 +78,7 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     return found | {name: found[kept] for name, kept in aliases.items() if kept in found and name not in found}
 
 
-def _header(path: Path, file: BinaryIO) -> tuple[Fields, int, int]:
+def _header(path: AnyPlace, file: BinaryIO) -> tuple[Fields, int, int]:
     """(the header, where the tensors' bytes begin, where the file ends)."""
     actual = file.seek(0, 2)
     file.seek(0)
@@ -91,7 +93,7 @@ def _header(path: Path, file: BinaryIO) -> tuple[Fields, int, int]:
     return parse_object(file.read(length), f"{path}: header"), 8 + length, actual
 
 
-def _tensor(path: Path, name: str, entry: Fields, base: int) -> Tensor:
+def _tensor(path: AnyPlace, name: str, entry: Fields, base: int) -> Tensor:
     dtype_name, shape = entry.text("dtype"), tuple(entry.wholes("shape", most=_MOST_AXIS))
     if dtype_name not in _BITS:
         raise entry.error("dtype", f"one of {', '.join(_BITS)}")
@@ -127,14 +129,9 @@ def read(tensor: Tensor, rows: range | None = None) -> np.ndarray:
         shape = (len(rows), *shape[1:])
     array = np.empty(shape, dtype)
     try:
-        with open(tensor.file, "rb", buffering=0) as file:
-            file.seek(start)
-            rest = array.reshape(-1).view(np.uint8).data
-            while rest.nbytes:
-                got = file.readinto(rest)
-                if not got:
-                    raise InputError(f"{tensor.file}: cut short while {shown(tensor.name)} was read")
-                rest = rest[got:]
+        into = array.reshape(-1).view(np.uint8).data
+        if read_into(tensor.file, start, into) < into.nbytes:
+            raise InputError(f"{tensor.file}: cut short while {shown(tensor.name)} was read")
     except OSError as error:
         raise InputError(f"{tensor.file}: cannot be read: {error.strerror}") from error
     if dtype != np.float64:

@@ -6,7 +6,6 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from rapid_jax.model import detokenize
@@ -17,6 +16,7 @@ from rapid_jax.model.tokenizer_config import TokenizerConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.json_input import MOST_BYTES, shown
+from rapid_jax.runtime.storage import AnyPlace, size_of
 
 # What goes with the weights of a checkpoint when it is exported, where the checkpoint has it.
 FILES = (
@@ -50,7 +50,7 @@ class Tokenizer:
     """
 
     def __init__(
-        self, files: Mapping[str, bytes], model_eos: Any = None, *, rows: int | None = None, place: str | Path = ""
+        self, files: Mapping[str, bytes], model_eos: Any = None, *, rows: int | None = None, place: str | AnyPlace = ""
     ):
         self.files, self._rows, place = dict(files), rows, f"{place}/" if place else ""
         if "tokenizer.json" not in self.files:
@@ -230,15 +230,15 @@ class Tokenizer:
             return set()
 
 
-def tokenizer_of(folder: Path, model_eos: Any = None, *, rows: int | None = None) -> Tokenizer:
+def tokenizer_of(folder: AnyPlace, model_eos: Any = None, *, rows: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder; `model_eos` is config.json's eos_token_id, `rows` the embedding's."""
     files = {name: _bytes_of(folder / name) for name in FILES if (folder / name).is_file()}
     return Tokenizer(files, model_eos, rows=rows, place=folder)
 
 
-def _bytes_of(path: Path) -> bytes:
+def _bytes_of(path: AnyPlace) -> bytes:
     try:
-        if (size := path.stat().st_size) > MOST_BYTES:
+        if (size := size_of(path)) > MOST_BYTES:
             raise InputError(f"{path}: expected a file of at most {MOST_BYTES} bytes, got {size}")
         return path.read_bytes()
     except OSError as error:

@@ -12,7 +12,7 @@ from typing import Any
 from rapid_jax.model.checkpoint_folder import read_folder_config
 from rapid_jax.model.config import ModelConfig, from_hf
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import local_path
+from rapid_jax.runtime.storage import place_of
 
 _LLAMA: dict[str, Any] = {
     "model_type": "llama",
@@ -97,7 +97,7 @@ def architecture_of(source: str, shape: str | None = None) -> Architecture:
         from rapid_jax.model.load import open_checkpoint
 
         return Architecture(open_checkpoint(source)[0].config, "its own file")
-    file = local_path(source, "model") / "config.json"
+    file = place_of(source, "model") / "config.json"
     if file.is_file():
         return Architecture(from_hf(read_folder_config(file.parent)), str(file))
     plain = re.sub(r"[^a-z0-9]+", "", Path(source).name.lower())

@@ -23,7 +23,7 @@ LARGEST_SHARE = 0.95  # of a GPU's memory that JAX may well be given: the rest i
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `plan`."""
     parser.add_argument(
-        "--config", required=True, action=Place, metavar="FILE", help="settings, as configs/rapid/*.yaml"
+        "--config", required=True, action=Place, reads=True, metavar="FILE", help="settings, as configs/rapid/*.yaml"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"

@@ -3,7 +3,6 @@
 
 import functools
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from rapid_jax.retrieval.encoder import Pooling
 from rapid_jax.retrieval.encoder_io import encoder_folder, fingerprint, load_encoder, read_config
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.progress import progress
+from rapid_jax.runtime.storage import AnyPlace
 
 _SHORTEST_BUCKET = 32
 _FEW_ROWS = 8
@@ -45,7 +45,7 @@ class Embedder:
 
     def __init__(
         self,
-        name: str | Path,
+        name: str | AnyPlace,
         *,
         batch_size: int = 32,
         pooling: Pooling | None = None,

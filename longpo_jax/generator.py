@@ -21,7 +21,6 @@ from rapid_jax.speculative.start import Room
 
 ROUNDS = 32  # that the device runs before the host looks whether all answers have ended
 AROUND = 256  # tokens around an excerpt, or behind a document, that there is room for: programs are then of one size
-_UNIT = 128  # tokens, that chunks are multiples of
 
 
 @dataclass(frozen=True)
@@ -129,14 +128,12 @@ class Generator:
         return [*rows, *[rows[-1]] * (-(-size // data) * data - len(rows))]
 
     def _prefilled(self, decoder: Decoder, prompts: Sequence[list[int]], room: int = 0) -> Prefix:
-        """The keys and values of prompts, in few sizes: every size compiles programs of its own.
-
-        Where there is `room` for more tokens than they have, in chunks that these are a multiple of.
+        """The keys and values of prompts, in few sizes: every size compiles programs of its own. There is `room` for as
+        many tokens at least.
         """
-        compute, chunk = self.config.compute, self.config.generation.prefill_chunk
-        if room:
-            chunk = -(-room // max(round(room / chunk), 1) // _UNIT) * _UNIT
-        settings = PrefillSettings(chunk, compute.kernel, compute.context, coarse=True, room=room)
+        compute, generation = self.config.compute, self.config.generation
+        how = {"coarse": True, "room": room}
+        settings = PrefillSettings(generation.prefill_chunk, compute.kernel, compute.context, **how)
         work = Prefill(decoder, prompts, settings, dtype=decoder.embed_VD[...].dtype)
         while work.left:
             work.step()

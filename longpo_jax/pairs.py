@@ -136,13 +136,16 @@ class PairMaker:
         def begun(first: int) -> list[_Work]:
             return [self._begun(documents[index]) for index in range(first, min(first + size, total))]
 
-        with ThreadPoolExecutor(1, "texts") as aside:
+        aside = ThreadPoolExecutor(1, "texts")
+        try:
             for first, group in _ahead(aside, begun, starts):
                 self._ask(group)
                 self._choose(group)
                 for index, record in enumerate(self._records(group, max(start - first, 0), aside), max(start, first)):
                     work = group[index - first]
                     yield work.document, record, work.counts
+        finally:  # also where nobody wants more of them
+            aside.shutdown(wait=False, cancel_futures=True)
 
     def _records(self, group: Sequence[_Work], start: int, aside: Executor) -> Iterator[Record | None]:
         """Of each document from `start` on; None for one without a turn of use.

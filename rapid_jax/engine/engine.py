@@ -4,11 +4,12 @@
 import itertools
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 from rapid_jax.answer import answer_of
 from rapid_jax.config import RapidConfig
@@ -29,6 +30,7 @@ from rapid_jax.runtime.files import cache_dir
 from rapid_jax.speculative.own_sampling import resolve
 from rapid_jax.speculative.schedule import RoundTimes
 
+Result = TypeVar("Result")
 MOST_ROWS = 64  # requests that run at once, of all documents together
 
 
@@ -57,20 +59,16 @@ class Engine:
         self._preparing: deque[tuple[Job, Steps]] = deque()
         self._ready: deque[tuple[Job, Prepared]] = deque()  # for which no row is free
         self._lanes: dict[LaneKey, Lane] = {}
-        self.sharing = Sharing()
         self._held: dict[int, Handle | None] = {}  # of the job in a row, by its id: keys and values that it reads
-        self._draining = False
-        self.counts = EngineCounts()
+        self._draining, self.counts, self.sharing = False, EngineCounts(), Sharing()
 
     @cached_property
     def prefixes(self) -> PrefixCache:
         """The target's keys and values of documents."""
         config, target = self.config, self.models.target
         how = {"weights_hash": lambda: target.weights_hash, "quiet": self._quiet}
-        folder = cache_dir(config.cache.folder)
-        reserve = bytes_of_rows(config, target, ROW_BUCKETS[-1])
-        how |= {"reserve": reserve, "aside": not self._prefill_first}
-        return PrefixCache(target.decoder, config.compute, config.cache, folder, **how)
+        how |= {"reserve": bytes_of_rows(config, target, ROW_BUCKETS[-1]), "aside": not self._prefill_first}
+        return PrefixCache(target.decoder, config.compute, config.cache, cache_dir(config.cache.folder), **how)
 
     @cached_property
     def _preparer(self) -> Preparing:
@@ -114,14 +112,8 @@ class Engine:
 
         Works until it is done, in the thread that steps. Raises InputError for what the models cannot read.
         """
-        steps = self._preparer.document(self._job(request, lambda event: None, streams=False))
-        while True:
-            try:
-                next(steps)
-            except StopIteration as done:
-                return done.value
-            if not self.is_idle:
-                self.step()
+        job = self._job(request, lambda event: None, streams=False)
+        return _result(self._preparer.document(job), lambda: None if self.is_idle else self.step())
 
     @contextmanager
     def read(self, request: Request) -> Iterator[tuple[Job, Prepared]]:
@@ -130,13 +122,7 @@ class Engine:
         In the thread that steps. Raises InputError for what cannot be read.
         """
         job = self._job(request, lambda event: None, streams=False)
-        steps = self._preparer.steps(job)
-        while True:
-            try:
-                next(steps)
-            except StopIteration as done:
-                prepared = done.value
-                break
+        prepared = _result(self._preparer.steps(job), lambda: None)
         try:
             yield job, prepared
         finally:
@@ -152,12 +138,16 @@ class Engine:
         with self._lock:
             self._draining = True
 
-    def give_up(self) -> None:
-        """Takes all requests back, and lets them go."""
+    def unfinished(self) -> list[Job]:
+        """All requests that have not ended."""
         with self._lock:
             waiting = [job for jobs in self._waiting.values() for job in jobs]
         running = [job for lane in self._lanes.values() for job in lane.running]
-        for job in (*waiting, *running, *(job for job, _ in (*self._preparing, *self._ready))):
+        return [*waiting, *running, *(job for job, _ in (*self._preparing, *self._ready))]
+
+    def give_up(self) -> None:
+        """Takes all requests back, and lets them go."""
+        for job in self.unfinished():
             job.cancelled.set()
         while not self.is_idle:
             self.step()
@@ -298,3 +288,13 @@ class Engine:
     def _release(self, handle: Handle | None) -> None:
         if handle is not None:
             self.prefixes.release(handle)
+
+
+def _result(steps: Generator[Any, None, Result], between: Callable[[], None]) -> Result:
+    """What the steps come to; `between` is called after each."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value
+        between()

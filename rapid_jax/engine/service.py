@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from rapid_jax.config import RapidConfig
@@ -15,7 +15,7 @@ from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.errors import Draining, UnknownDocument
 from rapid_jax.engine.job import Ticket
 from rapid_jax.engine.models import Models
-from rapid_jax.engine.request import Chat, OnEvent, Question, Request
+from rapid_jax.engine.request import Chat, Failed, OnEvent, Question, Request
 from rapid_jax.engine.scoring import Scores, scores
 from rapid_jax.engine.stats import EngineStats
 from rapid_jax.engine.warm_up import WarmUp, warm_up
@@ -43,7 +43,7 @@ class RunningEngine(Engine):
         self._chores: deque[Callable[[], None]] = deque()  # for the engine's thread
         self._wake = threading.Condition()
         self._scoring: deque[tuple[Future[Scores], Generator[None, None, Scores]]] = deque()
-        self._stopped = False
+        self._stopped = self._failed = False
         self._thread: threading.Thread | None = None
 
     @cached_property
@@ -100,7 +100,7 @@ class RunningEngine(Engine):
         the first. Raises Draining."""
         future: Future[Scores] = Future()
         with self._wake:
-            if self.drains:
+            if self.drains or self._stopped:
                 raise Draining("the engine takes no more requests")
             self._scoring.append((future, scores(self.models.target, self.config, ids, top)))
             self._wake.notify()
@@ -113,7 +113,7 @@ class RunningEngine(Engine):
         until = time.monotonic() + seconds
         while self._is_alive and not (self.is_idle and not self._scoring) and time.monotonic() < until:
             time.sleep(0.02)
-        ended = self.is_idle
+        ended = self.is_idle and not self._scoring
         self.stop()
         self._do_chores()  # what was removed is not saved
         self.prefixes.save()
@@ -150,37 +150,49 @@ class RunningEngine(Engine):
 
     @property
     def has_failed(self) -> bool:
-        """Whether its thread has ended without being told to."""
-        return self._thread is not None and not self._stopped and not self._thread.is_alive()
+        """Whether its thread has ended by an error."""
+        return self._failed
 
     def _work(self) -> None:
-        while not self._stopped:
-            with self._wake:
-                if self.is_idle and not (self._scoring or self._chores or self._stopped):
-                    self._wake.wait(_PAUSE_S)
-            self._do_chores()
-            self._score()
-            if not self.is_idle:
-                self.step()
-        self.give_up()
-        while self._scoring:
-            future, _ = self._scoring.popleft()
-            if future.running() or future.set_running_or_notify_cancel():
-                future.set_exception(Draining("the engine takes no more requests"))
+        try:
+            while not self._stopped:
+                with self._wake:
+                    if self.is_idle and not (self._scoring or self._chores or self._stopped):
+                        self._wake.wait(_PAUSE_S)
+                self._do_chores()
+                self._score()
+                if not self.is_idle:
+                    self.step()
+            self.give_up()
+        except Exception as error:  # not of a request alone: nobody is left waiting
+            self._failed = True
+            self.refuse()
+            for job in self.unfinished():
+                if not job.ended:
+                    job.end(Failed(error))
+            raise
+        finally:
+            while self._scoring:
+                future, _ = self._scoring.popleft()
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(Draining("the engine takes no more requests"))
 
     def _score(self) -> None:
         """A chunk of the prompt whose turn it is, of those that are scored."""
         if not self._scoring:
             return
         future, steps = self._scoring[0]
-        try:
-            if future.running() or future.set_running_or_notify_cancel():
+        end: Callable[[], None] = steps.close  # taken back
+        if not future.cancelled():
+            try:
                 next(steps)
                 return
-        except StopIteration as done:
-            future.set_result(done.value)
-        except Exception as error:  # of this prompt alone
-            future.set_exception(error)
+            except StopIteration as done:
+                end = partial(future.set_result, done.value)
+            except Exception as error:  # of this prompt alone
+                end = partial(future.set_exception, error)
+            end = end if future.set_running_or_notify_cancel() else steps.close
+        end()
         self._scoring.popleft()
 
     def _do_chores(self) -> None:

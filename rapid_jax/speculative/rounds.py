@@ -192,11 +192,12 @@ class Rounds:
 
     @property
     def kind(self) -> Hashable:
-        """What rows have in common whose rounds take about as long: how many they are, of how many documents, and the
-        half octaves of what they have read."""
+        """What rows have in common whose rounds take about as long: how many they are, of how many documents, how many
+        copies they may read, and the half octaves of what they have read."""
         target, drafter = self.sides
         read = [capacity(side.prefix.layers) for side in (target, drafter) if side is not None]
-        return len(self.interrupted), len(target.prefix.pos_BS), *(round(2 * math.log2(slots + 1)) for slots in read)
+        rows = len(self.interrupted), len(target.prefix.pos_BS), self.plan.copies
+        return *rows, *(round(2 * math.log2(slots + 1)) for slots in read)
 
     @property
     def slots(self) -> Slots:

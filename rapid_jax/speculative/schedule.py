@@ -174,6 +174,9 @@ class AutoGamma:
             return 0, TRIAL
         best = max(self.gammas, key=self.tokens_per_second)
         if best == 0:
+            unsure = [gamma for gamma in self._drafting if gamma in self.costs.once and not self._extrapolated(gamma)]
+            if unsure:
+                return unsure[0], TRIAL
             return (self._drafting[0], TRIAL) if self._is_trial else (0, 2 * self.rounds_per_read)
         if self.drafting >= self.first_wait:
             return 0, TRIAL
@@ -224,19 +227,19 @@ class AutoGamma:
             self.wait *= 2 if self._could_pay() else HOPELESS
 
     def _observe_time(self, gamma: int, now: float) -> None:
-        known = self.seconds.get(gamma)
+        known, once = self.seconds.get(gamma), self.costs.once
+        missed = gamma > 0 and self.idle > 0  # the drafter first read what it had missed: no more than a bound
         was_hiccup = known is not None and 1.5 * now < known  # of the machine
-        if gamma and self.idle:  # the drafter first read what it had missed: no more than a bound
-            if was_hiccup:
-                del self.seconds[gamma]  # to be timed again, with nothing missed
-            elif known is not None:
-                self.seconds[gamma] = min(known, now)
-        elif known is None:
+        if known is None:
             self.seconds[gamma] = now
-            self.costs.once.add(gamma)
-        elif gamma in self.costs.once:
+            once.add(gamma)
+        elif gamma in once:
             self.seconds[gamma] = min(known, now)
-            self.costs.once.remove(gamma)
+            once.remove(gamma)
+        elif missed:
+            self.seconds[gamma] = min(known, now)
+            if was_hiccup:
+                once.add(gamma)  # to be timed again, with nothing missed
         elif was_hiccup:
             self.seconds[gamma] = now
         else:

@@ -46,9 +46,11 @@ class Sizes:
         return cls(new + 2 * widest + CATCH_UP, coarse_bucket(new + widest, 32), room.suffix)
 
     def tail(self, longest: int) -> int:
-        """Slots of a tail that holds up to `longest` prompt tokens of a row."""
+        """Slots of a tail that holds up to `longest` prompt tokens of a row; above 128 a multiple of that, which the
+        decoding kernel for TPUs reads."""
         longest = max(longest, self.suffix)
-        return coarse_bucket(-(-longest // EXTEND_WIDTH) * EXTEND_WIDTH + self.reserve, 32)
+        slots = -(-longest // EXTEND_WIDTH) * EXTEND_WIDTH + self.reserve
+        return coarse_bucket(slots, 32 if slots <= 128 else 128)
 
 
 def gamma_bucket(gamma: int) -> int:

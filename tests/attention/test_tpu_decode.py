@@ -20,8 +20,20 @@ from rapid_jax.attention.decoding import by_blocks, by_tpu_kernel, decode_of, ta
 from rapid_jax.attention.partial import Partial, Rows, Slots, attend_blockwise, finish
 from rapid_jax.attention.rounded import rounded
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.tpu_decode import BLOCKS, MOST_ROWS, Stack, cut_of, fits, tpu_decode
+from rapid_jax.attention.tpu_decode import (
+    BLOCKS,
+    MOST_BYTES,
+    MOST_ROWS,
+    SHORT,
+    Stack,
+    block_for,
+    cut_of,
+    fits,
+    tpu_decode,
+)
 from rapid_jax.attention.verbs import attend_prefix_tail, layers_of, with_kept
+from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.start import Sizes
 from tests.attention.decode_cases import Case, Made, Side, made, tagged, truth
 
 BLOCK = 300  # of the plain path
@@ -287,3 +299,11 @@ def test_new_tokens_over_prefix_and_tail(monkeypatch, why):
     got_LBGNH, got_kv = attended()
     np.testing.assert_allclose(got_LBGNH, want_LBGNH, atol=1e-5, rtol=0)
     chex.assert_trees_all_equal(got_kv, want_kv)
+
+
+@pytest.mark.parametrize("new", [1, 20, 32, 50, 64, 128, 256, 1536])
+def test_every_size_of_a_tail_has_a_block(new):
+    """Of whatever length the prompt behind the document is; else all of decoding would be left to plain XLA."""
+    sizes = Sizes.of(SpeculationConfig(gamma=3), SamplingConfig(max_new_tokens=new))
+    found = {sizes.tail(longest) for longest in range(2000)}
+    assert [size for size in found if block_for(size, SHORT, 4 * 128 * 2, MOST_BYTES) is None] == []

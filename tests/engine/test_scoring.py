@@ -9,7 +9,7 @@ import pytest
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine import scoring
 from rapid_jax.engine.errors import Draining
-from rapid_jax.engine.request import Done, Event, Request, Tokens
+from rapid_jax.engine.request import Done, Event, Failed, Request, Tokens
 from rapid_jax.engine.service import RunningEngine
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
@@ -67,11 +67,31 @@ def test_an_engine_that_stops_leaves_nobody_waiting(engine: RunningEngine):
         waiting.result(120)
 
 
-def test_a_thread_that_dies_is_noticed(engine: RunningEngine, monkeypatch):
+def test_a_prompt_that_nobody_wants_any_more_is_left(engine: RunningEngine):
+    score = engine.score(IDS, 0)
+    engine._score()
+    assert score.cancel()
+    engine._score()
+    assert not engine._scoring
+    engine.stop()
+    with pytest.raises(Draining):
+        engine.score(IDS, 0)
+
+
+def test_a_thread_that_dies_leaves_nobody_waiting(engine: RunningEngine, monkeypatch):
     monkeypatch.setattr(engine, "step", lambda: 1 / 0)
     monkeypatch.setattr("threading.excepthook", lambda args: None)
     assert not engine.has_failed
-    engine.submit(Request.of(Tokens(IDS[:20]), engine.config), lambda event: None)
+    events: list[Event] = []
+    engine.submit(Request.of(Tokens(IDS[:20]), engine.config), events.append)
+    score = engine.score(IDS, 0)
     engine.start()
+    with pytest.raises(Draining):
+        score.result(120)
     engine._thread.join(120)
+    assert isinstance(events[-1], Failed) and isinstance(events[-1].error, ZeroDivisionError)
+    for again in (lambda: engine.score(IDS, 0), lambda: engine.submit(Request.of(Tokens(IDS), engine.config), print)):
+        with pytest.raises(Draining):
+            again()
+    engine.stop()
     assert engine.has_failed

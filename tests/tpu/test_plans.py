@@ -112,7 +112,7 @@ def test_the_settings_of_a_slice_can_be_split_over_it(path: Path, monkeypatch):
     speed = predicted(rounding, slice_.devices, *models, context, slice_.generation)
     assert speed is not None
     best = speed.best[0]
-    words = r"^  kv: full .* lossy, ([\d.]+) to ([\d.]+) ms a token predicted by (\d+) draft"
+    words = r"^  kv: full .* lossy, predicted ([\d.]+) to ([\d.]+) ms a token with (\d+) draft"
     told = re.search(words, path.read_text(encoding="utf-8"), re.MULTILINE)
     seconds = best.token.least, best.token.most
     assert told and [float(number) for number in told.groups()[:2]] == [round(1e3 * second, 1) for second in seconds]

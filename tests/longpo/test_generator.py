@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longpo_jax.config import GenerationConfig, LongPOConfig, PairsConfig, PolicyConfig
+from longpo_jax.config import ExcerptsConfig, GenerationConfig, LongPOConfig, PairsConfig, PolicyConfig
 from longpo_jax.dialogue import Dialogue
 from longpo_jax.generator import About, Generator
 from longpo_jax.records import Answer
@@ -31,6 +31,7 @@ def folder(tmp_path_factory) -> Path:
 def config_for(folder: Path, **changes) -> LongPOConfig:
     config = LongPOConfig(
         model=PolicyConfig(source=str(folder), dtype="float32"),
+        excerpts=ExcerptsConfig(min_tokens=32, max_tokens=64),
         pairs=PairsConfig(batch=3, gamma=3),
         generation=GenerationConfig(prefill_chunk=64, attention_block=128),
     )

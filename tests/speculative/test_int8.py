@@ -23,10 +23,8 @@ PLAIN = SpeculationConfig(mode="target", gamma=0, lookup="off")
 COPIED = MeshConfig(context=2, model=4, replicate_kv=True)
 PLACES = {
     "one device, stacked": (MeshConfig(), "stacked"),
-    "context 2": (MeshConfig(context=2), "unrolled"),
     "context 2, stacked": (MeshConfig(context=2), "stacked"),
     "model 2": (MeshConfig(model=2), "unrolled"),
-    "data 2": (MeshConfig(data=2), "unrolled"),
     "data 2, context 2, model 2, stacked": (MeshConfig(data=2, context=2, model=2), "stacked"),
     "context 2, model 4, kv heads copied": (COPIED, "unrolled"),
     "context 2, model 4, kv heads copied, stacked": (COPIED, "stacked"),

@@ -75,11 +75,11 @@ class Generator:
         """An answer to each short prompt of two tokens or more, `pairs.batch` of about equal length at once."""
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         found: dict[int, Answer] = {}
-        most, room = self.config.pairs.batch, self.config.excerpts.max_tokens + AROUND
+        most = self.config.pairs.batch
         for start in range(0, len(by_length), most):
             batch = by_length[start : start + most]
             rows = self._filled(batch, most)
-            prefix = self._prefilled(self.short, [prompts[row][:-1] for row in rows], room)
+            prefix = self._prefilled(self.short, [prompts[row][:-1] for row in rows], self._room)
             cached = [len(prompts[row]) - 1 for row in rows]
             prompted = Prompted(self.short, [prompts[row] for row in rows], prefix, cached)
             said = self._generated(prompted, None, sampling, [seeds[row] for row in rows])
@@ -109,11 +109,16 @@ class Generator:
         if asked[places[0]].drafts is not None:
             short = [(asked[at].drafts or [])[row] for at, row in rows]
             lacking = [prompt[:-2] for prompt in short]
-            room = self.config.excerpts.max_tokens + AROUND
-            drafter = Prompted(self.short, short, self._prefilled(self.short, lacking, room), list(map(len, lacking)))
+            prefix = self._prefilled(self.short, lacking, self._room)
+            drafter = Prompted(self.short, short, prefix, list(map(len, lacking)))
         said = self._generated(target, drafter, sampling, [seeds[at][row] for at, row in rows], suffix=AROUND)
         found = dict(zip(places, (said[start : start + each] for start in range(0, len(said), each)), strict=False))
         return [found[at][: len(about.tails)] if at in found else [] for at, about in enumerate(asked)]
+
+    @property
+    def _room(self) -> int:
+        """Tokens of a short prompt that there is room for."""
+        return self.config.excerpts.max_tokens + AROUND
 
     def _filled(self, rows: Sequence[int], most: int | None = None) -> list[int]:
         """The rows, the last one repeated up to a power of two, or to `most` or a fourth, a sixteenth ... of that.
@@ -132,8 +137,7 @@ class Generator:
         many tokens at least.
         """
         compute, generation = self.config.compute, self.config.generation
-        how = {"coarse": True, "room": room}
-        settings = PrefillSettings(generation.prefill_chunk, compute.kernel, compute.context, **how)
+        settings = PrefillSettings(generation.prefill_chunk, compute.kernel, compute.context, coarse=True, room=room)
         work = Prefill(decoder, prompts, settings, dtype=decoder.embed_VD[...].dtype)
         while work.left:
             work.step()
@@ -149,8 +153,8 @@ class Generator:
     ) -> list[Answer]:
         # Level 0 is off: a second program for every shape would have to be compiled. Nobody waits for first tokens.
         mode = "target" if drafter is None else "lossless"
-        how = {"gamma": self.config.pairs.gamma, "lookup": "off", "rounds_per_read": ROUNDS}
-        speculation = SpeculationConfig(mode=mode, **how)
+        gamma = self.config.pairs.gamma
+        speculation = SpeculationConfig(mode=mode, gamma=gamma, lookup="off", rounds_per_read=ROUNDS)
         generation = generate(
             target,
             drafter,

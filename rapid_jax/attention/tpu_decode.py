@@ -13,7 +13,7 @@ JAX's own kernels do not fit: `paged_attention` takes one query position and tel
 be merged with it; `ragged_paged_attention` wants keys beside values in pages of all heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
@@ -44,12 +44,7 @@ class Stack:
 
     def one(self) -> Slots:
         """The layer's slots. To a kernel, unlike to XLA, this is a copy."""
-        names = ("k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS")
-        given = {name: getattr(self.every, name) for name in names}
-        found = {
-            name: lax.dynamic_index_in_dim(x, self.layer, keepdims=False) for name, x in given.items() if x is not None
-        }
-        return replace(self.every, **found)
+        return _each(self.every, lambda x: lax.dynamic_index_in_dim(x, self.layer, keepdims=False))
 
     def block(self, start: jax.Array | int, size: int) -> Slots:
         """`size` of the layer's slots from `start` on: cut out of the stack at once, which XLA fuses with its use."""
@@ -66,6 +61,12 @@ class Stack:
             return Slots(of(every.k_BKSH, 3), of(every.v_BKSH, 3), pos_BS)
         scales = of(every.k_scale_BKS, 3), of(every.v_scale_BKS, 3)
         return Slots(of(every.k_BKSH, 3), of(every.v_BKSH, 4), pos_BS, None, *scales)
+
+
+def _each(slots: Slots, of: Callable[[jax.Array], jax.Array]) -> Slots:
+    """The slots with `of` each of their keys, values and scales."""
+    names = ("k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS")
+    return replace(slots, **{name: of(x) for name in names if (x := getattr(slots, name)) is not None})
 
 
 Side: TypeAlias = Slots | Stack
@@ -197,9 +198,7 @@ def _given(rows: Rows, sides: Sequence[Side], used: tuple[jax.Array, ...], cut: 
 
 def _lead(slots: Slots) -> Stack:
     """As a stack of one layer."""
-    names = ("k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS")
-    given = {name: x[None] for name in names if (x := getattr(slots, name)) is not None}
-    return Stack(replace(slots, branch_BS=None, **given), jnp.int32(0))
+    return Stack(_each(replace(slots, branch_BS=None), lambda x: x[None]), jnp.int32(0))
 
 
 def _unfolded(cut: Cut, x: jax.Array) -> jax.Array:

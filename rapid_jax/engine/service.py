@@ -172,27 +172,27 @@ class RunningEngine(Engine):
                     job.end(Failed(error))
             raise
         finally:
-            while self._scoring:
-                future, _ = self._scoring.popleft()
-                if future.set_running_or_notify_cancel():
-                    future.set_exception(Draining("the engine takes no more requests"))
+            with self._wake:  # `score` adds none behind this
+                while self._scoring:
+                    future, _ = self._scoring.popleft()
+                    if future.set_running_or_notify_cancel():
+                        future.set_exception(Draining("the engine takes no more requests"))
 
     def _score(self) -> None:
         """A chunk of the prompt whose turn it is, of those that are scored."""
         if not self._scoring:
             return
         future, steps = self._scoring[0]
-        end: Callable[[], None] = steps.close  # taken back
         if not future.cancelled():
             try:
                 next(steps)
                 return
             except StopIteration as done:
-                end = partial(future.set_result, done.value)
+                settle = partial(future.set_result, done.value)
             except Exception as error:  # of this prompt alone
-                end = partial(future.set_exception, error)
-            end = end if future.set_running_or_notify_cancel() else steps.close
-        end()
+                settle = partial(future.set_exception, error)
+            if future.set_running_or_notify_cancel():
+                settle()
         self._scoring.popleft()
 
     def _do_chores(self) -> None:

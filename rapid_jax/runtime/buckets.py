@@ -182,9 +182,8 @@ def client() -> Any:
     gcsfs, aiohttp = importlib.import_module("gcsfs.core"), importlib.import_module("aiohttp")
     importlib.import_module("google_crc32c")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what failed is told by us, in one line
-    token = (
-        "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
-    )  # an emulator needs no credentials: look for none
+    # An emulator needs no credentials: none are looked for.
+    token = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S)
     return gcsfs.GCSFileSystem(access="read_only", token=token, requests_timeout=timeout, skip_instance_cache=True)
 

@@ -211,7 +211,7 @@ def local_path(text: str | Path, what: str) -> Path:
     Raises InputError for a place with a scheme, as gs://bucket/run or file:///run: Path would make a folder gs: of it.
     """
     scheme = _SCHEME.match(str(text))
-    is_bucket = scheme is not None and (scheme[1] or "").lower() in ("gs", "s3")
+    is_bucket = scheme is not None and (scheme[1] or scheme[2]).lower() in ("gs", "s3")
     return _local(text, what, _NOT_YET if is_bucket else "")
 
 

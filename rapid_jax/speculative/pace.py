@@ -38,7 +38,8 @@ class Pace:
             if self.gammas:
                 new.accepted, new.rejected = old.accepted, old.rejected
             new.costs = self.times.of(rounds.kind)
-            new.draft_share = _draft_share(*rounds.sides)
+            if not new.seconds:
+                new.draft_share = _draft_share(*rounds.sides)
         other.gate = self.gate
         return other
 

@@ -104,8 +104,9 @@ class AutoGamma:
     With a the chance that a draft is accepted, gamma drafts give (1 - a^(gamma + 1)) / (1 - a) tokens a round. A gamma
     not yet run is costed from those that were: c(gamma) = c(0) + gamma d; before any was, from what passes must read.
     While gamma is 0 nothing is learnt of a, so a short draft is tried again: after `first_wait` rounds, and twice as
-    many after every trial that fails. A drafter that is never worth its time so costs two rounds at first and then a
-    few of every hundred. A plain round is timed again after as many rounds of drafting.
+    many after every trial that fails. A drafter that is never worth its time so costs four rounds at first (where
+    `costs` knows of none) and then a few of every hundred. A plain round is timed again after as many rounds of
+    drafting.
     """
 
     rounds_per_read: int
@@ -142,8 +143,8 @@ class AutoGamma:
 
         Of a gamma that was timed once the smaller of both: it is worth a second look before it is given up.
         """
-        measured, first = self.seconds.get(gamma), gamma in self.costs.once
-        if measured is not None and (gamma == 0 or not first):
+        measured, once = self.seconds.get(gamma), gamma in self.costs.once
+        if measured is not None and (gamma == 0 or not once):
             return measured
         found = self._extrapolated(gamma)
         return found if measured is None else min(measured, found or measured)

@@ -12,7 +12,7 @@ import pytest
 from rapid_jax.runtime import buckets, files, storage
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.input_files import open_regular
-from rapid_jax.runtime.storage import BucketPlace, place_of
+from rapid_jax.runtime.storage import BucketPlace, local_path, place_of
 
 BIG = bytes(range(256)) * (18 << 12)  # 18 MiB, three pieces
 
@@ -166,6 +166,12 @@ def test_an_object_that_changes_between_two_ranges_is_noticed(bucket):
 def test_what_is_not_there_is_said(name, words, bucket, folder):
     with pytest.raises(InputError, match=f"^{words}$"):
         in_bucket(name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["gs://bucket/run", "gs:/bucket/run", "GS://bucket/run", "s3:/bucket/run"])
+def test_where_a_bucket_is_only_written_to_the_line_says_so(name):
+    with pytest.raises(InputError, match=r"^run: expected a path on this machine, got .*writing to a bucket is not"):
+        local_path(name, "run")
 
 
 @pytest.mark.parametrize("name", ["gs://", "gs:///a", "gs://b/x", "gs://Bucket/x", "gs://bucket/a\nb", "gs:/bucket/a"])

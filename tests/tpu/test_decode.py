@@ -42,7 +42,7 @@ class Case:
     rows: int = 1  # of one prefix
 
 
-@cache  # what was compiled ahead of time cannot be read from a cache on disk
+@cache
 def compiled_text(case: Case) -> str:
     """Of attention to prefix and tail, and of writing the tail."""
     mesh = make_mesh(MeshConfig(context=case.context), topology_of(case.topology).devices[: case.context])

@@ -140,14 +140,11 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, seed: int, *, quiet:
             else:
                 yield id, domain, text
 
-    for id, domain, text, tokens in _counted(usable(), tokenizer, config.max_tokens):
-        least, most = min(least, tokens), max(most, tokens)
-        if config.longer == "split" and (tokens > config.max_tokens or id in parts):
-            for part, (piece, count) in enumerate(_parts(text, tokenizer, config.max_tokens), parts.get(id, 0)):
-                _keep(Document(f"{id}.{part}", domain, piece, count), config, store, dropped, "part")
-                parts[id] = part + 1
-        else:
-            _keep(Document(id, domain, text, tokens), config, store, dropped, "document")
+    for group in _counted(usable(), tokenizer, config.max_tokens):
+        counts = [tokens for *_, tokens in group]
+        least, most = min(least, *counts), max(most, *counts)
+        for document, kind in _documents(group, parts, tokenizer, config):
+            _keep(document, config, store, dropped, kind)
     if store.left_out:
         dropped["beyond corpus.documents"] = store.left_out
     if not len(store):
@@ -157,8 +154,8 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, seed: int, *, quiet:
 
 def _counted(
     texts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer, most: int
-) -> Iterator[tuple[str, str, str, int]]:
-    """With the tokens of each; some texts are counted at once, by all processors.
+) -> Iterator[list[tuple[str, str, str, int]]]:
+    """Groups of texts with the tokens of each; those of a group are counted at once, by all processors.
 
     Of a text that has far more than `most` tokens in its beginning the rest is not counted: the number is estimated.
     """
@@ -173,11 +170,27 @@ def _counted(
         if not group:
             return
         counts = tokenizer.counts([text[:limit] for *_, text in group])
-        for item, count in zip(group, counts, strict=True):
-            size = len(item[2])
-            if size > limit:
-                count = count * size // limit if count > most + _MARGIN else tokenizer.counts([item[2]])[0]
-            yield *item, count
+        for at, (_, _, text) in enumerate(group):
+            if (size := len(text)) > limit:
+                estimate = counts[at] * size // limit
+                counts[at] = estimate if counts[at] > most + _MARGIN else tokenizer.counts([text])[0]
+        yield [(*item, count) for item, count in zip(group, counts, strict=True)]
+
+
+def _documents(
+    group: Sequence[tuple[str, str, str, int]], parts: dict[str, int], tokenizer: Tokenizer, config: CorpusConfig
+) -> Iterator[tuple[Document, str]]:
+    """Texts as documents or, where one is split, parts of it; which of the two. All processors look where to split."""
+    split = [config.longer == "split" and (tokens > config.max_tokens or id in parts) for id, *_, tokens in group]
+    spans = iter(tokenizer.spans_of([text for (_, _, text, _), is_split in zip(group, split, strict=True) if is_split]))
+    for (id, domain, text, tokens), is_split in zip(group, split, strict=True):
+        if not is_split:
+            yield Document(id, domain, text, tokens), "document"
+            continue
+        for piece, count in _parts(text, next(spans), tokenizer, config.max_tokens):
+            part = parts.get(id, 0)
+            parts[id] = part + 1
+            yield Document(f"{id}.{part}", domain, piece, count), "part"
 
 
 def _pieces(text: str, limit: int) -> Iterator[str]:
@@ -246,9 +259,9 @@ class _Store:
         return Documents(self._spool, [entry for _, _, entry in sorted(self._last_first, reverse=True)])
 
 
-def _parts(text: str, tokenizer: Tokenizer, limit: int) -> list[tuple[str, int]]:
+def _parts(text: str, spans: Sequence[tuple[int, int]], tokenizer: Tokenizer, limit: int) -> list[tuple[str, int]]:
     """Consecutive parts of at most `limit` tokens each, cut at paragraphs where there are any, and their tokens."""
-    spans, budget = tokenizer.spans(text), limit
+    budget = limit
     while True:
         parts = [text[group.start : group.end] for group in groups(text, spans, "paragraphs", budget)]
         counts = tokenizer.counts(parts)

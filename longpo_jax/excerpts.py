@@ -131,7 +131,7 @@ class _Layout:
         patterns = [_SECTION, _PARAGRAPH, _LINE, _SENTENCE] if sections else [_PARAGRAPH, _LINE, _SENTENCE]
         self._cuts = [[match.end() for match in pattern.finditer(text)] for pattern in patterns]
         between = self._ends[:-1][self._starts[1:] >= self._ends[:-1]]  # tears no token, and no character
-        self._cuts.append(np.unique(between).tolist())
+        self._cuts.append(between[np.diff(between, prepend=-1) > 0].tolist())
 
     def excerpt(self, start: int, end: int) -> Excerpt:
         """The characters with every token that has one of them."""

@@ -11,6 +11,7 @@ from rapid_jax.plan.cost import matrices
 
 Drafter: TypeAlias = Literal["none", "full", "int8", "int4"]  # none: plain decoding
 KvBits: TypeAlias = Literal["full", "int8"]
+FIRST_DIAL = 8.0  # at which drafts are first tried
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from rapid_jax.bench.cases import Case, Drafter, KvBits, Timing, table
+from rapid_jax.bench.cases import FIRST_DIAL, Case, Drafter, KvBits, Timing, table
 from rapid_jax.model.config import ModelConfig, from_hf
 from rapid_jax.plan.architectures import SHAPES
 from rapid_jax.runtime.command_line import Place, prepare_jax, say
@@ -72,6 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--cases", default=CASES, metavar="LIST", help=f"what decodes: {GRAMMAR}; by default {CASES}")
     parser.add_argument("--acceptance", type=float, default=0.9, metavar="A", help="of the drafts, by turning the dial")
+    parser.add_argument("--dial", type=float, default=FIRST_DIAL, metavar="D",
+                        help="where it is tried first, as an earlier run has found it")  # fmt: skip
     parser.add_argument("--tokens", help="to decode, a prompt", **number)
     parser.add_argument("--repeats", default=3, help="timings of everything: medians are told; by default 3", **number)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="by default float32 on a CPU")
@@ -90,6 +92,8 @@ def run(options: argparse.Namespace) -> int:
     kinds = [_kind(text) for text in options.cases.split(",")]
     if not 0 < options.acceptance < 1:
         raise InputError(f"--acceptance: expected a share between 0 and 1, got {options.acceptance}")
+    if not 0 < options.dial < 1e4:
+        raise InputError(f"--dial: expected a number above 0 and below 10,000, got {options.dial}")
     others: list[dict[str, Any]] = []
     if options.plot is not None:
         from rapid_jax.bench.figure import rows_of
@@ -204,7 +208,8 @@ def _decoding(rows: _Rows, config: ModelConfig, options, sizes: Sizes, rate: flo
     from rapid_jax.bench.decoding import Decoding
 
     tokens, short = options.tokens or sizes.tokens, options.short or sizes.short
-    bench = Decoding(config, _dtype(options), short, tokens, options.repeats, memory_rate=rate, tell=say)
+    rules = {"memory_rate": rate, "first_dial": options.dial, "tell": say}
+    bench = Decoding(config, _dtype(options), short, tokens, options.repeats, **rules)
     good, lines = True, 0
     for context in options.contexts or sizes.contexts:
         for batch in options.batch:

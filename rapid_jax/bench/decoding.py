@@ -16,7 +16,7 @@ import numpy as np
 
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.rounded import rounded
-from rapid_jax.bench.cases import Case, Drafter, Measured, Timing, plain_bytes
+from rapid_jax.bench.cases import FIRST_DIAL, Case, Drafter, Measured, Timing, plain_bytes
 from rapid_jax.bench.models import dialled, random_decoder, random_prefix
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
@@ -33,7 +33,6 @@ BLOCK = 16384  # slots that plain XLA attends at once
 WIDTHS = (16, 8)  # tokens of the pieces by which a text is read, to see how far the order of sums moves its logits
 TIES = 5.0  # gaps up to so many standard deviations of that are ties,
 LARGEST_TIE = 0.15  # but none above this share of the logits' own deviation
-FIRST_DIAL = 8.0
 CALIBRATED = 0.02  # how near the measured acceptance has to come to the one asked for
 
 
@@ -49,6 +48,7 @@ class Decoding:
     memory_rate: float | None = None  # bytes a second, for floors
     seed: int = 0
     dial: float = 0.0
+    first_dial: float = FIRST_DIAL  # that `calibrate` tries first
     tell: Callable[[str], None] = print
     _held: dict[Any, Any] = field(default_factory=dict)  # one of each kind: models and prompts are large
     _times: dict[Case, RoundTimes] = field(default_factory=dict)  # what its decoding has learnt of rounds
@@ -103,7 +103,7 @@ class Decoding:
         """
         self._plain.clear()
         low, high, found = 0.0, None, {}
-        self.dial = self.dial or FIRST_DIAL
+        self.dial = self.dial or self.first_dial
         for _ in range(9):
             found[self.dial] = reached = self._acceptance(case)
             self.tell(f"dial {self.dial:.4g}: {reached:.3f} of the drafts accepted")

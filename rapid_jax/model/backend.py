@@ -64,12 +64,15 @@ def encoding_of(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens:
         return backend.encode(text, add_special_tokens=add_special_tokens)
 
 
-def encodings_of(backend: tokenizers.Tokenizer, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-    """The tokens of many texts, without their places; all processors count. Raises as `encoding_of` does."""
+def encodings_of(
+    backend: tokenizers.Tokenizer, texts: Sequence[str], *, places: bool = False
+) -> list[tokenizers.Encoding]:
+    """The tokens of many texts, and their places if asked for, by all processors. Raises as `encoding_of` does."""
     for text in texts:
         check_unicode(text)
     with guarded("the tokenizer cannot encode the text"):
-        return backend.encode_batch_fast(texts, add_special_tokens=False)
+        encode = backend.encode_batch if places else backend.encode_batch_fast
+        return encode(texts, add_special_tokens=False)
 
 
 def check_unicode(text: str, name: str = "the text") -> None:

@@ -7,7 +7,7 @@ vocabulary, a whole word), the words are encoded by a copy whose model lacks the
 Where it has no others for them, they are refused.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -54,8 +54,15 @@ class Quoting:
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text; all processors count."""
-        encodings = zip(texts, encodings_of(self._plain, texts), strict=True)
-        return [len(found if self._harmless(text, found.ids) else self.encode(text)) for text, found in encodings]
+        return [len(found) for found in self._encoded(texts)]
+
+    def spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """Of each text, the characters that its tokens stand for; by all processors."""
+        return [found.offsets for found in self._encoded(texts, places=True)]
+
+    def _encoded(self, texts: Sequence[str], *, places: bool = False) -> Iterator[tokenizers.Encoding]:
+        for text, found in zip(texts, encodings_of(self._plain, texts, places=places), strict=True):
+            yield found if self._harmless(text, found.ids) else self.encode(text)
 
     def _harmless(self, text: str, ids: Sequence[int]) -> bool:
         if not self._controls.isdisjoint(ids):

@@ -125,7 +125,11 @@ class Tokenizer:
         A character that several tokens make up is in the span of each. Whether a span takes in the space before a word
         is the tokenizer's habit.
         """
-        return self._quoting.encode(text).offsets
+        return self.spans_of([text])[0]
+
+    def spans_of(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
+        """The `spans` of each text; all processors count."""
+        return self._quoting.spans(texts)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of the ids, spaces as the tokens have them; bytes that are not UTF-8 become U+FFFD."""

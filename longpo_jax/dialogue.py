@@ -42,18 +42,22 @@ class Dialogue:
         marked = [f"{_CONTEXT}\n\n{questions[0]}", *questions[1:]]
         before, gap, end = parted(self._rendered(marked[:1], []), (_CONTEXT, questions[0]))
         self.before = tokenizer.encode_template(before, first=True)  # up to the context
-        self.first = self._around(gap, instructions[0], end)  # up to the first answer
+        self.first = self._quoted_in(gap, instructions[0], end)  # up to the first answer
         self.between = []  # from behind each answer to the next one
         for index in range(1, len(instructions)):
             text = self._rendered(marked[: index + 1], answers[:index])
             _, head, end = parted(text, (answers[index - 1], questions[index]))
-            self.between.append(self._around(head, instructions[index], end))
+            self.between.append(self._quoted_in(head, instructions[index], end))
         _, closing = parted(self._rendered(marked, answers), answers[-1:])
         self.between.append(self._ended(tokenizer.encode_template(closing)))
 
     def shared(self, context: str) -> list[int]:
         """What both branches follow."""
-        return self.before + self._tokenizer.encode_quoted(context) + self.first
+        return self.around(self._tokenizer.encode_quoted(context))
+
+    def around(self, context: list[int]) -> list[int]:
+        """`shared`, of the context's tokens as `encode_quoted` gives them."""
+        return self.before + context + self.first
 
     def branch(self, answers: Sequence[Answer]) -> Branch:
         """The turns with these answers. The end token of one that was cut short is there, but not the answer's."""
@@ -66,7 +70,7 @@ class Dialogue:
             turns += [turn] * len(said) + [turn if answer.finished else -1] * ended + [0] * (len(after) - ended)
         return Branch(tokens, turns)
 
-    def _around(self, before: str, instruction: str, after: str) -> list[int]:
+    def _quoted_in(self, before: str, instruction: str, after: str) -> list[int]:
         quoted = self._tokenizer.encode_quoted(instruction, follows=not before.endswith(" "))
         return self._tokenizer.encode_template(before) + quoted + self._tokenizer.encode_template(after)
 

@@ -5,6 +5,7 @@ Of each document: excerpts, a question about each, its answer from the excerpt (
 document (rejected). The model that is taught says all of it; that the excerpt's answer is the better one is assumed.
 """
 
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -85,6 +86,7 @@ def _resumed(writer: Writer, corpus: Corpus, folder: Path) -> int:
 @dataclass(frozen=True)
 class _Question:
     excerpt: Excerpt
+    words: list[int]  # the excerpt's, as tokens
     seed: int
     opener: str
     question: str
@@ -98,13 +100,11 @@ class _Work:
     document: Document
     seed: int
     excerpts: list[Excerpt]
+    words: list[list[int]]  # of each excerpt, as tokens
     counts: Counter[str] = field(default_factory=Counter)
     cut: tuple[int, int] | None = None
     questions: list[_Question] = field(default_factory=list)
     chosen: list[Answer] = field(default_factory=list)  # of each question
-
-    def words(self, excerpt: Excerpt) -> str:
-        return self.document.text[excerpt.start : excerpt.end]
 
 
 class PairMaker:
@@ -134,9 +134,10 @@ class PairMaker:
         starts = range(start - start % size, total if start < total else 0, size)
 
         def begun(first: int) -> list[_Work]:
-            return [self._begun(documents[index]) for index in range(first, min(first + size, total))]
+            return list(cutters.map(lambda at: self._begun(documents[at]), range(first, min(first + size, total))))
 
-        aside = ThreadPoolExecutor(1, "texts")
+        # The library that makes tokens lets other threads run meanwhile.
+        cutters, aside = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "cut"), ThreadPoolExecutor(1, "texts")
         try:
             for first, group in _ahead(aside, begun, starts):
                 self._ask(group)
@@ -145,7 +146,8 @@ class PairMaker:
                     work = group[index - first]
                     yield work.document, record, work.counts
         finally:  # also where nobody wants more of them
-            aside.shutdown(wait=False, cancel_futures=True)
+            for executor in (aside, cutters):
+                executor.shutdown(wait=False, cancel_futures=True)
 
     def _records(self, group: Sequence[_Work], start: int, aside: Executor) -> Iterator[Record | None]:
         """Of each document from `start` on; None for one without a turn of use.
@@ -166,20 +168,21 @@ class PairMaker:
 
     def _begun(self, document: Document) -> _Work:
         """Its excerpts."""
-        seed = _seed(self._config.seed, document.id)
-        excerpts, left = excerpts_of(document.text, self._generator.tokenizer, self._config.excerpts, seed)
+        seed, text, tokenizer = _seed(self._config.seed, document.id), document.text, self._generator.tokenizer
+        excerpts, left = excerpts_of(text, tokenizer, self._config.excerpts, seed)
+        words = [tokenizer.encode_quoted(text[excerpt.start : excerpt.end]) for excerpt in excerpts]
         counts = Counter(documents=1, excerpts=len(excerpts))
         counts.update({f"{OF_TEXT}{reason}": count for reason, count in left.items()})
-        return _Work(document, seed, excerpts, counts)
+        return _Work(document, seed, excerpts, words, counts)
 
     def _ask(self, group: Sequence[_Work]) -> None:
         """A question about each excerpt."""
         config, tokenizer = self._config, self._generator.tokenizer
-        asked = [(work, excerpt, _seed(work.seed, at)) for work in group for at, excerpt in enumerate(work.excerpts)]
+        asked = [(work, at, _seed(work.seed, at)) for work in group for at in range(len(work.excerpts))]
         request = Dialogue(tokenizer, [instruct.request(config.instruct)])
-        prompts = [request.shared(work.words(excerpt)) for work, excerpt, _ in asked]
+        prompts = [request.around(work.words[at]) for work, at, _ in asked]
         said = self._generator.answers(prompts, self._asking, [_seed(seed, "ask") for *_, seed in asked])
-        for (work, excerpt, seed), answer in zip(asked, said, strict=True):
+        for (work, at, seed), answer in zip(asked, said, strict=True):
             questions = instruct.parsed(answer.text, config.instruct)
             if len(questions) < config.instruct.at_least:
                 cut_off = (
@@ -189,21 +192,21 @@ class PairMaker:
                 continue
             opener, question = instruct.drawn(questions, _seed(seed, "draw"))
             dialogue = Dialogue(tokenizer, [f"{opener} {question}"])
-            work.questions.append(_Question(excerpt, seed, opener, question, dialogue))
+            work.questions.append(_Question(work.excerpts[at], work.words[at], seed, opener, question, dialogue))
 
     def _choose(self, group: Sequence[_Work]) -> None:
         """What of each document the model will read, and the answers from the excerpts."""
         for work in group:
             self._cut(work)
         asked = [(work, question) for work in group for question in work.questions]
-        prompts = [self._short(work, question) for work, question in asked]
+        prompts = [self._short(question) for _, question in asked]
         seeds = [_seed(question.seed, "chosen") for _, question in asked]
         said = self._generator.answers(prompts, self._answering, seeds)
         for (work, _), answer in zip(asked, said, strict=True):
             work.chosen.append(answer)
 
-    def _short(self, work: _Work, question: _Question) -> list[int]:
-        return question.dialogue.shared(work.words(question.excerpt))
+    def _short(self, question: _Question) -> list[int]:
+        return question.dialogue.around(question.words)
 
     def _cut(self, work: _Work) -> None:
         """Leaves out what is too much of a document, and the questions about an excerpt that is then not all there."""
@@ -268,7 +271,7 @@ class PairMaker:
         asked, seeds = [], []
         drafted = self._config.pairs.speculation == "lossless"
         for work, head in zip(group, heads, strict=True):
-            drafts = [self._short(work, question) for question in work.questions] if drafted else None
+            drafts = [self._short(question) for question in work.questions] if drafted else None
             asked.append(About(head, [question.dialogue.first for question in work.questions], drafts))
             seeds.append([_seed(question.seed, "rejected") for question in work.questions])
         return self._generator.answers_about(asked, self._answering, seeds)

@@ -5,6 +5,9 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any, Protocol
+
+import numpy as np
 
 from rapid_jax.model.backend import check_unicode
 from rapid_jax.model.chat import mark_of, parted
@@ -27,11 +30,23 @@ class Prompt:
         return self.head + self.tail
 
 
+class Encodes(Protocol):
+    """What of a tokenizer a document needs; `Tokenizer` is one."""
+
+    def encode_quoted(self, text: str) -> list[int]:
+        """As `Tokenizer.encode_quoted`."""
+        ...
+
+    def spans(self, text: str) -> Sequence[Any] | np.ndarray:
+        """As `Tokenizer.spans`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Frame:
     """A prompt with its document left out: what stands before and after it, as token ids."""
 
-    tokenizer: Tokenizer
+    tokenizer: Encodes
     before: list[int]
     after: list[int]
     strips: tuple[bool, bool] = (False, False)  # the chat template strips space before and behind the document

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rapid_jax.config import RapidConfig
-from rapid_jax.conversation import Document, Frame, Message, Prompt, Quoted, conversation
+from rapid_jax.conversation import Document, Encodes, Frame, Message, Prompt, Quoted, conversation
 from rapid_jax.model.backend import check_unicode
 from rapid_jax.model.load import LoadedModel
 from rapid_jax.model.tokenizer import Tokenizer
@@ -73,15 +73,16 @@ def context_of(config: RapidConfig, positions: int) -> int:
     return most
 
 
-def visible(config: RapidConfig, target: LoadedModel, document: str, around: int) -> tuple[str, int]:
-    """(what the target reads of the document, the tokens of the whole document); `around` are the prompt's others.
+def visible(config: RapidConfig, target: LoadedModel, document: str, around: int, encoder: Encodes) -> tuple[str, int]:
+    """(what the target reads of the document, the tokens of the whole document); `around` are the prompt's others, and
+    `encoder` makes the document's tokens as the target's tokenizer does.
 
     What is cut depends on the question only where it takes more than 1/32 of the context: one prefill serves the
     questions that are shorter.
     """
     left, usual = _room(config, target)
     keep = left - max(around, usual) if left > usual else left - around
-    return visible_text(document, left - around, target.tokenizer, config.models.too_long, keep)
+    return visible_text(document, left - around, encoder, config.models.too_long, keep)
 
 
 def room_around(config: RapidConfig, target: LoadedModel, document_tokens: int, *, cut: bool) -> int:
@@ -123,7 +124,7 @@ def check_ids(target: LoadedModel, config: RapidConfig, ids: Sequence[int], *, n
         raise TooLarge(f"the prompt is too long: expected at most {room} tokens beside {new} new ones, got {len(ids)}")
 
 
-def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, keep: int) -> tuple[str, int]:
+def visible_text(document: str, room: int, tokenizer: Encodes, too_long: str, keep: int) -> tuple[str, int]:
     """(the part of the document that fits into `room` tokens, the tokens of the whole document).
 
     `too_long` says what becomes of a longer one: error, head (its beginning is kept) or middle (its middle is cut out:
@@ -135,7 +136,7 @@ def visible_text(document: str, room: int, tokenizer: Tokenizer, too_long: str, 
     if room < 1:
         raise TooLarge(f"no room for a document: {1 - room} tokens too many around it; raise models.max_context")
     spans = tokenizer.spans(document)
-    if not spans:
+    if not len(spans):
         raise InputError("expected a document that this model's tokenizer has tokens for, got one without any")
     if len(spans) <= room:
         return document, len(spans)

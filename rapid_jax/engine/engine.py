@@ -4,12 +4,12 @@
 import itertools
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from rapid_jax.answer import answer_of
 from rapid_jax.config import RapidConfig
@@ -23,6 +23,7 @@ from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
 from rapid_jax.engine.sharing import Sharing
 from rapid_jax.engine.stats import EngineCounts, bytes_of_rows
 from rapid_jax.engine.tiers import Handle
+from rapid_jax.engine.turns import Turns
 from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import forget_programs, timed
 from rapid_jax.runtime.errors import InputError
@@ -56,7 +57,7 @@ class Engine:
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by owner, in whose turn it is
         self._lock = threading.Lock()
         self._numbers, self._times = itertools.count(1), RoundTimes()
-        self._preparing: deque[tuple[Job, Steps]] = deque()
+        self._preparing = Turns(lambda job, prepared: self._ready.append((job, prepared)), self._fail)
         self._ready: deque[tuple[Job, Prepared]] = deque()  # for which no row is free
         self._lanes: dict[LaneKey, Lane] = {}
         self._held: dict[int, Handle | None] = {}  # of the job in a row, by its id: keys and values that it reads
@@ -143,7 +144,7 @@ class Engine:
         with self._lock:
             waiting = [job for jobs in self._waiting.values() for job in jobs]
         running = [job for lane in self._lanes.values() for job in lane.running]
-        return [*waiting, *running, *(job for job, _ in (*self._preparing, *self._ready))]
+        return [*waiting, *running, *self._preparing.jobs, *(job for job, _ in self._ready)]
 
     def give_up(self) -> None:
         """Takes all requests back, and lets them go."""
@@ -177,7 +178,7 @@ class Engine:
         """A piece of work: something of a prompt, and rounds of the lanes."""
         self._admit()
         if self._preparing:
-            self._prepare()
+            self._preparing.advance()
         if self._preparing and self._prefill_first:
             return
         self._place()
@@ -196,24 +197,7 @@ class Engine:
                 job = jobs.popleft()
                 if jobs:
                     self._waiting[owner] = jobs
-            self._preparing.append((job, self._preparer.steps(job)))
-
-    def _prepare(self) -> None:
-        """A piece of the work for the request that is in turn."""
-        job, steps = self._preparing[0]
-        if job.cancelled.is_set():
-            self._preparing.popleft()
-            steps.close()
-            self._fail(job, Cancelled())
-            return
-        try:
-            next(steps)
-        except StopIteration as done:
-            self._preparing.popleft()
-            self._ready.append((job, done.value))
-        except Exception as error:  # of this request alone: the engine goes on
-            self._preparing.popleft()
-            self._fail(job, error)
+            self._preparing.add(job, self._preparer.steps(job))
 
     def _place(self) -> None:
         """Requests whose prompts have been read take rows, where some are free; those that come together at once."""
@@ -290,7 +274,7 @@ class Engine:
             self.prefixes.release(handle)
 
 
-def _result(steps: Generator[Any, None, Result], between: Callable[[], None]) -> Result:
+def _result(steps: Steps[Result], between: Callable[[], None]) -> Result:
     """What the steps come to; `between` is called after each."""
     while True:
         try:

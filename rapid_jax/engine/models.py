@@ -9,6 +9,7 @@ from pathlib import Path
 from jax.sharding import Mesh
 
 from rapid_jax.config import RapidConfig
+from rapid_jax.engine.encoded import EncodedTexts
 from rapid_jax.identity import check_same_models
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint, own_settings
 from rapid_jax.model.tokenizer import check_same_vocabulary
@@ -35,6 +36,7 @@ class Models:
         self.config, self._quiet = config, quiet
         self._cache = cache_dir(config.cache.folder)
         self._retrievers: dict[RetrievalConfig, Retriever] = {}
+        self.encoded = EncodedTexts()  # of documents
         self._lock = threading.Lock()
 
     @property

@@ -4,7 +4,7 @@
 from collections.abc import Callable, Generator, Hashable, Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import jax
 
@@ -32,6 +32,7 @@ from rapid_jax.speculative.start import Room
 
 # Tokens that a prompt's prefix lacks when its rounds begin: the target feeds the last one, a drafter the last two.
 TARGET_LACKS, DRAFTER_LACKS = 1, 2
+Result = TypeVar("Result")
 _PAUSE_S = 0.01  # between looks at whether prompts are made, where nothing else is to be done
 # Where requests are to share programs, there is room for at least so many tokens: of a question about a document and
 # what the chat template puts behind it, around a drafter's text, and between two chunks of it.
@@ -49,7 +50,9 @@ class Prepared:
     handle: Handle | None  # of the document's keys and values, held
 
 
-Steps = Generator[None, None, Any]
+# Between pieces of the work. What is yielded: whether the next piece keeps the device busy for long (a chunk of a
+# prompt); else it is short, or there is nothing to do yet.
+Steps: TypeAlias = Generator[bool, None, Result]
 
 
 def room_of_short(tokens: int, chunk: int) -> int:
@@ -79,9 +82,10 @@ class Preparing:
         self._config, self._models, self._prefixes, self._quiet = config, models, prefixes, quiet
         self._is_alone, self._few_programs, self._on_read = is_alone, few_programs, on_read
         self._aside = aside
+        self._holding = 0  # requests that hold keys and values while the rest of them is read
 
-    def steps(self, job: Job) -> Generator[None, None, Prepared]:
-        """Yields between pieces of the work, and while there is no room; returns the request's row.
+    def steps(self, job: Job) -> Steps[Prepared]:
+        """The request's row.
 
         Raises InputError where the models cannot read what is asked, and TooLarge where it never fits.
         """
@@ -94,7 +98,6 @@ class Preparing:
         if reading.short is None and config.speculation.retrieves:  # nothing to retrieve from: the target alone
             config = job.config = replace(config, speculation=replace(config.speculation, mode="target"))
         check_same_prompts(config, [reading], [job.sampling.config.seed], streamed=job.streams)
-        yield
         speculation, model = config.speculation, self._models.target
         if speculation.reads == "retrieved":
             assert reading.short is not None
@@ -107,14 +110,17 @@ class Preparing:
             assert reading.short is not None  # on devices of its own the drafter reads while the target does
             drafter = yield from self._drafter(job, reading.short.tokens, waits=False)
         prefix, handle = yield from self._document(job, reading.long.head)
+        self._holding += 1
         try:
             return (yield from self._behind(job, reading, prefix, handle, drafter))
         except BaseException:  # closed too, where the request is taken back
             if handle is not None:
                 self._prefixes.release(handle)
             raise
+        finally:
+            self._holding -= 1
 
-    def _prompts(self, job: Job) -> Generator[None, None, Reading]:
+    def _prompts(self, job: Job) -> Steps[Reading]:
         """The request's prompts; where others are answered meanwhile, by a thread of its own."""
         if self._aside is None:
             return read(self._models, job.config, job.request)
@@ -122,12 +128,12 @@ class Preparing:
         while not work.done():
             if self._is_alone():
                 wait([work], _PAUSE_S)
-            yield
+            yield False
         return work.result()
 
     def _behind(
         self, job: Job, reading: Reading, prefix: Prefix, handle: Handle | None, drafter: Prompted | None
-    ) -> Generator[None, None, Prepared]:
+    ) -> Steps[Prepared]:
         """What is left to be read once the target has the document: the question, and the drafter's prompt."""
         config, head = job.config, reading.long.head
         target = Prompted(self._models.target.decoder, [reading.long.tokens], prefix, [len(head)])
@@ -138,9 +144,7 @@ class Preparing:
         drafter = drafter or (yield from self._drafter(job, short, room=room))
         return self._prepared(job, target, drafter, head + short, handle, room)
 
-    def _drafter(
-        self, job: Job, tokens: list[int], *, room: int = 0, waits: bool = True
-    ) -> Generator[None, None, Prompted]:
+    def _drafter(self, job: Job, tokens: list[int], *, room: int = 0, waits: bool = True) -> Steps[Prompted]:
         """The drafter with its prompt; without waiting it is only under way."""
         decoder = self._models.drafter.decoder
         label = "prefill (drafter)" if waits else None
@@ -162,7 +166,7 @@ class Preparing:
         """Tokens that there is room for with a prompt of so many that is not kept; 0: as it is."""
         return room_of_short(tokens, self._config.compute.prefill_chunk) if self._few_programs else 0
 
-    def document(self, job: Job) -> Generator[None, None, Reading]:
+    def document(self, job: Job) -> Steps[Reading]:
         """As `steps`, of the request's document alone: no row comes of it. Returns the request's prompts."""
         config = job.config
         reading = read(self._models, config, job.request)
@@ -173,7 +177,7 @@ class Preparing:
                 self._prefixes.release(handle)
         return reading
 
-    def _document(self, job: Job, head: list[int]) -> Generator[None, None, tuple[Prefix, Handle | None]]:
+    def _document(self, job: Job, head: list[int]) -> Steps[tuple[Prefix, Handle | None]]:
         """The target's prefix of the prompt up to the end of the document, kept for others; held where it is kept."""
         request, decoder = job.request, self._models.target.decoder
         owner = request.owner, request.public
@@ -181,15 +185,23 @@ class Preparing:
         if not isinstance(prompt, Question) and (is_short or (isinstance(prompt, Tokens) and not prompt.kept)):
             return (yield from self._read(job, decoder, head, "prefill", room=self._room_of_short(len(head)))), None
         self._on_read(request, self._prefixes.name(head, *owner).key)
-        found = yield from self._find(job, head)
-        if found.handle is not None and found.prefix is not None:
-            job.reused = True
-            self._prefixes.hold(found.handle)
-            return found.prefix, found.handle
-        while not self._prefixes.make_room(self._prefixes.bytes_for(len(head))):
-            if self._is_alone() and not self._prefixes.moving:
+        is_turn = False
+        while True:
+            found = yield from self._find(job, head)
+            if found.handle is not None and found.prefix is not None:
+                job.reused = True
+                self._prefixes.hold(found.handle)
+                return found.prefix, found.handle
+            if not is_turn:
+                is_turn = True
+                yield True  # whoever reads before may read this very document
+            elif self._prefixes.make_room(self._prefixes.bytes_for(len(head))):
+                break
+            elif self._is_alone() and not self._holding and not self._prefixes.moving:
                 raise TooLarge(f"the document is too large for the memory: {len(head)} tokens of keys and values")
-            yield from self._until_there_may_be_room()
+            else:
+                is_turn = False
+                yield from self._until_there_may_be_room()
         prefix = yield from self._read(job, decoder, head, "prefill", found)
         if self._config.compute.kv != "full":
             prefix = rounded(prefix)
@@ -197,7 +209,7 @@ class Preparing:
         self._prefixes.hold(handle)
         return prefix, handle
 
-    def _find(self, job: Job, head: list[int]) -> Generator[None, None, Found]:
+    def _find(self, job: Job, head: list[int]) -> Steps[Found]:
         """What is kept of the document."""
         while True:
             try:
@@ -209,10 +221,10 @@ class Preparing:
             job.took("prefill", work)
             return found
 
-    def _until_there_may_be_room(self) -> Steps:
+    def _until_there_may_be_room(self) -> Steps[None]:
         if self._is_alone():
             self._prefixes.wait(_PAUSE_S)
-        yield
+        yield False
 
     def _read(
         self,
@@ -222,7 +234,7 @@ class Preparing:
         label: str | None,
         begun: Found | None = None,
         room: int = 0,
-    ) -> Generator[None, None, Prefix]:
+    ) -> Steps[Prefix]:
         """The prefix of a prompt, a chunk at a time; of one that is kept, from what there is of it. Without a label it
         is only under way, at once.
         """
@@ -234,13 +246,13 @@ class Preparing:
             work.step()
         with progress(label or "", work.left, "tokens", quiet=self._quiet or label is None) as report:
             while work.left:
+                yield True
                 before = work.left
                 with timed() as chunk:
                     work.step()
                     work.wait()
                 job.took("prefill", chunk)
                 report.advance(before - work.left)
-                yield
         return work.prefix
 
     def _prepared(

@@ -32,8 +32,8 @@ def read(models: Models, config: RapidConfig, request: Request, on_retrieved: On
             template = prompt.template or template
             return frame(model.tokenizer, template, question, config.prompts.system, prompt.begins, prompt.turns)
 
-        return _about(models, config, document, question, framed, prompt.retrieve_from, on_retrieved)
-    return _of_chat(models, config, prompt, on_retrieved)
+        return _about(models, config, request, document, question, framed, prompt.retrieve_from, on_retrieved)
+    return _of_chat(models, config, request, prompt, on_retrieved)
 
 
 def _of_tokens(target: LoadedModel, config: RapidConfig, ids: list[int]) -> Reading:
@@ -41,9 +41,12 @@ def _of_tokens(target: LoadedModel, config: RapidConfig, ids: list[int]) -> Read
     return Reading(Prompt(ids[:-1], ids[-1:]), None, None, 0, truncated=False)
 
 
-def _of_chat(models: Models, config: RapidConfig, chat: Chat, on_retrieved: OnRetrieved | None) -> Reading:
+def _of_chat(
+    models: Models, config: RapidConfig, request: Request, chat: Chat, on_retrieved: OnRetrieved | None
+) -> Reading:
     tokenizer = models.target.tokenizer
-    found = parted_chat(chat, config.prompts, config.retrieval.chunk_tokens, tokenizer.counts)
+    encoder = models.encoded.of(request.owner, tokenizer)
+    found = parted_chat(chat, config.prompts, config.retrieval.chunk_tokens, encoder.counts)
     if found.document is None:
         plain = conversation(tokenizer, found.long)
         return _of_tokens(models.target, config, plain.before + plain.after)
@@ -53,12 +56,13 @@ def _of_chat(models: Models, config: RapidConfig, chat: Chat, on_retrieved: OnRe
 
     if not found.question.strip():  # a long message and no question behind it: the target reads all of it, alone
         config = replace(config, speculation=replace(config.speculation, mode="target"))
-    return _about(models, config, found.document, found.question, framed, None, on_retrieved)
+    return _about(models, config, request, found.document, found.question, framed, None, on_retrieved)
 
 
 def _about(
     models: Models,
     config: RapidConfig,
+    request: Request,
     document: str,
     question: str,
     framed: Callable[[LoadedModel, str], Frame],
@@ -67,8 +71,9 @@ def _about(
 ) -> Reading:
     """The prompts about a question on a document."""
     target, speculation = models.target, config.speculation
-    long_frame = framed(target, config.prompts.target)
-    text, document_tokens = visible(config, target, document, long_frame.size)
+    encoder = models.encoded.of(request.owner, target.tokenizer)
+    long_frame = replace(framed(target, config.prompts.target), tokenizer=encoder)
+    text, document_tokens = visible(config, target, document, long_frame.size, encoder)
     long, short, selection = long_frame.around(text), None, None
     if speculation.retrieves:
         retriever = models.retriever(config.retrieval)

@@ -4,9 +4,12 @@
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import le
+from typing import TypeAlias
 
 from rapid_jax.engine.lane import Lane, LaneKey
 from rapid_jax.speculative.rounds import Slots
+
+Size: TypeAlias = tuple[int, int]  # of a lane: documents, rows of each
 
 
 @dataclass
@@ -16,23 +19,30 @@ class Sharing:
     That is one small program for a pair of sizes; a lane that grew would need others for every number of rows. So a
     row joins the largest lane that the program is there for. Without any, a row of a declared size has a lane of its
     own, whose programs are there, and another row joins the largest lane there is: a lane of its own may need more.
+
+    Where a warm-up has compiled for lanes of several rows, more about as many documents wait for a free one: all that
+    run would wait longer while a program of more is compiled.
     """
 
-    declared: set[Slots] = field(default_factory=set)  # sizes that a warm-up has compiled for
+    declared: dict[Slots, set[Size]] = field(default_factory=dict)  # of rows; the lanes that a warm-up has compiled for
     pairs: set[tuple[Slots, Slots]] = field(default_factory=set)  # (of a row, of a lane that such a row has joined)
 
     def place(
         self, lanes: Mapping[LaneKey, Lane], key: LaneKey, document: Hashable, others: Sequence[Hashable]
-    ) -> tuple[LaneKey, tuple[int, int] | None] | None:
+    ) -> tuple[LaneKey, Size | None] | None:
         """(a lane's key, its sizes for this request and for those about the `others` that come with it). Without
         sizes the lane is yet to be made; None: the request waits for a row.
         """
         for found in self._joinable(lanes, key, document):
-            lane = lanes[found]
-            sizes = lane.sizes_with([document, *others]) or lane.sizes_with([document])
-            if sizes is not None:
-                return found, sizes
+            for documents in ([document, *others], [document]):
+                sizes = lanes[found].sizes_with(documents)
+                if sizes is not None and self._is_there(found, sizes):
+                    return found, sizes
         return None if key in lanes else (key, None)
+
+    def _is_there(self, lane: LaneKey, sizes: Size) -> bool:
+        known = set() if lane.slots is None else self.declared.get(lane.slots, set())
+        return len(known) < 2 or sizes in known or sizes[0] > max(documents for documents, _ in known)
 
     def joined(self, key: LaneKey, lane: LaneKey) -> None:
         """A row of this key is in that lane."""

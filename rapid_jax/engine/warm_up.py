@@ -14,14 +14,13 @@ from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey
 from rapid_jax.engine.prepare import Prepared
 from rapid_jax.engine.request import Event, Failed, Piece, Prompt, Question, Request, Tokens
 from rapid_jax.engine.scoring import compile_scores
-from rapid_jax.engine.sharing import fits
+from rapid_jax.engine.sharing import Size, fits
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.schedule import RoundTimes
 
 _WORDS = "The harbour of the old town lies open to the north, and its boats leave before the light comes. "
 _PIECES = 2  # an encoder's tokens for one of the target's, at most
-Size = tuple[int, int]  # documents, rows of each
 Prompts: TypeAlias = tuple[Prompt, Prompt]
 Outlines: TypeAlias = dict[str, dict[LaneKey, list[Any]]]  # by kind of request, of the lanes that there are so far
 
@@ -109,7 +108,7 @@ def _warm_up(
             with engine.read(replace(request, prompt=prompts[1])) as (_, other):
                 unwanted += [] if other.handle is None else [other.handle]
         with engine.read(request) as (job, prepared):
-            _compile_joins(engine, prepared, larger.setdefault(kind, {}))
+            _compile_joins(engine, prepared, larger.setdefault(kind, {}), sizes)
             _compile(job, prepared, sizes)
             unwanted += [] if number or prepared.handle is None else [prepared.handle]
         report(f"{about}, {kind}: {time.perf_counter() - start:.1f} s")
@@ -117,15 +116,15 @@ def _warm_up(
         engine.prefixes.remove(handle.key)
 
 
-def _compile_joins(engine: Engine, prepared: Prepared, larger: dict[LaneKey, list[Any]]) -> None:
-    """What makes such a row fit into larger ones' lanes; then it is one of them."""
+def _compile_joins(engine: Engine, prepared: Prepared, larger: dict[LaneKey, list[Any]], sizes: list[Size]) -> None:
+    """What makes such a row fit into larger ones' lanes; then it is one of them, in lanes of these sizes."""
     key, rounds = prepared.key, prepared.rounds
     for other, outline in larger.items():
         if other != key and fits(key, other):
             rounds.compile_fit(outline)
             engine.sharing.joined(key, other)
     if key.slots is not None:
-        engine.sharing.declared.add(key.slots)
+        engine.sharing.declared.setdefault(key.slots, set()).update(sizes)
         larger[key] = rounds.outline()
 
 
@@ -176,7 +175,7 @@ def _compile(job: Job, prepared: Prepared, sizes: list[Size]) -> None:
                 _lane(job, prepared, size).arrange(range(other[0]), other[1])
         lane = _lane(job, prepared, size)
         for plan in lane.pace.plans(lane.rounds):
-            lane.rounds.compile(plan)
+            lane.rounds.advance(plan, 1)  # not none: devices take their time over what a program runs first
 
 
 def _lane(job: Job, prepared: Prepared, size: Size) -> Lane:

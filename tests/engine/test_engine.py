@@ -148,7 +148,7 @@ def test_sizes_side_by_side_have_the_tokens_that_they_have_alone(config, engine,
             engine.step()
         (key,) = engine._lanes
         if seen == "declared":
-            engine.sharing.declared.add(key.slots)
+            engine.sharing.declared[key.slots] = {(1, 1)}
         engine.run([heard.ticket])
         alone.append(heard.tokens)
     together, lanes = [], []

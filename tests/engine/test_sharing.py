@@ -56,14 +56,14 @@ def test_one_of_no_declared_size_joins_the_largest_unless_it_has_a_lane():
 
 
 def test_one_of_a_declared_size_joins_where_that_compiles_nothing():
-    sharing = Sharing({SMALL, LARGE}, {(SMALL, LARGE)})
+    sharing = Sharing({SMALL: {(1, 1)}, LARGE: {(1, 1)}}, {(SMALL, LARGE)})
     assert placed(sharing, lanes(MIDDLE), SMALL) == "new"
     assert placed(sharing, lanes(MIDDLE, LARGE), SMALL) == LARGE
     assert placed(sharing, lanes(LARGE, full=LARGE), SMALL) == "new"
 
 
 def test_a_lane_that_has_the_document_comes_first():
-    sharing = Sharing({SMALL, LARGE}, {(SMALL, LARGE)})
+    sharing = Sharing({SMALL: {(1, 1)}, LARGE: {(1, 1)}}, {(SMALL, LARGE)})
     there = lanes(SMALL, documents=("a",)) | lanes(LARGE)
     assert placed(sharing, there, SMALL, "a") == SMALL
     assert placed(sharing, there, SMALL, "b") == LARGE
@@ -74,3 +74,13 @@ def test_lanes_whose_rows_may_grow_are_one_for_all_sizes(full: bool):
     there = {key(None): SimpleNamespace(sizes_with=lambda names: None if full else (1, 2), documents=[])}
     found = Sharing().place(cast("Any", there), key(None), "a", [])
     assert found == (None if full else (key(None), (1, 2)))
+
+
+def test_more_rows_than_were_compiled_for_wait():
+    there = lanes(SMALL)
+    wanted = {"of one document": (1, 8), "of two": (2, 1)}
+    for declared, waits in (({(1, 1)}, []), ({(1, 1), (1, 4)}, ["of one document"]), ({(1, 1), (1, 8)}, [])):
+        sharing = Sharing({SMALL: declared})
+        for name, sizes in wanted.items():
+            there[key(SMALL)].sizes_with = lambda names, sizes=sizes: sizes
+            assert (placed(sharing, there, SMALL) is None) == (name in waits), "of more documents they are compiled"

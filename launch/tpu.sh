@@ -271,11 +271,7 @@ on_slice() { # a path as the workers' shell, which starts in the home folder, ha
 
 scp_slice() { # FROM TO PARENT: scp puts a folder into an existing one; into its parent it comes as itself, again too
     local from=$1 to=$2 recurse=()
-    if [[ -z ${OPTION[file]:-} ]]; then
-        [[ ${from##*/} == "${to##*/}" ]] ||
-            fail "$VERB: expected folders of one name, got '${from##*/}' and '${to##*/}' (a bucket between them takes any)"
-        to=$3 recurse=(--recurse)
-    fi
+    [[ -n ${OPTION[file]:-} ]] || to=$3 recurse=(--recurse)
     cloud tpu-vm scp "$from" "$to" "${recurse[@]}" "${REMOTE[@]}"
 }
 
@@ -291,6 +287,8 @@ check_transfer() { # FROM TO; what is copied is here, in a bucket or on the slic
     esac
     [[ $1 != gs://* || $2 != gs://* ]] || fail "$VERB: expected one place in a bucket, got two"
     [[ -z ${OPTION[file]:-} ]] || kind='a file' test=-f
+    [[ $kind == 'a file' || -z $NAME || $1$2 == *gs://* || ${1##*/} == "${2##*/}" ]] ||
+        fail "$VERB: expected folders of one name, got '${1##*/}' and '${2##*/}' (a bucket between them takes any)"
     [[ $VERB == fetch || $1 == gs://* ]] || dry || test "$test" "$1" || fail "push: expected $kind here, got $1"
 }
 

@@ -2,7 +2,8 @@
 """A job on one TPU slice, for an engine that recovers it:  python launch/job.py gke|sky NAME --topology v5p:2x2x4 ...
 
 gke prints a JobSet for kubectl, sky the task of a SkyPilot managed job; --submit hands it over instead. The program is
-`longpo rounds` of --config with its run in --bucket, or what follows --. Needs Python 3.11 and PyYAML.
+`longpo round` of --config (rounds, where it has several) with its run in --bucket, or what follows --. Needs Python
+3.11 or later and PyYAML.
 """
 
 import argparse
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     assert __doc__
     head = _Parser(prog="job.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     engines = head.add_subparsers(dest="engine", required=True, metavar="gke|sky")
-    rest = "-- PROGRAM ...: instead of longpo rounds"
+    rest = "-- PROGRAM ...: instead of longpo round"
     gke = engines.add_parser("gke", help="a JobSet of Google Kubernetes Engine", epilog=rest, allow_abbrev=False)
     sky = engines.add_parser("sky", help="a managed job of SkyPilot", epilog=rest, allow_abbrev=False)
     for engine in (gke, sky):

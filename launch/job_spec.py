@@ -29,20 +29,21 @@ NAME = re.compile(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?")  # pods are called NAME-sl
 
 @dataclass(frozen=True)
 class Offer:
-    """A generation as Google Cloud calls it; every host has four chips (plan/topologies.py)."""
+    """A generation as Google Cloud calls it. Of GKE's and Compute Engine's hosts see plan/topologies.py."""
 
     gke_accelerator: str  # the node label cloud.google.com/gke-tpu-accelerator
     machine_type: str  # of Compute Engine and GKE
     accelerator_type: str | None  # without its number, as the Cloud TPU API has it; None: not offered there
     cores: int = 1  # TensorCores of a chip, which that number counts
     runtime: str = ""  # the Cloud TPU API's runtime version
+    largest_host: int = 4  # chips of that API's largest slice of one host; larger slices have four a host
 
 
 OFFERS: Mapping[str, Offer] = MappingProxyType(
     {
-        "v5e": Offer("tpu-v5-lite-podslice", "ct5lp-hightpu-4t", "v5litepod", runtime="v2-alpha-tpuv5-lite"),
-        "v5p": Offer("tpu-v5p-slice", "ct5p-hightpu-4t", "v5p", cores=2, runtime="v2-alpha-tpuv5"),
-        "v6e": Offer("tpu-v6e-slice", "ct6e-standard-4t", "v6e", runtime="v2-alpha-tpuv6e"),
+        "v5e": Offer("tpu-v5-lite-podslice", "ct5lp-hightpu-4t", "v5litepod", 1, "v2-alpha-tpuv5-lite", 8),
+        "v5p": Offer("tpu-v5p-slice", "ct5p-hightpu-4t", "v5p", 2, "v2-alpha-tpuv5"),
+        "v6e": Offer("tpu-v6e-slice", "ct6e-standard-4t", "v6e", 1, "v2-alpha-tpuv6e", 8),
         "tpu7x": Offer("tpu7x", "tpu7x-standard-4t", None),
     }
 )
@@ -82,6 +83,11 @@ def accelerator_type(topology: str) -> str | None:
     return offer.accelerator_type and f"{offer.accelerator_type}-{chips_of(topology) * offer.cores}"
 
 
+def api_hosts(topology: str) -> int:
+    """How many hosts a slice of the Cloud TPU API has: v5e:2x4 and v6e:2x4 are one there."""
+    return 1 if chips_of(topology) <= OFFERS[topology.partition(":")[0]].largest_host else hosts_of(topology)
+
+
 def checked_name(name: str) -> str:
     """The name, if Kubernetes and SkyPilot take it."""
     if not NAME.fullmatch(name):
@@ -103,7 +109,7 @@ def checked_bucket(place: str) -> str:
 
 
 def program_of(config: str | None, bucket: str | None, overrides: Sequence[str], given: Sequence[str]) -> list[str]:
-    """The command line of every host: `given`, or longpo's rounds; `run` is the bucket's place.
+    """The command line of every host: `given`, or longpo's round, or rounds, as the config says; `run` is the bucket.
 
     Raises InputError where the config or the place would not reach the program.
     """
@@ -111,7 +117,7 @@ def program_of(config: str | None, bucket: str | None, overrides: Sequence[str],
     if not words:
         if config is None:
             raise InputError("expected --config FILE, or a program after --, got neither")
-        words = ["longpo", "rounds", "--config", config]
+        words = ["longpo", "rounds" if _setting(config, "rounds", overrides) else "round", "--config", config]
     if bucket is not None:
         if words[0] != "longpo" or words[1:2] == [] or words[1] not in WRITERS:
             expected = "|".join(WRITERS)
@@ -138,20 +144,31 @@ def check_places(config: str, overrides: Sequence[str]) -> None:
 
     Looks at what the file and the overrides themselves say; `smollm2` is a model without a folder.
     """
-    settings = _settings(ROOT / config)
     for key, hint in (
         ("model.source", "gs://BUCKET/models/NAME"),
         ("corpus.sources", "[book=gs://BUCKET/corpora/book]"),
     ):
-        section, _, name = key.partition(".")
-        value = (settings.get(section) or {}).get(name)
-        for override in overrides:
-            left, _, right = override.partition("=")
-            value = yaml.safe_load(right) if left == key else value
+        value = _setting(config, key, overrides)
         for place in value if isinstance(value, list) else [value]:
             place = str(place).partition("=")[2] if isinstance(value, list) and "=" in str(place) else place
             if place not in (None, "smollm2") and not PLACE.fullmatch(str(place)):
                 raise InputError(f"{key}: expected a place in a bucket, got {place}; mend it by --set '{key}={hint}'")
+
+
+def _setting(config: str, key: str, overrides: Sequence[str]) -> Any:
+    """A setting as the file and the overrides say; None where neither names it."""
+    value: Any = _settings(ROOT / config)
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    for override in overrides:
+        left, equals, right = override.partition("=")
+        try:
+            value = yaml.safe_load(right) if left == key else value
+        except yaml.YAMLError:
+            equals = ""
+        if not equals:
+            raise InputError(f"--set: expected KEY=VALUE, with a value as YAML has it, got {override!r}")
+    return value
 
 
 def _settings(path: Path) -> Any:

@@ -4,7 +4,7 @@
 #
 # Tells JAX who the others are and becomes PROGRAM; the engine sees its exit status and starts the job again. The
 # numbers are libtpu's own: TPU_WORKER_ID and TPU_WORKER_HOSTNAMES, which GKE gives to its pods, or the metadata of a
-# TPU VM (SkyPilot). RAPID_JOB_HOSTS (launch/job.py) says how many hosts there must be.
+# TPU VM (SkyPilot, Compute Engine). RAPID_JOB_HOSTS (launch/job.py) says how many hosts there must be.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -16,7 +16,7 @@ fail() {
     exit 2
 }
 
-attribute() { curl -sf -m 5 --retry 5 --retry-all-errors -H 'Metadata-Flavor: Google' "$METADATA/$1" 2>/dev/null; }
+attribute() { curl -sf -m 5 --retry 2 -H 'Metadata-Flavor: Google' "$METADATA/$1" 2>/dev/null; }
 
 main() {
     local hosts number addresses=() address name expected=${RAPID_JOB_HOSTS:-}
@@ -25,13 +25,13 @@ main() {
         hosts=$TPU_WORKER_HOSTNAMES number=${TPU_WORKER_ID:-}
     elif [[ $expected == 1 ]]; then
         hosts=localhost number=0
-    elif hosts=$(attribute worker-network-endpoints) && number=$(attribute agent-worker-number) && [[ -n $hosts ]]; then
-        :
+    elif hosts=$(attribute worker-network-endpoints) && [[ -n $hosts ]]; then
+        number=$(attribute agent-worker-number || attribute worker-id) || number='' # the second on Compute Engine
     else
         fail "expected TPU_WORKER_HOSTNAMES (GKE) or a TPU VM's metadata, got neither: who are the other hosts?"
     fi
     IFS=, read -ra addresses <<<"$hosts"
-    address=${addresses[0]##*:} # metadata has addresses, or NAME:ID:ADDRESS
+    address=${addresses[0]##*:} # metadata has names, or NAME:ID:ADDRESS
     [[ -z $expected || ${#addresses[@]} == "$expected" ]] ||
         fail "expected $expected hosts, got ${#addresses[@]}: $hosts"
     [[ $number =~ ^[0-9]{1,5}$ && $number -lt ${#addresses[@]} ]] ||

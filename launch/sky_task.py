@@ -7,7 +7,7 @@ A slice of the Cloud TPU API is one node to SkyPilot; setup and run go to all of
 import shlex
 from typing import Any
 
-from job_spec import OFFERS, TEMPFAIL, Job, accelerator_type
+from job_spec import OFFERS, TEMPFAIL, Job, accelerator_type, api_hosts
 from jobset import worker_command
 
 from rapid_jax.runtime.errors import InputError
@@ -33,7 +33,7 @@ def task(job: Job, infra: str) -> dict[str, Any]:
         "workdir": ".",
         "num_nodes": 1,
         "resources": resources,
-        "envs": {"RAPID_JOB_HOSTS": str(job.hosts)},
+        "envs": {"RAPID_JOB_HOSTS": str(api_hosts(job.topology))},
         "secrets": {"RAPID_RUN_TOKEN": None},  # given by --secret
         "setup": "bash launch/host_setup.sh tpu cloud longpo\n",
         "run": f"exec {shlex.join(worker_command(job.program))}\n",

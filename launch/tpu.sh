@@ -7,9 +7,9 @@
 #                 what follows -- goes to gcloud
 #   setup NAME    copies the files that git tracks to ~/rapid_jax on every worker and runs launch/host_setup.sh tpu on
 #                 all of them at once; what follows -- are more extras
-#   push [NAME] FROM TO    copies a folder (--file: one file) from here to gs://..., or with NAME from here or gs://... to
+#   push [NAME] FROM TO    copies a folder (--file: one file) from here to gs://...; with NAME from here or gs://... to
 #                 every worker: TO is then a path on the slice, below ~/rapid_jax unless it begins with /
-#   fetch [NAME] FROM TO   the other way: from gs://... to here, or with NAME from worker 0 (--worker I) to here or gs://...
+#   fetch [NAME] FROM TO   the other way: from gs://... to here; with NAME from worker 0 (--worker I) to here or there
 #   run NAME -- PROGRAM ...   starts PROGRAM on every worker, detached, in ~/rapid_jax with .venv/bin on PATH;
 #                 --bucket gs://BUCKET/PATH: the run of longpo, instead of a folder on the slice's disks;
 #                 --restarts N: again when it exits with 75 (it saved, or lost a peer) or is killed, N times;
@@ -282,13 +282,13 @@ check_transfer() { # FROM TO; what is copied is here, in a bucket or on the slic
         push//*/gs://* | fetch//gs://*) ;;
         push//*) fail "push: expected gs://... to copy to, or a slice's name before $1, got '$2'" ;;
         fetch//*) fail "fetch: expected gs://... to copy from, or a slice's name before it, got '$1'" ;;
-        push/slice/*/gs://*) fail "push: expected a path on the slice, got $2 (what is here goes there without a name)" ;;
-        fetch/slice/gs://*) fail "fetch: expected a path on the slice, got $1 (it comes here without a name)" ;;
+        push/slice/*/gs://*) fail "push: expected a path on the slice, got $2 (which takes no slice's name)" ;;
+        fetch/slice/gs://*) fail "fetch: expected a path on the slice, got $1 (which takes no slice's name)" ;;
     esac
     [[ $1 != gs://* || $2 != gs://* ]] || fail "$VERB: expected one place in a bucket, got two"
     [[ -z ${OPTION[file]:-} ]] || kind='a file' test=-f
     [[ $kind == 'a file' || -z $NAME || $1$2 == *gs://* || ${1##*/} == "${2##*/}" ]] ||
-        fail "$VERB: expected folders of one name, got '${1##*/}' and '${2##*/}' (a bucket between them takes any)"
+        fail "$VERB: expected folders of one name, got '${1##*/}' and '${2##*/}' (a bucket takes any)"
     [[ $VERB == fetch || $1 == gs://* ]] || dry || test "$test" "$1" || fail "push: expected $kind here, got $1"
 }
 

@@ -195,6 +195,8 @@ def test_every_slice_has_a_jobset_of_its_hosts(printed, topology: str):
 def test_every_slice_of_the_cloud_tpu_api_is_the_one_that_tpu_sh_makes(printed, topology: str):
     task = yaml.safe_load(printed("sky", "demo", "--topology", topology, *RUN))
     assert not list(faults(task, SKY)) and task["resources"]["use_spot"] is False
+    hosts = {"v5e:2x4": 1, "v6e:2x4": 1}.get(topology, hosts_of(topology))  # v5litepod-8 and v6e-8 are one VM each
+    assert task["envs"] == {"RAPID_JOB_HOSTS": str(hosts)}
     command = ["bash", LAUNCH / "tpu.sh", "create", "demo", "--dry-run", "--topology", topology]
     create = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     accelerator = task["resources"]["accelerators"].removeprefix("tpu-")
@@ -212,6 +214,12 @@ def test_words_reach_the_program_as_they_are(printed):
     command = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
     assert [word.replace("$$(", "$(") for word in command[2:]] == words and "$$(RAPID" in command[5]
     assert "volumes" not in str(jobset)  # no config, nothing to mount
+
+
+def test_a_config_of_several_rounds_gets_them_all(printed):
+    rounds = ["--set", "rounds=[train.epochs=1, train.epochs=2]"]
+    assert "job_worker.sh longpo rounds --config" in printed("sky", *SHORT, *RUN, *rounds)
+    assert "job_worker.sh longpo round --config" in printed("sky", *SHORT, *RUN)
 
 
 # ---- what is refused
@@ -233,6 +241,8 @@ def test_words_reach_the_program_as_they_are(printed):
         (["sky", *SHORT, *RUN, "--config", str(ROOT / "LICENSE")], "--config: expected a YAML file of settings"),
         (["sky", *SHORT, *RUN[:4], *CORPUS], "model.source: expected a place in a bucket, got models/Mistral-7B"),
         (["sky", *SHORT, *RUN[:4], *MODEL], "corpus.sources: expected a place in a bucket, got corpora/book; mend it"),
+        (["sky", *SHORT, *RUN, "--set", "model.source: x"], "--set: expected KEY=VALUE, with a value as YAML has it"),
+        (["sky", *SHORT, *RUN, "--set", "rounds=[a"], "--set: expected KEY=VALUE, with a value as YAML has it, got"),
         (["sky", *SHORT, *RUN, "--submit", "--dry-run"], "expected --dry-run or --submit, got both"),
         (["gke", *SHORT, *IMAGE, *RUN, "--grace", "-1"], "--grace: expected 0 or more, got -1"),
         (["gke", *SHORT, *IMAGE, *RUN, "--restarts", "many"], "argument --restarts: invalid int value: 'many'"),
@@ -285,9 +295,10 @@ done
 CURL = r"""#!/usr/bin/env bash
 [[ -n ${HOST:-} ]] || exit 6
 case "${!#}" in
-    */agent-worker-number) printf '%s' "$HOST" ;;
+    */worker-id) [[ -n ${MIG:-} ]] && printf '%s' "$HOST" ;;
+    */agent-worker-number) [[ -z ${MIG:-} ]] && printf '%s' "$HOST" ;;
     */worker-network-endpoints)
-        for ((i = 0; i < HOSTS; i++)); do words+=("unknown:unknown:10.0.0.$i"); done
+        for ((i = 0; i < HOSTS; i++)); do words+=("${MIG:-unknown:unknown:10.0.0.}$i"); done
         IFS=,
         printf '%s' "${words[*]}"
         ;;
@@ -408,6 +419,7 @@ def test_a_process_knows_its_peers_as_libtpu_does(cloud: Cloud):
     pods = {"TPU_WORKER_HOSTNAMES": "a-0.a,a-1.a", "TPU_WORKER_ID": "1", "MEGASCALE_NUM_SLICES": "3"}
     assert worker(cloud, *PROBE, RAPID_JOB_HOSTS="2", **pods).stdout == f"a-0.a:8476,2,1,,{ROOT}\n"
     assert worker(cloud, *PROBE, HOST="2", HOSTS="3").stdout == f"10.0.0.0:8476,3,2,,{ROOT}\n"
+    assert worker(cloud, *PROBE, HOST="2", HOSTS="3", MIG="vm-").stdout == f"vm-0:8476,3,2,,{ROOT}\n"
     left_over = {"JAX_COORDINATOR_ADDRESS": "old:1", "JAX_NUM_PROCESSES": "9", "JAX_PROCESS_ID": "8"}
     assert worker(cloud, *PROBE, RAPID_JOB_HOSTS="1", **left_over).stdout == f",,,,{ROOT}\n"
     assert worker(cloud, "exit 7").returncode == 2  # no metadata, no pods

@@ -18,7 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
+try:
+    import yaml
+except ImportError:
+    print("job: expected PyYAML in this Python, got none: pip install pyyaml", file=sys.stderr)
+    sys.exit(2)
 from job_spec import ROOT, Job, check_places, checked_bucket, checked_name, checked_topology, program_of, read_config
 from jobset import Cluster, manifest
 from sky_task import task

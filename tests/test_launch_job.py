@@ -79,6 +79,15 @@ def test_the_command_runs_as_a_program():
     assert "exec bash launch/job_worker.sh rapid bench\n" in done.stdout
 
 
+def test_a_python_without_pyyaml_is_told_in_one_line(tmp_path: Path):
+    (tmp_path / "yaml.py").write_text("raise ImportError('none')\n")
+    command = [sys.executable, LAUNCH / "job.py", "sky", *SHORT]
+    environment = {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "job: expected PyYAML in this Python, got none: pip install pyyaml\n"
+
+
 # ---- what the engines take
 
 

@@ -78,6 +78,8 @@ def commands(folder: Path) -> list[str]:
     command = [shutil.which("bash") or "bash", "-c", script]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert subprocess.run(["bash", "-n", folder / "start.sh"], check=True, capture_output=True).stderr == b""
+    assert "RAPID_RUN_TOKEN=00112233445566778899aabbccddeeff " in (folder / "start.sh").read_text()
     return (folder / "calls").read_text().replace(str(folder), "HOME").splitlines()
 
 

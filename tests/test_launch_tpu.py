@@ -726,6 +726,43 @@ def test_exit_status_75_starts_again_and_no_other_does(make_slice: Callable[...,
     assert all(log.count("starts:") == 1 for log in demo.ended())
 
 
+# Goes on from the bucket; stands still after every second step until its host is taken, the first two times.
+RESUMED = """
+while true; do
+    mapfile -t lines <"$FAKE/journal"
+    done=${#lines[@]}
+    ((done < 6)) || exit 0
+    if ((JAX_PROCESS_ID == 0)) && [[ $done == [0135] || -e $FAKE/taken-$((done / 2)) ]]; then
+        echo "step $((done + 1))" >>"$FAKE/journal"
+    fi
+    /bin/sleep 0.05
+done
+"""
+
+
+def test_a_slice_by_hand_that_is_preempted_is_made_again_and_goes_on(make_slice: Callable[..., Slice]):
+    demo = make_slice(2)
+    journal = demo.root / "journal"
+    journal.touch()
+    for preempted in (1, 2):
+        demo.set_up().run("--", "bash", "-c", RESUMED)
+        wait_until(lambda preempted=preempted: len(journal.read_text().splitlines()) == 2 * preempted)
+        demo.kill()
+        for home in demo.homes:
+            shutil.rmtree(home)
+        (demo.root / "state").write_text("PREEMPTED\n")
+        one_line(demo.tpu("run", "demo", "--", "probe"), "run: expected demo in state READY, got PREEMPTED")
+        (demo.root / f"taken-{preempted}").touch()
+        (demo.root / "state").write_text("READY\n")  # delete and create
+        for home in demo.homes:
+            home.mkdir()
+        done = demo.tpu("run", "demo", "--", "probe")
+        assert done.returncode == 2 and "expected idle on every worker, got: worker 0 bare" in done.stderr
+    demo.set_up().run("--", "bash", "-c", RESUMED)
+    assert all("ended with exit status 0" in log for log in demo.ended())
+    assert journal.read_text().splitlines() == [f"step {step}" for step in range(1, 7)]
+
+
 def test_stop_is_not_answered_by_a_restart(make_slice: Callable[..., Slice]):
     demo = make_slice(1).set_up()
     demo.run("--restarts", "9", "--", "bash", "-c", "trap 'exit 75' TERM; echo ready; while :; do sleep 1; done")

@@ -7,7 +7,11 @@
 #                 what follows -- goes to gcloud
 #   setup NAME    copies the files that git tracks to ~/rapid_jax on every worker and runs launch/host_setup.sh tpu on
 #                 all of them at once; what follows -- are more extras
+#   push [NAME] FROM TO    copies a folder (--file: one file) from here to gs://...; with NAME from here or gs://... to
+#                 every worker: TO is then a path on the slice, below ~/rapid_jax unless it begins with /
+#   fetch [NAME] FROM TO   the other way: from gs://... to here; with NAME from worker 0 (--worker I) to here or there
 #   run NAME -- PROGRAM ...   starts PROGRAM on every worker, detached, in ~/rapid_jax with .venv/bin on PATH;
+#                 --bucket gs://BUCKET/PATH: the run of longpo, instead of a folder on the slice's disks;
 #                 --restarts N: again when it exits with 75 (it saved, or lost a peer) or is killed, N times;
 #                 --coordinator HOST:PORT, or :PORT (default: worker 0, port 8476)
 #   tail NAME     follows the last run's log of every worker; --lines N (20), --no-follow, --worker I
@@ -29,13 +33,16 @@ SHAPES_3D="2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x16 8x16x16 16x16x
 declare -A OPTIONS=(
     [create]="accelerator-type= topology= runtime-version= spot queued valid-until-duration= no-wait"
     [setup]="internal-ip"
-    [run]="restarts= coordinator= internal-ip"
+    [push]="file internal-ip"
+    [fetch]="file worker= internal-ip"
+    [run]="bucket= restarts= coordinator= internal-ip"
     [tail]="lines= no-follow worker= internal-ip"
     [stop]="grace= internal-ip"
     [delete]="queued yes"
 )
 VERB='' NAME=''
 declare -A OPTION=() # what was given: OPTION[zone]=us-east5-a, OPTION[spot]=yes
+NAMES=()             # what stood between: a slice's name, or what push and fetch copy
 REST=()              # what followed --
 WORKERS=()           # internal addresses, in the order of the workers' numbers
 ANSWER=()            # what each worker said last, by number
@@ -65,7 +72,7 @@ read_arguments() {
     local allowed name names
     VERB=${1:-}
     [[ -n ${OPTIONS[${VERB:-none}]:-} ]] ||
-        fail "expected a command create, setup, run, tail, stop or delete, got '$VERB'"
+        fail "expected a command create, setup, push, fetch, run, tail, stop or delete, got '$VERB'"
     shift
     allowed=" ${OPTIONS[$VERB]} zone= project= dry-run "
     while (($#)); do
@@ -85,14 +92,29 @@ read_arguments() {
         elif [[ $1 == -* ]]; then
             read -ra names <<<"$allowed"
             fail "$VERB: expected an option out of ${names[*]/#/--}, got '$1'"
-        elif [[ -n $NAME ]]; then
-            fail "$VERB: expected one name, got '$NAME' and '$1' (a program comes after --)"
         else
-            NAME=$1
+            NAMES+=("$1")
         fi
         shift
     done
-    [[ $NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
+    check_names
+}
+
+check_names() { # sets NAME and REMOTE; leaves FROM and TO of push and fetch in NAMES
+    if [[ $VERB == push || $VERB == fetch ]]; then
+        ((${#NAMES[@]} == 2 || ${#NAMES[@]} == 3)) ||
+            fail "$VERB: expected FROM TO, or a slice's name before them, got ${#NAMES[@]} words"
+        [[ $VERB == push ]] || OPTION[worker]=$(whole_number worker 0)
+        if ((${#NAMES[@]} == 3)); then
+            NAME=${NAMES[0]}
+            NAMES=("${NAMES[@]:1}")
+        fi
+    else
+        ((${#NAMES[@]} < 2)) ||
+            fail "$VERB: expected one name, got '${NAMES[0]}' and '${NAMES[1]}' (a program comes after --)"
+        NAME=${NAMES[0]:-}
+    fi
+    [[ -z $NAME && ($VERB == push || $VERB == fetch) || $NAME =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ ]] ||
         fail "$VERB: expected a slice's name of lower-case letters, digits and hyphens, got '$NAME'"
     [[ $VERB == create || $VERB == setup || $VERB == run || ${#REST[@]} == 0 ]] ||
         fail "$VERB: expected nothing after --, got '${REST[*]}'"
@@ -238,6 +260,63 @@ wait_for_queue() { # the request stays in the queue when this is interrupted
     done
 }
 
+storage() { # gcloud storage cp or rsync from $1 to $2, here
+    local command=("${COPY[@]}" "$1" "$2")
+    if dry; then printf '%s\n' "$(quoted "${command[@]}")"; else "${command[@]}" </dev/null; fi
+}
+
+on_slice() { # a path as the workers' shell, which starts in the home folder, has it
+    if [[ $1 == /* ]]; then printf '%s' "$1"; else printf 'rapid_jax/%s' "$1"; fi
+}
+
+scp_slice() { # FROM TO PARENT: scp puts a folder into an existing one; into its parent it comes as itself, again too
+    local from=$1 to=$2 recurse=()
+    [[ -n ${OPTION[file]:-} ]] || to=$3 recurse=(--recurse)
+    cloud tpu-vm scp "$from" "$to" "${recurse[@]}" "${REMOTE[@]}"
+}
+
+check_transfer() { # FROM TO; what is copied is here, in a bucket or on the slice $NAME
+    local kind='a folder' test=-d
+    case $VERB/${NAME:+slice}/$1/$2 in
+        push//gs://*) fail "push: expected a folder here, got $1 (fetch copies from a bucket to here)" ;;
+        push//*/gs://* | fetch//gs://*) ;;
+        push//*) fail "push: expected gs://... to copy to, or a slice's name before $1, got '$2'" ;;
+        fetch//*) fail "fetch: expected gs://... to copy from, or a slice's name before it, got '$1'" ;;
+        push/slice/*/gs://*) fail "push: expected a path on the slice, got $2 (which takes no slice's name)" ;;
+        fetch/slice/gs://*) fail "fetch: expected a path on the slice, got $1 (which takes no slice's name)" ;;
+    esac
+    [[ $1 != gs://* || $2 != gs://* ]] || fail "$VERB: expected one place in a bucket, got two"
+    [[ -z ${OPTION[file]:-} ]] || kind='a file' test=-f
+    [[ $kind == 'a file' || -z $NAME || $1$2 == *gs://* || ${1##*/} == "${2##*/}" ]] ||
+        fail "$VERB: expected folders of one name, got '${1##*/}' and '${2##*/}' (a bucket takes any)"
+    [[ $VERB == fetch || $1 == gs://* ]] || dry || test "$test" "$1" || fail "push: expected $kind here, got $1"
+}
+
+transfer() { # push and fetch
+    local from=${NAMES[0]%/} to=${NAMES[1]%/} path folder COPY=(gcloud storage rsync --recursive)
+    check_transfer "$from" "$to"
+    [[ -z ${OPTION[file]:-} ]] || COPY=(gcloud storage cp)
+    if [[ $VERB == push ]]; then path=$(on_slice "$to"); else path=$(on_slice "$from"); fi
+    folder=${path%/*} # of what is copied, on the slice or, for fetch, here
+    case $VERB/${NAME:+slice}/$from/$to in
+        push//*) storage "$from" "$to" ;;
+        push/slice/gs://*)
+            [[ -n ${OPTION[file]:-} ]] || folder=$path # rsync wants the folder itself
+            on_workers "mkdir -p $(quoted "$folder") && $(quoted "${COPY[@]}" "$from" "$path")"
+            ;;
+        push/slice/*)
+            on_workers "mkdir -p $(quoted "$folder")" && scp_slice "$from" "$NAME:$path" "$NAME:$folder/"
+            ;;
+        fetch/slice/*/gs://*) on_workers "$(quoted "${COPY[@]}" "$path" "$to")" ;;
+        fetch/*)
+            folder=$(dirname "$to")
+            [[ -n $NAME || -n ${OPTION[file]:-} ]] || folder=$to
+            dry || mkdir -p "$folder" || return 1
+            if [[ -n $NAME ]]; then scp_slice "$NAME:$path" "$to" "$folder/"; else storage "$from" "$to"; fi
+            ;;
+    esac || fail "$VERB: the copy failed: see the message above"
+}
+
 setup_slice() {
     local changed untracked
     find_workers
@@ -264,9 +343,21 @@ setup_slice() {
     dry || say "$NAME is ready: ${#WORKERS[@]} workers"
 }
 
+add_bucket() { # what longpo writes goes to the bucket: a slice's hosts share no disk, and a preempted one loses its own
+    local bucket=${OPTION[bucket]%/} program="${REST[0]} ${REST[1]:-}"
+    [[ $bucket =~ ^gs://[a-z0-9][a-z0-9._-]+[a-z0-9](/[^[:space:]]*)?$ ]] ||
+        fail "run: expected --bucket gs://BUCKET/PATH, got '$bucket'"
+    case $program in
+        "longpo "pairs | "longpo "reference | "longpo "train | "longpo "export | "longpo "round | "longpo "rounds) ;;
+        *) fail "run: --bucket is the run of longpo pairs, reference, train, export, round or rounds, got '$program'" ;;
+    esac
+    REST+=(--set "run=$bucket")
+}
+
 run_program() {
     local restarts run problem workers token coordinator=${OPTION[coordinator]:-:$PORT}
     ((${#REST[@]})) || fail "run: expected a program after --, got none"
+    [[ -z ${OPTION[bucket]:-} ]] || add_bucket
     restarts=$(whole_number restarts 0)
     [[ $coordinator =~ ^[^:]*:[0-9]{1,5}$ ]] ||
         fail "run: expected --coordinator HOST:PORT or :PORT, got '$coordinator'"
@@ -334,6 +425,7 @@ main() {
     case $VERB in
         create) create_slice ;;
         setup) setup_slice ;;
+        push | fetch) transfer ;;
         run) run_program ;;
         tail) tail_logs ;;
         stop) stop_run ;;

@@ -32,6 +32,17 @@ for argument in "$@"; do
         --worker=*) worker=${argument#*=} ;;
     esac
 done
+if [[ $1 == storage ]]; then # the bucket is a folder; rsync has the folder that it copies into
+    from=${*: -2:1} to=${*: -1}
+    [[ ! -e $FAKE/unreachable ]] || { echo "storage: 403" >&2; exit 1; }
+    from=${from/#gs:\/\//$FAKE/bucket/} to=${to/#gs:\/\//$FAKE/bucket/}
+    [[ $to != "$FAKE/bucket/"* ]] || mkdir -p "$(dirname "$to")"
+    if [[ $2 == rsync ]]; then
+        [[ $to != "$FAKE/bucket/"* ]] || mkdir -p "$to"
+        exec cp -r "$from/." "$to"
+    fi
+    exec cp "$from" "$to"
+fi
 case "$3 $4 $*" in
     "tpu-vm describe "*queuedResource*) cat "$FAKE/owner" ;;
     "tpu-vm describe "*) printf '%s\t%s\n' "$(cat "$FAKE/state")" "$(paste -sd ';' "$FAKE/addresses")" ;;
@@ -39,7 +50,17 @@ case "$3 $4 $*" in
         head -n 1 "$FAKE/states"
         sed -i 1d "$FAKE/states"
         ;;
-    "tpu-vm scp "*) for home in "$FAKE"/worker-*; do cp "$5" "$home/${6#*:}"; done ;;
+    "tpu-vm scp "*)
+        options=()
+        [[ " $* " != *" --recurse "* ]] || options=(-r)
+        for home in "$FAKE"/worker-*; do
+            [[ $worker == all || $home == */worker-$worker ]] || continue
+            from=$5 to=$6
+            [[ $from != *:* ]] || from=$home/${from#*:}
+            [[ $to != *:* ]] || to=$home/${to#*:}
+            cp "${options[@]}" "$from" "$to" || exit 1
+        done
+        ;;
     "tpu-vm ssh "*)
         number=0
         while read -r address; do
@@ -266,6 +287,52 @@ START = f"RAPID_RUN_TOKEN=TOKEN {WORKER} start"
                 f"{SSH} '--command={START} ADDRESS_0,ADDRESS_1 ADDRESS_0:9000 RUN 3 rapid'",
             ],
         ),
+        (
+            ["run", "demo", "--bucket=gs://mine/run/", "--", "longpo", "rounds", "--config", "a.yaml"],
+            [
+                DESCRIBE,
+                STATE,
+                f"{SSH} '--command={START} ADDRESS_0,ADDRESS_1 ADDRESS_0:8476 RUN 0"
+                " longpo rounds --config a.yaml --set run=gs://mine/run'",
+            ],
+        ),
+        (["push", "models/M", "gs://mine/models/M"], ["gcloud storage rsync --recursive models/M gs://mine/models/M"]),
+        (["push", "--file", "a.jsonl", "gs://mine/a.jsonl"], ["gcloud storage cp a.jsonl gs://mine/a.jsonl"]),
+        (["fetch", "gs://mine/run/", "out/run"], ["gcloud storage rsync --recursive gs://mine/run out/run"]),
+        (
+            ["push", "demo", "gs://mine/models/M", "models/M", *WHERE],
+            [
+                f"{SSH} '--command=mkdir -p rapid_jax/models/M"
+                " && gcloud storage rsync --recursive gs://mine/models/M rapid_jax/models/M'"
+                " --zone=us-east5-a --project=mine"
+            ],
+        ),
+        (
+            ["push", "demo", "--file", "gs://mine/our file", "/mnt/file"],
+            [f"{SSH} '--command=mkdir -p /mnt && gcloud storage cp '\\''gs://mine/our file'\\'' /mnt/file'"],
+        ),
+        (
+            ["push", "demo", "corpora/book", "corpora/book"],
+            [
+                f"{SSH} '--command=mkdir -p rapid_jax/corpora'",
+                "gcloud compute tpus tpu-vm scp corpora/book demo:rapid_jax/corpora/ --recurse --worker=all",
+            ],
+        ),
+        (
+            ["push", "demo", "--file", "a.yaml", "b.yaml", "--internal-ip"],
+            [
+                f"{SSH.replace('--ssh-flag', '--internal-ip --ssh-flag')} '--command=mkdir -p rapid_jax'",
+                "gcloud compute tpus tpu-vm scp a.yaml demo:rapid_jax/b.yaml --worker=all --internal-ip",
+            ],
+        ),
+        (
+            ["fetch", "demo", "runs/x", "runs/x"],
+            ["gcloud compute tpus tpu-vm scp demo:rapid_jax/runs/x runs/ --recurse --worker=0"],
+        ),
+        (
+            ["fetch", "demo", "--worker", "1", "runs/x", "gs://mine/x"],
+            [f"{SSH.replace('all', '1')} '--command=gcloud storage rsync --recursive rapid_jax/runs/x gs://mine/x'"],
+        ),
         (["tail", "demo"], [f"{SSH} '--command={WORKER} tail 20 follow'"]),
         (
             ["tail", "demo", "--lines=5", "--no-follow", "--worker", "1"],
@@ -304,8 +371,8 @@ def test_a_topology_gives_the_accelerator_type(plain: Script, topology: str, acc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "expected a command create, setup, run, tail, stop or delete, got ''"),
-        (["start", "demo"], "expected a command create, setup, run, tail, stop or delete, got 'start'"),
+        ([], "expected a command create, setup, push, fetch, run, tail, stop or delete, got ''"),
+        (["start", "demo"], "expected a command create, setup, push, fetch, run, tail, stop or delete, got 'start'"),
         (["setup"], "setup: expected a slice's name of lower-case letters, digits and hyphens, got ''"),
         (["setup", "My Slice"], "digits and hyphens, got 'My Slice'"),
         (["run", "demo"], "run: expected a program after --, got none"),
@@ -314,7 +381,7 @@ def test_a_topology_gives_the_accelerator_type(plain: Script, topology: str, acc
         (["run", "demo", "--coordinator=8476", "--", "x"], "expected --coordinator HOST:PORT or :PORT, got '8476'"),
         (
             ["run", "demo", "--spot", "--", "x"],
-            "run: expected an option out of --restarts= --coordinator= --internal-ip --zone= --project= --dry-run, got",
+            "run: expected an option out of --bucket= --restarts= --coordinator= --internal-ip --zone= --project= ",
         ),
         (["run", "demo", "--zone"], "run: expected a value after --zone, got none"),
         (["create", "demo"], "create: expected either --accelerator-type or --topology"),
@@ -330,6 +397,23 @@ def test_a_topology_gives_the_accelerator_type(plain: Script, topology: str, acc
         (["create", "demo", "--topology", "v5p:2x2x16"], "expected a v5p shape among 2x2x1 2x2x2 2x2x4"),
         (["create", "demo", "--accelerator-type", "v9-8"], "create: expected --runtime-version for 'v9-8'"),
         (["create", "demo", "--accelerator-type", "v6e-8", "--no-wait"], "create: expected --queued with"),
+        (["run", "demo", "--bucket", "s3://b", "--", "longpo", "round"], "--bucket gs://BUCKET/PATH, got 's3://b'"),
+        (
+            ["run", "demo", "--bucket=gs://mine/x", "--", "rapid", "answer"],
+            "run: --bucket is the run of longpo pairs, reference, train, export, round or rounds, got 'rapid answer'",
+        ),
+        (["push", "a", "b"], "push: expected gs://... to copy to, or a slice's name before a, got 'b'"),
+        (["push", "gs://mine/a", "b"], "push: expected a folder here, got gs://mine/a (fetch copies from a bucket"),
+        (["push", "demo", "a", "gs://mine/b"], "push: expected a path on the slice, got gs://mine/b (which takes"),
+        (["push", "demo", "gs://mine/a", "gs://mine/b"], "push: expected a path on the slice, got gs://mine/b"),
+        (["push", "gs://mine/a", "gs://mine/b"], "push: expected a folder here, got gs://mine/a"),
+        (["push", "a"], "push: expected FROM TO, or a slice's name before them, got 1 words"),
+        (["push", "My Slice", "a", "b"], "digits and hyphens, got 'My Slice'"),
+        (["push", "demo", "a", "b"], "push: expected folders of one name, got 'a' and 'b' (a bucket takes any)"),
+        (["fetch", "a", "b"], "fetch: expected gs://... to copy from, or a slice's name before it, got 'a'"),
+        (["fetch", "demo", "gs://mine/a", "b"], "fetch: expected a path on the slice, got gs://mine/a (which takes"),
+        (["fetch", "gs://mine/a", "gs://mine/b"], "fetch: expected one place in a bucket, got two"),
+        (["fetch", "demo", "a", "a", "--worker", "x"], "fetch: expected a whole number for --worker, got 'x'"),
         (["tail", "demo", "--lines", "-1"], "tail: expected a whole number for --lines, got '-1'"),
         (["stop", "demo", "--", "x"], "stop: expected nothing after --, got 'x'"),
     ],
@@ -414,6 +498,51 @@ def test_setup_says_which_host_failed(make_slice: Callable[..., Slice]):
     assert done.returncode == 2 and done.stderr.splitlines()[-1] == expected
     done = demo.tpu("run", "demo", "--", "probe")
     assert done.returncode == 2 and "expected idle on every worker, got: worker 2 bare" in done.stderr
+
+
+# ---- push and fetch
+
+
+def test_folders_go_to_every_worker_and_come_back(make_slice: Callable[..., Slice]):
+    demo = make_slice()
+    model = demo.root / "here" / "models" / "M"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text("one")
+    for _ in range(2):  # again is no other thing
+        done = demo.tpu("push", "demo", str(model), "models/M")
+        assert (done.returncode, done.stderr) == (0, "")
+        for home in demo.homes:
+            assert [path.name for path in (home / "rapid_jax" / "models" / "M").iterdir()] == ["config.json"]
+    (demo.homes[0] / "rapid_jax" / "models" / "M" / "config.json").write_text("two")
+    for _ in range(2):
+        assert demo.tpu("fetch", "demo", "models/M", str(demo.root / "back" / "M")).returncode == 0
+    assert [path.read_text() for path in (demo.root / "back").rglob("*.json")] == ["two"]
+    assert demo.tpu("fetch", "demo", "models/M", "gs://mine/M").returncode == 0
+    assert (demo.root / "bucket" / "mine" / "M" / "config.json").read_text() == "two"
+    assert demo.tpu("push", "demo", "gs://mine/M", "other/N").returncode == 0
+    assert [(home / "rapid_jax" / "other" / "N" / "config.json").read_text() for home in demo.homes] == ["two"] * 3
+
+
+def test_a_bucket_is_filled_from_here_and_read_from_here(make_slice: Callable[..., Slice]):
+    demo = make_slice(0)
+    corpus = demo.root / "corpus"
+    corpus.mkdir()
+    (corpus / "a.txt").write_text("text")
+    assert demo.tpu("push", str(corpus), "gs://mine/corpora/book").returncode == 0
+    assert demo.tpu("push", "--file", str(corpus / "a.txt"), "gs://mine/one.txt").returncode == 0
+    assert demo.tpu("fetch", "gs://mine/corpora/book", str(demo.root / "new" / "book")).returncode == 0
+    assert demo.tpu("fetch", "--file", "gs://mine/one.txt", str(demo.root / "files" / "b.txt")).returncode == 0
+    assert (demo.root / "new" / "book" / "a.txt").read_text() == (demo.root / "files" / "b.txt").read_text() == "text"
+    before = len(demo.calls())
+    one_line(demo.tpu("push", str(demo.root / "absent"), "gs://mine/x"), "push: expected a folder here, got ")
+    one_line(demo.tpu("push", "--file", str(corpus), "gs://mine/x"), "push: expected a file here, got ")
+    assert len(demo.calls()) == before
+    (demo.root / "unreachable").touch()
+    done = demo.tpu("push", str(corpus), "gs://mine/corpora/book")
+    assert (done.returncode, done.stderr.splitlines()) == (
+        2,
+        ["storage: 403", "tpu: push: the copy failed: see the message above"],
+    )
 
 
 # ---- every host is there before anything starts
@@ -595,6 +724,43 @@ def test_exit_status_75_starts_again_and_no_other_does(make_slice: Callable[...,
         assert log.count("ended with exit status 75") == 2 and "no restart: 1 of 1 are used" in log
     demo.run("--", "bash", "-c", "exit 75")
     assert all(log.count("starts:") == 1 for log in demo.ended())
+
+
+# Goes on from the bucket; stands still after every second step until its host is taken, the first two times.
+RESUMED = """
+while true; do
+    mapfile -t lines <"$FAKE/journal"
+    done=${#lines[@]}
+    ((done < 6)) || exit 0
+    if ((JAX_PROCESS_ID == 0)) && [[ $done == [0135] || -e $FAKE/taken-$((done / 2)) ]]; then
+        echo "step $((done + 1))" >>"$FAKE/journal"
+    fi
+    /bin/sleep 0.05
+done
+"""
+
+
+def test_a_slice_by_hand_that_is_preempted_is_made_again_and_goes_on(make_slice: Callable[..., Slice]):
+    demo = make_slice(2)
+    journal = demo.root / "journal"
+    journal.touch()
+    for preempted in (1, 2):
+        demo.set_up().run("--", "bash", "-c", RESUMED)
+        wait_until(lambda preempted=preempted: len(journal.read_text().splitlines()) == 2 * preempted)
+        demo.kill()
+        for home in demo.homes:
+            shutil.rmtree(home)
+        (demo.root / "state").write_text("PREEMPTED\n")
+        one_line(demo.tpu("run", "demo", "--", "probe"), "run: expected demo in state READY, got PREEMPTED")
+        (demo.root / f"taken-{preempted}").touch()
+        (demo.root / "state").write_text("READY\n")  # delete and create
+        for home in demo.homes:
+            home.mkdir()
+        done = demo.tpu("run", "demo", "--", "probe")
+        assert done.returncode == 2 and "expected idle on every worker, got: worker 0 bare" in done.stderr
+    demo.set_up().run("--", "bash", "-c", RESUMED)
+    assert all("ended with exit status 0" in log for log in demo.ended())
+    assert journal.read_text().splitlines() == [f"step {step}" for step in range(1, 7)]
 
 
 def test_stop_is_not_answered_by_a_restart(make_slice: Callable[..., Slice]):

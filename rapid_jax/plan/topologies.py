@@ -51,6 +51,7 @@ class Generation:
     platform: Literal["tpu", "gpu"] = "tpu"  # for gpu there is no compiler without one: programs are counted
 
 
+CHIPS_PER_HOST = 4  # of every slice named here: Google's machine types ...-4t, and libtpu's own split of these shapes
 _TORUS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 _SQUARE = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 # Interconnect: v5e 1,600 Gbit/s over 4 links, v5p 4,800 over 6, v6e 3,584 over 4, tpu7x 9,600 over 6 and 2 devices.
@@ -116,6 +117,11 @@ def chips_of(name: str) -> int:
     """How many chips a topology's name stands for; loads nothing."""
     generation_of(name)
     return math.prod(int(side) for side in name.partition(":")[2].split("x"))
+
+
+def hosts_of(name: str) -> int:
+    """How many hosts, and so processes of a run, a slice of that name has; loads nothing."""
+    return chips_of(name) // CHIPS_PER_HOST
 
 
 def card_of(name: str) -> Topology | None:

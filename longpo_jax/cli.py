@@ -8,7 +8,6 @@ Exit status: 0 done, 2 input that cannot be used (one line says why), 3 a plan t
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from longpo_jax import plan
 from longpo_jax.config import LongPOConfig
@@ -81,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 def config_of(options: argparse.Namespace) -> LongPOConfig:
     """The settings file with --set over it; of several rounds, all have been checked."""
-    config = settings.load(LongPOConfig, Path(options.config), options.set)
+    config = settings.load(LongPOConfig, options.config, options.set)
     if options.command == "rounds":
         rounds_of(config)
     return config

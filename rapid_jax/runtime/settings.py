@@ -11,7 +11,7 @@ what is hinted at where a file still says that name. A file with a base (setting
 import dataclasses
 import difflib
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -57,6 +57,14 @@ def changed(settings: T, overrides: Sequence[str], source: str) -> T:
     return _assemble(type(settings), _tree_of(settings), source, overrides)
 
 
+def replaced(settings: T, values: Mapping[str, Any], source: str) -> T:
+    """`settings` with plain values, "section.key" -> value, put over them; errors name `source`, as `load`'s do."""
+    tree = _tree_of(settings)
+    for name, value in values.items():
+        tree = _put_value(type(settings), tree, name, value, source)
+    return _build(type(settings), tree, source, (), type(settings))
+
+
 def dump(settings: "DataclassInstance") -> str:
     """YAML text with every field of `settings`, which `load` reads back to an equal instance."""
     return strict_yaml.emit(_tree_of(settings))
@@ -86,12 +94,17 @@ def _assemble(cls: type[T], tree: Any, source: str, overrides: Sequence[str]) ->
 
 
 def _override(cls: type, tree: Any, override: str) -> Any:
-    """`tree` with one "section.key=value" put into it, checked on its own so that a mistake names the override."""
+    """`tree` with one "section.key=value" put into it; a mistake names the override."""
     source = f"--set {override}"
     name, equals, text = override.partition("=")
-    keys = tuple(name.split("."))
-    if not equals or not all(keys):
+    if not equals or not all(name.split(".")):
         raise InputError(f"{source}: expected section.key=value")
+    return _put_value(cls, tree, name, strict_yaml.parse(text, source), source)
+
+
+def _put_value(cls: type, tree: Any, name: str, value: Any, source: str) -> Any:
+    """`tree` with the setting of that name put into it, checked on its own."""
+    keys = tuple(name.split("."))
     hint: Any = cls
     for depth, key in enumerate(keys):
         section = _section(hint)
@@ -101,7 +114,6 @@ def _override(cls: type, tree: Any, override: str) -> Any:
         if key not in known:
             raise InputError(_unknown(cls, source, keys[:depth], key, keys[-1]))
         hint = known[key]
-    value = strict_yaml.parse(text, source)
     section = _section(hint)
     if section is not None and not (value is None and _admits_none(hint)):
         raise InputError(f"{source}: {name!r} is a section: set one of its settings ({', '.join(_hints(section))})")

@@ -34,11 +34,12 @@ def read_chain(path: str | AnyPlace) -> list[SettingsFile]:
         if here in seen:
             raise InputError(f"{path}: base: expected files that end in one without a base, got a loop back to {place}")
         seen.append(here)
-        tree = strict_yaml.parse(_text_of(place, chain), str(place))
+        by = f" (the base of {chain[-1].source}, looked for beside it)" if chain else ""
+        tree = strict_yaml.parse(text_of(place, by), str(place))
         if not isinstance(tree, dict) or BASE not in tree:
             return [*chain, SettingsFile(str(place), tree)]
         chain.append(SettingsFile(str(place), {key: value for key, value in tree.items() if key != BASE}))
-        place = _base_of(place, tree[BASE])
+        place = base_of(place, tree[BASE])
 
 
 def merged(chain: list[SettingsFile]) -> Any:
@@ -56,7 +57,8 @@ def _over(below: Any, above: Any) -> Any:
     return below | {key: _over(below[key], value) if key in below else value for key, value in above.items()}
 
 
-def _base_of(place: AnyPlace, name: Any) -> AnyPlace:
+def base_of(place: AnyPlace, name: Any) -> AnyPlace:
+    """The file that the file at `place` names as its base."""
     if not isinstance(name, str) or not name:
         raise InputError(f"{place}: {BASE}: expected the name of a settings file, got {name!r}")
     what = f"{place}: {BASE}"
@@ -71,8 +73,8 @@ def _identity(place: AnyPlace) -> str:
     return str(place.resolve() if isinstance(place, Path) else place)
 
 
-def _text_of(place: AnyPlace, chain: list[SettingsFile]) -> str:
-    by = f" (the base of {chain[-1].source}, looked for beside it)" if chain else ""
+def text_of(place: AnyPlace, by: str = "") -> str:
+    """The text of a file of settings. Raises InputError, which ends in `by`, where it cannot be read."""
     try:
         return place.read_bytes().decode("utf-8")
     except OSError as error:

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands as processes of their own: several at once, each on its devices, in an order; none outlives its starter."""
+
+import contextlib
+import ctypes
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from rapid_jax.runtime.command_line import say
+from rapid_jax.runtime.errors import InputError, legible
+
+_PDEATHSIG: Final = 1  # of prctl: the signal that a process gets when the one that started it is gone
+_POLL_S, _GRACE_S = 0.05, 60.0
+AGAIN: Final = 75  # a command that is to be started again ends with this
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command, `words` behind `python -m MODULE`; what it prints goes to `log`."""
+
+    name: str
+    words: tuple[str, ...]
+    log: Path
+    after: tuple[str, ...] = ()  # jobs that have to end well before
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, patience_s: float = 90.0) -> Iterator[int]:
+    """A lock on the folder, which is made; yields its descriptor, for jobs to hold it too.
+
+    What a killed starter has left running is waited for. Raises InputError if another is at work there all the while.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"{folder}: expected a folder to write to, got: {error.strerror}") from error
+    try:
+        until, told = time.monotonic() + patience_s, False
+        while not _locked(held):
+            if not told:
+                say(f"waiting for what is still at work in {folder}")
+                told = True
+            if time.monotonic() > until:
+                raise InputError(f"{folder}: expected no other sweep there, got one that is at work")
+            time.sleep(0.2)
+        yield held
+    finally:
+        os.close(held)
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    module: str,
+    shares: Sequence[Mapping[str, str]],
+    held: int,
+    tell: Callable[[Job, str], None],
+) -> dict[str, str]:
+    """Runs all of them, at most one a share, whose environment it gets; job -> why it failed, "" if it did not.
+
+    A job whose predecessor failed is not run. When one asks to be started again (75) no further one starts, and the
+    same is raised as SystemExit once the others have ended; a signal ends them all first.
+    """
+    free, running, failed, waiting = list(range(len(shares))), {}, {}, list(jobs)
+    known, ending = {job.name for job in jobs}, False  # what is no job is done
+    with _ended_with_us() as started:
+        while running or (waiting and not ending):
+            for job in list(waiting):
+                lost = [name for name in job.after if failed.get(name)]
+                if lost:
+                    failed[job.name] = f"not run, {lost[0]} failed"
+                    waiting.remove(job)
+                elif free and not ending and all(failed.get(name) == "" for name in job.after if name in known):
+                    share = free.pop(0)
+                    waiting.remove(job)
+                    running[job.name] = job, share, _start(job, module, shares[share], held), time.monotonic()
+                    started.append(running[job.name][2])
+                    tell(job, "begun")
+            time.sleep(_POLL_S)
+            for name, (job, share, process, since) in list(running.items()):
+                if (status := process.poll()) is None:
+                    continue
+                del running[name]
+                free.append(share)
+                failed[name] = "" if status == 0 else f"status {status}: {_last_line(job.log, module)}"
+                ending = ending or status == AGAIN
+                tell(job, failed[name] or f"done in {time.monotonic() - since:.0f} s")
+    if ending:
+        raise SystemExit(AGAIN)
+    return failed
+
+
+def _start(job: Job, module: str, share: Mapping[str, str], held: int) -> subprocess.Popen:
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    libc, parent = ctypes.CDLL(None), os.getpid()
+
+    def follow() -> None:
+        libc.prctl(_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it was gone before the line above
+            os._exit(AGAIN)
+
+    with open(job.log, "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *job.words],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            env=os.environ | share,
+            pass_fds=(held,),
+            preexec_fn=follow,  # the starter has one thread
+        )
+
+
+@contextlib.contextmanager
+def _ended_with_us() -> Iterator[list[subprocess.Popen]]:
+    """The processes in the list get SIGTERM, and at last SIGKILL, when the context is left before they have ended."""
+    started: list[subprocess.Popen] = []
+
+    def end(*_: Any) -> None:
+        raise SystemExit(AGAIN)
+
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, end) if here else None
+    try:
+        yield started
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for process in started:
+            if process.poll() is None:
+                process.terminate()
+        until = time.monotonic() + _GRACE_S
+        for process in started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        if here:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _last_line(log: Path, module: str) -> str:
+    """Without the program's name, as `longpo: `, before it."""
+    lines = log.read_bytes()[-4096:].decode(errors="replace").strip().splitlines()
+    return legible(lines[-1].removeprefix(f"{module.removesuffix('_jax')}: ")) if lines else "it printed nothing"
+
+
+def _locked(held: int) -> bool:
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system that knows no locks
+        pass
+    return True

@@ -34,28 +34,33 @@ class Job:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, patience_s: float = 90.0) -> Iterator[int]:
-    """A lock on the folder, which is made; yields its descriptor, for jobs to hold it too.
+def alone_in(folder: Path) -> Iterator[int]:
+    """A lock on the folder, which is made; yields the descriptor of another, on its logs, for jobs to hold.
 
-    What a killed starter has left running is waited for. Raises InputError if another is at work there all the while.
+    Raises InputError if another starter is at work there. The jobs of one that was killed are ending: they are waited
+    for, an update of training may take minutes.
     """
+    with _opened(folder) as own, _opened(folder / "logs") as held:
+        if not _locked(own):
+            raise InputError(f"{folder}: expected no other sweep there, got one that is at work")
+        if not _locked(held):
+            say(f"waiting for what a sweep that was killed has left at work in {folder}")
+        while not _locked(held):
+            time.sleep(0.2)
+        yield held
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise InputError(f"{folder}: expected a folder to write to, got: {error.strerror}") from error
     try:
-        until, told = time.monotonic() + patience_s, False
-        while not _locked(held):
-            if not told:
-                say(f"waiting for what is still at work in {folder}")
-                told = True
-            if time.monotonic() > until:
-                raise InputError(f"{folder}: expected no other sweep there, got one that is at work")
-            time.sleep(0.2)
-        yield held
+        yield descriptor
     finally:
-        os.close(held)
+        os.close(descriptor)
 
 
 def run_jobs(

@@ -91,13 +91,13 @@ def test_no_job_outlives_its_starter_and_the_folder_is_free_again(tmp_path, how)
     starter, process = started(tmp_path)
     with (
         pytest.raises(InputError, match="expected no other sweep there, got one that is at work"),
-        alone_in(tmp_path, 0),
+        alone_in(tmp_path),
     ):
         pass
     starter.send_signal(how)
     starter.wait(20)
     assert starter.returncode == {signal.SIGTERM: 75, signal.SIGKILL: -9}.get(how, starter.returncode) != 0
-    with alone_in(tmp_path, 20):  # the job held the lock, too
+    with alone_in(tmp_path):  # the job held the lock, too
         assert is_gone(process)
 
 

@@ -69,6 +69,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
         )
+        if name == "export":
+            command.add_argument("--push", metavar="USER/NAME", help="then upload it to the Hugging Face hub")
         command.add_argument("--quiet", action="store_true", help="no progress; warnings still show")
     planned = commands.add_parser("plan", help="what a run needs of a TPU slice, without hardware", allow_abbrev=False)
     planned.set_defaults(run=plan.run)
@@ -113,8 +115,21 @@ def _run(options: argparse.Namespace) -> None:
             run_rounds(config, **told)
         elif options.command == "round":
             run_round(config, local_path(config.run, "run"), **told)
+        elif options.command == "export" and options.push is not None:
+            _push(options.push, config, **told)
         else:
             run_stage(options.command, config, local_path(config.run, "run"), **told)
+
+
+def _push(repository: str, config: LongPOConfig, *, leads: bool, quiet: bool) -> None:
+    """The stage export, and what it made onto the hub, which is asked first."""
+    from longpo_jax.hub import Hub
+
+    hub = Hub(repository) if leads else None
+    folder = local_path(config.run, "run")
+    run_stage("export", config, folder, leads=leads, quiet=quiet)
+    if hub is not None:
+        print(hub.push(folder / "export", f"longpo export, {config.objective.name}"))
 
 
 def _report(options: argparse.Namespace) -> None:

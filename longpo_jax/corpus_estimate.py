@@ -12,7 +12,6 @@ from longpo_jax.documents import read_corpus
 from longpo_jax.sources import File, files_of
 from longpo_jax.texts import texts_of
 from rapid_jax.model.tokenizer import Tokenizer
-from rapid_jax.runtime.errors import InputError
 
 _SMALL: Final = 2 << 20  # bytes of files that are read whole
 _BUDGET_S: Final = 8.0
@@ -21,9 +20,9 @@ _TOGETHER: Final = 500_000  # characters that are counted at once
 
 @dataclass(frozen=True)
 class CorpusEstimate:
-    """Documents in the window of tokens, and the bytes of their text."""
+    """Documents in the window of tokens, None where none was found in a part, and the bytes of their text."""
 
-    documents: int
+    documents: int | None
     bytes: int
     exact: bool
     said: str
@@ -48,13 +47,10 @@ def estimate(config: CorpusConfig, tokenizer: Tokenizer, seed: int) -> CorpusEst
             break
     scale = total / max(seen, 1)
     found = round(counted.documents * scale)
+    said = f"of {len(files):,} files, estimated from {min(1.0, seen / total):.1%} of their bytes"
     if not found:
-        window = f"{config.min_tokens} to {config.max_tokens} tokens (min_tokens, max_tokens)"
-        raise InputError(
-            f"corpus: expected documents of {window}, got none in the {seen / total:.0%} that were looked at"
-        )
+        return CorpusEstimate(None, 0, False, f"none of corpus.min_tokens to max_tokens found; {said}")
     most = found if config.documents is None else min(found, config.documents)
-    said = f"of {len(files):,} files, estimated from {min(1.0, seen / total):.0%} of their bytes"
     return CorpusEstimate(most, round(counted.bytes * scale * most / found), False, said)
 
 

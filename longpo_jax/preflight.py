@@ -171,8 +171,9 @@ def _pairs(config: LongPOConfig, before: str, tokenizer: Any, found: Findings) -
         corpus = found.try_(f"{before}corpus", lambda: estimate(config.corpus, tokenizer, config.seed))
         if corpus is not None:
             text, most, known = corpus.bytes, corpus.documents, "at most: answers that are of no use are dropped"
-            turns = most * config.excerpts.per_document
-            found.add(f"{before}documents", f"{'' if corpus.exact else 'about '}{most:,}", corpus.said)
+            turns = (most or 0) * config.excerpts.per_document
+            count = "not known" if most is None else f"{'' if corpus.exact else 'about '}{most:,}"
+            found.add(f"{before}documents", count, corpus.said)
     if most is None:
         return text
     found.add(f"{before}pairs", f"{most:,} with {turns:,} turns", known)

@@ -2,7 +2,6 @@
 """Commands as processes of their own: several at once, each on its devices, in an order; none outlives its starter."""
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import signal
@@ -18,9 +17,18 @@ from typing import Any, Final
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError, legible
 
-_PDEATHSIG: Final = 1  # of prctl: the signal that a process gets when the one that started it is gone
 _POLL_S, _GRACE_S = 0.05, 60.0
 AGAIN: Final = 75  # a command that is to be started again ends with this
+
+
+# Before it becomes the command, a process asks for SIGTERM (15) once its starter is gone (PR_SET_PDEATHSIG, 1), and
+# ends if that has happened already.
+_FOLLOW: Final = f"""
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)
+os.getppid() == int(sys.argv[1]) or os._exit({AGAIN})
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 @dataclass(frozen=True)
@@ -106,22 +114,14 @@ def run_jobs(
 
 def _start(job: Job, module: str, share: Mapping[str, str], held: int) -> subprocess.Popen:
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    libc, parent = ctypes.CDLL(None), os.getpid()
-
-    def follow() -> None:
-        libc.prctl(_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it was gone before the line above
-            os._exit(AGAIN)
-
     with open(job.log, "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", module, *job.words],
+            [sys.executable, "-c", _FOLLOW, str(os.getpid()), sys.executable, "-m", module, *job.words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             env=os.environ | share,
             pass_fds=(held,),
-            preexec_fn=follow,  # the starter has one thread
         )
 
 

@@ -152,6 +152,8 @@ def test_bad_sweeps_are_one_line(file, capfd):
 def test_three_rates_on_a_tiny_model_killed_and_resumed(file, tmp_path):
     """The real stages but for the pairs, which random weights cannot make."""
     save_decoder(tmp_path / "model")
+    with open(tmp_path / "base.yaml", "a") as base:
+        base.write("objective: {name: sft}\n")  # the smallest program
     command = [sys.executable, "-m", "tests.longpo.sweep_program", "sweep"]
     command.append(file("lists: {optimizer.learning_rate: [1.0e-3, 2.0e-3, 4.0e-3]}"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}

@@ -19,7 +19,7 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.command_line import Place, prepare_jax, say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import default_cache_dir
-from rapid_jax.runtime.storage import local_path
+from rapid_jax.runtime.storage import place_of
 from rapid_jax.runtime.sweep import markdown
 
 WOULD_FAIL = 2
@@ -239,7 +239,10 @@ def _bytes_on_disk(config: LongPOConfig, parameters: int) -> int:
 
 def _places(config: LongPOConfig, space: int, found: Findings) -> None:
     """Whether the folders can be written to, and whether there is room."""
-    folder = local_path(config.run, "run")
+    folder = place_of(config.run, "run")
+    if not isinstance(folder, Path):
+        found.add("folder, run", str(folder), "a bucket: the run asks it when it starts")
+        return
     for name, place in _written(config, folder):
         there = next(path for path in (place, *place.parents) if path.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):

@@ -9,6 +9,7 @@ RUN/sweep.json, .md, .png  the table and the figure, of all points that are done
 
 import argparse
 import json
+import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,6 +89,8 @@ def perform(program: str, sweep: SweepFile, tasks: Sequence[Task], options: argp
                 print(shlex.join((program, *task.words)))
         print(shlex.join((program, "sweep", str(options.sweep))))
         return 0
+    if os.environ.get("JAX_NUM_PROCESSES", "1") != "1":
+        raise InputError("sweep: expected one process, got several: --print has the commands to run on all of them")
     shares = shares_of(options.jobs, each)
     with alone_in(sweep.run) as held:
         left = [task for task in tasks if not task.is_done()]

@@ -9,9 +9,12 @@ import pytest
 
 from rapid_jax.cli import main
 from rapid_jax.config import RapidConfig
+from rapid_jax.evaluate.sweep import _words
 from rapid_jax.runtime import settings, sweep
+from rapid_jax.runtime.sweep_file import read_sweep, settings_of
 from tests.evaluate.test_command import tiny  # noqa: F401 - a fixture
 
+ROOT = Path(__file__).resolve().parents[2]
 RUN = "lists: {speculation.eta: [0.0, 10.0]}"
 
 
@@ -90,6 +93,12 @@ def test_bad_options_are_one_line(file, commands, capfd, tmp_path, evaluate, mes
     assert main(["sweep", file(RUN, evaluate)]) == 2
     said = capfd.readouterr().err
     assert message in said and len(said.splitlines()) == 1 and not (tmp_path / "run").exists()
+
+
+def test_the_sweep_in_configs_is_one():
+    found = read_sweep(ROOT / "configs/sweeps/quickstart_eta.yaml", ("evaluate",))
+    assert [config.speculation.eta for config in settings_of(found, RapidConfig, ()).values()] == [0, 10, 40]
+    assert _words(found)[:2] == ["--suite", "needle"]
 
 
 def test_bad_points_are_one_line(file, commands, capfd):

@@ -16,6 +16,7 @@ from longpo_jax.cli import main
 from longpo_jax.config import LongPOConfig
 from longpo_jax.stages import STAGES, inputs_of, mark_done
 from rapid_jax.runtime import settings, sweep
+from rapid_jax.runtime.sweep_file import read_sweep, settings_of
 from tests.longpo.sweep_program import words
 from tests.tiny_models import save_decoder
 
@@ -136,7 +137,13 @@ def test_print_has_the_commands_in_their_order(file, stages, tmp_path, capfd):
         assert "pairs: expected the stage that the sweep shares" in said and len(said.splitlines()) == 1
 
 
-def test_bad_sweeps_are_one_line(file, capfd):
+def test_the_sweep_in_configs_is_one():
+    found = read_sweep(ROOT / "configs/sweeps/smollm2_cpu_rates.yaml")
+    rates = [config.optimizer.learning_rate for config in settings_of(found, LongPOConfig, ("run",)).values()]
+    assert rates == [1e-5, 2e-5, 4e-5]
+
+
+def test_bad_sweeps_are_one_line(file, capfd, monkeypatch):
     for text, message in (
         ("lists: {run: [a]}", "run is set by the sweep"),
         ("lists: {rounds: [[a]]}", "rounds is set by the sweep"),
@@ -147,6 +154,9 @@ def test_bad_sweeps_are_one_line(file, capfd):
         assert message in said and len(said.splitlines()) == 1
     assert main(["sweep", file("lists: {seed: [1]}"), "--jobs", "0"]) == 2
     assert "--jobs: expected at least 1, got 0" in capfd.readouterr().err
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    assert main(["sweep", file("lists: {seed: [1]}")]) == 2
+    assert "sweep: expected one process, got several: --print has the commands" in capfd.readouterr().err
 
 
 def test_three_rates_on_a_tiny_model_killed_and_resumed(file, tmp_path):

@@ -83,33 +83,35 @@ def run_jobs(
     A job whose predecessor failed is not run. When one asks to be started again (75) no further one starts, and the
     same is raised as SystemExit once the others have ended; a signal ends them all first.
     """
-    free, running, failed, waiting = list(range(len(shares))), {}, {}, list(jobs)
-    known, ending = {job.name for job in jobs}, False  # what is no job is done
+    known = {job.name for job in jobs}  # what is no job is done
+    free, waiting, ended = list(range(len(shares))), list(jobs), dict[str, str]()
+    running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by share
+    again = False
     with _ended_with_us() as started:
-        while running or (waiting and not ending):
+        while running or (waiting and not again):
             for job in list(waiting):
-                lost = [name for name in job.after if failed.get(name)]
-                if lost:
-                    failed[job.name] = f"not run, {lost[0]} failed"
+                before = [name for name in job.after if name in known]
+                if lost := [name for name in before if ended.get(name)]:
                     waiting.remove(job)
-                elif free and not ending and all(failed.get(name) == "" for name in job.after if name in known):
-                    share = free.pop(0)
+                    ended[job.name] = f"not run, {lost[0]} failed"
+                elif free and not again and all(name in ended for name in before):
                     waiting.remove(job)
-                    running[job.name] = job, share, _start(job, module, shares[share], held), time.monotonic()
-                    started.append(running[job.name][2])
+                    process = _start(job, module, shares[free[0]], held)
+                    started.append(process)
+                    running[free.pop(0)] = job, process, time.monotonic()
                     tell(job, "begun")
             time.sleep(_POLL_S)
-            for name, (job, share, process, since) in list(running.items()):
+            for share, (job, process, since) in list(running.items()):
                 if (status := process.poll()) is None:
                     continue
-                del running[name]
+                del running[share]
                 free.append(share)
-                failed[name] = "" if status == 0 else f"status {status}: {_last_line(job.log, module)}"
-                ending = ending or status == AGAIN
-                tell(job, failed[name] or f"done in {time.monotonic() - since:.0f} s")
-    if ending:
+                again = again or status == AGAIN
+                ended[job.name] = "" if status == 0 else f"status {status}: {_last_line(job.log, module)}"
+                tell(job, ended[job.name] or f"done in {time.monotonic() - since:.0f} s")
+    if again:
         raise SystemExit(AGAIN)
-    return failed
+    return ended
 
 
 def _start(job: Job, module: str, share: Mapping[str, str], held: int) -> subprocess.Popen:

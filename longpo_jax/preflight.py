@@ -178,7 +178,7 @@ def _pairs(config: LongPOConfig, before: str, tokenizer: Any, found: Findings) -
         return text
     found.add(f"{before}pairs", f"{most:,} with {turns:,} turns", known)
     rows = (turns if config.objective.name == "solopo" else most) * config.train.epochs
-    found.add(f"{before}rows", f"{rows:,}", f"{config.train.epochs} epochs of {rows // config.train.epochs:,}")
+    found.add(f"{before}rows", f"{rows:,}", f"{rows // config.train.epochs:,} an epoch")
     steps = found.try_(f"{before}updates", lambda: steps_of(config, rows))
     if steps is not None:
         found.add(f"{before}updates", f"{steps:,}", f"{config.train.rows_per_step} rows each")
@@ -258,7 +258,7 @@ def _places(config: LongPOConfig, space: int, found: Findings) -> None:
     fault = (
         f"run: expected {needed / GIB:.2f} GiB of room in {there}, got {free / GIB:.2f} GiB" if needed > free else ""
     )
-    kept = f"{config.train.keep} checkpoints, one more while it is written, the export"
+    kept = f"checkpoints (train.keep {config.train.keep}), one more while it is written, the export"
     found.add("disk", f"{needed / GIB:.2f} GiB: {kept}", f"{free / GIB:.2f} GiB free", fault)
 
 

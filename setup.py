@@ -41,7 +41,7 @@ DOCUMENTS = ["pypdf>=6,<8"]
 # google-crc32c comes with gcsfs today; what is read from a bucket is checked with it.
 CLOUD = ["gcsfs>=2026.9,<2027", "google-crc32c>=1.7,<2"]
 # tokenizers brings it too; named here for `longpo export --push`, which needs its newer interface.
-HUB = ["huggingface_hub>=1,<3"]
+HUB = ["huggingface-hub>=1,<3"]
 SERVE = [
     "fastapi>=0.120,<1",
     "uvicorn>=0.35,<1",

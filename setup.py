@@ -40,6 +40,8 @@ CORE = [
 DOCUMENTS = ["pypdf>=6,<8"]
 # google-crc32c comes with gcsfs today; what is read from a bucket is checked with it.
 CLOUD = ["gcsfs>=2026.9,<2027", "google-crc32c>=1.7,<2"]
+# tokenizers brings it too; named here for `longpo export --push`, which needs its newer interface.
+HUB = ["huggingface-hub>=1,<3"]
 SERVE = [
     "fastapi>=0.120,<1",
     "uvicorn>=0.35,<1",
@@ -54,6 +56,7 @@ EXTRAS = {
     "documents": DOCUMENTS,
     "cloud": CLOUD,
     "serve": SERVE,
+    "hub": HUB,
     "evaluate": ["matplotlib>=3.9,<4", "rouge-score>=0.1.2,<0.2"],
     # scann 1.4.2 is built for TensorFlow 2.20 and does not load beside 2.21.
     "longpo": [
@@ -70,6 +73,7 @@ EXTRAS = {
         *DOCUMENTS,
         *CLOUD,
         *SERVE,
+        *HUB,
         "gcp-storage-emulator>=2026.7,<2027",
         "httpx>=0.27,<1",
         "openai>=2,<4",

@@ -2,15 +2,15 @@
 """The command `longpo`: a short-context chat model teaches itself long context, stage by stage or all at once.
 
 Progress and what came of a stage go to standard error; standard output has plans and reports alone.
-Exit status: 0 done, 2 input that cannot be used (one line says why), 3 a plan that does not fit, 75 to be started again
-(the run was told to end and has saved, or another of its processes has ended), 130 interrupted, 141 nobody reads it.
+Exit status: 0 done, 1 a point of a sweep failed, 2 input that cannot be used (one line says why), 3 a plan that does
+not fit, 75 to be started again (the run was told to end and has saved, or another of its processes has ended), 130
+interrupted, 141 nobody reads it.
 """
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
-from longpo_jax import plan
+from longpo_jax import plan, preflight, sweep
 from longpo_jax.config import LongPOConfig
 from longpo_jax.round import rounds_of, run_round, run_rounds, run_stage
 from rapid_jax import __version__
@@ -19,6 +19,7 @@ from rapid_jax.runtime.agreement import backend_fields, check_agreed, code_field
 from rapid_jax.runtime.command_line import Place, prepare_jax, status_of
 from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.storage import local_path
+from rapid_jax.runtime.sweep import add_arguments
 
 _HELP = {
     "pairs": "generate preference pairs from documents",
@@ -68,10 +69,18 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
         )
+        if name == "export":
+            command.add_argument("--push", metavar="USER/NAME", help="then upload it to the Hugging Face hub")
         command.add_argument("--quiet", action="store_true", help="no progress; warnings still show")
     planned = commands.add_parser("plan", help="what a run needs of a TPU slice, without hardware", allow_abbrev=False)
     planned.set_defaults(run=plan.run)
     plan.add_arguments(planned)
+    check = commands.add_parser("check", help="what a run makes and needs, before it starts", allow_abbrev=False)
+    check.set_defaults(run=preflight.run)
+    preflight.add_arguments(check)
+    swept = commands.add_parser("sweep", help="rounds that differ in some settings, and a table", allow_abbrev=False)
+    swept.set_defaults(run=sweep.run)
+    add_arguments(swept)
     report = commands.add_parser("report", help="draw the curves of runs", allow_abbrev=False)
     report.set_defaults(run=_report)
     report.add_argument("runs", nargs="+", action=Place, metavar="RUN", help="folder of a run, a round or its training")
@@ -81,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
 def config_of(options: argparse.Namespace) -> LongPOConfig:
     """The settings file with --set over it; of several rounds, all have been checked."""
-    config = settings.load(LongPOConfig, Path(options.config), options.set)
+    config = settings.load(LongPOConfig, options.config, options.set)
     if options.command == "rounds":
         rounds_of(config)
     return config
@@ -106,8 +115,21 @@ def _run(options: argparse.Namespace) -> None:
             run_rounds(config, **told)
         elif options.command == "round":
             run_round(config, local_path(config.run, "run"), **told)
+        elif options.command == "export" and options.push is not None:
+            _push(options.push, config, **told)
         else:
             run_stage(options.command, config, local_path(config.run, "run"), **told)
+
+
+def _push(repository: str, config: LongPOConfig, *, leads: bool, quiet: bool) -> None:
+    """The stage export, and what it made onto the hub, which is asked first."""
+    from longpo_jax.hub import Hub
+
+    hub = Hub(repository) if leads else None
+    folder = local_path(config.run, "run")
+    run_stage("export", config, folder, leads=leads, quiet=quiet)
+    if hub is not None:
+        print(hub.push(folder / "export", f"longpo export, {config.objective.name}"))
 
 
 def _report(options: argparse.Namespace) -> None:

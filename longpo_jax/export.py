@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from longpo_jax.card import CARD, card_of, renew
 from longpo_jax.checkpoint_files import of_step
 from longpo_jax.checkpoints import restore_weights
 from longpo_jax.config import LongPOConfig
@@ -20,6 +21,7 @@ from rapid_jax.model.load import open_checkpoint
 from rapid_jax.model.placement import abstract
 from rapid_jax.runtime.agreement import READING_S, check_agreed
 from rapid_jax.runtime.axes import TRAINED, with_copied_kv
+from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields
 from rapid_jax.runtime.mesh import make_meshes
@@ -31,19 +33,23 @@ def run_export(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet:
     `export.step` asks for another; done.json says which it was. None is taken in the place of one that is damaged.
 
     Tokenizer, chat template and generation defaults are those of the model that training started from; the rope theta
-    is the one it was trained with, and the context size covers the longest row. All processes gather, one writes.
+    is the one it was trained with, and the context size covers the longest row. All processes gather, one writes. The
+    model card beside them is written anew where an evaluation has come since, unless somebody has edited it.
     """
-    del quiet
     place = folder / "export"
     inputs = inputs_of(config, "export") | {"train": identity_of(folder / "train"), "step": step_of(config, folder)}
     model = model_identity(config.model.source, config.model.dtype)
     check_agreed(model, patience=READING_S)
-    if is_to_skip(place, inputs, leads=leads):
-        return
     checkpoint, tokenizer = open_checkpoint(config.model.source)
+    card = card_of(config, folder, checkpoint, inputs["step"])
+    if is_to_skip(place, inputs, leads=leads):
+        if leads and not renew(place, card) and not quiet:
+            say(f"export: {place / CARD} was edited, and stays as it is")
+        return
     check_same_model(folder / "train", made_with(folder / "train"), model, config.model.source)
     decoder = trained(config, checkpoint.config, folder / "train" / "checkpoints", inputs["step"])
-    save_hf(place, decoder, dtype="bfloat16", files=_reaching(tokenizer.files, decoder.config.context_size))
+    files = _reaching(tokenizer.files, decoder.config.context_size) | {CARD: card.encode()}
+    save_hf(place, decoder, dtype="bfloat16", files=files)
     if leads:
         made = {"context_size": decoder.config.context_size, "theta": decoder.config.rope.theta, "step": inputs["step"]}
         mark_done(place, inputs, made)

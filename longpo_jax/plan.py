@@ -5,7 +5,6 @@ import argparse
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from longpo_jax.config import LongPOConfig
@@ -44,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
     """Prints the plan; 0 if every program fits, else 3."""
     from rapid_jax.plan.report import advice, examined, table
 
-    config = _longest(settings.load(LongPOConfig, Path(options.config), options.set), options.length)
+    config = _longest(settings.load(LongPOConfig, options.config, options.set), options.length)
     topology = topology_of(options.topology)
     model = architecture_of(config.model.source, options.shape).cut_to(options.layers)
     if not options.json:

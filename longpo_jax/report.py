@@ -40,7 +40,7 @@ def report(runs: Sequence[Path], out: Path | None = None) -> None:
     place = runs[0] if out is None else out
     if place.exists() and not place.is_dir():
         raise InputError(f"{place}: expected a folder to write to, got a file")
-    picture = _drawn(found)
+    picture = drawn(found)
     with replace_file(place / "report.png") as temporary:
         temporary.write_bytes(picture)
     with replace_file(place / "report.html") as temporary:
@@ -61,7 +61,7 @@ def _trainings(run: Path) -> list[tuple[str, Path]]:
     return [(str(folder.parent), folder) for folder in with_metrics]
 
 
-def _drawn(runs: Mapping[str, list[dict[str, Any]]]) -> bytes:
+def drawn(runs: Mapping[str, list[dict[str, Any]]]) -> bytes:
     """A PNG of all panels that some run has."""
     try:
         import matplotlib

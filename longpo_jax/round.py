@@ -50,6 +50,7 @@ def run_stage(stage: str, config: LongPOConfig, folder: Path, *, leads: bool = T
     """
     from rapid_jax.runtime.mesh import agreed
 
+    _check_link(folder / stage)
     with working_in(folder, stage) if leads else contextlib.nullcontext():
         check_shared(folder, "run folder")
         _stage(stage)(config, folder, leads=leads, quiet=quiet)
@@ -60,6 +61,8 @@ def run_stage(stage: str, config: LongPOConfig, folder: Path, *, leads: bool = T
 
 def run_round(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
     """All stages of the round in `folder`, in order; what is done is skipped. All are checked before one starts."""
+    for stage in STAGES:
+        _check_link(folder / stage)
     _check(config, folder, config.model.source)
     for stage in STAGES:
         run_stage(stage, config, folder, leads=leads, quiet=quiet)
@@ -74,6 +77,12 @@ def run_rounds(config: LongPOConfig, *, leads: bool = True, quiet: bool = False)
         _check(single, Path(single.run), rounds[0].model.source if source in exports else source)
     for single in rounds:
         run_round(single, Path(single.run), leads=leads, quiet=quiet)
+
+
+def _check_link(place: Path) -> None:
+    """Raises InputError for a link of a sweep to a stage that is not there yet."""
+    if place.is_symlink() and not place.exists():
+        raise InputError(f"{place}: expected the stage that the sweep shares in {place.resolve()}, got none there yet")
 
 
 def _check(config: LongPOConfig, folder: Path, source: str) -> None:

@@ -2,8 +2,8 @@
 """The command `rapid`: answer questions, chat, serve, evaluate, plan a run, convert a checkpoint, look at caches.
 
 Standard output carries the answer and nothing else; progress, what was retrieved and the summary go to standard error.
-Exit status: 0 done, 1 something damaged in the cache, or a question of several that was not answered, 2 input that
-cannot be used (one line says why), 3 a plan that does not fit, 75 another process of the run has ended, 130
+Exit status: 0 done, 1 something damaged in the cache, or a question of several or a point of a sweep that failed, 2
+input that cannot be used (one line says why), 3 a plan that does not fit, 75 another process of the run has ended, 130
 interrupted, 141 nobody reads the output.
 """
 
@@ -15,8 +15,10 @@ from typing import Any
 from rapid_jax import __version__, answer_command, cache_command, chat_command
 from rapid_jax.bench import command as benchmark
 from rapid_jax.evaluate import command as evaluation
+from rapid_jax.evaluate import sweep
 from rapid_jax.plan import command
 from rapid_jax.runtime.command_line import Place, prepare_jax, say, status_of
+from rapid_jax.runtime.sweep import add_arguments
 from rapid_jax.serve import command as serving
 
 
@@ -58,6 +60,9 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="score answers on a benchmark", allow_abbrev=False)
     evaluate.set_defaults(run=evaluation.evaluate)
     evaluation.add_evaluate(evaluate)
+    swept = commands.add_parser("sweep", help="evaluations that differ in some settings", allow_abbrev=False)
+    swept.set_defaults(run=sweep.run)
+    add_arguments(swept)
     report = commands.add_parser("report", help="write the report of an evaluation", allow_abbrev=False)
     report.set_defaults(run=evaluation.report)
     evaluation.add_report(report)

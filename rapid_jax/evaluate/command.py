@@ -200,7 +200,7 @@ def _write_report(folder: Path, out: Path | None) -> None:
 
 def _config(options: argparse.Namespace, explicit: Collection[str]) -> RapidConfig:
     if options.config:
-        config = settings.load(RapidConfig, Path(options.config), options.set)
+        config = settings.load(RapidConfig, options.config, options.set)
     else:
         config = settings.defaults(RapidConfig, options.set)
     # A document is read once in an evaluation: keeping its prefix on disk would only fill the disk.

@@ -31,6 +31,12 @@ class GgufCheckpoint:
         """The file."""
         return [self.path]
 
+    @property
+    def licence(self) -> str | None:
+        """As the file names it."""
+        found = self._metadata.get("general.license")
+        return found if isinstance(found, str) and found.isprintable() else None
+
     def tokenizer_files(self) -> dict[str, bytes]:
         """The tokenizer as Hugging Face files, by name."""
         return tokenizer_files(self._metadata, str(self.path))

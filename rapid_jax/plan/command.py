@@ -6,7 +6,6 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rapid_jax.config import RapidConfig
@@ -49,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
     from rapid_jax.plan.report import examined, table
     from rapid_jax.plan.speed import predicted, said
 
-    config = settings.load(RapidConfig, Path(options.config), options.set)
+    config = settings.load(RapidConfig, options.config, options.set)
     topology = _topology(config, options.topology)
     models = _architectures(config, options)
     context = _context(config, models[0], options.context)

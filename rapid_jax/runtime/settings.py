@@ -5,46 +5,43 @@ A settings class is a dataclass whose fields are dataclasses (sections) or plain
 `Literal[...]`, unions of those, and list or tuple of those. A settings file names every field of its class: what ran
 can be read off the file alone, and a default that changes in the code changes no old experiment. A field declared with
 `field(metadata={"optional": True})` may be left out and then takes its default; one declared with {"was": "name"} is
-what is hinted at where a file still says that name.
+what is hinted at where a file still says that name. A file with a base (settings_file.py) states what differs from it.
 """
 
 import dataclasses
 import difflib
-import math
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from rapid_jax.runtime import strict_yaml
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file
-from rapid_jax.runtime.storage import AnyPlace, place_of
+from rapid_jax.runtime.settings_file import merged, read_chain
+from rapid_jax.runtime.settings_values import NO_FIT, described, fitted, shown
+from rapid_jax.runtime.storage import AnyPlace
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 T = TypeVar("T", bound="DataclassInstance")
 
-_NO_FIT = object()
 _ALIKE = 0.7  # how much of a name must agree before it is hinted at
-_WORDS = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
 
 
 def load(cls: type[T], path: str | AnyPlace, overrides: Sequence[str] = ()) -> T:
-    """The settings in the YAML file `path` with `overrides` ("section.key=value", the later wins) put over them.
+    """The settings in the YAML file `path`, over those of its base if it names one, with `overrides` put over them.
 
-    Raises InputError, naming the file and the setting, for whatever does not fit `cls`: an unknown key (with the
-    nearest valid one), a missing key, a value of another type, a duplicate key, bad YAML (with the line), or what
-    `cls` itself refuses.
+    An override is "section.key=value", the later wins. Raises InputError, naming the file and the setting, for whatever
+    does not fit `cls`: an unknown key (with the nearest valid one), a missing key, a value of another type, a duplicate
+    key, bad YAML (with the line), or what `cls` itself refuses.
     """
-    try:
-        text = place_of(path, "settings").read_bytes().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: expected UTF-8 text, got other bytes at offset {error.start}") from error
-    return _assemble(cls, strict_yaml.parse(text, str(path)), str(path), overrides)
+    file, *bases = chain = read_chain(path)
+    for part in chain if bases else ():  # a mistake names the file that it is in
+        _check_part(cls, part.tree, part.source, (), cls)
+    source = f"{file.source} (base {', '.join(base.source for base in bases)})" if bases else file.source
+    return _assemble(cls, merged(chain), source, overrides)
 
 
 def defaults(cls: type[T], overrides: Sequence[str] = ()) -> T:
@@ -58,6 +55,14 @@ def defaults(cls: type[T], overrides: Sequence[str] = ()) -> T:
 def changed(settings: T, overrides: Sequence[str], source: str) -> T:
     """`settings`, which are called `source`, with `overrides` put over them. Raises InputError as `load` does."""
     return _assemble(type(settings), _tree_of(settings), source, overrides)
+
+
+def replaced(settings: T, values: Mapping[str, Any], source: str) -> T:
+    """`settings` with plain values, "section.key" -> value, put over them; errors name `source`, as `load`'s do."""
+    tree = _tree_of(settings)
+    for name, value in values.items():
+        tree = _put_value(type(settings), tree, name, value, source)
+    return _build(type(settings), tree, source, (), type(settings))
 
 
 def dump(settings: "DataclassInstance") -> str:
@@ -89,12 +94,17 @@ def _assemble(cls: type[T], tree: Any, source: str, overrides: Sequence[str]) ->
 
 
 def _override(cls: type, tree: Any, override: str) -> Any:
-    """`tree` with one "section.key=value" put into it, checked on its own so that a mistake names the override."""
+    """`tree` with one "section.key=value" put into it; a mistake names the override."""
     source = f"--set {override}"
     name, equals, text = override.partition("=")
-    keys = tuple(name.split("."))
-    if not equals or not all(keys):
+    if not equals or not all(name.split(".")):
         raise InputError(f"{source}: expected section.key=value")
+    return _put_value(cls, tree, name, strict_yaml.parse(text, source), source)
+
+
+def _put_value(cls: type, tree: Any, name: str, value: Any, source: str) -> Any:
+    """`tree` with the setting of that name put into it, checked on its own."""
+    keys = tuple(name.split("."))
     hint: Any = cls
     for depth, key in enumerate(keys):
         section = _section(hint)
@@ -104,7 +114,6 @@ def _override(cls: type, tree: Any, override: str) -> Any:
         if key not in known:
             raise InputError(_unknown(cls, source, keys[:depth], key, keys[-1]))
         hint = known[key]
-    value = strict_yaml.parse(text, source)
     section = _section(hint)
     if section is not None and not (value is None and _admits_none(hint)):
         raise InputError(f"{source}: {name!r} is a section: set one of its settings ({', '.join(_hints(section))})")
@@ -121,14 +130,7 @@ def _put(tree: Any, keys: tuple[str, ...], value: Any) -> Any:
 
 
 def _build(cls: type[T], tree: Any, source: str, keys: tuple[str, ...], root: type) -> T:
-    place = f"{source}: {'.'.join(keys)}" if keys else source
-    if not isinstance(tree, dict):
-        raise InputError(f"{place}: expected a section of 'key: value' lines, got {_show(tree)}")
-    known = _hints(cls)
-    for key in tree:
-        if key not in known:
-            inner = next(iter(tree[key]), key) if isinstance(tree[key], dict) else key
-            raise InputError(_unknown(root, source, keys, key, inner))
+    place, known = _named(source, keys), _known(cls, tree, source, keys, root)
     missing = [field.name for field in _fields(cls) if field.name not in tree and not field.metadata.get("optional")]
     if missing:
         names = ", ".join(repr(".".join((*keys, name))) for name in missing)
@@ -140,67 +142,42 @@ def _build(cls: type[T], tree: Any, source: str, keys: tuple[str, ...], root: ty
         raise InputError(f"{place}: {error}") from error
 
 
+def _check_part(cls: type, tree: Any, source: str, keys: tuple[str, ...], root: type) -> None:
+    """Raises InputError for a key or a value that does not fit `cls`; settings may be missing."""
+    for name, hint in _known(cls, tree, source, keys, root).items():
+        if name not in tree:
+            continue
+        section = _section(hint)
+        if section is not None and isinstance(tree[name], dict):
+            _check_part(section, tree[name], source, (*keys, name), root)
+        else:
+            _read(hint, tree[name], source, (*keys, name), root)
+
+
+def _known(cls: type, tree: Any, source: str, keys: tuple[str, ...], root: type) -> dict[str, Any]:
+    """The types of the fields of `cls`. Raises InputError unless `tree` is a section with some of them alone."""
+    if not isinstance(tree, dict):
+        raise InputError(f"{_named(source, keys)}: expected a section of 'key: value' lines, got {shown(tree)}")
+    known = _hints(cls)
+    for key in tree:
+        if key not in known:
+            inner = next(iter(tree[key]), key) if isinstance(tree[key], dict) else key
+            raise InputError(_unknown(root, source, keys, key, inner))
+    return known
+
+
+def _named(source: str, keys: tuple[str, ...]) -> str:
+    return f"{source}: {'.'.join(keys)}" if keys else source
+
+
 def _read(hint: Any, value: Any, source: str, keys: tuple[str, ...], root: type) -> Any:
     section = _section(hint)
     if section is not None:
         return None if value is None and _admits_none(hint) else _build(section, value, source, keys, root)
-    fitted = _fit(hint, value)
-    if fitted is _NO_FIT:
-        raise InputError(f"{source}: {'.'.join(keys)}: expected {_describe(hint)}, got {_show(value)}")
-    return fitted
-
-
-def _fit(hint: Any, value: Any) -> Any:
-    """`value` as the type `hint` (an int becomes a float, a list a tuple), or `_NO_FIT`."""
-    origin = get_origin(hint)
-    if origin in (Union, types.UnionType):
-        fits = (_fit(member, value) for member in get_args(hint))
-        return next((fitted for fitted in fits if fitted is not _NO_FIT), _NO_FIT)
-    if origin is Literal:
-        return next((c for c in get_args(hint) if type(c) is type(value) and c == value), _NO_FIT)
-    if origin in (list, tuple):
-        return _fit_items(hint, value)
-    if hint is float:
-        return _fit_float(value)
-    if hint not in _WORDS:
-        raise TypeError(f"a settings field cannot have the type {hint!r}")
-    return value if type(value) is hint else _NO_FIT
-
-
-def _fit_float(value: Any) -> Any:
-    if type(value) not in (int, float):
-        return _NO_FIT
-    try:
-        number = float(value)
-    except OverflowError:
-        return _NO_FIT
-    return _NO_FIT if math.isnan(number) else number
-
-
-def _fit_items(hint: Any, value: Any) -> Any:
-    if not isinstance(value, list | tuple):
-        return _NO_FIT
-    members = get_args(hint)
-    if get_origin(hint) is list or members[-1] is Ellipsis:
-        members = (members[0],) * len(value)
-    if len(members) != len(value):
-        return _NO_FIT
-    items = [_fit(member, item) for member, item in zip(members, value, strict=True)]
-    return _NO_FIT if any(item is _NO_FIT for item in items) else get_origin(hint)(items)
-
-
-def _describe(hint: Any) -> str:
-    origin, members = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_describe(member) for member in members)
-    if origin is Literal:
-        choices = ", ".join(repr(choice) for choice in members)
-        return f"one of {choices}" if len(members) > 1 else choices
-    if origin is list or (origin is tuple and members[-1] is Ellipsis):
-        return f"a list of items that are each {_describe(members[0])}"
-    if origin is tuple:
-        return f"a list [{', '.join(_describe(member) for member in members)}]"
-    return _WORDS.get(hint, "a section")
+    fit = fitted(hint, value)
+    if fit is NO_FIT:
+        raise InputError(f"{source}: {'.'.join(keys)}: expected {described(hint)}, got {shown(value)}")
+    return fit
 
 
 def _unknown(root: type, source: str, keys: tuple[str, ...], key: Any, last: Any) -> str:
@@ -281,9 +258,3 @@ def _tree_of(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_tree_of(item) for item in value]
     return value
-
-
-def _show(value: Any) -> str:
-    words = {None: "null", True: "true", False: "false"}
-    text = words[value] if value is None or isinstance(value, bool) else repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -112,6 +112,7 @@ def test_the_folder_says_what_a_user_of_it_must_know(trained, exported):
     assert (described["rope_theta"], described["max_position_embeddings"]) == (THETA, LONGEST)
     assert described["torch_dtype"] == "bfloat16"
     source = Path(config.model.source)
+    assert "arXiv:2502.13922" in (exported / "README.md").read_text()
     for name in ("tokenizer.json", "generation_config.json"):
         assert (exported / name).read_bytes() == (source / name).read_bytes()
     messages = [{"role": "user", "content": "the text and the question"}]

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`longpo check`: what a run makes and needs, in seconds and before anything is rented; what would fail is said."""
+
+import argparse
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from longpo_jax.config import LongPOConfig
+from longpo_jax.round import rounds_of
+from longpo_jax.stages import STAGES, has_ended, summary_of
+from rapid_jax.plan.architectures import SHAPES, Architecture, architecture_of
+from rapid_jax.plan.topologies import FRACTION, GENERATIONS, GIB, GPUS, chips_of, generation_of
+from rapid_jax.runtime import settings
+from rapid_jax.runtime.command_line import Place, prepare_jax, say
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import default_cache_dir
+from rapid_jax.runtime.storage import place_of
+from rapid_jax.runtime.sweep import markdown
+
+WOULD_FAIL = 2
+_HEAD = ("what", "needed or expected", "there")
+
+
+@dataclass
+class Findings:
+    """The lines of the table, and what would fail."""
+
+    lines: list[tuple[str, str, str]]
+    faults: list[str]
+
+    def add(self, what: str, needed: str, there: str = "", fault: str = "") -> None:
+        """A line; `fault` says what would fail because of it."""
+        self.lines.append((what, needed, there))
+        if fault:
+            self.faults.append(fault)
+
+    def try_(self, what: str, check: Callable[[], Any]) -> Any:
+        """What `check` gives; where it raises InputError, that is a fault."""
+        try:
+            return check()
+        except InputError as error:
+            self.add(what, "", "would fail", str(error))
+            return None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run is to be: so many devices, each with so much memory (None: not known)."""
+
+    name: str
+    devices: int
+    memory: int | None
+    shared: bool = False  # the devices share the memory, as those of a CPU do
+    bfloat16: bool = True  # the arithmetic of dtype auto
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `check`."""
+    parser.add_argument("configs", nargs="+", action=Place, reads=True, metavar="CONFIG", help="settings of a run")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
+    )
+    names = ", ".join(f"{name}:{generation.shapes[0]}" for name, generation in GENERATIONS.items())
+    parser.add_argument(
+        "--topology", metavar="NAME", help=f"the slice or GPU that is meant, {names}, {', '.join(GPUS)}; else this one"
+    )
+    parser.add_argument("--shape", metavar="NAME", help=f"architecture where the folder is not: {', '.join(SHAPES)}")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints a table a run; 0, or 2 with a line for each thing that would fail."""
+    status = 0
+    configs = [(path, settings.load(LongPOConfig, path, options.set)) for path in options.configs]
+    prepare_jax(programs=False)
+    machine = machine_of(options.topology)
+    for path, config in configs:
+        found = examine(config, machine, options.shape)
+        if len(configs) > 1:
+            print(f"{path}\n")
+        print(markdown(_HEAD, found.lines, left=True), flush=True)
+        for fault in found.faults:
+            say(f"longpo: {path}: {fault}")
+        status = WOULD_FAIL if found.faults else status
+    return status
+
+
+def machine_of(topology: str | None) -> Machine:
+    """The slice or GPU of that name, which need not be there; None: this machine. Raises InputError for no name."""
+    if topology is None:
+        import jax
+
+        devices = jax.devices()
+        if devices[0].platform == "cpu":
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            return Machine("this machine's CPU", len(devices), memory, shared=True, bfloat16=False)
+        memory = (devices[0].memory_stats() or {}).get("bytes_limit")
+        return Machine(f"{devices[0].device_kind} here", len(devices), memory)
+    if (card := GPUS.get(topology.lower())) is not None:
+        return Machine(topology, 1, int(FRACTION * card.hbm_bytes))
+    generation = generation_of(topology)
+    return Machine(topology, chips_of(topology) * generation.devices_per_chip, generation.hbm_bytes)
+
+
+def examine(config: LongPOConfig, machine: Machine, shape: str | None = None) -> Findings:
+    """All that is found of a run, of each round if it has several."""
+    from longpo_jax.metrics import check_installed
+
+    found = Findings([], [])
+    rounds = found.try_("rounds", lambda: rounds_of(config)) if config.rounds else [config]
+    found.try_("packages", lambda: check_installed(config.train))
+    tokenizer = _model(config, found)
+    architecture = found.try_("architecture", lambda: architecture_of(config.model.source, shape))
+    space = 0
+    for number, single in enumerate(rounds or (), 1):
+        before = f"round {number}: " if config.rounds else ""
+        space += _round(single, before, architecture, tokenizer, machine, found)
+    _places(config, space, found)
+    found.add("memory, exact", "longpo plan --config CONFIG --topology NAME", "of a TPU slice; compiles, for minutes")
+    return found
+
+
+def _model(config: LongPOConfig, found: Findings) -> Any:
+    """The tokenizer of the model, None where it cannot be read."""
+    from rapid_jax.model.load import open_checkpoint
+
+    opened = found.try_("model", lambda: open_checkpoint(config.model.source))
+    if opened is None:
+        return None
+    found.add("model", config.model.source, f"{_parameters(opened[0].config) / 1e9:.3g} B weights")
+    return opened[1]
+
+
+def _round(
+    config: LongPOConfig,
+    before: str,
+    architecture: Architecture | None,
+    tokenizer: Any,
+    machine: Machine,
+    found: Findings,
+) -> int:
+    """The lines of one round; the bytes that it writes."""
+    from longpo_jax.checks import check_rows
+
+    done = [stage for stage in STAGES if has_ended(Path(config.run) / stage)]
+    if done:
+        found.add(f"{before}done already", "", ", ".join(done))
+    found.try_(f"{before}rows", lambda: check_rows(config))
+    text = _pairs(config, before, tokenizer, found)
+    if architecture is None:
+        return text
+    _devices(config, before, architecture, machine, found)
+    return text + _bytes_on_disk(config, _parameters(architecture.config))
+
+
+def _pairs(config: LongPOConfig, before: str, tokenizer: Any, found: Findings) -> int:
+    """Documents, pairs, rows, updates and the peak rate; the bytes of the documents."""
+    from longpo_jax.corpus_estimate import estimate
+    from longpo_jax.train import steps_of
+
+    made = Path(config.run) / "pairs"
+    text, turns, most, known = 0, 0, None, ""
+    if has_ended(made):
+        summary = summary_of(made)
+        most, turns, known = summary["pairs"], summary["turns"], "made already"
+    elif tokenizer is not None:
+        corpus = found.try_(f"{before}corpus", lambda: estimate(config.corpus, tokenizer, config.seed))
+        if corpus is not None:
+            text, most, known = corpus.bytes, corpus.documents, "at most: answers that are of no use are dropped"
+            turns = (most or 0) * config.excerpts.per_document
+            count = "not known" if most is None else f"{'' if corpus.exact else 'about '}{most:,}"
+            found.add(f"{before}documents", count, corpus.said)
+    if most is None:
+        return text
+    found.add(f"{before}pairs", f"{most:,} with {turns:,} turns", known)
+    rows = (turns if config.objective.name == "solopo" else most) * config.train.epochs
+    found.add(f"{before}rows", f"{rows:,}", f"{rows // config.train.epochs:,} an epoch")
+    steps = found.try_(f"{before}updates", lambda: steps_of(config, rows))
+    if steps is not None:
+        found.add(f"{before}updates", f"{steps:,}", f"{config.train.rows_per_step} rows each")
+        found.add(f"{before}peak learning rate", f"{_peak(config, steps):.3g}", f"{config.optimizer.schedule}")
+    return text
+
+
+def _peak(config: LongPOConfig, steps: int) -> float:
+    import numpy as np
+
+    from longpo_jax.optimizer import schedule_of
+
+    return float(np.max(np.asarray(schedule_of(config.optimizer, steps)(np.arange(steps)))))
+
+
+def _devices(config: LongPOConfig, before: str, model: Architecture, machine: Machine, found: Findings) -> None:
+    """Devices and the memory of each, for pairs and for training."""
+    from longpo_jax.checks import MESHES, check_mesh
+    from longpo_jax.memory import abstract_mesh, of_generation, of_training
+
+    dtype = config.model.dtype if config.model.dtype != "auto" else ("bfloat16" if machine.bfloat16 else "float32")
+    config = replace(config, model=replace(config.model, dtype=dtype))
+    for name, needs in (("generation.mesh", of_generation), ("mesh", of_training)):
+        mesh = MESHES[name](config)[0]
+        few = mesh.devices > machine.devices
+        fault = f"{name}: expected {mesh.devices} devices, got {machine.devices} ({machine.name})" if few else ""
+        found.add(f"{before}devices of {name}", str(mesh.devices), f"{machine.devices}, {machine.name}", fault)
+        divides = found.try_(
+            f"{before}{name}", lambda name=name: check_mesh(name, config, model.config, abstract_mesh) or True
+        )
+        if divides is None:
+            continue
+        stage = "pairs" if name == "generation.mesh" else "train"
+        parts = needs(config, model.config)
+        whole = sum(parts.values()) * (mesh.devices if machine.shared else 1)
+        there = "not known" if machine.memory is None else f"{machine.memory / GIB:.2f} GiB"
+        short = machine.memory is not None and whole > machine.memory
+        said = ", ".join(f"{part} {size / GIB:.2f}" for part, size in parts.items())
+        fault = f"{stage}: expected at least {whole / GIB:.2f} GiB of memory a device ({said}), got {there}"
+        per = "in all" if machine.shared else "a device"
+        found.add(
+            f"{before}memory, {stage}", f"at least {whole / GIB:.2f} GiB {per}: {said}", there, fault if short else ""
+        )
+
+
+def _parameters(model: Any) -> int:
+    from rapid_jax.model.hf_names import weights
+
+    return sum(math.prod(weight.stored_shape) for weight in weights(model))
+
+
+def _bytes_on_disk(config: LongPOConfig, parameters: int) -> int:
+    """Of the checkpoints that are kept, one more while it is written, and the export."""
+    optimizer = config.optimizer
+    moments = (2 if optimizer.name == "adamw" else 1) * (4 if optimizer.moments_dtype == "float32" else 2)
+    return parameters * ((config.train.keep + 1) * (4 + moments) + 2)
+
+
+def _places(config: LongPOConfig, space: int, found: Findings) -> None:
+    """Whether the folders can be written to, and whether there is room."""
+    folder = place_of(config.run, "run")
+    if not isinstance(folder, Path):
+        found.add("folder, run", str(folder), "a bucket: the run asks it when it starts")
+        return
+    for name, place in _written(config, folder):
+        there = next(path for path in (place, *place.parents) if path.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            kind = "one without the permission" if there.is_dir() else "a file"
+            found.add(
+                f"folder, {name}", str(place), kind, f"{name}: expected a folder to write to, got {kind}: {there}"
+            )
+        else:
+            found.add(f"folder, {name}", str(place), "can be written to")
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    inside = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
+    free, needed = shutil.disk_usage(there).free, max(0, space - inside)
+    fault = (
+        f"run: expected {needed / GIB:.2f} GiB of room in {there}, got {free / GIB:.2f} GiB" if needed > free else ""
+    )
+    kept = f"checkpoints (train.keep {config.train.keep}), one more while it is written, the export"
+    found.add("disk", f"{needed / GIB:.2f} GiB: {kept}", f"{free / GIB:.2f} GiB free", fault)
+
+
+def _written(config: LongPOConfig, folder: Path) -> Iterator[tuple[str, Path]]:
+    yield "run", folder.absolute()
+    if config.compute.programs:
+        yield "compiled programs", (default_cache_dir() / "programs").absolute()

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`longpo check`: what it counts, by the stages' own rules, and that what would fail is said."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+
+from longpo_jax import corpus_estimate
+from longpo_jax.cli import main
+from longpo_jax.config import LongPOConfig
+from longpo_jax.corpus_estimate import estimate
+from longpo_jax.memory import of_training
+from longpo_jax.stages import mark_done
+from rapid_jax.model.load import open_checkpoint
+from rapid_jax.plan.architectures import architecture_of
+from rapid_jax.runtime import settings
+from tests.longpo.sweep_program import words
+from tests.tiny_models import save_decoder
+
+ROOT = Path(__file__).resolve().parents[2]
+MISTRAL = ROOT / "configs/longpo/mistral_7b_128k_v5p_2x2x4.yaml"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return save_decoder(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def check(model, tmp_path, capfd, monkeypatch):
+    """`check(*arguments, **settings)`: (status, the table by the first column, lines of stderr) of a tiny run."""
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL"):
+        monkeypatch.setenv(name, "2")
+    (tmp_path / "corpus").mkdir()
+    for seed in range(6):
+        (tmp_path / "corpus" / f"{seed}.txt").write_text(words(100 * (seed + 1), seed))
+    given = {
+        "run": tmp_path / "run",
+        "model.source": model,
+        "corpus.sources": f"[book={tmp_path / 'corpus'}]",
+        "corpus.min_tokens": 1,
+        "corpus.documents": "null",
+        "rounds": "[]",
+    }
+    file = tmp_path / "run.yaml"
+    overrides = [f"{key}={value}" for key, value in given.items()]
+    settings.save(settings.load(LongPOConfig, ROOT / "configs/longpo/smollm2_cpu.yaml", overrides), file)
+
+    def run(*arguments: str, **more: object):
+        changes = [word for key, value in more.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+        status = main(["check", str(file), *changes, *arguments])
+        out, err = capfd.readouterr()
+        lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in out.splitlines()[2:]]
+        return status, {line[0]: line[1:] for line in lines}, err.splitlines()
+
+    return run
+
+
+def test_pairs_rows_updates_and_rates_are_those_of_the_run(check, model, tmp_path):
+    status, table, said = check(corpus__max_tokens=600, corpus__longer="drop")
+    assert (status, said) == (0, [])
+    corpus = settings.load(LongPOConfig, tmp_path / "run.yaml", ["corpus.max_tokens=600", "corpus.longer=drop"]).corpus
+    count = estimate(corpus, open_checkpoint(str(model))[1], 42).documents
+    assert count is not None and 0 < count < 6 and table["documents"][0] == str(count)
+    assert table["pairs"][0] == f"{count} with {2 * count} turns"
+    assert table["rows"][0] == str(2 * count) and table["updates"][0] == str(2 * count // 2)
+    assert table["peak learning rate"][0] == "2e-05" and table["devices of mesh"][1].startswith("8, ")
+    _, table, _ = check(corpus__max_tokens=600, corpus__longer="drop", objective__name="solopo", train__max_steps=1)
+    assert table["rows"][0] == str(4 * count) and table["updates"][0] == "1"
+
+
+def test_a_large_corpus_is_estimated_from_a_part(model, tmp_path, monkeypatch):
+    corpus = tmp_path / "many"
+    corpus.mkdir()
+    for number in range(200):
+        (corpus / f"{number}.txt").write_text(words(100 + 2 * number, number))
+    config = settings.defaults(
+        LongPOConfig, [f"corpus.sources=[a={corpus}]", "corpus.min_tokens=1", "corpus.max_tokens=800"]
+    ).corpus
+    tokenizer = open_checkpoint(str(model))[1]
+    exact = estimate(config, tokenizer, 1)
+    monkeypatch.setattr(corpus_estimate, "_SMALL", 0)
+    whole = estimate(config, tokenizer, 1)
+    assert exact.exact and not whole.exact and whole.documents == exact.documents
+    assert whole.bytes == pytest.approx(exact.bytes, rel=0.02)
+    monkeypatch.setattr(corpus_estimate, "_BUDGET_S", -1.0)  # one file
+    assert estimate(config, tokenizer, 1).documents is None  # the first is longer: it says nothing of the others
+    all_of_them = dataclasses.replace(config, max_tokens=8000)
+    part = estimate(all_of_them, tokenizer, 1).documents
+    assert part is not None and 200 / 4 < part < 200 * 4
+
+
+def test_what_is_done_is_counted_and_not_made_again(check, tmp_path):
+    mark_done(tmp_path / "run" / "pairs", {}, {"pairs": 3, "turns": 5})
+    status, table, _ = check()
+    assert status == 0 and table["pairs"] == ["3 with 5 turns", "made already"] and table["rows"][0] == "6"
+    assert table["done already"] == ["", "pairs"] and "documents" not in table
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model__source": "nowhere"}, "nowhere: expected a checkpoint folder"),
+        ({"corpus__sources": "[a=nowhere]"}, "corpus.sources: a=nowhere: expected"),
+        ({"corpus__min_tokens": 700, "train__lengths": "[256]"}, "train.lengths: expected rows that hold"),
+        ({"train__rows_per_step": 64}, "train.rows_per_step: expected at most the"),
+        ({"mesh__fsdp": 16, "train__rows_per_step": 16}, "mesh: expected 16 devices, got 8"),
+        ({"generation__mesh__model": 8}, "generation.mesh: q_DNH: axis N of size 4 cannot be split over model = 8"),
+        ({"train__lengths": "[100000000]"}, "train: expected at least"),
+        ({"train__wandb": "x"}, "train.wandb: expected the package wandb"),
+        ({"run": "/dev/null/run"}, "run: expected a folder to write to, got a file"),
+        ({"train__keep": 10**9}, "GiB of room in"),
+    ],
+)
+def test_what_would_fail_is_said_and_nothing_is_made(check, tmp_path, changes, message):
+    before = sorted(tmp_path.rglob("*"))
+    status, _, said = check(**changes)
+    assert status == 2 and any(message in line for line in said), said
+    assert all(line.startswith("longpo: ") for line in said) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_slice_that_is_not_there_is_counted_as_its_plan_says(capfd, monkeypatch):
+    for name in ("TF_CPP_MIN_LOG_LEVEL", "TPU_MIN_LOG_LEVEL"):
+        monkeypatch.setenv(name, "2")
+    parts = of_training(
+        settings.load(LongPOConfig, MISTRAL, ["model.dtype=bfloat16"]), architecture_of("", "mistral-7b").config
+    )
+    gib = {name: round(size / 2**30, 2) for name, size in parts.items()}
+    assert (gib["weights"], gib["optimizer and gradients"]) == (1.69, 5.06)  # at the head of the config
+    assert math.isclose(gib["layers"] + gib["logits"], 8.24, rel_tol=0.5)
+    assert main(["check", str(MISTRAL), "--topology", "v5p:2x2x1", "--shape", "mistral-7b"]) == 2
+    out, err = capfd.readouterr()
+    assert "mesh: expected 16 devices, got 4 (v5p:2x2x1)" in err and "at least 11." in out
+    assert main(["check", str(MISTRAL), "--topology", "v5q"]) == 2
+    assert "--topology v5q: expected GENERATION:SHAPE" in capfd.readouterr().err

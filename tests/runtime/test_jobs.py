@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs: their order, their devices, what a failure stops, and that none outlives who started it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rapid_jax.runtime.device_shares import shares_of
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.jobs import Job, alone_in, run_jobs
+
+PROGRAM = "tests.runtime.job_program"
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """`run(jobs, shares)`: (what came of each, what was told)."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    told = []
+
+    def go(*jobs: Job, shares=({},)):
+        with alone_in(tmp_path / "run") as held:
+            return run_jobs(jobs, PROGRAM, shares, held, lambda job, said: told.append((job.name, said)))
+
+    go.told = told  # pyright: ignore[reportFunctionMemberAccess]
+    return go
+
+
+def job(folder: Path, name: str, *words: str, after: tuple[str, ...] = ()) -> Job:
+    return Job(name, tuple(words) or ("write", str(folder / name)), folder / "logs" / name, after)
+
+
+def test_jobs_run_in_their_order_each_with_its_share(run, tmp_path):
+    jobs = [job(tmp_path, "b", after=("a", "done long ago")), job(tmp_path, "a"), job(tmp_path, "c")]
+    assert run(*jobs, shares=({"SHARE": "0"}, {"SHARE": "1"})) == {"a": "", "b": "", "c": ""}
+    begun = [name for name, said in run.told if said == "begun"]
+    assert begun[:2] == ["a", "c"] and begun[2] == "b"
+    assert sorted((tmp_path / name).read_text() for name in "ac") == ["0", "1"]
+    assert (tmp_path / "b").read_text() in "01"
+
+
+def test_a_failure_stops_what_needs_it_and_nothing_else(run, tmp_path):
+    jobs = [job(tmp_path, "a", "fail"), job(tmp_path, "b", after=("a",)), job(tmp_path, "c")]
+    found = run(*jobs)
+    assert found == {"a": "status 2: the reason", "b": "not run, a failed", "c": ""}
+    assert (tmp_path / "c").exists() and not (tmp_path / "b").exists()
+
+
+def test_one_that_asks_to_be_started_again_ends_all_with_the_same(run, tmp_path):
+    with pytest.raises(SystemExit) as raised:
+        run(job(tmp_path, "a", "again"), job(tmp_path, "b"))
+    assert raised.value.code == 75 and not (tmp_path / "b").exists()
+
+
+STARTER = """
+import sys
+from pathlib import Path
+from rapid_jax.runtime.jobs import Job, alone_in, run_jobs
+run = Path(sys.argv[1])
+with alone_in(run) as held:
+    run_jobs([Job("a", ("sleep", str(run / "pid")), run / "log")], "tests.runtime.job_program", [{}], held, print)
+"""
+
+
+def started(folder: Path) -> tuple[subprocess.Popen, int]:
+    """A starter and the process of its one job."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    starter = subprocess.Popen([sys.executable, "-c", STARTER, str(folder)], env=environment, stdout=subprocess.DEVNULL)
+    until = time.monotonic() + 30
+    while not (folder / "pid").exists() or not (folder / "pid").read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    return starter, int((folder / "pid").read_text())
+
+
+def is_gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_job_outlives_its_starter_and_the_folder_is_free_again(tmp_path, how):
+    starter, process = started(tmp_path)
+    with (
+        pytest.raises(InputError, match="expected no other sweep there, got one that is at work"),
+        alone_in(tmp_path),
+    ):
+        pass
+    starter.send_signal(how)
+    starter.wait(20)
+    assert starter.returncode == {signal.SIGTERM: 75, signal.SIGKILL: -9}.get(how, starter.returncode) != 0
+    with alone_in(tmp_path):  # the job held the lock, too
+        assert is_gone(process)
+
+
+def devices(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / "dev" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "dev" / name).touch()
+    return folder
+
+
+def test_gpus_and_chips_are_shared_out_by_environment(tmp_path):
+    gpus = devices(tmp_path / "gpus", "nvidia0", "nvidia1", "nvidia2", "nvidia3", "nvidiactl")
+    assert shares_of(2, 2, {}, gpus) == [{"CUDA_VISIBLE_DEVICES": "0,1"}, {"CUDA_VISIBLE_DEVICES": "2,3"}]
+    assert shares_of(2, 1, {"CUDA_VISIBLE_DEVICES": "5,7"}, gpus) == [
+        {"CUDA_VISIBLE_DEVICES": "5"},
+        {"CUDA_VISIBLE_DEVICES": "7"},
+    ]
+    chips = devices(tmp_path / "chips", "vfio/0", "vfio/1", "vfio/2", "vfio/3", "vfio/vfio")
+    assert shares_of(4, 1, {}, chips)[3] == {
+        "TPU_VISIBLE_CHIPS": "3",
+        "TPU_PROCESS_BOUNDS": "1,1,1",
+        "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
+    }
+    assert shares_of(1, 8, {}, gpus) == [{}] and shares_of(3, 8, {"JAX_PLATFORMS": "cpu"}, gpus) == [{}] * 3
+    assert shares_of(2, 8, {}, tmp_path) == [{}, {}]  # a CPU
+    with pytest.raises(InputError, match="--jobs: expected at most 2, 2 a command of the 4 GPUs here, got 3"):
+        shares_of(3, 2, {}, gpus)
+    six = devices(tmp_path / "six", *(f"accel{number}" for number in range(6)))
+    with pytest.raises(InputError, match="--jobs: expected meshes of 1, 2, 4 TPU chips, got one of 3"):
+        shares_of(2, 3, {}, six)

@@ -12,13 +12,12 @@ from pathlib import Path
 
 from longpo_jax import plan
 from longpo_jax.config import LongPOConfig
-from longpo_jax.round import rounds_of, run_round, run_rounds, run_stage
+from longpo_jax.round import folder_of, rounds_of, run_round, run_rounds, run_stage
 from rapid_jax import __version__
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import backend_fields, check_agreed, code_fields, left_out
 from rapid_jax.runtime.command_line import Place, prepare_jax, status_of
 from rapid_jax.runtime.distributed import meet
-from rapid_jax.runtime.storage import local_path
 
 _HELP = {
     "pairs": "generate preference pairs from documents",
@@ -74,8 +73,12 @@ def parser() -> argparse.ArgumentParser:
     plan.add_arguments(planned)
     report = commands.add_parser("report", help="draw the curves of runs", allow_abbrev=False)
     report.set_defaults(run=_report)
-    report.add_argument("runs", nargs="+", action=Place, metavar="RUN", help="folder of a run, a round or its training")
-    report.add_argument("--out", action=Place, metavar="DIR", help="where to write; by default into the first RUN")
+    report.add_argument(
+        "runs", nargs="+", action=Place, reads=True, metavar="RUN", help="folder of a run, a round or its training"
+    )
+    report.add_argument(
+        "--out", action=Place, reads=True, metavar="DIR", help="where to write; by default into the first RUN"
+    )
     return longpo
 
 
@@ -105,9 +108,9 @@ def _run(options: argparse.Namespace) -> None:
         if options.command == "rounds":
             run_rounds(config, **told)
         elif options.command == "round":
-            run_round(config, local_path(config.run, "run"), **told)
+            run_round(config, folder_of(config), **told)
         else:
-            run_stage(options.command, config, local_path(config.run, "run"), **told)
+            run_stage(options.command, config, folder_of(config), **told)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import jax
 from longpo_jax.sealed import sealed, unsealed
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest_file, replace_file
+from rapid_jax.runtime.files import replace_file, sha256_of
 from rapid_jax.runtime.json_input import Fields, parse_object, read_object
 from rapid_jax.runtime.mesh import agreed
 from rapid_jax.runtime.storage import AnyPlace, files_below, has_rename
@@ -63,7 +63,7 @@ def of_step(folder: AnyPlace, step: int) -> Found:
 
 def write_list(folder: AnyPlace) -> None:
     """Beside a checkpoint that is all written: what `newest` knows it by."""
-    files = {"sizes": _sizes(folder), "note": digest_file(folder / _NOTE)}
+    files = {"sizes": _sizes(folder), "note": sha256_of(folder / _NOTE)}
     with replace_file(folder / _FILES) as temporary:
         temporary.write_bytes(sealed(files, _FILES))
 
@@ -97,8 +97,8 @@ def _steps(folder: AnyPlace) -> list[int]:
 
 def _newest_step(folder: AnyPlace) -> int:
     """The newest step whose checkpoint is whole; says which are not."""
-    faults = []
-    for step in reversed(_steps(folder)):
+    faults, half = [], unfinished(folder)  # which are nothing yet, as those under a temporary name
+    for step in reversed([step for step in _steps(folder) if folder / str(step) not in half]):
         fault = _fault(folder / str(step))
         if fault is None:
             for line in faults:
@@ -116,7 +116,7 @@ def _fault(folder: AnyPlace) -> str | None:
         return f"no {_FINISHED}: it was not written to its end"
     try:
         files = unsealed((folder / _FILES).read_bytes(), _FILES, _FILES)
-        note = digest_file(folder / _NOTE)
+        note = sha256_of(folder / _NOTE)
         parse_object((folder / _NOTE).read_bytes(), _NOTE)
         expected = files.fields("sizes")
     except (OSError, InputError) as error:

@@ -17,7 +17,7 @@ from longpo_jax.sealed import place_of, stated_seal, unsealed
 from longpo_jax.stages import summary_of
 from rapid_jax.runtime.append_log import logs_in, open_log
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file
+from rapid_jax.runtime.files import digest, sha256_of
 from rapid_jax.runtime.json_input import Fields
 from rapid_jax.runtime.storage import AnyPlace, read_into, working_place
 
@@ -208,7 +208,7 @@ def digest_of(folder: AnyPlace) -> str:
     shards = shards_of(folder)
     if not shards:
         raise InputError(f"{folder}: expected records in pairs-*.jsonl, got none: run `longpo pairs` first")
-    return digest(*(part for path in shards for part in (path.name, digest_file(path))))
+    return digest(*(part for path in shards for part in (path.name, sha256_of(path))))
 
 
 def lines_of(folder: AnyPlace) -> Iterator[tuple[AnyPlace, int, int, bytes]]:

@@ -36,7 +36,7 @@ from rapid_jax.model.load import LoadedModel, load_model
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.axes import TRAINED
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file, replace_file
+from rapid_jax.runtime.files import digest, replace_file, sha256_of
 from rapid_jax.runtime.mesh import agreed, make_meshes, placed, whole
 from rapid_jax.runtime.progress import progress
 from rapid_jax.runtime.storage import AnyPlace, bytes_of
@@ -130,7 +130,7 @@ def _files(place: AnyPlace) -> list[AnyPlace]:
 
 
 def _digests(place: AnyPlace) -> dict[str, str]:
-    return {path.name: digest_file(path) for path in _files(place)}
+    return {path.name: sha256_of(path) for path in _files(place)}
 
 
 def _scores_in(path: AnyPlace, names: Sequence[str]) -> Iterator[tuple[str, References]]:

@@ -80,7 +80,7 @@ class BucketPlace:
         return f"gs://{self.bucket}/{self.key}".rstrip("/")
 
     def __truediv__(self, name: str) -> "BucketPlace":
-        return BucketPlace(self.bucket, f"{self._prefix}{name}", self._seen)
+        return BucketPlace(self.bucket, f"{self.prefix}{name}", self._seen)
 
     @property
     def name(self) -> str:
@@ -122,7 +122,7 @@ class BucketPlace:
 
     def iterdir(self) -> Iterator["BucketPlace"]:
         """What is in the folder."""
-        objects, folders = self._seen.inside(self._prefix)
+        objects, folders = self._seen.inside(self.prefix)
         return (self / name for name in {*objects, *folders})
 
     def glob(self, pattern: str) -> Iterator["BucketPlace"]:
@@ -136,7 +136,7 @@ class BucketPlace:
 
     def below(self) -> Iterator["BucketPlace"]:
         """Every object in the folder and in the folders in it."""
-        objects, _ = buckets.listed(self.bucket, self._prefix, deep=True)
+        objects, _ = buckets.listed(self.bucket, self.prefix, deep=True)
         return (BucketPlace(self.bucket, found.name, self._seen) for found in objects)
 
     def found(self) -> buckets.Object:
@@ -157,7 +157,8 @@ class BucketPlace:
         return io.BufferedReader(_Stream(self), ahead)
 
     @property
-    def _prefix(self) -> str:
+    def prefix(self) -> str:
+        """What names of objects in the folder begin with."""
         return f"{self.key}/" if self.key else ""
 
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from rapid_jax.runtime import bucket_writes
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.storage import AnyPlace, BucketPlace, local_path
+from rapid_jax.runtime.storage import AnyPlace, BucketPlace, local_path, open_file
 
 _RESTLESS_S = 2.0  # a file that changed so lately may change again within one tick of its file system's clock
 
+_AHEAD = 8 << 20  # bytes that a store is asked for at once
 _UNFINISHED = ".unfinished"  # in a bucket's folder that is being written
 # What is being written has such a name beside its own, or, moved aside, with the ending; its writer holds its lock.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}(?P<old>\.old)?")
@@ -217,6 +218,15 @@ def digest(*parts: bytes | str) -> str:
         data = part.encode() if isinstance(part, str) else part
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
+    return state.hexdigest()
+
+
+def sha256_of(path: AnyPlace) -> str:
+    """SHA-256 of a file's bytes in hexadecimal, wherever it lies: all of it is read."""
+    state = hashlib.sha256()
+    with open_file(path, ahead=_AHEAD) as file:
+        while block := file.read(1 << 20):
+            state.update(block)
     return state.hexdigest()
 
 

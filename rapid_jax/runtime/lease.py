@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from rapid_jax.runtime import bucket_writes, buckets
+from rapid_jax.runtime import bucket_writes, buckets, command_line
 from rapid_jax.runtime.bucket_place import BucketPlace
 from rapid_jax.runtime.distributed import LOST_PEER
 from rapid_jax.runtime.errors import InputError, legible
@@ -50,7 +50,7 @@ class Lease:
         renew_s: float = RENEW_S,
         expires_s: float = EXPIRES_S,
         lost: Callable[[str], None] = _end,
-        say: Callable[[str], None] = print,
+        say: Callable[[str], None] = command_line.say,
     ):
         self._place, self._renew_s, self._expires_s, self._lost, self._say = place, renew_s, expires_s, lost, say
         self._nonce, self._count = secrets.token_hex(16), 0

@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import remove_leftovers
 from rapid_jax.runtime.lease import Lease
@@ -25,7 +24,7 @@ def working_in(folder: AnyPlace, part: str) -> Iterator[None]:
     locks, as some network ones, nobody learns whether another works there.
     """
     if not isinstance(folder, Path):
-        with Lease(folder / LEASE, say=say):
+        with Lease(folder / LEASE):
             _refuse_file(folder / part)
             yield
         return

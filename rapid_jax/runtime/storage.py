@@ -109,8 +109,8 @@ def full_name(place: AnyPlace) -> str:
 def files_below(folder: AnyPlace) -> dict[str, int]:
     """The sizes of all files in a folder and the folders in it, by their names below it, in order."""
     if not isinstance(folder, Path):
-        objects, _ = buckets.listed(folder.bucket, f"{folder.key}/", deep=True)
-        return {found.name.removeprefix(f"{folder.key}/"): found.size for found in objects}
+        objects, _ = buckets.listed(folder.bucket, folder.prefix, deep=True)
+        return {found.name.removeprefix(folder.prefix): found.size for found in objects}
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
 

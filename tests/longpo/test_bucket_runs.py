@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import random
 from collections import Counter
 
 import pytest
@@ -114,7 +115,7 @@ def test_metrics_go_on_from_the_checkpoint_and_are_drawn(folder, bucket, capfd):
     assert bucket.get(f"{folder.key}/report.png").startswith(b"\x89PNG")
 
 
-def test_a_checkpoint_is_restored_on_another_mesh_and_half_a_one_is_passed_over(folder, bucket, capfd):
+def test_a_checkpoint_is_restored_on_another_mesh_and_half_a_one_is_passed_over(folder, bucket):
     state = state_of(2, mesh_of(context=8))
     with Checkpoints(folder, keep=2) as checkpoints:
         for each in (state_of(1, mesh_of(context=8)), state):
@@ -122,11 +123,19 @@ def test_a_checkpoint_is_restored_on_another_mesh_and_half_a_one_is_passed_over(
     found = newest(folder)
     assert found is not None and found.step == 2 and {key: found.note[key] for key in NOTE} == NOTE
     assert same(restore(found, state_of(0, mesh_of(data=2, context=4))), state)
+    metadata = (folder / "1" / "weights" / "_METADATA").read_bytes()
     (folder / "2" / "commit_success.txt").unlink()  # as a kill before the last write leaves it
     bucket.put(f"{folder.key}/3/weights/part", "half")
     again = newest(folder)
-    assert again is not None and again.step == 1
-    assert "2 is not whole: no commit_success.txt: it was not written to its end" in capfd.readouterr().err
+    assert again is not None and again.step == 1 and newest(folder / "other") is None
+    with pytest.raises(InputError, match=r"2 is not whole: no commit_success\.txt: it was not written to its end"):
+        of_step(folder, 2)
+    (folder / "1" / "weights" / "_METADATA").unlink()
+    with pytest.raises(
+        InputError, match=r"expected a checkpoint that is whole, got none: .*1 is not whole: weights/_M"
+    ):
+        newest(folder)
+    bucket.put(f"{folder.key}/1/weights/_METADATA", metadata)
     with Checkpoints(folder, start=1, keep=2):
         pass
     assert sorted(place.name for place in folder.iterdir()) == ["1"]
@@ -137,6 +146,42 @@ def test_a_checkpoint_is_restored_on_another_mesh_and_half_a_one_is_passed_over(
     bucket.put(largest, bytes(data))
     with pytest.raises(InputError, match=r"weights cannot be read: .*: delete it to go on from the one before"):
         restore(of_step(folder, 1), state_of(0))
+
+
+def faulty(seed: int, share: float):
+    """A store that fails now and then in every way it can; what is written may have happened or not."""
+    chance = random.Random(seed)
+    reads, writes = ("429", "500", "503", "slow", "cut"), ("429", "500", "503", "slow", "hang up", "lost")
+
+    def decide(asked: str) -> str | None:
+        kinds = writes if asked.startswith(("POST", "PUT", "DELETE")) else reads
+        return chance.choice(kinds) if chance.random() < share else None
+
+    return decide
+
+
+def test_pairs_and_metrics_come_through_a_store_that_fails_now_and_then(folder, bucket, tmp_path):
+    bucket.fault = faulty(1, 0.25)
+    write_pairs(folder / "pairs")
+    tell(folder / "train", 0, 5)
+    tell(folder / "train", 3, 9)
+    bucket.heal()
+    write_pairs(tmp_path / "pairs")
+    tell(tmp_path / "train", 0, 9)
+    assert files_in(folder / "pairs") == files_in(tmp_path / "pairs")
+    assert files_in(folder / "train") == files_in(tmp_path / "train")
+
+
+def test_checkpoints_come_through_a_store_that_fails_now_and_then(folder, bucket):
+    state = state_of(2, mesh_of(context=8))
+    bucket.fault = faulty(2, 0.05)
+    with Checkpoints(folder, keep=1) as checkpoints:
+        for each in (state_of(1, mesh_of(context=8)), state):
+            checkpoints.save(each, NOTE)
+    found = newest(folder)
+    assert found is not None and same(restore(found, state_of(0, mesh_of(data=2, context=4))), state)
+    bucket.heal()
+    assert sorted(place.name for place in folder.iterdir()) == ["2"]
 
 
 @pytest.mark.parametrize("fault", ["403", "401"])

@@ -28,6 +28,7 @@ EXPIRES_S: Final = 60.0
 _GIVEN_UP: Final = 0.75  # of EXPIRES_S without a renewal: the holder ends
 _LOOK_S: Final = 1.0
 _TOLD_S: Final = 2.0  # a wait that is longer is said
+_HELD: Final[set[str]] = set()  # nonces of the leases that this process holds
 _OTHERS: Final = "wait for it, or choose another run folder"
 
 
@@ -60,6 +61,7 @@ class Lease:
 
     def __enter__(self) -> "Lease":
         self._acquire()
+        _HELD.add(self._nonce)
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._renewing, self._watching)]
         for thread in self._threads:
             thread.start()
@@ -67,6 +69,7 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self._left.set()
+        _HELD.discard(self._nonce)
         self._threads[0].join()  # a renewal that is under way is no longer ours to interrupt
         with contextlib.suppress(InputError):  # then it expires
             bucket_writes.delete(self._place.bucket, self._place.key, match=self._generation)
@@ -163,7 +166,9 @@ def _is_here(holder: Fields) -> bool:
 
 
 def _is_gone(holder: Fields) -> bool:
-    return _is_ours(holder) and _started(holder.whole("pid", 0)) != holder.get("started")
+    """Whether its process has ended, or is this one and has left it: it could not be deleted."""
+    left = holder.get("pid") == os.getpid() and holder.get("nonce") not in _HELD
+    return _is_ours(holder) and (left or _started(holder.whole("pid", 0)) != holder.get("started"))
 
 
 def _name_of(holder: Fields | None) -> str:

@@ -78,6 +78,16 @@ def test_a_process_of_this_machine_that_is_gone_is_not_waited_for(folder):
         assert time.monotonic() - started < 5
 
 
+def test_a_lease_that_could_not_be_deleted_is_in_nobodys_way(folder, bucket):
+    bucket.fault = lambda asked: "503" if asked.startswith("DELETE") else None
+    with working_in(folder, "pairs"):
+        pass
+    assert bytes_of(folder / LEASE) is not None
+    started = time.monotonic()
+    with working_in(folder, "train"):
+        assert time.monotonic() - started < 5
+
+
 def test_what_is_no_lease_is_watched_too(folder):
     write(BUCKET, f"{folder.key}/{LEASE}", b"what is this")
     with Lease(folder / LEASE, **SHORT):

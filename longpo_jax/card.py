@@ -34,7 +34,7 @@ _METHODS = {
 }
 
 
-def card_of(config: LongPOConfig, folder: Path, checkpoint: HfCheckpoint | GgufCheckpoint, step: int) -> str:
+def card_of(config: LongPOConfig, folder: AnyPlace, checkpoint: HfCheckpoint | GgufCheckpoint, step: int) -> str:
     """The card of the model in `folder`/export, which started from `checkpoint`."""
     licence = licence_of(checkpoint)
     base, rounds = base_of(config)
@@ -54,11 +54,11 @@ def card_of(config: LongPOConfig, folder: Path, checkpoint: HfCheckpoint | GgufC
     return f"{body}<!-- longpo export {digest(body)[:16]} -->\n"
 
 
-def renew(place: Path, card: str) -> bool:
+def renew(place: AnyPlace, card: str) -> bool:
     """Writes the card of a finished export anew; False where somebody has edited it, which stays."""
     path = place / CARD
-    if path.exists():
-        there = path.read_text(encoding="utf-8", errors="replace")
+    if path.is_file():
+        there = path.read_bytes().decode("utf-8", "replace")
         mark = _MARK.search(there)
         if mark is None or digest(there[: mark.start()])[:16] != mark[1]:
             return False
@@ -80,13 +80,15 @@ def licence_of(checkpoint: HfCheckpoint | GgufCheckpoint) -> dict[str, str]:
 def base_of(config: LongPOConfig) -> tuple[str, int]:
     """(the name of the model that the first round started from, how many rounds there were), as far as can be seen."""
     source, rounds = config.model.source, 1
-    while (place := Path(source)).name == "export" and (place.parent / "settings.yaml").is_file():
+    while (place := place_of(source, "model.source")).name == "export":
         try:
+            if not (place.parent / "settings.yaml").is_file():
+                break
             source = settings.load(LongPOConfig, place.parent / "settings.yaml").model.source
         except InputError:
             break
         rounds += 1
-    return legible(Path(source).name), rounds
+    return legible(place.name), rounds
 
 
 def _head_of(card: AnyPlace) -> Mapping[str, Any]:
@@ -99,7 +101,7 @@ def _head_of(card: AnyPlace) -> Mapping[str, Any]:
     return head if isinstance(head, dict) else {}
 
 
-def _data(config: LongPOConfig, folder: Path) -> Iterator[str]:
+def _data(config: LongPOConfig, folder: AnyPlace) -> Iterator[str]:
     domains = ", ".join(dict.fromkeys(source.partition("=")[0] for source in config.corpus.sources))
     lines = [["domains", domains]] if domains else []
     if has_ended(folder / "pairs"):
@@ -113,19 +115,17 @@ def _data(config: LongPOConfig, folder: Path) -> Iterator[str]:
         yield f"## Data\n\n{markdown(('what', 'value'), lines, left=True)}"
 
 
-def _scores(folder: Path) -> Iterator[str]:
+def _scores(folder: AnyPlace) -> Iterator[str]:
     """The tables of the evaluations on RULER beside the export."""
     for path in sorted(folder.glob("*/suite.json")):
         report, of = path.parent / "report.md", "another model"
         try:
             if json.loads(path.read_bytes()).get("suite") != "ruler" or not report.is_file():
                 continue
-            models = strict_yaml.parse((path.parent / "settings.yaml").read_text(encoding="utf-8"), "settings")[
-                "models"
-            ]
-            target = place_of(models["target"], "models.target")
-            scores = report.read_text(encoding="utf-8").partition("\n## Scores\n")[2].partition("\n## ")[0].strip()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            found = strict_yaml.parse((path.parent / "settings.yaml").read_bytes().decode(), "settings")
+            target = place_of(found["models"]["target"], "models.target")
+            scores = report.read_bytes().decode().partition("\n## Scores\n")[2].partition("\n## ")[0].strip()
+        except (InputError, OSError, ValueError, KeyError, TypeError, AttributeError):
             continue
         of = "this model" if _same(target, folder / "export") else legible(target.name)
         if scores:
@@ -133,8 +133,10 @@ def _scores(folder: Path) -> Iterator[str]:
             yield f"Scores in %, brackets are 95 % bootstrap intervals.\n\n{scores}\n"
 
 
-def _same(place: AnyPlace, folder: Path) -> bool:
-    return isinstance(place, Path) and place.resolve() == folder.resolve()
+def _same(place: AnyPlace, folder: AnyPlace) -> bool:
+    if isinstance(place, Path) and isinstance(folder, Path):
+        return place.resolve() == folder.resolve()
+    return str(place) == str(folder)
 
 
 def _settings(config: LongPOConfig) -> Iterator[str]:

@@ -7,21 +7,23 @@
 A folder that has no such list, or whose files are not as it says, is not used.
 """
 
+import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 
 from longpo_jax.sealed import sealed, unsealed
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest_file
+from rapid_jax.runtime.files import replace_file, sha256_of
 from rapid_jax.runtime.json_input import Fields, parse_object, read_object
 from rapid_jax.runtime.mesh import agreed
+from rapid_jax.runtime.storage import AnyPlace, files_below, has_rename
 
 SCHEMA = 2
 _FILES = "files.json"
 _NOTE = "note/metadata"
+_FINISHED = "commit_success.txt"  # that Orbax writes last where a folder cannot be renamed
 _NONE = -1
 
 
@@ -29,7 +31,7 @@ _NONE = -1
 class Found:
     """A checkpoint that is whole; `note` is what `save` was given, with step, schema, arrays and their sums."""
 
-    folder: Path
+    folder: AnyPlace
     note: Fields
 
     @property
@@ -38,7 +40,7 @@ class Found:
         return self.note.whole("step")
 
 
-def newest(folder: Path) -> Found | None:
+def newest(folder: AnyPlace) -> Found | None:
     """The newest checkpoint in `folder` that is whole, on every process the same; None if nothing was ever saved.
 
     Says on standard error which newer ones are not. Raises InputError if there are some and none is whole, or the
@@ -48,7 +50,7 @@ def newest(folder: Path) -> Found | None:
     return None if step == _NONE else _found(folder, step)
 
 
-def of_step(folder: Path, step: int) -> Found:
+def of_step(folder: AnyPlace, step: int) -> Found:
     """The checkpoint of `step` updates. Raises InputError if it is not there, not whole, or of another schema."""
     if int(agreed((folder / str(step)).is_dir())) == 0:
         kept = ", ".join(map(str, _steps(folder))) or "none"
@@ -59,19 +61,26 @@ def of_step(folder: Path, step: int) -> Found:
     return _found(folder, step)
 
 
-def write_list(folder: Path) -> None:
+def write_list(folder: AnyPlace) -> None:
     """Beside a checkpoint that is all written: what `newest` knows it by."""
-    files = {"sizes": _sizes(folder), "note": digest_file(folder / _NOTE)}
-    (folder / _FILES).write_bytes(sealed(files, _FILES))
+    files = {"sizes": _sizes(folder), "note": sha256_of(folder / _NOTE)}
+    with replace_file(folder / _FILES) as temporary:
+        temporary.write_bytes(sealed(files, _FILES))
+
+
+def unfinished(folder: AnyPlace) -> list[AnyPlace]:
+    """What killed runs have left of checkpoints under their own names: where folders are renamed, nothing."""
+    places = [] if has_rename(folder) else [folder / str(step) for step in _steps(folder)]
+    return [place for place in places if not (place / _FINISHED).is_file()]
 
 
 def one_line(error: Exception) -> str:
     """What an error says, without TensorStore's specification, cut to a line."""
-    text = " ".join(str(error).partition("[tensorstore_spec=")[0].split()) or type(error).__name__
+    text = " ".join(re.split(r"\[(?:tensorstore_spec|http_response)", str(error))[0].split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"  # TensorStore puts the cause last
 
 
-def _found(folder: Path, step: int) -> Found:
+def _found(folder: AnyPlace, step: int) -> Found:
     place = folder / str(step)
     found = Found(place, read_object(place / _NOTE))
     if found.note.get("schema") != SCHEMA:
@@ -81,14 +90,15 @@ def _found(folder: Path, step: int) -> Found:
     return found
 
 
-def _steps(folder: Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isascii() and path.name.isdigit())
+def _steps(folder: AnyPlace) -> list[int]:
+    names = (path.name for path in folder.iterdir()) if folder.is_dir() else ()
+    return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 
 
-def _newest_step(folder: Path) -> int:
+def _newest_step(folder: AnyPlace) -> int:
     """The newest step whose checkpoint is whole; says which are not."""
-    faults = []
-    for step in reversed(_steps(folder)):
+    faults, half = [], unfinished(folder)  # which are nothing yet, as those under a temporary name
+    for step in reversed([step for step in _steps(folder) if folder / str(step) not in half]):
         fault = _fault(folder / str(step))
         if fault is None:
             for line in faults:
@@ -100,11 +110,13 @@ def _newest_step(folder: Path) -> int:
     return _NONE
 
 
-def _fault(folder: Path) -> str | None:
+def _fault(folder: AnyPlace) -> str | None:
     """What is wrong with the files of a checkpoint, if anything is."""
+    if not has_rename(folder) and not (folder / _FINISHED).is_file():
+        return f"no {_FINISHED}: it was not written to its end"
     try:
         files = unsealed((folder / _FILES).read_bytes(), _FILES, _FILES)
-        note = digest_file(folder / _NOTE)
+        note = sha256_of(folder / _NOTE)
         parse_object((folder / _NOTE).read_bytes(), _NOTE)
         expected = files.fields("sizes")
     except (OSError, InputError) as error:
@@ -118,11 +130,8 @@ def _fault(folder: Path) -> str | None:
     return None
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    # What Orbax itself notes of a folder is rewritten when it gets its name.
-    return {
-        path.relative_to(folder).as_posix(): path.stat().st_size
-        for path in paths
-        if path.name not in (_FILES, "_CHECKPOINT_METADATA")
-    }
+def _sizes(folder: AnyPlace) -> dict[str, int]:
+    # What Orbax itself notes of a folder is rewritten when it gets its name, or is marked.
+    without = (_FILES, "_CHECKPOINT_METADATA")
+    sizes = {name: size for name, size in files_below(folder).items() if name.rpartition("/")[2] not in without}
+    return {name: size for name, size in sizes.items() if name != _FINISHED}

@@ -12,22 +12,23 @@ Orbax writes beside the training and gives the folder its name last; the list is
 import contextlib
 import functools
 import logging
-import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from longpo_jax.checkpoint_files import SCHEMA, Found, one_line, write_list
+from longpo_jax.checkpoint_files import SCHEMA, Found, one_line, unfinished, write_list
 from longpo_jax.soundness import checksum
 from longpo_jax.step import TrainState
 from rapid_jax.model.decoder import Decoder
+from rapid_jax.runtime.buckets import failures, prepare_libraries
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import remove_folder
 from rapid_jax.runtime.mesh import agreed, placed
+from rapid_jax.runtime.storage import AnyPlace, bytes_free, library_path
 
 _NONE = -1
 
@@ -66,7 +67,7 @@ class Checkpoints:
     A context, left when all is written. All processes call everything.
     """
 
-    def __init__(self, folder: Path, *, start: int = 0, keep: int, keep_every: int | None = None):
+    def __init__(self, folder: AnyPlace, *, start: int = 0, keep: int, keep_every: int | None = None):
         self.folder, self._start, self._keep, self._keep_every = folder, start, keep, keep_every
         self._saving = _NONE
 
@@ -86,18 +87,29 @@ class Checkpoints:
         handlers = {"weights": arrays, "moments": moments, "note": ocp.JsonCheckpointHandler()}
         self.folder.mkdir(parents=True, exist_ok=True)
         self._ocp = ocp
-        self._manager = ocp.CheckpointManager(self.folder.absolute(), item_handlers=handlers, options=options)
-        for step in self._manager.all_steps():
-            if step > self._start:  # it would be kept in the place of good ones
-                self._manager.delete(step)
+        if jax.process_index() == 0:
+            for place in unfinished(self.folder):
+                remove_folder(place)
+        agreed(0)
+        with self._refusals(f"what is there after step {self._start} could not be taken away"):
+            self._manager = ocp.CheckpointManager(library_path(self.folder), item_handlers=handlers, options=options)
+            for step in self._manager.all_steps():
+                if step > self._start:  # it would be kept in the place of good ones
+                    self._manager.delete(step)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or jax.process_count() == 1:  # else one may wait for another that has failed
+        if kind is None:
             self.wait()
-            self._manager.close()
+            with self._refusals(_unsaved(self._start)):
+                self._manager.close()
+        elif jax.process_count() == 1:  # else one may wait for another that has failed
+            with contextlib.suppress(InputError, OSError, ValueError, *failures()):  # the first failure is told
+                self.wait()
+            with contextlib.suppress(OSError, ValueError, *failures()):
+                self._manager.close()
 
-    def save(self, state: TrainState, note: Mapping[str, Any]) -> Path:
+    def save(self, state: TrainState, note: Mapping[str, Any]) -> AnyPlace:
         """Starts to write the state; where it will be. Its arrays may then change.
 
         Waits for the write before. Raises InputError if the disk has no room or refuses either of them: what was
@@ -109,7 +121,7 @@ class Checkpoints:
         shapes = {item: _kinds(tree) for item, tree in trees.items()}
         sums = {item: int(checksum(list(tree.values()))) for item, tree in trees.items()}
         self._check_room(step, sum(x.nbytes for tree in trees.values() for x in tree.values()))
-        with self._refusals(step):
+        with self._refusals(_unsaved(step)):
             self._saving = step
             self._manager.save(
                 step,
@@ -124,33 +136,37 @@ class Checkpoints:
     def wait(self) -> None:
         """Until what is being written is there. Raises InputError as `save` does."""
         if self._saving != _NONE:
-            with self._refusals(self._saving):
+            with self._refusals(_unsaved(self._saving)):
                 self._manager.wait_until_finished()
             self._saving = _NONE
 
     def _list(self) -> None:
-        """Called by Orbax, on the first process, when all is written and the folder still has a temporary name."""
-        for folder in self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"):
-            write_list(folder)
+        """Called by Orbax, on the first process, when all is written and the folder still has a temporary name.
+
+        Where no folder can be renamed it has its own, and Orbax marks it afterwards (checkpoint_files.py).
+        """
+        written = [*self.folder.glob(f"{self._saving}.orbax-checkpoint-tmp*"), self.folder / str(self._saving)]
+        write_list(written[0])
 
     def _check_room(self, step: int, needed: int) -> None:
-        free = agreed(shutil.disk_usage(self.folder).free)
+        free = agreed(bytes_free(self.folder))
         if needed > free:
-            raise InputError(self._unsaved(step, f"it needs {needed} bytes, {free:.0f} are free"))
+            raise InputError(f"{self.folder}: {_unsaved(step)}: it needs {needed} bytes, {free:.0f} are free")
 
     @contextlib.contextmanager
-    def _refusals(self, step: int) -> Iterator[None]:
+    def _refusals(self, what: str) -> Iterator[None]:
         failure = None
         try:
             yield
-        except (OSError, ValueError) as error:  # ValueError: TensorStore's type for every error, a full disk too
-            failure = self._unsaved(step, one_line(error))
+        except (OSError, ValueError, *failures()) as error:  # ValueError: TensorStore's for everything, a full disk too
+            failure = f"{self.folder}: {what}: {one_line(error)}"
         if failure is not None:
             self._saving = _NONE
             raise InputError(failure)
 
-    def _unsaved(self, step: int, reason: str) -> str:
-        return f"{self.folder}: step {step} could not be saved, earlier checkpoints stay: {reason}"
+
+def _unsaved(step: int) -> str:
+    return f"step {step} could not be saved, earlier checkpoints stay"
 
 
 def _restored(found: Found, trees: Mapping[str, Any]) -> dict[str, Any]:
@@ -173,13 +189,13 @@ def _restored_item(found: Found, item: str, tree: Any) -> Any:
     try:
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=True)) as checkpointer:
             arrays = checkpointer.restore(
-                (found.folder / item).absolute(), args=ocp.args.PyTreeRestore(restore_args=how)
+                library_path(found.folder / item), args=ocp.args.PyTreeRestore(restore_args=how)
             )
         read = [arrays[name] for name in wanted]
         if int(checksum(read)) == found.note.fields("sums").whole(item):
             return jax.tree.unflatten(jax.tree.structure(tree), read)
         failure = "it has other values than were written"
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, *failures()) as error:
         failure = one_line(error)
     raise InputError(f"{found.folder}: {item} cannot be read: {failure}: delete it to go on from the one before")
 
@@ -200,6 +216,7 @@ def _orbax() -> Any:
 
     Reads and writes that it leaves under way after a failure end at any later time, and find their event loop closed.
     """
+    prepare_libraries()
     import orbax.checkpoint as ocp
 
     def is_kept(record: logging.LogRecord) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from longpo_jax import plan, preflight, sweep
 from longpo_jax.config import LongPOConfig
-from longpo_jax.round import rounds_of, run_round, run_rounds, run_stage
+from longpo_jax.round import folder_of, rounds_of, run_round, run_rounds, run_stage
 from rapid_jax import __version__
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import backend_fields, check_agreed, code_fields, left_out
@@ -83,8 +83,12 @@ def parser() -> argparse.ArgumentParser:
     add_arguments(swept)
     report = commands.add_parser("report", help="draw the curves of runs", allow_abbrev=False)
     report.set_defaults(run=_report)
-    report.add_argument("runs", nargs="+", action=Place, metavar="RUN", help="folder of a run, a round or its training")
-    report.add_argument("--out", action=Place, metavar="DIR", help="where to write; by default into the first RUN")
+    report.add_argument(
+        "runs", nargs="+", action=Place, reads=True, metavar="RUN", help="folder of a run, a round or its training"
+    )
+    report.add_argument(
+        "--out", action=Place, reads=True, metavar="DIR", help="where to write; by default into the first RUN"
+    )
     return longpo
 
 
@@ -114,11 +118,11 @@ def _run(options: argparse.Namespace) -> None:
         if options.command == "rounds":
             run_rounds(config, **told)
         elif options.command == "round":
-            run_round(config, local_path(config.run, "run"), **told)
+            run_round(config, folder_of(config), **told)
         elif options.command == "export" and options.push is not None:
             _push(options.push, config, **told)
         else:
-            run_stage(options.command, config, local_path(config.run, "run"), **told)
+            run_stage(options.command, config, folder_of(config), **told)
 
 
 def _push(repository: str, config: LongPOConfig, *, leads: bool, quiet: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh_config import MeshConfig
-from rapid_jax.runtime.storage import local_path, place_of
+from rapid_jax.runtime.storage import place_of
 
 Objective = Literal["longpo", "dpo", "sft", "solopo"]
 Remat = Literal["none", "layer", "attention"]
@@ -71,7 +71,7 @@ class CorpusConfig:
             domain, equals, place = source.partition("=")
             named = bool(domain and equals and place)
             _require(named, f"sources: expected DOMAIN=FOLDER or DOMAIN=GLOB, got {source!r}")
-            local_path(place, "sources")
+            place_of(place, "sources")
         domains = {source.partition("=")[0] for source in self.sources}
         _require(len(self.weights) in (0, len(domains)), f"weights: expected {len(domains)}, got {len(self.weights)}")
         _require(
@@ -288,7 +288,7 @@ class LongPOConfig:
     rounds: tuple[str, ...] = ()  # of `longpo rounds`: for each round, KEY=VALUE settings that differ, split by spaces
 
     def __post_init__(self):
-        local_path(self.run, "run")
+        place_of(self.run, "run")
         mesh, train = self.mesh, self.train
         rows, pieces = mesh.data * mesh.fsdp, 2 * mesh.context if mesh.context > 1 else 1
         _require(

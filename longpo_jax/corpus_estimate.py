@@ -12,6 +12,7 @@ from longpo_jax.documents import read_corpus
 from longpo_jax.sources import File, files_of
 from longpo_jax.texts import texts_of
 from rapid_jax.model.tokenizer import Tokenizer
+from rapid_jax.runtime.storage import size_of
 
 _SMALL: Final = 2 << 20  # bytes of files that are read whole
 _BUDGET_S: Final = 8.0
@@ -32,7 +33,7 @@ def estimate(config: CorpusConfig, tokenizer: Tokenizer, seed: int) -> CorpusEst
     """The documents that the stage pairs will find. Raises InputError for sources that it would refuse."""
     dropped: Counter[str] = Counter()
     files = files_of(config.sources, dropped, follow_links=config.follow_links)
-    sizes = {file.name: file.path.stat().st_size for file in files}
+    sizes = {file.name: size_of(file.path) for file in files}
     total = sum(sizes.values())
     if total <= _SMALL:
         corpus = read_corpus(config, tokenizer, seed, quiet=True)

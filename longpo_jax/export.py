@@ -4,7 +4,6 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax.numpy as jnp
 
@@ -25,9 +24,10 @@ from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields
 from rapid_jax.runtime.mesh import make_meshes
+from rapid_jax.runtime.storage import AnyPlace
 
 
-def run_export(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
+def run_export(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
     """Writes the checkpoint that training ended with to `folder`/export: bfloat16, sharded, whole or not at all.
 
     `export.step` asks for another; done.json says which it was. None is taken in the place of one that is damaged.
@@ -55,14 +55,14 @@ def run_export(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet:
         mark_done(place, inputs, made)
 
 
-def step_of(config: LongPOConfig, folder: Path) -> int:
+def step_of(config: LongPOConfig, folder: AnyPlace) -> int:
     """The update after which the weights are exported. Raises InputError if training is not done."""
     if config.export.step is not None:
         return config.export.step
     return Fields(summary_of(folder / "train"), str(folder / "train" / "done.json"), "summary.").whole("steps")
 
 
-def trained(config: LongPOConfig, model: ModelConfig, checkpoints: Path, step: int) -> Decoder:
+def trained(config: LongPOConfig, model: ModelConfig, checkpoints: AnyPlace, step: int) -> Decoder:
     """The weights after `step` updates on the mesh of training; `model` is the architecture that training started from.
 
     Raises InputError if there is no such checkpoint, or it is damaged.

@@ -7,18 +7,18 @@ A record is written before its line of the journal: what the journal does not na
 """
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from longpo_jax.records import SCHEMA, Record, lines_of, shard_name, shards_of
 from longpo_jax.sealed import place_of, seal_of, sealed, stated_seal, unsealed
 from longpo_jax.stages import mark_done
+from rapid_jax.runtime.append_log import Log, log_at
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.json_input import Fields
+from rapid_jax.runtime.storage import AnyPlace
 
 _JOURNAL = "journal.jsonl"
 
@@ -30,13 +30,15 @@ class Writer:
     inputs, or files that are not as its journal says.
     """
 
-    def __init__(self, folder: Path, inputs: Mapping[str, Any], *, shard_pairs: int):
+    def __init__(self, folder: AnyPlace, inputs: Mapping[str, Any], *, shard_pairs: int):
         self.finished: list[str] = []  # ids, in the order in which they were added
         self.counts: Counter[str] = Counter()  # sums of what was counted
         self._folder, self._shard_pairs = folder, shard_pairs
         self._seals: list[str] = []  # of each record
         self._header = {"schema": SCHEMA, "inputs": json.loads(json.dumps(dict(inputs)))}
-        lines = _whole_lines(folder / _JOURNAL)
+        self._journal = log_at(folder / _JOURNAL)
+        self._shards: dict[str, Log] = {}  # that were written to
+        lines = _whole_lines(self._journal, folder / _JOURNAL)
         self._new = not lines  # or only of documents that other settings made nothing of
         if lines:
             self._new = _are_others(self._header, lines[0], folder)
@@ -59,14 +61,12 @@ class Writer:
         newest = max(ends, default="")
         for path in shards_of(self._folder):
             if path.name > newest:
-                path.unlink()
-            elif path.name == newest and path.stat().st_size > ends[newest]:
-                os.truncate(path, ends[newest])
+                log_at(path).remove()
+            elif path.name == newest:
+                self._shard(newest).truncate(ends[newest])
         for name, end in ends.items():
-            path = self._folder / name
-            size = path.stat().st_size if path.exists() else 0
-            if size != end:
-                raise InputError(f"{path}: expected {end} bytes, as the journal says, got {size}")
+            if (size := self._shard(name).size) != end:
+                raise InputError(f"{self._folder / name}: expected {end} bytes, as the journal says, got {size}")
         found = [
             seal_of(line, place_of(path, number), f"{path}:{number}")
             for path, number, _, line in lines_of(self._folder)
@@ -81,7 +81,7 @@ class Writer:
         """
         if self._new:
             self._folder.mkdir(parents=True, exist_ok=True)
-            (self._folder / _JOURNAL).unlink(missing_ok=True)
+            self._journal.remove()
             self._append_journal(self._header)
             self._new = False
         place = None
@@ -89,7 +89,7 @@ class Writer:
             path = self._folder / shard_name(len(self._seals) // self._shard_pairs)
             at = place_of(path, len(self._seals) % self._shard_pairs + 1)
             line = sealed(record.to_json(), at)
-            place = {"end": self._append(path.name, line), "seal": stated_seal(line)}
+            place = {"end": self._shard(path.name).append(line), "seal": stated_seal(line)}
         self._append_journal({"id": id, "record": place, "counts": dict(counts)})
         self._count(id, counts)
         if place is not None:
@@ -97,35 +97,30 @@ class Writer:
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Marks the stage done, with this summary and what tells its records from any others."""
+        for log in (*self._shards.values(), self._journal):
+            log.join()
         records = {"pairs": len(self._seals), "records": digest(*self._seals)}
         mark_done(self._folder, self._header["inputs"], {**summary, **records})
 
     def _append_journal(self, value: Mapping[str, Any]) -> None:
-        self._append(_JOURNAL, sealed(value, place_of(self._folder / _JOURNAL, self._journaled + 1)))
+        self._journal.append(sealed(value, place_of(self._folder / _JOURNAL, self._journaled + 1)))
         self._journaled += 1
 
-    def _append(self, name: str, line: bytes) -> int:
-        """Puts a line behind a file, onto the disk itself; the file's size then."""
-        try:
-            with open(self._folder / name, "ab") as file:
-                file.write(line)
-                file.flush()
-                os.fsync(file.fileno())
-                return file.tell()
-        except OSError as error:
-            raise InputError(f"{self._folder / name}: cannot be written: {error.strerror}") from error
+    def _shard(self, name: str) -> Log:
+        if name not in self._shards:
+            self._shards[name] = log_at(self._folder / name)
+        return self._shards[name]
 
     def _count(self, id: str, counts: Mapping[str, int]) -> None:
         self.finished.append(id)
         self.counts.update(counts)
 
 
-def _whole_lines(path: Path) -> list[Fields]:
+def _whole_lines(journal: Log, path: AnyPlace) -> list[Fields]:
     """The lines of a journal; a last one that was cut off is cut away."""
-    data = path.read_bytes() if path.exists() else b""
+    data = journal.read()
     whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
+    journal.truncate(len(whole))
     lines = enumerate(whole.splitlines(keepends=True), start=1)
     try:
         return [unsealed(line, place_of(path, number), f"{path}:{number}") for number, line in lines]
@@ -133,7 +128,7 @@ def _whole_lines(path: Path) -> list[Fields]:
         raise InputError(f"{error}: delete {path.parent} to start again") from error
 
 
-def _are_others(expected: Mapping[str, Any], got: Fields, folder: Path) -> bool:
+def _are_others(expected: Mapping[str, Any], got: Fields, folder: AnyPlace) -> bool:
     """Whether a journal is of other inputs, but no record was made with them. Raises InputError if some were."""
     if got.get("schema") != SCHEMA:
         raise got.error("schema", str(SCHEMA))

@@ -16,20 +16,20 @@ A line of metrics.jsonl is about one update:
 import importlib.util
 import json
 import math
-import os
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from longpo_jax.config import TrainConfig
 from rapid_jax.plan.topologies import GENERATIONS
+from rapid_jax.runtime.append_log import Log, has_log, log_at
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.files import LocalFolder, digest
 from rapid_jax.runtime.json_input import parse_object
+from rapid_jax.runtime.storage import AnyPlace, full_name
 
 FILE = "metrics.jsonl"
 ROWS = ("seqio", "tensorflow", "tensorflow_text", "tensorflow_datasets", "clu")  # what tasks.py imports, and seqio
@@ -76,24 +76,36 @@ class Metrics:
     """
 
     def __init__(
-        self, folder: Path, *, steps: int, resumed: int, tensorboard: bool, wandb: str | None, leads: bool, quiet: bool
+        self,
+        folder: AnyPlace,
+        *,
+        steps: int,
+        resumed: int,
+        tensorboard: bool,
+        wandb: str | None,
+        leads: bool,
+        quiet: bool,
     ):
         self._leads, self._steps, self._quiet = leads, steps, quiet
         self._bar = self._tensorboard = self._wandb = None
         if not leads:
             return
-        self._path = folder / FILE
-        _cut(self._path, resumed)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = log_at(folder / FILE, durable=False)
+        _cut(self._log, resumed)
+        self._events = LocalFolder(folder / "tensorboard")
         if tensorboard:
             from tensorboardX import SummaryWriter
 
-            place = str(folder / "tensorboard")
+            place = str(self._events.path)
             self._tensorboard = SummaryWriter(place, purge_step=resumed + 1, filename_suffix=f".{resumed}")
         if wandb is not None:
             self._wandb = importlib.import_module("wandb")
             # The same run again after a restart.
-            name = digest(str(folder.resolve()))[:16]
-            self._wandb.init(project=wandb, id=name, name=folder.parent.name, dir=str(folder), resume="allow")
+            name = digest(full_name(folder))[:16]
+            self._notes = LocalFolder(folder)  # wandb's own, which it sends itself
+            here = str(self._notes.path)
+            self._wandb.init(project=wandb, id=name, name=folder.parent.name, dir=here, resume="allow")
         if not quiet and sys.stderr.isatty():
             self._bar = tqdm(total=steps, initial=resumed, desc="train", unit=" steps", dynamic_ncols=True)
 
@@ -101,8 +113,7 @@ class Metrics:
         """An update's metrics; `line` has "step", counted from 1, and "seconds_left"."""
         if not self._leads:
             return
-        with open(self._path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self._log.append(f"{json.dumps(line)}\n".encode())
         numbers = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
         if self._tensorboard is not None:
             for name, value in numbers.items():
@@ -117,22 +128,31 @@ class Metrics:
             left = line["seconds_left"]
             say(f"train: {line['step']}/{self._steps} {told}" + (f", {left:.0f} s left" if left is not None else ""))
 
+    def keep(self) -> None:
+        """Where the folder is in a bucket, TensorBoard's events go there now."""
+        if self._tensorboard is not None:
+            self._tensorboard.flush()
+            self._events.push()
+
     def close(self) -> None:
         """After the last update."""
         for writer in (self._bar, self._tensorboard):
             if writer is not None:
                 writer.close()
+        if self._leads:
+            self._events.push()
+            self._log.join()
         if self._wandb is not None:
             self._wandb.finish()
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
+def read_metrics(folder: AnyPlace) -> list[dict[str, Any]]:
     """The lines of a run's training, in order. Raises InputError if there are none, or one is damaged."""
     path = folder / FILE
-    if not path.is_file():
+    if not has_log(path):
         raise InputError(f"{path}: expected the metrics of a training run, got no file")
     found = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(log_at(path).read().splitlines(), start=1):
         values = _metrics_of(line)
         if values is None or (found and values["step"] <= found[-1]["step"]):
             raise InputError(f"{path}:{number}: expected a line of metrics, got {line[:40].decode(errors='replace')!r}")
@@ -151,17 +171,14 @@ def _metrics_of(line: bytes) -> dict[str, Any] | None:
         return None
 
 
-def _cut(path: Path, resumed: int) -> None:
+def _cut(log: Log, resumed: int) -> None:
     """Takes away the lines of updates after `resumed`, and a last line that is not whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        return
     end = 0
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in log.read().splitlines(keepends=True):
         if not line.endswith(b"\n") or _step(line) > resumed:
             break
         end += len(line)
-    os.truncate(path, end)
+    log.truncate(end)
 
 
 def _step(line: bytes) -> float:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import zip_longest
-from pathlib import Path
 from typing import TypeVar
 
 from longpo_jax import instruct
@@ -32,10 +31,11 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.mesh import agreed
 from rapid_jax.runtime.progress import progress
+from rapid_jax.runtime.storage import AnyPlace
 from rapid_jax.speculative.config import SamplingConfig
 
 
-def run_pairs(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
+def run_pairs(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
     """Makes the records of `folder`/pairs (records.py) and marks the stage done; goes on where it was interrupted.
 
     Every process of a run computes the same; the one that
@@ -70,7 +70,7 @@ def run_pairs(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: 
         say(f"longpo: {few}")
 
 
-def _resumed(writer: Writer, corpus: Corpus, folder: Path) -> int:
+def _resumed(writer: Writer, corpus: Corpus, folder: AnyPlace) -> int:
     """How many documents are finished. They must be the first ones of the corpus."""
     for count, (finished, found) in enumerate(zip_longest(writer.finished, corpus.documents.ids), start=1):
         if finished is None:

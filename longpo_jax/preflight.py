@@ -11,18 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.round import rounds_of
+from longpo_jax.round import folder_of, rounds_of
 from longpo_jax.stages import STAGES, has_ended, summary_of
 from rapid_jax.plan.architectures import SHAPES, Architecture, architecture_of
 from rapid_jax.plan.topologies import FRACTION, GENERATIONS, GIB, GPUS, chips_of, generation_of
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.command_line import Place, prepare_jax, say
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import default_cache_dir
-from rapid_jax.runtime.storage import place_of
+from rapid_jax.runtime.files import default_cache_dir, replace_file
+from rapid_jax.runtime.storage import AnyPlace
 from rapid_jax.runtime.sweep import markdown
 
 WOULD_FAIL = 2
+_TRIED = "check.tmp"
 _HEAD = ("what", "needed or expected", "there")
 
 
@@ -146,25 +147,25 @@ def _round(
     """The lines of one round; the bytes that it writes."""
     from longpo_jax.checks import check_rows
 
-    done = [stage for stage in STAGES if has_ended(Path(config.run) / stage)]
+    folder = folder_of(config)
+    done = found.try_(f"{before}run", lambda: [stage for stage in STAGES if has_ended(folder / stage)])
     if done:
         found.add(f"{before}done already", "", ", ".join(done))
     found.try_(f"{before}rows", lambda: check_rows(config))
-    text = _pairs(config, before, tokenizer, found)
+    text = _pairs(config, before, folder / "pairs" if "pairs" in (done or ()) else None, tokenizer, found)
     if architecture is None:
         return text
     _devices(config, before, architecture, machine, found)
     return text + _bytes_on_disk(config, _parameters(architecture.config))
 
 
-def _pairs(config: LongPOConfig, before: str, tokenizer: Any, found: Findings) -> int:
-    """Documents, pairs, rows, updates and the peak rate; the bytes of the documents."""
+def _pairs(config: LongPOConfig, before: str, made: AnyPlace | None, tokenizer: Any, found: Findings) -> int:
+    """Documents, pairs (those that were made, if they were), rows, updates and the peak rate; the documents' bytes."""
     from longpo_jax.corpus_estimate import estimate
     from longpo_jax.train import steps_of
 
-    made = Path(config.run) / "pairs"
     text, turns, most, known = 0, 0, None, ""
-    if has_ended(made):
+    if made is not None:
         summary = summary_of(made)
         most, turns, known = summary["pairs"], summary["turns"], "made already"
     elif tokenizer is not None:
@@ -239,9 +240,11 @@ def _bytes_on_disk(config: LongPOConfig, parameters: int) -> int:
 
 def _places(config: LongPOConfig, space: int, found: Findings) -> None:
     """Whether the folders can be written to, and whether there is room."""
-    folder = place_of(config.run, "run")
+    folder = folder_of(config)
     if not isinstance(folder, Path):
-        found.add("folder, run", str(folder), "a bucket: the run asks it when it starts")
+        if found.try_("folder, run", lambda: _try_out(folder)):
+            found.add("folder, run", str(folder), "can be written to")
+        found.add("bucket", f"{space / GIB:.2f} GiB", "")
         return
     for name, place in _written(config, folder):
         there = next(path for path in (place, *place.parents) if path.exists())
@@ -260,6 +263,14 @@ def _places(config: LongPOConfig, space: int, found: Findings) -> None:
     )
     kept = f"checkpoints (train.keep {config.train.keep}), one more while it is written, the export"
     found.add("disk", f"{needed / GIB:.2f} GiB: {kept}", f"{free / GIB:.2f} GiB free", fault)
+
+
+def _try_out(folder: AnyPlace) -> bool:
+    """Writes an object there and deletes it. Raises InputError where that is not allowed."""
+    with replace_file(folder / _TRIED) as temporary:
+        temporary.write_bytes(b"")
+    (folder / _TRIED).unlink(missing_ok=True)
+    return True
 
 
 def _written(config: LongPOConfig, folder: Path) -> Iterator[tuple[str, Path]]:

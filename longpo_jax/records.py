@@ -11,16 +11,18 @@ Every line has a checksum (sealed.py).
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from longpo_jax.sealed import place_of, stated_seal, unsealed
 from longpo_jax.stages import summary_of
+from rapid_jax.runtime.append_log import logs_in, open_log
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file
+from rapid_jax.runtime.files import digest, sha256_of
 from rapid_jax.runtime.json_input import Fields
+from rapid_jax.runtime.storage import AnyPlace, read_into, working_place
 
 SCHEMA = 2
+_AHEAD = 8 << 20  # bytes that a store is asked for at once
 _TOKENS_A_CHARACTER = 64  # at most, whatever a tokenizer's normaliser makes of a character
 
 
@@ -143,29 +145,28 @@ def _span(value: Fields, name: str, size: int | None = None) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Line:
-    """Where a record lies: line `number` of a file, which begins at `offset`, with its checksum."""
+    """Where a record lies: line `number` of a file, its `size` bytes from `offset` on, with its checksum."""
 
     file: str
     number: int
     offset: int
+    size: int
     seal: str
 
     def record(self) -> Record:
         """Read from the file. Raises InputError if it is not the one that was there."""
-        path = Path(self.file)
+        path, line = working_place(self.file, "run"), bytearray(self.size)
         try:
-            with open(path, "rb") as file:
-                file.seek(self.offset)
-                line = file.readline()
+            got = read_into(path, self.offset, memoryview(line))
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        record = record_of(line, path, self.number)
+        record = record_of(line := bytes(line[:got]), path, self.number)
         if stated_seal(line) != self.seal:
             raise InputError(f"{path}:{self.number}: expected the record that was there at first, got another")
         return record
 
 
-def read_records(folder: Path) -> Iterator[Record]:
+def read_records(folder: AnyPlace) -> Iterator[Record]:
     """The records of a finished run, in their order, one at a time.
 
     Raises InputError if the run is not finished, naming file and line for a line that is not what was written there or
@@ -175,7 +176,7 @@ def read_records(folder: Path) -> Iterator[Record]:
         yield record
 
 
-def located(folder: Path) -> Iterator[tuple[Line, Record]]:
+def located(folder: AnyPlace) -> Iterator[tuple[Line, Record]]:
     """As `read_records`, each with its place."""
     done, ids, seals = Fields(summary_of(folder), str(folder), "summary of done.json: "), set(), []
     expected, records = done.whole("pairs"), done.text("records")
@@ -185,37 +186,37 @@ def located(folder: Path) -> Iterator[tuple[Line, Record]]:
             raise InputError(f"{path}:{number}: expected a document once, got {record.id!r} again")
         ids.add(record.id)
         seals.append(stated_seal(data))
-        yield Line(str(path), number, offset, seals[-1]), record
+        yield Line(str(path), number, offset, len(data), seals[-1]), record
     if len(seals) != expected:
         raise InputError(f"{folder}: expected {expected} records, got {len(seals)}")
     if digest(*seals) != records:
         raise InputError(f"{folder}: expected the records that were made, got others")
 
 
-def record_of(line: bytes, path: Path, number: int) -> Record:
+def record_of(line: bytes, path: AnyPlace, number: int) -> Record:
     """The record of a line. Raises InputError, naming file and line, for one that is not whole or of another schema."""
     return Record.from_json(unsealed(line, place_of(path, number), f"{path}:{number}"))
 
 
-def shards_of(folder: Path) -> list[Path]:
+def shards_of(folder: AnyPlace) -> list[AnyPlace]:
     """The files that hold records, in order."""
-    return sorted(folder.glob("pairs-*.jsonl"))
+    return logs_in(folder, "pairs-*.jsonl")
 
 
-def digest_of(folder: Path) -> str:
+def digest_of(folder: AnyPlace) -> str:
     """SHA-256 over all records. Raises InputError if there are none."""
     shards = shards_of(folder)
     if not shards:
         raise InputError(f"{folder}: expected records in pairs-*.jsonl, got none: run `longpo pairs` first")
-    return digest(*(part for path in shards for part in (path.name, digest_file(path))))
+    return digest(*(part for path in shards for part in (path.name, sha256_of(path))))
 
 
-def lines_of(folder: Path) -> Iterator[tuple[Path, int, int, bytes]]:
+def lines_of(folder: AnyPlace) -> Iterator[tuple[AnyPlace, int, int, bytes]]:
     """(file, number of the line, where it begins, the line) of all files that hold records."""
     for index, path in enumerate(shards_of(folder)):
         if path.name != shard_name(index):
             raise InputError(f"{folder}: expected {shard_name(index)}, got {path.name}")
-        with open(path, "rb") as file:
+        with open_log(path, ahead=_AHEAD) as file:
             offset = 0
             for number, line in enumerate(file, start=1):
                 yield path, number, offset, line

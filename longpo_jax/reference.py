@@ -17,7 +17,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
@@ -37,9 +36,10 @@ from rapid_jax.model.load import LoadedModel, load_model
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.axes import TRAINED
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, digest_file, replace_file
+from rapid_jax.runtime.files import digest, replace_file, sha256_of
 from rapid_jax.runtime.mesh import agreed, make_meshes, placed, whole
 from rapid_jax.runtime.progress import progress
+from rapid_jax.runtime.storage import AnyPlace, bytes_of
 from rapid_jax.speculative.chunk_layout import bucket
 
 References: TypeAlias = Mapping[str, Sequence[float]]  # by name, an item a turn (dpo: one item)
@@ -56,7 +56,7 @@ _OWNER = "inputs.txt"  # beside the scores: a digest of the inputs that they are
 _TOGETHER = 32  # records between two writes
 
 
-def run_reference(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
+def run_reference(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
     """Scores the records of `folder`/pairs into `folder`/reference; goes on where it was interrupted.
 
     Every process computes, the one that `leads` writes.
@@ -81,7 +81,7 @@ def run_reference(config: LongPOConfig, folder: Path, *, leads: bool = True, qui
         mark_done(place, inputs, {"records": count, "files": _digests(place)})
 
 
-def reference_inputs(config: LongPOConfig, folder: Path) -> dict[str, Any]:
+def reference_inputs(config: LongPOConfig, folder: AnyPlace) -> dict[str, Any]:
     """What the scores follow from: settings, weights, tokenizer, chat template, and the records.
 
     Raises InputError for records that another model has made: it teaches itself.
@@ -92,7 +92,7 @@ def reference_inputs(config: LongPOConfig, folder: Path) -> dict[str, Any]:
     return inputs if config.objective.name == "sft" else inputs | model
 
 
-def read_references(place: Path, inputs: Mapping[str, Any]) -> dict[str, References]:
+def read_references(place: AnyPlace, inputs: Mapping[str, Any]) -> dict[str, References]:
     """The scores of each record by its id. Raises InputError if there are none, or they are of other inputs."""
     if not is_done(place, inputs):
         raise InputError(f"{place}: expected the reference's log-probabilities, got none: run `longpo reference` first")
@@ -125,15 +125,15 @@ def sums_of(scores: References, objective: str, turn: int) -> dict[str, float]:
     return {name: float(np.sum(np.asarray(values, np.float64))) for name, values in scores.items()}
 
 
-def _files(place: Path) -> list[Path]:
-    return sorted(place.glob("scores-*.jsonl"))
+def _files(place: AnyPlace) -> list[AnyPlace]:
+    return sorted(place.glob("scores-*.jsonl"), key=lambda path: path.name) if place.is_dir() else []
 
 
-def _digests(place: Path) -> dict[str, str]:
-    return {path.name: digest_file(path) for path in _files(place)}
+def _digests(place: AnyPlace) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in _files(place)}
 
 
-def _scores_in(path: Path, names: Sequence[str]) -> Iterator[tuple[str, References]]:
+def _scores_in(path: AnyPlace, names: Sequence[str]) -> Iterator[tuple[str, References]]:
     """(id, scores) of each line. Raises InputError, naming the line, for one that is not what was written there."""
     for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
         values = unsealed(line, place_of(path, number), f"{path}:{number}")
@@ -146,13 +146,12 @@ class _Scores:
     `ids` are those of all records, in their order. Raises InputError for files that are not of the first of them.
     """
 
-    def __init__(self, place: Path, key: str, ids: Sequence[str], names: Sequence[str], *, leads: bool):
+    def __init__(self, place: AnyPlace, key: str, ids: Sequence[str], names: Sequence[str], *, leads: bool):
         self._place, self._key, self._leads = place, key, leads
         self.count = 0
         self._files = 0
         self._new = True
-        owner = place / _OWNER
-        if leads and owner.is_file() and owner.read_text(errors="replace") == key:
+        if leads and bytes_of(place / _OWNER) == key.encode():
             self._new = False
             for path in _files(place):
                 found = [id for id, _ in _scores_in(path, names)]
@@ -172,7 +171,7 @@ class _Scores:
             temporary.write_text(self._key)
         self._new = False
 
-    def _path(self, index: int) -> Path:
+    def _path(self, index: int) -> AnyPlace:
         return self._place / f"scores-{index:05d}.jsonl"
 
     def add(self, scores: Sequence[Mapping[str, Any]]) -> None:

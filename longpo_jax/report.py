@@ -5,12 +5,13 @@ import base64
 import html
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from longpo_jax.metrics import FILE, read_metrics
+from rapid_jax.runtime.append_log import has_log
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file
+from rapid_jax.runtime.storage import AnyPlace, working_place
 
 # Panel -> the metrics in it.
 _PANELS: Mapping[str, tuple[str, ...]] = {
@@ -28,7 +29,7 @@ _SMOOTHED = 20  # a line's mean is over a twentieth of it
 _TABLE = ("loss", "nll", "rewards/margins", "rewards/accuracies", "grad_norm", "tokens_per_second", "mfu")
 
 
-def report(runs: Sequence[Path], out: Path | None = None) -> None:
+def report(runs: Sequence[AnyPlace], out: AnyPlace | None = None) -> None:
     """Writes report.png and report.html into `out`, by default the first of the runs.
 
     A run is the folder of a run, of a round or of its training; of a run of several rounds all are drawn. Raises
@@ -37,8 +38,8 @@ def report(runs: Sequence[Path], out: Path | None = None) -> None:
     found = {name: read_metrics(folder) for run in runs for name, folder in _trainings(run)}
     if not any(_points(lines, key) for lines in found.values() for key, *_ in _PANELS.values()):
         raise InputError(f"{', '.join(found)}: expected metrics such as {next(iter(_PANELS))}, got none that is known")
-    place = runs[0] if out is None else out
-    if place.exists() and not place.is_dir():
+    place = working_place(runs[0] if out is None else out, "report")
+    if place.is_file():
         raise InputError(f"{place}: expected a folder to write to, got a file")
     picture = drawn(found)
     with replace_file(place / "report.png") as temporary:
@@ -48,14 +49,14 @@ def report(runs: Sequence[Path], out: Path | None = None) -> None:
     print(place / "report.html")
 
 
-def _trainings(run: Path) -> list[tuple[str, Path]]:
+def _trainings(run: AnyPlace) -> list[tuple[str, AnyPlace]]:
     """(name, folder of the metrics) of each training in a folder."""
     for folder in (run, run / "train"):
-        if (folder / FILE).is_file():
+        if has_log(folder / FILE):
             return [(str(run), folder)]
     numbers = {folder: folder.parent.name.partition("-")[2] for folder in run.glob("round-*/train")}
     rounds = sorted((folder for folder in numbers if numbers[folder].isdigit()), key=lambda f: int(numbers[f]))
-    with_metrics = [folder for folder in rounds if (folder / FILE).is_file()]
+    with_metrics = [folder for folder in rounds if has_log(folder / FILE)]
     if not with_metrics:
         raise InputError(f"{run}: expected the metrics of a training run, got no {FILE}")
     return [(str(folder.parent), folder) for folder in with_metrics]

@@ -11,13 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.stages import STAGES, has_ended, working_in
+from longpo_jax.stages import STAGES, has_ended
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import check_shared
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.storage import local_path
+from rapid_jax.runtime.run_folder import working_in
+from rapid_jax.runtime.storage import AnyPlace, working_place
 
 SETTINGS = "settings.yaml"  # in a round's folder: as they were when a stage last ended well
+
+
+def folder_of(config: LongPOConfig) -> AnyPlace:
+    """What everything is written to."""
+    return working_place(config.run, "run")
 
 
 def rounds_of(config: LongPOConfig) -> list[LongPOConfig]:
@@ -35,15 +41,15 @@ def rounds_of(config: LongPOConfig) -> list[LongPOConfig]:
         for fixed in ("run", "rounds"):
             if any(override.partition("=")[0] == fixed for override in overrides):
                 raise InputError(f"rounds: round {number}: {fixed} is the same for all rounds, got {line!r}")
-        single = dataclasses.replace(config, run=str(local_path(config.run, "run") / f"round-{number}"), rounds=())
+        single = dataclasses.replace(config, run=str(folder_of(config) / f"round-{number}"), rounds=())
         if found:
-            model = dataclasses.replace(config.model, source=str(Path(found[-1].run) / "export"))
+            model = dataclasses.replace(config.model, source=str(folder_of(found[-1]) / "export"))
             single = dataclasses.replace(single, model=model)
         found.append(settings.changed(single, overrides, f"rounds: round {number}"))
     return found
 
 
-def run_stage(stage: str, config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
+def run_stage(stage: str, config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
     """One of `stages.STAGES` of the round in `folder`; skipped if done. No process returns before it is all there.
 
     Raises InputError if another run is at work there, too, and if the processes of this one do not share the folder.
@@ -59,7 +65,7 @@ def run_stage(stage: str, config: LongPOConfig, folder: Path, *, leads: bool = T
         agreed(0)
 
 
-def run_round(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
+def run_round(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
     """All stages of the round in `folder`, in order; what is done is skipped. All are checked before one starts."""
     for stage in STAGES:
         _check_link(folder / stage)
@@ -71,21 +77,21 @@ def run_round(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: 
 def run_rounds(config: LongPOConfig, *, leads: bool = True, quiet: bool = False) -> None:
     """All rounds, in RUN/round-1, RUN/round-2, ...; all are checked before the first starts."""
     rounds = rounds_of(config)
-    exports = {str(Path(single.run) / "export") for single in rounds}
+    exports = {str(folder_of(single) / "export") for single in rounds}
     for single in rounds:
         source = single.model.source  # a model that is yet to be made has the shape of the first
-        _check(single, Path(single.run), rounds[0].model.source if source in exports else source)
+        _check(single, folder_of(single), rounds[0].model.source if source in exports else source)
     for single in rounds:
-        run_round(single, Path(single.run), leads=leads, quiet=quiet)
+        run_round(single, folder_of(single), leads=leads, quiet=quiet)
 
 
-def _check_link(place: Path) -> None:
+def _check_link(place: AnyPlace) -> None:
     """Raises InputError for a link of a sweep to a stage that is not there yet."""
-    if place.is_symlink() and not place.exists():
+    if isinstance(place, Path) and place.is_symlink() and not place.exists():
         raise InputError(f"{place}: expected the stage that the sweep shares in {place.resolve()}, got none there yet")
 
 
-def _check(config: LongPOConfig, folder: Path, source: str) -> None:
+def _check(config: LongPOConfig, folder: AnyPlace, source: str) -> None:
     """Of a round that is not done."""
     if not has_ended(folder / STAGES[-1]):
         from longpo_jax.checks import check_round

@@ -4,7 +4,6 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from longpo_jax.config import LongPOConfig, Objective
 from longpo_jax.dialogue import Branch, Dialogue
@@ -12,6 +11,7 @@ from longpo_jax.records import Line, Record, Turn, located
 from longpo_jax.rows import Row, needed, packed
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.storage import AnyPlace
 from rapid_jax.speculative.chunk_layout import bucket
 
 
@@ -89,7 +89,7 @@ class Rows:
     Raises InputError for records that are not as they were written, and if no row is left.
     """
 
-    def __init__(self, config: LongPOConfig, pairs: Path, tokenizer: Tokenizer):
+    def __init__(self, config: LongPOConfig, pairs: AnyPlace, tokenizer: Tokenizer):
         self.config, self._tokenizer = config, tokenizer
         self.places: dict[str, list[Place]] = {}
         self.turns: dict[str, int] = {}  # how many each record has, by its id

@@ -11,12 +11,12 @@ another checksum is stopped by the types of the values alone.
 import json
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Final
 
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.json_input import Fields, parse_object
+from rapid_jax.runtime.storage import AnyPlace
 
 _KEY: Final = "sha256"
 _END: Final = re.compile(rb', "sha256": "([0-9a-f]{64})"}\n\Z')
@@ -55,6 +55,6 @@ def unsealed(data: bytes, place: str, source: str) -> Fields:
     return parse_object(body, source)
 
 
-def place_of(path: Path, number: int) -> str:
+def place_of(path: AnyPlace, number: int) -> str:
     """Where line `number`, counted from 1, of a file lies, in whatever folder."""
     return f"{path.name}:{number}"

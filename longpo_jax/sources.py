@@ -7,16 +7,17 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.storage import local_path
+from rapid_jax.runtime.storage import AnyPlace, full_name, place_of
 
 TEXT, LINES, PACKED = (".txt", ".md", ".tex"), ".jsonl", (".gz", ".zst")
 _KINDS = "a .txt, .md, .tex or .jsonl file (or one of those with .gz or .zst)"
+_OTHER = "file of another kind"
 _LINK = "link that leads out of its source's folder (corpus.follow_links)"
 
 
@@ -26,7 +27,7 @@ class File:
 
     name: str
     domain: str
-    path: Path
+    path: AnyPlace
 
 
 def files_of(sources: Sequence[str], dropped: Counter[str], *, follow_links: bool = False) -> list[File]:
@@ -41,7 +42,7 @@ def files_of(sources: Sequence[str], dropped: Counter[str], *, follow_links: boo
     for source in sources:
         domain, _, place = source.partition("=")
         left_out: Counter[str] = Counter()
-        known = _Place(local_path(place, "corpus.sources"), follow_links, left_out).files()
+        known = _files_at(place_of(place, "corpus.sources"), follow_links, left_out)
         if not known:
             reasons = "".join(f", {count} x {reason}" for reason, count in left_out.items())
             raise InputError(f"corpus.sources: {source}: expected {_KINDS} there, found none{reasons}")
@@ -53,15 +54,42 @@ def files_of(sources: Sequence[str], dropped: Counter[str], *, follow_links: boo
                 raise InputError(f"corpus.sources: {source}: expected names in UTF-8, got {name!a}") from error
             file = File(f"{domain}/{name}", domain, path)
             other = found.setdefault(file.name, file).path
-            if os.path.realpath(other) != os.path.realpath(path):
+            if full_name(other) != full_name(path):
                 raise InputError(f"corpus.sources: {other} and {path} are both {file.name}: name the domains apart")
     return [found[name] for name in sorted(found)]
 
 
-def suffix_of(path: Path) -> str:
+def suffix_of(path: AnyPlace) -> str:
     """What is in a file, by its name without the suffix of its compression: ".txt" for a.TXT.gz."""
-    bare = path.with_suffix("") if path.suffix.lower() in PACKED else path
-    return bare.suffix.lower()
+    bare = PurePath(path.name)
+    return (bare.with_suffix("") if bare.suffix.lower() in PACKED else bare).suffix.lower()
+
+
+def _files_at(place: AnyPlace, follow_links: bool, left_out: Counter[str]) -> Mapping[str, AnyPlace]:
+    """The files of texts that a source names, by their names below the folder that holds them all."""
+    if isinstance(place, Path):
+        return _Place(place, follow_links, left_out).files()
+    root, pattern = place, ()
+    if not place.exists():
+        parts = PurePath(place.key).parts
+        at = next((index for index, part in enumerate(parts) if _is_pattern(part)), len(parts) - 1)
+        for _ in parts[at:]:
+            root = root.parent
+        pattern = parts[at:]
+    found = [place] if place.is_file() else root.below()
+    names = {(PurePath(file.name) if file == place else file.relative_to(root)): file for file in found}
+    known: dict[str, AnyPlace] = {}
+    for name, file in names.items():
+        if not any(part.startswith(".") for part in name.parts) and (not pattern or _fits(name.parts, pattern)):
+            if suffix_of(file) in (*TEXT, LINES):
+                known[name.as_posix()] = file
+            else:
+                left_out[_OTHER] += 1
+    return known
+
+
+def _is_pattern(part: str) -> bool:
+    return re.search(r"[*?[]", part) is not None
 
 
 class _Place:
@@ -73,7 +101,7 @@ class _Place:
         if self._named:
             self._root = place if place.is_dir() else place.parent
         else:
-            parts = [index for index, part in enumerate(place.parts) if re.search(r"[*?[]", part)]
+            parts = [index for index, part in enumerate(place.parts) if _is_pattern(part)]
             self._root = Path(*place.parts[: parts[0]]) if parts else place.parent
         self._real = functools.cache(os.path.realpath)  # of folders
 
@@ -124,7 +152,7 @@ class _Place:
 
     def _is_taken(self, path: Path) -> bool:
         if suffix_of(path) not in (*TEXT, LINES):
-            self._left_out["file of another kind"] += 1
+            self._left_out[_OTHER] += 1
         elif not self._is_inside(path):
             self._left_out[_LINK] += 1
         elif not _may_be_regular(path):

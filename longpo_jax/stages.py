@@ -4,12 +4,8 @@
 A stage that is done with the same inputs is skipped; one that is done with others is refused, never written over.
 """
 
-import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from longpo_jax.config import LongPOConfig
@@ -17,7 +13,8 @@ from longpo_jax.sealed import sealed, unsealed
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import READING_S, check_agreed, left_out
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, remove_leftovers, replace_file
+from rapid_jax.runtime.files import digest, replace_file
+from rapid_jax.runtime.storage import AnyPlace, bytes_of
 
 SCHEMA = 2
 STAGES = ("pairs", "reference", "train", "export")  # in the order in which they run; each is a folder of a round
@@ -46,47 +43,6 @@ _MATTERS = {
 _EXCEPT = {"pairs": ("model.source", "model.reference_rope_theta", "corpus.weights", "pairs.batch")}
 
 
-@contextlib.contextmanager
-def working_in(folder: Path, stage: str) -> Iterator[None]:
-    """`folder` is there, and no other process of this machine works in it, until the context is left.
-
-    Raises InputError if another does, where nothing can be written, and for a file in the place of the stage's folder.
-    A folder that was not there before and is empty in the end is taken away. Of file systems that know no locks, as
-    some network ones, nobody learns whether another works there.
-    """
-    place = folder / stage
-    try:
-        new = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise InputError(f"{folder}: expected a folder to write to, got: {error.strerror}") from error
-    try:
-        if place.exists() and not place.is_dir():
-            raise InputError(f"{place}: expected a folder or nothing there, got a file")
-        if not os.access(place if place.exists() else folder, os.W_OK):
-            raise InputError(f"{folder}: expected a folder to write to, got one without the permission")
-        with contextlib.suppress(OSError):  # no locks there
-            _lock(held, folder)
-        for part in (folder, place):  # of runs that were killed
-            remove_leftovers(part)
-        yield
-    finally:
-        os.close(held)
-        with contextlib.suppress(OSError):  # not empty
-            for path in new:
-                path.rmdir()
-
-
-def _lock(descriptor: int, folder: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(
-            f"{folder}: expected no other run there, got one that is at work: wait for it, or choose another run folder"
-        ) from error
-
-
 def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
     """The settings that decide what `stage` makes, "section.key" -> value, in the order of the settings file.
 
@@ -99,7 +55,7 @@ def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key in matters and key not in _EXCEPT.get(stage, ())}
 
 
-def is_done(folder: Path, inputs: Mapping[str, Any]) -> bool:
+def is_done(folder: AnyPlace, inputs: Mapping[str, Any]) -> bool:
     """Whether the stage of `folder` is done with these inputs (plain JSON values; a tuple counts as a list).
 
     Raises InputError, naming the first input that differs, if it is done with others.
@@ -117,7 +73,7 @@ def is_done(folder: Path, inputs: Mapping[str, Any]) -> bool:
     return True
 
 
-def is_to_skip(folder: Path, inputs: Mapping[str, Any], *, leads: bool) -> bool:
+def is_to_skip(folder: AnyPlace, inputs: Mapping[str, Any], *, leads: bool) -> bool:
     """Whether the stage of `folder` is done with these inputs, which all processes of a run must have.
 
     The one that `leads` looks. Raises InputError as `is_done`, and where the processes have not the same inputs.
@@ -128,7 +84,7 @@ def is_to_skip(folder: Path, inputs: Mapping[str, Any], *, leads: bool) -> bool:
     return bool(agreed(leads and is_done(folder, inputs)))
 
 
-def check_same_model(place: Path, made: Mapping[str, Any], model: Mapping[str, str], source: str) -> None:
+def check_same_model(place: AnyPlace, made: Mapping[str, Any], model: Mapping[str, str], source: str) -> None:
     """Raises InputError if the stage of `place` was made with another model than `source`, known by `model`."""
     for key in ("model.weights", "model.tokenizer", "model.template"):
         if made.get(key, model[key]) != model[key]:
@@ -138,47 +94,48 @@ def check_same_model(place: Path, made: Mapping[str, Any], model: Mapping[str, s
             )
 
 
-def has_ended(folder: Path) -> bool:
+def has_ended(folder: AnyPlace) -> bool:
     """Whether the stage of `folder` is done, whatever with."""
     return (folder / _FILE).is_file()
 
 
-def mark_done(folder: Path, inputs: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
+def mark_done(folder: AnyPlace, inputs: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
     """Says that the stage of `folder` is done, with what, and what came of it (plain JSON values). One host does it."""
     with replace_file(folder / _FILE) as temporary:
         written = {"schema": SCHEMA, "inputs": dict(inputs), "summary": dict(summary)}
         temporary.write_bytes(sealed(written, _FILE, indent=1))
 
 
-def made_with(folder: Path) -> dict[str, Any]:
+def made_with(folder: AnyPlace) -> dict[str, Any]:
     """The inputs of a stage. Raises InputError if it is not done."""
     return _done(folder)["inputs"]
 
 
-def summary_of(folder: Path) -> dict[str, Any]:
+def summary_of(folder: AnyPlace) -> dict[str, Any]:
     """What came of a stage. Raises InputError if it is not done."""
     return _done(folder)["summary"]
 
 
-def identity_of(folder: Path) -> str:
+def identity_of(folder: AnyPlace) -> str:
     """Digest of what a done stage was made with and what came of it. Raises InputError if it is not done."""
     done = _done(folder)
     return digest(json.dumps([done["inputs"], done["summary"]], sort_keys=True))
 
 
-def _done(folder: Path) -> dict[str, Any]:
+def _done(folder: AnyPlace) -> dict[str, Any]:
     done = _read(folder)
     if done is None:
         raise InputError(f"{folder}: expected a stage that is done, got none: run `longpo {folder.name}` first")
     return done
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _read(folder: AnyPlace) -> dict[str, Any] | None:
     path = folder / _FILE
-    try:
-        done = unsealed(path.read_bytes(), _FILE, str(path))
-    except FileNotFoundError:
+    data = bytes_of(path)
+    if data is None:
         return None
+    try:
+        done = unsealed(data, _FILE, str(path))
     except InputError as error:
         raise InputError(f"{error}: delete it, and `longpo {folder.name}` checks what is there") from error
     if done.whole("schema", 0) != SCHEMA:

@@ -12,7 +12,6 @@ import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +25,7 @@ from longpo_jax.samples import Place, Rows
 from longpo_jax.step import Sample
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.storage import AnyPlace
 
 for _kind in ("GPU", "TPU"):
     tf.config.set_visible_devices([], _kind)
@@ -231,7 +231,7 @@ class Reader:
     def __init__(
         self,
         config: LongPOConfig,
-        pairs: Path,
+        pairs: AnyPlace,
         references: Mapping[str, References],
         tokenizer: Tokenizer,
         *,

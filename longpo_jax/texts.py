@@ -2,12 +2,11 @@
 """The texts in a corpus' files: plain or JSON lines, gzip or zstd, read piece by piece within limits."""
 
 import codecs
-import os
 import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any, Final
 
 import zstandard
@@ -17,6 +16,7 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.input_files import byte_order_mark, open_regular
 from rapid_jax.runtime.json_input import parse_json
 from rapid_jax.runtime.progress import progress
+from rapid_jax.runtime.storage import AnyPlace, size_of
 
 _MIB: Final = 1 << 20
 _BLOCK: Final = 1 << 18  # bytes read at once
@@ -40,7 +40,7 @@ def texts_of(
     try:
         ends, total = [], 0
         for file in files:
-            total += os.stat(file.path).st_size
+            total += size_of(file.path)
             ends.append(total)
     except OSError as error:
         raise InputError(f"{error.filename}: cannot be read: {error.strerror}") from error
@@ -61,7 +61,7 @@ def texts_of(
             advance(max(0, end - done))  # of a file that was not read to its end
 
 
-def _texts(path: Path, key: str, most: int, advance: Callable[[int], None]) -> Iterator[tuple[int, str | None]]:
+def _texts(path: AnyPlace, key: str, most: int, advance: Callable[[int], None]) -> Iterator[tuple[int, str | None]]:
     """The texts of a file, each with its index; None for one of more than `most` bytes."""
     data = _in_utf8(_unpacked(path, _blocks(path, advance)))
     if suffix_of(path) == LINES:
@@ -129,7 +129,7 @@ class _Line:
         self._pieces, self._size = [], 0
 
 
-def _blocks(path: Path, advance: Callable[[int], None]) -> Iterator[bytes]:
+def _blocks(path: AnyPlace, advance: Callable[[int], None]) -> Iterator[bytes]:
     try:
         with open_regular(path) as file:
             while block := file.read(_BLOCK):
@@ -162,9 +162,9 @@ def _in_utf8(data: Iterator[bytes]) -> Iterator[bytes]:
         yield b"\xff"
 
 
-def _unpacked(path: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _unpacked(path: AnyPlace, blocks: Iterator[bytes]) -> Iterator[bytes]:
     """The bytes without their compression, in pieces of some MiB at most. InputError if they are damaged."""
-    suffix = path.suffix.lower()
+    suffix = PurePath(path.name).suffix.lower()
     if suffix not in PACKED:
         yield from blocks
         return
@@ -183,7 +183,7 @@ def _unpacked(path: Path, blocks: Iterator[bytes]) -> Iterator[bytes]:
         raise InputError(f"{path}: cannot be unpacked: {reason}") from error
 
 
-def _gunzipped(path: Path, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+def _gunzipped(path: AnyPlace, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """(packed bytes that were used, what was in them): members one behind the other, and zeros behind the last."""
     stream: Any = None
     for block in blocks:
@@ -209,7 +209,7 @@ def _gunzipped(path: Path, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes
         yield 0, piece
 
 
-def _unzstd(path: Path, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+def _unzstd(path: AnyPlace, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """(packed bytes that were used, what was in them): frames one behind the other."""
     stream: Any = None
     for block in blocks:

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,9 +36,10 @@ from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.mesh import make_meshes
+from rapid_jax.runtime.storage import AnyPlace
 
 
-def run_train(config: LongPOConfig, folder: Path, *, leads: bool = True, quiet: bool = False) -> None:
+def run_train(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
     """Trains on `folder`/pairs with `folder`/reference; goes on from the newest checkpoint in `folder`/train.
 
     All processes train together and see the same folder. Raises InputError for what cannot be used, and for a loss or
@@ -97,7 +97,7 @@ def _too_few(config: LongPOConfig, rows: int) -> str:
     return f"train.rows_per_step: expected at most the {rows} rows there are, got {config.train.rows_per_step}"
 
 
-def _reader(config: LongPOConfig, pairs: Path, references: Mapping[str, References]) -> Any:
+def _reader(config: LongPOConfig, pairs: AnyPlace, references: Mapping[str, References]) -> Any:
     """The rows, in the data's order. Raises InputError where seqio or TensorFlow cannot be imported."""
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2") == "2":  # as the command sets it
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow, imported by tasks, reports that it finds no GPU
@@ -111,7 +111,7 @@ def _reader(config: LongPOConfig, pairs: Path, references: Mapping[str, Referenc
     return Reader(config, pairs, references, open_checkpoint(config.model.source)[1])
 
 
-def _begun(place: Path, inputs: dict[str, Any]) -> Found | None:
+def _begun(place: AnyPlace, inputs: dict[str, Any]) -> Found | None:
     """The newest checkpoint. Raises InputError if it is one of other inputs."""
     found = newest(place / "checkpoints")
     if found is None:
@@ -129,7 +129,9 @@ def _begun(place: Path, inputs: dict[str, Any]) -> Found | None:
 class _Loop:
     """Training on its devices."""
 
-    def __init__(self, config: LongPOConfig, place: Path, model: LoadedModel, inputs: dict[str, Any], signals: Signals):
+    def __init__(
+        self, config: LongPOConfig, place: AnyPlace, model: LoadedModel, inputs: dict[str, Any], signals: Signals
+    ):
         self._config, self._place, self._inputs, self._signals = config, place, inputs, signals
         self._model = model
         self._microbatch = config.mesh.data * config.mesh.fsdp
@@ -233,6 +235,7 @@ class _Loop:
                 metrics.add(line)
             if last or ending is not None or (index + 1) % train.save_every == 0:
                 checkpoints.save(state, self._note(index + 1))
+                metrics.keep()
                 saved = index + 1
                 clock.skip()
             if ending is not None and not last:

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import tempfile
+import types
 from pathlib import Path
 
 # Before any test imports jax: a TPU or GPU plugin that is installed but has no device is slow and noisy to probe.
@@ -34,6 +35,8 @@ if _YES_ON_CPU == "true" and _IS_FIRST:
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {quick}".strip()
 # Tests compare with transformers' models built from a config: nothing is to be looked up on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# As a process that begins with a bucket sets it (runtime/buckets.py); etils looks once, here when TensorFlow comes.
+os.environ["EPATH_USE_TF"] = "false"
 
 import pytest  # noqa: E402
 
@@ -73,6 +76,21 @@ def bucket(bucket_server):
     bucket_server.heal()
     yield bucket_server
     bucket_server.heal()
+
+
+@pytest.fixture
+def no_waits(monkeypatch):
+    """Of gcsfs between two attempts, whose numbers are in `waits`."""
+    import asyncio
+
+    waits = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
+    return waits
 
 
 GPU_TESTS = Path(__file__).parent / "gpu"

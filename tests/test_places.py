@@ -58,12 +58,12 @@ def test_rapid_refuses_a_place_with_a_scheme(arguments, named, tmp_path, monkeyp
     ("arguments", "named"),
     [
         (put(TRAIN, "--config", HDFS), "--config"),
-        (put(TRAIN, "--set", f"run={GS}"), "run"),
+        (put(TRAIN, "--set", f"run={HDFS}"), "run"),
         (put(TRAIN, "--set", f"model.source={HDFS}"), "source"),
-        (put(TRAIN, "--set", f'corpus.sources=["books={GS}"]'), "sources"),
+        (put(TRAIN, "--set", f'corpus.sources=["books={HDFS}"]'), "sources"),
         (("plan", "--config", HDFS, "--topology", "v5p:2x2x1"), "--config"),
-        (("report", ".", GS), "RUN"),
-        (("report", ".", "--out", GS), "--out"),
+        (("report", ".", HDFS), "RUN"),
+        (("report", ".", "--out", HDFS), "--out"),
     ],
 )
 def test_longpo_refuses_a_place_with_a_scheme(arguments, named, tmp_path, monkeypatch, capfd):
@@ -89,7 +89,7 @@ def test_the_cache_of_the_environment_is_a_place_too(name, tmp_path, monkeypatch
 def test_a_bucket_that_would_be_written_to_is_told_what_to_do_instead(place, option, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert rapid_jax.cli.main([*ANSWER, option, place]) == 2
-    assert "writing to a bucket is not supported yet" in (err := capfd.readouterr().err) and "gcloud storage cp" in err
+    assert "writing to a bucket is not supported here" in (err := capfd.readouterr().err) and "gcloud storage cp" in err
     assert not list(tmp_path.iterdir())
 
 

@@ -20,11 +20,12 @@ from rapid_jax.model.hf_names import EMBEDDING, HEAD, Weight, weights
 from rapid_jax.model.placement import build, stored_arrays
 from rapid_jax.runtime.axes import PARAM, Table
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import replace_folder
+from rapid_jax.runtime.files import may_replace, new_folder
 from rapid_jax.runtime.json_input import shown
 from rapid_jax.runtime.storage import AnyPlace
 
 ExportDtype = Literal["bfloat16", "float32"]
+_CONFIG = "config.json"
 _SHARD_BYTES = 5_000_000_000  # the hub's and transformers' usual limit
 
 
@@ -84,7 +85,7 @@ def load_hf(
 
 
 def save_hf(
-    folder: Path,
+    folder: AnyPlace,
     decoder: Decoder,
     *,
     dtype: ExportDtype,
@@ -105,7 +106,7 @@ def save_hf(
 
 
 def write_checkpoint(
-    folder: Path,
+    folder: AnyPlace,
     config: ModelConfig,
     arrays: Iterable[tuple[Weight, np.ndarray]],
     *,
@@ -118,20 +119,24 @@ def write_checkpoint(
     Raises InputError when `folder` holds something other than a checkpoint, or when the disk does not take it; nothing
     is left half-written.
     """
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "config.json").is_file())):
+    if not may_replace(folder, known_by=_CONFIG):
         raise InputError(f"{folder}: expected a new name, an empty folder or a checkpoint to replace")
     stored = jnp.dtype(dtype)
     shards = _shards(config, stored, shard_bytes)
     stream = (array for _, array in arrays)
     try:
-        with replace_folder(folder) as temporary:
-            _write_json(temporary / "config.json", to_hf(config) | {"torch_dtype": dtype})
+        with new_folder(folder, known_by=_CONFIG) as file:
             for name, content in files.items():
-                (temporary / name).write_bytes(content)
+                with file(name) as path:
+                    path.write_bytes(content)
             for name, shapes in shards.items():
-                safetensors_file.write(temporary / name, shapes, stored, islice(stream, len(shapes)))
+                with file(name) as path:
+                    safetensors_file.write(path, shapes, stored, islice(stream, len(shapes)))
             if len(shards) > 1:
-                _write_json(temporary / INDEX, _index(config, stored, shards))
+                with file(INDEX) as path:
+                    _write_json(path, _index(config, stored, shards))
+            with file(_CONFIG) as path:
+                _write_json(path, to_hf(config) | {"torch_dtype": dtype})
     except OSError as error:
         raise InputError(f"{folder}: could not be written: {error.strerror}; nothing was left there") from error
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import rapid_jax
 from rapid_jax.runtime.distributed import Disagreement, running
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.files import digest, replace_file
 from rapid_jax.runtime.json_input import parse_object
+from rapid_jax.runtime.storage import AnyPlace, bytes_of, full_name
 
 READING_S = 3600.0  # for digests of weights, which one process may have at hand and another has to read
 _LOOKING_S = 10.0  # for a file of process 0 to appear where another process looks
@@ -40,7 +41,7 @@ def check_agreed(fields: Mapping[str, object], *, patience: float | None = None)
         raise Disagreement(verdict)
 
 
-def check_shared(folder: Path, what: str) -> None:
+def check_shared(folder: AnyPlace, what: str) -> None:
     """Raises InputError, on every process, unless `folder`, which process 0 has made, is one folder for all of them."""
     run = running()
     if not are_several():
@@ -49,15 +50,16 @@ def check_shared(folder: Path, what: str) -> None:
     mark = folder / f".shared-{secrets.token_hex(16)}"
     try:
         if leads:
-            mark.write_text(mark.name)
+            with replace_file(mark) as temporary:
+                temporary.write_text(mark.name)
         name = _settled(mark.name, lambda every: every[0], None)
-        here = json.dumps({"folder": str(folder.resolve()), "seen": _appears(folder / Path(name).name)})
+        here = json.dumps({"folder": full_name(folder), "seen": _appears(folder / Path(name).name)})
         verdict = _settled(here, lambda every: _unshared(every, what), None)
     except OSError as error:
         raise InputError(f"{what}: {folder}: cannot be written: {error.strerror}") from error
     finally:
         if leads:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, InputError):
                 mark.unlink(missing_ok=True)
     if verdict:
         raise Disagreement(verdict)
@@ -127,12 +129,12 @@ def _value(fields: Mapping[str, object], name: str) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def _appears(path: Path) -> bool:
+def _appears(path: AnyPlace) -> bool:
     """Whether the file is there soon: a network's file system may need a moment."""
     deadline = time.monotonic() + _LOOKING_S
     while True:
-        with contextlib.suppress(OSError):
-            if path.read_text(encoding="ascii") == path.name:
+        with contextlib.suppress(OSError, InputError):
+            if bytes_of(path) == path.name.encode():
                 return True
         if time.monotonic() > deadline:
             return False

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bucket of Google Cloud Storage is asked: what is there, and bytes of it; every failure one clear line.
+"""What a bucket of Google Cloud Storage is asked: objects and their bytes, to read; every failure one clear line.
+
+Writing is in bucket_writes.py.
 
 gcsfs sends the requests. It asks again where the service is busy, fails or hangs up (408, 429, 5xx, a connection that
 is cut), with waits of 1, 2, 4, 8 and 16 s, and finds the credentials as Google's tools do. It is imported when a bucket
@@ -8,8 +10,10 @@ is first asked, from the extra `cloud`.
 
 import functools
 import importlib
+import importlib.util
 import logging
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,7 +25,7 @@ _PIECE: Final = 8 << 20  # bytes of one request: a stream of a store gives some 
 _AT_ONCE: Final = 16  # requests of a process; with _PIECE this bounds the memory that they take, too
 _CONNECT_S: Final = 20.0
 _SILENCE_S: Final = 60.0  # between two packets of an answer
-_FIELDS: Final = "name,size,generation,crc32c,md5Hash"
+FIELDS: Final = "name,size,generation,crc32c,md5Hash"
 _LOGIN: Final = "credentials: gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS"
 
 
@@ -63,26 +67,28 @@ def object_at(bucket: str, name: str) -> Object | None:
     """The object of that name; None where there is none, or no such bucket."""
     place = f"gs://{bucket}/{name}"
     try:
-        return _object(_call(place, "b/{}/o/{}", bucket, name, json_out=True, fields=_FIELDS), place)
+        return described(call(place, "GET", "b/{}/o/{}", bucket, name, json_out=True, fields=FIELDS), place)
     except FileNotFoundError:
         return None
 
 
-def listed(bucket: str, folder: str) -> tuple[list[Object], list[str]]:
+def listed(bucket: str, folder: str, *, deep: bool = False) -> tuple[list[Object], list[str]]:
     """(the objects in a folder, the names of the folders in it), each name whole; `folder` is "" or ends in "/".
 
-    Raises InputError where there is no such bucket.
+    With `deep` all objects below it, and no folders. Raises InputError where there is no such bucket.
     """
     place = f"gs://{bucket}/{folder}".rstrip("/")
-    asked: dict[str, Any] = {"prefix": folder, "delimiter": "/", "fields": f"items({_FIELDS}),prefixes,nextPageToken"}
+    asked: dict[str, Any] = {"prefix": folder, "fields": f"items({FIELDS}),prefixes,nextPageToken"}
+    if not deep:
+        asked["delimiter"] = "/"
     objects: list[Object] = []
     folders: list[str] = []
     while True:
         try:
-            page = _call(place, "b/{}/o", bucket, json_out=True, **asked)
+            page = call(place, "GET", "b/{}/o", bucket, json_out=True, **asked)
         except FileNotFoundError:
             raise InputError(f"gs://{bucket}: no such bucket") from None
-        objects += [_object(item, place) for item in page.get("items", []) if item["name"] != folder]
+        objects += [described(item, place) for item in page.get("items", []) if item["name"] != folder]
         folders += page.get("prefixes", [])
         token = page.get("nextPageToken")
         if token is None:
@@ -103,7 +109,7 @@ def read_into(bucket: str, found: Object, start: int, into: memoryview) -> int:
         into[at:end] = _range(bucket, found, start + at, start + end)
 
     if len(places) > 1:
-        list(_threads().map(piece, places))
+        list(threads().map(piece, places))
     elif size:
         piece(0)
     return size
@@ -117,9 +123,9 @@ def crc32c(data: bytes | memoryview, before: int = 0) -> int:
 def _range(bucket: str, found: Object, first: int, last: int) -> bytes:
     """The bytes of this very generation from `first` to before `last`."""
     place = f"gs://{bucket}/{found.name}"
-    system, head = _system(place), {"Range": f"bytes={first}-{last - 1}", "Accept-Encoding": "identity"}
+    system, head = system_for(place), {"Range": f"bytes={first}-{last - 1}", "Accept-Encoding": "identity"}
     try:
-        _, data = _call(place, system.url(f"{bucket}/{found.name}", generation=found.generation), headers=head)
+        _, data = call(place, "GET", system.url(f"{bucket}/{found.name}", generation=found.generation), headers=head)
     except FileNotFoundError:
         raise InputError(f"{place}: was replaced or removed while it was read") from None
     if len(data) != last - first:
@@ -128,7 +134,8 @@ def _range(bucket: str, found: Object, first: int, last: int) -> bytes:
     return data
 
 
-def _object(item: dict[str, Any], place: str) -> Object:
+def described(item: dict[str, Any], place: str) -> Object:
+    """An object as the store's JSON describes it."""
     try:
         checks = item.get("crc32c") or "", item.get("md5Hash") or ""
         return Object(item["name"], int(item["size"]), str(item["generation"]), *checks)
@@ -136,23 +143,37 @@ def _object(item: dict[str, Any], place: str) -> Object:
         raise InputError(f"{place}: expected an object's name, size and generation from the store") from error
 
 
-def _call(place: str, path: str, *arguments: str, **options: Any) -> Any:
-    """What the store answers to GET. Raises FileNotFoundError for 404, InputError naming `place` for other failures."""
-    system = _system(place)
+def call(place: str, method: str, path: str, *arguments: str, **options: Any) -> Any:
+    """What the store answers.
+
+    Raises FileNotFoundError for 404, FileExistsError for a precondition that does not hold (412), and InputError naming
+    `place` for other failures.
+    """
+    system = system_for(place)
     try:
-        return system.call("GET", path, *arguments, **options)
-    except FileNotFoundError:
+        return system.call(method, path, *arguments, **options)
+    except (FileNotFoundError, FileExistsError):
         raise
     except Exception as error:  # of gcsfs, aiohttp, requests, google.auth, json: whose classes are not at hand here
-        _refuse(place, error)
+        refuse(place, error, writes=method != "GET")
 
 
-def _refuse(place: str, error: Exception) -> NoReturn:
+def failures() -> tuple[type[Exception], ...]:
+    """What a library that opens a bucket itself (Orbax) may raise besides OSError and ValueError."""
+    if "gcsfs" not in sys.modules:
+        return ()
+    names = ("gcsfs.retry", "HttpError"), ("aiohttp", "ClientError"), ("requests", "RequestException")
+    names += (("google.auth.exceptions", "GoogleAuthError"),)
+    return tuple(getattr(importlib.import_module(module), name) for module, name in names)
+
+
+def refuse(place: str, error: Exception, *, writes: bool = False) -> NoReturn:
     """Raises the InputError that says in a line why the store did not answer."""
     code, words = getattr(error, "code", None), legible(str(error)) or type(error).__name__
     origin = type(error).__module__
     if words.startswith("Forbidden"):
-        reason = "no permission to read it: expected the role Storage Object Viewer for these credentials"
+        what, role = ("write there", "User") if writes else ("read it", "Viewer")
+        reason = f"no permission to {what}: expected the role Storage Object {role} for these credentials"
     elif str(code) == "401" or origin.startswith("google.auth"):
         reason = f"the store does not accept the {_LOGIN} ({words})"
     elif code is not None:
@@ -164,30 +185,47 @@ def _refuse(place: str, error: Exception) -> NoReturn:
     raise InputError(f"{place}: {reason}") from error
 
 
-def _system(place: str) -> Any:
+def system_for(place: str) -> Any:
+    """The client, to ask for `place`. Raises InputError where there is none, or no credentials."""
     try:
         return client()
     except ImportError as error:
-        raise InputError(f"{place}: reading from a bucket needs gcsfs: {extra('cloud')}") from error
+        raise InputError(f"{place}: a bucket needs gcsfs: {extra('cloud')}") from error
     except Exception as error:  # credentials that cannot be used
-        _refuse(place, error)
+        refuse(place, error)
+
+
+def prepare_libraries() -> None:
+    """What others that open a bucket in this process (Orbax, etils, TensorStore) must know before they do.
+
+    The user's environment stands.
+    """
+    # Else gcsfs asks a service by gRPC for every bucket's kind first: without that service it waits for 60 s.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    os.environ.setdefault("EPATH_USE_TF", "false")  # TensorFlow, where it is installed, would open buckets its own way
+    if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
+        os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
+        os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none is needed")  # of TensorStore, which looks for one
+    if importlib.util.find_spec("fsspec") is not None:
+        # What TensorStore or another process writes must be seen, too.
+        conf = importlib.import_module("fsspec.config").conf
+        conf["gcs"] = {"use_listings_cache": False} | conf.get("gcs", {})
 
 
 @functools.cache
 def client() -> Any:
     """The one client of this process."""
-    # Else gcsfs asks a service by gRPC for every bucket's kind first: without that service it waits for 60 s. Its core
-    # class never does; whoever else opens a bucket in this process (Orbax, by etils) has what the variable says.
-    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    prepare_libraries()
     gcsfs, aiohttp = importlib.import_module("gcsfs.core"), importlib.import_module("aiohttp")
     importlib.import_module("google_crc32c")
     logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # what failed is told by us, in one line
     # An emulator needs no credentials: none are looked for.
     token = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else None
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_S, sock_read=_SILENCE_S)
-    return gcsfs.GCSFileSystem(access="read_only", token=token, requests_timeout=timeout, skip_instance_cache=True)
+    return gcsfs.GCSFileSystem(access="read_write", token=token, requests_timeout=timeout, skip_instance_cache=True)
 
 
 @functools.cache
-def _threads() -> ThreadPoolExecutor:
+def threads() -> ThreadPoolExecutor:
+    """Those that ask a store several things at once."""
     return ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="bucket")

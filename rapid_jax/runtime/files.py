@@ -8,27 +8,37 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from rapid_jax.runtime import bucket_writes
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.storage import AnyPlace, BucketPlace, local_path
+from rapid_jax.runtime.storage import AnyPlace, BucketPlace, local_path, open_file
 
 _RESTLESS_S = 2.0  # a file that changed so lately may change again within one tick of its file system's clock
 
+_AHEAD = 8 << 20  # bytes that a store is asked for at once
+_UNFINISHED = ".unfinished"  # in a bucket's folder that is being written
 # What is being written has such a name beside its own, or, moved aside, with the ending; its writer holds its lock.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}(?P<old>\.old)?")
 
 
 @contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[Path]:
+def replace_file(path: AnyPlace) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on a clean exit it replaces `path` at once, else it is removed.
 
     The file gets the permissions that the process gives to any new file. What killed processes have left of it is
-    removed first.
+    removed first. Of a place in a bucket the temporary file is on this machine, and is uploaded.
     """
+    if isinstance(path, BucketPlace):
+        with tempfile.TemporaryDirectory(prefix="rapid-") as here:
+            yield (written := Path(here, "file"))
+            bucket_writes.upload(path.bucket, path.key, written)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
     temporary, held = _made(path, lambda new: os.open(new, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666))
@@ -79,13 +89,75 @@ def replace_folder(path: Path) -> Iterator[Path]:
         os.close(held)
 
 
-def remove_leftovers(folder: Path, name: str | None = None) -> None:
+@contextlib.contextmanager
+def new_folder(place: AnyPlace, *, known_by: str) -> Iterator[Callable[[str], contextlib.AbstractContextManager[Path]]]:
+    """As `replace_folder`, a file at a time: what is yielded opens a file by its name, as a path to write it to.
+
+    In a bucket, where no folder can be moved, what is at `place` is deleted first, and `known_by`, the file without
+    which the folder is none, before all else: it must be written last. Until then the folder is one that `may_replace`
+    says yes to. Files are on this machine, one at a time, until they are uploaded.
+    """
+    if isinstance(place, Path):
+        with replace_folder(place) as temporary:
+            yield lambda name: contextlib.nullcontext(temporary / name)
+        return
+    with replace_file(place / _UNFINISHED) as mark:
+        mark.write_text("this folder is being written")
+    bucket_writes.delete(place.bucket, (place / known_by).key)
+    old = [found.key for found in place.below() if found.name != _UNFINISHED]
+    bucket_writes.delete_all(place.bucket, old)
+    yield lambda name: replace_file(place / name)
+    (place / _UNFINISHED).unlink()
+
+
+def remove_folder(place: AnyPlace) -> None:
+    """Takes away a folder and everything in it, if it is there."""
+    if isinstance(place, Path):
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        bucket_writes.delete_all(place.bucket, [found.key for found in place.below()])
+
+
+class LocalFolder:
+    """A folder for what only writes to this machine (TensorBoard): the place itself, or for one in a bucket a copy.
+
+    The copy begins empty and is temporary; `push` uploads the files of it that have changed.
+    """
+
+    def __init__(self, place: AnyPlace):
+        self._place, self.path = place, place if isinstance(place, Path) else Path(tempfile.mkdtemp(prefix="rapid-"))
+        self._pushed: dict[Path, int] = {}
+        if self.path is not place:
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+
+    def push(self) -> None:
+        """Everything in it is at the place."""
+        if isinstance(self._place, Path):
+            return
+        for path in [path for path in self.path.rglob("*") if path.is_file()]:
+            if self._pushed.get(path) != (size := path.stat().st_size):
+                target = self._place / path.relative_to(self.path).as_posix()
+                bucket_writes.upload(target.bucket, target.key, path)
+                self._pushed[path] = size
+
+
+def may_replace(place: AnyPlace, *, known_by: str) -> bool:
+    """Whether there is nothing at `place`, an empty folder, or one that `new_folder` has written or begun to write."""
+    if not place.exists():
+        return True
+    names = {path.name for path in place.iterdir()} if place.is_dir() else {""}
+    return not names or known_by in names or (_UNFINISHED in names and not isinstance(place, Path))
+
+
+def remove_leftovers(folder: AnyPlace, name: str | None = None) -> None:
     """Removes what `replace_file` and `replace_folder` of killed processes have left in `folder`, if it is there.
 
     Of one `name` alone, where others keep files in that folder, too. A folder that had been moved aside is put back
     where nothing has taken its place. What a living process writes is left alone: it holds a lock (between machines as
-    far as the file system has locks between them).
+    far as the file system has locks between them). In a bucket they leave nothing.
     """
+    if isinstance(folder, BucketPlace):
+        return
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in list(entries):
             match = _TEMPORARY.fullmatch(entry.name)
@@ -146,6 +218,15 @@ def digest(*parts: bytes | str) -> str:
         data = part.encode() if isinstance(part, str) else part
         state.update(len(data).to_bytes(8, "little"))
         state.update(data)
+    return state.hexdigest()
+
+
+def sha256_of(path: AnyPlace) -> str:
+    """SHA-256 of a file's bytes in hexadecimal, wherever it lies: all of it is read."""
+    state = hashlib.sha256()
+    with open_file(path, ahead=_AHEAD) as file:
+        while block := file.read(1 << 20):
+            state.update(block)
     return state.hexdigest()
 
 

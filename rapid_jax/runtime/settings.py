@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from rapid_jax.runtime import strict_yaml
@@ -78,10 +77,10 @@ def flat(settings: "DataclassInstance") -> dict[str, Any]:
     return found
 
 
-def save(settings: "DataclassInstance", path: Path) -> None:
+def save(settings: "DataclassInstance", path: AnyPlace) -> None:
     """Writes `dump(settings)` to `path`, whole or not at all."""
     text = dump(settings)
-    with replace_file(Path(path)) as temporary:
+    with replace_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

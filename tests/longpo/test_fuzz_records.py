@@ -27,7 +27,7 @@ SCORED = {"objective.name": "longpo"}
 def run(tmp_path_factory) -> Path:
     """Pairs and the reference's scores of them, whole and done."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("longpo_jax.journal.os.fsync", lambda descriptor: None)
+        patch.setattr("rapid_jax.runtime.append_log.os.fsync", lambda descriptor: None)
         folder = tmp_path_factory.mktemp("run")
         written(folder / "pairs", DOCUMENTS).finish({})
         scores = []
@@ -191,7 +191,7 @@ def answer_of_whole(answer: Callable[[Path], Any], run: Path) -> Any:
     ],
 )
 def test_damage_is_seen(run, tmp_path, request, monkeypatch, files, answer, cases):
-    monkeypatch.setattr("longpo_jax.journal.os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("rapid_jax.runtime.append_log.os.fsync", lambda descriptor: None)
     monkeypatch.setattr("rapid_jax.runtime.files.os.fsync", lambda descriptor: None)
     ends = {"same": 0, "refused": 0}
     for case in range(cases * request.config.getoption("--fuzz")):

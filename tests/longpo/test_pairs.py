@@ -108,7 +108,7 @@ class Engine:
 def engine(tokenizer, monkeypatch) -> Engine:
     engine = Engine(tokenizer)
     monkeypatch.setattr("longpo_jax.pairs.Generator", lambda config, quiet: engine)
-    monkeypatch.setattr("longpo_jax.journal.os.fsync", lambda descriptor: None)
+    monkeypatch.setattr("rapid_jax.runtime.append_log.os.fsync", lambda descriptor: None)
     return engine
 
 

@@ -75,7 +75,8 @@ def appended(contents: dict[str, bytes]) -> list[tuple[str, bytes]]:
 
 def test_a_run_that_is_cut_anywhere_goes_on_to_the_same_bytes(whole: Path, tmp_path: Path, monkeypatch):
     """Of every line a part is written when the run is killed: nothing of it, some, and all."""
-    monkeypatch.setattr("longpo_jax.journal.os.fsync", lambda descriptor: None)  # hundreds of them take seconds
+    # Hundreds of them take seconds.
+    monkeypatch.setattr("rapid_jax.runtime.append_log.os.fsync", lambda descriptor: None)
     (whole / "done.json").unlink()
     expected = contents(whole)
     lines = appended(expected)
@@ -197,7 +198,7 @@ def test_a_full_disk_is_one_line_and_nothing_half_written_stays(whole: Path, tmp
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("longpo_jax.journal.os.fsync", full)
+        patch.setattr("rapid_jax.runtime.append_log.os.fsync", full)
         with pytest.raises(InputError, match=r"pairs-00001.jsonl: cannot be written: No space left on device"):
             add(writer, 4)
     assert not (folder / "pairs-00001.jsonl").read_bytes().endswith(b"\n")

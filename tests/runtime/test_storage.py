@@ -14,22 +14,9 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.input_files import open_regular
 from rapid_jax.runtime.storage import BucketPlace, local_path, place_of
 
+pytestmark = pytest.mark.usefixtures("no_waits")
+
 BIG = bytes(range(256)) * (18 << 12)  # 18 MiB, three pieces
-
-
-@pytest.fixture(autouse=True)
-def no_waits(monkeypatch):
-    """Of gcsfs between two attempts, whose numbers are in `waits`."""
-    import asyncio
-
-    waits = []
-
-    async def sleep(seconds: float) -> None:
-        waits.append(seconds)
-        await asyncio.sleep(0)
-
-    monkeypatch.setattr("gcsfs.retry.asyncio", types.SimpleNamespace(sleep=sleep))
-    return waits
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +178,7 @@ def test_nobody_at_the_address_is_one_line(monkeypatch):
 def test_the_extra_that_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(buckets, "client", buckets.client.__wrapped__)
     monkeypatch.setitem(sys.modules, "gcsfs.core", None)
-    with pytest.raises(InputError, match=r"^gs://models/a: reading from a bucket needs gcsfs: .*\[cloud\]"):
+    with pytest.raises(InputError, match=r"^gs://models/a: a bucket needs gcsfs: .*\[cloud\]"):
         in_bucket("gs://models/a").read_bytes()
 
 

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder that one run at a time works in: by a lock on this machine, by a lease in a bucket."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.files import remove_leftovers
+from rapid_jax.runtime.lease import Lease
+from rapid_jax.runtime.storage import AnyPlace
+
+LEASE = "lease.json"
+
+
+@contextlib.contextmanager
+def working_in(folder: AnyPlace, part: str) -> Iterator[None]:
+    """`folder` is there, and no other run works in it, until the context is left; `part` is the folder in it that is.
+
+    Raises InputError if another does, where nothing can be written, and for a file in the place of the part. On this
+    machine: a folder that was not there before and is empty in the end is taken away; of file systems that know no
+    locks, as some network ones, nobody learns whether another works there.
+    """
+    if not isinstance(folder, Path):
+        with Lease(folder / LEASE):
+            _refuse_file(folder / part)
+            yield
+        return
+    try:
+        new = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise InputError(f"{folder}: expected a folder to write to, got: {error.strerror}") from error
+    try:
+        place = folder / part
+        _refuse_file(place)
+        if not os.access(place if place.exists() else folder, os.W_OK):
+            raise InputError(f"{folder}: expected a folder to write to, got one without the permission")
+        with contextlib.suppress(OSError):  # no locks there
+            _lock(held, folder)
+        for each in (folder, place):  # of runs that were killed
+            remove_leftovers(each)
+        yield
+    finally:
+        os.close(held)
+        with contextlib.suppress(OSError):  # not empty
+            for path in new:
+                path.rmdir()
+
+
+def _refuse_file(place: AnyPlace) -> None:
+    if place.exists() and not place.is_dir():
+        raise InputError(f"{place}: expected a folder or nothing there, got a file")
+
+
+def _lock(descriptor: int, folder: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise InputError(
+            f"{folder}: expected no other run there, got one that is at work: wait for it, or choose another run folder"
+        ) from error

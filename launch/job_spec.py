@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the checkout's own topologies, installed or not
 
 from rapid_jax.plan.topologies import chips_of, generation_of, hosts_of  # noqa: E402
+from rapid_jax.runtime import strict_yaml  # noqa: E402
 from rapid_jax.runtime.errors import InputError  # noqa: E402
+from rapid_jax.runtime.settings_file import merged, read_chain, text_of  # noqa: E402
 
 PORT = 8476  # of the coordinator; Google's firewall opens it between TPU hosts
 TEMPFAIL = 75  # EX_TEMPFAIL of sysexits.h: the program saved, or lost a peer, and asks to be started again
@@ -142,7 +144,7 @@ def read_config(path: Path) -> str:
 def check_places(config: str, overrides: Sequence[str]) -> None:
     """Raises InputError if the config names a model or documents on this machine: the hosts have no such folders.
 
-    Looks at what the file and the overrides themselves say; `smollm2` is a model without a folder.
+    Looks at what the file, its bases and the overrides say; `smollm2` is a model without a folder.
     """
     for key, hint in (
         ("model.source", "gs://BUCKET/models/NAME"),
@@ -172,8 +174,14 @@ def _setting(config: str, key: str, overrides: Sequence[str]) -> Any:
 
 
 def _settings(path: Path) -> Any:
+    """What the file and its bases say."""
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise InputError(f"--config: expected a YAML file of settings, got {path}: {reason}") from None
+        return merged(read_chain(path))
+    except InputError as error:
+        raise InputError(f"--config: expected a YAML file of settings, got {path}: {error}") from None
+
+
+def whole_text(config: str) -> str:
+    """The config's text; of one with a base, all that it and its bases say."""
+    chain = read_chain(ROOT / config)
+    return text_of(ROOT / config) if len(chain) == 1 else strict_yaml.emit(merged(chain))

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from job_spec import PORT, RESTARTED, ROOT, Job
+from job_spec import PORT, RESTARTED, Job, whole_text
 
 from rapid_jax.plan.topologies import CHIPS_PER_HOST
 
@@ -39,7 +39,7 @@ def _metadata(name: str, cluster: Cluster) -> dict[str, Any]:
 
 
 def _config_map(job: Job, cluster: Cluster) -> dict[str, Any]:
-    text = (ROOT / str(job.config)).read_text(encoding="utf-8")
+    text = whole_text(str(job.config))
     metadata = _metadata(f"{job.name}-config", cluster)
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"config.yaml": text}}
 

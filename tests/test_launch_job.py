@@ -231,6 +231,22 @@ def test_a_config_of_several_rounds_gets_them_all(printed):
     assert "job_worker.sh longpo round --config" in printed("sky", *SHORT, *RUN)
 
 
+def test_a_config_with_a_base_brings_all_of_it(printed, job, monkeypatch, tmp_path, capsys):
+    text = (ROOT / CONFIG).read_text(encoding="utf-8")
+    (tmp_path / "base.yaml").write_text(text, encoding="utf-8")
+    own = "base: base.yaml\nseed: 7\nrounds: [train.epochs=1, train.epochs=2]\n"
+    (tmp_path / "own.yaml").write_text(own, encoding="utf-8")
+    monkeypatch.setattr(sys.modules["job_spec"], "ROOT", tmp_path)
+    given = ["--config", str(tmp_path / "own.yaml"), *RUN[2:]]
+    config_map, jobset = yaml.safe_load_all(printed("gke", *SHORT, *IMAGE, *given))
+    made, base = yaml.safe_load(config_map["data"]["config.yaml"]), yaml.safe_load(text)
+    assert made == base | {"seed": 7, "rounds": ["train.epochs=1", "train.epochs=2"]}
+    command = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert "rounds" in command
+    assert job.main(["sky", *SHORT, *given[:4], *CORPUS]) == 2
+    assert "model.source: expected a place in a bucket, got models/Mistral" in capsys.readouterr().err
+
+
 # ---- what is refused
 
 

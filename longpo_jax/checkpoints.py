@@ -14,6 +14,7 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from longpo_jax.soundness import checksum
 from longpo_jax.step import TrainState
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.buckets import failures, prepare_libraries
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, Unavailable
 from rapid_jax.runtime.files import remove_folder
 from rapid_jax.runtime.mesh import agreed, placed
 from rapid_jax.runtime.storage import AnyPlace, bytes_free, library_path
@@ -162,7 +163,7 @@ class Checkpoints:
             failure = f"{self.folder}: {what}: {one_line(error)}"
         if failure is not None:
             self._saving = _NONE
-            raise InputError(failure)
+            raise (InputError if isinstance(self.folder, Path) else Unavailable)(failure)
 
 
 def _unsaved(step: int) -> str:
@@ -195,7 +196,9 @@ def _restored_item(found: Found, item: str, tree: Any) -> Any:
         if int(checksum(read)) == found.note.fields("sums").whole(item):
             return jax.tree.unflatten(jax.tree.structure(tree), read)
         failure = "it has other values than were written"
-    except (ValueError, KeyError, OSError, *failures()) as error:
+    except failures() as error:
+        raise Unavailable(f"{found.folder}: {item} cannot be read now: {one_line(error)}") from error
+    except (ValueError, KeyError, OSError) as error:
         failure = one_line(error)
     raise InputError(f"{found.folder}: {item} cannot be read: {failure}: delete it to go on from the one before")
 

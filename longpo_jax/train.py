@@ -5,6 +5,7 @@ A run that is killed and started again makes the same updates on the same rows, 
 (preemption) and SIGINT let the update finish, save, and end with status 75 (start it again) and 130.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -175,8 +176,11 @@ class _Loop:
         with Checkpoints(folder, start=first, keep=train.keep, keep_every=train.keep_every) as checkpoints:
             try:
                 state = self._updates(step, state, iter(reader), (first, steps), metrics, checkpoints)
-            finally:
-                metrics.close()
+            except BaseException:
+                with contextlib.suppress(InputError):  # what ended the updates says more
+                    metrics.close()
+                raise
+            metrics.close()
         if _sum(state) == self._started:
             raise InputError(
                 f"{self._place}: expected training to change a weight, got none changed by {steps} updates: "

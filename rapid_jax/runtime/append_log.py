@@ -119,6 +119,8 @@ class PartsLog:
 
     def truncate(self, size: int) -> None:
         """Takes away what is behind the first `size` bytes: parts from the last on, so that no gap is ever left."""
+        if size < self.size:  # what a killed join has left would else be parts again, of what is taken away
+            self._remove_joined()
         while self._parts and self.size - self._parts[-1].size >= size and self.size > size:
             last = self._parts.pop()
             bucket_writes.delete(self._bucket, last.name)
@@ -147,9 +149,12 @@ class PartsLog:
 
     def remove(self) -> None:
         """Takes it away."""
+        self._remove_joined()
+        self.truncate(0)
+
+    def _remove_joined(self) -> None:
         bucket_writes.delete_all(self._bucket, self._joined)
         self._joined = []
-        self.truncate(0)
 
 
 Log: TypeAlias = FileLog | PartsLog

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from rapid_jax.runtime.errors import InputError, extra, legible
+from rapid_jax.runtime.errors import InputError, Unavailable, extra, legible
 
 _PIECE: Final = 8 << 20  # bytes of one request: a stream of a store gives some 50 MB/s, so a tensor takes several
 _AT_ONCE: Final = 16  # requests of a process; with _PIECE this bounds the memory that they take, too
@@ -170,6 +170,7 @@ def failures() -> tuple[type[Exception], ...]:
 def refuse(place: str, error: Exception, *, writes: bool = False) -> NoReturn:
     """Raises the InputError that says in a line why the store did not answer."""
     code, words = getattr(error, "code", None), legible(str(error)) or type(error).__name__
+    kind = InputError
     origin = type(error).__module__
     if words.startswith("Forbidden"):
         what, role = ("write there", "User") if writes else ("read it", "Viewer")
@@ -177,12 +178,13 @@ def refuse(place: str, error: Exception, *, writes: bool = False) -> NoReturn:
     elif str(code) == "401" or origin.startswith("google.auth"):
         reason = f"the store does not accept the {_LOGIN} ({words})"
     elif code is not None:
+        kind = Unavailable if str(code) in ("408", "429") or str(code).startswith("5") else InputError
         reason = f"the store failed, asked several times: {words}"
     elif isinstance(error, OSError | TimeoutError) or origin.startswith(("aiohttp", "requests")):
-        reason = f"the store cannot be reached: {words}"
+        kind, reason = Unavailable, f"the store cannot be reached: {words}"
     else:
         reason = f"the store's answer makes no sense: {words}"
-    raise InputError(f"{place}: {reason}") from error
+    raise kind(f"{place}: {reason}") from error
 
 
 def system_for(place: str) -> Any:

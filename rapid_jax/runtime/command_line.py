@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the command lines share: errors as one line and an exit status, and what JAX is told before it is imported.
 
-Exit status: 2 input that cannot be used, 130 interrupted, 141 nobody reads the output; 75 (another process of the run
-has ended) and 3 (a plan that does not fit) come from elsewhere.
+Exit status: 2 input that cannot be used, 130 interrupted, 141 nobody reads the output; 75 (to be started again:
+another process of the run has ended, a store failed) and 3 (a plan that does not fit) come from elsewhere.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from rapid_jax.runtime.files import default_cache_dir
 from rapid_jax.runtime.storage import local_path, place_of
 
 UNREAD = 141
+AGAIN = 75  # EX_TEMPFAIL of sysexits.h: started again, it may go well
 
 
 class Place(argparse.Action):

@@ -9,6 +9,10 @@ class InputError(ValueError):
     """
 
 
+class Unavailable(InputError):
+    """A store does not answer now: the same may go well later."""
+
+
 class TooLarge(InputError):
     """What is asked for never fits: the context, or the memory."""
 

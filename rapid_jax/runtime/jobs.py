@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rapid_jax.runtime.command_line import say
+from rapid_jax.runtime.command_line import AGAIN, say
 from rapid_jax.runtime.errors import InputError, legible
 
 _POLL_S, _GRACE_S = 0.05, 60.0
-AGAIN: Final = 75  # a command that is to be started again ends with this
 
 
 # Before it becomes the command, a process asks for SIGTERM (15) once its starter is gone (PR_SET_PDEATHSIG, 1), and

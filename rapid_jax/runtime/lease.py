@@ -108,9 +108,11 @@ class Lease:
         data = bytearray(found.size)
         try:
             buckets.read_into(self._place.bucket, found, 0, memoryview(data))
-            return parse_object(bytes(data), str(self._place))
+            holder = parse_object(bytes(data), str(self._place))
+            holder.whole("pid", 0)
         except InputError:  # renewed or removed meanwhile, or no lease of ours
             return None
+        return holder
 
     def _write(self, match: str) -> None:
         started, self._count = time.monotonic(), self._count + 1
@@ -172,4 +174,4 @@ def _is_gone(holder: Fields) -> bool:
 
 
 def _name_of(holder: Fields | None) -> str:
-    return "another process" if holder is None else f"process {holder.get('pid')} of {holder.get('host')}"
+    return "another process" if holder is None else f"process {holder.get('pid')} of {legible(str(holder.get('host')))}"

@@ -7,7 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.command_line import AGAIN, say
+from rapid_jax.runtime.errors import InputError, Unavailable
 from rapid_jax.runtime.files import remove_leftovers
 from rapid_jax.runtime.lease import Lease
 from rapid_jax.runtime.storage import AnyPlace
@@ -21,12 +22,17 @@ def working_in(folder: AnyPlace, part: str) -> Iterator[None]:
 
     Raises InputError if another does, where nothing can be written, and for a file in the place of the part. On this
     machine: a folder that was not there before and is empty in the end is taken away; of file systems that know no
-    locks, as some network ones, nobody learns whether another works there.
+    locks, as some network ones, nobody learns whether another works there. Where a bucket's store stops answering while
+    the run works, it ends with one line and status 75.
     """
     if not isinstance(folder, Path):
         with Lease(folder / LEASE):
             _refuse_file(folder / part)
-            yield
+            try:
+                yield
+            except Unavailable as error:
+                say(f"{error}: nothing is lost, the run can be started again")
+                raise SystemExit(AGAIN) from error
         return
     try:
         new = [path for path in (folder, *folder.parents) if not path.exists()]

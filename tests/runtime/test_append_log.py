@@ -153,3 +153,22 @@ def test_a_part_that_is_missing_is_told(in_bucket, bucket):
     bucket_writes.delete("models", names[2])
     with pytest.raises(InputError, match=r"log: expected a part from byte 17 on, got one from byte 27 on"):
         log_at(in_bucket / "log")
+
+
+@pytest.mark.parametrize("left", [(0,), (2,), (0, 2), (1, 3), (0, 1, 2, 3)])
+def test_what_a_killed_join_left_comes_back_by_no_cut(in_bucket, bucket, left):
+    place = in_bucket / "log"
+    log = filled(place, LINES[:4])
+    parts = [(part.name, LINES[at]) for at, part in enumerate(log._parts)]
+    log.join()
+    for at in left:
+        name, line = parts[at]
+        bucket_writes.write(place.bucket, name, line, match=bucket_writes.ABSENT)
+    whole = b"".join(LINES[:4])
+    assert log_at(place).read() == whole
+    kept = whole[: len(LINES[0])]
+    log_at(place).truncate(len(kept))
+    for _ in range(3):
+        assert log_at(place).read() == kept
+        kept += b"on\n"
+        log_at(place).append(b"on\n")

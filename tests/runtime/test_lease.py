@@ -12,7 +12,7 @@ import pytest
 
 from rapid_jax.runtime import lease as module
 from rapid_jax.runtime.bucket_writes import write
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, Unavailable
 from rapid_jax.runtime.lease import Lease
 from rapid_jax.runtime.run_folder import LEASE, working_in
 from rapid_jax.runtime.storage import bytes_of, working_place
@@ -88,8 +88,9 @@ def test_a_lease_that_could_not_be_deleted_is_in_nobodys_way(folder, bucket):
         assert time.monotonic() - started < 5
 
 
-def test_what_is_no_lease_is_watched_too(folder):
-    write(BUCKET, f"{folder.key}/{LEASE}", b"what is this")
+@pytest.mark.parametrize("content", [b"what is this", b'{"pid": "seven", "host": "far"}', b"{}", b"[]"])
+def test_what_is_no_lease_is_watched_too(folder, content):
+    write(BUCKET, f"{folder.key}/{LEASE}", content)
     with Lease(folder / LEASE, **SHORT):
         pass
 
@@ -136,3 +137,21 @@ def test_a_file_in_the_place_of_a_stage_is_refused(folder, bucket):
     with pytest.raises(InputError, match="train: expected a folder or nothing there, got a file"):
         working_in(folder, "train").__enter__()
     assert bytes_of(folder / LEASE) is None
+
+
+def test_a_store_that_fails_while_a_run_works_ends_it_with_a_status_to_start_it_again(folder, capsys):
+    with pytest.raises(SystemExit) as ended, working_in(folder, "train"):
+        raise Unavailable("gs://models/x: the store failed")
+    assert ended.value.code == 75
+    assert capsys.readouterr().err == "gs://models/x: the store failed: nothing is lost, the run can be started again\n"
+    assert bytes_of(folder / LEASE) is None
+    with pytest.raises(InputError, match="wrong"), working_in(folder, "train"):
+        raise InputError("wrong")
+
+
+@pytest.mark.parametrize(("fault", "kind"), [("503", Unavailable), ("hang up", Unavailable), ("403", InputError)])
+def test_what_may_pass_is_known_from_what_will_not(fault, kind, folder, bucket):
+    bucket.fault = lambda asked: fault
+    with pytest.raises(InputError) as failed:
+        write(BUCKET, f"{folder.key}/x", b"")
+    assert type(failed.value) is kind

@@ -130,6 +130,7 @@ class _Layout:
         self._starts, self._ends = table[:, 0], table[:, 1]
         patterns = [_SECTION, _PARAGRAPH, _LINE, _SENTENCE] if sections else [_PARAGRAPH, _LINE, _SENTENCE]
         self._cuts = [[match.end() for match in pattern.finditer(text)] for pattern in patterns]
+        # No token ends before the one in front of it.
         between = self._ends[:-1][self._starts[1:] >= self._ends[:-1]]  # tears no token, and no character
         self._cuts.append(between[np.diff(between, prepend=-1) > 0].tolist())
 

@@ -136,7 +136,6 @@ class PairMaker:
         def begun(first: int) -> list[_Work]:
             return list(cutters.map(lambda at: self._begun(documents[at]), range(first, min(first + size, total))))
 
-        # The library that makes tokens lets other threads run meanwhile.
         cutters, aside = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "cut"), ThreadPoolExecutor(1, "texts")
         try:
             for first, group in _ahead(aside, begun, starts):
@@ -167,7 +166,7 @@ class PairMaker:
             yield found[place] if place in found else self._with_turns(group[place], self._record(group[place]), ())
 
     def _begun(self, document: Document) -> _Work:
-        """Its excerpts."""
+        """Its excerpts, and their tokens."""
         seed, text, tokenizer = _seed(self._config.seed, document.id), document.text, self._generator.tokenizer
         excerpts, left = excerpts_of(text, tokenizer, self._config.excerpts, seed)
         words = [tokenizer.encode_quoted(text[excerpt.start : excerpt.end]) for excerpt in excerpts]

@@ -38,6 +38,7 @@ class EncodedTexts:
                 self._kept.move_to_end(key)
                 return self._kept[key]
         made = np.asarray(make(), np.int32)
+        made.setflags(write=False)  # whoever asks gets this very array
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = made

@@ -15,10 +15,10 @@ from rapid_jax.answer import answer_of
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.errors import Draining, QueueFull
 from rapid_jax.engine.job import Job, Ticket
-from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey
+from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey, Prepared
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import PrefixCache
-from rapid_jax.engine.prepare import Prepared, Preparing, Steps
+from rapid_jax.engine.prepare import Preparing, Steps
 from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
 from rapid_jax.engine.sharing import Sharing
 from rapid_jax.engine.stats import EngineCounts, bytes_of_rows
@@ -33,6 +33,7 @@ from rapid_jax.speculative.schedule import RoundTimes
 
 Result = TypeVar("Result")
 MOST_ROWS = 64  # requests that run at once, of all documents together
+_SHORT_S = 0.02  # of preparing requests between rounds of others: about what those take
 
 
 class Engine:
@@ -40,7 +41,7 @@ class Engine:
 
     `submit` is of any thread; `step` does the work, and is called by one. Requests over several documents take turns,
     some rounds each. With `prefill_first` no round is run while a prompt waits to be read: most tokens a second;
-    without it a chunk of a prompt and some rounds of every lane take turns, so that nobody waits for a document.
+    without it a chunk of a prompt and some rounds of every lane take turns, so that no answer stands still meanwhile.
     """
 
     def __init__(
@@ -57,7 +58,8 @@ class Engine:
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()  # by owner, in whose turn it is
         self._lock = threading.Lock()
         self._numbers, self._times = itertools.count(1), RoundTimes()
-        self._preparing = Turns(lambda job, prepared: self._ready.append((job, prepared)), self._fail)
+        seconds = float("inf") if prefill_first else _SHORT_S
+        self._preparing = Turns(lambda job, row: self._ready.append((job, row)), self._fail, seconds)
         self._ready: deque[tuple[Job, Prepared]] = deque()  # for which no row is free
         self._lanes: dict[LaneKey, Lane] = {}
         self._held: dict[int, Handle | None] = {}  # of the job in a row, by its id: keys and values that it reads
@@ -179,7 +181,7 @@ class Engine:
         self._admit()
         if self._preparing:
             self._preparing.advance()
-        if self._preparing and self._prefill_first:
+        if self._preparing and self._prefill_first and not self._preparer.waits_for_room:
             return
         self._place()
         for key, lane in list(self._lanes.items()):

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from rapid_jax.engine.job import Job
+from rapid_jax.engine.tiers import Handle
 from rapid_jax.speculative.config import SpeculationConfig
 from rapid_jax.speculative.generate import generation_of
 from rapid_jax.speculative.pace import Pace
@@ -35,6 +36,16 @@ class LaneKey:
         auto = drafts and speculation.gamma == "auto"
         lookup = speculation.lookup, speculation.lookup_width, speculation.lookup_match
         return cls(document, drafts, auto, lookup, speculation.rounds_per_read, slots)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request whose prompts have been read."""
+
+    key: LaneKey
+    rounds: Rounds
+    document: Hashable  # equal for requests about the same one
+    handle: Handle | None  # of the document's keys and values, held
 
 
 @dataclass

@@ -92,6 +92,10 @@ class PrefixCache:
         """Of the devices' memory that `prefill` takes for a head of so many tokens, in full precision."""
         return self._bytes_of(self._place(tokens, tokens))
 
+    def fits(self, tokens: int) -> bool:
+        """Whether the devices have room for a head of so many tokens with nothing else there."""
+        return self.bytes_for(tokens) <= self._tiers.most["device"]
+
     def name(self, head: Sequence[int], owner: str = "", public: bool = False) -> Name:
         """What the cache knows a head by; `key` is that of its handle."""
         whose = "everybody's" if public else f"of {owner}"

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a request to a row: its prompts are made and read, a piece at a time."""
 
-from collections.abc import Callable, Generator, Hashable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Executor, wait
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
 import jax
@@ -13,51 +13,32 @@ from rapid_jax.attention.rounded import rounded
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.errors import TooLarge
 from rapid_jax.engine.job import Job
-from rapid_jax.engine.lane import LaneKey
+from rapid_jax.engine.lane import LaneKey, Prepared
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import Found, PrefixCache, RoomLater
 from rapid_jax.engine.reader import read
 from rapid_jax.engine.request import Question, Request, Retrieved, Tokens
+from rapid_jax.engine.rooms import QUESTION_TOKENS, room_of_retrieved, room_of_short
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.identity import check_same_prompts
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.prompts import Reading
-from rapid_jax.retrieval.config import chunk_count
 from rapid_jax.runtime.compiling import timed
 from rapid_jax.runtime.progress import progress
 from rapid_jax.speculative.generate import Prompted, start
 from rapid_jax.speculative.prefill import Prefill, PrefillSettings
-from rapid_jax.speculative.rounds import Rounds
 from rapid_jax.speculative.start import Room
 
 # Tokens that a prompt's prefix lacks when its rounds begin: the target feeds the last one, a drafter the last two.
 TARGET_LACKS, DRAFTER_LACKS = 1, 2
 Result = TypeVar("Result")
 _PAUSE_S = 0.01  # between looks at whether prompts are made, where nothing else is to be done
-# Where requests are to share programs, there is room for at least so many tokens: of a question about a document and
-# what the chat template puts behind it, around a drafter's text, and between two chunks of it.
-QUESTION_TOKENS, FRAME_TOKENS, JOIN_TOKENS = 128, 256, 2
 COPIED_BYTES = 2**30  # of keys and values that are copied, so that rows about several documents run in one program
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A request whose prompts have been read."""
-
-    key: LaneKey
-    rounds: Rounds
-    document: Hashable  # equal for requests about the same one
-    handle: Handle | None  # of the document's keys and values, held
-
-
-# Between pieces of the work. What is yielded: whether the next piece keeps the device busy for long (a chunk of a
-# prompt); else it is short, or there is nothing to do yet.
+# Work that yields between its pieces, and True once it needs the turn from there on: what makes keys and values, or
+# room for them, is done for one request at a time.
 Steps: TypeAlias = Generator[bool, None, Result]
-
-
-def room_of_short(tokens: int, chunk: int) -> int:
-    """Tokens that there is room for with a prompt of so many that others are not to begin with: of two sizes."""
-    return chunk // 4 if tokens <= chunk // 4 else chunk
 
 
 class Preparing:
@@ -82,7 +63,8 @@ class Preparing:
         self._config, self._models, self._prefixes, self._quiet = config, models, prefixes, quiet
         self._is_alone, self._few_programs, self._on_read = is_alone, few_programs, on_read
         self._aside = aside
-        self._holding = 0  # requests that hold keys and values while the rest of them is read
+        self._has_turn = False  # whether a request has got what it yielded True for
+        self.waits_for_room = False  # whether that one can go on only when others have given back memory
 
     def steps(self, job: Job) -> Steps[Prepared]:
         """The request's row.
@@ -98,7 +80,18 @@ class Preparing:
         if reading.short is None and config.speculation.retrieves:  # nothing to retrieve from: the target alone
             config = job.config = replace(config, speculation=replace(config.speculation, mode="target"))
         check_same_prompts(config, [reading], [job.sampling.config.seed], streamed=job.streams)
-        speculation, model = config.speculation, self._models.target
+        if (at_hand := self._at_hand(job, reading.long.head)) is not None:
+            return (yield from self._behind(job, reading, *at_hand, None))
+        yield True
+        self._has_turn = True
+        try:
+            return (yield from self._in_turn(job, reading))
+        finally:
+            self._has_turn = False
+
+    def _in_turn(self, job: Job, reading: Reading) -> Steps[Prepared]:
+        """The row of a request whose prompts have been made."""
+        speculation, model = job.config.speculation, self._models.target
         if speculation.reads == "retrieved":
             assert reading.short is not None
             tokens = reading.short.tokens
@@ -110,39 +103,66 @@ class Preparing:
             assert reading.short is not None  # on devices of its own the drafter reads while the target does
             drafter = yield from self._drafter(job, reading.short.tokens, waits=False)
         prefix, handle = yield from self._document(job, reading.long.head)
-        self._holding += 1
+        return (yield from self._behind(job, reading, prefix, handle, drafter))
+
+    def _at_hand(self, job: Job, head: list[int]) -> tuple[Prefix, Handle] | None:
+        """The document, held, where all that the request needs of keys and values lies on the devices."""
+        request, speculation = job.request, job.config.speculation
+        reads_alone = speculation.reads == "document" and not speculation.drafts
+        if not reads_alone or self.waits_for_room or not self._is_kept(request, head):
+            return None
+        if self._prefixes.tier(head, request.owner, request.public) != "device":
+            return None
         try:
-            return (yield from self._behind(job, reading, prefix, handle, drafter))
-        except BaseException:  # closed too, where the request is taken back
-            if handle is not None:
-                self._prefixes.release(handle)
-            raise
-        finally:
-            self._holding -= 1
+            found = self._prefixes.find(head, request.owner, request.public)
+        except RoomLater:
+            return None
+        if found.handle is None or found.prefix is None:
+            return None
+        self._on_read(request, found.handle.key)
+        job.reused = True
+        self._prefixes.hold(found.handle)
+        return found.prefix, found.handle
+
+    def _is_kept(self, request: Request, head: list[int]) -> bool:
+        """Whether a prompt's keys and values are kept for others."""
+        prompt, is_short = request.prompt, len(head) < self._config.compute.prefill_chunk
+        return isinstance(prompt, Question) or not (is_short or (isinstance(prompt, Tokens) and not prompt.kept))
 
     def _prompts(self, job: Job) -> Steps[Reading]:
         """The request's prompts; where others are answered meanwhile, by a thread of its own."""
         if self._aside is None:
             return read(self._models, job.config, job.request)
         work = self._aside.submit(read, self._models, job.config, job.request)
-        while not work.done():
-            if self._is_alone():
-                wait([work], _PAUSE_S)
-            yield False
+        try:
+            while not work.done():
+                if self._is_alone() and not self._has_turn:
+                    wait([work], _PAUSE_S)
+                yield False
+        finally:
+            work.cancel()  # of a request that was taken back
         return work.result()
 
     def _behind(
         self, job: Job, reading: Reading, prefix: Prefix, handle: Handle | None, drafter: Prompted | None
     ) -> Steps[Prepared]:
-        """What is left to be read once the target has the document: the question, and the drafter's prompt."""
+        """What is left to be read once the target has the document, which is held: the question, and the drafter's
+        prompt.
+        """
         config, head = job.config, reading.long.head
         target = Prompted(self._models.target.decoder, [reading.long.tokens], prefix, [len(head)])
-        if not config.speculation.drafts:
-            return self._prepared(job, target, None, head, handle)
-        assert reading.short is not None
-        short, room = reading.short.tokens, self._room_of_retrieved(job, prefix)
-        drafter = drafter or (yield from self._drafter(job, short, room=room))
-        return self._prepared(job, target, drafter, head + short, handle, room)
+        try:
+            if not config.speculation.drafts:
+                return self._prepared(job, target, None, head, handle)
+            assert reading.short is not None
+            short, slots = reading.short.tokens, prefix.pos_BS.shape[1]
+            room = room_of_retrieved(slots, config.retrieval) if self._few_programs else 0
+            drafter = drafter or (yield from self._drafter(job, short, room=room))
+            return self._prepared(job, target, drafter, head + short, handle, room)
+        except BaseException:  # closed too, where the request is taken back
+            if handle is not None:
+                self._prefixes.release(handle)
+            raise
 
     def _drafter(self, job: Job, tokens: list[int], *, room: int = 0, waits: bool = True) -> Steps[Prompted]:
         """The drafter with its prompt; without waiting it is only under way."""
@@ -154,17 +174,9 @@ class Preparing:
             prefix = rounded(prefix)
         return Prompted(decoder, [tokens], prefix, [len(tokens) - DRAFTER_LACKS])
 
-    def _room_of_retrieved(self, job: Job, prefix: Prefix) -> int:
-        """Tokens that a drafter's prompt has at most for any document of the size, whatever is found; 0: as it is."""
-        if not self._few_programs:
-            return 0
-        retrieval, slots = job.config.retrieval, prefix.pos_BS.shape[1]
-        each = retrieval.chunk_tokens + JOIN_TOKENS
-        return chunk_count(slots, retrieval) * each + FRAME_TOKENS
-
-    def _room_of_short(self, tokens: int) -> int:
-        """Tokens that there is room for with a prompt of so many that is not kept; 0: as it is."""
-        return room_of_short(tokens, self._config.compute.prefill_chunk) if self._few_programs else 0
+    def _room_of_short(self, tokens: list[int]) -> int:
+        """Tokens that there is room for with a prompt that is not kept; 0: as it is."""
+        return room_of_short(len(tokens), self._config.compute.prefill_chunk) if self._few_programs else 0
 
     def document(self, job: Job) -> Steps[Reading]:
         """As `steps`, of the request's document alone: no row comes of it. Returns the request's prompts."""
@@ -181,27 +193,18 @@ class Preparing:
         """The target's prefix of the prompt up to the end of the document, kept for others; held where it is kept."""
         request, decoder = job.request, self._models.target.decoder
         owner = request.owner, request.public
-        prompt, is_short = request.prompt, len(head) < self._config.compute.prefill_chunk
-        if not isinstance(prompt, Question) and (is_short or (isinstance(prompt, Tokens) and not prompt.kept)):
-            return (yield from self._read(job, decoder, head, "prefill", room=self._room_of_short(len(head)))), None
+        if not self._is_kept(request, head):
+            return (yield from self._read(job, decoder, head, "prefill", room=self._room_of_short(head))), None
         self._on_read(request, self._prefixes.name(head, *owner).key)
-        is_turn = False
-        while True:
-            found = yield from self._find(job, head)
-            if found.handle is not None and found.prefix is not None:
-                job.reused = True
-                self._prefixes.hold(found.handle)
-                return found.prefix, found.handle
-            if not is_turn:
-                is_turn = True
-                yield True  # whoever reads before may read this very document
-            elif self._prefixes.make_room(self._prefixes.bytes_for(len(head))):
-                break
-            elif self._is_alone() and not self._holding and not self._prefixes.moving:
+        found = yield from self._find(job, head)
+        if found.handle is not None and found.prefix is not None:
+            job.reused = True
+            self._prefixes.hold(found.handle)
+            return found.prefix, found.handle
+        while not self._prefixes.make_room(self._prefixes.bytes_for(len(head))):
+            if not self._prefixes.fits(len(head)) or (self._is_alone() and not self._prefixes.moving):
                 raise TooLarge(f"the document is too large for the memory: {len(head)} tokens of keys and values")
-            else:
-                is_turn = False
-                yield from self._until_there_may_be_room()
+            yield from self._until_there_may_be_room()
         prefix = yield from self._read(job, decoder, head, "prefill", found)
         if self._config.compute.kv != "full":
             prefix = rounded(prefix)
@@ -224,7 +227,11 @@ class Preparing:
     def _until_there_may_be_room(self) -> Steps[None]:
         if self._is_alone():
             self._prefixes.wait(_PAUSE_S)
-        yield False
+        self.waits_for_room = True
+        try:
+            yield False
+        finally:
+            self.waits_for_room = False
 
     def _read(
         self,
@@ -246,13 +253,13 @@ class Preparing:
             work.step()
         with progress(label or "", work.left, "tokens", quiet=self._quiet or label is None) as report:
             while work.left:
-                yield True
                 before = work.left
                 with timed() as chunk:
                     work.step()
                     work.wait()
                 job.took("prefill", chunk)
                 report.advance(before - work.left)
+                yield False
         return work.prefix
 
     def _prepared(

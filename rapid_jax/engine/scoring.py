@@ -12,7 +12,7 @@ from jax import lax
 
 from rapid_jax.answer import TokenLogprobs
 from rapid_jax.config import RapidConfig
-from rapid_jax.engine.prepare import room_of_short
+from rapid_jax.engine.rooms import room_of_short
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import LoadedModel
 from rapid_jax.prompts import check_ids

@@ -20,8 +20,8 @@ class Sharing:
     row joins the largest lane that the program is there for. Without any, a row of a declared size has a lane of its
     own, whose programs are there, and another row joins the largest lane there is: a lane of its own may need more.
 
-    Where a warm-up has compiled for lanes of several rows, more about as many documents wait for a free one: all that
-    run would wait longer while a program of more is compiled.
+    Where a warm-up has compiled for several rows, a question about a document whose rows are all taken waits for one of
+    them: while a program for more rows is compiled nobody gets a token. One about another document does not wait.
     """
 
     declared: dict[Slots, set[Size]] = field(default_factory=dict)  # of rows; the lanes that a warm-up has compiled for
@@ -36,13 +36,14 @@ class Sharing:
         for found in self._joinable(lanes, key, document):
             for documents in ([document, *others], [document]):
                 sizes = lanes[found].sizes_with(documents)
-                if sizes is not None and self._is_there(found, sizes):
+                if sizes is not None and self._may_grow(found, lanes[found], sizes):
                     return found, sizes
         return None if key in lanes else (key, None)
 
-    def _is_there(self, lane: LaneKey, sizes: Size) -> bool:
-        known = set() if lane.slots is None else self.declared.get(lane.slots, set())
-        return len(known) < 2 or sizes in known or sizes[0] > max(documents for documents, _ in known)
+    def _may_grow(self, key: LaneKey, lane: Lane, sizes: Size) -> bool:
+        known = set() if key.slots is None else self.declared.get(key.slots, set())
+        grows = sizes[0] <= len(lane.documents) and sizes[1] > lane.each
+        return not grows or len(known) < 2 or sizes in known
 
     def joined(self, key: LaneKey, lane: LaneKey) -> None:
         """A row of this key is in that lane."""

@@ -78,7 +78,7 @@ class Tiers:
         aside: bool = False,
     ):
         """`save` may be called in the other thread, with the arrays to be saved; `saved` once it has ended, in this."""
-        self._moves, self._most, self._save, self._saved, self._aside = moves, most, save, saved, aside
+        self._moves, self.most, self._save, self._saved, self._aside = moves, most, save, saved, aside
         self._kept: OrderedDict[str, Kept] = OrderedDict()  # the least recently used first
         self._held: dict[Handle, Kept] = {}  # some of which may have been removed
         self._by_mark: dict[str, dict[str, None]] = {}  # mark -> keys
@@ -175,7 +175,7 @@ class Tiers:
         `but` stays where it is.
         """
         self._settle()
-        most, staying = self._most["device"], {*self._held.values(), *([but] if but and but.device else [])}
+        most, staying = self.most["device"], {*self._held.values(), *([but] if but and but.device else [])}
         if sum(kept.bytes for kept in staying) + wanted > most:
             return False
         for kept in self.every():
@@ -214,10 +214,10 @@ class Tiers:
         """Whether there is room, or will be once the move that is under way then has ended."""
         sizes = {kept: kept.host.bytes for kept in self._kept.values() if kept.host is not None}
         free = [kept for kept in sizes if kept is not but and kept.handle.key not in self._pinned]
-        if self.bytes["host"] - sum(sizes[kept] for kept in free) + wanted > self._most["host"]:
+        if self.bytes["host"] - sum(sizes[kept] for kept in free) + wanted > self.most["host"]:
             return False
         for kept in free:
-            if self._move is not None or self.bytes["host"] + wanted <= self._most["host"]:
+            if self._move is not None or self.bytes["host"] + wanted <= self.most["host"]:
                 break
             self._drop(kept)
         return True

@@ -6,29 +6,35 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from rapid_jax.engine.job import Job
-from rapid_jax.engine.prepare import Prepared, Steps
+from rapid_jax.engine.lane import Prepared
+from rapid_jax.engine.prepare import Steps
 from rapid_jax.engine.request import Cancelled
-
-_TURN_S = 0.02  # after which rounds go on although more could be prepared: about what some rounds take
 
 
 @dataclass(eq=False)
 class _Begun:
     job: Job
     steps: Steps[Prepared]
-    reads: bool = False  # the next piece has a device read a chunk of a prompt
+    needs_turn: bool = False
 
 
 class Turns:
-    """Requests whose prompts are made and read. Many are prepared side by side, but one alone reads a prompt, until
-    all of it is read: the others may be about the same document.
+    """Requests whose prompts are made and read. Many are prepared side by side, but only the first of those that need
+    the turn goes on, until it is ready: the others may be about the same document, or want the same room.
     """
 
-    def __init__(self, ready: Callable[[Job, Prepared], None], fail: Callable[[Job, Exception], None]):
-        """`ready` and `fail` are told how each request's work ends."""
-        self._ready, self._fail = ready, fail
+    def __init__(
+        self,
+        ready: Callable[[Job, Prepared], None],
+        fail: Callable[[Job, Exception], None],
+        seconds: float = float("inf"),
+    ):
+        """`ready` and `fail` are told how each request's work ends. After so many `seconds` of short pieces rounds go
+        on; without a limit the order of all work follows from the requests alone.
+        """
+        self._ready, self._fail, self._seconds = ready, fail, seconds
         self._begun: list[_Begun] = []
-        self._reader: _Begun | None = None
+        self._in_turn: _Begun | None = None
 
     def __len__(self) -> int:
         return len(self._begun)
@@ -43,23 +49,23 @@ class Turns:
         self._begun.append(_Begun(job, steps))
 
     def advance(self) -> None:
-        """A piece of the work for each while a short time lasts, then a chunk of the prompt that is being read."""
-        until = time.perf_counter() + _TURN_S
-        for each in [each for each in self._begun if not each.reads]:
-            self._turn(each)
+        """A piece of the work for each that needs no turn, while the time lasts, and for the one in turn."""
+        until = time.perf_counter() + self._seconds
+        for each in [each for each in self._begun if not each.needs_turn]:
+            self._go_on(each)
             if time.perf_counter() > until:
                 break
-        if self._reader not in self._begun or not self._reader.reads:  # one that waits for room does not keep others
-            self._reader = next((each for each in self._begun if each.reads), None)
-        for each in [each for each in self._begun if each is self._reader or each.job.cancelled.is_set()]:
-            self._turn(each)
+        if self._in_turn not in self._begun:
+            self._in_turn = next((each for each in self._begun if each.needs_turn), None)
+        for each in [each for each in self._begun if each is self._in_turn or each.job.cancelled.is_set()]:
+            self._go_on(each)
 
-    def _turn(self, each: _Begun) -> None:
+    def _go_on(self, each: _Begun) -> None:
         try:
             if each.job.cancelled.is_set():
                 each.steps.close()
                 raise Cancelled
-            each.reads = next(each.steps)
+            each.needs_turn |= next(each.steps)
             return
         except StopIteration as done:
             self._ready(each.job, done.value)

@@ -10,8 +10,7 @@ from typing import Any, TypeAlias
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.job import Job
-from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey
-from rapid_jax.engine.prepare import Prepared
+from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey, Prepared
 from rapid_jax.engine.request import Event, Failed, Piece, Prompt, Question, Request, Tokens
 from rapid_jax.engine.scoring import compile_scores
 from rapid_jax.engine.sharing import Size, fits
@@ -31,7 +30,7 @@ class WarmUp:
 
     That holds for questions about documents under the engine's own mode, gamma and lookup, and for chats and texts
     without one, with answers of at most the engine's own limit (or of the same bucket) and questions of at most
-    `prepare.QUESTION_TOKENS`, whatever else they ask for, of one of the sizes or of several at once; and for the
+    `rooms.QUESTION_TOKENS`, whatever else they ask for, of one of the sizes or of several at once; and for the
     log-probabilities of prompts of these lengths. Requests that name others bring programs of their own, and so do more
     at once. (In mode target questions about a document may share a lane with chats that need as many slots; then each
     of those counts as a document.)
@@ -175,7 +174,9 @@ def _compile(job: Job, prepared: Prepared, sizes: list[Size]) -> None:
                 _lane(job, prepared, size).arrange(range(other[0]), other[1])
         lane = _lane(job, prepared, size)
         for plan in lane.pace.plans(lane.rounds):
-            lane.rounds.advance(plan, 1)  # not none: devices take their time over what a program runs first
+            lane = _lane(job, prepared, size)
+            lane.arrange(range(size[0]), size[1])  # copies: a round uses its arrays up, and may end the answer
+            lane.rounds.advance(plan, 1)  # a real one: the first that a device runs may take long
 
 
 def _lane(job: Job, prepared: Prepared, size: Size) -> Lane:

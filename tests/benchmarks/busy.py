@@ -32,9 +32,11 @@ def main() -> int:
         return 2
     with subprocess.Popen(SMI, stdout=subprocess.PIPE, text=True) as smi:
         start = time.monotonic()
-        status = subprocess.run(command[1:]).returncode
+        try:
+            status = subprocess.run(command[1:]).returncode
+        finally:
+            smi.terminate()
         seconds = time.monotonic() - start
-        smi.terminate()
         shares = [int(line) for line in smi.communicate()[0].split() if line.isdigit()]
     busy = round(statistics.fmean(shares), 1) if shares else None
     print(json.dumps({"seconds": round(seconds, 1), "status": status, "busy": busy, "tenths": tenths(shares)}))

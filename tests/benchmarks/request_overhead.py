@@ -53,11 +53,11 @@ class Asked:
         now = time.perf_counter()
         if isinstance(event, Piece):
             self.first = self.first or now
+        if isinstance(event, Done | Failed):
+            self.end, self.first = now, self.first or now
+            self.ended.set()
         if isinstance(event, Failed):
             raise event.error
-        if isinstance(event, Done):
-            self.end = now
-            self.ended.set()
 
 
 def summary(asked: list[Asked], how: str, seconds: float) -> str:

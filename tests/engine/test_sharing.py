@@ -22,7 +22,7 @@ def lanes(*sizes: tuple[int, ...], full: tuple[int, ...] | None = None, document
     found = {}
     for slots in sizes:
         room = None if slots == full else (2, 1)
-        found[key(slots)] = SimpleNamespace(sizes_with=lambda names, room=room: room, documents=list(documents))
+        found[key(slots)] = SimpleNamespace(sizes_with=lambda names, room=room: room, documents=list(documents), each=1)
     return cast("Any", found)
 
 
@@ -71,16 +71,24 @@ def test_a_lane_that_has_the_document_comes_first():
 
 @pytest.mark.parametrize("full", [False, True])
 def test_lanes_whose_rows_may_grow_are_one_for_all_sizes(full: bool):
-    there = {key(None): SimpleNamespace(sizes_with=lambda names: None if full else (1, 2), documents=[])}
+    there = {key(None): SimpleNamespace(sizes_with=lambda names: None if full else (1, 2), documents=[], each=1)}
     found = Sharing().place(cast("Any", there), key(None), "a", [])
     assert found == (None if full else (key(None), (1, 2)))
 
 
-def test_more_rows_than_were_compiled_for_wait():
-    there = lanes(SMALL)
-    wanted = {"of one document": (1, 8), "of two": (2, 1)}
-    for declared, waits in (({(1, 1)}, []), ({(1, 1), (1, 4)}, ["of one document"]), ({(1, 1), (1, 8)}, [])):
-        sharing = Sharing({SMALL: declared})
-        for name, sizes in wanted.items():
-            there[key(SMALL)].sizes_with = lambda names, sizes=sizes: sizes
-            assert (placed(sharing, there, SMALL) is None) == (name in waits), "of more documents they are compiled"
+@pytest.mark.parametrize(
+    ("declared", "there", "wanted", "waits"),
+    [
+        ({(1, 1)}, (1, 1), (1, 2), False),  # nothing but the smallest was compiled for: it is compiled when it comes
+        ({(1, 1), (1, 4)}, (1, 4), (1, 4), False),
+        ({(1, 1), (1, 4)}, (1, 4), (1, 8), True),
+        ({(1, 1), (1, 4)}, (1, 4), (2, 4), False),  # of another document, which must not wait for the first one's
+        ({(1, 1), (1, 4)}, (1, 8), (1, 8), False),  # a free row of a lane that has so many
+        ({(1, 1), (1, 4), (2, 1), (4, 1)}, (1, 4), (2, 4), False),
+        ({(1, 1), (1, 4), (2, 1), (4, 1)}, (2, 1), (2, 2), True),
+    ],
+)
+def test_a_question_waits_rather_than_for_a_program_of_more_rows(declared, there, wanted, waits):
+    lane = SimpleNamespace(sizes_with=lambda names: wanted, documents=[None] * there[0], each=there[1])
+    found = placed(Sharing({SMALL: declared}), cast("Any", {key(SMALL): lane}), SMALL)
+    assert (found is None) == waits

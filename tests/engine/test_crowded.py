@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that come together, where the devices have room for little: all of them end, and none is read twice."""
+
+from dataclasses import replace
+
+import pytest
+
+from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
+from rapid_jax.engine.engine import Engine
+from rapid_jax.engine.models import Models
+from rapid_jax.engine.request import Done, Event, Failed, Piece, Question, Request
+from rapid_jax.retrieval.config import RetrievalConfig
+from rapid_jax.runtime.errors import TooLarge
+from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
+from tests.retrieval import encoders
+from tests.tiny_models import save_decoder, words
+
+WORDS = 90
+MOST_STEPS = 1500  # of an engine that goes on
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Models:
+    folder = tmp_path_factory.mktemp("tiny")
+    target = save_decoder(folder / "model", sizes={"num_hidden_layers": 1})
+    given = ModelsConfig(target=str(target), encoder=str(encoders.save(folder / "encoder", "bert")))
+    cache = CacheConfig(
+        folder=str(folder / "cache"), host_gib=0.0, disk_gib=0.0, prefixes=False, programs=False, embeddings=False
+    )
+    config = RapidConfig(
+        models=given,
+        retrieval=RetrievalConfig(chunk_tokens=64, min_tokens=128),
+        speculation=SpeculationConfig(mode="target", gamma=2, lookup="off", rounds_per_read=1),
+        sampling=SamplingSettings(temperature=0.0, max_new_tokens=10),
+        compute=ComputeConfig(prefill_chunk=64),
+        cache=cache,
+    )
+    return Models(config, quiet=True)
+
+
+def engine_with(models: Models, documents: float, *, mode: str = "target", prefill_first: bool = False) -> Engine:
+    """Room for so many documents of `WORDS` words, on the devices alone."""
+    config = replace(models.config, speculation=replace(models.config.speculation, mode=mode))
+    sized = Engine(config, models, quiet=True)
+    with sized.read(asked(sized, 0).request) as (job, _):
+        assert job.reading is not None
+        size = sized.prefixes.bytes_for(len(job.reading.long.head))
+    cache = replace(config.cache, device_gib=documents * size / 2**30)
+    return Engine(replace(config, cache=cache), models, prefill_first=prefill_first, quiet=True)
+
+
+class asked:
+    """A question about the document of that number, and its events."""
+
+    def __init__(self, engine: Engine, number: int, count: int = WORDS):
+        self.events: list[Event] = []
+        self.request = Request.of(Question(words(count, seed=number), "w1 w2?"), engine.config)
+
+    def of(self, engine: Engine) -> "asked":
+        self.ticket = engine.submit(self.request, self.events.append)
+        return self
+
+    @property
+    def answer(self):
+        assert self.events and isinstance(self.events[-1], Done), self.events
+        return self.events[-1].answer
+
+    @property
+    def has_tokens(self) -> bool:
+        return any(isinstance(event, Piece) for event in self.events)
+
+
+def finish(engine: Engine, requests: list[asked]) -> None:
+    for _ in range(MOST_STEPS):
+        if all(one.ticket.job.ended for one in requests):
+            return
+        engine.step()
+    raise AssertionError(f"nothing goes on: {[len(one.events) for one in requests]}")
+
+
+@pytest.mark.parametrize("mode", ["target", "lossless"])
+@pytest.mark.parametrize("prefill_first", [False, True])
+@pytest.mark.parametrize("room", [1.5, 2.5])
+def test_questions_about_more_documents_than_there_is_room_for(models, mode, prefill_first, room):
+    engine = engine_with(models, room, mode=mode, prefill_first=prefill_first)
+    first = asked(engine, 0).of(engine)
+    finish(engine, [first])
+    # The first one waits for the room of a document that the second asks about again.
+    rest = [asked(engine, number).of(engine) for number in (1, 0, 2, 1)]
+    finish(engine, rest)
+    assert [one.answer.token_ids for one in rest if one.request == first.request] == [first.answer.token_ids]
+    assert engine.is_idle and engine.prefixes.bytes()["device"] <= room * first_size(engine)
+
+
+def first_size(engine: Engine) -> int:
+    with engine.read(asked(engine, 0).request) as (job, _):
+        assert job.reading is not None
+        return engine.prefixes.bytes_for(len(job.reading.long.head))
+
+
+@pytest.mark.parametrize("mode", ["target", "lossless"])
+def test_those_that_come_together_about_a_new_document_read_it_once(models, mode):
+    engine = engine_with(models, 4.5, mode=mode)
+    together = [asked(engine, 5).of(engine) for _ in range(3)]
+    finish(engine, together)
+    assert [one.answer.prefix_reused for one in together] == [False, True, True]
+    assert len({tuple(one.answer.token_ids) for one in together}) == 1
+
+
+def test_a_question_whose_document_is_there_does_not_wait_for_another_s_to_be_read(models):
+    engine = engine_with(models, 30.0)
+    finish(engine, [asked(engine, 0).of(engine)])
+    long = asked(engine, 1, 5 * WORDS).of(engine)
+    for _ in range(3):
+        engine.step()
+    short = asked(engine, 0).of(engine)
+    finish(engine, [short])
+    assert short.answer.token_ids and not long.has_tokens
+    finish(engine, [long])
+
+
+def test_what_never_fits_is_told_although_others_run(models):
+    engine = engine_with(models, 1.5)
+    running = asked(engine, 0).of(engine)
+    while not running.has_tokens:
+        engine.step()
+    large = asked(engine, 1, 5 * WORDS).of(engine)
+    finish(engine, [large])
+    assert isinstance(large.events[-1], Failed) and isinstance(large.events[-1].error, TooLarge)
+    finish(engine, [running])
+    assert running.answer.token_ids

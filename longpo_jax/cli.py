@@ -9,6 +9,7 @@ interrupted, 141 nobody reads it.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from longpo_jax import plan, preflight, sweep
 from longpo_jax.config import LongPOConfig
@@ -18,7 +19,7 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import backend_fields, check_agreed, code_fields, left_out
 from rapid_jax.runtime.command_line import Place, prepare_jax, status_of
 from rapid_jax.runtime.distributed import meet
-from rapid_jax.runtime.storage import local_path
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.sweep import add_arguments
 
 _HELP = {
@@ -126,11 +127,16 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _push(repository: str, config: LongPOConfig, *, leads: bool, quiet: bool) -> None:
-    """The stage export, and what it made onto the hub, which is asked first."""
+    """The stage export of a run on this machine, and what it made onto the hub, which is asked before."""
     from longpo_jax.hub import Hub
 
+    folder = folder_of(config)
+    if not isinstance(folder, Path):
+        raise InputError(
+            f"--push: expected a run on this machine, got {folder}: fetch its export (gcloud storage cp -r "
+            f"{folder}/export .) and push that: hf upload {repository} export --private --exclude done.json"
+        )
     hub = Hub(repository) if leads else None
-    folder = local_path(config.run, "run")
     run_stage("export", config, folder, leads=leads, quiet=quiet)
     if hub is not None:
         print(hub.push(folder / "export", f"longpo export, {config.objective.name}"))

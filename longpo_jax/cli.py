@@ -76,7 +76,13 @@ def parser() -> argparse.ArgumentParser:
     planned = commands.add_parser("plan", help="what a run needs of a TPU slice, without hardware", allow_abbrev=False)
     planned.set_defaults(run=plan.run)
     plan.add_arguments(planned)
-    check = commands.add_parser("check", help="what a run makes and needs, before it starts", allow_abbrev=False)
+    check = commands.add_parser(
+        "check",
+        help="what a run makes and needs, before it starts",
+        description="What a run makes and needs. It is checked for one machine, this one, or for one slice or GPU: of "
+        "a run on several machines, the devices of this one alone are seen without --topology.",
+        allow_abbrev=False,
+    )
     check.set_defaults(run=preflight.run)
     preflight.add_arguments(check)
     swept = commands.add_parser("sweep", help="rounds that differ in some settings, and a table", allow_abbrev=False)

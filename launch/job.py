@@ -23,7 +23,17 @@ try:
 except ImportError:
     print("job: expected PyYAML in this Python, got none: pip install pyyaml", file=sys.stderr)
     sys.exit(2)
-from job_spec import ROOT, Job, check_places, checked_bucket, checked_name, checked_topology, program_of, read_config
+from job_spec import (
+    ROOT,
+    Job,
+    check_bases,
+    check_places,
+    checked_bucket,
+    checked_name,
+    checked_topology,
+    program_of,
+    read_config,
+)
 from jobset import Cluster, manifest
 from sky_task import task
 
@@ -51,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
         engine.add_argument("name", metavar="NAME", help="of the job: lower-case letters, digits, hyphens")
         engine.add_argument("--topology", required=True, metavar="NAME", help="the slice, as the planner has it")
         engine.add_argument("--config", type=Path, metavar="FILE", help="settings in this checkout, configs/longpo/*")
-        engine.add_argument("--bucket", metavar="gs://...", help="longpo's run: everything that is written")
+        engine.add_argument("--bucket", metavar="gs://...", help="longpo's run, which it needs")
         engine.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any setting")
         engine.add_argument("--spot", action="store_true", help="on capacity that may be preempted")
         engine.add_argument("--submit", action="store_true", help="hand it to kubectl or sky")
@@ -130,6 +140,8 @@ def run_gke(options: argparse.Namespace) -> int:
 def run_sky(options: argparse.Namespace) -> int:
     """A managed job, printed or launched. The token goes by the environment: it stands in no file."""
     job = job_of(options)
+    if job.config:
+        check_bases(job.config)
     text = written([task(job, options.infra)])
     command = ["sky", "jobs", "launch", "--yes", "--detach-run", f"--name={job.name}", "--secret=RAPID_RUN_TOKEN"]
     if not options.submit:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a job is, whichever engine runs it, and how Google Cloud names the slice it runs on."""
 
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from rapid_jax.plan.topologies import chips_of, generation_of, hosts_of  # noqa:
 from rapid_jax.runtime import strict_yaml  # noqa: E402
 from rapid_jax.runtime.errors import InputError  # noqa: E402
 from rapid_jax.runtime.settings_file import merged, read_chain, text_of  # noqa: E402
+from rapid_jax.runtime.storage import is_local  # noqa: E402
 
 PORT = 8476  # of the coordinator; Google's firewall opens it between TPU hosts
 TEMPFAIL = 75  # EX_TEMPFAIL of sysexits.h: the program saved, or lost a peer, and asks to be started again
@@ -113,17 +115,24 @@ def checked_bucket(place: str) -> str:
 def program_of(config: str | None, bucket: str | None, overrides: Sequence[str], given: Sequence[str]) -> list[str]:
     """The command line of every host: `given`, or longpo's round, or rounds, as the config says; `run` is the bucket.
 
-    Raises InputError where the config or the place would not reach the program.
+    Raises InputError where the config or the place would not reach the program, and where longpo would write its run to
+    a host's own disk, which goes with the host.
     """
     words = list(given)
     if not words:
         if config is None:
             raise InputError("expected --config FILE, or a program after --, got neither")
         words = ["longpo", "rounds" if _setting(config, "rounds", overrides) else "round", "--config", config]
-    if bucket is not None:
-        if words[0] != "longpo" or words[1:2] == [] or words[1] not in WRITERS:
-            expected = "|".join(WRITERS)
-            raise InputError(f"--bucket is the run of longpo {expected}, got the program {' '.join(words[:2])!r}")
+    writes = words[0] == "longpo" and len(words) > 1 and words[1] in WRITERS
+    if bucket is not None and not writes:
+        expected = "|".join(WRITERS)
+        raise InputError(f"--bucket is the run of longpo {expected}, got the program {' '.join(words[:2])!r}")
+    if writes:
+        given_too = [word.removeprefix("--set=") for word in (*words, *overrides)]
+        if own := [word for word in given_too if re.match(r"run\s*=", word)]:
+            raise InputError(f"--set {own[0]}: expected the run as --bucket gs://BUCKET/PATH")
+        if bucket is None:
+            raise InputError(f"longpo {words[1]}: expected --bucket gs://BUCKET/PATH for its run, got none")
         words += ["--set", f"run={bucket}"]
     for override in overrides:
         words += ["--set", override]
@@ -144,17 +153,30 @@ def read_config(path: Path) -> str:
 def check_places(config: str, overrides: Sequence[str]) -> None:
     """Raises InputError if the config names a model or documents on this machine: the hosts have no such folders.
 
-    Looks at what the file, its bases and the overrides say; `smollm2` is a model without a folder.
+    Looks at what the file, its bases and the overrides say. `smollm2`, the default, is a package that they lack too.
     """
     for key, hint in (
         ("model.source", "gs://BUCKET/models/NAME"),
         ("corpus.sources", "[book=gs://BUCKET/corpora/book]"),
     ):
         value = _setting(config, key, overrides)
+        if key == "model.source" and value is None:
+            value = "smollm2"
         for place in value if isinstance(value, list) else [value]:
             place = str(place).partition("=")[2] if isinstance(value, list) and "=" in str(place) else place
-            if place not in (None, "smollm2") and not PLACE.fullmatch(str(place)):
+            if place is not None and not PLACE.fullmatch(str(place)):
                 raise InputError(f"{key}: expected a place in a bucket, got {place}; mend it by --set '{key}={hint}'")
+
+
+def check_bases(config: str) -> None:
+    """Raises InputError if a base of the config is not where the config finds it on a host, to which the checkout goes.
+
+    A base in a bucket is; one by an absolute name is not, even if it is in the checkout: that lies elsewhere there.
+    """
+    chain = read_chain(Path(os.path.relpath(ROOT / config)))  # a base that has a relative name keeps one
+    for base in (file.source for file in chain[1:]):
+        if is_local(base) and (Path(base).is_absolute() or not Path(base).resolve().is_relative_to(ROOT.resolve())):
+            raise InputError(f"--config: expected a base beside it, which goes to the hosts with it, got {base}")
 
 
 def _setting(config: str, key: str, overrides: Sequence[str]) -> Any:

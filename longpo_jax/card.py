@@ -18,7 +18,7 @@ from rapid_jax.model.hf_io import HfCheckpoint
 from rapid_jax.runtime import settings, strict_yaml
 from rapid_jax.runtime.errors import InputError, legible
 from rapid_jax.runtime.files import digest, replace_file
-from rapid_jax.runtime.storage import AnyPlace, place_of
+from rapid_jax.runtime.storage import AnyPlace, full_name, place_of
 from rapid_jax.runtime.sweep import markdown
 
 CARD: Final = "README.md"
@@ -79,12 +79,15 @@ def licence_of(checkpoint: HfCheckpoint | GgufCheckpoint) -> dict[str, str]:
 
 def base_of(config: LongPOConfig) -> tuple[str, int]:
     """(the name of the model that the first round started from, how many rounds there were), as far as can be seen."""
-    source, rounds = config.model.source, 1
+    source, rounds, seen = config.model.source, 1, set[str]()
     while (place := place_of(source, "model.source")).name == "export":
         try:
             if not (place.parent / "settings.yaml").is_file():
                 break
+            seen.add(full_name(place))
             source = settings.load(LongPOConfig, place.parent / "settings.yaml").model.source
+            if full_name(place_of(source, "model.source")) in seen:  # somebody has named a run's own export
+                break
         except InputError:
             break
         rounds += 1
@@ -118,7 +121,7 @@ def _data(config: LongPOConfig, folder: AnyPlace) -> Iterator[str]:
 def _scores(folder: AnyPlace) -> Iterator[str]:
     """The tables of the evaluations on RULER beside the export."""
     for path in sorted(folder.glob("*/suite.json")):
-        report, of = path.parent / "report.md", "another model"
+        report = path.parent / "report.md"
         try:
             if json.loads(path.read_bytes()).get("suite") != "ruler" or not report.is_file():
                 continue

@@ -9,6 +9,7 @@ interrupted, 141 nobody reads it.
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from longpo_jax import plan, preflight, sweep
 from longpo_jax.config import LongPOConfig
@@ -18,7 +19,7 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import backend_fields, check_agreed, code_fields, left_out
 from rapid_jax.runtime.command_line import Place, prepare_jax, status_of
 from rapid_jax.runtime.distributed import meet
-from rapid_jax.runtime.storage import local_path
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.sweep import add_arguments
 
 _HELP = {
@@ -75,7 +76,13 @@ def parser() -> argparse.ArgumentParser:
     planned = commands.add_parser("plan", help="what a run needs of a TPU slice, without hardware", allow_abbrev=False)
     planned.set_defaults(run=plan.run)
     plan.add_arguments(planned)
-    check = commands.add_parser("check", help="what a run makes and needs, before it starts", allow_abbrev=False)
+    check = commands.add_parser(
+        "check",
+        help="what a run makes and needs, before it starts",
+        description="What a run makes and needs. It is checked for one machine, this one, or for one slice or GPU: of "
+        "a run on several machines, the devices of this one alone are seen without --topology.",
+        allow_abbrev=False,
+    )
     check.set_defaults(run=preflight.run)
     preflight.add_arguments(check)
     swept = commands.add_parser("sweep", help="rounds that differ in some settings, and a table", allow_abbrev=False)
@@ -126,11 +133,16 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _push(repository: str, config: LongPOConfig, *, leads: bool, quiet: bool) -> None:
-    """The stage export, and what it made onto the hub, which is asked first."""
+    """The stage export of a run on this machine, and what it made onto the hub, which is asked before."""
     from longpo_jax.hub import Hub
 
+    folder = folder_of(config)
+    if not isinstance(folder, Path):
+        raise InputError(
+            f"--push: expected a run on this machine, got {folder}: fetch its export (gcloud storage cp -r "
+            f"{folder}/export .) and push that: hf upload {repository} export --private --exclude done.json"
+        )
     hub = Hub(repository) if leads else None
-    folder = local_path(config.run, "run")
     run_stage("export", config, folder, leads=leads, quiet=quiet)
     if hub is not None:
         print(hub.push(folder / "export", f"longpo export, {config.objective.name}"))

@@ -4,13 +4,12 @@
 import argparse
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from longpo_jax.config import LongPOConfig
+from longpo_jax.findings import Findings
+from longpo_jax.room import Room, bytes_of_checkpoint, bytes_on_disk, check_places, most_checkpoints, short_together
 from longpo_jax.round import folder_of, rounds_of
 from longpo_jax.stages import STAGES, has_ended, summary_of
 from rapid_jax.plan.architectures import SHAPES, Architecture, architecture_of
@@ -18,35 +17,11 @@ from rapid_jax.plan.topologies import FRACTION, GENERATIONS, GIB, GPUS, chips_of
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.command_line import Place, prepare_jax, say
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import default_cache_dir, replace_file
 from rapid_jax.runtime.storage import AnyPlace
 from rapid_jax.runtime.sweep import markdown
 
 WOULD_FAIL = 2
-_TRIED = "check.tmp"
 _HEAD = ("what", "needed or expected", "there")
-
-
-@dataclass
-class Findings:
-    """The lines of the table, and what would fail."""
-
-    lines: list[tuple[str, str, str]]
-    faults: list[str]
-
-    def add(self, what: str, needed: str, there: str = "", fault: str = "") -> None:
-        """A line; `fault` says what would fail because of it."""
-        self.lines.append((what, needed, there))
-        if fault:
-            self.faults.append(fault)
-
-    def try_(self, what: str, check: Callable[[], Any]) -> Any:
-        """What `check` gives; where it raises InputError, that is a fault."""
-        try:
-            return check()
-        except InputError as error:
-            self.add(what, "", "would fail", str(error))
-            return None
 
 
 @dataclass(frozen=True)
@@ -68,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     names = ", ".join(f"{name}:{generation.shapes[0]}" for name, generation in GENERATIONS.items())
     parser.add_argument(
-        "--topology", metavar="NAME", help=f"the slice or GPU that is meant, {names}, {', '.join(GPUS)}; else this one"
+        "--topology",
+        metavar="NAME",
+        help=f"the slice or GPU meant, {names}, {', '.join(GPUS)}; else this machine",
     )
     parser.add_argument("--shape", metavar="NAME", help=f"architecture where the folder is not: {', '.join(SHAPES)}")
 
@@ -78,15 +55,20 @@ def run(options: argparse.Namespace) -> int:
     status = 0
     configs = [(path, settings.load(LongPOConfig, path, options.set)) for path in options.configs]
     prepare_jax(programs=False)
-    machine = machine_of(options.topology)
+    machine, rooms = machine_of(options.topology), []
     for path, config in configs:
-        found = examine(config, machine, options.shape)
+        found = Findings(here=options.topology is None)
+        rooms.append(examine(config, machine, found, options.shape))
         if len(configs) > 1:
             print(f"{path}\n")
         print(markdown(_HEAD, found.lines, left=True), flush=True)
         for fault in found.faults:
             say(f"longpo: {path}: {fault}")
         status = WOULD_FAIL if found.faults else status
+    if options.topology is None:
+        for fault in short_together(filter(None, rooms)):
+            say(f"longpo: {fault}")
+            status = WOULD_FAIL
     return status
 
 
@@ -107,22 +89,40 @@ def machine_of(topology: str | None) -> Machine:
     return Machine(topology, chips_of(topology) * generation.devices_per_chip, generation.hbm_bytes)
 
 
-def examine(config: LongPOConfig, machine: Machine, shape: str | None = None) -> Findings:
-    """All that is found of a run, of each round if it has several."""
-    from longpo_jax.metrics import check_installed
-
-    found = Findings([], [])
+def examine(config: LongPOConfig, machine: Machine, found: Findings, shape: str | None = None) -> Room | None:
+    """Finds all that there is of a run, of each round if it has several; the room that it needs on a disk here."""
     rounds = found.try_("rounds", lambda: rounds_of(config)) if config.rounds else [config]
-    found.try_("packages", lambda: check_installed(config.train))
+    _packages(config, found)
     tokenizer = _model(config, found)
     architecture = found.try_("architecture", lambda: architecture_of(config.model.source, shape))
-    space = 0
+    space, reached, ended = 0, True, True
     for number, single in enumerate(rounds or (), 1):
         before = f"round {number}: " if config.rounds else ""
-        space += _round(single, before, architecture, tokenizer, machine, found)
-    _places(config, space, found)
+        done = _done(single, before, found) if reached else []
+        reached, ended = reached and done is not None, ended and STAGES[-1] in (done or ())
+        space += _round(single, before, done or [], architecture, tokenizer, machine, found)
+    passing = 0 if architecture is None else bytes_of_checkpoint(config, _parameters(architecture.config))
+    room = check_places(config, 0 if ended else space, passing, found, reached=reached)
     found.add("memory, exact", "longpo plan --config CONFIG --topology NAME", "of a TPU slice; compiles, for minutes")
-    return found
+    return room
+
+
+def _packages(config: LongPOConfig, found: Findings) -> None:
+    from longpo_jax.metrics import check_installed
+
+    try:
+        check_installed(config.train)
+    except InputError as error:
+        found.add_of_here("packages", "", str(error), str(error))
+
+
+def _done(config: LongPOConfig, before: str, found: Findings) -> list[str] | None:
+    """The stages of a round that are done; None where its folder cannot be read, which is a fault."""
+    folder = folder_of(config)
+    done = found.try_(f"{before}run", lambda: [stage for stage in STAGES if has_ended(folder / stage)])
+    if done:
+        found.add(f"{before}done already", "", ", ".join(done))
+    return done
 
 
 def _model(config: LongPOConfig, found: Findings) -> Any:
@@ -139,6 +139,7 @@ def _model(config: LongPOConfig, found: Findings) -> Any:
 def _round(
     config: LongPOConfig,
     before: str,
+    done: list[str],
     architecture: Architecture | None,
     tokenizer: Any,
     machine: Machine,
@@ -147,20 +148,28 @@ def _round(
     """The lines of one round; the bytes that it writes."""
     from longpo_jax.checks import check_rows
 
-    folder = folder_of(config)
-    done = found.try_(f"{before}run", lambda: [stage for stage in STAGES if has_ended(folder / stage)])
-    if done:
-        found.add(f"{before}done already", "", ", ".join(done))
     found.try_(f"{before}rows", lambda: check_rows(config))
-    text = _pairs(config, before, folder / "pairs" if "pairs" in (done or ()) else None, tokenizer, found)
+    made = folder_of(config) / "pairs" if "pairs" in done else None
+    text, steps = _pairs(config, before, made, tokenizer, found)
+    kept, bound = f"train.keep {config.train.keep}, one more while it is written", "at most"
+    if config.train.keep_every is not None:
+        kept += f", train.keep_every {config.train.keep_every}"
+        if steps is None:
+            kept, bound = f"{kept} (not counted: the updates are not known)", "at least"
+    found.add(f"{before}checkpoints", f"{bound} {most_checkpoints(config.train, steps):,}", kept)
     if architecture is None:
         return text
     _devices(config, before, architecture, machine, found)
-    return text + _bytes_on_disk(config, _parameters(architecture.config))
+    return text + bytes_on_disk(config, _parameters(architecture.config), steps)
 
 
-def _pairs(config: LongPOConfig, before: str, made: AnyPlace | None, tokenizer: Any, found: Findings) -> int:
-    """Documents, pairs (those that were made, if they were), rows, updates and the peak rate; the documents' bytes."""
+def _pairs(
+    config: LongPOConfig, before: str, made: AnyPlace | None, tokenizer: Any, found: Findings
+) -> tuple[int, int | None]:
+    """Documents, pairs (those that were made, if they were), rows, updates and the peak rate.
+
+    (The documents' bytes, how many updates), None where that is not known.
+    """
     from longpo_jax.corpus_estimate import estimate
     from longpo_jax.train import steps_of
 
@@ -176,7 +185,7 @@ def _pairs(config: LongPOConfig, before: str, made: AnyPlace | None, tokenizer: 
             count = "not known" if most is None else f"{'' if corpus.exact else 'about '}{most:,}"
             found.add(f"{before}documents", count, corpus.said)
     if most is None:
-        return text
+        return text, None
     found.add(f"{before}pairs", f"{most:,} with {turns:,} turns", known)
     rows = (turns if config.objective.name == "solopo" else most) * config.train.epochs
     found.add(f"{before}rows", f"{rows:,}", f"{rows // config.train.epochs:,} an epoch")
@@ -184,7 +193,7 @@ def _pairs(config: LongPOConfig, before: str, made: AnyPlace | None, tokenizer: 
     if steps is not None:
         found.add(f"{before}updates", f"{steps:,}", f"{config.train.rows_per_step} rows each")
         found.add(f"{before}peak learning rate", f"{_peak(config, steps):.3g}", f"{config.optimizer.schedule}")
-    return text
+    return text, steps
 
 
 def _peak(config: LongPOConfig, steps: int) -> float:
@@ -229,51 +238,3 @@ def _parameters(model: Any) -> int:
     from rapid_jax.model.hf_names import weights
 
     return sum(math.prod(weight.stored_shape) for weight in weights(model))
-
-
-def _bytes_on_disk(config: LongPOConfig, parameters: int) -> int:
-    """Of the checkpoints that are kept, one more while it is written, and the export."""
-    optimizer = config.optimizer
-    moments = (2 if optimizer.name == "adamw" else 1) * (4 if optimizer.moments_dtype == "float32" else 2)
-    return parameters * ((config.train.keep + 1) * (4 + moments) + 2)
-
-
-def _places(config: LongPOConfig, space: int, found: Findings) -> None:
-    """Whether the folders can be written to, and whether there is room."""
-    folder = folder_of(config)
-    if not isinstance(folder, Path):
-        if found.try_("folder, run", lambda: _try_out(folder)):
-            found.add("folder, run", str(folder), "can be written to")
-        found.add("bucket", f"{space / GIB:.2f} GiB", "")
-        return
-    for name, place in _written(config, folder):
-        there = next(path for path in (place, *place.parents) if path.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK):
-            kind = "one without the permission" if there.is_dir() else "a file"
-            found.add(
-                f"folder, {name}", str(place), kind, f"{name}: expected a folder to write to, got {kind}: {there}"
-            )
-        else:
-            found.add(f"folder, {name}", str(place), "can be written to")
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    inside = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0
-    free, needed = shutil.disk_usage(there).free, max(0, space - inside)
-    fault = (
-        f"run: expected {needed / GIB:.2f} GiB of room in {there}, got {free / GIB:.2f} GiB" if needed > free else ""
-    )
-    kept = f"checkpoints (train.keep {config.train.keep}), one more while it is written, the export"
-    found.add("disk", f"{needed / GIB:.2f} GiB: {kept}", f"{free / GIB:.2f} GiB free", fault)
-
-
-def _try_out(folder: AnyPlace) -> bool:
-    """Writes an object there and deletes it. Raises InputError where that is not allowed."""
-    with replace_file(folder / _TRIED) as temporary:
-        temporary.write_bytes(b"")
-    (folder / _TRIED).unlink(missing_ok=True)
-    return True
-
-
-def _written(config: LongPOConfig, folder: Path) -> Iterator[tuple[str, Path]]:
-    yield "run", folder.absolute()
-    if config.compute.programs:
-        yield "compiled programs", (default_cache_dir() / "programs").absolute()

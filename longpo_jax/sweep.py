@@ -20,6 +20,7 @@ from longpo_jax.report import drawn
 from longpo_jax.stages import STAGES, has_ended, inputs_of
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.jobs import alone_in
 from rapid_jax.runtime.sweep import Row, Task, perform, write_settings, write_table
 from rapid_jax.runtime.sweep_file import SweepFile, read_sweep, settings_of
 
@@ -32,11 +33,12 @@ def run(options: argparse.Namespace) -> int:
     sweep = read_sweep(options.sweep)
     configs = settings_of(sweep, LongPOConfig, ("run", "rounds"))
     configs = {name: _in_folder(config, sweep.run / name) for name, config in configs.items()}
-    tasks = _tasks(sweep, configs)
     each = max(mesh.devices for config in configs.values() for mesh in (config.mesh, config.generation.mesh))
-    status = perform("longpo", sweep, tasks, options, each)
-    if not options.print and any(task.is_done() for task in tasks[-len(configs) :]):
-        _write(sweep)
+    with alone_in(sweep.run) as held:
+        tasks = _tasks(sweep, configs)
+        status = perform("longpo", sweep, tasks, options, each=each, held=held)
+        if not options.print and any(task.is_done() for task in tasks[-len(configs) :]):
+            _write(sweep)
     return status
 
 

@@ -247,6 +247,25 @@ def test_a_config_with_a_base_brings_all_of_it(printed, job, monkeypatch, tmp_pa
     assert "model.source: expected a place in a bucket, got models/Mistral" in capsys.readouterr().err
 
 
+def test_a_base_that_the_hosts_would_not_find_is_refused(printed, job, monkeypatch, tmp_path, capsys):
+    """SkyPilot copies the checkout and nothing else; GKE's ConfigMap has what the bases say."""
+    checkout = tmp_path / "checkout"
+    (checkout / "configs").mkdir(parents=True)
+    for place in (checkout / "base.yaml", tmp_path / "base.yaml"):
+        place.write_text((ROOT / CONFIG).read_text(encoding="utf-8"), encoding="utf-8")
+    monkeypatch.setattr(sys.modules["job_spec"], "ROOT", checkout)
+    own = checkout / "configs" / "own.yaml"
+    given = [*SHORT, "--config", str(own), *RUN[2:]]
+    for base in ("../../base.yaml", str(tmp_path / "base.yaml"), str(checkout / "base.yaml")):
+        own.write_text(f"base: {base}\nseed: 7\n", encoding="utf-8")
+        assert job.main(["sky", *given]) == 2
+        said = capsys.readouterr().err
+        assert "--config: expected a base beside it, which goes to the hosts" in said and len(said.splitlines()) == 1
+        assert "seed: 7" in printed("gke", *given, *IMAGE)
+    own.write_text("base: ../base.yaml\nseed: 7\n", encoding="utf-8")
+    assert "--config configs/own.yaml" in printed("sky", *given)
+
+
 # ---- what is refused
 
 
@@ -261,6 +280,28 @@ def test_a_config_with_a_base_brings_all_of_it(printed, job, monkeypatch, tmp_pa
         (["sky", *SHORT, *RUN, "--bucket", "s3://b"], "--bucket: expected gs://BUCKET/PATH, got 's3://b'"),
         (["sky", *SHORT, *RUN, "--bucket", "runs/x"], "--bucket: expected gs://BUCKET/PATH, got 'runs/x'"),
         (["sky", *SHORT, "--bucket", "gs://mine/x", "--", "rapid", "answer"], "--bucket is the run of longpo pairs|"),
+        (
+            ["sky", *SHORT, *RUN[:2], *MODEL, *CORPUS],
+            "longpo round: expected --bucket gs://BUCKET/PATH for its run, got",
+        ),
+        (["sky", *SHORT, "--", "longpo", "train", "--config", "x"], "longpo train: expected --bucket gs://BUCKET/PATH"),
+        (["gke", *SHORT, *IMAGE, *RUN, "--set", "run=runs/x"], "--set run=runs/x: expected the run as --bucket gs://"),
+        (
+            ["sky", *SHORT, "--bucket", "gs://mine/x", "--", "longpo", "round", "--set=run=gs://mine/y"],
+            "--set run=gs://mine/y: expected the run as --bucket gs://",
+        ),
+        (
+            ["sky", *SHORT, "--", "longpo", "round", "--set", "run=gs://mine/y"],
+            "--set run=gs://mine/y: expected the run as --bucket gs://",
+        ),
+        (
+            ["sky", *SHORT, *RUN, "--set", "model.source=smollm2"],
+            "got smollm2; mend it by --set 'model.source=gs://BUCKET/models/NAME'",
+        ),
+        (
+            ["sky", *SHORT, *RUN, "--set", "model.source=null"],
+            "model.source: expected a place in a bucket, got smollm2",
+        ),
         (["sky", *SHORT, *RUN, "--config", "/absent.yaml"], "--config: expected a file in the checkout, which goes"),
         (["sky", *SHORT, *RUN, "--config", str(ROOT / "absent.yaml")], "--config: expected a YAML file of settings"),
         (["sky", *SHORT, *RUN, "--config", str(ROOT / "LICENSE")], "--config: expected a YAML file of settings"),

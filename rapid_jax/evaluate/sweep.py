@@ -20,6 +20,7 @@ from rapid_jax.evaluate.summary import acceptances, cells_of, estimate, overall,
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file
+from rapid_jax.runtime.jobs import alone_in
 from rapid_jax.runtime.settings_values import shown
 from rapid_jax.runtime.sweep import Row, Task, perform, write_settings, write_table
 from rapid_jax.runtime.sweep_file import SweepFile, read_sweep, settings_of
@@ -37,17 +38,19 @@ def run(options: argparse.Namespace) -> int:
     sweep = read_sweep(options.sweep, ("evaluate",))
     words = _words(sweep)
     configs = settings_of(sweep, RapidConfig, ())
-    paths = write_settings(sweep, configs, _deciding)
-    _check_same(sweep, shlex.join(words))
-    tasks = []
-    for name, path in paths.items():
-        place = sweep.run / name
-        given = ("--config", str(path), "--out", str(place), "--resume", "--quiet")
-        tasks.append(Task(name, ("evaluate", *words, *given), _ended(place)))
     meshes = [[mesh for mesh in (config.mesh, config.drafter_mesh) if mesh] for config in configs.values()]
-    status = perform("rapid", sweep, tasks, options, max(sum(mesh.devices for mesh in some) for some in meshes))
-    if not options.print and any(task.is_done() for task in tasks):
-        _write(sweep)
+    each = max(sum(mesh.devices for mesh in some) for some in meshes)
+    with alone_in(sweep.run) as held:
+        paths = write_settings(sweep, configs, _deciding)
+        _check_same(sweep, shlex.join(words))
+        tasks = []
+        for name, path in paths.items():
+            place = sweep.run / name
+            given = ("--config", str(path), "--out", str(place), "--resume", "--quiet")
+            tasks.append(Task(name, ("evaluate", *words, *given), _ended(place)))
+        status = perform("rapid", sweep, tasks, options, each=each, held=held)
+        if not options.print and any(task.is_done() for task in tasks):
+            _write(sweep)
     return status
 
 

@@ -21,7 +21,7 @@ from rapid_jax.runtime.command_line import Place, say
 from rapid_jax.runtime.device_shares import shares_of
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file
-from rapid_jax.runtime.jobs import Job, alone_in, run_jobs
+from rapid_jax.runtime.jobs import Job, run_jobs
 from rapid_jax.runtime.settings_values import shown
 from rapid_jax.runtime.sweep_file import SweepFile, as_text
 
@@ -76,10 +76,12 @@ def write_settings(
     return paths
 
 
-def perform(program: str, sweep: SweepFile, tasks: Sequence[Task], options: argparse.Namespace, each: int) -> int:
+def perform(
+    program: str, sweep: SweepFile, tasks: Sequence[Task], options: argparse.Namespace, *, each: int, held: int
+) -> int:
     """Runs what is not done, or prints it; 0, or 1 where something failed, each with a line that says why.
 
-    `each` is how many devices a command needs.
+    `each` is how many devices a command needs, `held` what `alone_in` gave for the sweep's folder.
     """
     if options.jobs < 1:
         raise InputError(f"--jobs: expected at least 1, got {options.jobs}")
@@ -92,17 +94,16 @@ def perform(program: str, sweep: SweepFile, tasks: Sequence[Task], options: argp
     if os.environ.get("JAX_NUM_PROCESSES", "1") != "1":
         raise InputError("sweep: expected one process, got several: --print has the commands to run on all of them")
     shares = shares_of(options.jobs, each)
-    with alone_in(sweep.run) as held:
-        left = [task for task in tasks if not task.is_done()]
-        if not options.quiet and len(left) < len(tasks):
-            say(f"sweep: {len(tasks) - len(left)} of {len(tasks)} commands are done already")
-        jobs = [Job(task.name, task.words, sweep.run / "logs" / f"{task.name}.log", task.after) for task in left]
+    left = [task for task in tasks if not task.is_done()]
+    if not options.quiet and len(left) < len(tasks):
+        say(f"sweep: {len(tasks) - len(left)} of {len(tasks)} commands are done already")
+    jobs = [Job(task.name, task.words, sweep.run / "logs" / f"{task.name}.log", task.after) for task in left]
 
-        def tell(job: Job, said: str) -> None:
-            if not options.quiet:
-                say(f"sweep: {job.name}: {said}")
+    def tell(job: Job, said: str) -> None:
+        if not options.quiet:
+            say(f"sweep: {job.name}: {said}")
 
-        failed = run_jobs(jobs, _MODULES[program], shares, held, tell)
+    failed = run_jobs(jobs, _MODULES[program], shares, held, tell)
     for name, why in failed.items():
         if why:
             log = sweep.run / "logs" / f"{name}.log"

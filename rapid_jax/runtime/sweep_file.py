@@ -22,7 +22,7 @@ from rapid_jax.runtime.settings_file import base_of, text_of
 from rapid_jax.runtime.settings_values import shown
 from rapid_jax.runtime.storage import AnyPlace, local_path, place_of
 
-_LONGEST: Final = 100  # characters of a point's name
+_LONGEST: Final = 100  # bytes of a point's name: file systems take 255, and endings come to it
 _PLAIN = re.compile(r"[^\w.,=+-]+")
 T = TypeVar("T")
 
@@ -70,6 +70,9 @@ def read_sweep(path: str | AnyPlace, more: Iterable[str] = ()) -> SweepFile:
     if ("lists" in tree) == ("points" in tree):
         raise InputError(f"{source}: expected lists or points, got {'both' if 'lists' in tree else 'neither'}")
     changes = _product(tree["lists"], source) if "lists" in tree else _each(tree["points"], source)
+    for key, value in (setting for point in changes for setting in point.items()):
+        if not _is_plain(value):
+            raise InputError(f"{source}: {key}: expected a value or a list of values, got {shown(value)}")
     points = tuple(map(Point, _names(changes, source), changes))
     run = local_path(tree["run"], f"{source}: run")
     return SweepFile(source, base_of(place, tree["base"]), run, points, {key: tree[key] for key in more})
@@ -103,6 +106,13 @@ def _each(points: Any, source: str) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in point.items()} for point in points]
 
 
+def _is_plain(value: Any, depth: int = 4) -> bool:
+    """Whether it is a value of a setting, or lists of such: no mapping, and no list without an end."""
+    if isinstance(value, list):
+        return depth > 0 and all(_is_plain(item, depth - 1) for item in value)
+    return value is None or isinstance(value, str | int | float)
+
+
 def _names(changes: list[dict[str, Any]], source: str) -> list[str]:
     """A name a point that says what it changes, by the last parts of its keys where they tell them apart."""
     keys = {key for point in changes for key in point}
@@ -118,7 +128,9 @@ def _names(changes: list[dict[str, Any]], source: str) -> list[str]:
             last = key.rpartition(".")[2]
             parts.append(f"{last if lasts.count(last) == 1 else key}={as_text(value)}")
         name = _PLAIN.sub("-", "_".join(parts))
-        names.append(name if len(name) <= _LONGEST else f"{name[: _LONGEST - 9]}-{digest(whole)[:8]}")
+        if len(name.encode()) > _LONGEST:
+            name = f"{name.encode()[: _LONGEST - 9].decode(errors='ignore')}-{digest(whole)[:8]}"
+        names.append(name)
     twice = {name for name in names if names.count(name) > 1}
     return [
         f"{name}-{digest(json.dumps(point, sort_keys=True))[:8]}" if name in twice else name

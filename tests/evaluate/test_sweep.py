@@ -11,6 +11,7 @@ from rapid_jax.cli import main
 from rapid_jax.config import RapidConfig
 from rapid_jax.evaluate.sweep import _words
 from rapid_jax.runtime import settings, sweep
+from rapid_jax.runtime.jobs import alone_in
 from rapid_jax.runtime.sweep_file import read_sweep, settings_of
 from tests.evaluate.test_command import tiny  # noqa: F401 - a fixture
 
@@ -71,6 +72,13 @@ def test_points_are_evaluated_once_and_make_one_table(file, commands, tmp_path, 
     capfd.readouterr()
     assert main(["sweep", file(RUN, "modes: target")]) == 2
     assert "run was begun with evaluate --suite qa" in capfd.readouterr().err and not commands
+
+
+def test_one_that_is_at_work_is_left_alone(file, commands, tmp_path, capfd):
+    with alone_in(tmp_path / "run"):
+        assert main(["sweep", file(RUN), "--print"]) == 2
+    assert "expected no other sweep there, got one that is at work" in capfd.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["logs"] and not commands
 
 
 def test_print_has_the_commands(file, commands, capfd):

@@ -104,6 +104,12 @@ def test_a_later_round_names_the_first_ones_base_and_carries_its_licence(run, tm
     assert "Base model: base, in 2 rounds" in card(later) and "Licence of the base: community" in card(later)
 
 
+def test_a_run_that_names_its_own_export_has_an_end(run, tmp_path):
+    itself = dataclasses.replace(run, model=PolicyConfig(source=str(tmp_path / "run/export")))
+    settings.save(itself, tmp_path / "run/settings.yaml")
+    assert base_of(itself) == ("export", 1)
+
+
 def test_without_a_licence_it_is_not_stated(run, tmp_path):
     for text in ("", "# no head\n", "---\n- a list\n---\n", "---\nlicense: [1\n---\n", "---\nlicense: 3\n---\n"):
         (tmp_path / "base" / CARD).write_text(text)

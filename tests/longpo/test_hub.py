@@ -50,9 +50,9 @@ def push(monkeypatch, tmp_path, capfd):
     monkeypatch.setitem(sys.modules, "longpo_jax.export", module)
     settings.save(settings.defaults(LongPOConfig, [f"run={tmp_path / 'run'}"]), tmp_path / "run.yaml")
 
-    def go(name: str):
+    def go(name: str, *more: str):
         capfd.readouterr()
-        status = main(["export", "--config", str(tmp_path / "run.yaml"), "--push", name])
+        status = main(["export", "--config", str(tmp_path / "run.yaml"), "--push", name, *more])
         return status, *capfd.readouterr()
 
     go.exported = exported  # pyright: ignore[reportFunctionMemberAccess]
@@ -88,6 +88,14 @@ def test_no_hub_is_one_line(hub, push, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     refused(push("user/model"), "the hub could not be asked: OfflineModeIsEnabled")
     assert not push.exported
+
+
+def test_a_run_in_a_bucket_is_told_how_it_gets_there_before_the_hub_is_asked(hub, push):
+    outcome = push("user/model", "--set", "run=gs://mine/run")
+    refused(
+        outcome, "--push: expected a run on this machine, got gs://mine/run: fetch its export", "cp -r gs://mine/run/"
+    )
+    assert not push.exported and not hub.asked
 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "user/", "user/mo del"])

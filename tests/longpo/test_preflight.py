@@ -4,18 +4,21 @@
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from longpo_jax import corpus_estimate
+from longpo_jax import corpus_estimate, preflight, room
 from longpo_jax.cli import main
 from longpo_jax.config import LongPOConfig
 from longpo_jax.corpus_estimate import estimate
 from longpo_jax.memory import of_training
-from longpo_jax.stages import mark_done
+from longpo_jax.room import bytes_on_disk, most_checkpoints
+from longpo_jax.stages import STAGES, mark_done
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.plan.architectures import architecture_of
 from rapid_jax.runtime import settings
+from rapid_jax.runtime.errors import InputError
 from tests.longpo.sweep_program import words
 from tests.tiny_models import save_decoder
 
@@ -119,6 +122,76 @@ def test_what_would_fail_is_said_and_nothing_is_made(check, tmp_path, changes, m
     status, _, said = check(**changes)
     assert status == 2 and any(message in line for line in said), said
     assert all(line.startswith("longpo: ") for line in said) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_of_another_machine_the_disk_and_the_packages_here_are_no_fault(check):
+    faults = {"run": "/dev/null/run", "train__wandb": "x", "train__keep": 10**9, "compute__programs": "false"}
+    status, table, said = check("--topology", "h200", **faults, mesh__fsdp=1, mesh__context=1, generation__mesh__data=1)
+    assert (status, said) == (0, [])
+    assert table["folder, run"] == ["/dev/null/run", "on this machine: a file"]
+    assert table["packages"][1].startswith("on this machine: ") and "train.wandb" in table["packages"][1]
+    assert table["disk"][1].startswith("on this machine: ")
+
+
+def test_folders_are_shown_by_their_whole_names(check, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, table, said = check(run="here", train__keep=10**9)
+    assert table["folder, run"][0] == str(tmp_path / "here")
+    assert any(f"of room in {tmp_path}, got" in line for line in said)
+
+
+def test_a_store_that_cannot_be_reached_is_asked_and_told_once(check, monkeypatch):
+    def unreachable(folder):
+        asked.append(folder)
+        raise InputError(f"{folder}: the store cannot be reached")
+
+    asked: list[object] = []
+    monkeypatch.setattr(preflight, "has_ended", unreachable)
+    monkeypatch.setattr(room, "_try_out", unreachable)
+    status, _, said = check(run="gs://mine/run", rounds="[train.epochs=1, train.epochs=2]")
+    assert status == 2 and len(asked) == 1 and sum("cannot be reached" in line for line in said) == 1
+
+
+@pytest.mark.parametrize(("keep", "every", "save", "steps"), [(2, 30, 10, 200), (1, 25, 10, 205), (5, 10, 10, 40)])
+def test_checkpoints_of_every_so_many_updates_count(keep, every, save, steps):
+    changes = [f"train.keep={keep}", f"train.keep_every={every}", f"train.save_every={save}"]
+    config = settings.defaults(LongPOConfig, changes)
+    there, most = [], 0
+    for step in [*range(save, steps, save), steps]:
+        there.append(step)
+        most = max(most, len(there))
+        there = [step for step in there if step in there[-keep:] or step % every == 0]
+    assert most_checkpoints(config.train, steps) == max(most, keep + 1)
+    assert bytes_on_disk(config, 10, steps) == 10 * (12 * max(most, keep + 1) + 2)
+
+
+def test_the_checkpoints_of_a_run_are_told(check):
+    _, table, _ = check(train__keep=1, train__keep_every=2, train__save_every=1, train__max_steps=12)
+    assert table["checkpoints"] == ["at most 7", "train.keep 1, one more while it is written, train.keep_every 2"]
+    _, table, _ = check(train__keep=2, train__keep_every=2, model__source="nowhere")
+    assert table["checkpoints"][0] == "at least 3" and "not counted" in table["checkpoints"][1]
+
+
+def test_runs_on_one_disk_are_counted_together(check, tmp_path, monkeypatch):
+    found = []
+
+    def noted(*given, **more):
+        found.append(room.check_places(*given, **more))
+        return found[-1]
+
+    monkeypatch.setattr(preflight, "check_places", noted)
+    other = str(tmp_path / "other.yaml")
+    (tmp_path / "other.yaml").write_text(f"base: run.yaml\nrun: {tmp_path / 'other'}\n")
+    assert check(other)[0] == 0
+    enough = 2 * found[0].needed - found[0].passing  # one of them writes a checkpoint at a time
+    for free, expected in ((enough, 0), (enough - 1, 2)):
+        monkeypatch.setattr(room.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        assert check()[0] == 0
+        status, _, said = check(other)
+        assert status == expected and ["longpo: 2 runs: expected" in line for line in said] == [True] * (expected // 2)
+    for stage in STAGES:
+        mark_done(tmp_path / "other" / stage, {}, {"pairs": 3, "turns": 5})
+    assert check(other)[0] == 0 and found[-1].needed == 0  # of what is done nothing is written any more
 
 
 def test_a_slice_that_is_not_there_is_counted_as_its_plan_says(capfd, monkeypatch):

@@ -16,6 +16,7 @@ from longpo_jax.cli import main
 from longpo_jax.config import LongPOConfig
 from longpo_jax.stages import STAGES, inputs_of, mark_done
 from rapid_jax.runtime import settings, sweep
+from rapid_jax.runtime.jobs import alone_in
 from rapid_jax.runtime.sweep_file import read_sweep, settings_of
 from tests.longpo.sweep_program import words
 from tests.tiny_models import save_decoder
@@ -135,6 +136,16 @@ def test_print_has_the_commands_in_their_order(file, stages, tmp_path, capfd):
         assert main(command[1:]) == 2
         said = capfd.readouterr().err
         assert "pairs: expected the stage that the sweep shares" in said and len(said.splitlines()) == 1
+
+
+def test_one_that_is_at_work_is_left_alone(file, stages, tmp_path, capfd):
+    sweep = file("lists: {train.epochs: [1, 2]}")
+    with alone_in(tmp_path / "run"):
+        for more in ((), ("--print",)):
+            assert main(["sweep", sweep, *more]) == 2
+            said = capfd.readouterr().err
+            assert "expected no other sweep there, got one that is at work" in said and len(said.splitlines()) == 1
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["logs"] and not stages
 
 
 def test_the_sweep_in_configs_is_one():

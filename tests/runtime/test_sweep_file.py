@@ -49,6 +49,9 @@ def test_names_tell_points_apart(sweep):
     assert len({point.name for point in alike.points}) == 2
     long = sweep(f"{HEAD}lists: {{model: [{'x' * 200}, {'x' * 201}]}}\n")
     assert len({point.name for point in long.points}) == 2 and max(len(point.name) for point in long.points) <= 109
+    wide = sweep(f"{HEAD}lists: {{model: [{'長' * 100}, {'長' * 101}]}}\n")
+    assert len({point.name for point in wide.points}) == 2
+    assert max(len(point.name.encode()) for point in wide.points) <= 109
     same = sweep(f"{HEAD}lists: {{retrieval.path: [a], drafter.path: [a]}}\n")
     assert same.points[0].name == "retrieval.path=a_drafter.path=a"
 
@@ -67,6 +70,11 @@ def test_names_tell_points_apart(sweep):
         (f"{HEAD}lists: [1]\n", "lists: expected lines 'section.key: [value, ...]', got [1]"),
         (f"{HEAD}points: {{eta: 1}}\n", "points: expected a list of 'section.key: value' settings"),
         (f"{HEAD}points: [3]\n", "points: expected settings 'section.key: value', got 3"),
+        (f"{HEAD}lists: {{eta: [{{1: 2, a: 3}}]}}\n", "eta: expected a value or a list of values, got {1: 2, 'a': 3}"),
+        (f"{HEAD}points: [{{seed: {{1: a, b: c}}}}]\n", "seed: expected a value or a list of values, got {1: 'a'"),
+        (f"{HEAD}lists: {{mesh: [[{{1: 2}}]]}}\n", "mesh: expected a value or a list of values, got [{1: 2}]"),
+        (f"{HEAD}points: [{{mesh: &a [*a]}}]\n", "mesh: expected a value or a list of values, got [[...]]"),
+        (f"{HEAD}points: [{{model: !!timestamp 2026-01-01}}]\n", "model: expected a value or a list of values, got"),
         (f"{HEAD}lists: {{eta: [1, 1]}}\n", "expected points that differ, got {'eta': 1} twice"),
         (f"{HEAD}lists: {{etta: [1]}}\n", "etta=1: unknown setting 'etta'; did you mean 'eta'?"),
         (f"{HEAD}lists: {{eta: [many]}}\n", "eta=many: eta: expected a number, got 'many'"),

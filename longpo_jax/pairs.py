@@ -5,7 +5,6 @@ Of each document: excerpts, a question about each, its answer from the excerpt (
 document (rejected). The model that is taught says all of it; that the excerpt's answer is the better one is assumed.
 """
 
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -134,9 +133,9 @@ class PairMaker:
         starts = range(start - start % size, total if start < total else 0, size)
 
         def begun(first: int) -> list[_Work]:
-            return list(cutters.map(lambda at: self._begun(documents[at]), range(first, min(first + size, total))))
+            return [self._begun(documents[index]) for index in range(first, min(first + size, total))]
 
-        cutters, aside = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "cut"), ThreadPoolExecutor(1, "texts")
+        aside = ThreadPoolExecutor(1, "texts")
         try:
             for first, group in _ahead(aside, begun, starts):
                 self._ask(group)
@@ -145,8 +144,7 @@ class PairMaker:
                     work = group[index - first]
                     yield work.document, record, work.counts
         finally:  # also where nobody wants more of them
-            for executor in (aside, cutters):
-                executor.shutdown(wait=False, cancel_futures=True)
+            aside.shutdown(wait=False, cancel_futures=True)
 
     def _records(self, group: Sequence[_Work], start: int, aside: Executor) -> Iterator[Record | None]:
         """Of each document from `start` on; None for one without a turn of use.

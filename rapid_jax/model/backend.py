@@ -57,16 +57,11 @@ def settings_of(backend: tokenizers.Tokenizer) -> dict[str, Any]:
     return json.loads(backend.to_str())
 
 
-_LONG = 4096  # characters
-
-
 def encoding_of(backend: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> tokenizers.Encoding:
     """The tokens of a text and where they lie in it. Raises InputError for what is not Unicode, or has no tokens."""
     check_unicode(text)
     with guarded("the tokenizer cannot encode the text"):
-        if len(text) < _LONG:
-            return backend.encode(text, add_special_tokens=add_special_tokens)
-        return backend.encode_batch([text], add_special_tokens=add_special_tokens)[0]  # lets other threads run
+        return backend.encode(text, add_special_tokens=add_special_tokens)
 
 
 def encodings_of(

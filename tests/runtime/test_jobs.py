@@ -59,9 +59,10 @@ def test_one_that_asks_to_be_started_again_ends_all_with_the_same(run, tmp_path)
 
 
 STARTER = """
-import sys
+import signal, sys
 from pathlib import Path
 from rapid_jax.runtime.jobs import Job, alone_in, run_jobs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 run = Path(sys.argv[1])
 with alone_in(run) as held:
     run_jobs([Job("a", ("sleep", str(run / "pid")), run / "log")], "tests.runtime.job_program", [{}], held, print)

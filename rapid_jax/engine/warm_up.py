@@ -7,6 +7,7 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+from rapid_jax.attention.kernels import platform_of
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.job import Job
@@ -174,9 +175,13 @@ def _compile(job: Job, prepared: Prepared, sizes: list[Size]) -> None:
                 _lane(job, prepared, size).arrange(range(other[0]), other[1])
         lane = _lane(job, prepared, size)
         for plan in lane.pace.plans(lane.rounds):
+            if platform_of(lane.rounds.meshes[0]) == "cpu":
+                lane.rounds.compile(plan)
+                continue
+            # A real round: the first that an accelerator runs of a program may take long.
             lane = _lane(job, prepared, size)
             lane.arrange(range(size[0]), size[1])  # copies: a round uses its arrays up, and may end the answer
-            lane.rounds.advance(plan, 1)  # a real one: the first that a device runs may take long
+            lane.rounds.advance(plan, 1)
 
 
 def _lane(job: Job, prepared: Prepared, size: Size) -> Lane:

@@ -10,6 +10,7 @@ import jax
 import pytest
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
+from rapid_jax.engine import warm_up as warm_up_module
 from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.lane import LaneKey
 from rapid_jax.engine.models import Models
@@ -20,6 +21,9 @@ from rapid_jax.model.load import open_checkpoint
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
+from rapid_jax.speculative.rounds import Rounds
+from rapid_jax.speculative.schedule import Observation
+from rapid_jax.speculative.state import Plan
 from tests.compiled import compiled
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
@@ -261,3 +265,22 @@ def test_a_length_beyond_the_models_context_is_refused_before_its_text_is_made(e
         with pytest.raises(InputError, match=r"at most the model's context of \d+ tokens, got 1000000000"):
             warm_up(engine, what, said.append)
         assert said == []
+
+
+def test_on_an_accelerator_a_round_of_every_program_is_run(config, engine, monkeypatch):
+    """Also of those behind a round that has ended the answer."""
+    found, advance = [], Rounds.advance
+
+    def seen(rounds: Rounds, plan: Plan, count: int) -> Observation:
+        found.append((plan, advance(rounds, plan, count).rounds))
+        return advance(rounds, plan, 0)
+
+    settings = replace(config.speculation, mode="target", lookup="auto"), replace(config.sampling, max_new_tokens=1)
+    config = replace(config, speculation=settings[0], sampling=settings[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(warm_up_module, "platform_of", lambda mesh: "gpu")
+        one = RunningEngine(config, engine.models, warm=WarmUp((SHORT,), rows=2))
+        patch.setattr(warm_up_module, "_ask", lambda engine, request: None)
+        patch.setattr(Rounds, "advance", seen)
+        one.warm_up(lambda text: None)
+    assert len(found) == 2 * 2 * 3 and all(run == 1 for _, run in found), "plain and copying, of two sizes, three laws"

@@ -3,6 +3,7 @@
 
 import contextlib
 import http.client
+import itertools
 import json
 import re
 import threading
@@ -14,9 +15,34 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
 from gcp_storage_emulator.server import create_server
 
+from rapid_jax.runtime import bucket_writes
+
 BUCKET = "models"
+
+
+class Killed(BaseException):
+    """The process is gone: no handler of errors sees it."""
+
+
+def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """From the call number `moment` of these functions of bucket_writes on nothing happens: the process is gone."""
+    left = itertools.count()
+
+    def dying(do: Callable) -> Callable:
+        def call(*given, **asked):
+            if next(left) >= moment:
+                raise Killed
+            return do(*given, **asked)
+
+        return call
+
+    for name in names:
+        monkeypatch.setattr(bucket_writes, name, dying(getattr(bucket_writes, name)))
+
+
 # What the proxy does with a request, by its path, of one that writes with the method before it ("POST /upload/..."):
 # a status to answer, "slow", "cut", "short", "flip", "hang up" (before it happens), "lost" (after it); None: nothing.
 Fault = Callable[[str], str | None]

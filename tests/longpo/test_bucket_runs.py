@@ -20,7 +20,7 @@ from longpo_jax.stages import identity_of, inputs_of, is_done, mark_done
 from rapid_jax.runtime import bucket_writes
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.storage import files_below, working_place
-from tests.bucket_server import BUCKET
+from tests.bucket_server import BUCKET, Killed, killed_at
 from tests.longpo.test_checkpoints import NOTE, mesh_of, same, state_of
 from tests.test_processes import WAIT_S, environment, free_port, spawn
 from tests.tiny_models import words
@@ -64,25 +64,10 @@ def test_pairs_in_a_bucket_have_the_bytes_of_those_on_a_disk(folder, tmp_path):
     assert [line.record() for line, _ in located(folder / "pairs")] == records
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("moment", [0, 1, 2, 3, 7, 10, 11, 12, 15, 20, 22])
 def test_pairs_that_were_killed_at_any_write_go_on_to_the_same_bytes(moment, folder, tmp_path, monkeypatch):
-    left = itertools.count()
-
-    def dying(do):
-        def call(*given, **asked):
-            if next(left) >= moment:
-                raise Killed
-            return do(*given, **asked)
-
-        return call
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        for name in ("write", "delete", "upload"):
-            patch.setattr(bucket_writes, name, dying(getattr(bucket_writes, name)))
+        killed_at(moment, patch, "write", "delete", "upload")
         write_pairs(folder / "pairs")
         raise Killed
     if not is_done(folder / "pairs", INPUTS):

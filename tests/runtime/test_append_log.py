@@ -9,6 +9,7 @@ from rapid_jax.runtime import append_log, bucket_writes
 from rapid_jax.runtime.append_log import has_log, log_at, logs_in, open_log
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.storage import working_place
+from tests.bucket_server import Killed, killed_at
 
 pytestmark = pytest.mark.usefixtures("no_waits")
 LINES = [b"line %d %s\n" % (number, b"x" * number) for number in range(6)]
@@ -77,32 +78,12 @@ def test_many_parts_are_joined_on_the_way(in_bucket, bucket, monkeypatch):
     assert log_at(in_bucket / "log").read() == b"".join(LINES)
 
 
-class Killed(BaseException):
-    pass
-
-
-def killed_at(moment: int, monkeypatch) -> None:
-    """From the request number `moment` on that writes or deletes nothing happens: the process is gone."""
-    left = itertools.count()
-
-    def dying(do):
-        def call(*given, **asked):
-            if next(left) >= moment:
-                raise Killed
-            return do(*given, **asked)
-
-        return call
-
-    for name in ("write", "delete"):
-        monkeypatch.setattr(bucket_writes, name, dying(getattr(bucket_writes, name)))
-
-
 @pytest.mark.parametrize("moment", range(14))
 def test_a_kill_at_any_moment_leaves_a_log_that_goes_on(in_bucket, moment, monkeypatch):
     """Appending, cutting and joining: each request may be the last one."""
     place, known = in_bucket / "log", [b""]
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        killed_at(moment, patch)
+        killed_at(moment, patch, "write", "delete")
         log = log_at(place)
         for line in LINES[:4]:
             known.append(known[-1] + line)

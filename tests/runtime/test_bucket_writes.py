@@ -11,7 +11,7 @@ from rapid_jax.runtime.bucket_writes import ABSENT, Taken, delete, upload, write
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import LocalFolder, may_replace, new_folder, replace_file
 from rapid_jax.runtime.storage import bytes_of, files_below, working_place
-from tests.bucket_server import BUCKET
+from tests.bucket_server import BUCKET, Killed, killed_at
 
 pytestmark = pytest.mark.usefixtures("no_waits")
 _COUNT = itertools.count()
@@ -132,26 +132,11 @@ def test_a_folder_takes_the_place_of_another(kind, folder, tmp_path):
     assert not may_replace(place / "c", known_by="config")
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("moment", range(9))
 def test_a_folder_that_was_left_half_written_is_none_and_may_be_replaced(moment, folder, monkeypatch):
     made(folder, "a", "b")
-    left = itertools.count()
-
-    def dying(do):
-        def call(*given, **asked):
-            if next(left) >= moment:
-                raise Killed
-            return do(*given, **asked)
-
-        return call
-
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        for name in ("write", "delete", "delete_all"):
-            patch.setattr(bucket_writes, name, dying(getattr(bucket_writes, name)))
+        killed_at(moment, patch, "write", "delete", "delete_all")
         made(folder, "c", "d")
         raise Killed
     there = {name for name in files_below(folder) if name != files._UNFINISHED}

@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 
 from rapid_jax.runtime import settings
-from rapid_jax.runtime.errors import InputError
-from tests.runtime.test_settings import TEXT, Drafter, Retrieval, Run
+from tests.runtime.test_settings import TEXT, Drafter, Retrieval, Run, refusal
 
 
 @pytest.fixture
@@ -21,13 +20,6 @@ def written(path: Path, text: str) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text(text)
     return path
-
-
-def refusal(path: Path, *overrides: str) -> str:
-    with pytest.raises(InputError) as caught:
-        settings.load(Run, path, overrides)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_a_file_states_what_differs_and_the_rest_is_the_bases(base: Path, tmp_path: Path):

@@ -18,6 +18,7 @@ from rapid_jax.bench.figure import draw, rows_of
 from rapid_jax.bench.models import dialled, random_decoder, random_prefix
 from rapid_jax.cli import main
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh_config import MeshConfig
 
 SMALL = ["bench", "--layers", "1", "--contexts", "64", "--short", "32", "--tokens", "24"]
 
@@ -130,6 +131,17 @@ def test_a_plain_step_reads_weights_and_cache_once():
     assert plain_bytes(config, Case(131072), 2) / gib == pytest.approx(13.98 + 16, abs=0.05)  # all but the embedding
     assert plain_bytes(config, Case(131072, kv="int8"), 2) / gib == pytest.approx(13.98 + 8.25, abs=0.05)
     assert plain_bytes(config, Case(131072, batch=4), 2) / gib == pytest.approx(13.98 + 64, abs=0.05)
+    for axes, weights, cache in (("context=2", 1, 2), ("model=4", 4, 4), ("context=2,model=16", 16, 16)):
+        read = plain_bytes(config, Case(131072), 2, MeshConfig.named(axes)) / gib
+        assert read == pytest.approx(13.98 / weights + 16 / cache, abs=0.05)
+
+
+def test_over_a_mesh_the_command_decodes_what_plain_decoding_does(capsys):
+    over = ["--mesh", "context=2,model=2", "--cases", "plain,full:3,int8:3", "--dial", "0.5", "--acceptance", "0.8"]
+    assert main([*SMALL, *over]) == 0
+    said = capsys.readouterr()
+    assert "data 1 x fsdp 1 x context 2 x model 2" in said.err
+    assert said.out.count(" yes\n") == 2 and "prefill of 64" in said.out
 
 
 def test_random_models_say_the_next_id_and_the_dial_touches_attention_alone():
@@ -155,6 +167,9 @@ def test_random_models_say_the_next_id_and_the_dial_touches_attention_alone():
         (["--cases", "int8:0"], "got 'int8:0'"),
         (["--cases", "plain:4"], "got 'plain:4'"),
         (["--cases", "plain/fp8"], "keys and values: expected of full, int8, got 'fp8'"),
+        (["--mesh", "rows=2"], "expected mesh axes of data, fsdp, context, model as context=2,model=4, got 'rows=2'"),
+        (["--mesh", "context=64"], "expected 64 devices, got "),
+        (["--mesh", "model=2", "--parts", "attention"], "--parts: expected of prefill, decoding, got 'attention'"),
         (["--parts", "drawing"], "--parts: expected of attention, prefill, decoding, got 'drawing'"),
         (["--shape", "llama-9"], "unknown shape 'llama-9'"),
         (["--acceptance", "1"], "expected a share between 0 and 1, got 1.0"),

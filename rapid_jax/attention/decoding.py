@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rapid_jax.attention.flash_decode import fits, flash_decode, flash_decoded
+from rapid_jax.attention.flash_decode import fits, flash_decoded
 from rapid_jax.attention.partial import (
     Partial,
     Rows,
@@ -83,11 +83,8 @@ def by_kernel(
     far, near = sides
     if not (fits(rows, far) and fits(rows, near)):
         return by_blocks(rows, sides, used, scale, axis, block=block)
-    if axis is None:
-        return flash_decoded(rows, sides, used, scale=scale, interpret=interpret)
-    over = partial(flash_decode, rows, scale=scale, interpret=interpret)
-    both = merge(merged_over(over((far,), used[:1]), axis), over((near,), used[1:]))
-    return finish(both, rows.q_BKRH.dtype)
+    over = None if axis is None or lax.axis_size(axis) == 1 else axis
+    return flash_decoded(rows, sides, used, scale=scale, axis=over, interpret=interpret)
 
 
 def by_tpu_kernel(

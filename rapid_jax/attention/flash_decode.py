@@ -3,14 +3,15 @@
 
 The keys are split over programs, for a few rows keep no more than one multiprocessor busy each (Flash-Decoding, Dao et
 al. 2023). Program (j, k, b) attends to share j of row b's prefix for kv head k; one program more has the tail. Each
-leaves an un-normalised `Partial`, and a sum over the shares ends it. Scores, softmax and sums are float32; softmax
-weights meet the values in the queries' dtype, or float16 where those are rounded.
+leaves an un-normalised `Partial`, and a sum over the shares ends it (`flash_finish.py`). Scores, softmax and sums are
+float32; softmax weights meet the values in the queries' dtype, or float16 where those are rounded.
 
 A prefix of one sequence under many is read once for all of them: their query rows are rows of one (`over_shared`).
 """
 
 from dataclasses import dataclass
 from functools import partial, reduce
+from typing import Any
 
 import chex
 import jax
@@ -20,6 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from rapid_jax.attention.contract import check_contract
+from rapid_jax.attention.flash_finish import Shares, finished, finished_over, summed
 from rapid_jax.attention.partial import Partial, Rows, Slots, finish, merge
 from rapid_jax.attention.shared_prefix import is_shared, over_shared
 from rapid_jax.runtime.contract import contract
@@ -71,11 +73,11 @@ def flash_decode(
     _check(rows, sides, used)
     how = {"scale": scale, "shape": shape, "interpret": interpret}
     if not any(is_shared(rows, side) for side in sides):
-        return _summed(*_shares(rows, sides, used, **how))
+        return summed(_shares(rows, sides, used, **how))
 
     def over(side: Slots, count: jax.Array) -> Partial:
         def attend(rows: Rows) -> Partial:
-            return _summed(*_shares(rows, (side,), (count,), **how))
+            return summed(_shares(rows, (side,), (count,), **how))
 
         return over_shared(rows, side, attend, most=MOST_ROWS) if is_shared(rows, side) else attend(rows)
 
@@ -88,31 +90,24 @@ def flash_decoded(
     used: tuple[jax.Array, ...],
     *,
     scale: float,
+    axis: str | None = None,
     shape: Shape | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """`flash_decode`, finished: [B, K, R, H] in the queries' dtype, 0 for a row that saw nothing."""
+    """`flash_decode`, finished: [B, K, R, H] in the queries' dtype, 0 for a row that saw nothing.
+
+    `axis`: inside shard_map, a mesh axis that the first set is split over. The second is whole on every device.
+    """
     _check(rows, sides, used)
-    if any(is_shared(rows, side) for side in sides):
-        seen = flash_decode(rows, sides, used, scale=scale, shape=shape, interpret=interpret)
-        return finish(seen, rows.q_BKRH.dtype)
-    out, peak, total = _shares(rows, sides, used, scale=scale, shape=shape, interpret=interpret)
-    B, K, shares, R, H = out.shape
-    padded = pl.next_power_of_2(shares)
-    return pl.pallas_call(
-        partial(_finish_kernel, shares=shares),
-        grid=(R, K, B),
-        in_specs=[
-            pl.BlockSpec((None, None, padded, None, H), lambda r, k, b: (b, k, 0, r, 0)),
-            pl.BlockSpec((None, None, padded, None), lambda r, k, b: (b, k, 0, r)),
-            pl.BlockSpec((None, None, padded, None), lambda r, k, b: (b, k, 0, r)),
-        ],
-        out_specs=pl.BlockSpec((None, None, None, H), lambda r, k, b: (b, k, r, 0)),
-        out_shape=jax.ShapeDtypeStruct((B, K, R, H), rows.q_BKRH.dtype),
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
-        interpret=interpret,
-        name="flash_decode_finish",
-    )(out, peak, total)
+    if axis is not None:  # what every device has whole the first adds
+        first = lax.axis_index(axis) == 0
+        used = used[0], *(jnp.where(first, count, 0) for count in used[1:])
+    how: Any = {"scale": scale, "shape": shape, "interpret": interpret}
+    dtype, shared = rows.q_BKRH.dtype, any(is_shared(rows, side) for side in sides)
+    seen = flash_decode(rows, sides, used, **how) if shared else _shares(rows, sides, used, **how)
+    if axis is not None:
+        return finished_over(seen, axis, dtype, interpret=interpret)
+    return finish(seen, dtype) if isinstance(seen, Partial) else finished(seen, dtype, interpret=interpret)
 
 
 def _check(rows: Rows, sides: tuple[Slots, ...], used: tuple[jax.Array, ...]) -> None:
@@ -130,25 +125,6 @@ def _check(rows: Rows, sides: tuple[Slots, ...], used: tuple[jax.Array, ...]) ->
             )
 
 
-def _summed(out: jax.Array, peak: jax.Array, total: jax.Array) -> Partial:
-    """The shares' sum."""
-    top_BKR = jnp.max(peak, axis=2)
-    finite_BKR = jnp.where(top_BKR == -jnp.inf, 0.0, top_BKR)
-    weight = jnp.exp(peak - finite_BKR[:, :, None])
-    return Partial(jnp.sum(out * weight[..., None], axis=2), top_BKR, jnp.sum(total * weight, axis=2))
-
-
-def _finish_kernel(out_ref, max_ref, sum_ref, finished_ref, *, shares):
-    inside = jnp.arange(max_ref.shape[0]) < shares
-    peak_J = triton.load(max_ref.at[:], mask=inside, other=-jnp.inf)
-    top = jnp.max(peak_J)
-    weight_J = jnp.exp(peak_J - jnp.where(top == -jnp.inf, 0.0, top))
-    total = jnp.sum(triton.load(sum_ref.at[:], mask=inside, other=0.0) * weight_J)
-    out_JH = triton.load(out_ref.at[:, :], mask=jnp.broadcast_to(inside[:, None], out_ref.shape), other=0.0)
-    out_H = jnp.sum(out_JH * weight_J[:, None], axis=0)
-    finished_ref[...] = (out_H / jnp.where(total == 0, 1.0, total)).astype(finished_ref.dtype)
-
-
 def _shares(
     rows: Rows,
     sides: tuple[Slots, ...],
@@ -157,8 +133,8 @@ def _shares(
     scale: float,
     shape: Shape | None,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The fields of the shares' `Partial`s, all float32: [B, K, shares, R, H], [B, K, shares, R] and the same again."""
+) -> Shares:
+    """What each share, and the second set, has seen."""
     B, K, R, H = rows.q_BKRH.shape
     padded = max(16, pl.next_power_of_2(R))  # a matrix unit takes 16 rows
     shape = shape or shape_of(padded, rounded=sides[0].k_scale_BKS is not None)

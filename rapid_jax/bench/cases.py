@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.plan.cost import matrices
+from rapid_jax.runtime.mesh_config import MeshConfig
 
 Drafter: TypeAlias = Literal["none", "full", "int8", "int4"]  # none: plain decoding
 KvBits: TypeAlias = Literal["full", "int8"]
@@ -73,7 +74,7 @@ class Measured:
     rounds: int
     draft_steps: int
     compile_seconds: float
-    floor_ms: float | None  # of a plain token: weights and cache read once, at the memory's rate
+    floor_ms: float | None  # of a plain token: a device's weights and cache read once, at its memory's rate
     same: str  # as plain decoding at temperature 0: "yes", "until a tie", or what differs
     baseline_ms: float | None  # plain decoding's ms_per_token at this dial; None of plain decoding itself
     ratio: float | None  # baseline_ms over ms_per_token; None without one, and where the tokens differ
@@ -83,10 +84,15 @@ class Measured:
         return {"name": str(self.case), **asdict(self)}
 
 
-def plain_bytes(config: ModelConfig, case: Case, itemsize: int) -> float:
-    """What a plain step must read: every matrix once, and the keys and values of all documents."""
-    weights = matrices(config) + config.hidden_size * config.vocab_size
-    slots = 2 * config.num_layers * config.num_kv_heads * case.context * case.prefixes
+def plain_bytes(config: ModelConfig, case: Case, itemsize: int, mesh: MeshConfig | None = None) -> float:
+    """What a plain step must read: every matrix once, and the keys and values of all documents.
+
+    On a mesh what a device must read: its part of the matrices, which `context` does not split, and of the slots.
+    """
+    mesh = mesh or MeshConfig()
+    weights = (matrices(config) + config.hidden_size * config.vocab_size) / mesh.model
+    heads = max(1.0, config.num_kv_heads / mesh.model)
+    slots = 2 * config.num_layers * heads * case.context / mesh.context * case.prefixes
     stored = config.head_dim * itemsize if case.kv == "full" else config.head_dim + 4
     return itemsize * weights + slots * stored
 

@@ -16,6 +16,7 @@ from rapid_jax.model.config import ModelConfig, from_hf
 from rapid_jax.plan.architectures import SHAPES
 from rapid_jax.runtime.command_line import Place, prepare_jax, say
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh_config import MeshConfig
 
 DIFFERENT = 1  # exit status: something did not decode the baseline's tokens
 _SMALL: dict[str, Any] = {
@@ -70,6 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--documents", help="that the prompts are about, equally many about each; by default one each", **number
     )
+    parser.add_argument("--mesh", metavar="AXES",
+                        help="devices that share the work, as context=2 or context=2,model=4")  # fmt: skip
     parser.add_argument("--cases", default=CASES, metavar="LIST", help=f"what decodes: {GRAMMAR}; by default {CASES}")
     parser.add_argument("--acceptance", type=float, default=0.9, metavar="A", help="of the drafts, by turning the dial")
     parser.add_argument("--dial", type=float, default=FIRST_DIAL, metavar="D",
@@ -77,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokens", help="to decode, a prompt", **number)
     parser.add_argument("--repeats", default=3, help="timings of everything: medians are told; by default 3", **number)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="by default float32 on a CPU")
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--parts", metavar="LIST", help=f"of {', '.join(PARTS)}; by default all that the mesh allows")
     parser.add_argument("--tpu-hour", action="store_true",
                         help="instead of all parts: the three numbers that `rapid plan` assumes of a TPU")  # fmt: skip
     parser.add_argument("--json", action=Place, metavar="FILE", help="write every row there, a JSON object a line")
@@ -88,7 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measures and prints; 0, or 1 if something did not decode the baseline's tokens."""
-    parts = [_known(part, PARTS, "--parts") for part in options.parts.split(",")]
+    options.mesh = None if options.mesh is None else MeshConfig.named(options.mesh)
+    allowed = PARTS if options.mesh is None else PARTS[1:]
+    parts = [_known(part, allowed, "--parts") for part in (options.parts or ",".join(allowed)).split(",")]
     kinds = [_kind(text) for text in options.cases.split(",")]
     if not 0 < options.acceptance < 1:
         raise InputError(f"--acceptance: expected a share between 0 and 1, got {options.acceptance}")
@@ -110,7 +115,8 @@ def run(options: argparse.Namespace) -> int:
     sizes = sizes_of(platform.platform)
     config = _config(options.shape or sizes.shape, options.layers)
     contexts = options.contexts or sizes.contexts
-    say(f"{platform.device_kind}, jax {jax.__version__}; {options.shape or sizes.shape}, {config.num_layers} layers")
+    say(f"{platform.device_kind}, jax {jax.__version__}; {options.shape or sizes.shape}, {config.num_layers} layers"
+        + (f"; {options.mesh}" if options.mesh else ""))  # fmt: skip
     rows = _Rows(options.json)
     if options.tpu_hour:
         from rapid_jax.bench.first_hour import first_hour
@@ -187,8 +193,10 @@ def _prefill(rows: _Rows, config: ModelConfig, options: argparse.Namespace, cont
     from rapid_jax.bench.models import random_decoder
     from rapid_jax.bench.parts import prefill_seconds
     from rapid_jax.model.fused import fused
+    from rapid_jax.runtime.mesh import make_meshes
 
-    decoder = fused(random_decoder(config, _dtype(options)), spent=True)
+    mesh = None if options.mesh is None else make_meshes(options.mesh, None)[0]
+    decoder = fused(random_decoder(config, _dtype(options), mesh=mesh), spent=True)
     short = options.short or sizes.short
     drafter = prefill_seconds(decoder, short, sizes.chunk, options.repeats)
     for context in contexts:
@@ -208,7 +216,7 @@ def _decoding(rows: _Rows, config: ModelConfig, options, sizes: Sizes, rate: flo
     from rapid_jax.bench.decoding import Decoding
 
     tokens, short = options.tokens or sizes.tokens, options.short or sizes.short
-    rules = {"memory_rate": rate, "first_dial": options.dial, "tell": say}
+    rules = {"memory_rate": rate, "over": options.mesh, "first_dial": options.dial, "tell": say}
     bench = Decoding(config, _dtype(options), short, tokens, options.repeats, **rules)
     good, lines = True, 0
     for context in options.contexts or sizes.contexts:

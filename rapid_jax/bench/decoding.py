@@ -8,11 +8,13 @@ one is measured: how far the same text's logits move when it is read in pieces o
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.rounded import rounded
@@ -22,6 +24,8 @@ from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.fused import fused, quantized
 from rapid_jax.model.quantized import BITS
+from rapid_jax.runtime.mesh import make_meshes, replicated
+from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import read
 from rapid_jax.speculative.generate import Generation, Prompted, generate
@@ -45,7 +49,8 @@ class Decoding:
     short: int  # tokens of the drafter's prompt
     tokens: int  # to decode, a row
     timings: int = 3  # of each case
-    memory_rate: float | None = None  # bytes a second, for floors
+    memory_rate: float | None = None  # bytes a second of a device, for floors
+    over: MeshConfig | None = None  # the devices; None: one
     seed: int = 0
     dial: float = 0.0
     first_dial: float = FIRST_DIAL  # that `calibrate` tries first
@@ -72,7 +77,7 @@ class Decoding:
             same = self._worst(case, baseline[1], [run.tokens for run in runs])
             exact = case.kv == "full"
             ratio = baseline[0] / ms.median if same in ("yes", "until a tie") or not exact else None
-        rate = self.memory_rate
+        rate, read = self.memory_rate, plain_bytes(self.config, case, self.dtype.itemsize, self.over)
         return Measured(
             case=case,
             dial=self.dial,
@@ -86,7 +91,7 @@ class Decoding:
             rounds=middle.target_steps,
             draft_steps=middle.draft_steps,
             compile_seconds=compile_seconds,
-            floor_ms=None if rate is None else 1e3 * plain_bytes(self.config, case, self.dtype.itemsize) / rate,
+            floor_ms=None if rate is None else 1e3 * read / rate,
             same=same,
             baseline_ms=None if baseline is None else baseline[0],
             ratio=ratio,
@@ -119,6 +124,10 @@ class Decoding:
         for key in [key for key in self._held if key != "weights"]:
             del self._held[key]
         self._plain.clear()
+
+    @cached_property
+    def _mesh(self) -> Mesh | None:
+        return None if self.over is None else make_meshes(self.over, None)[0]
 
     def _acceptance(self, case: Case) -> float:
         return _acceptance(self._decoded(case)) or 0.0
@@ -169,7 +178,7 @@ class Decoding:
         return self._held[name][1]
 
     def _base(self) -> Decoder:
-        return fused(random_decoder(self.config, self.dtype, self.seed), spent=True)
+        return fused(random_decoder(self.config, self.dtype, self.seed, self._mesh), spent=True)
 
     def _decoder(self) -> Decoder:
         base = self._hold("weights", None, self._base)
@@ -180,7 +189,8 @@ class Decoding:
         batch = case.prefixes if name == "long" else case.batch
 
         def make() -> Prefix:
-            made = random_prefix(self.config, batch=batch, tokens=tokens, dtype=self.dtype, seed=seed)
+            how: Any = {"dtype": self.dtype, "seed": seed, "mesh": self._mesh}
+            made = random_prefix(self.config, batch=batch, tokens=tokens, **how)
             return rounded(made) if is_rounded else made
 
         return self._hold(name, (batch, tokens, is_rounded), make)
@@ -236,12 +246,12 @@ class Decoding:
         last = (len(fed) - 1) // width * width
         tail = new_tail(decoder, [case.context] * case.batch, self.tokens + max(WIDTHS), self.dtype)
         tail = extend(decoder, prefix, tail, [fed[:last]] * case.batch, width=width, block_size=BLOCK)
-        none_B = jnp.zeros(case.batch, jnp.int32)
-        side = Side(decoder, prefix, none_B[:, None], none_B)
+        none_B = np.zeros(case.batch, np.int32)
+        side = Side(decoder, prefix, *replicated(decoder.mesh, (none_B[:, None], none_B)))
         piece_BT = np.zeros((case.batch, width), np.int32)
         piece_BT[:, : len(fed) - last] = fed[last:]
         plan = Plan(0, 0, 1, BLOCK, self.config.vocab_size)
-        logits_BTV, _ = _read(side, tail, jnp.asarray(piece_BT), plan=plan, rows=width)
+        logits_BTV, _ = _read(side, tail, replicated(decoder.mesh, piece_BT), plan=plan, rows=width)
         return np.asarray(logits_BTV[row, len(fed) - 1 - last], np.float64)
 
 

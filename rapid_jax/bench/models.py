@@ -12,24 +12,40 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, Sharding
 
 from rapid_jax.attention.cache import KV, Prefix
+from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.placement import abstract
+from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh import placed, replicated
 
 SIGNAL = 1.35  # the vote for the next id, in units of the largest of as many random logits as there are ids
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _normal(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, std: float) -> jax.Array:
-    return (jax.random.normal(key, shape, jnp.float32) * std).astype(dtype)
+def _normal(key: jax.Array, like: jax.ShapeDtypeStruct, std: float) -> jax.Array:
+    return _filled(key, like.shape, like.dtype, like.sharding, std)
 
 
-def random_decoder(config: ModelConfig, dtype: jnp.dtype, seed: int = 0) -> Decoder:
-    """A decoder in the unrolled layout with weights of variance 1 / inputs, norms of 1 and no biases."""
-    graph, state = nnx.split(abstract(config, layout="unrolled", dtype=dtype))
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _filled(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding | None, std: float):
+    return _lying((jax.random.normal(key, shape, jnp.float32) * std).astype(dtype), sharding)
+
+
+def _lying(array: jax.Array, sharding: Sharding | None) -> jax.Array:
+    return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+
+
+def random_decoder(config: ModelConfig, dtype: jnp.dtype, seed: int = 0, mesh: Mesh | None = None) -> Decoder:
+    """A decoder in the unrolled layout with weights of variance 1 / inputs, norms of 1 and no biases.
+
+    On a mesh each device makes its own part, so its values are not those of one device.
+    """
+    graph, state = nnx.split(abstract(config, layout="unrolled", dtype=dtype, mesh=mesh))
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(state))))
     votes = next(keys)
     noise = 0.6 * math.sqrt(config.num_layers)  # of a residual: silu(gate) up has a mean square of 0.36
@@ -38,22 +54,22 @@ def random_decoder(config: ModelConfig, dtype: jnp.dtype, seed: int = 0) -> Deco
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name, shape = jax.tree_util.keystr(path), leaf.shape
         if "norm" in name:
-            return jnp.ones(shape, dtype)
+            return jnp.ones(shape, dtype, device=leaf.sharding)
         if "bias" in name:
-            return jnp.zeros(shape, dtype)
+            return jnp.zeros(shape, dtype, device=leaf.sharding)
         if "embed_VD" in name:
-            return _normal(votes, shape, dtype, vote)
+            return _normal(votes, leaf, vote)
         if "head_DV" in name:
-            return _head(votes, shape, dtype)
-        return _normal(next(keys), shape, dtype, (shape[0] * shape[1] if "o_NHD" in name else shape[0]) ** -0.5)
+            return _head(votes, shape, dtype, leaf.sharding)
+        return _normal(next(keys), leaf, (shape[0] * shape[1] if "o_NHD" in name else shape[0]) ** -0.5)
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _head(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype) -> jax.Array:
+@partial(jax.jit, static_argnums=(1, 2, 3))
+def _head(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype, sharding: Sharding | None) -> jax.Array:
     embedding_VD = jax.random.normal(key, shape[::-1], jnp.float32)
-    return (jnp.roll(embedding_VD, 1, axis=0).T * shape[0] ** -0.5).astype(dtype)
+    return _lying((jnp.roll(embedding_VD, 1, axis=0).T * shape[0] ** -0.5).astype(dtype), sharding)
 
 
 def dialled(decoder: Decoder, dial: float) -> Decoder:
@@ -67,10 +83,20 @@ def dialled(decoder: Decoder, dial: float) -> Decoder:
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(scaled, state))
 
 
-def random_prefix(config: ModelConfig, *, batch: int, tokens: int, dtype: jnp.dtype, seed: int = 0) -> Prefix:
-    """The keys and values of a prompt of so many random tokens."""
-    shape = (batch, config.num_kv_heads, tokens, config.head_dim)
+def random_prefix(
+    config: ModelConfig, *, batch: int, tokens: int, dtype: jnp.dtype, seed: int = 0, mesh: Mesh | None = None
+) -> Prefix:
+    """The keys and values of a prompt of so many random tokens, as a decoder on the mesh keeps them.
+
+    Raises InputError where the context devices cannot have equal parts of it.
+    """
+    strategy = Strategy(block=1, mesh=mesh, batch=("data",))
+    if tokens % strategy.context:
+        raise InputError(f"prompts of {tokens} tokens: expected a multiple of context = {strategy.context}")
+    shape = (batch, strategy.kv_heads(config.num_kv_heads), tokens, config.head_dim)
+    sharding = None if mesh is None else NamedSharding(mesh, strategy.spec("kv_BKSH"))
+    like = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     keys = jax.random.split(jax.random.key(seed), (config.num_layers, 2))
-    layers = tuple(KV(_normal(k, shape, dtype, 1.0), _normal(v, shape, dtype, 1.0)) for k, v in keys)
-    pos_BS = jnp.broadcast_to(jnp.arange(tokens, dtype=jnp.int32), (batch, tokens))
-    return Prefix(layers, pos_BS, jnp.int32(tokens))
+    layers = tuple(KV(_normal(k, like, 1.0), _normal(v, like, 1.0)) for k, v in keys)
+    pos_BS = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
+    return Prefix(layers, placed(mesh, strategy.spec("pos_BS"), pos_BS), replicated(mesh, np.int32(tokens)))

@@ -2,7 +2,7 @@
 """What the settings say of a device mesh. Imports no jax: settings are read before jax is configured."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from rapid_jax.runtime.errors import InputError
 
@@ -24,6 +24,17 @@ class MeshConfig:
             size = getattr(self, axis)
             if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 raise InputError(f"mesh axis {axis} must be a positive whole number, got {size!r}")
+
+    @classmethod
+    def named(cls, text: str) -> "MeshConfig":
+        """Of axes and sizes as "context=2,model=4". Raises InputError for anything else."""
+        sizes: dict[str, int] = {}
+        for part in text.split(","):
+            axis, _, size = part.strip().partition("=")
+            if axis not in AXES or axis in sizes or not size.isdigit():
+                raise InputError(f"expected mesh axes of {', '.join(AXES)} as context=2,model=4, got {text!r}")
+            sizes[axis] = int(size)
+        return replace(cls(), **sizes)
 
     @property
     def sizes(self) -> tuple[int, ...]:

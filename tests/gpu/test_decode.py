@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh, PartitionSpec
 
 from rapid_jax.attention.decoding import by_kernel
-from rapid_jax.attention.flash_decode import MOST_ROWS, fits, flash_decode
-from rapid_jax.attention.partial import attend_block, finish, merge
+from rapid_jax.attention.flash_decode import MOST_ROWS, fits, flash_decode, flash_decoded
+from rapid_jax.attention.partial import Slots, attend_block, finish, merge
 from tests.attention.decode_cases import Case, Side, error, made, truth
 
 
@@ -61,3 +62,22 @@ def test_a_shared_prefix_is_that_prefix_copied(kind):
     many = call(given.rows, (replace_batch(given.sides[0], 4), given.sides[1]), given.used)
     for row in range(4):
         assert error(one[row], np.asarray(many[row].astype(jnp.float32), np.float64)) <= 4e-3, row
+
+
+@pytest.mark.parametrize("shared", [0, 1])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prefix_split_over_all_devices_of_the_machine(shared, dtype):
+    """Finished outputs and logs of sums, gathered; over one device, too."""
+    devices = jax.devices("gpu")
+    case = Case((Side(4096 * len(devices), 4000, shared=shared), Side(64, 11)), 4, 2, 4, 3, head_dim=128, blind=2)
+    given, whole, part = made(case, jnp.dtype(dtype)), PartitionSpec(), PartitionSpec(None, None, "context")
+    far = Slots(part, part, PartitionSpec(None, "context"))
+    call = jax.shard_map(
+        partial(flash_decoded, scale=case.scale, axis="context"),
+        mesh=Mesh(devices, ("context",)),
+        in_specs=(whole, (far, whole), whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+    got = jax.jit(call)(given.rows, given.sides, (jnp.int32(4096), given.used[1]))
+    assert error(got, truth(given)) <= (1e-5 if dtype == "float32" else 7e-3)

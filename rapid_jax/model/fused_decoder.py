@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.sharding import PartitionSpec
 
 from rapid_jax.model.decoder import Attend, Block, Decoder
-from rapid_jax.model.matrix import MODEL, Matrix, Place, times
+from rapid_jax.model.matrix import MODEL, Matrix, Place, summed_over_model, times
 from rapid_jax.model.quantized import WeightBits, kernels_fit, restored
 from rapid_jax.model.rope import rotate
 from rapid_jax.model.skinny import FixedPoint, fixed_point, skinny_matmul
@@ -170,6 +171,21 @@ class FusedDecoder(Decoder):
     def vocabulary(self) -> int:
         """Logits of a token; those behind the model's own vocabulary are -inf."""
         return self.config.vocab_size if self.lm_head is None else self.lm_head.columns
+
+    def embed(self, tokens_BT: jax.Array) -> jax.Array:
+        """[B, T, D]. Over devices along `model` each looks up what it has: XLA for GPUs gathers the whole embedding."""
+        place = Place(self.mesh)
+        if place.parts == 1:
+            return super().embed(tokens_BT)
+
+        def local(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+            at_BT = tokens_BT - lax.axis_index(MODEL) * embed_VD.shape[0]
+            own_BT = (at_BT >= 0) & (at_BT < embed_VD.shape[0])
+            x_BTD = jnp.where(own_BT[..., None], embed_VD[jnp.where(own_BT, at_BT, 0)], 0)
+            return summed_over_model(x_BTD, x_BTD.dtype, self.mesh)
+
+        given = PartitionSpec(MODEL, None), PartitionSpec()
+        return place.per_device(local, given, PartitionSpec())(self.embed_VD[...], tokens_BT)
 
     @property
     def head(self) -> tuple[jax.Array, str]:

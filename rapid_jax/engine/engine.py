@@ -17,8 +17,9 @@ from rapid_jax.engine.errors import Draining, QueueFull
 from rapid_jax.engine.job import Job, Ticket
 from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey, Prepared
 from rapid_jax.engine.models import Models
+from rapid_jax.engine.prefilling import Steps
 from rapid_jax.engine.prefixes import PrefixCache
-from rapid_jax.engine.prepare import Preparing, Steps
+from rapid_jax.engine.prepare import Preparing
 from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
 from rapid_jax.engine.sharing import Sharing
 from rapid_jax.engine.stats import EngineCounts, bytes_of_rows

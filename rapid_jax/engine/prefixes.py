@@ -49,7 +49,7 @@ class PrefixCache:
     """Prefixes of one row by the token ids of their heads, each tier with a bound in bytes.
 
     What has not been used for longest goes first: from the devices to the host, from there to disk. Owners share
-    nothing but what is public. One thread calls it; `bytes`, `tier` and `tier_of` any. With `aside` what goes is copied
+    nothing but what is public. One thread calls it; `bytes`, `name` and `tier` any. With `aside` what goes is copied
     and saved by another thread, a prefix at a time: its room is free once that is done, and who needs it asks again.
     """
 
@@ -97,48 +97,45 @@ class PrefixCache:
         return self.bytes_for(tokens) <= self._tiers.most["device"]
 
     def name(self, head: Sequence[int], owner: str = "", public: bool = False) -> Name:
-        """What the cache knows a head by; `key` is that of its handle."""
+        """What the cache knows a head by; `key` is that of its handle. Of any thread.
+
+        It takes milliseconds for 100,000 tokens.
+        """
         whose = "everybody's" if public else f"of {owner}"
         return Name.of(head, self._compute.prefill_chunk, digest(self._made_by, whose))
 
-    def tier(self, head: Sequence[int], owner: str = "", public: bool = False) -> str | None:
-        """Where the whole head is: "device", "host", "disk" or nowhere. Of any thread."""
-        return self.tier_of(self.name(head, owner, public).key)
-
-    def tier_of(self, key: str) -> str | None:
-        """As `tier`, of what has this key. Of any thread."""
+    def tier(self, key: str) -> str | None:
+        """Where the whole head of this key is: "device", "host", "disk" or nowhere. Of any thread."""
         kept = self._tiers.get(key)
         if kept is not None:
             return "host" if kept.device is None else "device"
         return "disk" if self._store is not None and self._store.has(key) else None
 
-    def find(self, head: Sequence[int], owner: str = "", public: bool = False) -> Found:
+    def find(self, name: Name) -> Found:
         """As much of the head as is kept somewhere and has room on the devices; it becomes the most recently used.
 
         Raises RoomLater.
         """
-        name = self.name(head, owner, public)
         kept = self._tiers.get(name.key)
         if kept is not None:
             tier = "device" if kept.host is None else "host"
             self._tiers.used(kept)
             there = self._now(self._tiers.to_devices(kept))
-            return Found(kept.device, len(head), kept.handle, tier) if there else Found()
+            return Found(kept.device, name.tokens, kept.handle, tier) if there else Found()
         if self._store is not None and self._store.has(name.key):
-            prefix = self._from_disk(name.key, self._place(len(head), len(head)))
+            prefix = self._from_disk(name.key, self._place(name.tokens, name.tokens))
             if prefix is not None:
-                return Found(prefix, len(head), self._keep(name, len(head), prefix), "disk")
-        return self._common(name, len(head))
+                return Found(prefix, name.tokens, self._keep(name, prefix), "disk")
+        return self._common(name)
 
-    def put(self, head: Sequence[int], prefix: Prefix, owner: str = "", public: bool = False) -> Handle:
-        """Keeps a finished prefix of this head, as the most recently used.
+    def put(self, name: Name, prefix: Prefix) -> Handle:
+        """Keeps a finished prefix of the head of this name, as the most recently used.
 
         Where no room can be made for it it stays all the same: it is there. Where one of the same head is on the
         devices that one stays, and the handle is its.
         """
         if prefix.pos_BS.shape[0] != 1:
             raise ValueError(f"expected a prefix of one row, got {prefix.pos_BS.shape[0]}")
-        name = self.name(head, owner, public)
         kept = self._tiers.get(name.key)
         if kept is not None and kept.device is not None:
             self._tiers.used(kept)
@@ -146,7 +143,7 @@ class PrefixCache:
         if kept is not None:
             self._tiers.forget(kept)
         self._tiers.make_room(device_bytes(prefix))
-        return self._keep(name, len(head), prefix)
+        return self._keep(name, prefix)
 
     def hold(self, handle: Handle) -> None:
         """Keeps the prefix on the devices until it is released as often as it was held."""
@@ -225,9 +222,9 @@ class PrefixCache:
         layers = 2 * config.num_layers * on_devices("kv_BKSH", kv, self._dtype)
         return layers + on_devices("pos_BS", (1, slots), jnp.dtype("int32")) + on_devices("", (), jnp.dtype("int32"))
 
-    def _keep(self, name: Name, tokens: int, prefix: Prefix) -> Handle:
+    def _keep(self, name: Name, prefix: Prefix) -> Handle:
         stored = self._store is None or self._store.has(name.key)
-        kept = Kept(name, tokens, prefix, stored=stored)
+        kept = Kept(name, prefix, stored=stored)
         self._tiers.keep(kept)
         return kept.handle
 
@@ -240,11 +237,11 @@ class PrefixCache:
         self._disk_bytes = self._store.bytes()
         return prefix
 
-    def _common(self, name: Name, longest: int) -> Found:
+    def _common(self, name: Name) -> Found:
         """The longest head that another document has in common, copied; from disk only if that is longer."""
         if self._compute.kv != "full":  # nothing can be prefilled behind what was rounded
             return Found()
-        chunk, found, tier = self._compute.prefill_chunk, None, None
+        chunk, longest, found, tier = self._compute.prefill_chunk, name.tokens, None, None
         count, kept = self._tiers.longest_common(name.marks)
         if self._store is not None:
             longer, key = self._on_disk.find(name.marks, least=count)
@@ -257,7 +254,7 @@ class PrefixCache:
             found = self._copied(kept, self._place(count * chunk, longest))
         if found is None:
             return Found()
-        handle = self._keep(name, longest, found) if count * chunk == longest else None
+        handle = self._keep(name, found) if count * chunk == longest else None
         return Found(found, count * chunk, handle, tier)
 
     def _copied(self, kept: Kept, place: Place) -> Prefix | None:

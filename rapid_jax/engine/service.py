@@ -67,7 +67,7 @@ class RunningEngine(Engine):
         self._keys.setdefault(name, set()).add(key)
 
     def _tier_of(self, id: str) -> str | None:
-        tiers = {self.prefixes.tier_of(key) for key in list(self._keys.get(id, ()))}
+        tiers = {self.prefixes.tier(key) for key in list(self._keys.get(id, ()))}
         return next((tier for tier in ("device", "host", "disk") if tier in tiers), None)
 
     def _pin(self, id: str, pinned: bool) -> None:

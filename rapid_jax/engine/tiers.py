@@ -32,8 +32,8 @@ class Handle:
 class Kept:
     """A prefix on the devices or on the host, never on both."""
 
-    def __init__(self, name: Name, tokens: int, prefix: Prefix, *, stored: bool):
-        self.handle, self.marks = Handle(name.key, tokens, next(_COUNT)), name.marks
+    def __init__(self, name: Name, prefix: Prefix, *, stored: bool):
+        self.handle, self.marks = Handle(name.key, name.tokens, next(_COUNT)), name.marks
         self.device: Prefix | None = prefix
         self.host: HostPrefix | None = None
         self.bytes = device_bytes(prefix)  # on the devices

@@ -7,6 +7,7 @@ import pytest
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.engine import Engine
+from rapid_jax.engine.heads import Name
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.request import Done, Event, Failed, Piece, Question, Request
 from rapid_jax.retrieval.config import RetrievalConfig
@@ -105,6 +106,19 @@ def test_those_that_come_together_about_a_new_document_read_it_once(models, mode
     finish(engine, together)
     assert [one.answer.prefix_reused for one in together] == [False, True, True]
     assert len({tuple(one.answer.token_ids) for one in together}) == 1
+
+
+@pytest.mark.parametrize(("mode", "names"), [("target", 1), ("lossless", 1), ("retrieval", 0)])
+def test_a_request_s_document_is_named_once(models, mode, names, monkeypatch):
+    """Its tokens are hashed for that: milliseconds of a long one."""
+    made, of = [], Name.of
+    monkeypatch.setattr(Name, "of", lambda *args: made.append(args) or of(*args))
+    engine = Engine(replace(models.config, speculation=replace(models.config.speculation, mode=mode)), models)
+    for reused in (False, True):
+        one = asked(engine, 0).of(engine)
+        finish(engine, [one])
+        assert one.answer.prefix_reused == (reused and names > 0) and len(made) == names
+        made.clear()
 
 
 def test_a_question_whose_document_is_there_does_not_wait_for_another_s_to_be_read(models):

@@ -78,11 +78,11 @@ def cache_for(decoder, folder: Path, *, device: float, host: float = 100.0, disk
 
 
 def put(cache: PrefixCache, decoder, *seeds: int) -> list:
-    return [cache.put(head := tokens(LENGTH, seed), prefix_of(decoder, head)) for seed in seeds]
+    return [cache.put(cache.name(head := tokens(LENGTH, seed)), prefix_of(decoder, head)) for seed in seeds]
 
 
 def tiers(cache: PrefixCache, *seeds: int) -> list[str | None]:
-    return [cache.tier(tokens(LENGTH, seed)) for seed in seeds]
+    return [cache.tier(cache.name(tokens(LENGTH, seed)).key) for seed in seeds]
 
 
 def ended(cache: PrefixCache, gate: Gate) -> None:
@@ -96,7 +96,7 @@ def found(cache: PrefixCache, seed: int) -> Found:
     """Asks until there is room."""
     while True:
         try:
-            return cache.find(tokens(LENGTH, seed))
+            return cache.find(cache.name(tokens(LENGTH, seed)))
         except RoomLater:
             cache.wait(60)
 
@@ -119,7 +119,7 @@ def test_what_is_asked_for_while_it_is_copied_stays(decoder, tmp_path: Path, siz
     cache = cache_for(decoder, tmp_path, device=2.5)
     first, _ = put(cache, decoder, 0, 1)
     assert not cache.make_room(size) and slow_copy.reached.wait(60)
-    again = cache.find(tokens(LENGTH, 0))
+    again = cache.find(cache.name(tokens(LENGTH, 0)))
     assert (again.tier, again.handle) == ("device", first)
     if holds:
         cache.hold(first)
@@ -151,7 +151,7 @@ def test_what_is_evicted_while_it_is_saved_from_the_host_is_served(decoder, tmp_
         cache.wait(60)
     assert tiers(cache, 0, 1) == ["host", "device"] and not slow_disk.reached.is_set()
     assert not cache.make_room(2 * size) and slow_disk.reached.wait(60), "the host has no room for both"
-    again = cache.find(tokens(LENGTH, 0))
+    again = cache.find(cache.name(tokens(LENGTH, 0)))
     assert again.tier == "host"
     check_same(again.prefix, prefix_of(decoder, tokens(LENGTH, 0)))
     assert cache.bytes() == {"device": 2 * size, "host": size, "disk": 0}, "its arrays there are still read"
@@ -172,7 +172,7 @@ def test_who_needs_room_for_what_is_kept_asks_again(decoder, tmp_path: Path, siz
         put(cache, decoder, seed)
     assert tiers(cache, 0, 1, 2, 3) == ["disk", "disk", "host", "device"]
     with pytest.raises(RoomLater):
-        cache.find(tokens(LENGTH, 2))
+        cache.find(cache.name(tokens(LENGTH, 2)))
     for seed in (2, 0, 3, 1):
         again = found(cache, seed)
         assert again.tokens == LENGTH
@@ -192,7 +192,7 @@ def test_what_is_removed_while_it_is_saved_is_not_on_disk(
     (first,) = put(cache, decoder, 0)
     assert not cache.make_room(size) and slow_disk.reached.wait(60)
     cache.remove(first.key)
-    assert tiers(cache, 0) == [None] and cache.find(tokens(LENGTH, 0)).prefix is None
+    assert tiers(cache, 0) == [None] and cache.find(cache.name(tokens(LENGTH, 0))).prefix is None
     assert cache.bytes()["device"] == size, "it is still read"
     ended(cache, slow_disk)
     assert cache.bytes() == {"device": 0, "host": 0, "disk": 0} and tiers(cache, 0) == [None]

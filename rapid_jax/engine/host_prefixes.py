@@ -17,6 +17,8 @@ from rapid_jax.runtime.mesh import placed
 from rapid_jax.speculative.prefill import serving
 from rapid_jax.speculative.prefix_heads import Place, layer_names
 
+_CPU_BYTES = 4 * 2**30  # for keys and values, where no device says what it has left
+
 
 def device_bytes(prefix: Prefix) -> int:
     """Memory of this process's devices that the prefix takes, copies counted."""
@@ -26,6 +28,18 @@ def device_bytes(prefix: Prefix) -> int:
         return held * prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
     return sum(map(size, jax.tree.leaves(prefix)))
+
+
+def bytes_left(decoder: Decoder) -> int:
+    """Bytes of this process's devices of the decoder that nothing takes yet."""
+    devices = jax.local_devices()[:1] if decoder.mesh is None else decoder.mesh.local_devices
+    left = 0
+    for device in devices:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return _CPU_BYTES
+        left += stats["bytes_limit"] - stats["bytes_in_use"]
+    return left
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class Prefilling:
         """
         self._config, self._models, self._prefixes, self._quiet = config, models, prefixes, quiet
         self._is_alone, self._few_programs, self._on_read = is_alone, few_programs, on_read
+        self._reading = 0  # documents that are being read
         self.waits_for_room = False  # whether a request can go on only when others have given back memory
 
     def name(self, request: Request, head: Sequence[int]) -> Name | None:
@@ -92,13 +93,19 @@ class Prefilling:
             job.reused = True
             self._prefixes.hold(found.handle)
             return found.prefix, found.handle
-        while not self._prefixes.make_room(self._prefixes.bytes_for(len(head))):
-            if not self._prefixes.fits(len(head)) or (self._is_alone() and not self._prefixes.moving):
+        size = self._prefixes.bytes_for(len(head))
+        while not self._prefixes.reserve(size):
+            if not (self._prefixes.fits(len(head)) and self._may_be_room_later()):
                 raise TooLarge(f"the document is too large for the memory: {len(head)} tokens of keys and values")
             yield from self._until_there_may_be_room()
-        prefix = yield from self.read(job, decoder, head, "prefill", found)
-        if self._config.compute.kv != "full":
-            prefix = rounded(prefix)
+        self._reading += 1
+        try:
+            prefix = yield from self.read(job, decoder, head, "prefill", found)
+            if self._config.compute.kv != "full":
+                prefix = rounded(prefix)
+        finally:
+            self._reading -= 1
+            self._prefixes.give_back(size)
         handle = self._prefixes.put(name, prefix)
         self._prefixes.hold(handle)
         return prefix, handle
@@ -114,6 +121,9 @@ class Prefilling:
                 continue
             job.took("prefill", work)
             return found
+
+    def _may_be_room_later(self) -> bool:
+        return self._prefixes.moving or self._reading > 0 or not self._is_alone()
 
     def _until_there_may_be_room(self) -> Steps[None]:
         if self._is_alone():

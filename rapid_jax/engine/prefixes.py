@@ -15,7 +15,7 @@ from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.kernels import kernel_of, platform_of
 from rapid_jax.config import CacheConfig, ComputeConfig
 from rapid_jax.engine.heads import Name, StoredHeads
-from rapid_jax.engine.host_prefixes import HostMoves, device_bytes
+from rapid_jax.engine.host_prefixes import HostMoves, bytes_left, device_bytes
 from rapid_jax.engine.tiers import Handle, Kept, Tiers
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.runtime.files import digest
@@ -24,7 +24,6 @@ from rapid_jax.speculative.prefix_heads import Place, head_of
 from rapid_jax.speculative.prefix_store import PrefixStore
 
 _GIB = 2**30
-_CPU_BYTES = 4 * _GIB  # for keys and values, where no device says what it has left
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class PrefixCache:
         self.moves = HostMoves(decoder)
         alone = jax.process_count() == 1  # else every process would have to find the same entry
         given = cache.device_gib
-        left = _left(decoder)
+        left = bytes_left(decoder)
         device = left - min(reserve, left // 2) if given is None else int(given * _GIB)
         most = {"device": device, "host": int(cache.host_gib * _GIB) if alone else 0}
         self._tiers = Tiers(self.moves, most, self._save, self._saved, aside=aside and alone)
@@ -174,6 +173,14 @@ class PrefixCache:
         While some are `moving` False may also mean: not yet.
         """
         return self._tiers.make_room(wanted)
+
+    def reserve(self, wanted: int) -> bool:
+        """As `make_room`; and so many bytes count as on the devices until they are given back: what is being read."""
+        return self._tiers.reserve(wanted)
+
+    def give_back(self, wanted: int) -> None:
+        """Takes one `reserve` back."""
+        self._tiers.give_back(wanted)
 
     @property
     def moving(self) -> bool:
@@ -283,15 +290,3 @@ class PrefixCache:
         if kept.removed and self._tiers.get(key) is None:  # in the very moment in which it was saved
             self._store.remove(key)
         self._disk_bytes = self._store.bytes()
-
-
-def _left(decoder: Decoder) -> int:
-    """Bytes of this process's devices of the decoder that nothing takes yet."""
-    devices = jax.local_devices()[:1] if decoder.mesh is None else decoder.mesh.local_devices
-    left = 0
-    for device in devices:
-        stats = device.memory_stats() or {}
-        if "bytes_limit" not in stats:
-            return _CPU_BYTES
-        left += stats["bytes_limit"] - stats["bytes_in_use"]
-    return left

@@ -9,6 +9,7 @@ from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConf
 from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.heads import Name
 from rapid_jax.engine.models import Models
+from rapid_jax.engine.reader import read
 from rapid_jax.engine.request import Done, Event, Failed, Piece, Question, Request
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import TooLarge
@@ -131,6 +132,42 @@ def test_a_question_whose_document_is_there_does_not_wait_for_another_s_to_be_re
     finish(engine, [short])
     assert short.answer.token_ids and not long.has_tokens
     finish(engine, [long])
+
+
+def on_device(engine: Engine) -> int:
+    return engine.prefixes.bytes()["device"]
+
+
+def test_a_document_counts_from_its_first_chunk_and_no_longer_where_it_is_taken_back(models):
+    engine = engine_with(models, 1.5)
+    one = asked(engine, 0).of(engine)
+    while not on_device(engine):
+        engine.step()
+    assert not one.has_tokens and engine.prefixes.tier(name_of(engine, 0).key) is None
+    one.ticket.cancel()
+    finish(engine, [one])
+    assert on_device(engine) == 0
+    finish(engine, [asked(engine, 0).of(engine)])
+    assert on_device(engine) == engine.prefixes.bytes_for(name_of(engine, 0).tokens)
+
+
+@pytest.mark.parametrize("prefill_first", [False, True])
+def test_documents_that_are_read_side_by_side_stay_within_the_bound(models, prefill_first, monkeypatch):
+    """One is asked about while another is read for later: it waits for that one's room, and is not told too large."""
+    engine, most = engine_with(models, 1.5, prefill_first=prefill_first), []
+    hold = engine.prefixes.hold  # of what has just been kept
+    monkeypatch.setattr(engine.prefixes, "hold", lambda handle: (hold(handle), most.append(on_device(engine))))
+    one = asked(engine, 0).of(engine)
+    for _ in range(2):  # as far as the first chunk
+        engine.step()
+    engine.prefill(asked(engine, 1).request)
+    finish(engine, [one])
+    assert one.answer.token_ids and max(most) == engine.prefixes.bytes_for(name_of(engine, 0).tokens)
+
+
+def name_of(engine: Engine, number: int) -> Name:
+    reading = read(engine.models, engine.config, asked(engine, number).request)
+    return engine.prefixes.name(reading.long.head)
 
 
 def test_what_never_fits_is_told_although_others_run(models):

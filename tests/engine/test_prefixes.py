@@ -272,6 +272,20 @@ def test_nothing_is_found_where_the_device_has_no_room(decoder, tmp_path: Path, 
     assert cache.find(cache.name(tokens(LENGTH, 0))).tokens == LENGTH
 
 
+def test_what_is_being_read_takes_room_until_it_is_given_back(decoder, tmp_path: Path, size):
+    cache = cache_of(decoder, tmp_path, device_gib=gib(2.5 * size))
+    (first, _) = full(cache, decoder, 0, 1)
+    cache.hold(first)
+    assert cache.reserve(size) and tiers(cache, 0, 1) == ["device", "host"] and cache.bytes()["device"] == 2 * size
+    assert (
+        not cache.make_room(size) and not cache.reserve(size) and cache.find(cache.name(tokens(LENGTH, 1))).tokens == 0
+    )
+    cache.give_back(size)
+    assert cache.bytes()["device"] == size and cache.find(cache.name(tokens(LENGTH, 1))).tokens == LENGTH
+    cache.release(first)
+    assert cache.reserve(2 * size) and cache.bytes() == {"device": 2 * size, "host": 2 * size, "disk": 0}
+
+
 @pytest.mark.parametrize("host_gib", [0.0, 1.0])
 def test_what_leaves_memory_is_on_disk(decoder, tmp_path: Path, size, host_gib):
     cache = cache_of(decoder, tmp_path, device_gib=gib(1.5 * size), host_gib=host_gib * gib(1.5 * size), disk_gib=1.0)

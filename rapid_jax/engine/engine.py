@@ -42,7 +42,8 @@ class Engine:
 
     `submit` is of any thread; `step` does the work, and is called by one. Requests over several documents take turns,
     some rounds each. With `prefill_first` no round is run while a prompt waits to be read: most tokens a second;
-    without it a chunk of a prompt and some rounds of every lane take turns, so that no answer stands still meanwhile.
+    without it a chunk of a document, one of a short prompt and some rounds of every lane take turns, so that no answer
+    stands still meanwhile.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts are read, a chunk at a time; what is read of documents is kept."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeAlias, TypeVar
 
 from rapid_jax.attention.cache import Prefix
@@ -25,8 +26,8 @@ from rapid_jax.speculative.prefill import Prefill, PrefillSettings
 TARGET_LACKS, DRAFTER_LACKS = 1, 2
 PAUSE_S = 0.01  # between looks at what is being waited for, where nothing else is to be done
 Result = TypeVar("Result")
-# Work that yields between its pieces, and True once it needs the turn from there on: what makes keys and values, or
-# room for them, is done for one request at a time.
+# Work that yields between its pieces, and True once it needs the turn from there on: what takes room for a document, or
+# waits for it, is done for one request at a time.
 Steps: TypeAlias = Generator[bool, None, Result]
 
 
@@ -44,12 +45,12 @@ class Prefilling:
         on_read: Callable[[Request, str], None],
         quiet: bool,
     ):
-        """`is_alone`: whether no other request has memory that it will give back. `few_programs`: requests that ask
-        for different things share theirs. `on_read` is told the key of a document's keys and values.
+        """`is_alone`: whether no request has been read and not ended. `few_programs`: requests that ask for different
+        things share theirs. `on_read` is told the key of a document's keys and values.
         """
         self._config, self._models, self._prefixes, self._quiet = config, models, prefixes, quiet
         self._is_alone, self._few_programs, self._on_read = is_alone, few_programs, on_read
-        self._reading = 0  # documents that are being read
+        self.under_way = 0  # requests whose prompts are being read
         self.waits_for_room = False  # whether a request can go on only when others have given back memory
 
     def name(self, request: Request, head: Sequence[int]) -> Name | None:
@@ -63,10 +64,8 @@ class Prefilling:
         return self._prefixes.name(head, request.owner, request.public)
 
     def at_hand(self, job: Job, name: Name | None) -> tuple[Prefix, Handle] | None:
-        """The document, held, where all that the request needs of keys and values lies on the devices."""
-        speculation = job.config.speculation
-        reads_alone = speculation.reads == "document" and not speculation.drafts
-        if name is None or not reads_alone or self.waits_for_room or self._prefixes.tier(name.key) != "device":
+        """The document, held, where it lies on the devices and nobody waits for what it takes there."""
+        if name is None or self.waits_for_room or self._prefixes.tier(name.key) != "device":
             return None
         try:
             found = self._prefixes.find(name)
@@ -98,17 +97,24 @@ class Prefilling:
             if not (self._prefixes.fits(len(head)) and self._may_be_room_later()):
                 raise TooLarge(f"the document is too large for the memory: {len(head)} tokens of keys and values")
             yield from self._until_there_may_be_room()
-        self._reading += 1
         try:
             prefix = yield from self.read(job, decoder, head, "prefill", found)
             if self._config.compute.kv != "full":
                 prefix = rounded(prefix)
         finally:
-            self._reading -= 1
             self._prefixes.give_back(size)
         handle = self._prefixes.put(name, prefix)
         self._prefixes.hold(handle)
         return prefix, handle
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While a request's prompts are read."""
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
 
     def _find(self, job: Job, name: Name) -> Steps[Found]:
         """What is kept of the document."""
@@ -123,7 +129,9 @@ class Prefilling:
             return found
 
     def _may_be_room_later(self) -> bool:
-        return self._prefixes.moving or self._reading > 0 or not self._is_alone()
+        """Whether some will be given back: by another request, or at the end of a move."""
+        others = self.under_way > 1 or not self._is_alone()
+        return self._prefixes.moving or (others and self._prefixes.occupied)
 
     def _until_there_may_be_room(self) -> Steps[None]:
         if self._is_alone():

@@ -183,6 +183,11 @@ class PrefixCache:
         self._tiers.give_back(wanted)
 
     @property
+    def occupied(self) -> bool:
+        """Whether anybody holds a prefix on the devices, or reads one."""
+        return self._tiers.occupied
+
+    @property
     def moving(self) -> bool:
         """Whether the other thread moves a prefix."""
         return self._tiers.moving

@@ -45,7 +45,7 @@ class Preparing:
         on_read: Callable[[Request, str], None],
         quiet: bool,
     ):
-        """`is_alone`: whether no other request has memory that it will give back. `few_programs`: requests that ask
+        """`is_alone`: whether no request has been read and not ended. `few_programs`: requests that ask
         for different things share theirs. `aside`: where prompts are made, None: here. `on_read` is told the key of a
         document's keys and values.
         """
@@ -53,7 +53,6 @@ class Preparing:
         self._is_alone, self._few_programs, self._aside = is_alone, few_programs, aside
         how = {"is_alone": is_alone, "few_programs": few_programs, "on_read": on_read, "quiet": quiet}
         self._prefilling = Prefilling(config, models, prefixes, **how)
-        self._has_turn = False  # whether a request has got what it yielded True for
 
     @property
     def waits_for_room(self) -> bool:
@@ -75,16 +74,26 @@ class Preparing:
         if reading.short is None and config.speculation.retrieves:  # nothing to retrieve from: the target alone
             config = job.config = replace(config, speculation=replace(config.speculation, mode="target"))
         check_same_prompts(config, [reading], [job.sampling.config.seed], streamed=job.streams)
-        if (at_hand := self._prefilling.at_hand(job, name)) is not None:
-            return (yield from self._behind(job, reading, *at_hand, None))
-        yield True
-        self._has_turn = True
-        try:
-            return (yield from self._in_turn(job, reading, name))
-        finally:
-            self._has_turn = False
+        if (rest := self._passes(job, reading, name)) is None:
+            yield True
+            rest = self._reads(job, reading, name)
+        with self._prefilling.reading():
+            return (yield from rest)
 
-    def _in_turn(self, job: Job, reading: Reading, name: Name | None) -> Steps[Prepared]:
+    def _passes(self, job: Job, reading: Reading, name: Name | None) -> Steps[Prepared] | None:
+        """The rest of the work of a request that needs no turn: it waits for nobody, and no new room for a document is
+        taken. Where no rounds run beside (`Engine`, `prefill_first`) nothing is gained by that but for one that has
+        nothing to be read.
+        """
+        retrieved = job.config.speculation.reads == "retrieved"
+        if not self._few_programs and (retrieved or name is None or job.config.speculation.drafts):
+            return None
+        if retrieved or (name is None and len(reading.long.head) < self._config.compute.prefill_chunk):
+            return self._reads(job, reading, name)
+        at_hand = self._prefilling.at_hand(job, name)
+        return None if at_hand is None else self._behind(job, reading, *at_hand, None)
+
+    def _reads(self, job: Job, reading: Reading, name: Name | None) -> Steps[Prepared]:
         """The row of a request whose prompts have been made."""
         speculation, model = job.config.speculation, self._models.target
         if speculation.reads == "retrieved":
@@ -94,11 +103,16 @@ class Preparing:
             target = Prompted(model.decoder, [tokens], prefix, [len(tokens) - TARGET_LACKS])
             return self._prepared(job, target, None, tokens, None)
         drafter = None
-        if speculation.drafts and self._models.meshes[0] != self._models.meshes[1]:
+        if speculation.drafts and self._is_apart:
             assert reading.short is not None  # on devices of its own the drafter reads while the target does
             drafter = yield from self._prefilling.drafter(job, reading.short.tokens, waits=False)
         prefix, handle = yield from self._prefilling.document(job, reading.long.head, name)
         return (yield from self._behind(job, reading, prefix, handle, drafter))
+
+    @property
+    def _is_apart(self) -> bool:
+        """Whether the drafter has devices of its own."""
+        return self._models.meshes[0] != self._models.meshes[1]
 
     def _read(self, job: Job) -> Named:
         reading = read(self._models, job.config, job.request)
@@ -112,7 +126,7 @@ class Preparing:
         work = self._aside.submit(self._read, job)
         try:
             while not work.done():
-                if self._is_alone() and not self._has_turn:
+                if self._is_alone() and not self._prefilling.under_way:
                     wait([work], PAUSE_S)
                 yield False
         finally:
@@ -133,7 +147,9 @@ class Preparing:
             assert reading.short is not None
             short, slots = reading.short.tokens, prefix.pos_BS.shape[1]
             room = room_of_retrieved(slots, config.retrieval) if self._few_programs else 0
-            drafter = drafter or (yield from self._prefilling.drafter(job, short, room=room))
+            if drafter is None:
+                apart = self._is_apart
+                drafter = yield from self._prefilling.drafter(job, short, room=0 if apart else room, waits=not apart)
             return self._prepared(job, target, drafter, head + short, handle, room)
         except BaseException:  # closed too, where the request is taken back
             if handle is not None:
@@ -146,7 +162,8 @@ class Preparing:
         reading, name = self._read(job)
         check_same_prompts(config, [reading])
         if config.speculation.reads == "document":
-            _, handle = yield from self._prefilling.document(job, reading.long.head, name)
+            with self._prefilling.reading():
+                _, handle = yield from self._prefilling.document(job, reading.long.head, name)
             if handle is not None:
                 self._prefixes.release(handle)
         return reading

@@ -170,6 +170,11 @@ class Tiers:
             wait([self._move.future], seconds)
             self._settle()
 
+    @property
+    def occupied(self) -> bool:
+        """Whether any room on the devices is held or reserved."""
+        return bool(self._held or self._reserved)
+
     def reserve(self, wanted: int) -> bool:
         """Makes room for so many bytes on the devices, and counts them; False if it cannot, or not yet."""
         there = self.make_room(wanted)

@@ -213,7 +213,8 @@ class Engine:
         self._ready.clear()
         for place, (job, prepared) in enumerate(waiting):
             others = [other.document for _, other in waiting[place + 1 :] if other.key == prepared.key]
-            found = self.sharing.place(self._lanes, prepared.key, prepared.document, others)
+            about = prepared.key, prepared.document, others
+            found = self.sharing.place(self._lanes, *about, shared=prepared.handle is not None)
             if found is None:
                 self._ready.append((job, prepared))
                 continue

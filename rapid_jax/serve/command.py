@@ -51,8 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-tokens", type=_wholes, default=(1024,), metavar="LIST",
                         help="lengths of documents that are compiled for before the start, as 1024,8192")  # fmt: skip
     parser.add_argument("--warm-rows", type=int, default=1, metavar="N",
-                        help="questions at once about a document, compiled for too; above 1 more of them wait "
-                        "(default: %(default)s)")  # fmt: skip
+                        help="questions at once about a document, and chats, compiled for too; above 1 more of "
+                        "them wait (default: %(default)s)")  # fmt: skip
     parser.add_argument("--warm-documents", type=int, default=1, metavar="N",
                         help="documents that are asked about at once, likewise (default: %(default)s)")  # fmt: skip
     parser.add_argument("--warm-chats", type=_wholes, default=(), metavar="LIST",

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 
 from rapid_jax.attention.cache import KV, Prefix
 from rapid_jax.attention.kernels import platform_of
@@ -28,6 +29,22 @@ def device_bytes(prefix: Prefix) -> int:
         return held * prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
     return sum(map(size, jax.tree.leaves(prefix)))
+
+
+def head_bytes(decoder: Decoder, place: Place) -> int:
+    """As `device_bytes`, of a head in full precision that would lie so."""
+    config, strategy, slots = decoder.config, serving(decoder, block=1), place.layout.slots
+
+    def on_devices(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
+        parts = 1
+        if strategy.mesh is not None:
+            sharding = NamedSharding(strategy.mesh, strategy.spec(name))
+            shape, parts = sharding.shard_shape(shape), len(sharding.addressable_devices)
+        return prod(shape) * parts * jnp.dtype(dtype).itemsize
+
+    kv = (1, strategy.kv_heads(config.num_kv_heads), slots, config.head_dim)
+    layers = 2 * config.num_layers * on_devices("kv_BKSH", kv, decoder.embed_VD[...].dtype)
+    return layers + on_devices("pos_BS", (1, slots), jnp.dtype("int32")) + on_devices("", (), jnp.dtype("int32"))
 
 
 def bytes_left(decoder: Decoder) -> int:

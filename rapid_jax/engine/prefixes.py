@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values of documents in three tiers: on the devices, on the host, on disk."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.kernels import kernel_of, platform_of
 from rapid_jax.config import CacheConfig, ComputeConfig
+from rapid_jax.engine.aside import done_by, seconds_until
 from rapid_jax.engine.heads import Name, StoredHeads
-from rapid_jax.engine.host_prefixes import HostMoves, bytes_left, device_bytes
+from rapid_jax.engine.host_prefixes import HostMoves, bytes_left, device_bytes, head_bytes
 from rapid_jax.engine.tiers import Handle, Kept, Tiers
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.runtime.files import digest
@@ -76,6 +75,7 @@ class PrefixCache:
         device = left - min(reserve, left // 2) if given is None else int(given * _GIB)
         most = {"device": device, "host": int(cache.host_gib * _GIB) if alone else 0}
         self._tiers = Tiers(self.moves, most, self._save, self._saved, aside=aside and alone)
+        self.until: float | None = None  # of time.monotonic(): nothing is stored on disk from then on
         self._store, disk = None, int(cache.disk_gib * _GIB)
         if disk and cache.prefixes and alone:
             how = {"mesh": decoder.mesh, "kv_heads": decoder.config.num_kv_heads, "root": folder, "quiet": quiet}
@@ -89,7 +89,7 @@ class PrefixCache:
 
     def bytes_for(self, tokens: int) -> int:
         """Of the devices' memory that `prefill` takes for a head of so many tokens, in full precision."""
-        return self._bytes_of(self._place(tokens, tokens))
+        return head_bytes(self._decoder, self._place(tokens, tokens))
 
     def fits(self, tokens: int) -> bool:
         """Whether the devices have room for a head of so many tokens with nothing else there."""
@@ -196,13 +196,18 @@ class PrefixCache:
         """Until the move that is under way has ended, if one is, at most so long."""
         self._tiers.wait(seconds)
 
-    def save(self, most: int | None = None) -> None:
-        """Stores on disk what is not there yet, at most so many: each takes as long as its bytes need."""
-        self._tiers.wait()
-        for kept in [kept for kept in self._tiers.every() if not kept.stored][:most]:
-            self._save(kept, kept.prefix)
+    def save(self, most: int | None = None) -> int:
+        """Stores on disk what is not there yet, at most so many: each takes as long as its bytes need.
+
+        How many there was no time for, of `until`. What is not stored in time is not stored later either.
+        """
+        self._tiers.wait(seconds_until(self.until))
+        unsaved = [kept for kept in self._tiers.every() if not kept.stored][:most]
+        while unsaved and done_by(self.until, partial(self._save, unsaved[0], unsaved[0].prefix)):
+            kept = unsaved.pop(0)
             kept.stored = True
             self._saved(kept)
+        return len(unsaved)
 
     @property
     def _dtype(self) -> jnp.dtype:
@@ -220,20 +225,6 @@ class PrefixCache:
         devices = serving(self._decoder, block=1).context
         return Place.of(tokens, longest, self._compute.prefill_chunk, devices)
 
-    def _bytes_of(self, place: Place) -> int:
-        config, strategy, slots = self._decoder.config, serving(self._decoder, block=1), place.layout.slots
-
-        def on_devices(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
-            parts = 1
-            if strategy.mesh is not None:
-                sharding = NamedSharding(strategy.mesh, strategy.spec(name))
-                shape, parts = sharding.shard_shape(shape), len(sharding.addressable_devices)
-            return math.prod(shape) * parts * jnp.dtype(dtype).itemsize
-
-        kv = (1, strategy.kv_heads(config.num_kv_heads), slots, config.head_dim)
-        layers = 2 * config.num_layers * on_devices("kv_BKSH", kv, self._dtype)
-        return layers + on_devices("pos_BS", (1, slots), jnp.dtype("int32")) + on_devices("", (), jnp.dtype("int32"))
-
     def _keep(self, name: Name, prefix: Prefix) -> Handle:
         stored = self._store is None or self._store.has(name.key)
         kept = Kept(name, prefix, stored=stored)
@@ -242,7 +233,7 @@ class PrefixCache:
 
     def _from_disk(self, key: str, place: Place) -> Prefix | None:
         assert self._store is not None
-        if not self._now(self._tiers.make_room(self._bytes_of(place))):
+        if not self._now(self._tiers.make_room(head_bytes(self._decoder, place))):
             return None
         layout: Layout = "stacked" if self._decoder.layout == "stacked" else "unrolled"
         prefix = self._store.load(key, layout=layout, place=place)
@@ -271,7 +262,7 @@ class PrefixCache:
 
     def _copied(self, kept: Kept, place: Place) -> Prefix | None:
         self._tiers.used(kept)
-        if not self._now(self._tiers.make_room(self._bytes_of(place), kept)):
+        if not self._now(self._tiers.make_room(head_bytes(self._decoder, place), kept)):
             return None
         if kept.host is not None:
             return self.moves.head(kept.host, place)
@@ -286,7 +277,8 @@ class PrefixCache:
     def _save(self, kept: Kept, prefix: Prefix) -> None:
         """In whichever thread."""
         if self._store is not None:
-            self._store.save(kept.handle.key, prefix, kept.marks, wanted=lambda: not kept.removed)
+            how = {"wanted": lambda: not kept.removed and seconds_until(self.until) != 0.0}
+            self._store.save(kept.handle.key, prefix, kept.marks, **how)
 
     def _saved(self, kept: Kept) -> None:
         if self._store is None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
+from rapid_jax.engine.aside import NAME
 from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.host_prefixes import HostMoves
 from rapid_jax.engine.models import Models
@@ -326,3 +327,22 @@ def test_to_drain_waits_for_what_is_being_saved(config: RapidConfig, models: Mod
     assert drained == [True] and coming.answer.token_ids
     stored = list((Path(config.cache.folder) / "prefixes").iterdir())
     assert len(stored) == 3 and all((one / "checkpoint").is_dir() for one in stored)
+
+
+def test_to_drain_takes_no_longer_than_it_may_and_leaves_no_part(
+    config: RapidConfig, models: Models, slow_disk, caplog
+):
+    engine = RunningEngine(config, models)
+    engine.start()
+    for seed in range(2):
+        heard = Heard(engine, config, seed)
+        while not heard.ticket.job.ended:
+            time.sleep(0.01)
+    start = time.monotonic()
+    assert engine.drain(0.5) and time.monotonic() - start < 5
+    assert [line for line in caplog.messages if "2 prefixes" in line] == caplog.messages
+    slow_disk.open.set()  # too late
+    while any(thread.name == NAME for thread in threading.enumerate()):
+        time.sleep(0.01)
+    folder = Path(config.cache.folder) / "prefixes"
+    assert slow_disk.reached.is_set() and not (folder.is_dir() and list(folder.iterdir()))

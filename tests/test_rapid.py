@@ -270,7 +270,7 @@ def test_a_rounded_prefix_is_stored_as_it_is_and_answers_nearly_the_same(config,
     rounded = replace(settings, compute=replace(config.compute, kv="int8"))
     halved = Rapid(rounded, quiet=True)
     first = halved.answer(words(200), QUESTION)
-    found = halved.engine.prefixes.find(first.prompt.head)
+    found = halved.engine.prefixes.find(halved.engine.prefixes.name(first.prompt.head))
     assert found.prefix is not None
     assert {kv.k_BKSH.dtype.name for kv in found.prefix.layers} == {"int8"}
     again = Rapid(replace(rounded, mesh=MeshConfig()), quiet=True).answers([(words(200), QUESTION)])[0]
@@ -301,7 +301,10 @@ def test_rounded_documents_of_two_sizes_on_a_mesh_are_rows_of_one_batch(config):
     asked = [(words(200), QUESTION), (words(60, seed=3), QUESTION)]
     alone = [rapid.answer(*one).token_ids for one in asked]
     assert [answer.token_ids for answer in rapid.answers(asked)] == alone and alone[0] != alone[1]
-    slots = {rapid.engine.prefixes.find(rapid.answer(*one).prompt.head).prefix.pos_BS.shape[1] for one in asked}
+    slots = {
+        rapid.engine.prefixes.find(rapid.engine.prefixes.name(rapid.answer(*one).prompt.head)).prefix.pos_BS.shape[1]
+        for one in asked
+    }
     assert len(slots) == 2
 
 

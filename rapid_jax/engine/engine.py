@@ -17,8 +17,9 @@ from rapid_jax.engine.errors import Draining, QueueFull
 from rapid_jax.engine.job import Job, Ticket
 from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey, Prepared
 from rapid_jax.engine.models import Models
+from rapid_jax.engine.prefilling import Steps
 from rapid_jax.engine.prefixes import PrefixCache
-from rapid_jax.engine.prepare import Preparing, Steps
+from rapid_jax.engine.prepare import Preparing
 from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
 from rapid_jax.engine.sharing import Sharing
 from rapid_jax.engine.stats import EngineCounts, bytes_of_rows
@@ -41,7 +42,8 @@ class Engine:
 
     `submit` is of any thread; `step` does the work, and is called by one. Requests over several documents take turns,
     some rounds each. With `prefill_first` no round is run while a prompt waits to be read: most tokens a second;
-    without it a chunk of a prompt and some rounds of every lane take turns, so that no answer stands still meanwhile.
+    without it a chunk of a document, one of a short prompt and some rounds of every lane take turns, so that no answer
+    stands still meanwhile.
     """
 
     def __init__(
@@ -211,7 +213,8 @@ class Engine:
         self._ready.clear()
         for place, (job, prepared) in enumerate(waiting):
             others = [other.document for _, other in waiting[place + 1 :] if other.key == prepared.key]
-            found = self.sharing.place(self._lanes, prepared.key, prepared.document, others)
+            about = prepared.key, prepared.document, others
+            found = self.sharing.place(self._lanes, *about, shared=prepared.handle is not None)
             if found is None:
                 self._ready.append((job, prepared))
                 continue

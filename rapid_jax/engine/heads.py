@@ -20,6 +20,7 @@ class Name:
     """The names of one head."""
 
     key: str  # of all its tokens
+    tokens: int  # how many
     marks: tuple[str, ...]  # of its first chunk, its first two chunks ...
 
     @classmethod
@@ -33,7 +34,7 @@ class Name:
             state.update(data[4 * index * chunk : 4 * (index + 1) * chunk])
             marks.append(state.copy().hexdigest())
         state.update(data[4 * whole * chunk :])
-        return cls(digest("head-1", state.hexdigest(), str(len(head))), tuple(marks))
+        return cls(digest("head-1", state.hexdigest(), str(len(head))), len(head), tuple(marks))
 
 
 class StoredHeads:

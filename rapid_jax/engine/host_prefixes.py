@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from math import prod
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
+from jax.sharding import NamedSharding, Sharding
 
 from rapid_jax.attention.cache import KV, Prefix
 from rapid_jax.attention.kernels import platform_of
@@ -16,6 +17,8 @@ from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.mesh import placed
 from rapid_jax.speculative.prefill import serving
 from rapid_jax.speculative.prefix_heads import Place, layer_names
+
+_CPU_BYTES = 4 * 2**30  # for keys and values, where no device says what it has left
 
 
 def device_bytes(prefix: Prefix) -> int:
@@ -26,6 +29,34 @@ def device_bytes(prefix: Prefix) -> int:
         return held * prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
 
     return sum(map(size, jax.tree.leaves(prefix)))
+
+
+def head_bytes(decoder: Decoder, place: Place) -> int:
+    """As `device_bytes`, of a head in full precision that would lie so."""
+    config, strategy, slots = decoder.config, serving(decoder, block=1), place.layout.slots
+
+    def on_devices(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
+        parts = 1
+        if strategy.mesh is not None:
+            sharding = NamedSharding(strategy.mesh, strategy.spec(name))
+            shape, parts = sharding.shard_shape(shape), len(sharding.addressable_devices)
+        return prod(shape) * parts * jnp.dtype(dtype).itemsize
+
+    kv = (1, strategy.kv_heads(config.num_kv_heads), slots, config.head_dim)
+    layers = 2 * config.num_layers * on_devices("kv_BKSH", kv, decoder.embed_VD[...].dtype)
+    return layers + on_devices("pos_BS", (1, slots), jnp.dtype("int32")) + on_devices("", (), jnp.dtype("int32"))
+
+
+def bytes_left(decoder: Decoder) -> int:
+    """Bytes of this process's devices of the decoder that nothing takes yet."""
+    devices = jax.local_devices()[:1] if decoder.mesh is None else decoder.mesh.local_devices
+    left = 0
+    for device in devices:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            return _CPU_BYTES
+        left += stats["bytes_limit"] - stats["bytes_in_use"]
+    return left
 
 
 @dataclass(frozen=True)

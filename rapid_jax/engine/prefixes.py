@@ -1,21 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keys and values of documents in three tiers: on the devices, on the host, on disk."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.kernels import kernel_of, platform_of
 from rapid_jax.config import CacheConfig, ComputeConfig
+from rapid_jax.engine.aside import done_by, seconds_until
 from rapid_jax.engine.heads import Name, StoredHeads
-from rapid_jax.engine.host_prefixes import HostMoves, device_bytes
+from rapid_jax.engine.host_prefixes import HostMoves, bytes_left, device_bytes, head_bytes
 from rapid_jax.engine.tiers import Handle, Kept, Tiers
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.runtime.files import digest
@@ -24,7 +23,6 @@ from rapid_jax.speculative.prefix_heads import Place, head_of
 from rapid_jax.speculative.prefix_store import PrefixStore
 
 _GIB = 2**30
-_CPU_BYTES = 4 * _GIB  # for keys and values, where no device says what it has left
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class PrefixCache:
     """Prefixes of one row by the token ids of their heads, each tier with a bound in bytes.
 
     What has not been used for longest goes first: from the devices to the host, from there to disk. Owners share
-    nothing but what is public. One thread calls it; `bytes`, `tier` and `tier_of` any. With `aside` what goes is copied
+    nothing but what is public. One thread calls it; `bytes`, `name` and `tier` any. With `aside` what goes is copied
     and saved by another thread, a prefix at a time: its room is free once that is done, and who needs it asks again.
     """
 
@@ -73,10 +71,11 @@ class PrefixCache:
         self.moves = HostMoves(decoder)
         alone = jax.process_count() == 1  # else every process would have to find the same entry
         given = cache.device_gib
-        left = _left(decoder)
+        left = bytes_left(decoder)
         device = left - min(reserve, left // 2) if given is None else int(given * _GIB)
         most = {"device": device, "host": int(cache.host_gib * _GIB) if alone else 0}
         self._tiers = Tiers(self.moves, most, self._save, self._saved, aside=aside and alone)
+        self.until: float | None = None  # of time.monotonic(): nothing is stored on disk from then on
         self._store, disk = None, int(cache.disk_gib * _GIB)
         if disk and cache.prefixes and alone:
             how = {"mesh": decoder.mesh, "kv_heads": decoder.config.num_kv_heads, "root": folder, "quiet": quiet}
@@ -90,55 +89,52 @@ class PrefixCache:
 
     def bytes_for(self, tokens: int) -> int:
         """Of the devices' memory that `prefill` takes for a head of so many tokens, in full precision."""
-        return self._bytes_of(self._place(tokens, tokens))
+        return head_bytes(self._decoder, self._place(tokens, tokens))
 
     def fits(self, tokens: int) -> bool:
         """Whether the devices have room for a head of so many tokens with nothing else there."""
         return self.bytes_for(tokens) <= self._tiers.most["device"]
 
     def name(self, head: Sequence[int], owner: str = "", public: bool = False) -> Name:
-        """What the cache knows a head by; `key` is that of its handle."""
+        """What the cache knows a head by; `key` is that of its handle. Of any thread.
+
+        It takes milliseconds for 100,000 tokens.
+        """
         whose = "everybody's" if public else f"of {owner}"
         return Name.of(head, self._compute.prefill_chunk, digest(self._made_by, whose))
 
-    def tier(self, head: Sequence[int], owner: str = "", public: bool = False) -> str | None:
-        """Where the whole head is: "device", "host", "disk" or nowhere. Of any thread."""
-        return self.tier_of(self.name(head, owner, public).key)
-
-    def tier_of(self, key: str) -> str | None:
-        """As `tier`, of what has this key. Of any thread."""
+    def tier(self, key: str) -> str | None:
+        """Where the whole head of this key is: "device", "host", "disk" or nowhere. Of any thread."""
         kept = self._tiers.get(key)
         if kept is not None:
             return "host" if kept.device is None else "device"
         return "disk" if self._store is not None and self._store.has(key) else None
 
-    def find(self, head: Sequence[int], owner: str = "", public: bool = False) -> Found:
+    def find(self, name: Name) -> Found:
         """As much of the head as is kept somewhere and has room on the devices; it becomes the most recently used.
 
         Raises RoomLater.
         """
-        name = self.name(head, owner, public)
         kept = self._tiers.get(name.key)
         if kept is not None:
             tier = "device" if kept.host is None else "host"
             self._tiers.used(kept)
             there = self._now(self._tiers.to_devices(kept))
-            return Found(kept.device, len(head), kept.handle, tier) if there else Found()
+            return Found(kept.device, name.tokens, kept.handle, tier) if there else Found()
         if self._store is not None and self._store.has(name.key):
-            prefix = self._from_disk(name.key, self._place(len(head), len(head)))
+            prefix = self._from_disk(name.key, self._place(name.tokens, name.tokens))
             if prefix is not None:
-                return Found(prefix, len(head), self._keep(name, len(head), prefix), "disk")
-        return self._common(name, len(head))
+                return Found(prefix, name.tokens, self._keep(name, prefix), "disk")
+        return self._common(name)
 
-    def put(self, head: Sequence[int], prefix: Prefix, owner: str = "", public: bool = False) -> Handle:
-        """Keeps a finished prefix of this head, as the most recently used.
+    def put(self, name: Name, prefix: Prefix) -> Handle:
+        """Keeps a finished prefix of the head of this name, as the most recently used.
 
         Where no room can be made for it it stays all the same: it is there. Where one of the same head is on the
         devices that one stays, and the handle is its.
         """
         if prefix.pos_BS.shape[0] != 1:
             raise ValueError(f"expected a prefix of one row, got {prefix.pos_BS.shape[0]}")
-        name = self.name(head, owner, public)
         kept = self._tiers.get(name.key)
         if kept is not None and kept.device is not None:
             self._tiers.used(kept)
@@ -146,7 +142,7 @@ class PrefixCache:
         if kept is not None:
             self._tiers.forget(kept)
         self._tiers.make_room(device_bytes(prefix))
-        return self._keep(name, len(head), prefix)
+        return self._keep(name, prefix)
 
     def hold(self, handle: Handle) -> None:
         """Keeps the prefix on the devices until it is released as often as it was held."""
@@ -178,6 +174,19 @@ class PrefixCache:
         """
         return self._tiers.make_room(wanted)
 
+    def reserve(self, wanted: int) -> bool:
+        """As `make_room`; and so many bytes count as on the devices until they are given back: what is being read."""
+        return self._tiers.reserve(wanted)
+
+    def give_back(self, wanted: int) -> None:
+        """Takes one `reserve` back."""
+        self._tiers.give_back(wanted)
+
+    @property
+    def occupied(self) -> bool:
+        """Whether anybody holds a prefix on the devices, or reads one."""
+        return self._tiers.occupied
+
     @property
     def moving(self) -> bool:
         """Whether the other thread moves a prefix."""
@@ -187,13 +196,18 @@ class PrefixCache:
         """Until the move that is under way has ended, if one is, at most so long."""
         self._tiers.wait(seconds)
 
-    def save(self, most: int | None = None) -> None:
-        """Stores on disk what is not there yet, at most so many: each takes as long as its bytes need."""
-        self._tiers.wait()
-        for kept in [kept for kept in self._tiers.every() if not kept.stored][:most]:
-            self._save(kept, kept.prefix)
+    def save(self, most: int | None = None) -> int:
+        """Stores on disk what is not there yet, at most so many: each takes as long as its bytes need.
+
+        How many there was no time for, of `until`. What is not stored in time is not stored later either.
+        """
+        self._tiers.wait(seconds_until(self.until))
+        unsaved = [kept for kept in self._tiers.every() if not kept.stored][:most]
+        while unsaved and done_by(self.until, partial(self._save, unsaved[0], unsaved[0].prefix)):
+            kept = unsaved.pop(0)
             kept.stored = True
             self._saved(kept)
+        return len(unsaved)
 
     @property
     def _dtype(self) -> jnp.dtype:
@@ -211,40 +225,26 @@ class PrefixCache:
         devices = serving(self._decoder, block=1).context
         return Place.of(tokens, longest, self._compute.prefill_chunk, devices)
 
-    def _bytes_of(self, place: Place) -> int:
-        config, strategy, slots = self._decoder.config, serving(self._decoder, block=1), place.layout.slots
-
-        def on_devices(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
-            parts = 1
-            if strategy.mesh is not None:
-                sharding = NamedSharding(strategy.mesh, strategy.spec(name))
-                shape, parts = sharding.shard_shape(shape), len(sharding.addressable_devices)
-            return math.prod(shape) * parts * jnp.dtype(dtype).itemsize
-
-        kv = (1, strategy.kv_heads(config.num_kv_heads), slots, config.head_dim)
-        layers = 2 * config.num_layers * on_devices("kv_BKSH", kv, self._dtype)
-        return layers + on_devices("pos_BS", (1, slots), jnp.dtype("int32")) + on_devices("", (), jnp.dtype("int32"))
-
-    def _keep(self, name: Name, tokens: int, prefix: Prefix) -> Handle:
+    def _keep(self, name: Name, prefix: Prefix) -> Handle:
         stored = self._store is None or self._store.has(name.key)
-        kept = Kept(name, tokens, prefix, stored=stored)
+        kept = Kept(name, prefix, stored=stored)
         self._tiers.keep(kept)
         return kept.handle
 
     def _from_disk(self, key: str, place: Place) -> Prefix | None:
         assert self._store is not None
-        if not self._now(self._tiers.make_room(self._bytes_of(place))):
+        if not self._now(self._tiers.make_room(head_bytes(self._decoder, place))):
             return None
         layout: Layout = "stacked" if self._decoder.layout == "stacked" else "unrolled"
         prefix = self._store.load(key, layout=layout, place=place)
         self._disk_bytes = self._store.bytes()
         return prefix
 
-    def _common(self, name: Name, longest: int) -> Found:
+    def _common(self, name: Name) -> Found:
         """The longest head that another document has in common, copied; from disk only if that is longer."""
         if self._compute.kv != "full":  # nothing can be prefilled behind what was rounded
             return Found()
-        chunk, found, tier = self._compute.prefill_chunk, None, None
+        chunk, longest, found, tier = self._compute.prefill_chunk, name.tokens, None, None
         count, kept = self._tiers.longest_common(name.marks)
         if self._store is not None:
             longer, key = self._on_disk.find(name.marks, least=count)
@@ -257,12 +257,12 @@ class PrefixCache:
             found = self._copied(kept, self._place(count * chunk, longest))
         if found is None:
             return Found()
-        handle = self._keep(name, longest, found) if count * chunk == longest else None
+        handle = self._keep(name, found) if count * chunk == longest else None
         return Found(found, count * chunk, handle, tier)
 
     def _copied(self, kept: Kept, place: Place) -> Prefix | None:
         self._tiers.used(kept)
-        if not self._now(self._tiers.make_room(self._bytes_of(place), kept)):
+        if not self._now(self._tiers.make_room(head_bytes(self._decoder, place), kept)):
             return None
         if kept.host is not None:
             return self.moves.head(kept.host, place)
@@ -277,7 +277,8 @@ class PrefixCache:
     def _save(self, kept: Kept, prefix: Prefix) -> None:
         """In whichever thread."""
         if self._store is not None:
-            self._store.save(kept.handle.key, prefix, kept.marks, wanted=lambda: not kept.removed)
+            how = {"wanted": lambda: not kept.removed and seconds_until(self.until) != 0.0}
+            self._store.save(kept.handle.key, prefix, kept.marks, **how)
 
     def _saved(self, kept: Kept) -> None:
         if self._store is None:
@@ -286,15 +287,3 @@ class PrefixCache:
         if kept.removed and self._tiers.get(key) is None:  # in the very moment in which it was saved
             self._store.remove(key)
         self._disk_bytes = self._store.bytes()
-
-
-def _left(decoder: Decoder) -> int:
-    """Bytes of this process's devices of the decoder that nothing takes yet."""
-    devices = jax.local_devices()[:1] if decoder.mesh is None else decoder.mesh.local_devices
-    left = 0
-    for device in devices:
-        stats = device.memory_stats() or {}
-        if "bytes_limit" not in stats:
-            return _CPU_BYTES
-        left += stats["bytes_limit"] - stats["bytes_in_use"]
-    return left

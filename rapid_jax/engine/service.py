@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine in a thread of its own, for callers that come and go: it starts, drains and stops, scores and counts."""
 
+import logging
 import threading
 import time
 from collections import deque
@@ -20,6 +21,7 @@ from rapid_jax.engine.scoring import Scores, scores
 from rapid_jax.engine.stats import EngineStats
 from rapid_jax.engine.warm_up import WarmUp, warm_up
 
+_log = logging.getLogger(__name__)
 _PAUSE_S = 0.5  # between looks of an idle thread at whether it is to stop
 
 
@@ -67,7 +69,7 @@ class RunningEngine(Engine):
         self._keys.setdefault(name, set()).add(key)
 
     def _tier_of(self, id: str) -> str | None:
-        tiers = {self.prefixes.tier_of(key) for key in list(self._keys.get(id, ()))}
+        tiers = {self.prefixes.tier(key) for key in list(self._keys.get(id, ()))}
         return next((tier for tier in ("device", "host", "disk") if tier in tiers), None)
 
     def _pin(self, id: str, pinned: bool) -> None:
@@ -107,16 +109,21 @@ class RunningEngine(Engine):
         return future
 
     def drain(self, seconds: float) -> bool:
-        """Takes nothing more, waits up to so many seconds for what runs, and stores what was prefilled; whether all
-        have ended."""
+        """Takes nothing more, waits for what runs, and stores what was prefilled, all in so many seconds; whether all
+        requests have ended.
+
+        What there was no time to store is lost, and a warning says of how many documents.
+        """
         self.refuse()
-        until = time.monotonic() + seconds
+        self.prefixes.until = until = time.monotonic() + seconds
         while self._is_alive and not (self.is_idle and not self._scoring) and time.monotonic() < until:
             time.sleep(0.02)
         ended = self.is_idle and not self._scoring
         self.stop()
         self._do_chores()  # what was removed is not saved
-        self.prefixes.save()
+        unsaved = self.prefixes.save()
+        if unsaved:
+            _log.warning("out of time: keys and values of documents were not stored: %d prefixes", unsaved)
         return ended
 
     def stop(self) -> None:

@@ -21,29 +21,38 @@ class Sharing:
     own, whose programs are there, and another row joins the largest lane there is: a lane of its own may need more.
 
     Where a warm-up has compiled for several rows, a question about a document whose rows are all taken waits for one of
-    them: while a program for more rows is compiled nobody gets a token. One about another document does not wait.
+    them: while a program for more rows is compiled nobody gets a token. So does a request without a document, whose row
+    nobody else's can be about, for a row of a lane that has one of each. One about another document does not wait.
     """
 
     declared: dict[Slots, set[Size]] = field(default_factory=dict)  # of rows; the lanes that a warm-up has compiled for
     pairs: set[tuple[Slots, Slots]] = field(default_factory=set)  # (of a row, of a lane that such a row has joined)
 
     def place(
-        self, lanes: Mapping[LaneKey, Lane], key: LaneKey, document: Hashable, others: Sequence[Hashable]
+        self,
+        lanes: Mapping[LaneKey, Lane],
+        key: LaneKey,
+        document: Hashable,
+        others: Sequence[Hashable],
+        *,
+        shared: bool = True,
     ) -> tuple[LaneKey, Size | None] | None:
         """(a lane's key, its sizes for this request and for those about the `others` that come with it). Without
-        sizes the lane is yet to be made; None: the request waits for a row.
+        sizes the lane is yet to be made; None: the request waits for a row. `shared`: others may be about the document.
         """
         for found in self._joinable(lanes, key, document):
             for documents in ([document, *others], [document]):
                 sizes = lanes[found].sizes_with(documents)
-                if sizes is not None and self._may_grow(found, lanes[found], sizes):
+                if sizes is not None and self._may_grow(found, lanes[found], sizes, shared):
                     return found, sizes
         return None if key in lanes else (key, None)
 
-    def _may_grow(self, key: LaneKey, lane: Lane, sizes: Size) -> bool:
+    def _may_grow(self, key: LaneKey, lane: Lane, sizes: Size, shared: bool) -> bool:
         known = set() if key.slots is None else self.declared.get(key.slots, set())
-        grows = sizes[0] <= len(lane.documents) and sizes[1] > lane.each
-        return not grows or len(known) < 2 or sizes in known
+        in_documents, in_rows = sizes[0] > len(lane.documents), sizes[1] > lane.each
+        # Any row that ends makes place for one without a document where each has one row, and only then.
+        waits = in_rows and not in_documents if shared else in_documents and lane.each == 1
+        return not waits or len(known) < 2 or sizes in known
 
     def joined(self, key: LaneKey, lane: LaneKey) -> None:
         """A row of this key is in that lane."""

@@ -32,8 +32,8 @@ class Handle:
 class Kept:
     """A prefix on the devices or on the host, never on both."""
 
-    def __init__(self, name: Name, tokens: int, prefix: Prefix, *, stored: bool):
-        self.handle, self.marks = Handle(name.key, tokens, next(_COUNT)), name.marks
+    def __init__(self, name: Name, prefix: Prefix, *, stored: bool):
+        self.handle, self.marks = Handle(name.key, name.tokens, next(_COUNT)), name.marks
         self.device: Prefix | None = prefix
         self.host: HostPrefix | None = None
         self.bytes = device_bytes(prefix)  # on the devices
@@ -84,6 +84,7 @@ class Tiers:
         self._by_mark: dict[str, dict[str, None]] = {}  # mark -> keys
         self._pinned: set[str] = set()
         self._move: Move | None = None  # under way
+        self._reserved = 0  # of the bytes on the devices: for what is being made
         self.bytes = {"device": 0, "host": 0}
 
     def get(self, key: str) -> Kept | None:
@@ -169,6 +170,25 @@ class Tiers:
             wait([self._move.future], seconds)
             self._settle()
 
+    @property
+    def occupied(self) -> bool:
+        """Whether any room on the devices is held or reserved."""
+        return bool(self._held or self._reserved)
+
+    def reserve(self, wanted: int) -> bool:
+        """Makes room for so many bytes on the devices, and counts them; False if it cannot, or not yet."""
+        there = self.make_room(wanted)
+        self._reserve(wanted * there)
+        return there
+
+    def give_back(self, wanted: int) -> None:
+        """Takes one `reserve` back."""
+        self._reserve(-wanted)
+
+    def _reserve(self, more: int) -> None:
+        self._reserved += more
+        self.bytes["device"] += more
+
     def make_room(self, wanted: int, but: Kept | None = None) -> bool:
         """Moves what is not held off the devices until `wanted` more bytes fit; False if they cannot, or not yet.
 
@@ -176,7 +196,7 @@ class Tiers:
         """
         self._settle()
         most, staying = self.most["device"], {*self._held.values(), *([but] if but and but.device else [])}
-        if sum(kept.bytes for kept in staying) + wanted > most:
+        if sum(kept.bytes for kept in staying) + self._reserved + wanted > most:
             return False
         for kept in self.every():
             if self._move is not None or self.bytes["device"] + wanted <= most:

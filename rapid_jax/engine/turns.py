@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from rapid_jax.engine.job import Job
 from rapid_jax.engine.lane import Prepared
-from rapid_jax.engine.prepare import Steps
+from rapid_jax.engine.prefilling import Steps
 from rapid_jax.engine.request import Cancelled
 
 

@@ -86,7 +86,7 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
             about = f"documents of {length} tokens, up to {what.documents} at once with {what.rows} questions each"
             _warm_up(engine, prompts, what.sizes(), documents, about, report)
         else:
-            alone = [(count, 1) for count in ROW_BUCKETS if count == 1 or count < 2 * what.rows]
+            alone = _alone(what.rows)
             about = f"chats of {length} tokens, up to {what.rows} at once"
             _warm_up(engine, (Tokens(ids), Tokens(ids[:-1])), alone, chats, about, report)
         start = time.perf_counter()
@@ -108,12 +108,19 @@ def _warm_up(
             with engine.read(replace(request, prompt=prompts[1])) as (_, other):
                 unwanted += [] if other.handle is None else [other.handle]
         with engine.read(request) as (job, prepared):
+            if prepared.handle is None:  # nothing of the document is shared: each question has one of its own
+                sizes = _alone(max(count * each for count, each in sizes))
             _compile_joins(engine, prepared, larger.setdefault(kind, {}), sizes)
             _compile(job, prepared, sizes)
             unwanted += [] if number or prepared.handle is None else [prepared.handle]
         report(f"{about}, {kind}: {time.perf_counter() - start:.1f} s")
     for handle in unwanted:
         engine.prefixes.remove(handle.key)
+
+
+def _alone(most: int) -> list[Size]:
+    """Of lanes whose rows have nothing in common, up to so many at once."""
+    return [(count, 1) for count in ROW_BUCKETS if count == 1 or count < 2 * most]
 
 
 def _compile_joins(engine: Engine, prepared: Prepared, larger: dict[LaneKey, list[Any]], sizes: list[Size]) -> None:

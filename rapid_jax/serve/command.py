@@ -43,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-host", action="append", default=[], metavar="NAME", help="a name of this machine besides localhost"
     )
     parser.add_argument("--drain", type=float, default=_PLAIN.drain_seconds, metavar="S",
-                        help="seconds that requests have to end after SIGTERM (default: %(default)g)")  # fmt: skip
+                        help="seconds after SIGTERM for requests to end and what was read of documents to be stored "
+                        "(default: %(default)g)")  # fmt: skip
     parser.add_argument("--queue", type=int, default=64, metavar="N",
                         help="requests that may wait; more are told to come again (default: %(default)s)")  # fmt: skip
     parser.add_argument("--documents", action=Place, metavar="DIR",
@@ -51,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--warm-tokens", type=_wholes, default=(1024,), metavar="LIST",
                         help="lengths of documents that are compiled for before the start, as 1024,8192")  # fmt: skip
     parser.add_argument("--warm-rows", type=int, default=1, metavar="N",
-                        help="questions at once about a document, compiled for too; above 1 more of them wait "
-                        "(default: %(default)s)")  # fmt: skip
+                        help="questions at once about a document, and chats, compiled for too; above 1 more of "
+                        "them wait (default: %(default)s)")  # fmt: skip
     parser.add_argument("--warm-documents", type=int, default=1, metavar="N",
                         help="documents that are asked about at once, likewise (default: %(default)s)")  # fmt: skip
     parser.add_argument("--warm-chats", type=_wholes, default=(), metavar="LIST",
@@ -79,14 +80,15 @@ def run(options: argparse.Namespace) -> int:
         keys = read_keys(options.api_key, os.environ)
         _check_packages()
         prepare_jax(programs=config.cache.programs, cache=cache_dir(config.cache.folder))
+        from rapid_jax.engine.aside import NAME as ASIDE
         from rapid_jax.serve.server import WARM_UP, serve
         from rapid_jax.serve.service import Service
 
         warn_if_open(own, keys)
         service = Service(make_engine(config, options), config, own, keys)
         status = serve(service, lambda text: say(f"rapid serve: {text}"))
-        if any(thread.name == WARM_UP for thread in threading.enumerate()):
-            # Python would end that thread inside of XLA's compiler, which aborts the process.
+        if any(thread.name in (WARM_UP, ASIDE) for thread in threading.enumerate()):
+            # Python would end that thread inside of XLA's compiler, or as it writes, which aborts the process.
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)

@@ -173,6 +173,20 @@ def test_nor_do_chats(engine: RunningEngine, warm: WarmUp):
         assert found == [], f"chats {start} to {start + warm.rows}"
 
 
+def test_nor_do_more_chats_than_declared(engine: RunningEngine, warm: WarmUp):
+    """Those for which no row is free wait for one."""
+    for start in range(0, 20, 5):
+        with compiled() as found:
+            chats = [
+                replace(asked(engine, start + at), prompt=Tokens([5 + start + at] * (SHORTEST - at)), logprobs=None)
+                for at in range(2 * warm.rows + 1)
+            ]
+            heard = [Heard(engine, chat) for chat in chats]
+            engine.run([one.ticket for one in heard])
+        assert all(isinstance(one.events[-1], Done) for one in heard), heard[0].events[-1]
+        assert found == [] and engine.is_idle
+
+
 class Joins:
     """Counts the lanes that are there at once, and the rows that join larger ones, while nothing is compiled."""
 

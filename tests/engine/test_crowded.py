@@ -7,8 +7,10 @@ import pytest
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.engine import Engine
+from rapid_jax.engine.heads import Name
 from rapid_jax.engine.models import Models
-from rapid_jax.engine.request import Done, Event, Failed, Piece, Question, Request
+from rapid_jax.engine.reader import read
+from rapid_jax.engine.request import Done, Event, Failed, Piece, Question, Request, Tokens
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import TooLarge
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
@@ -107,16 +109,96 @@ def test_those_that_come_together_about_a_new_document_read_it_once(models, mode
     assert len({tuple(one.answer.token_ids) for one in together}) == 1
 
 
-def test_a_question_whose_document_is_there_does_not_wait_for_another_s_to_be_read(models):
-    engine = engine_with(models, 30.0)
+@pytest.mark.parametrize(("mode", "names"), [("target", 1), ("lossless", 1), ("retrieval", 0)])
+def test_a_request_s_document_is_named_once(models, mode, names, monkeypatch):
+    """Its tokens are hashed for that: milliseconds of a long one."""
+    made, of = [], Name.of
+    monkeypatch.setattr(Name, "of", lambda *args: made.append(args) or of(*args))
+    engine = Engine(replace(models.config, speculation=replace(models.config.speculation, mode=mode)), models)
+    for reused in (False, True):
+        one = asked(engine, 0).of(engine)
+        finish(engine, [one])
+        assert one.answer.prefix_reused == (reused and names > 0) and len(made) == names
+        made.clear()
+
+
+@pytest.mark.parametrize("what", ["target", "lossless", "retrieval", "chat"])
+def test_what_needs_no_new_room_does_not_wait_for_another_s_document_to_be_read(models, what):
+    """A question whose document is there, though the drafter reads; one that reads what is retrieved; a chat."""
+    engine = engine_with(models, 30.0, mode="lossless")
     finish(engine, [asked(engine, 0).of(engine)])
     long = asked(engine, 1, 5 * WORDS).of(engine)
     for _ in range(3):
         engine.step()
-    short = asked(engine, 0).of(engine)
-    finish(engine, [short])
+    short = asked(engine, 0)
+    mode = replace(engine.config.speculation, mode="target" if what == "chat" else what)
+    prompt = Tokens(list(range(3, 20))) if what == "chat" else short.request.prompt
+    sampling = replace(engine.config.sampling, max_new_tokens=4)
+    short.request = replace(short.request, prompt=prompt, speculation=mode, sampling=sampling)
+    finish(engine, [short.of(engine)])
     assert short.answer.token_ids and not long.has_tokens
     finish(engine, [long])
+
+
+def on_device(engine: Engine) -> int:
+    return engine.prefixes.bytes()["device"]
+
+
+def test_a_document_counts_from_its_first_chunk_and_no_longer_where_it_is_taken_back(models):
+    engine = engine_with(models, 1.5)
+    one = asked(engine, 0).of(engine)
+    while not on_device(engine):
+        engine.step()
+    assert not one.has_tokens and engine.prefixes.tier(name_of(engine, 0).key) is None
+    one.ticket.cancel()
+    finish(engine, [one])
+    assert on_device(engine) == 0
+    finish(engine, [asked(engine, 0).of(engine)])
+    assert on_device(engine) == engine.prefixes.bytes_for(name_of(engine, 0).tokens)
+
+
+@pytest.mark.parametrize("prefill_first", [False, True])
+def test_documents_that_are_read_side_by_side_stay_within_the_bound(models, prefill_first, monkeypatch):
+    """One is asked about while another is read for later: it waits for that one's room, and is not told too large."""
+    engine, most = engine_with(models, 1.5, prefill_first=prefill_first), []
+    hold = engine.prefixes.hold  # of what has just been kept
+    monkeypatch.setattr(engine.prefixes, "hold", lambda handle: (hold(handle), most.append(on_device(engine))))
+    one = asked(engine, 0).of(engine)
+    for _ in range(2):  # as far as the first chunk
+        engine.step()
+    engine.prefill(asked(engine, 1).request)
+    finish(engine, [one])
+    assert one.answer.token_ids and max(most) == engine.prefixes.bytes_for(name_of(engine, 0).tokens)
+
+
+def name_of(engine: Engine, number: int) -> Name:
+    reading = read(engine.models, engine.config, asked(engine, number).request)
+    return engine.prefixes.name(reading.long.head)
+
+
+def test_who_waits_for_room_that_one_who_passes_holds_gets_it(models):
+    engine = engine_with(models, 1.5, mode="lossless")
+    finish(engine, [asked(engine, 0).of(engine)])
+    both = [asked(engine, number).of(engine) for number in (0, 1)]
+    finish(engine, both)
+    assert [one.answer.prefix_reused for one in both] == [True, False]
+
+
+def test_that_room_will_not_be_there_is_told_although_chats_run(models):
+    """What is pinned leaves the devices for nobody, and a chat holds no document."""
+    engine = engine_with(models, 1.5)
+    finish(engine, [asked(engine, 0).of(engine)])
+    engine.prefixes.pin(name_of(engine, 0).key, pinned=True)
+    large, chats = asked(engine, 1).of(engine), []
+    for number in range(60):
+        if not large.ticket.job.ended:
+            chat = asked(engine, number)
+            chat.request = replace(chat.request, prompt=Tokens(list(range(3, 20))))
+            chats.append(chat.of(engine))
+            engine.step()
+    assert isinstance(large.events[-1], Failed) and isinstance(large.events[-1].error, TooLarge)
+    finish(engine, chats)
+    assert all(chat.answer.token_ids for chat in chats)
 
 
 def test_what_never_fits_is_told_although_others_run(models):

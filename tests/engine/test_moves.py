@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
+from rapid_jax.engine.aside import NAME
 from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.host_prefixes import HostMoves
 from rapid_jax.engine.models import Models
@@ -78,11 +79,11 @@ def cache_for(decoder, folder: Path, *, device: float, host: float = 100.0, disk
 
 
 def put(cache: PrefixCache, decoder, *seeds: int) -> list:
-    return [cache.put(head := tokens(LENGTH, seed), prefix_of(decoder, head)) for seed in seeds]
+    return [cache.put(cache.name(head := tokens(LENGTH, seed)), prefix_of(decoder, head)) for seed in seeds]
 
 
 def tiers(cache: PrefixCache, *seeds: int) -> list[str | None]:
-    return [cache.tier(tokens(LENGTH, seed)) for seed in seeds]
+    return [cache.tier(cache.name(tokens(LENGTH, seed)).key) for seed in seeds]
 
 
 def ended(cache: PrefixCache, gate: Gate) -> None:
@@ -96,7 +97,7 @@ def found(cache: PrefixCache, seed: int) -> Found:
     """Asks until there is room."""
     while True:
         try:
-            return cache.find(tokens(LENGTH, seed))
+            return cache.find(cache.name(tokens(LENGTH, seed)))
         except RoomLater:
             cache.wait(60)
 
@@ -119,7 +120,7 @@ def test_what_is_asked_for_while_it_is_copied_stays(decoder, tmp_path: Path, siz
     cache = cache_for(decoder, tmp_path, device=2.5)
     first, _ = put(cache, decoder, 0, 1)
     assert not cache.make_room(size) and slow_copy.reached.wait(60)
-    again = cache.find(tokens(LENGTH, 0))
+    again = cache.find(cache.name(tokens(LENGTH, 0)))
     assert (again.tier, again.handle) == ("device", first)
     if holds:
         cache.hold(first)
@@ -151,7 +152,7 @@ def test_what_is_evicted_while_it_is_saved_from_the_host_is_served(decoder, tmp_
         cache.wait(60)
     assert tiers(cache, 0, 1) == ["host", "device"] and not slow_disk.reached.is_set()
     assert not cache.make_room(2 * size) and slow_disk.reached.wait(60), "the host has no room for both"
-    again = cache.find(tokens(LENGTH, 0))
+    again = cache.find(cache.name(tokens(LENGTH, 0)))
     assert again.tier == "host"
     check_same(again.prefix, prefix_of(decoder, tokens(LENGTH, 0)))
     assert cache.bytes() == {"device": 2 * size, "host": size, "disk": 0}, "its arrays there are still read"
@@ -172,7 +173,7 @@ def test_who_needs_room_for_what_is_kept_asks_again(decoder, tmp_path: Path, siz
         put(cache, decoder, seed)
     assert tiers(cache, 0, 1, 2, 3) == ["disk", "disk", "host", "device"]
     with pytest.raises(RoomLater):
-        cache.find(tokens(LENGTH, 2))
+        cache.find(cache.name(tokens(LENGTH, 2)))
     for seed in (2, 0, 3, 1):
         again = found(cache, seed)
         assert again.tokens == LENGTH
@@ -192,7 +193,7 @@ def test_what_is_removed_while_it_is_saved_is_not_on_disk(
     (first,) = put(cache, decoder, 0)
     assert not cache.make_room(size) and slow_disk.reached.wait(60)
     cache.remove(first.key)
-    assert tiers(cache, 0) == [None] and cache.find(tokens(LENGTH, 0)).prefix is None
+    assert tiers(cache, 0) == [None] and cache.find(cache.name(tokens(LENGTH, 0))).prefix is None
     assert cache.bytes()["device"] == size, "it is still read"
     ended(cache, slow_disk)
     assert cache.bytes() == {"device": 0, "host": 0, "disk": 0} and tiers(cache, 0) == [None]
@@ -326,3 +327,22 @@ def test_to_drain_waits_for_what_is_being_saved(config: RapidConfig, models: Mod
     assert drained == [True] and coming.answer.token_ids
     stored = list((Path(config.cache.folder) / "prefixes").iterdir())
     assert len(stored) == 3 and all((one / "checkpoint").is_dir() for one in stored)
+
+
+def test_to_drain_takes_no_longer_than_it_may_and_leaves_no_part(
+    config: RapidConfig, models: Models, slow_disk, caplog
+):
+    engine = RunningEngine(config, models)
+    engine.start()
+    for seed in range(2):
+        heard = Heard(engine, config, seed)
+        while not heard.ticket.job.ended:
+            time.sleep(0.01)
+    start = time.monotonic()
+    assert engine.drain(0.5) and time.monotonic() - start < 5
+    assert [line for line in caplog.messages if "2 prefixes" in line] == caplog.messages
+    slow_disk.open.set()  # too late
+    while any(thread.name == NAME for thread in threading.enumerate()):
+        time.sleep(0.01)
+    folder = Path(config.cache.folder) / "prefixes"
+    assert slow_disk.reached.is_set() and not (folder.is_dir() and list(folder.iterdir()))

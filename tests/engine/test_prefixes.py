@@ -30,11 +30,11 @@ from tests.engine.prefix_cases import (
 
 
 def full(cache: PrefixCache, decoder, *seeds: int) -> list:
-    return [cache.put(head := tokens(LENGTH, seed), prefix_of(decoder, head)) for seed in seeds]
+    return [cache.put(cache.name(head := tokens(LENGTH, seed)), prefix_of(decoder, head)) for seed in seeds]
 
 
 def tiers(cache: PrefixCache, *seeds: int) -> list[str | None]:
-    return [cache.tier(tokens(LENGTH, seed)) for seed in seeds]
+    return [cache.tier(cache.name(tokens(LENGTH, seed)).key) for seed in seeds]
 
 
 def gib(size: float) -> float:
@@ -58,15 +58,15 @@ def check_lies_as(head: Prefix, whole: Prefix, tokens: int) -> None:
 
 def test_what_was_put_is_found_and_nothing_else(decoder, tmp_path: Path):
     cache, head = cache_of(decoder, tmp_path), tokens(LENGTH)
-    assert cache.find(head).prefix is None
+    assert cache.find(cache.name(head)).prefix is None
     prefix = prefix_of(decoder, head)
-    handle = cache.put(head, prefix)
-    found = cache.find(head)
+    handle = cache.put(cache.name(head), prefix)
+    found = cache.find(cache.name(head))
     assert (found.prefix, found.tokens, found.handle, found.tier) == (prefix, LENGTH, handle, "device")
-    assert cache.put(head, prefix_of(decoder, head)) == handle, "what is there stays"
-    assert cache.find(tokens(LENGTH, seed=1)).tokens == 0
+    assert cache.put(cache.name(head), prefix_of(decoder, head)) == handle, "what is there stays"
+    assert cache.find(cache.name(tokens(LENGTH, seed=1))).tokens == 0
     with pytest.raises(ValueError, match="expected a prefix of one row, got 2"):
-        cache.put(head, replace(prefix, pos_BS=jnp.zeros((2, 8), jnp.int32)))
+        cache.put(cache.name(head), replace(prefix, pos_BS=jnp.zeros((2, 8), jnp.int32)))
 
 
 @pytest.mark.parametrize("layout", ["unrolled", "stacked"])
@@ -75,7 +75,7 @@ def test_bytes_are_known_before(tmp_path: Path, mesh, layout):
     decoder = decoder_on(MESHES[mesh], layout)
     cache = cache_of(decoder, tmp_path)
     for length in (1, LENGTH, 30 * CHUNK + 1):
-        cache.put(head := tokens(length), prefix_of(decoder, head))
+        cache.put(cache.name(head := tokens(length)), prefix_of(decoder, head))
         assert cache.bytes()["device"] == cache.bytes_for(length)
         cache.remove(cache.name(head).key)
 
@@ -87,21 +87,21 @@ def test_a_common_head_is_copied_into_slots_for_the_whole(tmp_path: Path, mesh, 
     decoder, kept = decoder_on(MESHES[mesh], layout), tokens(LENGTH)
     cache = cache_of(decoder, tmp_path, disk_gib=1.0 if tier == "disk" else 0.0)
     prefix = prefix_of(decoder, kept)
-    cache.put(kept, prefix)
+    cache.put(cache.name(kept), prefix)
     if tier == "host":
         assert cache.make_room(2**30)
     if tier == "disk":
         cache.save()
         cache = cache_of(decoder, tmp_path, disk_gib=1.0)
-    assert cache.tier(kept) == tier
+    assert cache.tier(cache.name(kept).key) == tier
     for common, length in ((3 * CHUNK + 7, 11 * CHUNK), (2 * CHUNK, 3 * CHUNK + 1)):
         head = changed(kept, common, length)
-        found = cache.find(head)
+        found = cache.find(cache.name(head))
         usable = common // CHUNK * CHUNK
         assert (found.tokens, found.handle, found.tier) == (usable, None, tier)
         check_head(found.prefix, decoder, head[:usable], length)
-    assert cache.find(changed(kept, CHUNK - 1, LENGTH)).prefix is None
-    again = cache.find(kept)
+    assert cache.find(cache.name(changed(kept, CHUNK - 1, LENGTH))).prefix is None
+    again = cache.find(cache.name(kept))
     assert (again.tokens, again.tier) == (LENGTH, tier)
     if tier == "disk":
         check_head(again.prefix, decoder, kept, LENGTH)
@@ -112,24 +112,24 @@ def test_a_common_head_is_copied_into_slots_for_the_whole(tmp_path: Path, mesh, 
 def test_the_longest_head_counts_wherever_it_is(decoder, tmp_path: Path, caplog):
     stored, head = cache_of(decoder, tmp_path, disk_gib=1.0), tokens(LENGTH)
     short, long = changed(head, 2 * CHUNK, LENGTH), changed(head, 4 * CHUNK, LENGTH)
-    stored.put(long, prefix_of(decoder, long))
+    stored.put(stored.name(long), prefix_of(decoder, long))
     stored.save()
     cache = cache_of(decoder, tmp_path, disk_gib=1.0)
-    cache.put(short, prefix_of(decoder, short))
-    found = cache.find(head)
+    cache.put(cache.name(short), prefix_of(decoder, short))
+    found = cache.find(cache.name(head))
     assert (found.tokens, found.tier) == (4 * CHUNK, "disk")
     check_head(found.prefix, decoder, head[: 4 * CHUNK], LENGTH)
-    cache.put(long, prefix_of(decoder, long))
-    assert cache.find(head).tier == "device"
+    cache.put(cache.name(long), prefix_of(decoder, long))
+    assert cache.find(cache.name(head)).tier == "device"
     cache.remove(cache.name(long).key)
-    assert (cache.find(head).tokens, cache.find(head).tier) == (2 * CHUNK, "device")
+    assert (cache.find(cache.name(head)).tokens, cache.find(cache.name(head)).tier) == (2 * CHUNK, "device")
 
     stored = cache_of(decoder, tmp_path, disk_gib=1.0)
-    stored.put(long, prefix_of(decoder, long))
+    stored.put(stored.name(long), prefix_of(decoder, long))
     stored.save()
     data = max((tmp_path / "prefixes").rglob("d/*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:-1])
-    found = cache.find(head)
+    found = cache.find(cache.name(head))
     assert (found.tokens, found.tier) == (2 * CHUNK, "device") and "computed again" in caplog.text
     check_head(found.prefix, decoder, head[: 2 * CHUNK], LENGTH)
 
@@ -139,7 +139,7 @@ def test_the_longest_head_counts_wherever_it_is(decoder, tmp_path: Path, caplog)
 def test_another_length_within_a_capacity_compiles_nothing(tmp_path: Path, layout, tier):
     decoder, kept = decoder_on(MESHES["context 2"], layout), tokens(LENGTH)
     cache = cache_of(decoder, tmp_path, disk_gib=1.0 if tier == "disk" else 0.0)
-    cache.put(kept, prefix_of(decoder, kept))
+    cache.put(cache.name(kept), prefix_of(decoder, kept))
     if tier == "disk":
         cache.save()
         cache = cache_of(decoder, tmp_path, disk_gib=1.0)
@@ -147,7 +147,7 @@ def test_another_length_within_a_capacity_compiles_nothing(tmp_path: Path, layou
     def find(common: int, length: int) -> None:
         if tier == "host":
             assert cache.make_room(2**30)
-        assert cache.find(changed(kept, common, length)).tokens == common // CHUNK * CHUNK
+        assert cache.find(cache.name(changed(kept, common, length))).tokens == common // CHUNK * CHUNK
 
     with timed() as seconds:
         find(CHUNK, 10 * CHUNK)
@@ -161,20 +161,20 @@ def test_another_length_within_a_capacity_compiles_nothing(tmp_path: Path, layou
 
 def test_a_head_that_a_longer_document_begins_with_is_whole(decoder, tmp_path: Path):
     cache, kept = cache_of(decoder, tmp_path), tokens(LENGTH)
-    cache.put(kept, prefix_of(decoder, kept))
-    found = cache.find(kept[: 4 * CHUNK])
+    cache.put(cache.name(kept), prefix_of(decoder, kept))
+    found = cache.find(cache.name(kept[: 4 * CHUNK]))
     assert found.tokens == 4 * CHUNK and found.handle is not None
     check_head(found.prefix, decoder, kept[: 4 * CHUNK], 4 * CHUNK)
-    assert cache.find(kept[: 4 * CHUNK]).handle == found.handle
+    assert cache.find(cache.name(kept[: 4 * CHUNK])).handle == found.handle
 
 
 @pytest.mark.parametrize("mesh", ["one device", "context 2"])
 def test_an_answer_over_a_copied_head_is_that_of_a_prefill(tmp_path: Path, mesh):
     decoder, kept = decoder_on(MESHES[mesh]), tokens(LENGTH)
     cache = cache_of(decoder, tmp_path)
-    cache.put(kept, prefill(decoder, [kept], chunk=CHUNK, dtype=jnp.float32))
+    cache.put(cache.name(kept), prefill(decoder, [kept], chunk=CHUNK, dtype=jnp.float32))
     prompt = changed(kept, 3 * CHUNK + 5, LENGTH)
-    found = cache.find(prompt[:-2])
+    found = cache.find(cache.name(prompt[:-2]))
     assert found.tokens == 3 * CHUNK and found.prefix is not None
     whole = prefill(decoder, [prompt[:-2]], chunk=CHUNK, dtype=jnp.float32)
     check_lies_as(found.prefix, whole, found.tokens)
@@ -191,12 +191,12 @@ def test_an_answer_over_a_copied_head_is_that_of_a_prefill(tmp_path: Path, mesh)
 def test_the_least_recently_used_leaves_the_device_first_and_comes_back_bit_for_bit(decoder, tmp_path: Path, size):
     cache = cache_of(decoder, tmp_path, device_gib=gib(2.5 * size))
     full(cache, decoder, 0, 1)
-    cache.find(tokens(LENGTH, 0))
+    cache.find(cache.name(tokens(LENGTH, 0)))
     full(cache, decoder, 2)
     assert tiers(cache, 0, 1, 2) == ["device", "host", "device"]
     assert cache.bytes() == {"device": 2 * size, "host": size, "disk": 0}
     assert cache.moves.gigabytes_per_second is None
-    found = cache.find(tokens(LENGTH, 1))
+    found = cache.find(cache.name(tokens(LENGTH, 1)))
     assert found.tier == "host"
     check_same(found.prefix, prefix_of(decoder, tokens(LENGTH, 1)))
     assert cache.moves.bytes == size and (cache.moves.gigabytes_per_second or 0) > 0
@@ -223,7 +223,7 @@ def test_what_is_held_stays_on_the_device(decoder, tmp_path: Path, size):
         cache.hold(first)
     with pytest.raises(ValueError, match="expected the handle of a prefix that is held"):
         cache.release(first)
-    assert cache.find(tokens(LENGTH, 0)).handle == first
+    assert cache.find(cache.name(tokens(LENGTH, 0))).handle == first
     cache.hold(first)
     cache.remove(first.key)
     cache.release(first)
@@ -265,11 +265,25 @@ def test_nothing_is_found_where_the_device_has_no_room(decoder, tmp_path: Path, 
     full(cache, decoder, 0)
     (second,) = full(cache, decoder, 1)
     cache.hold(second)
-    assert cache.find(tokens(LENGTH, 0)).prefix is None
-    assert cache.find(changed(tokens(LENGTH, 1), 3 * CHUNK, LENGTH)).prefix is None
+    assert cache.find(cache.name(tokens(LENGTH, 0))).prefix is None
+    assert cache.find(cache.name(changed(tokens(LENGTH, 1), 3 * CHUNK, LENGTH))).prefix is None
     assert tiers(cache, 0, 1) == ["host", "device"]
     cache.release(second)
-    assert cache.find(tokens(LENGTH, 0)).tokens == LENGTH
+    assert cache.find(cache.name(tokens(LENGTH, 0))).tokens == LENGTH
+
+
+def test_what_is_being_read_takes_room_until_it_is_given_back(decoder, tmp_path: Path, size):
+    cache = cache_of(decoder, tmp_path, device_gib=gib(2.5 * size))
+    (first, _) = full(cache, decoder, 0, 1)
+    cache.hold(first)
+    assert cache.reserve(size) and tiers(cache, 0, 1) == ["device", "host"] and cache.bytes()["device"] == 2 * size
+    assert (
+        not cache.make_room(size) and not cache.reserve(size) and cache.find(cache.name(tokens(LENGTH, 1))).tokens == 0
+    )
+    cache.give_back(size)
+    assert cache.bytes()["device"] == size and cache.find(cache.name(tokens(LENGTH, 1))).tokens == LENGTH
+    cache.release(first)
+    assert cache.reserve(2 * size) and cache.bytes() == {"device": 2 * size, "host": 2 * size, "disk": 0}
 
 
 @pytest.mark.parametrize("host_gib", [0.0, 1.0])
@@ -277,7 +291,7 @@ def test_what_leaves_memory_is_on_disk(decoder, tmp_path: Path, size, host_gib):
     cache = cache_of(decoder, tmp_path, device_gib=gib(1.5 * size), host_gib=host_gib * gib(1.5 * size), disk_gib=1.0)
     full(cache, decoder, 0, 1, 2)
     assert tiers(cache, 0, 1, 2) == ["disk", "host" if host_gib else "disk", "device"]
-    found = cache.find(tokens(LENGTH, 0))
+    found = cache.find(cache.name(tokens(LENGTH, 0)))
     assert found.tier == "disk"
     check_head(found.prefix, decoder, tokens(LENGTH, 0), LENGTH)
     assert cache.bytes()["disk"] > 0
@@ -299,7 +313,7 @@ def test_save_stores_what_is_not_there_yet_from_either_tier(tmp_path: Path, mesh
     reader = decoder_on(MESHES["context 2"], "stacked")
     other = cache_of(reader, tmp_path, disk_gib=1.0)
     for seed in (0, 1):
-        found = other.find(tokens(LENGTH, seed))
+        found = other.find(other.name(tokens(LENGTH, seed)))
         assert found.tier == "disk"
         check_head(found.prefix, reader, tokens(LENGTH, seed), LENGTH)
     assert len(before) == 2
@@ -312,22 +326,29 @@ def test_a_damaged_entry_is_not_used(decoder, tmp_path: Path, caplog):
     data = max((tmp_path / "prefixes").rglob("d/*"), key=lambda path: path.stat().st_size)
     data.write_bytes(data.read_bytes()[:-1] + b"\0")
     other = cache_of(decoder, tmp_path, disk_gib=1.0)
-    assert other.find(tokens(LENGTH)).prefix is None
+    assert other.find(other.name(tokens(LENGTH))).prefix is None
     assert "unusable and will be computed again" in caplog.text
     assert other.bytes()["disk"] == 0
 
 
 def test_owners_share_what_is_public_alone(decoder, tmp_path: Path):
     cache, head = cache_of(decoder, tmp_path, disk_gib=1.0), tokens(LENGTH)
-    cache.put(head, prefix_of(decoder, head), "ann")
+    cache.put(cache.name(head, "ann"), prefix_of(decoder, head))
     cache.save()
     for again in (cache, cache_of(decoder, tmp_path, disk_gib=1.0)):
-        assert again.tier(head, "ann") and not again.tier(head, "bob") and not again.tier(head)
-        assert again.find(head, "bob").prefix is None and again.find(head, "ann", public=True).prefix is None
-        assert again.find(changed(head, 3 * CHUNK, LENGTH), "bob").prefix is None
-        assert again.find(changed(head, 3 * CHUNK, LENGTH), "ann").tokens == 3 * CHUNK
-    handle = cache.put(head, prefix_of(decoder, head), "ann", public=True)
-    assert cache.find(head, "bob", public=True).handle == handle
+        assert (
+            again.tier(again.name(head, "ann").key)
+            and not again.tier(again.name(head, "bob").key)
+            and not again.tier(again.name(head).key)
+        )
+        assert (
+            again.find(again.name(head, "bob")).prefix is None
+            and again.find(again.name(head, "ann", public=True)).prefix is None
+        )
+        assert again.find(again.name(changed(head, 3 * CHUNK, LENGTH), "bob")).prefix is None
+        assert again.find(again.name(changed(head, 3 * CHUNK, LENGTH), "ann")).tokens == 3 * CHUNK
+    handle = cache.put(cache.name(head, "ann", public=True), prefix_of(decoder, head))
+    assert cache.find(cache.name(head, "bob", public=True)).handle == handle
 
 
 def test_other_numbers_have_other_names(decoder, tmp_path: Path):
@@ -345,16 +366,16 @@ def test_other_numbers_have_other_names(decoder, tmp_path: Path):
 
 def test_a_removed_prefix_is_gone_from_every_tier_but_for_who_reads_it(decoder, tmp_path: Path, size):
     cache, head = cache_of(decoder, tmp_path, device_gib=gib(1.5 * size), disk_gib=1.0), tokens(LENGTH)
-    handle = cache.put(head, prefix_of(decoder, head))
+    handle = cache.put(cache.name(head), prefix_of(decoder, head))
     cache.save()
     cache.hold(handle)
     cache.remove(handle.key)
-    assert cache.tier(head) is None and cache.find(head).prefix is None
+    assert cache.tier(cache.name(head).key) is None and cache.find(cache.name(head)).prefix is None
     assert cache.bytes() == {"device": size, "host": 0, "disk": 0}
     assert not cache.make_room(size), "its room is not free yet"
     cache.release(handle)
     assert cache.bytes()["device"] == 0 and cache.make_room(size)
-    again = cache.put(head, prefix_of(decoder, head))
+    again = cache.put(cache.name(head), prefix_of(decoder, head))
     assert again != handle and again.key == handle.key
     cache.remove(again.key)
     assert cache.bytes() == {"device": 0, "host": 0, "disk": 0}
@@ -367,14 +388,14 @@ def test_a_rounded_prefix_is_kept_whole_in_every_tier(tmp_path: Path, mesh, layo
     decoder, head = decoder_on(MESHES[mesh], layout), tokens(LENGTH)
     cache = cache_of(decoder, tmp_path, kv="int8", disk_gib=1.0)
     prefix = rounded(prefix_of(decoder, head))
-    cache.put(head, prefix)
+    cache.put(cache.name(head), prefix)
     assert cache.bytes()["device"] < 0.4 * cache.bytes_for(LENGTH)  # of float32, heads of 8: a quarter and an eighth
-    assert cache.find(changed(head, 3 * CHUNK, LENGTH)).prefix is None
-    assert cache.make_room(2**30) and cache.tier(head) == "host"
+    assert cache.find(cache.name(changed(head, 3 * CHUNK, LENGTH))).prefix is None
+    assert cache.make_room(2**30) and cache.tier(cache.name(head).key) == "host"
     cache.save()
-    found = cache.find(head)
+    found = cache.find(cache.name(head))
     check_same(found.prefix, prefix)
-    stored = cache_of(decoder, tmp_path, kv="int8", disk_gib=1.0).find(head)
+    stored = cache_of(decoder, tmp_path, kv="int8", disk_gib=1.0).find(cache.name(head))
     assert stored.tier == "disk" and stored.prefix is not None
     used = np.asarray(prefix.pos_BS)[0] >= 0
     pairs = zip(*((p.layers if layout == "unrolled" else [p.layers]) for p in (stored.prefix, prefix)), strict=True)

@@ -26,9 +26,11 @@ def lanes(*sizes: tuple[int, ...], full: tuple[int, ...] | None = None, document
     return cast("Any", found)
 
 
-def placed(sharing: Sharing, there: Any, slots: tuple[int, ...], document: str = "a") -> tuple | str | None:
+def placed(
+    sharing: Sharing, there: Any, slots: tuple[int, ...], document: str = "a", *, shared: bool = True
+) -> tuple | str | None:
     """The slots of the lane; "new" is one of its own."""
-    found = sharing.place(there, key(slots), document, [])
+    found = sharing.place(there, key(slots), document, [], shared=shared)
     if found is None:
         return None
     lane, sizes = found
@@ -92,3 +94,21 @@ def test_a_question_waits_rather_than_for_a_program_of_more_rows(declared, there
     lane = SimpleNamespace(sizes_with=lambda names: wanted, documents=[None] * there[0], each=there[1])
     found = placed(Sharing({SMALL: declared}), cast("Any", {key(SMALL): lane}), SMALL)
     assert (found is None) == waits
+
+
+@pytest.mark.parametrize(
+    ("declared", "there", "wanted", "waits"),
+    [
+        ({(1, 1)}, (1, 1), (2, 1), False),  # nothing but the smallest was compiled for
+        ({(1, 1), (2, 1)}, (1, 1), (2, 1), False),
+        ({(1, 1), (2, 1)}, (2, 1), (4, 1), True),
+        ({(1, 1), (2, 1)}, (4, 1), (4, 1), False),  # a free row of a lane that has so many
+        ({(1, 1), (1, 4)}, (1, 1), (2, 1), True),
+        ({(1, 1), (1, 4), (2, 1)}, (1, 4), (2, 4), False),  # rows of a document, which might never all end
+    ],
+)
+def test_a_chat_waits_rather_than_for_a_program_of_more_rows(declared, there, wanted, waits):
+    lane = SimpleNamespace(sizes_with=lambda names: wanted, documents=[None] * there[0], each=there[1])
+    sharing, lanes = Sharing({SMALL: declared}), cast("Any", {key(SMALL): lane})
+    assert (placed(sharing, lanes, SMALL, shared=False) is None) == waits
+    assert placed(sharing, lanes, SMALL) == SMALL, "a question about another document goes on"

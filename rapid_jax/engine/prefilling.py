@@ -1,0 +1,182 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prompts are read, a chunk at a time; what is read of documents is kept."""
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeAlias, TypeVar
+
+from rapid_jax.attention.cache import Prefix
+from rapid_jax.attention.rounded import rounded
+from rapid_jax.config import RapidConfig
+from rapid_jax.engine.errors import TooLarge
+from rapid_jax.engine.heads import Name
+from rapid_jax.engine.job import Job
+from rapid_jax.engine.models import Models
+from rapid_jax.engine.prefixes import Found, PrefixCache, RoomLater
+from rapid_jax.engine.request import Question, Request, Tokens
+from rapid_jax.engine.rooms import room_of_short
+from rapid_jax.engine.tiers import Handle
+from rapid_jax.model.decoder import Decoder
+from rapid_jax.runtime.compiling import timed
+from rapid_jax.runtime.progress import progress
+from rapid_jax.speculative.generate import Prompted
+from rapid_jax.speculative.prefill import Prefill, PrefillSettings
+
+# Tokens that a prompt's prefix lacks when its rounds begin: the target feeds the last one, a drafter the last two.
+TARGET_LACKS, DRAFTER_LACKS = 1, 2
+PAUSE_S = 0.01  # between looks at what is being waited for, where nothing else is to be done
+Result = TypeVar("Result")
+# Work that yields between its pieces, and True once it needs the turn from there on: what takes room for a document, or
+# waits for it, is done for one request at a time.
+Steps: TypeAlias = Generator[bool, None, Result]
+
+
+class Prefilling:
+    """Reads prompts for requests whose steps are taken in turns."""
+
+    def __init__(
+        self,
+        config: RapidConfig,
+        models: Models,
+        prefixes: PrefixCache,
+        *,
+        is_alone: Callable[[], bool],
+        few_programs: bool,
+        on_read: Callable[[Request, str], None],
+        quiet: bool,
+    ):
+        """`is_alone`: whether no request has been read and not ended. `few_programs`: requests that ask for different
+        things share theirs. `on_read` is told the key of a document's keys and values.
+        """
+        self._config, self._models, self._prefixes, self._quiet = config, models, prefixes, quiet
+        self._is_alone, self._few_programs, self._on_read = is_alone, few_programs, on_read
+        self.under_way = 0  # requests whose prompts are being read
+        self.waits_for_room = False  # whether a request can go on only when others have given back memory
+
+    def name(self, request: Request, head: Sequence[int]) -> Name | None:
+        """Of a prompt's head whose keys and values are kept for others; None: they are not. Of any thread.
+
+        It is made once a request: that takes milliseconds for a long document.
+        """
+        prompt, is_short = request.prompt, len(head) < self._config.compute.prefill_chunk
+        if not isinstance(prompt, Question) and (is_short or (isinstance(prompt, Tokens) and not prompt.kept)):
+            return None
+        return self._prefixes.name(head, request.owner, request.public)
+
+    def at_hand(self, job: Job, name: Name | None) -> tuple[Prefix, Handle] | None:
+        """The document, held, where it lies on the devices and nobody waits for what it takes there."""
+        if name is None or self.waits_for_room or self._prefixes.tier(name.key) != "device":
+            return None
+        try:
+            found = self._prefixes.find(name)
+        except RoomLater:
+            return None
+        if found.handle is None or found.prefix is None:
+            return None
+        self._on_read(job.request, name.key)
+        job.reused = True
+        self._prefixes.hold(found.handle)
+        return found.prefix, found.handle
+
+    def document(self, job: Job, head: list[int], name: Name | None) -> Steps[tuple[Prefix, Handle | None]]:
+        """The target's prefix of the prompt up to the end of the document, kept for others under the name; held where
+        it is kept.
+        """
+        decoder = self._models.target.decoder
+        if name is None:
+            room = room_of_short(len(head), self._config.compute.prefill_chunk) if self._few_programs else 0
+            return (yield from self.read(job, decoder, head, "prefill", room=room)), None
+        self._on_read(job.request, name.key)
+        found = yield from self._find(job, name)
+        if found.handle is not None and found.prefix is not None:
+            job.reused = True
+            self._prefixes.hold(found.handle)
+            return found.prefix, found.handle
+        size = self._prefixes.bytes_for(len(head))
+        while not self._prefixes.reserve(size):
+            if not (self._prefixes.fits(len(head)) and self._may_be_room_later()):
+                raise TooLarge(f"the document is too large for the memory: {len(head)} tokens of keys and values")
+            yield from self._until_there_may_be_room()
+        try:
+            prefix = yield from self.read(job, decoder, head, "prefill", found)
+            if self._config.compute.kv != "full":
+                prefix = rounded(prefix)
+        finally:
+            self._prefixes.give_back(size)
+        handle = self._prefixes.put(name, prefix)
+        self._prefixes.hold(handle)
+        return prefix, handle
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """While a request's prompts are read."""
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+
+    def _find(self, job: Job, name: Name) -> Steps[Found]:
+        """What is kept of the document."""
+        while True:
+            try:
+                with timed() as work:
+                    found = self._prefixes.find(name)
+            except RoomLater:
+                yield from self._until_there_may_be_room()
+                continue
+            job.took("prefill", work)
+            return found
+
+    def _may_be_room_later(self) -> bool:
+        """Whether some will be given back: by another request, or at the end of a move."""
+        others = self.under_way > 1 or not self._is_alone()
+        return self._prefixes.moving or (others and self._prefixes.occupied)
+
+    def _until_there_may_be_room(self) -> Steps[None]:
+        if self._is_alone():
+            self._prefixes.wait(PAUSE_S)
+        self.waits_for_room = True
+        try:
+            yield False
+        finally:
+            self.waits_for_room = False
+
+    def drafter(self, job: Job, tokens: list[int], *, room: int = 0, waits: bool = True) -> Steps[Prompted]:
+        """The drafter with its prompt; without waiting it is only under way."""
+        decoder = self._models.drafter.decoder
+        label = "prefill (drafter)" if waits else None
+        prefix = yield from self.read(job, decoder, tokens[:-DRAFTER_LACKS], label, room=room)
+        is_copy = decoder.bits is not None and decoder is not self._models.target.decoder
+        if is_copy:
+            prefix = rounded(prefix)
+        return Prompted(decoder, [tokens], prefix, [len(tokens) - DRAFTER_LACKS])
+
+    def read(
+        self,
+        job: Job,
+        decoder: Decoder,
+        tokens: list[int],
+        label: str | None,
+        begun: Found | None = None,
+        room: int = 0,
+    ) -> Steps[Prefix]:
+        """The prefix of a prompt, a chunk at a time; of one that is kept, from what there is of it. Without a label it
+        is only under way, at once.
+        """
+        compute, dtype = self._config.compute, decoder.embed_VD[...].dtype
+        settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, begun is None, room)
+        known = {} if begun is None else {"begun": begun.prefix, "known": begun.tokens}
+        work = Prefill(decoder, [tokens], settings, dtype=dtype, **known)
+        while label is None and work.left:
+            work.step()
+        with progress(label or "", work.left, "tokens", quiet=self._quiet or label is None) as report:
+            while work.left:
+                before = work.left
+                with timed() as chunk:
+                    work.step()
+                    work.wait()
+                job.took("prefill", chunk)
+                report.advance(before - work.left)
+                yield False
+        return work.prefix

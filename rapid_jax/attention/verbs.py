@@ -154,8 +154,6 @@ def _far_used(prefix: Prefix, strategy: Strategy) -> tuple[str, jax.Array]:
     """(letters, slots of the prefix that may be used: one number, or that of each sequence on each device)."""
     if strategy.context == 1:
         return "", prefix.used
-    if not strategy.decodes_from_stack:  # empty slots are found by position
-        return "", jnp.int32(prefix.pos_BS.shape[1])
 
     def local(pos_BS: jax.Array) -> tuple[jax.Array]:
         behind = jnp.arange(1, pos_BS.shape[1] + 1, dtype=jnp.int32)
@@ -192,7 +190,8 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
             used = far_used, near_used, jnp.int32(pos_BG.shape[1])
         else:
             kept = write(near, new.k_BKSH, new.v_BKSH, slot_B)
-            sides, used = (prefix_slots, Slots(kept.k_BKSH, kept.v_BKSH, near_pos_BG)), (far_used, near_used)
+            sides = prefix_slots, Slots(kept.k_BKSH, kept.v_BKSH, near_pos_BG)
+            used = jnp.max(far_used), near_used
         out_BKRH = over_both(rows, sides, used, q_BGNH.shape[-1] ** -0.5, strategy.hops.axis)
         return unfold(out_BKRH, q_BGNH.shape[1]), kept.k_BKSH, kept.v_BKSH
 

@@ -98,7 +98,8 @@ class Prefilling:
                 raise TooLarge(f"the document is too large for the memory: {len(head)} tokens of keys and values")
             yield from self._until_there_may_be_room()
         try:
-            prefix = yield from self.read(job, decoder, head, "prefill", found)
+            room = self._prefixes.room(len(head))
+            prefix = yield from self.read(job, decoder, head, "prefill", found, room)
             if self._config.compute.kv != "full":
                 prefix = rounded(prefix)
         finally:

@@ -15,6 +15,7 @@ from rapid_jax.config import CacheConfig, ComputeConfig
 from rapid_jax.engine.aside import done_by, seconds_until
 from rapid_jax.engine.heads import Name, StoredHeads
 from rapid_jax.engine.host_prefixes import HostMoves, bytes_left, device_bytes, head_bytes
+from rapid_jax.engine.rooms import room_of_document
 from rapid_jax.engine.tiers import Handle, Kept, Tiers
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.runtime.files import digest
@@ -75,6 +76,7 @@ class PrefixCache:
         device = left - min(reserve, left // 2) if given is None else int(given * _GIB)
         most = {"device": device, "host": int(cache.host_gib * _GIB) if alone else 0}
         self._tiers = Tiers(self.moves, most, self._save, self._saved, aside=aside and alone)
+        self.sizes: set[int] = set()  # slots of documents that programs have been compiled for
         self.until: float | None = None  # of time.monotonic(): nothing is stored on disk from then on
         self._store, disk = None, int(cache.disk_gib * _GIB)
         if disk and cache.prefixes and alone:
@@ -94,6 +96,16 @@ class PrefixCache:
     def fits(self, tokens: int) -> bool:
         """Whether the devices have room for a head of so many tokens with nothing else there."""
         return self.bytes_for(tokens) <= self._tiers.most["device"]
+
+    def room(self, tokens: int) -> int:
+        """Tokens that there is room for with a head of so many: more than those where that spares programs."""
+        size = room_of_document(tokens, self.sizes)
+        return size if head_bytes(self._decoder, self._of_size(size, size)) <= self._tiers.most["device"] else tokens
+
+    def slots(self, handle: Handle) -> int:
+        """Of the prefix, on the devices or on the host."""
+        kept = self._tiers.get(handle.key)
+        return 0 if kept is None else kept.prefix.pos_BS.shape[1]
 
     def name(self, head: Sequence[int], owner: str = "", public: bool = False) -> Name:
         """What the cache knows a head by; `key` is that of its handle. Of any thread.
@@ -222,6 +234,9 @@ class PrefixCache:
         return digest(weights, repr(config), jax.default_backend(), kernel, jnp.dtype(self._dtype).name, compute.kv)
 
     def _place(self, tokens: int, longest: int) -> Place:
+        return self._of_size(tokens, self.room(longest))
+
+    def _of_size(self, tokens: int, longest: int) -> Place:
         devices = serving(self._decoder, block=1).context
         return Place.of(tokens, longest, self._compute.prefill_chunk, devices)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Room for prompts of few sizes, where requests are to share programs."""
 
+from collections.abc import Iterable
 from typing import Final
 
 from rapid_jax.retrieval.config import RetrievalConfig, chunk_count
@@ -10,6 +11,16 @@ from rapid_jax.retrieval.config import RetrievalConfig, chunk_count
 QUESTION_TOKENS: Final = 128
 _FRAME_TOKENS: Final = 256
 _JOIN_TOKENS: Final = 2
+
+
+# A document gets as many slots as one that programs have been compiled for, if those are no more than so many times its
+# tokens: empty slots cost memory, not time.
+_SPARE: Final = 4
+
+
+def room_of_document(tokens: int, sizes: Iterable[int]) -> int:
+    """Tokens that there is room for with a document of so many; `sizes` are slots of documents that have programs."""
+    return min((size for size in sizes if tokens <= size <= _SPARE * tokens), default=tokens)
 
 
 def room_of_short(tokens: int, chunk: int) -> int:

@@ -32,15 +32,16 @@ class WarmUp:
     That holds for questions about documents under the engine's own mode, gamma and lookup, and for chats and texts
     without one, with answers of at most the engine's own limit (or of the same bucket) and questions of at most
     `rooms.QUESTION_TOKENS`, whatever else they ask for, of one of the sizes or of several at once; and for the
-    log-probabilities of prompts of these lengths. Requests that name others bring programs of their own, and so do more
-    at once. (In mode target questions about a document may share a lane with chats that need as many slots; then each
-    of those counts as a document.)
+    log-probabilities of prompts of these lengths. A document shorter than one of the lengths, down to about a quarter
+    of it, gets as much room where the devices have it. Requests that name others bring programs of their own, and so do
+    more at once. (In mode target questions about a document may share a lane with chats that need as many slots; then
+    each of those counts as a document.)
 
     Requests of several sizes run side by side in the lane of the largest (engine/sharing.py): that takes one program
     for each pair of sizes, where lanes that grew would take one for each pair and number of rows.
     """
 
-    lengths: tuple[int, ...] = (1024,)  # tokens of documents; one stands for all of its bucket
+    lengths: tuple[int, ...] = (1024,)  # tokens of documents
     rows: int = 1  # questions about a document at once
     documents: int = 1  # that are asked about at once; with all their questions no more than a lane has rows
     # Tokens of prompts without a document, as many at once as a document has questions. Those of a prefill chunk are
@@ -75,6 +76,7 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
         start = time.perf_counter()
         engine.models.embedder.warm_up(_PIECES * config.retrieval.chunk_tokens)
         report(f"chunks and questions: {time.perf_counter() - start:.1f} s")
+    sizes: set[int] = set()  # slots of the documents, which those of other lengths have from then on
     documents: Outlines = {}  # apart from chats: they come in other numbers
     chats: Outlines = {}
     for length, is_document in sorted({*((n, True) for n in what.lengths), *((n, False) for n in what.chats)})[::-1]:
@@ -84,7 +86,7 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
             # Of another one that begins so what they have in common is copied.
             prompts: Prompts = Question(texts[length], asked), Question(texts[length][:-1], asked)
             about = f"documents of {length} tokens, up to {what.documents} at once with {what.rows} questions each"
-            _warm_up(engine, prompts, what.sizes(), documents, about, report)
+            sizes.add(_warm_up(engine, prompts, what.sizes(), documents, about, report))
         else:
             alone = _alone(what.rows)
             about = f"chats of {length} tokens, up to {what.rows} at once"
@@ -92,14 +94,16 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
         start = time.perf_counter()
         compile_scores(engine.models.target, config, ids)
         report(f"log-probabilities of prompts of {length} tokens: {time.perf_counter() - start:.1f} s")
+    engine.prefixes.sizes |= sizes
 
 
 def _warm_up(
     engine: Engine, prompts: Prompts, sizes: list[Size], larger: Outlines, about: str, report: Callable[[str], None]
-) -> None:
+) -> int:
     """For requests like the first prompt in lanes of these sizes and in those of larger ones, which have been before;
-    the second begins as the first does.
+    the second begins as the first does. Returns the slots of what is kept of the first; 0 if nothing is.
     """
+    slots = 0
     unwanted: list[Handle] = []
     for number, (kind, request) in enumerate(_kinds(prompts[0], engine.config)):
         start = time.perf_counter()
@@ -112,10 +116,13 @@ def _warm_up(
                 sizes = _alone(max(count * each for count, each in sizes))
             _compile_joins(engine, prepared, larger.setdefault(kind, {}), sizes)
             _compile(job, prepared, sizes)
-            unwanted += [] if number or prepared.handle is None else [prepared.handle]
+            if not number and prepared.handle is not None:
+                unwanted.append(prepared.handle)
+                slots = engine.prefixes.slots(prepared.handle)
         report(f"{about}, {kind}: {time.perf_counter() - start:.1f} s")
     for handle in unwanted:
         engine.prefixes.remove(handle.key)
+    return slots
 
 
 def _alone(most: int) -> list[Size]:

@@ -50,7 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--documents", action=Place, metavar="DIR",
                         help="keep documents there over a restart (default: in memory alone)")  # fmt: skip
     parser.add_argument("--warm-tokens", type=_wholes, default=(1024,), metavar="LIST",
-                        help="lengths of documents that are compiled for before the start, as 1024,8192")  # fmt: skip
+                        help="lengths of documents that are compiled for before the start, as 1024,8192: each also for "
+                        "shorter ones, down to a quarter, which take as much memory")  # fmt: skip
     parser.add_argument("--warm-rows", type=int, default=1, metavar="N",
                         help="questions at once about a document, and chats, compiled for too; above 1 more of "
                         "them wait (default: %(default)s)")  # fmt: skip

@@ -15,6 +15,7 @@ from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.lane import LaneKey
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.request import Chat, Done, Event, Piece, Question, Request, Tokens
+from rapid_jax.engine.rooms import room_of_document
 from rapid_jax.engine.service import RunningEngine
 from rapid_jax.engine.warm_up import WarmUp, _document, warm_up
 from rapid_jax.model.load import open_checkpoint
@@ -155,6 +156,25 @@ def test_nor_do_requests_about_as_many_documents_as_declared(engine: RunningEngi
             engine.run([one.ticket for one in heard])
         assert found == []
         assert all(isinstance(one.events[-1], Done) for one in heard)
+
+
+def test_nor_do_shorter_documents(engine: RunningEngine, plain: RunningEngine):
+    """Down to a quarter of a declared length; they have its room, and what is common to two is copied there."""
+    for number, count in enumerate((88, 74, 60, 46)):
+        for of in (engine, plain):
+            request = replace(asked(engine, number), speculation=of.config.speculation)
+            prompts = [Question(words(count + more, seed=7), "w12 w34?") for more in (0, 1)]
+            with compiled() as found:
+                for prompt in prompts:
+                    heard = Heard(of, replace(request, prompt=prompt))
+                    of.run([heard.ticket])
+                    assert isinstance(heard.events[-1], Done), heard.events[-1]
+            assert found == [], f"{count} words"
+
+
+def test_what_is_shorter_yet_or_has_no_room_for_more_takes_its_own():
+    assert room_of_document(100, {400, 401}) == 400 and room_of_document(100, {401, 99}) == 100
+    assert room_of_document(100, set()) == 100 and room_of_document(100, {100, 128}) == 100
 
 
 def test_nor_do_chats(engine: RunningEngine, warm: WarmUp):

@@ -77,7 +77,8 @@ def _about(
     long, short, selection = long_frame.around(text), None, None
     if speculation.retrieves:
         retriever = models.retriever(config.retrieval)
-        selection = retriever.retrieve(retrieve_from or text, question, models.token_spans, len(long.tokens))
+        about = retrieve_from or text, question, models.token_spans, len(long.tokens)
+        selection = retriever.retrieve(*about, request.whose)
         if on_retrieved is not None:
             on_retrieved(selection)
         drafter = models.drafter if speculation.drafts else target

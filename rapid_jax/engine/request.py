@@ -68,8 +68,8 @@ class Request:
     max_context: int | None = None
     too_long: Literal["error", "middle", "head"] | None = None
     logprobs: int | None = None  # with each token its log-probability under the target, and so many alternatives
-    owner: str = ""  # whose it is: owners take turns, and share no keys and values
-    public: bool = False  # its document's keys and values may serve other owners
+    owner: str = ""  # whose it is: owners take turns, and share nothing made of documents
+    public: bool = False  # what is made of its document may serve other owners
 
     def __post_init__(self):
         if self.logprobs is not None and not 0 <= self.logprobs <= MOST_LOGPROBS:
@@ -90,6 +90,11 @@ class Request:
             models.too_long,
             **more,
         )
+
+    @property
+    def whose(self) -> str:
+        """Those who share what is made of the document."""
+        return "everybody's" if self.public else f"of {self.owner}"
 
     def under(self, config: RapidConfig) -> RapidConfig:
         """The engine's settings with this request's in their place."""

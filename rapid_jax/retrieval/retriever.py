@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 
@@ -27,6 +27,7 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 
 _log = logging.getLogger(__name__)
+_Key: TypeAlias = tuple[str, str, TokenSpans]  # whose, hash of a document, what cuts it
 _BYTES_OF_CHUNK = 250  # of its offsets, its place in the list and in the index
 
 
@@ -70,7 +71,8 @@ def _check_text(text: str, what: str) -> None:
 
 class Retriever:
     """Retrieves from one document at a time; remembers documents up to `remember_bytes`, the last used of them, and all
-    of them on disk if told where. Of any thread.
+    of them on disk if told where. Of any thread. Each of those who ask has documents of their own, in memory and on
+    disk: how long an answer takes tells nobody what others have asked about.
 
     Under `cache_dir` lie `embeddings/` (every document) and `indices/` (trees only: an exact index is built faster
     than it is read). Everything there is named by the hash of what made it, and what is damaged is made again. With
@@ -94,7 +96,7 @@ class Retriever:
         self._cache_dir, self._disk_bytes = cache_dir, disk_bytes
         self._remember_bytes, self._bytes = remember_bytes, 0
         self._quiet = quiet
-        self._recent: OrderedDict[tuple[str, TokenSpans], _Prepared] = OrderedDict()
+        self._recent: OrderedDict[_Key, _Prepared] = OrderedDict()
         self._lock = threading.Lock()
 
     @property
@@ -102,23 +104,26 @@ class Retriever:
         """Of the documents that are remembered."""
         return self._bytes
 
-    def remembers(self, document: str, token_spans: TokenSpans) -> bool:
+    def remembers(self, document: str, token_spans: TokenSpans, whose: str = "") -> bool:
         """Whether a question about the document finds its chunks and index in memory; counts as no use."""
-        return (digest(document), token_spans) in self._recent
+        return (whose, digest(document), token_spans) in self._recent
 
-    def retrieve(self, document: str, query: str, token_spans: TokenSpans, length_tokens: int) -> Selection:
+    def retrieve(
+        self, document: str, query: str, token_spans: TokenSpans, length_tokens: int, whose: str = ""
+    ) -> Selection:
         """The chunks of `document` nearest to `query`, as `select` orders them; `seconds` is the time of this call.
 
         `document` is to be what the target sees of it, after any truncation: the drafter must not read what the target
         cannot. `token_spans` tokenises with the target's tokenizer (see `TokenSpans`); a second question re-uses the
         document's chunks, vectors and index if it comes with the same callable. `length_tokens` is the length L
-        of the target's whole prompt, which decides how many chunks are taken (see `chunk_count`).
+        of the target's whole prompt, which decides how many chunks are taken (see `chunk_count`). What is made of the
+        document is found by the same `whose` alone.
         """
         start = time.perf_counter()
         _check_text(document, "a document")
         _check_text(query, "a question")
         config = self.config
-        prepared = self._prepare(document, token_spans)
+        prepared = self._prepare(document, token_spans, whose)
         count = chunk_count(length_tokens, config)
         scores_1K, ids_1K = prepared.index.search(self.embedder.embed([query]), count, config)
         selection = select(
@@ -126,27 +131,27 @@ class Retriever:
         )
         return dataclasses.replace(selection, considered=len(prepared.chunks), seconds=time.perf_counter() - start)
 
-    def _prepare(self, document: str, token_spans: TokenSpans) -> _Prepared:
-        key = (digest(document), token_spans)
+    def _prepare(self, document: str, token_spans: TokenSpans, whose: str) -> _Prepared:
+        key = (whose, digest(document), token_spans)
         # One document at a time: a second question about the same one waits for its vectors instead of making them too.
         with self._lock:
             if key in self._recent:
                 self._recent.move_to_end(key)
                 return self._recent[key]
             chunks = split(document, token_spans, self.config.chunk_tokens)
-            prepared = _Prepared(chunks, self._index([chunk.text for chunk in chunks]))
+            prepared = _Prepared(chunks, self._index([chunk.text for chunk in chunks], whose))
             self._recent[key] = prepared
             self._bytes += prepared.bytes
             while self._bytes > self._remember_bytes:
                 self._bytes -= self._recent.popitem(last=False)[1].bytes
             return prepared
 
-    def _index(self, texts: list[str]) -> Index:
+    def _index(self, texts: list[str], whose: str) -> Index:
         """The index of the texts, as much of it from disk as is there."""
         label = None if self._quiet else "embedding"
         if self._store is None or self._indices is None:
             return Index.build(self.embedder.embed(texts, label), self.config)
-        name = self._store.key(self.embedder.fingerprint, texts)
+        name = self._store.key(self.embedder.fingerprint, texts, whose)
         vectors_NE = self._store.load(name)
         if vectors_NE is None or len(vectors_NE) != len(texts):
             vectors_NE = self.embedder.embed(texts, label)

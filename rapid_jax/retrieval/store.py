@@ -28,9 +28,9 @@ class EmbeddingStore:
         self.folder = folder
 
     @staticmethod
-    def key(fingerprint: str, texts: list[str]) -> str:
-        """The name of what an encoder with this fingerprint makes of these texts in this order."""
-        return digest("embeddings-1", fingerprint, *texts)
+    def key(fingerprint: str, texts: list[str], whose: str = "") -> str:
+        """The name of what an encoder with this fingerprint makes of these texts in this order, of those it is for."""
+        return digest("embeddings-2", fingerprint, whose, *texts)
 
     def path(self, key: str) -> Path:
         """The file of this key, whether or not it exists."""

@@ -14,6 +14,7 @@ from rapid_jax.attention.verbs import attend_self
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.errors import Draining, QueueFull
+from rapid_jax.engine.reader import read
 from rapid_jax.engine.request import Cancelled, Chat, Done, Event, Failed, Piece, Question, Request, Retrieved, Tokens
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.retrieval.config import RetrievalConfig
@@ -47,6 +48,19 @@ def engine(config) -> Engine:
     engine = Engine(config, quiet=True, prefill_first=False)
     engine.models.load(config.speculation)
     return engine
+
+
+def test_owners_share_the_embeddings_of_public_documents_alone(config, engine, monkeypatch):
+    """As they do keys and values: else the time that a request takes would tell what others have asked about."""
+    made, embed = [], engine.models.embedder.embed
+    monkeypatch.setattr(engine.models.embedder, "embed", lambda texts, *more: made.append(texts) or embed(texts, *more))
+    new = []
+    for owner, public in (("a", False), ("b", False), ("a", False), ("a", True), ("b", True), ("c", True)):
+        asked = Request.of(Question(words(90, seed=9), "w1?"), config, owner=owner, public=public)
+        assert read(engine.models, config, asked).selection is not None
+        new.append(len(made) == 2)
+        made.clear()
+    assert new == [True, True, False, True, False, False]
 
 
 class Heard:

@@ -85,6 +85,23 @@ def test_a_second_question_embeds_only_itself(document, word_spans):
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("config", [CONFIG, TREE])
+def test_each_of_those_who_ask_has_documents_of_their_own(document, word_spans, tmp_path, config):
+    """In memory and, for another process, on disk."""
+    for kept in ([], ["ann", "bob"]):
+        embedder = WordCounter()
+        retriever = Retriever(embedder, config, tmp_path)
+        found = []
+        for number, whose in enumerate(("ann", "bob", "ann")):
+            embedder.calls.clear()
+            assert retriever.remembers(document, word_spans, whose) == (number == 2)
+            found.append(retriever.retrieve(document, "candle", word_spans, 500, whose).text)
+            assert (len(embedder.calls) == 2) == (whose not in kept and number < 2)
+        assert len(set(found)) == 1
+    for name in ("embeddings", "indices")[: 1 + (config is TREE)]:
+        assert len(list((tmp_path / name).iterdir())) == 2
+
+
 def test_the_documents_that_were_used_last_are_remembered_within_bytes(document, word_spans):
     one = Retriever(WordCounter(), CONFIG)
     ask(one, document + "a", "candle", word_spans)

@@ -26,6 +26,7 @@ def test_the_key_depends_on_encoder_texts_and_order():
         EmbeddingStore.key(encoder, texts)
         for encoder, texts in [("e", ["a", "b"]), ("f", ["a", "b"]), ("e", ["b", "a"]), ("e", ["ab"]), ("e", ["a"])]
     ]
+    keys += [EmbeddingStore.key("e", ["a", "b"], "ann"), EmbeddingStore.key("e", ["b"], "a")]
     assert len(set(keys)) == len(keys)
 
 

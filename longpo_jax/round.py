@@ -8,13 +8,13 @@ what is trained. What is done is skipped, so a chain that was interrupted goes o
 import contextlib
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
 from longpo_jax.config import LongPOConfig
 from longpo_jax.stages import STAGES, has_ended
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import check_shared
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.links import target_of
 from rapid_jax.runtime.run_folder import working_in
 from rapid_jax.runtime.storage import AnyPlace, working_place
 
@@ -87,8 +87,8 @@ def run_rounds(config: LongPOConfig, *, leads: bool = True, quiet: bool = False)
 
 def _check_link(place: AnyPlace) -> None:
     """Raises InputError for a link of a sweep to a stage that is not there yet."""
-    if isinstance(place, Path) and place.is_symlink() and not place.exists():
-        raise InputError(f"{place}: expected the stage that the sweep shares in {place.resolve()}, got none there yet")
+    if (target := target_of(place)) is not None and not target.exists():
+        raise InputError(f"{place}: expected the stage that the sweep shares in {target}, got none there yet")
 
 
 def _check(config: LongPOConfig, folder: AnyPlace, source: str) -> None:

@@ -14,6 +14,7 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import READING_S, check_agreed, left_out
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, replace_file
+from rapid_jax.runtime.links import followed
 from rapid_jax.runtime.storage import AnyPlace, bytes_of
 
 SCHEMA = 2
@@ -53,6 +54,11 @@ def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
     flat["corpus.weights"] = sorted(config.corpus.weight_of.items())
     matters = {key for key in flat if key in _MATTERS[stage] or f"{key.partition('.')[0]}.*" in _MATTERS[stage]}
     return {key: value for key, value in flat.items() if key in matters and key not in _EXCEPT.get(stage, ())}
+
+
+def stage_in(folder: AnyPlace, stage: str) -> AnyPlace:
+    """Where `stage` of the round in `folder` is: in a folder of that name, or where a sweep has made it for several."""
+    return followed(folder / stage)
 
 
 def is_done(folder: AnyPlace, inputs: Mapping[str, Any]) -> bool:

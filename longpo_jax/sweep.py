@@ -8,19 +8,18 @@ a point's folder has links to them, and the stages there find them done.
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 from longpo_jax.config import LongPOConfig
 from longpo_jax.metrics import read_metrics
 from longpo_jax.report import drawn
 from longpo_jax.stages import STAGES, has_ended, inputs_of
-from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.jobs import alone_in
+from rapid_jax.runtime.links import make_link
+from rapid_jax.runtime.storage import AnyPlace
 from rapid_jax.runtime.sweep import Row, Task, perform, write_settings, write_table
 from rapid_jax.runtime.sweep_file import SweepFile, read_sweep, settings_of
 
@@ -42,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     return status
 
 
-def _in_folder(config: LongPOConfig, folder: Path) -> LongPOConfig:
+def _in_folder(config: LongPOConfig, folder: AnyPlace) -> LongPOConfig:
     return dataclasses.replace(config, run=str(folder), rounds=())
 
 
@@ -64,7 +63,7 @@ def _tasks(sweep: SweepFile, configs: Mapping[str, LongPOConfig]) -> list[Task]:
     paths |= write_settings(sweep, {made: config for made, (_, config, _) in shared.items()}, lambda _: {})
     for folder, stages in links.items():
         for stage, made in stages.items():
-            _link(sweep.run / folder / stage, sweep.run / "shared" / made / stage)
+            make_link(sweep.run / folder / stage, sweep.run / "shared" / made / stage)
 
     points = [
         Task(name, _words("round", paths[name]), _ended(sweep.run / name / STAGES[-1]), tuple(links[name].values()))
@@ -79,11 +78,11 @@ def _tasks(sweep: SweepFile, configs: Mapping[str, LongPOConfig]) -> list[Task]:
     return [check, *sorted(first, key=lambda task: _SHARED.index(task.words[0])), *points]
 
 
-def _words(command: str, file: Path) -> tuple[str, ...]:
+def _words(command: str, file: AnyPlace) -> tuple[str, ...]:
     return command, "--config", str(file)
 
 
-def _ended(folder: Path) -> Callable[[], bool]:
+def _ended(folder: AnyPlace) -> Callable[[], bool]:
     return lambda: has_ended(folder)
 
 
@@ -98,17 +97,6 @@ def _deciding(config: LongPOConfig) -> dict[str, Any]:
     return {"model.source": config.model.source} | {
         key: value for stage in STAGES for key, value in inputs_of(config, stage).items()
     }
-
-
-def _link(link: Path, target: Path) -> None:
-    """A link in a point's folder, which stays right when the folder of the sweep is moved."""
-    relative = os.path.relpath(target, link.parent)
-    if link.is_symlink() and os.readlink(link) == relative:
-        return
-    if os.path.lexists(link):
-        raise InputError(f"{link}: expected a link to {target}, got something else")
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(relative)
 
 
 def _write(sweep: SweepFile) -> None:

@@ -28,7 +28,7 @@ from longpo_jax.reference import References, read_references, reference_inputs
 from longpo_jax.shortfall import lost, warning
 from longpo_jax.signals import Signals
 from longpo_jax.soundness import checksum, finite_each
-from longpo_jax.stages import has_ended, inputs_of, is_to_skip, mark_done, summary_of
+from longpo_jax.stages import has_ended, inputs_of, is_to_skip, mark_done, stage_in, summary_of
 from longpo_jax.step import TOLD, Sample, Step, TrainState
 from rapid_jax.model.identity import identity_of
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
@@ -54,10 +54,10 @@ def run_train(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, qui
     inputs |= {"pairs": reference["pairs"], "reference": digest(repr(sorted(reference.items())))}
     if is_to_skip(place, inputs, leads=leads):
         return
-    references = read_references(folder / "reference", reference)
+    references = read_references(stage_in(folder, "reference"), reference)
     found = _begun(place, inputs)
-    reader = _reader(config, folder / "pairs", references)
-    made = summary_of(folder / "pairs"), sum(reader.rows.too_long.values())
+    reader = _reader(config, stage_in(folder, "pairs"), references)
+    made = summary_of(stage_in(folder, "pairs")), sum(reader.rows.too_long.values())
     if reader.total < config.train.rows_per_step:
         raise InputError(f"{_too_few(config, reader.total)}. {lost(*made)}")
     if leads and (few := warning(config, reader.total, *made)) is not None:

@@ -3,8 +3,8 @@
 
 Standard output carries the answer and nothing else; progress, what was retrieved and the summary go to standard error.
 Exit status: 0 done, 1 something damaged in the cache, or a question of several or a point of a sweep that failed, 2
-input that cannot be used (one line says why), 3 a plan that does not fit, 75 another process of the run has ended, 130
-interrupted, 141 nobody reads the output.
+input that cannot be used (one line says why), 3 a plan that does not fit, 75 to be started again (another process of
+the run has ended, a store failed while an evaluation was at work), 130 interrupted, 141 nobody reads the output.
 """
 
 import argparse

@@ -34,11 +34,11 @@ def put(command: tuple[str, ...], *more: str) -> tuple[str, ...]:
         *((put(ANSWER, "--set", f"models.{n}={HDFS}"), f"models.{n}") for n in ("target", "drafter", "encoder")),
         (put(ANSWER, "--set", "cache.folder=https://h/x"), "cache.folder"),
         (put(EVALUATE, "--config", HDFS), "--config"),
-        *((put(EVALUATE, option, GS), option) for option in ("--data", "--text", "--out")),
+        *((put(EVALUATE, option, HDFS), option) for option in ("--data", "--text", "--out")),
         *((put(BENCH, option, GS), option) for option in ("--json", "--with", "--plot")),
         (("plan", "--config", HDFS, "--topology", "v5p:2x2x1"), "--config"),
-        (("report", GS), "DIR"),
-        (("report", ".", "--out", GS), "--out"),
+        (("report", HDFS), "DIR"),
+        (("report", ".", "--out", HDFS), "--out"),
         (("compare", ".", "file:///a"), "DIR2"),
         (("convert", HDFS, "out"), "IN"),
         (("chat", "--document", HDFS), "--document"),
@@ -93,9 +93,9 @@ def test_a_bucket_that_would_be_written_to_is_told_what_to_do_instead(place, opt
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("scheme", ["s3", "ftp", "hdfs", "http", "https", "file", "az", "GS"])
-def test_only_one_kind_of_bucket_is_read(scheme, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize("scheme", ["S3", "ftp", "hdfs", "http", "https", "file", "az", "GS"])
+def test_only_two_kinds_of_buckets_are_read(scheme, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     assert rapid_jax.cli.main([*ANSWER, "--model", f"{scheme}://bucket/x"]) == 2
-    assert f"got '{scheme}://bucket/x': only gs:// is read besides" in capfd.readouterr().err
+    assert f"got '{scheme}://bucket/x': only gs:// and s3:// are read besides" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())

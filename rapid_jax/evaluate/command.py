@@ -5,7 +5,7 @@ import argparse
 import importlib
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.errors import InputError, printable
 from rapid_jax.runtime.files import cache_dir, digest
 from rapid_jax.runtime.progress import progress
+from rapid_jax.runtime.run_folder import again_when_a_store_fails
+from rapid_jax.runtime.storage import AnyPlace
 
 SUITES = {
     "ruler": "rapid_jax.evaluate.ruler",
@@ -55,34 +57,34 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lengths", metavar="LIST", help="tokens of prompt and answer, as 4096,8192")
     parser.add_argument("--depths", metavar="LIST", help="of needle: 0 the start, 1 the end, as 0,0.5,1")
     parser.add_argument("--samples", type=_count, metavar="N", help="a task and length; of needle, a depth and length")
-    parser.add_argument("--data", action=Place, metavar="PATH", help="the benchmark's own file or folder")
+    parser.add_argument("--data", action=Place, reads=True, metavar="PATH", help="the benchmark's own file or folder")
     parser.add_argument(
-        "--text", action=Place, metavar="PATH", help="a text, or a folder of them, that haystacks are of"
+        "--text", action=Place, reads=True, metavar="PATH", help="a text, or a folder of them, that haystacks are of"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of samples")
     parser.add_argument("--batch", type=_count, default=1, metavar="N", help="samples answered at once")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="this run's share of the samples, from 0/N")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    parser.add_argument("--out", action=Place, metavar="DIR", help="by default runs/evaluate-SUITE")
+    parser.add_argument("--out", action=Place, writes=True, metavar="DIR", help="by default runs/evaluate-SUITE")
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
 def add_report(parser: argparse.ArgumentParser) -> None:
     """The options of `report`."""
-    parser.add_argument("folder", action=Place, metavar="DIR", help="of an evaluation")
-    parser.add_argument("--out", action=Place, metavar="DIR", help="where to write; by default into DIR")
+    parser.add_argument("folder", action=Place, writes=True, metavar="DIR", help="of an evaluation")
+    parser.add_argument("--out", action=Place, writes=True, metavar="DIR", help="where to write; by default into DIR")
 
 
 def add_compare(parser: argparse.ArgumentParser) -> None:
     """The options of `compare`."""
-    parser.add_argument("one", action=Place, metavar="DIR1", help="of an evaluation")
-    parser.add_argument("other", action=Place, metavar="DIR2", help="of another on the same samples")
-    parser.add_argument("--out", action=Place, metavar="DIR", help="write the comparison there too")
+    parser.add_argument("one", action=Place, reads=True, metavar="DIR1", help="of an evaluation")
+    parser.add_argument("other", action=Place, reads=True, metavar="DIR2", help="of another on the same samples")
+    parser.add_argument("--out", action=Place, writes=True, metavar="DIR", help="write the comparison there too")
 
 
 def evaluate(options: argparse.Namespace) -> None:
     """Runs an evaluation, writes its report and prints its scores."""
-    with meet() as run:
+    with meet() as run, again_when_a_store_fails():
         explicit = explicit_settings(options.set)
         config = _config(options, explicit)
         if options.modes and "speculation.mode" in explicit:
@@ -160,7 +162,7 @@ def _prepared(
         say(f"evaluate: {len(samples)} samples in {took:.0f} s; answers have at most {said} tokens, {whose}")
     described = {
         "suite": options.suite,
-        "options": {key: value for key, value in asdict(suite_options).items() if key not in ("data", "text")},
+        "options": {key: value for key, value in vars(suite_options).items() if key not in ("data", "text")},
         "samples": len(samples),
         "max_new_tokens": limits,
         "digest": digest(*(digest(repr(sample)) for sample in samples)),
@@ -188,14 +190,14 @@ def compare(options: argparse.Namespace) -> None:
     print(contrast(options.one, options.other, options.out))
 
 
-def _write_report(folder: Path, out: Path | None) -> None:
+def _write_report(folder: AnyPlace, out: AnyPlace | None) -> None:
     from rapid_jax.evaluate.plotting import missing
     from rapid_jax.evaluate.report import report as write
 
     if missing():
         say(f"report: without figures, {missing()}")
     page, scores = write(folder, out)
-    print(f"{scores}\n\nreport: {printable(str(page.with_suffix('.md')))}, {page.name}")
+    print(f"{scores}\n\nreport: {printable(str(page.parent / 'report.md'))}, {page.name}")
 
 
 def _config(options: argparse.Namespace, explicit: Collection[str]) -> RapidConfig:

@@ -3,7 +3,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import PurePosixPath
 from typing import Any
 
 from rapid_jax.evaluate.details import NAMED, shown_value
@@ -22,6 +22,7 @@ from rapid_jax.evaluate.summary import (
 )
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file
+from rapid_jax.runtime.storage import AnyPlace, full_name
 
 FILE = "contrast.md"
 RIGHT = 0.5  # a score from which an answer counts as right, where changed answers are listed
@@ -49,7 +50,7 @@ class _Compared:
         return [other for _, other in self.pairs]
 
 
-def contrast(one: Path, other: Path, out: Path | None = None) -> str:
+def contrast(one: AnyPlace, other: AnyPlace, out: AnyPlace | None = None) -> str:
     """A plain text of how `other` differs from `one`: a table a label that both have, and the answers that changed.
 
     A sample is paired with the one of the same suite, id, question and right answers; its prompt may differ (another
@@ -97,9 +98,9 @@ def _asks(outcome: Outcome) -> tuple:
     return outcome.task, outcome.length, outcome.metric, outcome.question, outcome.answers
 
 
-def _names(one: Path, other: Path) -> tuple[str, str]:
+def _names(one: AnyPlace, other: AnyPlace) -> tuple[str, str]:
     """The last parts of the paths, as many as it takes to tell them apart."""
-    parts = one.resolve().parts, other.resolve().parts
+    parts = PurePosixPath(full_name(one)).parts, PurePosixPath(full_name(other)).parts
     for count in range(1, min(map(len, parts)) + 1):
         names = tuple("/".join(path[-count:]) for path in parts)
         if names[0] != names[1]:

@@ -5,19 +5,20 @@ import gzip
 import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 from rapid_jax.evaluate.samples import SuiteOptions
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import parse_json, shown
+from rapid_jax.runtime.storage import AnyPlace, open_file
 
 Record = dict[str, Any]
 MOST_BYTES = 2**30  # of a file, unpacked: the largest that a benchmark publishes has some 500 MB
 _BOM = b"\xef\xbb\xbf"
 
 
-def records(path: Path) -> Iterator[tuple[str, Record]]:
+def records(path: AnyPlace) -> Iterator[tuple[str, Record]]:
     """(where it stands, the object) of every object in the file, for messages: "FILE: line 3" or "FILE: item 3".
 
     The file is one JSON list of objects or has an object a line (blank lines are passed over), in UTF-8, packed by gzip
@@ -28,7 +29,9 @@ def records(path: Path) -> Iterator[tuple[str, Record]]:
     try:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: expected a file, got something else")
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        with ExitStack() as stack:
+            file = stack.enter_context(open_file(path))
+            file = stack.enter_context(gzip.open(file, "rb")) if path.suffix == ".gz" else file
             while line := file.readline(MOST_BYTES + 1 - size):
                 number += 1
                 whole = not found and line.removeprefix(_BOM).lstrip().startswith(b"[")
@@ -46,7 +49,7 @@ def records(path: Path) -> Iterator[tuple[str, Record]]:
         raise InputError(f"{path}: expected JSON objects, one a line or in a list, got none")
 
 
-def _items(data: bytes, path: Path, number: int, *, whole: bool) -> Iterator[tuple[str, Record]]:
+def _items(data: bytes, path: AnyPlace, number: int, *, whole: bool) -> Iterator[tuple[str, Record]]:
     """(where it stands, the object) of line `number`, or of a list that is the `whole` file from there on."""
     if not data.strip():
         return
@@ -97,7 +100,7 @@ def id_of(record: Mapping[str, Any], key: str, place: str) -> str:
     return text_of(record, key, place)
 
 
-def data_of(options: SuiteOptions, suite: str, expected: str) -> Path:
+def data_of(options: SuiteOptions, suite: str, expected: str) -> AnyPlace:
     """`options.data`; InputError, saying what is expected there, if it is not given or does not exist."""
     if options.data is None:
         raise InputError(f"suite {suite}: expected --data, {expected}, got none")

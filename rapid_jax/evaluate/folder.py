@@ -1,24 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The folder of an evaluation: what it is of, and its answers, each on disk as soon as it is there.
+"""The folder of an evaluation: what it is of, and its answers, each kept as soon as it is there.
 
 DIR/suite.json            the suite and its options, the settings that decide answers, whose templates
 DIR/settings.yaml         the settings
 DIR/answers-LABEL.jsonl   a line a finished sample; of a share I/N answers-LABEL.I-of-N.jsonl
+DIR/lease.json            in a bucket, of the run at work there; of a share lease.I-of-N.json
 """
 
-import fcntl
+import contextlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rapid_jax.config import RapidConfig
 from rapid_jax.evaluate import results
 from rapid_jax.runtime import settings
+from rapid_jax.runtime.append_log import Log
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import remove_leftovers, replace_file
+from rapid_jax.runtime.run_folder import alone_in_logs
+from rapid_jax.runtime.storage import AnyPlace
 
 
 @dataclass(frozen=True)
@@ -35,40 +37,34 @@ class Share:
 
 
 class Answers:
-    """The lines of one mode on disk. Raises InputError if another run writes to its file."""
+    """The lines of one mode, where they are kept; of a process that does not lead, nowhere."""
 
-    def __init__(self, folder: Path, label: str, share: Share, *, leads: bool):
-        self._path = folder / f"answers-{label}{share.ending}.jsonl"
-        self._file = open(self._path, "ab") if leads else None  # noqa: SIM115 - it lives as long as this
-        if self._file is not None:
-            try:
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                self._file.close()
-                raise InputError(f"{self._path}: expected no other run there, got one that is at work") from error
-            os.truncate(self._path, results.torn_at(self._path))  # a line that was torn when the run was killed
-
-    def close(self) -> None:
-        """Others may write."""
-        if self._file is not None:
-            self._file.close()
+    def __init__(self, log: Log | None):
+        self._log = log
+        if log is not None:
+            log.truncate(results.torn_at(log.read()))  # a line that was torn when the run was killed
 
     def add(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Appends them. Raises InputError if the disk is full: what was there stays."""
-        if self._file is None:
-            return
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        size = self._path.stat().st_size
-        try:
-            self._file.write(text)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        except OSError as error:
-            os.truncate(self._path, size)
-            raise InputError(f"{self._path}: an answer could not be written: {error.strerror}") from error
+        """Appends them. Raises InputError if they cannot be written: what was there stays."""
+        if self._log is not None:
+            self._log.append("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
+
+    def finish(self) -> None:
+        """There are no more: they are one file."""
+        if self._log is not None:
+            self._log.join()
 
 
-def check_folder(folder: Path, *, resume: bool) -> None:
+@contextlib.contextmanager
+def open_answers(folder: AnyPlace, labels: Sequence[str], share: Share, *, leads: bool) -> Iterator[dict[str, Answers]]:
+    """The lines of each mode that are this run's, to be added to. Raises InputError if another run writes to them."""
+    names = [f"answers-{label}{share.ending}.jsonl" for label in labels]
+    held = alone_in_logs(folder, names, f"lease{share.ending}.json")
+    with held if leads else contextlib.nullcontext([None] * len(names)) as logs:
+        yield dict(zip(labels, map(Answers, logs), strict=True))
+
+
+def check_folder(folder: AnyPlace, *, resume: bool) -> None:
     """Raises InputError if there is an evaluation that is not to be resumed, or a file in the way."""
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder}: expected a folder or nothing there, got a file")
@@ -76,7 +72,7 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         raise InputError(f"{folder}: expected a folder without an evaluation, got one: --resume goes on with it")
 
 
-def check_same(folder: Path, described: Mapping[str, Any]) -> None:
+def check_same(folder: AnyPlace, described: Mapping[str, Any]) -> None:
     """Raises InputError for a folder of another run, or with a line that is no sample's; none at all is right."""
     if not (folder / results.SUITE).is_file():
         return
@@ -91,7 +87,7 @@ def check_same(folder: Path, described: Mapping[str, Any]) -> None:
     results.finished(folder, described["suite"])
 
 
-def begin(folder: Path, described: Mapping[str, Any], config: RapidConfig) -> None:
+def begin(folder: AnyPlace, described: Mapping[str, Any], config: RapidConfig) -> None:
     """Makes the folder of a run, or checks that what is there is this run. Raises InputError if it is another."""
     remove_leftovers(folder)
     path = folder / results.SUITE

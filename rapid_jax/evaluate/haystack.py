@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 from rapid_jax.evaluate.samples import Measure, Sample
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.storage import AnyPlace, place_of, text_in
 
 # What RULER calls noise: a line of short sentences that say nothing, again and again. The words are ours.
 NOISE = "The river runs down to the sea. The hills are far away. The wind is mild. We walk on. The path bends again.\n"
@@ -26,7 +26,7 @@ _NEIGHBOURS = 1000  # characters to either side in which a sentence's start is l
 _STARTS = re.compile(r"[.!?][\"')\]\u201d\u2019]*\s++(?![a-z])|[\u3002\uff01\uff1f]\s*|\n\s*")
 
 
-def running_text(source: Path | None) -> str:
+def running_text(source: AnyPlace | None) -> str:
     """The text that haystacks are cut from: paragraphs with a blank line behind each, no other runs of blanks.
 
     `source` is a UTF-8 text file, or a folder whose .txt files are joined in the order of their names. None: the prose
@@ -35,7 +35,7 @@ def running_text(source: Path | None) -> str:
     """
     if source is None:
         return _reference()
-    source = source.expanduser()
+    source = place_of(source, "text")
     files = sorted(source.glob("*.txt")) if source.is_dir() else [source]
     if not files:
         raise InputError(f"{source}: expected .txt files in the folder, got none")
@@ -252,9 +252,9 @@ def _outward(middle: int) -> Iterator[int]:
         yield middle - distance
 
 
-def _read(file: Path) -> str:
+def _read(file: AnyPlace) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return text_in(file, "utf-8-sig")
     except OSError as error:
         raise InputError(f"text {file}: cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -7,12 +7,12 @@ set a model; those here are ours and ask for the same: brief, one letter, a summ
 """
 
 from collections.abc import Callable
-from pathlib import Path
 
 from rapid_jax.evaluate import scoring
 from rapid_jax.evaluate.data_files import Record, chosen, data_of, id_of, records, tasks_of, text_of, texts_of
 from rapid_jax.evaluate.samples import Measure, Sample, SuiteOptions
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.storage import AnyPlace
 
 SUITE = "infinitebench"
 FILES = {"En.QA": "longbook_qa_eng", "En.MC": "longbook_choice_eng", "En.Sum": "longbook_sum_eng"}
@@ -52,7 +52,7 @@ def samples(options: SuiteOptions, measure: Measure) -> list[Sample]:
     return found
 
 
-def _path(folder: Path, task: str) -> Path:
+def _path(folder: AnyPlace, task: str) -> AnyPlace:
     name = f"{FILES[task]}.jsonl"
     for path in (folder / name, folder / f"{name}.gz"):
         if path.is_file():

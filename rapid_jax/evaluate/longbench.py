@@ -10,11 +10,11 @@ score; here it is a wrong one.
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from rapid_jax.evaluate.data_files import Record, chosen, data_of, id_of, records, tasks_of, text_of
 from rapid_jax.evaluate.samples import Measure, Sample, SuiteOptions
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.storage import AnyPlace, text_in
 
 SUITE = "longbench-v2"
 DIRECT, REASONED = SUITE, f"{SUITE}-cot"
@@ -46,7 +46,7 @@ OURS = Templates(
 )
 
 
-def templates_of(folder: Path) -> tuple[Templates, bool]:
+def templates_of(folder: AnyPlace) -> tuple[Templates, bool]:
     """(the templates, whether they are the benchmark's own): those in folder/prompts, ours if none of them is there.
 
     Raises InputError if only some of the three files are there, and for one without the markers that it needs.
@@ -62,14 +62,14 @@ def templates_of(folder: Path) -> tuple[Templates, bool]:
     texts = {}
     for field, path in paths.items():
         try:
-            texts[field] = path.read_text("utf-8-sig")
+            texts[field] = text_in(path, "utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: cannot be read: {error}") from error
         _check(texts[field], path, "$COT$" if field == "concluded" else "$DOC$")
     return Templates(**texts), True
 
 
-def _check(template: str, path: Path, other: str) -> None:
+def _check(template: str, path: AnyPlace, other: str) -> None:
     """Every marker of the question once, and `other`: $DOC$ before the question, or $COT$ behind it."""
     for marker in (*_ASKED, other):
         if template.count(marker) != 1:

@@ -9,7 +9,6 @@ the passage among those of other questions, which hold none of the answers.
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from rapid_jax.evaluate import haystack, scoring
@@ -17,6 +16,7 @@ from rapid_jax.evaluate.data_files import Record, chosen, data_of, id_of, record
 from rapid_jax.evaluate.samples import Measure, Sample, SuiteOptions
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import shown
+from rapid_jax.runtime.storage import AnyPlace
 
 SUITE = "qa"
 DOCUMENTS, PASSAGES = "documents", "passages"
@@ -162,7 +162,7 @@ def composed(
     length: int,
     options: SuiteOptions,
     measure: Measure,
-    source: Path,
+    source: AnyPlace,
 ) -> Sample:
     """A question whose passage is one of many, prompt and answer `length` tokens in all.
 

@@ -3,7 +3,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 from rapid_jax.evaluate import details, figures, plotting
 from rapid_jax.evaluate.page import Block, Bold, Heading, Picture, Table, markdown, page, plain, text
@@ -22,11 +21,12 @@ from rapid_jax.evaluate.summary import (
 )
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file
+from rapid_jax.runtime.storage import AnyPlace
 
 _SPLITS = 12  # a tag with more values than this is no split
 
 
-def report(folder: Path, out: Path | None = None) -> tuple[Path, str]:
+def report(folder: AnyPlace, out: AnyPlace | None = None) -> tuple[AnyPlace, str]:
     """Writes report.md, report.html and the figures of an evaluation into `out`, by default its own folder.
 
     The HTML page needs nothing else. Equal results give equal files; without matplotlib there are no figures. Returns

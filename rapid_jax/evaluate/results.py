@@ -9,12 +9,13 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rapid_jax.evaluate.outcome import FORMER_NAMES, Outcome, is_plain, outcome_of
+from rapid_jax.runtime.append_log import has_log, logs_in, open_log
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import MOST_BYTES, Fields, parse_object, read_object, shown
+from rapid_jax.runtime.storage import AnyPlace
 
 SUITE = "suite.json"
 SETTINGS = "settings.yaml"
@@ -22,6 +23,7 @@ ANSWERS = "answers-*.jsonl"
 # The order in which modes are shown: what the others are compared with first. Others follow by name.
 MODES = ("target", "retrieval", "lossless", "rapid", "phat")
 
+_AHEAD = 8 << 20  # bytes that a store is asked for at once
 _log = logging.getLogger(__name__)
 
 
@@ -29,7 +31,7 @@ _log = logging.getLogger(__name__)
 class Results:
     """The outcomes of one evaluation, by label in the order to show, each in the order of its file."""
 
-    folder: Path
+    folder: AnyPlace
     suite: str
     by_label: Mapping[str, tuple[Outcome, ...]]
     options: Mapping[str, Any] = field(default_factory=dict)  # that the suite was asked for
@@ -64,7 +66,7 @@ class Results:
         return [outcome for outcome in self.by_label[label] if outcome.length == length]
 
 
-def read(folder: Path) -> Results:
+def read(folder: AnyPlace) -> Results:
     """The results in a folder.
 
     A last line without its end is a sample that was being written: it is left out and its label noted. Raises
@@ -88,7 +90,7 @@ def read(folder: Path) -> Results:
     )
 
 
-def read_suite(path: Path) -> dict[str, Any]:
+def read_suite(path: AnyPlace) -> dict[str, Any]:
     """What suite.json says. Raises InputError where there is none, and for one that is not a run's."""
     if not path.is_file():
         raise InputError(f"{path.parent}: expected the folder of an evaluation, got no {path.name} there")
@@ -110,7 +112,7 @@ def _check_plain(section: Fields | None) -> None:
             raise section.error(key, "a text, a number, true, false, null or a list of these")
 
 
-def finished(folder: Path, suite: str) -> dict[str, set[str]]:
+def finished(folder: AnyPlace, suite: str) -> dict[str, set[str]]:
     """Label -> the ids of its samples that have a whole line, in the files of all shares of a run.
 
     Raises InputError as `read` does, but for a folder without any.
@@ -118,9 +120,9 @@ def finished(folder: Path, suite: str) -> dict[str, set[str]]:
     return {label: {outcome.id for outcome in outcomes} for label, outcomes in _by_label(folder, suite)[0].items()}
 
 
-def torn_at(path: Path) -> int:
-    """The size of a file without what is behind the end of its last whole line: what it is to be cut to."""
-    return path.read_bytes().rfind(b"\n") + 1
+def torn_at(data: bytes) -> int:
+    """The size of a file's bytes without what is behind the end of its last whole line: what it is to be cut to."""
+    return data.rfind(b"\n") + 1
 
 
 def mode_of(label: str) -> str:
@@ -154,11 +156,11 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
     return found
 
 
-def _by_label(folder: Path, suite: str) -> tuple[dict[str, tuple[Outcome, ...]], set[str]]:
+def _by_label(folder: AnyPlace, suite: str) -> tuple[dict[str, tuple[Outcome, ...]], set[str]]:
     """(the outcomes of each label in the order of the files, the labels with a last line that is not whole)."""
     by_label: dict[str, tuple[Outcome, ...]] = {}
     torn = set()
-    for path in sorted(folder.glob(ANSWERS)):
+    for path in logs_in(folder, ANSWERS):
         outcomes, whole, former = _read_answers(path, suite)
         if not outcomes:
             continue
@@ -176,22 +178,25 @@ def _by_label(folder: Path, suite: str) -> tuple[dict[str, tuple[Outcome, ...]],
     return by_label, torn
 
 
-def _lines(path: Path) -> Iterator[Fields]:
-    """The objects of every whole line. Raises InputError for one that is no object."""
-    if not path.is_file():
+def _lines(path: AnyPlace) -> Iterator[Fields | None]:
+    """The objects of every whole line, then None for one that is not whole. Raises InputError for one that is none."""
+    if not has_log(path):
         raise InputError(f"{path}: expected a file, got something else")
-    with open(path, "rb") as file:
+    with open_log(path, ahead=_AHEAD) as file:
         for number, line in enumerate(iter(lambda: file.readline(MOST_BYTES + 1), b""), start=1):
             if not line.endswith(b"\n") and len(line) <= MOST_BYTES:
+                yield None
                 return
             yield parse_object(line, f"{path}:{number}")
 
 
-def _read_answers(path: Path, suite: str) -> tuple[tuple[Outcome, ...], bool, str]:
+def _read_answers(path: AnyPlace, suite: str) -> tuple[tuple[Outcome, ...], bool, str]:
     """(the outcomes of a file, whether its last line is whole, the mode's name where it is a former one or "")."""
     found: dict[str, Outcome] = {}
     label, former = None, ""
     for line in _lines(path):
+        if line is None:
+            return tuple(found.values()), False, former
         outcome = outcome_of(line)
         label = label or outcome.mode
         if line["mode"] != outcome.mode:
@@ -202,4 +207,4 @@ def _read_answers(path: Path, suite: str) -> tuple[tuple[Outcome, ...], bool, st
         if outcome.id in found:
             raise InputError(f"{line.source}: expected every sample once, got id {shown(outcome.id)} again")
         found[outcome.id] = outcome
-    return tuple(found.values()), torn_at(path) == path.stat().st_size, former
+    return tuple(found.values()), True, former

@@ -5,7 +5,6 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rapid_jax.evaluate.data_files import MOST_BYTES, whole_text
@@ -13,6 +12,7 @@ from rapid_jax.evaluate.haystack import exact, needed_length
 from rapid_jax.evaluate.samples import Measure, Sample
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields, parse_json
+from rapid_jax.runtime.storage import AnyPlace, open_file, place_of
 
 FILES = {"qa_1": "squad.json", "qa_2": "hotpotqa.json"}  # in a folder; a file alone is known by what is in it
 
@@ -38,7 +38,7 @@ class Paragraphs:
     paragraphs: tuple[str, ...]
 
 
-def read(data: Path | None) -> dict[str, Paragraphs]:
+def read(data: AnyPlace | None) -> dict[str, Paragraphs]:
     """What `data` has for the two tasks, by task: a SQuAD or a HotpotQA file, or a folder with FILES.
 
     SQuAD: the JSON of version 1.1 or 2.0 (questions without an answer are left out). HotpotQA: the JSON of the
@@ -46,7 +46,7 @@ def read(data: Path | None) -> dict[str, Paragraphs]:
     """
     if data is None:
         return {}
-    data = data.expanduser()
+    data = place_of(data, "data")
     if data.is_dir():
         files = [data / name for name in FILES.values() if (data / name).is_file()]
         if not files:
@@ -115,11 +115,11 @@ def _parts(texts: Sequence[str], size: int) -> list[str]:
     return parts
 
 
-def _read(file: Path) -> tuple[str, Paragraphs]:
+def _read(file: AnyPlace) -> tuple[str, Paragraphs]:
     if not file.is_file():
         raise InputError(f"data {file}: cannot be read: there is no such file")
     try:
-        with open(file, "rb") as opened:
+        with open_file(file) as opened:
             content = parse_json(opened.read(MOST_BYTES + 1), f"data {file}", most_bytes=MOST_BYTES)
     except OSError as error:
         raise InputError(f"data {file}: cannot be read: {error.strerror}") from error

@@ -7,13 +7,12 @@ import datetime
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from rapid_jax.answer import Answer
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.request import Question, Tokens
-from rapid_jax.evaluate.folder import Answers, Share
+from rapid_jax.evaluate.folder import Share, open_answers
 from rapid_jax.evaluate.modes import LabelledMode
 from rapid_jax.evaluate.outcome import SCHEMA
 from rapid_jax.evaluate.results import finished
@@ -25,6 +24,7 @@ from rapid_jax.rapid import Rapid
 from rapid_jax.runtime.agreement import check_agreed
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.progress import progress
+from rapid_jax.runtime.storage import AnyPlace
 
 NOW = datetime.datetime(2025, 1, 1)  # for templates that write the date: a sample has the same prompt on any day
 _SHOWN = 300  # characters of a prompt's ends, which so many tokens hold
@@ -59,7 +59,7 @@ def evaluate(
     rapid: Rapid,
     samples: Sequence[Sample],
     modes: Sequence[LabelledMode],
-    folder: Path,
+    folder: AnyPlace,
     *,
     share: Share | None = None,
     batch: int = 1,
@@ -74,10 +74,7 @@ def evaluate(
     share = share or Share()
     mine = _ordered([sample for number, sample in enumerate(samples) if number % share.count == share.index])
     with contextlib.ExitStack() as stack:
-        files: dict[str, Answers] = {}
-        for mode in modes:
-            files[mode.label] = Answers(folder, mode.label, share, leads=leads)
-            stack.callback(files[mode.label].close)
+        files = stack.enter_context(open_answers(folder, [mode.label for mode in modes], share, leads=leads))
         there = finished(folder, samples[0].suite) if samples else {}
         done = {mode.label: there.get(mode.label, set()) for mode in modes}
         left = [(mode.label, s.id) for mode in modes for s in mine if s.id not in done[mode.label]]
@@ -97,6 +94,8 @@ def evaluate(
                 others = _others(mine, todo) if mode.unrelated else None
                 files[mode.label].add(_answered(rapid, config, todo, mode, others))
                 report.advance(len(todo))
+        for file in files.values():
+            file.finish()
 
 
 def _dated(rapid: Rapid, config: RapidConfig) -> None:

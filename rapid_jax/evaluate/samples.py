@@ -3,7 +3,8 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from rapid_jax.runtime.storage import AnyPlace
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class SuiteOptions:
     lengths: tuple[int, ...] = ()
     samples: int | None = None  # a task and length; None: the suite's own number
     depths: tuple[float, ...] = ()  # of needle: empty: the suite's own grid
-    data: Path | None = None  # the benchmark's file or folder
-    text: Path | None = None  # a text file, or a folder of them, that haystacks are made of
+    data: AnyPlace | None = None  # the benchmark's file or folder
+    text: AnyPlace | None = None  # a text file, or a folder of them, that haystacks are made of
     seed: int = 0
 
 

@@ -8,7 +8,6 @@ import argparse
 import shlex
 import statistics as std
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NoReturn
 
 from rapid_jax.config import RapidConfig
@@ -18,10 +17,11 @@ from rapid_jax.evaluate.results import SUITE, Results, named, read
 from rapid_jax.evaluate.statistics import Estimate
 from rapid_jax.evaluate.summary import acceptances, cells_of, estimate, overall, speeds
 from rapid_jax.runtime import settings
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, legible
 from rapid_jax.runtime.files import replace_file
 from rapid_jax.runtime.jobs import alone_in
 from rapid_jax.runtime.settings_values import shown
+from rapid_jax.runtime.storage import AnyPlace, bytes_of
 from rapid_jax.runtime.sweep import Row, Task, perform, write_settings, write_table
 from rapid_jax.runtime.sweep_file import SweepFile, read_sweep, settings_of
 
@@ -81,14 +81,16 @@ def _deciding(config: RapidConfig) -> Mapping[str, Any]:
 def _check_same(sweep: SweepFile, words: str) -> None:
     """Raises InputError if the evaluations there had other options."""
     path = sweep.run / "settings" / "evaluate.txt"
-    if not path.exists():
+    before = bytes_of(path)
+    if before is None:
         with replace_file(path) as temporary:
             temporary.write_text(words, encoding="utf-8")
-    elif (before := path.read_text(encoding="utf-8")) != words:
-        raise InputError(f"{sweep.run} was begun with evaluate {before}, expected {words}: choose another run")
+    elif before != words.encode():
+        said = legible(before.decode(errors="replace"))
+        raise InputError(f"{sweep.run} was begun with evaluate {said}, expected {words}: choose another run")
 
 
-def _ended(place: Path) -> Callable[[], bool]:
+def _ended(place: AnyPlace) -> Callable[[], bool]:
     """Whether all samples are answered in every mode that was begun, and the report is written, which comes last."""
 
     def ended() -> bool:

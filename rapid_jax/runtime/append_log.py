@@ -24,6 +24,7 @@ from rapid_jax.runtime.storage import AnyPlace
 _PARTS: Final = ".parts"
 _SMALL: Final = 1 << 20  # bytes of a part that one thread reads
 _MOST_PARTS: Final = 512  # then they are joined: a log is read again in few requests
+_LOOKS: Final = 3  # at a log that changes while it is read
 
 
 class FileLog:
@@ -42,7 +43,8 @@ class FileLog:
         return self._path.read_bytes() if self._path.exists() else b""
 
     def append(self, data: bytes) -> int:
-        """Puts the data behind it; the size then. Raises InputError where that cannot be."""
+        """Puts the data behind it; the size then. Raises InputError where that cannot be: it is as it was."""
+        before = self.size
         try:
             with open(self._path, "ab") as file:
                 file.write(data)
@@ -51,6 +53,8 @@ class FileLog:
                     os.fsync(file.fileno())
                 return file.tell()
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self.truncate(before)
             raise InputError(f"{self._path}: cannot be written: {error.strerror}") from error
 
     def truncate(self, size: int) -> None:
@@ -72,8 +76,9 @@ class PartsLog:
     def __init__(self, place: BucketPlace):
         self._place, self._bucket, self._key = place, place.bucket, place.key
         self._folder = f"{self._key}{_PARTS}/"
-        listed, _ = buckets.listed(self._bucket, self._folder)
-        self._base = buckets.object_at(self._bucket, self._key)  # behind the listing: a join in between leaves parts
+        listed, _ = place.store.listed(self._bucket, self._folder)
+        # Behind the listing: a join in between leaves parts.
+        self._base = place.store.object_at(self._bucket, self._key)
         self.size: int = self._base.size if self._base else 0
         self._parts: list[buckets.Object] = []
         self._joined: list[str] = []  # that a join which was killed has left
@@ -98,8 +103,9 @@ class PartsLog:
         large = [pair for pair in places if pair[0].size > _SMALL]
         small = [pair for pair in places if pair[0].size <= _SMALL]
         for found, into in large:  # which takes the threads itself
-            buckets.read_into(self._bucket, found, 0, into)
-        list(buckets.threads().map(lambda pair: buckets.read_into(self._bucket, pair[0], 0, pair[1]), small))
+            self._place.store.read_into(self._bucket, found, 0, into)
+        read = self._place.store.read_into
+        list(buckets.threads().map(lambda pair: read(self._bucket, pair[0], 0, pair[1]), small))
         return bytes(data)
 
     @property
@@ -180,15 +186,27 @@ def has_log(place: AnyPlace) -> bool:
 
 @contextlib.contextmanager
 def open_log(place: AnyPlace, *, ahead: int) -> Iterator[BinaryIO]:
-    """A log open for reading, as a file; a store is asked for at least `ahead` bytes at once."""
+    """A log open for reading, as a file; a store is asked for at least `ahead` bytes at once.
+
+    Another process may append to it meanwhile, and join its parts.
+    """
     if isinstance(place, Path):
         with open(place, "rb") as file:
             yield file
         return
-    log = PartsLog(place)
-    file: BinaryIO = io.BytesIO(log.read()) if log.is_in_parts else place.open(ahead)
-    with file:
+    with _opened(place, ahead) as file:
         yield file
+
+
+def _opened(place: BucketPlace, ahead: int) -> BinaryIO:
+    for last in (False,) * (_LOOKS - 1) + (True,):
+        log = PartsLog(place)
+        try:
+            return io.BytesIO(log.read()) if log.is_in_parts else place.open(ahead)
+        except buckets.Replaced:  # its writer has joined it since
+            if last:
+                raise
+    raise AssertionError
 
 
 def _start_of(part: buckets.Object, folder: str, place: BucketPlace) -> int:

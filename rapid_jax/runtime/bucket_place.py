@@ -5,29 +5,48 @@ import base64
 import io
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import PurePosixPath
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Protocol
 
-from rapid_jax.runtime import bucket_writes, buckets
+from rapid_jax.runtime import bucket_writes, buckets, s3
 from rapid_jax.runtime.errors import InputError
 
 _AHEAD: Final = 8 << 20  # bytes that a stream reads at once
 
 
+class Store(Protocol):
+    """What is asked of buckets of a kind: a module."""
+
+    def object_at(self, bucket: str, name: str) -> buckets.Object | None:
+        """The object of that name, if there is one."""
+        ...
+
+    def listed(self, bucket: str, folder: str, *, deep: bool = False) -> tuple[list[buckets.Object], list[str]]:
+        """(the objects in a folder, the names of the folders in it)."""
+        ...
+
+    def read_into(self, bucket: str, found: buckets.Object, start: int, into: memoryview) -> int:
+        """Fills `into` with the object's bytes."""
+        ...
+
+
+STORES: Final[dict[str, Store]] = {"gs": buckets, "s3": s3}
+
+
 class Seen:
     """What a bucket was found to hold: a place and those made from it look once, and so see one state of it."""
 
-    def __init__(self, bucket: str):
-        self._bucket = bucket
+    def __init__(self, bucket: str, store: Store = buckets):
+        self._bucket, self._store = bucket, store
         self._listed: dict[str, tuple[dict[str, buckets.Object], set[str]]] = {}
         self._objects: dict[str, buckets.Object | None] = {}
 
     def inside(self, folder: str) -> tuple[dict[str, buckets.Object], set[str]]:
         """(the objects in a folder by name there, the folders in it); `folder` is "" or ends in "/"."""
         if folder not in self._listed:
-            objects, folders = buckets.listed(self._bucket, folder)
+            objects, folders = self._store.listed(self._bucket, folder)
             names = {name.rstrip("/").rpartition("/")[2] for name in folders}
             self._listed[folder] = {found.name.rpartition("/")[2]: found for found in objects}, names
         return self._listed[folder]
@@ -38,7 +57,7 @@ class Seen:
         if (listed := self._listed.get(parent + slash)) is not None:
             return listed[0].get(name)
         if key not in self._objects:
-            self._objects[key] = buckets.object_at(self._bucket, key) if key else None
+            self._objects[key] = self._store.object_at(self._bucket, key) if key else None
         return self._objects[key]
 
     def has_folder(self, key: str) -> bool:
@@ -54,15 +73,15 @@ class Now(Seen):
 
     def inside(self, folder: str) -> tuple[dict[str, buckets.Object], set[str]]:
         """As there is now."""
-        return Seen(self._bucket).inside(folder)
+        return Seen(self._bucket, self._store).inside(folder)
 
     def object(self, key: str) -> buckets.Object | None:
         """As there is now."""
-        return Seen(self._bucket).object(key)
+        return Seen(self._bucket, self._store).object(key)
 
     def has_folder(self, key: str) -> bool:
         """As there is now."""
-        return Seen(self._bucket).has_folder(key)
+        return Seen(self._bucket, self._store).has_folder(key)
 
 
 @dataclass(frozen=True, order=True)
@@ -75,12 +94,18 @@ class BucketPlace:
     bucket: str
     key: str  # without a slash at its end; empty for the bucket itself
     _seen: Seen = field(compare=False, repr=False)
+    scheme: str = "gs"
 
     def __str__(self) -> str:
-        return f"gs://{self.bucket}/{self.key}".rstrip("/")
+        return f"{self.scheme}://{self.bucket}/{self.key}".rstrip("/")
 
     def __truediv__(self, name: str) -> "BucketPlace":
-        return BucketPlace(self.bucket, f"{self.prefix}{name}", self._seen)
+        return replace(self, key=f"{self.prefix}{name}")
+
+    @property
+    def store(self) -> Store:
+        """What its bucket is asked by."""
+        return STORES[self.scheme]
 
     @property
     def name(self) -> str:
@@ -95,7 +120,7 @@ class BucketPlace:
     @property
     def parent(self) -> "BucketPlace":
         """The folder that it is in; the bucket's own is itself."""
-        return BucketPlace(self.bucket, self.key.rpartition("/")[0], self._seen)
+        return replace(self, key=self.key.rpartition("/")[0])
 
     def relative_to(self, folder: "BucketPlace") -> PurePosixPath:
         """Its name below a folder that it is in."""
@@ -136,8 +161,8 @@ class BucketPlace:
 
     def below(self) -> Iterator["BucketPlace"]:
         """Every object in the folder and in the folders in it."""
-        objects, _ = buckets.listed(self.bucket, self.prefix, deep=True)
-        return (BucketPlace(self.bucket, found.name, self._seen) for found in objects)
+        objects, _ = self.store.listed(self.bucket, self.prefix, deep=True)
+        return (replace(self, key=found.name) for found in objects)
 
     def found(self) -> buckets.Object:
         """The object. Raises InputError that says what is there instead."""
@@ -190,7 +215,7 @@ class _Stream(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         into = memoryview(buffer).cast("B")
-        got = buckets.read_into(self._place.bucket, self._object, self._at, into)
+        got = self._place.store.read_into(self._place.bucket, self._object, self._at, into)
         if got and self._at == self._summed:
             self._crc, self._summed = buckets.crc32c(into[:got], self._crc), self._at + got
             if self._summed == self._object.size:

@@ -15,6 +15,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
@@ -43,6 +44,10 @@ class Object:
     def checksum(self) -> str:
         """What the store says of the bytes: equal for equal bytes that were uploaded in the same way."""
         return f"{self.size} bytes, crc32c {self.crc32c}, md5 {self.md5}"
+
+
+class Replaced(InputError):
+    """The object is no longer the one that was found; the message names it."""
 
 
 class _Traffic:
@@ -99,20 +104,25 @@ def listed(bucket: str, folder: str, *, deep: bool = False) -> tuple[list[Object
 def read_into(bucket: str, found: Object, start: int, into: memoryview) -> int:
     """Fills `into` with the object's bytes from `start` on, several pieces at once; how many there were.
 
-    Raises InputError where the object has become another since it was found.
+    Raises Replaced where the object has become another since it was found.
     """
     size = max(0, min(into.nbytes, found.size - start))
+    fill(into, size, lambda first, last: _range(bucket, found, start + first, start + last))
+    return size
+
+
+def fill(into: memoryview, size: int, read: Callable[[int, int], bytes]) -> None:
+    """Fills the first `size` bytes with what `read` gives from one byte to before another, several pieces at once."""
     places = range(0, size, _PIECE)
 
     def piece(at: int) -> None:
         end = min(at + _PIECE, size)
-        into[at:end] = _range(bucket, found, start + at, start + end)
+        into[at:end] = read(at, end)
 
     if len(places) > 1:
         list(threads().map(piece, places))
     elif size:
         piece(0)
-    return size
 
 
 def crc32c(data: bytes | memoryview, before: int = 0) -> int:
@@ -127,7 +137,7 @@ def _range(bucket: str, found: Object, first: int, last: int) -> bytes:
     try:
         _, data = call(place, "GET", system.url(f"{bucket}/{found.name}", generation=found.generation), headers=head)
     except FileNotFoundError:
-        raise InputError(f"{place}: was replaced or removed while it was read") from None
+        raise Replaced(f"{place}: was replaced or removed while it was read") from None
     if len(data) != last - first:
         raise InputError(f"{place}: expected {last - first} bytes from byte {first} on, got {len(data)}")
     TRAFFIC.add(len(data))

@@ -19,18 +19,18 @@ from typing import Any
 
 from rapid_jax.runtime.accelerators import without_tpu
 from rapid_jax.runtime.distributed import INTERRUPTED
-from rapid_jax.runtime.errors import InputError, legible
+from rapid_jax.runtime.errors import AGAIN, Again, InputError, legible
 from rapid_jax.runtime.files import default_cache_dir
-from rapid_jax.runtime.storage import local_path, place_of
+from rapid_jax.runtime.storage import local_path, place_of, working_place
 
 UNREAD = 141
-AGAIN = 75  # EX_TEMPFAIL of sysexits.h: started again, it may go well
 
 
 class Place(argparse.Action):
     """An option or argument that is a file or folder, kept as text or, with `as_path`, as a Path.
 
-    With `reads` it may be in a bucket, too (storage.place_of); raises InputError for any other place with a scheme.
+    With `reads` it may be in a bucket, too (storage.place_of), and with `writes` (storage.working_place); raises
+    InputError for any other place with a scheme.
     argparse's own `type` could not: it would print the usage, too. Several values make a list, and so does an option
     that is given `many` times.
     """
@@ -43,10 +43,12 @@ class Place(argparse.Action):
         as_path: bool = True,
         many: bool = False,
         reads: bool = False,
+        writes: bool = False,
         **rest: Any,
     ):
         super().__init__(option_strings, dest, **rest)
-        self._as_path, self._many, self._found = as_path, many, place_of if reads else local_path
+        self._as_path, self._many = as_path, many
+        self._found = working_place if writes else place_of if reads else local_path
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         """Keeps what was given."""
@@ -75,6 +77,9 @@ def status_of(work: Callable[[], int | None], name: str, *, out_of_memory: str) 
         return status or 0
     except InputError as error:
         return _fail(name, str(error))
+    except Again as error:
+        say(f"{name}: {legible(error.reason)}")
+        return AGAIN
     except KeyboardInterrupt:
         say(f"{name}: interrupted")
         return INTERRUPTED

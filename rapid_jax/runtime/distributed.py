@@ -20,11 +20,11 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import BinaryIO
 
-from rapid_jax.runtime.errors import InputError, legible
+from rapid_jax.runtime.errors import AGAIN, Again, InputError, legible
 from rapid_jax.runtime.json_input import parse_json
 from rapid_jax.runtime.meeting import Seat, met
 
-LOST_PEER = 75  # exit status EX_TEMPFAIL: the run may be started again
+LOST_PEER = AGAIN  # the run may be started again
 INTERRUPTED = 130
 _INPUT_ERROR = 2
 _SAY, _GOODBYE, _ALL = "say", "bye", "all"
@@ -110,18 +110,21 @@ class Run:
         _running.remove(self)
         if self._seat is None or not self._peers:
             return
-        if error is None or isinstance(error, SystemExit):  # all of them have agreed to leave
+        if error is None or (isinstance(error, SystemExit) and not isinstance(error, Again)):  # as all have agreed
             self._end_once()
             self._send(_GOODBYE)
             return
         me = f"process {self._seat.index} of {self._seat.count}"
-        if not isinstance(error, InputError | KeyboardInterrupt):
+        if not isinstance(error, InputError | Again | KeyboardInterrupt):
             time.sleep(_GRACE_S)  # if the reason is a process that has ended, the listener says it better
         self._end_once()  # the others end by what they are told, and that is not to end this one
         if isinstance(error, InputError):
             told = (_ALL, f"{error}") if isinstance(error, Disagreement) else (_INPUT_ERROR, f"{me} has ended: {error}")
             self._tell(*told)
             self._end(_INPUT_ERROR, str(error))
+        if isinstance(error, Again):
+            self._tell(LOST_PEER, f"{me} has ended: {error.reason}")
+            self._end(AGAIN, error.reason)
         if isinstance(error, KeyboardInterrupt):
             self._tell(LOST_PEER, f"{me} was interrupted")
             self._end(INTERRUPTED, "interrupted")

@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The one error that is the user's to mend, and how words of others are shown in it."""
 
+from typing import Final
+
+AGAIN: Final = 75  # exit status, EX_TEMPFAIL of sysexits.h: started again, it may go well
+
 
 class InputError(ValueError):
     """Input that cannot be used: the message is one line, says what was expected and what was got.
@@ -11,6 +15,14 @@ class InputError(ValueError):
 
 class Unavailable(InputError):
     """A store does not answer now: the same may go well later."""
+
+
+class Again(SystemExit):
+    """This process alone cannot go on now, and nothing is lost: the run is to be started again, status 75."""
+
+    def __init__(self, reason: str):
+        super().__init__(AGAIN)
+        self.reason = reason
 
 
 class TooLarge(InputError):

@@ -14,8 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from rapid_jax.runtime.command_line import AGAIN, say
-from rapid_jax.runtime.errors import InputError, legible
+from rapid_jax.runtime.append_log import log_at
+from rapid_jax.runtime.command_line import say
+from rapid_jax.runtime.errors import AGAIN, InputError, legible
+from rapid_jax.runtime.files import default_cache_dir, digest
+from rapid_jax.runtime.lease import Lease
+from rapid_jax.runtime.run_folder import LEASE, again_when_a_store_fails
+from rapid_jax.runtime.storage import AnyPlace
 
 _POLL_S, _GRACE_S = 0.05, 60.0
 
@@ -38,23 +43,53 @@ class Job:
     words: tuple[str, ...]
     log: Path
     after: tuple[str, ...] = ()  # jobs that have to end well before
+    keep: Callable[[], object] = lambda: None  # called when it has ended, for its log
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[int]:
+def alone_in(folder: AnyPlace) -> Iterator[int]:
     """A lock on the folder, which is made; yields the descriptor of another, on its logs, for jobs to hold.
 
-    Raises InputError if another starter is at work there. The jobs of one that was killed are ending: they are waited
-    for, an update of training may take minutes.
+    In a bucket both are of a folder of this machine, and other machines are kept out by a lease; where its store stops
+    answering Again is raised. Raises InputError if another starter is at work there. The jobs of one that was killed
+    are ending: they are waited for, an update of training may take minutes.
     """
-    with _opened(folder) as own, _opened(folder / "logs") as held:
+    logs = logs_here(folder)
+    with contextlib.ExitStack() as stack:
+        own, held = (stack.enter_context(_opened(each)) for each in (logs.parent, logs))
         if not _locked(own):
             raise InputError(f"{folder}: expected no other sweep there, got one that is at work")
         if not _locked(held):
             say(f"waiting for what a sweep that was killed has left at work in {folder}")
         while not _locked(held):
             time.sleep(0.2)
+        if not isinstance(folder, Path):
+            stack.enter_context(Lease(folder / LEASE))
+            stack.enter_context(again_when_a_store_fails())
         yield held
+
+
+def logs_here(folder: AnyPlace) -> Path:
+    """The folder of this machine that the jobs of `folder` write their logs to."""
+    if isinstance(folder, Path):
+        return folder / "logs"
+    return default_cache_dir() / "sweeps" / digest(str(folder))[:16] / "logs"
+
+
+def kept_log(folder: AnyPlace, name: str) -> AnyPlace:
+    """Where the log of a job of `folder` is when it has ended."""
+    return folder / "logs" / f"{name}.log"
+
+
+def keep_log(folder: AnyPlace, name: str) -> None:
+    """Puts what a job that has ended has printed behind what `folder`, if it is in a bucket, has of it already."""
+    kept = kept_log(folder, name)
+    here = logs_here(folder) / kept.name
+    if here != kept and here.exists():
+        log = log_at(kept)
+        log.append(here.read_bytes())
+        log.join()
+        here.unlink()
 
 
 @contextlib.contextmanager
@@ -108,6 +143,7 @@ def run_jobs(
                 again = again or status == AGAIN
                 ended[job.name] = "" if status == 0 else f"status {status}: {_last_line(job.log, module)}"
                 tell(job, ended[job.name] or f"done in {time.monotonic() - since:.0f} s")
+                job.keep()
     if again:
         raise SystemExit(AGAIN)
     return ended

@@ -4,11 +4,11 @@
 import contextlib
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rapid_jax.runtime.command_line import AGAIN, say
-from rapid_jax.runtime.errors import InputError, Unavailable
+from rapid_jax.runtime.append_log import Log, log_at
+from rapid_jax.runtime.errors import Again, InputError, Unavailable
 from rapid_jax.runtime.files import remove_leftovers
 from rapid_jax.runtime.lease import Lease
 from rapid_jax.runtime.storage import AnyPlace
@@ -23,16 +23,12 @@ def working_in(folder: AnyPlace, part: str) -> Iterator[None]:
     Raises InputError if another does, where nothing can be written, and for a file in the place of the part. On this
     machine: a folder that was not there before and is empty in the end is taken away; of file systems that know no
     locks, as some network ones, nobody learns whether another works there. Where a bucket's store stops answering while
-    the run works, it ends with one line and status 75.
+    the run works, it ends with one line and status 75 (`Again`).
     """
     if not isinstance(folder, Path):
-        with Lease(folder / LEASE):
+        with Lease(folder / LEASE), again_when_a_store_fails():
             _refuse_file(folder / part)
-            try:
-                yield
-            except Unavailable as error:
-                say(f"{error}: nothing is lost, the run can be started again")
-                raise SystemExit(AGAIN) from error
+            yield
         return
     try:
         new = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -55,6 +51,31 @@ def working_in(folder: AnyPlace, part: str) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty
             for path in new:
                 path.rmdir()
+
+
+@contextlib.contextmanager
+def alone_in_logs(folder: AnyPlace, names: Sequence[str], lease: str) -> Iterator[list[Log]]:
+    """The logs of these names in a folder that is there; no other run writes to them until the context is left.
+
+    By a lock on each on this machine, which makes the files; in a bucket by one lease of that name, for all of them.
+    Raises InputError if another run writes to them.
+    """
+    with contextlib.ExitStack() as stack:
+        if not isinstance(folder, Path):
+            stack.enter_context(Lease(folder / lease))
+        else:
+            for path in (folder / name for name in names):
+                _lock(stack.enter_context(open(path, "ab")).fileno(), path)
+        yield [log_at(folder / name) for name in names]
+
+
+@contextlib.contextmanager
+def again_when_a_store_fails() -> Iterator[None]:
+    """Work that can be gone on with: raises Again where a bucket's store stops answering."""
+    try:
+        yield
+    except Unavailable as error:
+        raise Again(f"{error}: nothing is lost, the run can be started again") from error
 
 
 def _refuse_file(place: AnyPlace) -> None:

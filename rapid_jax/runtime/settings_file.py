@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Settings files: the text of one, and those it is based on.
 
-`base: FILE` at the top of a file names another, beside the file that names it unless the name is absolute (or gs://):
+`base: FILE` at the top of a file names another, beside the file that names it unless the name is absolute (or gs://, s3://):
 what the file states takes the place of the same settings there, section by section, and all else is the base's. A base
 may have a base.
 """
@@ -66,7 +66,9 @@ def base_of(place: AnyPlace, name: Any) -> AnyPlace:
         return place_of(name, what)
     if isinstance(place, Path):
         return place.parent / name
-    return place_of(f"gs://{place.bucket}/{posixpath.normpath(posixpath.join(place.parent.key, name))}", what)
+    return place_of(
+        f"{place.scheme}://{place.bucket}/{posixpath.normpath(posixpath.join(place.parent.key, name))}", what
+    )
 
 
 def _identity(place: AnyPlace) -> str:

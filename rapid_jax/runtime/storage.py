@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A place is a path on this machine or one in a bucket (gs://): what reads from it cannot tell which.
+"""A place is a path on this machine or one in a bucket (gs://, s3://): what reads from it cannot tell which.
 
 A local place is a `pathlib.Path`; one in a bucket is a `BucketPlace`, which has those of Path's names that are needed.
 What Path has no name for is a function here: a file's size, and bytes of it. In a bucket there are objects, whole or
@@ -7,6 +7,7 @@ absent, and no folders: a folder is what names of objects begin with. Files are 
 """
 
 import importlib
+import io
 import math
 import os
 import re
@@ -15,41 +16,46 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final, TypeAlias
 
 from rapid_jax.runtime import buckets
-from rapid_jax.runtime.bucket_place import BucketPlace, Now, Seen
+from rapid_jax.runtime.bucket_place import STORES, BucketPlace, Now, Seen
 from rapid_jax.runtime.errors import InputError
 
 # A scheme, or a well-known one with a slash too few.
 _SCHEME: Final = re.compile(
     r"\s*(?:([A-Za-z][A-Za-z0-9+.-]*)://|(gs|s3|https?|ftp|hdfs|file|abfss?|az):/)", re.IGNORECASE
 )
-_BUCKET: Final = re.compile(r"gs://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(.*))?", re.DOTALL)
+_BUCKET: Final = re.compile(r"(gs|s3)://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(.*))?", re.DOTALL)
 _NOT_YET: Final = (
-    "writing to a bucket is not supported here, only longpo's run folders may be in one; name a path here and copy "
-    "(gcloud storage cp -r)"
+    "writing to a bucket is not supported here, only longpo's run folders and evaluations may be in one; name a path "
+    "here and copy (gcloud storage cp -r)"
 )
+_AHEAD: Final = 8 << 20  # bytes that a store is asked for at once
 AnyPlace: TypeAlias = Path | BucketPlace
 
 
 def working_place(text: str | AnyPlace, what: str) -> AnyPlace:
-    """As `place_of`, of a file or folder that is written: what is there is looked for each time."""
+    """As `place_of`, of a file or folder that is written: what is there is looked for each time; none of s3://."""
     place = place_of(text, what)
-    return place if isinstance(place, Path) else BucketPlace(place.bucket, place.key, Now(place.bucket))
+    if isinstance(place, Path):
+        return place
+    if place.scheme != "gs":
+        raise InputError(f"{what}: expected a place that can be written, got {str(place)!a}: s3:// is read alone")
+    return BucketPlace(place.bucket, place.key, Now(place.bucket))
 
 
 def place_of(text: str | AnyPlace, what: str) -> AnyPlace:
     """The place that a user gave as `what` (a setting, an option) to be read: a path, ~ filled in, or one in a bucket.
 
-    Nothing is asked of a store yet. Raises InputError for any scheme but gs://, as hdfs://x or file:///x.
+    Nothing is asked of a store yet. Raises InputError for any scheme but gs:// and s3://, as hdfs://x or file:///x.
     """
     if isinstance(text, BucketPlace):
         return text
     if not _is_in_bucket(text):
-        return _local(text, what, "only gs:// is read besides")
+        return _local(text, what, "only gs:// and s3:// are read besides")
     parts = _BUCKET.fullmatch(str(text))
-    key = ((parts and parts[2]) or "").rstrip("/")
+    key = ((parts and parts[3]) or "").rstrip("/")
     if parts is None or not key.isprintable():
-        raise InputError(f"{what}: expected gs://BUCKET/NAME, got {str(text)!a}")
-    return BucketPlace(parts[1], key, Seen(parts[1]))
+        raise InputError(f"{what}: expected {str(text)[:2]}://BUCKET/NAME, got {str(text)!a}")
+    return BucketPlace(parts[2], key, Seen(parts[2], STORES[parts[1]]), parts[1])
 
 
 def local_path(text: str | Path, what: str) -> Path:
@@ -68,7 +74,7 @@ def is_local(text: str) -> bool:
 
 
 def _is_in_bucket(text: str | Path) -> bool:
-    return isinstance(text, str) and text.startswith("gs://")
+    return isinstance(text, str) and text.startswith(("gs://", "s3://"))
 
 
 def _local(text: str | Path, what: str, besides: str) -> Path:
@@ -101,6 +107,12 @@ def bytes_of(place: AnyPlace) -> bytes | None:
         return None
 
 
+def text_in(place: AnyPlace, encoding: str) -> str:
+    """The text of a file, each end of a line as \\n. Raises OSError, UnicodeDecodeError or InputError."""
+    with io.TextIOWrapper(open_file(place), encoding=encoding) as file:
+        return file.read()
+
+
 def full_name(place: AnyPlace) -> str:
     """What tells it from all other places that this machine sees."""
     return os.path.realpath(place) if isinstance(place, Path) else str(place)
@@ -109,7 +121,7 @@ def full_name(place: AnyPlace) -> str:
 def files_below(folder: AnyPlace) -> dict[str, int]:
     """The sizes of all files in a folder and the folders in it, by their names below it, in order."""
     if not isinstance(folder, Path):
-        objects, _ = buckets.listed(folder.bucket, folder.prefix, deep=True)
+        objects, _ = folder.store.listed(folder.bucket, folder.prefix, deep=True)
         return {found.name.removeprefix(folder.prefix): found.size for found in objects}
     paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
@@ -133,7 +145,7 @@ def has_rename(place: AnyPlace) -> bool:
     return isinstance(place, Path)
 
 
-def open_file(place: AnyPlace, *, ahead: int) -> BinaryIO:
+def open_file(place: AnyPlace, *, ahead: int = _AHEAD) -> BinaryIO:
     """The file, open for reading and seeking; a store is asked for at least `ahead` bytes at once.
 
     Raises OSError or InputError where there is none.
@@ -144,7 +156,7 @@ def open_file(place: AnyPlace, *, ahead: int) -> BinaryIO:
 def read_into(place: AnyPlace, start: int, into: memoryview) -> int:
     """Fills `into` with the file's bytes from `start` on, no other byte is read; how many there were."""
     if not isinstance(place, Path):
-        return buckets.read_into(place.bucket, place.found(), start, into)
+        return place.store.read_into(place.bucket, place.found(), start, into)
     rest = into
     with open(place, "rb", buffering=0) as file:
         file.seek(start)

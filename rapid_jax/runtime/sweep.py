@@ -8,12 +8,13 @@ RUN/sweep.json, .md, .png  the table and the figure, of all points that are done
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from rapid_jax.runtime import settings
@@ -21,8 +22,9 @@ from rapid_jax.runtime.command_line import Place, say
 from rapid_jax.runtime.device_shares import shares_of
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file
-from rapid_jax.runtime.jobs import Job, run_jobs
+from rapid_jax.runtime.jobs import Job, keep_log, kept_log, logs_here, run_jobs
 from rapid_jax.runtime.settings_values import shown
+from rapid_jax.runtime.storage import AnyPlace, bytes_of
 from rapid_jax.runtime.sweep_file import SweepFile, as_text
 
 _MODULES = {"longpo": "longpo_jax", "rapid": "rapid_jax"}
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def write_settings(
     sweep: SweepFile, configs: Mapping[str, Any], deciding: Callable[[Any], Mapping[str, Any]]
-) -> dict[str, Path]:
+) -> dict[str, AnyPlace]:
     """The settings file of each name. Raises InputError where one is there of which what is `deciding` differs."""
     paths = {name: sweep.run / "settings" / f"{name}.yaml" for name in configs}
     for name, path in paths.items():
@@ -71,7 +73,7 @@ def write_settings(
                 f"choose another run, or delete {sweep.run}"
             )
     for name, path in paths.items():
-        if not path.exists() or path.read_text(encoding="utf-8") != settings.dump(configs[name]):
+        if bytes_of(path) != settings.dump(configs[name]).encode():
             settings.save(configs[name], path)
     return paths
 
@@ -97,21 +99,30 @@ def perform(
     left = [task for task in tasks if not task.is_done()]
     if not options.quiet and len(left) < len(tasks):
         say(f"sweep: {len(tasks) - len(left)} of {len(tasks)} commands are done already")
-    jobs = [Job(task.name, task.words, sweep.run / "logs" / f"{task.name}.log", task.after) for task in left]
+    logs = logs_here(sweep.run)
+    jobs = [
+        Job(task.name, task.words, logs / f"{task.name}.log", task.after, partial(keep_log, sweep.run, task.name))
+        for task in left
+    ]
 
     def tell(job: Job, said: str) -> None:
         if not options.quiet:
             say(f"sweep: {job.name}: {said}")
 
-    failed = run_jobs(jobs, _MODULES[program], shares, held, tell)
+    try:
+        failed = run_jobs(jobs, _MODULES[program], shares, held, tell)
+    finally:
+        with contextlib.suppress(InputError):  # what ends the sweep stands before a log that cannot be kept
+            for job in jobs:
+                job.keep()
     for name, why in failed.items():
         if why:
-            log = sweep.run / "logs" / f"{name}.log"
+            log = kept_log(sweep.run, name)
             say(f"{program}: {name}: {why}" + (f" ({log})" if log.exists() else ""))
     return FAILED if any(failed.values()) else 0
 
 
-def write_table(sweep: SweepFile, rows: Sequence[Row], picture: bytes | None, about: str) -> Path:
+def write_table(sweep: SweepFile, rows: Sequence[Row], picture: bytes | None, about: str) -> AnyPlace:
     """Writes sweep.json, sweep.md and, with a `picture`, sweep.png, and prints the table; returns its path."""
     by_name = {point.name: point for point in sweep.points}
     names = list(dict.fromkeys(name for row in rows for name in row.names))

@@ -12,7 +12,6 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from rapid_jax.runtime import settings, strict_yaml
@@ -20,7 +19,7 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.settings_file import base_of, text_of
 from rapid_jax.runtime.settings_values import shown
-from rapid_jax.runtime.storage import AnyPlace, local_path, place_of
+from rapid_jax.runtime.storage import AnyPlace, place_of, working_place
 
 _LONGEST: Final = 100  # bytes of a point's name: file systems take 255, and endings come to it
 _PLAIN = re.compile(r"[^\w.,=+-]+")
@@ -41,7 +40,7 @@ class SweepFile:
 
     source: str
     base: AnyPlace
-    run: Path
+    run: AnyPlace
     points: tuple[Point, ...]
     more: Mapping[str, Any]  # sections of one command alone
 
@@ -74,7 +73,7 @@ def read_sweep(path: str | AnyPlace, more: Iterable[str] = ()) -> SweepFile:
         if not _is_plain(value):
             raise InputError(f"{source}: {key}: expected a value or a list of values, got {shown(value)}")
     points = tuple(map(Point, _names(changes, source), changes))
-    run = local_path(tree["run"], f"{source}: run")
+    run = working_place(tree["run"], f"{source}: run")
     return SweepFile(source, base_of(place, tree["base"]), run, points, {key: tree[key] for key in more})
 
 

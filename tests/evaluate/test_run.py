@@ -6,11 +6,12 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rapid_jax.config import ModelsConfig, RapidConfig
-from rapid_jax.evaluate.folder import Answers, Share, begin, check_folder
+from rapid_jax.evaluate.folder import Share, begin, check_folder, open_answers
 from rapid_jax.evaluate.modes import modes_of
 from rapid_jax.evaluate.report import report
 from rapid_jax.evaluate.results import read
@@ -18,8 +19,8 @@ from rapid_jax.evaluate.run import NOW, decides, evaluate, measure_of
 from rapid_jax.evaluate.samples import Sample
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.storage import AnyPlace
 from tests.evaluate.stub import Stub
-from tests.tiny_models import tokenizer_files
 
 CONFIG = RapidConfig(models=ModelsConfig(target="smollm2"))
 MODES = modes_of("target,rapid:eta=5", CONFIG)
@@ -41,11 +42,17 @@ def say(mode: str, document: str, question: str) -> str:
     return f"It is key{number}." if mode == "target" or number % 2 == 0 else ""
 
 
-def begun(folder: Path, *, resume: bool = False, samples=SAMPLES) -> Path:
+def begun(folder: Any, *, resume: bool = False, samples=SAMPLES) -> Any:
     check_folder(folder, resume=resume)
     described = {"suite": "qa", "options": {"seed": 0}, "samples": len(samples), "settings": decides(CONFIG)}
     begin(folder, described, CONFIG)
     return folder
+
+
+def run(folder: AnyPlace, *, share: Share | None = None, batch: int = 3) -> None:
+    """Begins the evaluation there, or goes on with it."""
+    begun(folder, resume=True)
+    evaluate(Stub(CONFIG, say), SAMPLES, MODES, folder, share=share, batch=batch, quiet=True)  # type: ignore[arg-type]
 
 
 def lines_in(folder: Path) -> dict[str, list[dict]]:
@@ -115,10 +122,9 @@ def test_shares_are_the_whole(tmp_path):
 
 def test_two_runs_do_not_write_to_one_file(tmp_path):
     folder = begun(tmp_path)
-    one = Answers(folder, "target", Share(), leads=True)
-    with pytest.raises(InputError, match=r"answers-target.jsonl: expected no other run there, got one that is at work"):
+    said = r"answers-target.jsonl: expected no other run there, got one that is at work"
+    with open_answers(folder, ["target"], Share(), leads=True), pytest.raises(InputError, match=said):
         evaluate(Stub(CONFIG, say), SAMPLES, MODES, folder, quiet=True)  # type: ignore[arg-type]
-    one.close()
     evaluate(Stub(CONFIG, say), SAMPLES, MODES, folder, quiet=True)  # type: ignore[arg-type]
 
 
@@ -208,7 +214,7 @@ def test_a_full_disk_is_one_line_and_keeps_what_was_there(tmp_path, monkeypatch)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(InputError, match="an answer could not be written: No space left on device"):
+    with pytest.raises(InputError, match=r"answers-target.jsonl: cannot be written: No space left on device"):
         evaluate(Stub(CONFIG, say), SAMPLES, MODES, folder, quiet=True)  # type: ignore[arg-type]
     assert {name: len(lines) for name, lines in lines_in(folder).items()} == {
         "answers-target.jsonl": 1,
@@ -279,6 +285,10 @@ def test_modes_that_are_none(asked, said):
 
 def test_a_sample_has_the_same_prompt_on_any_day(tmp_path):
     """A template that writes the date: the date of evaluations while samples are made and answered, else today's."""
+    from tests.tiny_models import (
+        tokenizer_files,  # takes seconds to import, and a process of test_bucket.py imports this
+    )
+
     template = b"{{ strftime_now('%d %b %Y') }} {% for message in messages %}{{ message['content'] }}{% endfor %}"
     tokenizer = Tokenizer({**tokenizer_files(["the text 0123456789"]), "chat_template.jinja": template})
     messages = [{"role": "user", "content": "the text"}]

@@ -12,6 +12,7 @@ from rapid_jax.config import RapidConfig
 from rapid_jax.evaluate.sweep import _words
 from rapid_jax.runtime import settings, sweep
 from rapid_jax.runtime.jobs import alone_in
+from rapid_jax.runtime.storage import working_place
 from rapid_jax.runtime.sweep_file import read_sweep, settings_of
 from tests.evaluate.test_command import tiny  # noqa: F401 - a fixture
 
@@ -26,8 +27,8 @@ def file(tiny, tmp_path):  # noqa: F811
     settings.save(settings.defaults(RapidConfig, given), tmp_path / "base.yaml")
     data = tiny[tiny.index("--data") + 1]
 
-    def write(text: str, evaluate: str = "modes: [rapid]") -> str:
-        head = f"base: base.yaml\nrun: {tmp_path / 'run'}\nevaluate: {{suite: qa, data: {data}, {evaluate}}}\n"
+    def write(text: str, evaluate: str = "modes: [rapid]", run: object = tmp_path / "run") -> str:
+        head = f"base: base.yaml\nrun: {run}\nevaluate: {{suite: qa, data: {data}, {evaluate}}}\n"
         (tmp_path / "sweep.yaml").write_text(head + text + "\n")
         return str(tmp_path / "sweep.yaml")
 
@@ -72,6 +73,20 @@ def test_points_are_evaluated_once_and_make_one_table(file, commands, tmp_path, 
     capfd.readouterr()
     assert main(["sweep", file(RUN, "modes: target")]) == 2
     assert "run was begun with evaluate --suite qa" in capfd.readouterr().err and not commands
+
+
+def test_a_sweep_in_a_bucket_goes_on_where_its_points_have_ended(file, commands, tmp_path, bucket, monkeypatch, capfd):
+    monkeypatch.setenv("RAPID_JAX_CACHE", str(tmp_path / "cache"))
+    run = working_place("gs://models/swept evaluations", "run")
+    written = file("lists: {speculation.eta: [10.0]}", "modes: [target]", run)
+    assert main(["sweep", written, "--quiet"]) == 0
+    assert json.loads((run / "sweep.json").read_bytes())["points"][0]["point"] == "eta=10"
+    assert (run / "sweep.md").is_file() and (run / "eta=10/report.html").is_file() and len(commands) == 1
+    assert capfd.readouterr().out.endswith(f"\n{run}/sweep.md\n")
+    commands.clear()
+    assert main(["sweep", written, "--quiet"]) == 0 and not commands
+    assert main(["sweep", file(RUN, "modes: rapid", run)]) == 2
+    assert f"{run} was begun with evaluate --suite qa" in capfd.readouterr().err
 
 
 def test_one_that_is_at_work_is_left_alone(file, commands, tmp_path, capfd):

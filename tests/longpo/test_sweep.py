@@ -14,9 +14,12 @@ import pytest
 
 from longpo_jax.cli import main
 from longpo_jax.config import LongPOConfig
-from longpo_jax.stages import STAGES, inputs_of, mark_done
+from longpo_jax.round import folder_of
+from longpo_jax.stages import STAGES, has_ended, inputs_of, mark_done, stage_in
 from rapid_jax.runtime import settings, sweep
+from rapid_jax.runtime.append_log import log_at
 from rapid_jax.runtime.jobs import alone_in
+from rapid_jax.runtime.storage import working_place
 from rapid_jax.runtime.sweep_file import read_sweep, settings_of
 from tests.longpo.sweep_program import words
 from tests.tiny_models import save_decoder
@@ -42,8 +45,8 @@ def file(tmp_path):
     )
     (tmp_path / "base.yaml").write_text(base)
 
-    def write(text: str) -> str:
-        (tmp_path / "sweep.yaml").write_text(f"base: base.yaml\nrun: {tmp_path / 'run'}\n{text}\n")
+    def write(text: str, run: object = tmp_path / "run") -> str:
+        (tmp_path / "sweep.yaml").write_text(f"base: base.yaml\nrun: {run}\n{text}\n")
         return str(tmp_path / "sweep.yaml")
 
     return write
@@ -57,20 +60,20 @@ def stages(monkeypatch):
     def run_jobs(jobs, module, shares, held, tell):
         assert module == "longpo_jax" and shares == [{}]
         for job in jobs:
-            command, file = job.words[0], Path(job.words[-1])
+            command, file = job.words[0], job.words[-1]
             made.append((command, job.name.rpartition("-")[0] or job.name))
             if command == "check":
                 continue
             config = settings.load(LongPOConfig, file)
             for stage in STAGES if command == "round" else (command,):
-                place = Path(config.run) / stage
-                if (place / "done.json").exists():
+                place = stage_in(folder_of(config), stage)
+                if has_ended(place):
                     continue
                 made.append(("", stage))
                 mark_done(place, inputs_of(config, stage), {})
                 if stage == "train":
                     line = {"step": 1, "loss": 2.0, "nll": 1.0, "tokens_per_second": None, "mfu": None}
-                    (place / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+                    log_at(place / "metrics.jsonl").append(f"{json.dumps(line)}\n".encode())
         return {job.name: "" for job in jobs}
 
     monkeypatch.setattr(sweep, "run_jobs", run_jobs)
@@ -96,6 +99,32 @@ def test_what_the_points_have_in_common_is_made_once(file, stages, tmp_path, cap
     assert (tmp_path / "run" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     stages.clear()
     assert main(["sweep", sweep, "--quiet"]) == 0 and not stages  # all is done: the table alone
+
+
+def test_a_sweep_in_a_bucket_is_that_on_a_disk(file, stages, tmp_path, bucket, monkeypatch, capfd):
+    monkeypatch.setenv("RAPID_JAX_CACHE", str(tmp_path / "cache"))
+    swept = "lists: {optimizer.learning_rate: [1.0e-5, 2.0e-5], objective.name: [longpo, sft]}"
+    assert main(["sweep", file(swept), "--quiet"]) == 0
+    made = list(stages)
+    stages.clear()
+    run = working_place("gs://models/swept", "run")
+    sweep = file(swept, run)
+    capfd.readouterr()
+    assert main(["sweep", sweep, "--print"]) == 0
+    lines = [shlex.split(line) for line in capfd.readouterr().out.splitlines()]
+    command = next(line for line in lines if line[1] == "round")
+    assert main(command[1:]) == 2
+    said = f"longpo: {run}/learning_rate=1e-05_name=longpo/pairs: expected the stage that the sweep shares in {run}/sha"
+    assert capfd.readouterr().err.startswith(said)
+    assert main(["sweep", sweep, "--quiet"]) == 0 and stages == made
+    for name in ("sweep.json", "sweep.md", "sweep.png"):
+        assert (run / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    one, other = (run / f"learning_rate={rate}_name=sft" for rate in ("1e-05", "2e-05"))
+    assert stage_in(one, "pairs") == stage_in(other, "pairs") != one / "pairs" and not (one / "pairs").exists()
+    assert sorted(place.name for place in one.iterdir()) == ["export", "pairs.link", "reference.link", "train"]
+    stages.clear()
+    assert main(["sweep", sweep, "--quiet"]) == 0 and not stages
+    assert "lease.json" not in {place.name for place in run.iterdir()}
 
 
 def test_settings_of_the_pairs_make_pairs_of_their_own(file, stages):

@@ -52,6 +52,19 @@ def test_what_was_appended_is_read(folder):
     assert not has_log(place)
 
 
+def test_a_log_that_is_joined_while_another_process_reads_it_is_read_whole(in_bucket, monkeypatch):
+    log, read = filled(in_bucket / "log"), append_log.PartsLog.read
+
+    def late(reader):
+        monkeypatch.setattr(append_log.PartsLog, "read", read)
+        log.join()
+        return read(reader)
+
+    monkeypatch.setattr(append_log.PartsLog, "read", late)
+    with open_log(in_bucket / "log", ahead=100) as file:
+        assert list(file) == LINES
+
+
 @pytest.mark.parametrize("joined", [0, 3, 6])
 @pytest.mark.parametrize("size", [0, 5, len(LINES[0]), len(b"".join(LINES[:3])), len(b"".join(LINES[:4])) + 2, 10**6])
 def test_what_is_cut_away_is_gone_and_what_comes_next_lies_behind_the_rest(folder, joined, size):

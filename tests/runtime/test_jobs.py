@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 
 from rapid_jax.runtime.device_shares import shares_of
-from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.jobs import Job, alone_in, run_jobs
+from rapid_jax.runtime.errors import Again, InputError, Unavailable
+from rapid_jax.runtime.files import replace_file
+from rapid_jax.runtime.jobs import Job, alone_in, keep_log, logs_here, run_jobs
+from rapid_jax.runtime.lease import Lease
+from rapid_jax.runtime.links import followed, make_link, target_of
+from rapid_jax.runtime.run_folder import LEASE
+from rapid_jax.runtime.storage import working_place
 
 PROGRAM = "tests.runtime.job_program"
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,6 +61,46 @@ def test_one_that_asks_to_be_started_again_ends_all_with_the_same(run, tmp_path)
     with pytest.raises(SystemExit) as raised:
         run(job(tmp_path, "a", "again"), job(tmp_path, "b"))
     assert raised.value.code == 75 and not (tmp_path / "b").exists()
+
+
+def test_a_folder_in_a_bucket_has_one_starter_and_keeps_what_jobs_print(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("RAPID_JAX_CACHE", str(tmp_path))
+    folder = working_place("gs://models/jobs", "run")
+    with Lease(folder / LEASE), pytest.raises(InputError, match=f"^{folder}: expected no other run there, got that of"):
+        alone_in(folder).__enter__()
+    one = Job("a", ("fail",), logs_here(folder) / "a.log", keep=lambda: keep_log(folder, "a"))
+    printed = []
+    for _ in range(2):
+        with alone_in(folder) as held:
+            assert run_jobs([one], PROGRAM, [{}], held, lambda job, said: None) == {"a": "status 2: the reason"}
+            with pytest.raises(InputError, match=f"^{folder}: expected no other sweep there, got one that is at work"):
+                alone_in(folder).__enter__()
+        printed.append((folder / "logs" / "a.log").read_bytes())
+    assert printed[0].endswith(b"the reason\n") and printed[1] == 2 * printed[0]
+    assert bucket.names(f"{folder.key}/") == [f"{folder.key}/logs/a.log"] and not one.log.exists()
+    with pytest.raises(Again, match="75"), alone_in(folder):
+        raise Unavailable("gs://models/x: the store failed")
+
+
+def test_a_link_leads_where_it_says(bucket, tmp_path):
+    for root in (tmp_path, working_place("gs://models/links", "run")):
+        name, target = root / "point" / "pairs", root / "shared" / "x" / "pairs"
+        assert followed(name) == name and target_of(name) is None
+        for _ in range(2):
+            make_link(name, target)
+        assert target_of(name) == target and not target.exists()
+        with replace_file(target / "done.json") as file:
+            file.write_text("{}")
+        assert (followed(name) / "done.json").is_file()
+        with replace_file(root / "other" / "pairs" / "x") as file:
+            file.write_text("x")
+        for there in (name, root / "other" / "pairs"):
+            with pytest.raises(InputError, match=r"expected a link to .*/y, got something else"):
+                make_link(there, root / "y")
+    bucket.put("links/point/odd.link", "../../../x")
+    with pytest.raises(InputError, match=r"odd\.link: expected the name of a folder of this bucket, got b'\.\./"):
+        target_of(working_place("gs://models/links/point/odd", "run"))
 
 
 STARTER = """

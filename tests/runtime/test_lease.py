@@ -12,7 +12,7 @@ import pytest
 
 from rapid_jax.runtime import lease as module
 from rapid_jax.runtime.bucket_writes import write
-from rapid_jax.runtime.errors import InputError, Unavailable
+from rapid_jax.runtime.errors import Again, InputError, Unavailable
 from rapid_jax.runtime.lease import Lease
 from rapid_jax.runtime.run_folder import LEASE, working_in
 from rapid_jax.runtime.storage import bytes_of, working_place
@@ -139,11 +139,11 @@ def test_a_file_in_the_place_of_a_stage_is_refused(folder, bucket):
     assert bytes_of(folder / LEASE) is None
 
 
-def test_a_store_that_fails_while_a_run_works_ends_it_with_a_status_to_start_it_again(folder, capsys):
-    with pytest.raises(SystemExit) as ended, working_in(folder, "train"):
+def test_a_store_that_fails_while_a_run_works_ends_it_with_a_status_to_start_it_again(folder):
+    with pytest.raises(Again) as ended, working_in(folder, "train"):
         raise Unavailable("gs://models/x: the store failed")
     assert ended.value.code == 75
-    assert capsys.readouterr().err == "gs://models/x: the store failed: nothing is lost, the run can be started again\n"
+    assert ended.value.reason == "gs://models/x: the store failed: nothing is lost, the run can be started again"
     assert bytes_of(folder / LEASE) is None
     with pytest.raises(InputError, match="wrong"), working_in(folder, "train"):
         raise InputError("wrong")

@@ -88,7 +88,7 @@ def test_a_base_that_is_not_there_is_named_with_who_wants_it(tmp_path: Path):
     assert said == f"{tmp_path}/absent.yaml: cannot be read: No such file or directory (the base of {more}, " + (
         "looked for beside it)"
     )
-    assert "base: expected" in refusal(written(tmp_path / "far.yaml", "base: s3://bucket/base.yaml\n"))
+    assert "base: expected" in refusal(written(tmp_path / "far.yaml", "base: hdfs://bucket/base.yaml\n"))
 
 
 def test_a_file_without_a_base_is_complete_as_before(tmp_path: Path):

@@ -14,7 +14,7 @@ import pytest
 
 from rapid_jax.runtime import distributed, meeting
 from rapid_jax.runtime.distributed import LOST_PEER, Run
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import Again, InputError
 from rapid_jax.runtime.meeting import ADDRESS, COUNT, INDEX, TOKEN, Seat, met
 
 SOON_S = 20.0  # on a busy machine
@@ -282,6 +282,20 @@ def test_all_get_what_is_made_of_the_words_of_all(pair):
         assert zero.settle(words[0], "|".join) == "|".join(words)
         other.join(SOON_S)
         assert got[-1] == "|".join(words)
+
+
+def test_a_process_whose_store_fails_ends_all_with_a_status_to_start_again(monkeypatch, capfd):
+    ours, theirs = socket.socketpair()
+
+    def left(status: int) -> None:
+        raise KeyboardInterrupt(status)
+
+    monkeypatch.setattr(distributed.os, "_exit", left)
+    with pytest.raises(KeyboardInterrupt, match="75"), Run(Seat("h", 1, 2, 0), {1: ours}):
+        raise Again("gs://b/x: the store failed")
+    assert theirs.recv(999) == b"75 process 0 of 2 has ended: gs://b/x: the store failed\n"
+    assert capfd.readouterr().err == "rapid: gs://b/x: the store failed\n"
+    ours.close(), theirs.close()
 
 
 def test_silence_ends_with_one_line(pair):

@@ -82,7 +82,7 @@ def test_names_tell_points_apart(sweep):
         (f"{HEAD}lists: {{retrieval: [0]}}\n", "'retrieval' is a section: set one of its settings"),
         (f"{HEAD}lists: {{seed: [0]}}\n", "seed is set by the sweep, expected other settings"),
         ("base: absent.yaml\nrun: x\nlists: {eta: [1]}\n", "absent.yaml: cannot be read: No such file"),
-        ("base: base.yaml\nrun: gs://bucket/x\nlists: {eta: [1]}\n", "run: expected a path on this machine"),
+        ("base: base.yaml\nrun: hdfs://bucket/x\nlists: {eta: [1]}\n", "run: expected a path on this machine"),
     ],
 )
 def test_what_is_no_sweep_is_one_line(sweep, text, message):

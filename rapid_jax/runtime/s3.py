@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bucket of S3 is asked: objects and their bytes, to read alone; as buckets.py asks one of Google's.
+
+s3fs sends the requests. It and botocore ask again where the service is busy, fails or hangs up, and find the
+credentials as Amazon's tools do. It is imported when a bucket is first asked, from the extra `cloud`.
+"""
+
+import functools
+import importlib
+import logging
+from typing import Any, Final, NoReturn
+
+from rapid_jax.runtime.buckets import TRAFFIC, Object, Replaced, fill
+from rapid_jax.runtime.errors import InputError, Unavailable, extra, legible
+
+_TRIES: Final = 3  # of a range whose answer breaks off
+_LOGIN: Final = "credentials: aws configure, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_UNKNOWN: Final = (
+    "InvalidAccessKeyId",
+    "SignatureDoesNotMatch",
+    "ExpiredToken",
+    "InvalidToken",
+    "TokenRefreshRequired",
+)
+
+
+def object_at(bucket: str, name: str) -> Object | None:
+    """The object of that name; None where there is none, or no such bucket."""
+    try:
+        found = _call(f"s3://{bucket}/{name}", "head_object", Bucket=bucket, Key=name)
+    except FileNotFoundError:
+        return None
+    return _described(name, found["ContentLength"], found["ETag"])
+
+
+def listed(bucket: str, folder: str, *, deep: bool = False) -> tuple[list[Object], list[str]]:
+    """(the objects in a folder, the names of the folders in it), each name whole; `folder` is "" or ends in "/".
+
+    With `deep` all objects below it, and no folders. Raises InputError where there is no such bucket.
+    """
+    asked: dict[str, Any] = {"Bucket": bucket, "Prefix": folder} | ({} if deep else {"Delimiter": "/"})
+    objects: list[Object] = []
+    folders: list[str] = []
+    while True:
+        try:
+            page = _call(f"s3://{bucket}/{folder}".rstrip("/"), "list_objects_v2", **asked)
+        except FileNotFoundError:
+            raise InputError(f"s3://{bucket}: no such bucket") from None
+        for item in page.get("Contents", []):
+            if item["Key"] != folder:
+                objects.append(_described(item["Key"], item["Size"], item["ETag"]))
+        folders += [item["Prefix"] for item in page.get("CommonPrefixes", [])]
+        if not page.get("IsTruncated"):
+            return objects, folders
+        asked["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def read_into(bucket: str, found: Object, start: int, into: memoryview) -> int:
+    """Fills `into` with the object's bytes from `start` on, several pieces at once; how many there were.
+
+    Raises Replaced where the object has become another since it was found.
+    """
+    size = max(0, min(into.nbytes, found.size - start))
+    fill(into, size, lambda first, last: _range(bucket, found, start + first, start + last))
+    return size
+
+
+def _range(bucket: str, found: Object, first: int, last: int) -> bytes:
+    place, data = f"s3://{bucket}/{found.name}", b""
+    asked = {"Bucket": bucket, "Key": found.name, "IfMatch": found.generation, "Range": f"bytes={first}-{last - 1}"}
+    for left in reversed(range(_TRIES)):
+        try:
+            data = _body(place, _call(place, "get_object", **asked))
+        except (FileNotFoundError, FileExistsError):
+            raise Replaced(f"{place}: was replaced or removed while it was read") from None
+        except Unavailable:  # s3fs has asked again, but not for an answer that broke off
+            if not left:
+                raise
+        if len(data) == last - first:
+            TRAFFIC.add(len(data))
+            return data
+    raise InputError(f"{place}: expected {last - first} bytes from byte {first} on, got {len(data)}")
+
+
+def _described(name: str, size: int, tag: str) -> Object:
+    """A tag is of the bytes and of how they were uploaded: equal for equal bytes that were uploaded in one way."""
+    return Object(name, size, tag, "", tag.strip('"'))
+
+
+def _call(place: str, method: str, **asked: Any) -> Any:
+    """What the store answers. Raises FileNotFoundError, FileExistsError for another tag, and else InputError."""
+    try:
+        return _client(place).call_s3(method, **asked)
+    except InputError:
+        raise
+    except Exception as error:  # of s3fs, botocore, aiohttp, whose classes are not at hand here
+        _refuse(place, error)
+
+
+def _body(place: str, answer: Any) -> bytes:
+    body = answer["Body"]
+    try:
+        return importlib.import_module("fsspec.asyn").sync(_client(place).loop, body.read)
+    except Exception as error:  # as above
+        _refuse(place, error)
+    finally:
+        body.close()
+
+
+def _refuse(place: str, error: Exception) -> NoReturn:
+    """Raises what says in a line why the store did not answer."""
+    origin = error.__cause__ if hasattr(error.__cause__, "response") else error
+    answer = getattr(origin, "response", None) or {}
+    code = str(answer.get("Error", {}).get("Code", ""))
+    status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    words, kind = legible(str(origin)) or type(origin).__name__, InputError
+    if status == 404 or isinstance(error, FileNotFoundError):
+        raise FileNotFoundError(place) from error
+    if status == 412:
+        raise FileExistsError(place) from error
+    if code in _UNKNOWN or "Credentials" in type(origin).__name__:
+        reason = f"the store does not accept the {_LOGIN} ({words})"
+    elif status == 403:
+        reason = "no permission to read it: expected s3:GetObject and s3:ListBucket for these credentials"
+    elif status in (408, 429) or status >= 500:
+        kind, reason = Unavailable, f"the store failed, asked several times: {words}"
+    elif not status and (
+        isinstance(origin, OSError | TimeoutError) or type(origin).__module__.startswith(("aiohttp", "botocore"))
+    ):
+        kind, reason = Unavailable, f"the store cannot be reached: {words}"
+    else:
+        reason = f"the store's answer makes no sense: {words}"
+    raise kind(f"{place}: {reason}") from error
+
+
+def _client(place: str) -> Any:
+    try:
+        return client()
+    except ImportError as error:
+        raise InputError(f"{place}: a bucket of S3 needs s3fs: {extra('cloud')}") from error
+
+
+@functools.cache
+def client() -> Any:
+    """The one client of this process."""
+    s3fs = importlib.import_module("s3fs")
+    for name in ("s3fs", "botocore", "aiobotocore"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed is told by us, in one line
+    config = {"connect_timeout": 20, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 6}}
+    return s3fs.S3FileSystem(config_kwargs=config, skip_instance_cache=True)

@@ -10,9 +10,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from rapid_jax.model.added_norm import added_norm
-from rapid_jax.model.added_norm import fits as added_norm_fits
-from rapid_jax.model.decoder import Attend, Block, Decoder, rms_norm
+from rapid_jax.model.decoder import Attend, Block, Decoder
 from rapid_jax.model.matrix import MODEL, Matrix, Place, summed_over_model, times
 from rapid_jax.model.quantized import WeightBits, kernels_fit, restored
 from rapid_jax.model.rope import rotate
@@ -22,10 +20,10 @@ from rapid_jax.model.skinny import FixedPoint, fixed_point, skinny_matmul
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Pending:
-    """What a layer gives the next as kernels leave it: x and the addends of its last product."""
+    """What a layer gives the next as fixed-point arithmetic leaves it: x and the addends of its last product."""
 
     x_BTD: jax.Array
-    parts_STD: jax.Array  # float32 of a copy in few bits, else one part in x's dtype
+    parts_STD: jax.Array  # float32
 
     def summed(self) -> jax.Array:
         """[B, T, D] in x's dtype."""
@@ -68,14 +66,12 @@ class FusedBlock(Block):
         self.qkv_bias_J = None if qkv_bias is None else nnx.Param(qkv_bias)
 
     def __call__(self, x: jax.Array | Pending, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):  # type: ignore[override]
-        """As of any block. On a GPU a few rows meet fewer, larger kernels: those of a copy in few bits stay fixed-point
-        numbers from norm to product, those of one in full have their sums and norms in one.
+        """As of any block. A few rows of a copy in few bits stay fixed-point numbers on a GPU from norm to product:
+        fewer, larger kernels.
         """
         x_BTD, parts = (x.x_BTD, x.parts_STD) if isinstance(x, Pending) else (x, None)
         B, T, D = x_BTD.shape
         if not self._runs_in_kernels(B * T, D):
-            if self._norms_in_kernels(B * T, D):
-                return self._in_full(x_BTD, parts, cos, sin, attend, layer)
             return super().__call__(x.summed() if isinstance(x, Pending) else x, cos, sin, attend, layer)
         x_TD = x_BTD.reshape(B * T, D)
         fixed, x_TD = fixed_point(x_TD, parts_STD=parts, norm_D=self.attention_norm_D[...], eps=self.norm_eps)
@@ -88,28 +84,6 @@ class FusedBlock(Block):
         fixed, _ = fixed_point(_times(self.gate_up, fixed, gated=x_TD.dtype))
         out = Pending(x_TD.reshape(B, T, D), _times(self.down, fixed))
         return out.summed() if self.how.stacked else out, kept
-
-    def _in_full(self, x_BTD, parts, cos, sin, attend: Attend, layer: Any) -> tuple[Pending | jax.Array, Any]:
-        """Sums and norms in one kernel each; products are XLA's."""
-        B, T, D = x_BTD.shape
-        if parts is None:
-            normed_BTD = rms_norm(x_BTD, self.attention_norm_D[...], self.norm_eps)
-        else:
-            x_BTD, normed_BTD = self._added(x_BTD, parts[0].reshape(B, T, D), self.attention_norm_D[...])
-        q_BTNH, k_BTKH, v_BTKH = self.projected(normed_BTD)
-        attended_BTNH, kept = attend(rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin), v_BTKH, layer)
-        x_BTD, normed_BTD = self._added(x_BTD, self.attention_output(attended_BTNH), self.mlp_norm_D[...])
-        out = Pending(x_BTD, self.mlp(normed_BTD).reshape(1, B * T, D))
-        return out.summed() if self.how.stacked else out, kept
-
-    def _added(self, x_BTD: jax.Array, added_BTD: jax.Array, norm_D: jax.Array) -> tuple[jax.Array, jax.Array]:
-        rows = x_BTD.reshape(-1, x_BTD.shape[-1]), added_BTD.reshape(-1, x_BTD.shape[-1])
-        x_TD, normed_TD = added_norm(*rows, norm_D, eps=self.norm_eps)
-        return x_TD.reshape(x_BTD.shape), normed_TD.reshape(x_BTD.shape)
-
-    def _norms_in_kernels(self, rows: int, depth: int) -> bool:
-        is_full = self.qkv.bits is None and self.how.place.mesh is None
-        return jax.default_backend() == "gpu" and is_full and added_norm_fits(rows, depth)
 
     def _runs_in_kernels(self, rows: int, depth: int) -> bool:
         if jax.default_backend() != "gpu" or self.qkv.bits is None or self.how.place.mesh is not None:

@@ -77,13 +77,13 @@ def create(place: AnyPlace, array: Array) -> Any:
         return _tensorstore().open(_spec(place, array), context=_context(0), create=True).result()
 
 
-def opened(place: AnyPlace, array: Array, *, writes: bool = False) -> Any:
+def opened(place: AnyPlace, array: Array, *, shares: bool = False) -> Any:
     """The array that `create` made of the same description, whichever process did. Nothing is asked of the place yet.
 
-    Returns a TensorStore. What was read of another one is not kept.
+    Returns a TensorStore; where several of its parts that are read may `share` pieces, it reads those once.
     """
     with refusals(place):
-        context = _context(0 if writes else _POOLED_BYTES)
+        context = _context(_POOLED_BYTES if shares else 0)
         return _tensorstore().open(_spec(place, array), context=context, open=True, assume_metadata=True).result()
 
 

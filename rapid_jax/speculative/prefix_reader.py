@@ -20,7 +20,7 @@ from rapid_jax.runtime.array_store import Array, Moves
 from rapid_jax.speculative.prefix_arrays import Run, axes_of, bounds_of, runs_of
 from rapid_jax.speculative.prefix_heads import Place, layer_names
 
-_AHEAD_BYTES: Final = 1 << 29  # of layers that are read before they are on their devices
+_AHEAD_BYTES: Final = 1 << 28  # of layers that are read before they are on their devices
 
 
 def read(

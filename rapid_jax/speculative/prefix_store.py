@@ -192,7 +192,7 @@ class PrefixStore:
                     report.advance(1)
                     return wanted()
 
-                targets = {name: opened(folder / name, array, writes=True) for name, array in arrays.items()}
+                targets = {name: opened(folder / name, array) for name, array in arrays.items()}
                 write(prefix, copies, targets, moves, step)
         except (Damaged, OSError, InputError) as error:
             return legible(str(error))
@@ -213,7 +213,8 @@ class PrefixStore:
             progress("reading the document's cache", count, "layers", quiet=quiet) as report,
             Moves(folder) as moves,
         ):
-            sources = {name: opened(folder / name, array) for name, array in arrays.items()}
+            shares = self._mesh is not None  # another mesh, with larger parts, may have written it
+            sources = {name: opened(folder / name, array, shares=shares) for name, array in arrays.items()}
             layers = read(sources, arrays, place, layout, self._mesh, moves, lambda: report.advance(1))
         return place.prefix(layers, self._mesh)
 

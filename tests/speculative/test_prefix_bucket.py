@@ -109,10 +109,8 @@ def test_killed_at_any_write_an_entry_is_whole_or_absent_and_an_hour_later_nothi
 def test_an_index_that_is_lost_or_replaced_meanwhile_is_made_again(bucket, place, monkeypatch):
     store = store_at(place)
     store.save(key_of(), prefix_of("unrolled"))
-    for spoil in (
-        lambda: (place / "prefixes" / "index.json").unlink(),
-        lambda: bucket.put(f"{place.prefix}prefixes/index.json", b"{"),
-    ):
+    index = f"{place.prefix}prefixes/index.json"
+    for spoil in ((place / "prefixes" / "index.json").unlink, lambda: bucket.put(index, b"{")):
         spoil()
         assert store.keys() == [key_of()] and loaded_from(store) is not None
     write, waits, others = bucket_writes.write, [], iter([1, 2])

@@ -17,7 +17,7 @@ import numpy as np
 
 from rapid_jax.config import CacheConfig
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.runtime.agreement import all_told, are_several, leads, told, unshared
+from rapid_jax.runtime.agreement import all_told, leads, told, unshared
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.storage import AnyPlace
 from rapid_jax.speculative.prefix_store import PrefixStore
@@ -55,15 +55,8 @@ def store_for(decoder: Decoder, cache: CacheConfig, place: AnyPlace, *, quiet: b
     most = min(all_told(int(cache.disk_gib * 2**30) if cache.prefixes else 0))  # each process has its own settings
     if not most:
         return None
-    store, refusal = place / "prefixes", ""
-    if are_several():
-        if leads():
-            try:
-                store.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                refusal = f"{store}: {error.strerror}"
-        refusal = told(refusal) or unshared(store, "cache.folder", _LOOKING_S)
-    if refusal:
+    store = place / "prefixes"
+    if refusal := unshared(store, "cache.folder", _LOOKING_S):
         if leads():
             _log.warning("keys and values of documents are not stored: %s", refusal)
         return None

@@ -72,20 +72,25 @@ def check_shared(folder: AnyPlace, what: str) -> None:
 def unshared(folder: AnyPlace, what: str, patience: float) -> str:
     """Why `folder`, which process 0 has made, is not one for all processes; the same on each. Empty where it is.
 
-    A file of process 0 must be seen within `patience` seconds. Raises InputError where process 0 cannot write there.
+    A file of process 0 must be seen within `patience` seconds.
     """
     if not are_several():
         return ""
     mark = folder / f".shared-{secrets.token_hex(16)}"
+    said = mark.name
     try:
         if leads():
-            with replace_file(mark) as temporary:
-                temporary.write_text(mark.name)
-        name = _settled(mark.name, lambda every: every[0], None)
-        here = json.dumps({"folder": full_name(folder), "seen": _appears(folder / Path(name).name, patience)})
+            try:
+                with replace_file(mark) as temporary:
+                    temporary.write_text(mark.name)
+            except (OSError, InputError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                said = f"{what}: {folder}: cannot be written: {why}"
+        said = _settled(said, lambda every: every[0], None)
+        if said.startswith(f"{what}: "):
+            return said
+        here = json.dumps({"folder": full_name(folder), "seen": _appears(folder / Path(said).name, patience)})
         return _settled(here, lambda every: _unshared(every, what, patience), None)
-    except OSError as error:
-        raise InputError(f"{what}: {folder}: cannot be written: {error.strerror}") from error
     finally:
         if leads():
             with contextlib.suppress(OSError, InputError):

@@ -4,7 +4,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,16 @@ from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.kernels import kernel_of, platform_of
 from rapid_jax.config import CacheConfig, ComputeConfig
 from rapid_jax.engine.aside import done_by, seconds_until
-from rapid_jax.engine.heads import Name, StoredHeads
+from rapid_jax.engine.heads import Name, StoredHeads, store_for
 from rapid_jax.engine.host_prefixes import HostMoves, bytes_left, device_bytes, head_bytes
 from rapid_jax.engine.rooms import room_of_document
 from rapid_jax.engine.tiers import Handle, Kept, Tiers
 from rapid_jax.model.decoder import Decoder, Layout
+from rapid_jax.runtime.agreement import all_told
 from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.storage import AnyPlace
 from rapid_jax.speculative.prefill import serving
 from rapid_jax.speculative.prefix_heads import Place, head_of
-from rapid_jax.speculative.prefix_store import PrefixStore
 
 _GIB = 2**30
 
@@ -57,7 +57,7 @@ class PrefixCache:
         decoder: Decoder,
         compute: ComputeConfig,
         cache: CacheConfig,
-        folder: Path,
+        place: AnyPlace,
         *,
         weights_hash: Callable[[], str],
         reserve: int = 0,
@@ -66,22 +66,20 @@ class PrefixCache:
     ):
         """`reserve` bytes of the devices are for others, where the settings leave the bound to what there is.
 
-        `weights_hash` is asked for only if something is kept on disk, under `folder`.
+        `weights_hash` is asked for only if something is stored, in the cache folder at `place`.
         """
         self._decoder, self._compute, self._weights_hash = decoder, compute, weights_hash
         self.moves = HostMoves(decoder)
-        alone = jax.process_count() == 1  # else every process would have to find the same entry
+        alone = jax.process_count() == 1  # what lies on devices of several is on no host
         given = cache.device_gib
         left = bytes_left(decoder)
-        device = left - min(reserve, left // 2) if given is None else int(given * _GIB)
+        device = min(all_told(left - min(reserve, left // 2) if given is None else int(given * _GIB)))
         most = {"device": device, "host": int(cache.host_gib * _GIB) if alone else 0}
         self._tiers = Tiers(self.moves, most, self._save, self._saved, aside=aside and alone)
         self.sizes: set[int] = set()  # slots of documents that programs have been compiled for
         self.until: float | None = None  # of time.monotonic(): nothing is stored on disk from then on
-        self._store, disk = None, int(cache.disk_gib * _GIB)
-        if disk and cache.prefixes and alone:
-            how = {"mesh": decoder.mesh, "kv_heads": decoder.config.num_kv_heads, "root": folder, "quiet": quiet}
-            self._store = PrefixStore(folder / "prefixes", disk, **how)
+        self._store = store_for(decoder, cache, place, quiet=quiet)
+        if self._store is not None:
             self._on_disk = StoredHeads(self._store)
         self._disk_bytes = 0 if self._store is None else self._store.bytes()
 
@@ -120,7 +118,7 @@ class PrefixCache:
         kept = self._tiers.get(key)
         if kept is not None:
             return "host" if kept.device is None else "device"
-        return "disk" if self._store is not None and self._store.has(key) else None
+        return "disk" if self._store is not None and self._store.sees(key) else None
 
     def find(self, name: Name) -> Found:
         """As much of the head as is kept somewhere and has room on the devices; it becomes the most recently used.
@@ -221,17 +219,13 @@ class PrefixCache:
             self._saved(kept)
         return len(unsaved)
 
-    @property
-    def _dtype(self) -> jnp.dtype:
-        return self._decoder.embed_VD[...].dtype
-
     @cached_property
     def _made_by(self) -> str:
         """Of all that makes keys and values of token ids: for other numbers another text."""
         compute, config = self._compute, self._decoder.config
         kernel = type(kernel_of(compute.kernel, platform_of(self._decoder.mesh), 1)).__name__
         weights = "" if self._store is None else self._weights_hash()
-        return digest(weights, repr(config), jax.default_backend(), kernel, jnp.dtype(self._dtype).name, compute.kv)
+        return digest(weights, repr(config), jax.default_backend(), kernel, jnp.dtype(self._decoder.embed_VD[...].dtype).name, compute.kv)
 
     def _place(self, tokens: int, longest: int) -> Place:
         return self._of_size(tokens, self.room(longest))

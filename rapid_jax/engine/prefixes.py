@@ -225,7 +225,14 @@ class PrefixCache:
         compute, config = self._compute, self._decoder.config
         kernel = type(kernel_of(compute.kernel, platform_of(self._decoder.mesh), 1)).__name__
         weights = "" if self._store is None else self._weights_hash()
-        return digest(weights, repr(config), jax.default_backend(), kernel, jnp.dtype(self._decoder.embed_VD[...].dtype).name, compute.kv)
+        return digest(
+            weights,
+            repr(config),
+            jax.default_backend(),
+            kernel,
+            jnp.dtype(self._decoder.embed_VD[...].dtype).name,
+            compute.kv,
+        )
 
     def _place(self, tokens: int, longest: int) -> Place:
         return self._of_size(tokens, self.room(longest))

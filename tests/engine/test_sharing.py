@@ -88,12 +88,22 @@ def test_lanes_whose_rows_may_grow_are_one_for_all_sizes(full: bool):
         ({(1, 1), (1, 4)}, (1, 8), (1, 8), False),  # a free row of a lane that has so many
         ({(1, 1), (1, 4), (2, 1), (4, 1)}, (1, 4), (2, 4), False),
         ({(1, 1), (1, 4), (2, 1), (4, 1)}, (2, 1), (2, 2), True),
+        ({(1, 1), (1, 2), (2, 1), (2, 2)}, (1, 2), (2, 4), True),  # several about another document at once
+        ({(1, 1), (1, 2), (2, 1), (2, 2)}, (1, 1), (2, 2), False),
     ],
 )
 def test_a_question_waits_rather_than_for_a_program_of_more_rows(declared, there, wanted, waits):
     lane = SimpleNamespace(sizes_with=lambda names: wanted, documents=[None] * there[0], each=there[1])
     found = placed(Sharing({SMALL: declared}), cast("Any", {key(SMALL): lane}), SMALL)
     assert (found is None) == waits
+
+
+def test_of_several_questions_about_another_document_one_does_not_wait():
+    """Rows for all of them would be a program that is not there."""
+    sizes = {1: (2, 2), 3: (2, 4)}
+    lane = SimpleNamespace(sizes_with=lambda names: sizes[len(names)], documents=["a"], each=2)
+    sharing, lanes = Sharing({SMALL: {(1, 1), (1, 2), (2, 1), (2, 2)}}), cast("Any", {key(SMALL): lane})
+    assert sharing.place(lanes, key(SMALL), "b", ["b", "b"]) == (key(SMALL), (2, 2))
 
 
 @pytest.mark.parametrize(

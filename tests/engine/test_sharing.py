@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from rapid_jax.engine.lane import LaneKey
+from rapid_jax.engine.lane import Lane, LaneKey
 from rapid_jax.engine.sharing import Sharing, fits
 from rapid_jax.speculative.config import SpeculationConfig
 
@@ -122,3 +122,15 @@ def test_a_chat_waits_rather_than_for_a_program_of_more_rows(declared, there, wa
     sharing, lanes = Sharing({SMALL: declared}), cast("Any", {key(SMALL): lane})
     assert (placed(sharing, lanes, SMALL, shared=False) is None) == waits
     assert placed(sharing, lanes, SMALL) == SMALL, "a question about another document goes on"
+
+
+def test_rows_are_given_up_without_a_copy_of_documents_that_stay(monkeypatch):
+    """Of four documents with two rows each, one of which answers nothing any more, four have one row."""
+    monkeypatch.setattr(Lane, "_repace", lambda lane: None)
+    asked: list[tuple[list[int], Any]] = []
+    rounds = SimpleNamespace(arrange=lambda order, documents: asked.append((order, documents)))
+    jobs = [None, "job a", None, None, "job c", None, None, "job d"]
+    lane = Lane(*cast("Any", (key(SMALL), rounds, [*"abcd"], jobs, None)))
+    lane._shrink()
+    assert asked == [([1, 2, 4, 7], None)]
+    assert lane.documents == ["a", None, "c", "d"] and lane.jobs == ["job a", None, "job c", "job d"]

@@ -33,6 +33,7 @@ class Name:
     key: str  # of all its tokens
     tokens: int  # how many
     marks: tuple[str, ...]  # of its first chunk, its first two chunks ...
+    room: int  # tokens that there is to be room for with it; more than those where that spares programs
 
     @classmethod
     def of(cls, head: Sequence[int], chunk: int, seed: str) -> "Name":
@@ -45,7 +46,7 @@ class Name:
             state.update(data[4 * index * chunk : 4 * (index + 1) * chunk])
             marks.append(state.copy().hexdigest())
         state.update(data[4 * whole * chunk :])
-        return cls(digest("head-1", state.hexdigest(), str(len(head))), len(head), tuple(marks))
+        return cls(digest("head-1", state.hexdigest(), str(len(head))), len(head), tuple(marks), len(head))
 
 
 def store_for(decoder: Decoder, cache: CacheConfig, place: AnyPlace, *, quiet: bool) -> PrefixStore | None:

@@ -2,7 +2,7 @@
 """Keys and values of documents in three tiers: on the devices, on the host, on disk."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import jax
@@ -88,30 +88,26 @@ class PrefixCache:
         return {**self._tiers.bytes, "disk": self._disk_bytes}
 
     def bytes_for(self, tokens: int) -> int:
-        """Of the devices' memory that `prefill` takes for a head of so many tokens, in full precision."""
+        """Of the devices' memory that `prefill` takes for a head with room for so many tokens, in full precision."""
         return head_bytes(self._decoder, self._place(tokens, tokens))
 
     def fits(self, tokens: int) -> bool:
-        """Whether the devices have room for a head of so many tokens with nothing else there."""
+        """Whether the devices have room for so many tokens with nothing else there."""
         return self.bytes_for(tokens) <= self._tiers.most["device"]
-
-    def room(self, tokens: int) -> int:
-        """Tokens that there is room for with a head of so many: more than those where that spares programs."""
-        size = room_of_document(tokens, self.sizes)
-        return size if head_bytes(self._decoder, self._of_size(size, size)) <= self._tiers.most["device"] else tokens
 
     def slots(self, handle: Handle) -> int:
         """Of the prefix, on the devices or on the host."""
         kept = self._tiers.get(handle.key)
         return 0 if kept is None else kept.prefix.pos_BS.shape[1]
 
-    def name(self, head: Sequence[int], owner: str = "", public: bool = False) -> Name:
+    def name(self, head: Sequence[int], owner: str = "", public: bool = False, *, spares: bool = False) -> Name:
         """What the cache knows a head by; `key` is that of its handle. Of any thread.
 
-        It takes milliseconds for 100,000 tokens.
+        It takes milliseconds for 100,000 tokens. `spares`: there is to be room for as many as one of the `sizes` has.
         """
         whose = "everybody's" if public else f"of {owner}"
-        return Name.of(head, self._compute.prefill_chunk, digest(self._made_by, whose))
+        name = Name.of(head, self._compute.prefill_chunk, digest(self._made_by, whose))
+        return replace(name, room=room_of_document(len(head), self.sizes)) if spares else name
 
     def tier(self, key: str) -> str | None:
         """Where the whole head of this key is: "device", "host", "disk" or nowhere. Of any thread."""
@@ -132,7 +128,7 @@ class PrefixCache:
             there = self._now(self._tiers.to_devices(kept))
             return Found(kept.device, name.tokens, kept.handle, tier) if there else Found()
         if self._store is not None and self._store.has(name.key):
-            prefix = self._from_disk(name.key, self._place(name.tokens, name.tokens))
+            prefix = self._from_disk(name.key, self._place(name.tokens, name.room))
             if prefix is not None:
                 return Found(prefix, name.tokens, self._keep(name, prefix), "disk")
         return self._common(name)
@@ -235,9 +231,6 @@ class PrefixCache:
         )
 
     def _place(self, tokens: int, longest: int) -> Place:
-        return self._of_size(tokens, self.room(longest))
-
-    def _of_size(self, tokens: int, longest: int) -> Place:
         devices = serving(self._decoder, block=1).context
         return Place.of(tokens, longest, self._compute.prefill_chunk, devices)
 
@@ -260,20 +253,20 @@ class PrefixCache:
         """The longest head that another document has in common, copied; from disk only if that is longer."""
         if self._compute.kv != "full":  # nothing can be prefilled behind what was rounded
             return Found()
-        chunk, longest, found, tier = self._compute.prefill_chunk, name.tokens, None, None
+        chunk, found, tier = self._compute.prefill_chunk, None, None
         count, kept = self._tiers.longest_common(name.marks)
         if self._store is not None:
             longer, key = self._on_disk.find(name.marks, least=count)
             if longer > count:
-                found = self._from_disk(key, self._place(longer * chunk, longest))
+                found = self._from_disk(key, self._place(longer * chunk, name.room))
             if found is not None:
                 count, tier = longer, "disk"
         if found is None and kept is not None and not kept.removed:  # to make room
             tier = "device" if kept.host is None else "host"
-            found = self._copied(kept, self._place(count * chunk, longest))
+            found = self._copied(kept, self._place(count * chunk, name.room))
         if found is None:
             return Found()
-        handle = self._keep(name, found) if count * chunk == longest else None
+        handle = self._keep(name, found) if count * chunk == name.tokens else None
         return Found(found, count * chunk, handle, tier)
 
     def _copied(self, kept: Kept, place: Place) -> Prefix | None:

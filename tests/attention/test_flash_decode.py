@@ -235,11 +235,11 @@ def test_new_tokens_over_prefix_and_tail(axes, monkeypatch):
     length, and devices that have some, all or none of the prefix.
     """
     rng, (B, G, N, K, H) = np.random.default_rng(1), (2, 3, 4, 2, 16)
-    given = made(Case((Side(72, 50),), batch=B, kv_heads=K, head_dim=H))
+    given = made(Case((Side(400, 290),), batch=B, kv_heads=K, head_dim=H))
     mesh = None if axes is None else make_mesh(axes, jax.devices()[: axes.devices])
     far, tail_kv = given.sides[0], KV(*(jnp.asarray(np.float32(rng.normal(size=(B, K, 80, H)))) for _ in range(2)))
     prefix = Prefix((KV(far.k_BKSH, far.v_BKSH),), far.pos_BS, given.used[0])
-    tail = Tail((tail_kv,), jnp.asarray([50, 1050]), jnp.asarray([62, 2]))  # 64 slots are a block
+    tail = Tail((tail_kv,), jnp.asarray([290, 1290]), jnp.asarray([62, 2]))  # 64 slots are a block
     qkv = [jnp.asarray(np.float32(rng.normal(size=(B, G, heads, H)))) for heads in (N, K, K)]
     pos_BG = (tail.start_B + tail.length_B)[:, None] + jnp.arange(G)
 

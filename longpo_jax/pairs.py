@@ -87,7 +87,7 @@ def run_share(
                     if writer is not None:
                         writer.finish({"documents": len(writer.finished)})
                     made = True
-    return bool(agreed(leads and (has_ended(job.folder) or not shares.missing(count))))
+    return bool(agreed(leads and (not shares.missing(count) or has_ended(job.folder))))
 
 
 class _Job:

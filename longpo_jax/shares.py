@@ -14,7 +14,7 @@ from typing import Any
 
 from longpo_jax.journal import Writer, is_begun, written
 from longpo_jax.stages import check_inputs, has_ended, is_done
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import Busy, InputError
 from rapid_jax.runtime.files import remove_folder
 from rapid_jax.runtime.json_input import Fields
 from rapid_jax.runtime.run_folder import LEASE, alone_in_logs, is_entered, written_once
@@ -85,7 +85,7 @@ class Shares:
         It is not if it is done, or if another run makes it; of one that is asked for `alone` that raises Busy.
         """
         place, own = self.place(share), self.inputs_of(share, inputs)
-        if is_done(place, own):
+        if is_done(place, own) or has_ended(stage):  # in this order: what is joined is taken away
             return False
         place.mkdir(parents=True, exist_ok=True)
         held = alone_in_logs(place, [_LOCK], LEASE)
@@ -109,16 +109,16 @@ class Shares:
         shares are of other inputs, or not all done.
         """
         self.check(inputs, stage)
-        begun = self.begun()
-        assert begun is not None
-        made, dropped = begun.fields("inputs"), begun.fields("corpus_dropped")
-        count = made.whole("shares", least=1)
-        if left := self.missing(count):
-            raise InputError(
-                f"{self._folder}: expected {count} shares that are done, got {count - len(left)}: `longpo pairs "
-                f"--share any/{count}` makes the others; or delete {self._folder} to start again"
-            )
         with alone_in_logs(self._folder, [_LOCK], LEASE):
+            if (begun := self.begun()) is None:
+                raise Busy(f"{self._folder}: another run has joined the shares meanwhile")
+            made, dropped = begun.fields("inputs"), begun.fields("corpus_dropped")
+            count = made.whole("shares", least=1)
+            if left := self.missing(count):
+                raise InputError(
+                    f"{self._folder}: expected {count} shares that are done, got {count - len(left)}: `longpo pairs "
+                    f"--share any/{count}` makes the others; or delete {self._folder} to start again"
+                )
             writer = Writer(stage, inputs, shard_pairs=shard_pairs)
             there = iter(tuple(writer.finished))
             for share in (Share(index, count) for index in range(count)):

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from longpo_jax import plan, preflight, sweep
 from longpo_jax.config import LongPOConfig
-from longpo_jax.round import folder_of, rounds_of, run_round, run_rounds, run_stage
+from longpo_jax.round import folder_of, rounds_of, run_round, run_rounds, run_share, run_stage
 from rapid_jax import __version__
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import backend_fields, check_agreed, code_fields, left_out
 from rapid_jax.runtime.command_line import Place, prepare_jax, status_of
 from rapid_jax.runtime.distributed import meet
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.share import shares_of
 from rapid_jax.runtime.sweep import add_arguments
 
 _HELP = {
@@ -70,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
         )
+        if name == "pairs":
+            command.add_argument("--share", metavar="I/N", help="only share I of N, from 0/N; any/N: all that are free")
         if name == "export":
             command.add_argument("--push", metavar="USER/NAME", help="then upload it to the Hugging Face hub")
         command.add_argument("--quiet", action="store_true", help="no progress; warnings still show")
@@ -115,9 +118,11 @@ def deciding(config: LongPOConfig) -> dict[str, object]:
 
 def _run(options: argparse.Namespace) -> None:
     with meet(name="longpo") as run:  # before anything can go wrong here alone
-        config = config_of(options)
+        config, share = config_of(options), getattr(options, "share", None)
+        asked = shares_of(share) if share is not None else ()
         prepare_jax(programs=config.compute.programs)
-        check_agreed({"command": options.command, **code_fields("rapid_jax", "longpo_jax"), **deciding(config)})
+        code = code_fields("rapid_jax", "longpo_jax")
+        check_agreed({"command": options.command, "share": share, **code, **deciding(config)})
         run.start_jax()
         if run.count > 1:
             check_agreed(backend_fields())
@@ -128,6 +133,8 @@ def _run(options: argparse.Namespace) -> None:
             run_round(config, folder_of(config), **told)
         elif options.command == "export" and options.push is not None:
             _push(options.push, config, **told)
+        elif asked:
+            run_share(config, folder_of(config), asked, **told)
         else:
             run_stage(options.command, config, folder_of(config), **told)
 

@@ -8,12 +8,12 @@ A record is written before its line of the journal: what the journal does not na
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from longpo_jax.records import SCHEMA, Record, lines_of, shard_name, shards_of
-from longpo_jax.stages import mark_done
-from rapid_jax.runtime.append_log import Log, log_at
+from longpo_jax.records import SCHEMA, Record, lines_of, read_records, shard_name, shards_of
+from longpo_jax.stages import mark_done, summary_of
+from rapid_jax.runtime.append_log import Log, has_log, log_at, open_log
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.json_input import Fields
@@ -21,6 +21,8 @@ from rapid_jax.runtime.sealed import place_of, seal_of, sealed, stated_seal, uns
 from rapid_jax.runtime.storage import AnyPlace
 
 _JOURNAL = "journal.jsonl"
+_TOGETHER = 4 << 20  # bytes of records that are written at once, and somewhat more
+_AHEAD = 8 << 20  # bytes that a store is asked for at once
 
 
 class Writer:
@@ -38,6 +40,7 @@ class Writer:
         self._header = {"schema": SCHEMA, "inputs": json.loads(json.dumps(dict(inputs)))}
         self._journal = log_at(folder / _JOURNAL)
         self._shards: dict[str, Log] = {}  # that were written to
+        self._held: tuple[str, bytearray, bytearray] = "", bytearray(), bytearray()  # shard, its lines, the journal's
         lines = _whole_lines(self._journal, folder / _JOURNAL)
         self._new = not lines  # or only of documents that other settings made nothing of
         if lines:
@@ -79,32 +82,48 @@ class Writer:
 
         Raises InputError if the disk is full.
         """
+        self.hold(id, record, counts)
+        self._flush()
+
+    def hold(self, id: str, record: Record | None, counts: Mapping[str, int]) -> None:
+        """As `add`, of a document that costs little to make again: it is written with those after it."""
         if self._new:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._journal.remove()
-            self._append_journal(self._header)
+            self._journal.append(self._journal_line(self._header))
             self._new = False
         place = None
         if record is not None:
             path = self._folder / shard_name(len(self._seals) // self._shard_pairs)
-            at = place_of(path, len(self._seals) % self._shard_pairs + 1)
-            line = sealed(record.to_json(), at)
-            place = {"end": self._shard(path.name).append(line), "seal": stated_seal(line)}
-        self._append_journal({"id": id, "record": place, "counts": dict(counts)})
-        self._count(id, counts)
-        if place is not None:
+            line = sealed(record.to_json(), place_of(path, len(self._seals) % self._shard_pairs + 1))
+            if self._held[0] != path.name or len(self._held[1]) > _TOGETHER:
+                self._flush()
+                self._held = path.name, bytearray(), bytearray()
+            self._held[1].extend(line)
+            place = {"end": self._shard(path.name).size + len(self._held[1]), "seal": stated_seal(line)}
             self._seals.append(place["seal"])
+        self._held[2].extend(self._journal_line({"id": id, "record": place, "counts": dict(counts)}))
+        self._count(id, counts)
 
     def finish(self, summary: Mapping[str, Any]) -> None:
         """Marks the stage done, with this summary and what tells its records from any others."""
+        self._flush()
         for log in (*self._shards.values(), self._journal):
             log.join()
         records = {"pairs": len(self._seals), "records": digest(*self._seals)}
         mark_done(self._folder, self._header["inputs"], {**summary, **records})
 
-    def _append_journal(self, value: Mapping[str, Any]) -> None:
-        self._journal.append(sealed(value, place_of(self._folder / _JOURNAL, self._journaled + 1)))
+    def _flush(self) -> None:
+        name, records, lines = self._held
+        if records:
+            self._shard(name).append(bytes(records))
+        if lines:
+            self._journal.append(bytes(lines))
+        self._held = "", bytearray(), bytearray()
+
+    def _journal_line(self, value: Mapping[str, Any]) -> bytes:
         self._journaled += 1
+        return sealed(value, place_of(self._folder / _JOURNAL, self._journaled))
 
     def _shard(self, name: str) -> Log:
         if name not in self._shards:
@@ -114,6 +133,32 @@ class Writer:
     def _count(self, id: str, counts: Mapping[str, int]) -> None:
         self.finished.append(id)
         self.counts.update(counts)
+
+
+def is_begun(folder: AnyPlace) -> bool:
+    """Whether a Writer has written there."""
+    return has_log(folder / _JOURNAL)
+
+
+def written(folder: AnyPlace) -> Iterator[tuple[str, Record | None, dict[str, int]]]:
+    """What was given to the Writer of a folder that is done (with a summary of its own "documents"), in that order.
+
+    Raises InputError for what is not as it was written, and in the end if something is missing.
+    """
+    path, records, count = folder / _JOURNAL, read_records(folder), 0
+    if has_log(path):  # else it is of no document
+        with open_log(path, ahead=_AHEAD) as file:
+            for number, data in enumerate(file, start=1):
+                line = unsealed(data, place_of(path, number), f"{path}:{number}")
+                if number == 1:
+                    continue
+                count, counts = count + 1, line.fields("counts")
+                record = next(records, None) if line["record"] is not None else None
+                if line["record"] is not None and (record is None or record.id != line.text("id")):
+                    raise InputError(f"{folder}: expected the records that the journal names, got others")
+                yield line.text("id"), record, {name: counts.whole(name) for name in counts}
+    if next(records, None) is not None or count != summary_of(folder)["documents"]:
+        raise InputError(f"{folder}: expected the documents that its done.json says, got others")
 
 
 def _whole_lines(journal: Log, path: AnyPlace) -> list[Fields]:

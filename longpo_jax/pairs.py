@@ -3,75 +3,143 @@
 
 Of each document: excerpts, a question about each, its answer from the excerpt (chosen), its answer from the whole
 document (rejected). The model that is taught says all of it; that the excerpt's answer is the better one is assumed.
+One run makes all of them, or several hosts make a share each (shares.py).
 """
 
-from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+import contextlib
+import secrets
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import zip_longest
-from typing import TypeVar
 
-from longpo_jax import instruct
 from longpo_jax.config import LongPOConfig
-from longpo_jax.dialogue import Dialogue
-from longpo_jax.documents import Corpus, Document, read_corpus
-from longpo_jax.excerpts import Excerpt, excerpts_of, middle_of
-from longpo_jax.filters import reason_to_drop
-from longpo_jax.generator import About, Generator
+from longpo_jax.documents import Corpus, read_corpus
+from longpo_jax.generator import Generator
 from longpo_jax.journal import Writer
-from longpo_jax.pair_counts import OF_DOCUMENTS, OF_TEXT, OF_TURNS, summary_line, summary_of
-from longpo_jax.records import Answer, Record, Turn
+from longpo_jax.pair_counts import summary_line, summary_of
+from longpo_jax.pair_maker import PairMaker
+from longpo_jax.shares import Shares, documents_of
 from longpo_jax.shortfall import lost, warning
-from longpo_jax.stages import inputs_of, is_to_skip, stage_in
+from longpo_jax.stages import has_ended, inputs_of, is_to_skip, stage_in
 from rapid_jax.runtime.agreement import check_agreed
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.mesh import agreed
 from rapid_jax.runtime.progress import progress
+from rapid_jax.runtime.share import Share
 from rapid_jax.runtime.storage import AnyPlace
-from rapid_jax.speculative.config import SamplingConfig
 
 
 def run_pairs(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
     """Makes the records of `folder`/pairs (records.py) and marks the stage done; goes on where it was interrupted.
 
-    Every process of a run computes the same; the one that
-    `leads` reads and writes the folder. Raises InputError for what cannot be used, and if not one pair is left.
+    Where they were begun in shares, those are joined. Every process of a run computes the same; the one that
+    `leads` reads and writes the folder. Raises InputError for what cannot be used, if not one pair is left, and if not
+    all shares are done.
     """
-    folder = stage_in(folder, "pairs")
-    generator = Generator(config, quiet=quiet)
-    inputs = inputs_of(config, "pairs") | generator.identity
-    if is_to_skip(folder, inputs, leads=leads):
+    job, shares = _Job(config, folder, leads=leads, quiet=quiet), Shares(folder)
+    if job.is_done():
+        if leads:
+            shares.remove()
         return
-    maker = PairMaker(config, generator, digest(repr(sorted(inputs.items()))))
-    writer = Writer(folder, inputs, shard_pairs=config.pairs.shard_pairs) if leads else None
-    corpus = read_corpus(config.corpus, generator.tokenizer, config.seed, quiet=quiet)
-    documents = corpus.documents
-    check_agreed({"documents": documents.digest})
-    finished = int(agreed(0 if writer is None else _resumed(writer, corpus, folder)))
-    with progress("pairs", len(documents) - finished, "documents", quiet=quiet or not leads) as report:
-        for document, record, counts in maker.made(documents, finished):
-            if writer is not None:
-                writer.add(document.id, record, counts)
-            report.advance(1)
-    if writer is None:
+    if agreed(leads and shares.begun() is not None):
+        if leads:
+            with shares.joined(job.folder, job.inputs, shard_pairs=config.pairs.shard_pairs) as (writer, dropped):
+                job.finish(writer, dropped)
+            shares.remove()
         return
-    summary = summary_of(writer.counts, corpus.dropped)
-    if not summary["pairs"]:
-        raise InputError(f"{folder}: expected pairs, got none: {summary_line(summary)}. {lost(summary)}")
-    writer.finish(summary)
-    if not quiet:
-        say(f"pairs: {summary_line(summary)}")
-    rows = summary["turns" if config.objective.name == "solopo" else "pairs"] * config.train.epochs
-    if (few := warning(config, rows, summary)) is not None:
-        say(f"longpo: {few}")
+    writer = Writer(job.folder, job.inputs, shard_pairs=config.pairs.shard_pairs) if leads else None
+    job.make(writer, job.folder, range(len(job.corpus.documents)))
+    if writer is not None:
+        job.finish(writer, job.corpus.dropped)
 
 
-def _resumed(writer: Writer, corpus: Corpus, folder: AnyPlace) -> int:
-    """How many documents are finished. They must be the first ones of the corpus."""
-    for count, (finished, found) in enumerate(zip_longest(writer.finished, corpus.documents.ids), start=1):
+def run_share(
+    config: LongPOConfig, folder: AnyPlace, asked: Sequence[Share], *, leads: bool = True, quiet: bool = False
+) -> bool:
+    """Makes the share that is asked for or, of several, one after the other that no other run makes or has made, until
+    there is none. Whether all shares are now done, to be joined by `run_pairs`.
+
+    Raises InputError for what cannot be used, and if another run makes the one that is asked for.
+    """
+    job, shares = _Job(config, folder, leads=leads, quiet=quiet), Shares(folder)
+    if job.is_done():
+        return True
+    count, batch = asked[0].count, config.pairs.batch
+    inputs = {**job.inputs, "pairs.batch": batch, "shares": count}
+    if leads:
+        shares.check(inputs, job.folder)  # the documents take a while
+    documents, start = job.corpus.documents, int(agreed(secrets.randbelow(len(asked))))
+    inputs["documents"] = documents.digest
+    if leads:
+        shares.begin(inputs, job.corpus.dropped)
+    made = True
+    while made:  # a share whose run has ended since may be taken
+        made = False
+        for share in (*asked[start:], *asked[:start]):
+            with contextlib.ExitStack() as stack:
+                if agreed(leads and shares.take(stack, share, inputs, job.folder, alone=len(asked) == 1)):
+                    place, part = shares.place(share), documents_of(share, len(documents), batch)
+                    own = shares.inputs_of(share, inputs)
+                    writer = Writer(place, own, shard_pairs=config.pairs.shard_pairs) if leads else None
+                    job.make(writer, place, part)
+                    if writer is not None:
+                        writer.finish({"documents": len(writer.finished)})
+                    made = True
+    return bool(agreed(leads and (not shares.missing(count) or has_ended(job.folder))))
+
+
+class _Job:
+    """The pairs of a run: what decides them, the documents, and how both become records."""
+
+    def __init__(self, config: LongPOConfig, folder: AnyPlace, *, leads: bool, quiet: bool):
+        self.folder = stage_in(folder, "pairs")
+        self._config, self._leads, self._quiet = config, leads, quiet
+        self._generator = Generator(config, quiet=quiet)
+        self.inputs = inputs_of(config, "pairs") | self._generator.identity
+
+    def is_done(self) -> bool:
+        """Whether they are all there."""
+        return is_to_skip(self.folder, self.inputs, leads=self._leads)
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """The documents, the same for all processes."""
+        config = self._config
+        corpus = read_corpus(config.corpus, self._generator.tokenizer, config.seed, quiet=self._quiet)
+        check_agreed({"documents": corpus.documents.digest})
+        return corpus
+
+    def make(self, writer: Writer | None, folder: AnyPlace, part: range) -> None:
+        """Adds to the writer, if there is one, those of a part of the documents, whole groups, that it has not yet."""
+        documents = self.corpus.documents[: part.stop]
+        finished = int(agreed(0 if writer is None else _resumed(writer, documents.ids[part.start :], folder)))
+        maker = PairMaker(self._config, self._generator, digest(repr(sorted(self.inputs.items()))))
+        quiet = self._quiet or not self._leads
+        with progress("pairs", len(part) - finished, "documents", quiet=quiet) as report:
+            for document, record, counts in maker.made(documents, part.start + finished):
+                if writer is not None:
+                    writer.add(document.id, record, counts)
+                report.advance(1)
+
+    def finish(self, writer: Writer, dropped: Mapping[str, int]) -> None:
+        """Marks the stage done, says what came of it, and warns where that is little."""
+        summary = summary_of(writer.counts, dropped)
+        if not summary["pairs"]:
+            raise InputError(f"{self.folder}: expected pairs, got none: {summary_line(summary)}. {lost(summary)}")
+        writer.finish(summary)
+        if not self._quiet:
+            say(f"pairs: {summary_line(summary)}")
+        config = self._config
+        rows = summary["turns" if config.objective.name == "solopo" else "pairs"] * config.train.epochs
+        if (few := warning(config, rows, summary)) is not None:
+            say(f"longpo: {few}")
+
+
+def _resumed(writer: Writer, ids: Sequence[str], folder: AnyPlace) -> int:
+    """How many documents are finished. They must be the first ones of these."""
+    for count, (finished, found) in enumerate(zip_longest(writer.finished, ids), start=1):
         if finished is None:
             return count - 1
         if finished != found:
@@ -80,213 +148,3 @@ def _resumed(writer: Writer, corpus: Corpus, folder: AnyPlace) -> int:
                 f"choose another run folder, or delete {folder} to start again"
             )
     return len(writer.finished)
-
-
-@dataclass(frozen=True)
-class _Question:
-    excerpt: Excerpt
-    words: list[int]  # the excerpt's, as tokens
-    seed: int
-    opener: str
-    question: str
-    dialogue: Dialogue
-
-
-@dataclass
-class _Work:
-    """What is known of one document so far."""
-
-    document: Document
-    seed: int
-    excerpts: list[Excerpt]
-    words: list[list[int]]  # of each excerpt, as tokens
-    counts: Counter[str] = field(default_factory=Counter)
-    cut: tuple[int, int] | None = None
-    questions: list[_Question] = field(default_factory=list)
-    chosen: list[Answer] = field(default_factory=list)  # of each question
-
-
-class PairMaker:
-    """Documents to records; `settings` is the digest that goes into each."""
-
-    def __init__(self, config: LongPOConfig, generator: Generator, settings: str):
-        self._config, self._generator, self._settings = config, generator, settings
-        ask, pairs = config.instruct, config.pairs
-        self._asking = SamplingConfig(temperature=ask.temperature, top_p=ask.top_p, max_new_tokens=ask.max_new_tokens)
-        self._answering = SamplingConfig(
-            temperature=pairs.temperature,
-            top_p=pairs.top_p,
-            repetition_penalty=pairs.repetition_penalty,
-            max_new_tokens=pairs.max_new_tokens,
-        )
-
-    def made(
-        self, documents: Sequence[Document], start: int = 0
-    ) -> Iterator[tuple[Document, Record | None, Mapping[str, int]]]:
-        """(document, its record or None, what was counted) of the documents from `start` on, in their order.
-
-        The short prompts of `pairs.batch` documents are answered together. The groups are the same wherever it starts:
-        so are the batches, and with them every rounding. While the model answers, texts that come next are cut and
-        turned into tokens.
-        """
-        size, total = self._config.pairs.batch, len(documents)
-        starts = range(start - start % size, total if start < total else 0, size)
-
-        def begun(first: int) -> list[_Work]:
-            return [self._begun(documents[index]) for index in range(first, min(first + size, total))]
-
-        aside = ThreadPoolExecutor(1, "texts")
-        try:
-            for first, group in _ahead(aside, begun, starts):
-                self._ask(group)
-                self._choose(group)
-                for index, record in enumerate(self._records(group, max(start - first, 0), aside), max(start, first)):
-                    work = group[index - first]
-                    yield work.document, record, work.counts
-        finally:  # also where nobody wants more of them
-            aside.shutdown(wait=False, cancel_futures=True)
-
-    def _records(self, group: Sequence[_Work], start: int, aside: Executor) -> Iterator[Record | None]:
-        """Of each document from `start` on; None for one without a turn of use.
-
-        `pairs.documents` of those that have questions are read and answered at once.
-        """
-        step = self._config.pairs.documents
-        asked = [place for place, work in enumerate(group) if work.questions]
-        parts = [asked[at : at + step] for at in range(0, len(asked), step)]
-        parts = [part for part in parts if part[-1] >= start]
-        found: dict[int, Record | None] = {}
-        read = _ahead(aside, lambda part: self._read([group[place] for place in part]), parts)
-        for place in range(start, len(group)):
-            while group[place].questions and place not in found:
-                part, records = next(read)
-                found.update(zip(part, self._finished([group[each] for each in part], records), strict=True))
-            yield found[place] if place in found else self._with_turns(group[place], self._record(group[place]), ())
-
-    def _begun(self, document: Document) -> _Work:
-        """Its excerpts, and their tokens."""
-        seed, text, tokenizer = _seed(self._config.seed, document.id), document.text, self._generator.tokenizer
-        excerpts, left = excerpts_of(text, tokenizer, self._config.excerpts, seed)
-        words = [tokenizer.encode_quoted(text[excerpt.start : excerpt.end]) for excerpt in excerpts]
-        counts = Counter(documents=1, excerpts=len(excerpts))
-        counts.update({f"{OF_TEXT}{reason}": count for reason, count in left.items()})
-        return _Work(document, seed, excerpts, words, counts)
-
-    def _ask(self, group: Sequence[_Work]) -> None:
-        """A question about each excerpt."""
-        config, tokenizer = self._config, self._generator.tokenizer
-        asked = [(work, at, _seed(work.seed, at)) for work in group for at in range(len(work.excerpts))]
-        request = Dialogue(tokenizer, [instruct.request(config.instruct)])
-        prompts = [request.around(work.words[at]) for work, at, _ in asked]
-        said = self._generator.answers(prompts, self._asking, [_seed(seed, "ask") for *_, seed in asked])
-        for (work, at, seed), answer in zip(asked, said, strict=True):
-            questions = instruct.parsed(answer.text, config.instruct)
-            if len(questions) < config.instruct.at_least:
-                cut_off = (
-                    "" if answer.finished else ", cut off"
-                )  # at the limit of tokens: of the setting, not the model
-                work.counts[f"{OF_TURNS}too few questions{cut_off}"] += 1
-                continue
-            opener, question = instruct.drawn(questions, _seed(seed, "draw"))
-            dialogue = Dialogue(tokenizer, [f"{opener} {question}"])
-            work.questions.append(_Question(work.excerpts[at], work.words[at], seed, opener, question, dialogue))
-
-    def _choose(self, group: Sequence[_Work]) -> None:
-        """What of each document the model will read, and the answers from the excerpts."""
-        for work in group:
-            self._cut(work)
-        asked = [(work, question) for work in group for question in work.questions]
-        prompts = [self._short(question) for _, question in asked]
-        seeds = [_seed(question.seed, "chosen") for _, question in asked]
-        said = self._generator.answers(prompts, self._answering, seeds)
-        for (work, _), answer in zip(asked, said, strict=True):
-            work.chosen.append(answer)
-
-    def _short(self, question: _Question) -> list[int]:
-        return question.dialogue.around(question.words)
-
-    def _cut(self, work: _Work) -> None:
-        """Leaves out what is too much of a document, and the questions about an excerpt that is then not all there."""
-        if not work.questions:
-            return
-        pairs = self._config.pairs
-        around = max(len(question.dialogue.before) + len(question.dialogue.first) for question in work.questions)
-        room = pairs.max_context - pairs.max_new_tokens - around
-        if work.document.tokens <= room:  # as it mostly is: nothing to look for
-            return
-        work.cut = cut = middle_of(work.document.text, room, self._generator.tokenizer)
-        if cut is not None:
-            whole = [q for q in work.questions if q.excerpt.end <= cut[0] or q.excerpt.start >= cut[1]]
-            work.counts[f"{OF_TURNS}excerpt cut out"] += len(work.questions) - len(whole)
-            work.questions = whole
-
-    def _record(self, work: _Work) -> Record:
-        """Without turns."""
-        document, text = work.document, work.document.text
-        what = document.id, document.domain, text, document.tokens, work.cut, (), work.seed, self._settings
-        return Record(*what)
-
-    def _read(self, group: Sequence[_Work]) -> list[tuple[Record, list[int]]]:
-        """Of each document: the record, still without turns, and what the prompts of all its questions begin with."""
-        found = []
-        for work in group:
-            record, before = self._record(work), work.questions[0].dialogue.before
-            found.append((record, before + self._generator.tokenizer.encode_quoted(record.context)))
-        return found
-
-    def _finished(self, group: Sequence[_Work], read: Sequence[tuple[Record, list[int]]]) -> list[Record | None]:
-        """The records of documents whose long answers are generated at once; None for one without a turn of use."""
-        rejected = self._rejected(group, [head for _, head in read])
-        return [
-            self._with_turns(work, record, answers)
-            for work, (record, _), answers in zip(group, read, rejected, strict=True)
-        ]
-
-    def _with_turns(self, work: _Work, record: Record, rejected_answers: Sequence[Answer]) -> Record | None:
-        """The record with the turns whose answers are of use; None without any."""
-        turns = []
-        for question, chosen, rejected in zip(work.questions, work.chosen, rejected_answers, strict=True):
-            reason = reason_to_drop(chosen.text, rejected.text, self._config.pairs)
-            if reason is not None:
-                work.counts[f"{OF_TURNS}{reason}"] += 1
-                continue
-            at = question.excerpt
-            spans = (at.start, at.end), (at.first, at.last)
-            turns.append(Turn(*spans, question.opener, question.question, chosen, rejected))
-            work.counts["turns"] += 1
-            work.counts["chosen_tokens"] += chosen.tokens
-            work.counts["rejected_tokens"] += rejected.tokens
-            work.counts["unfinished"] += (not chosen.finished) + (not rejected.finished)
-        if not turns:
-            reason = "no turn left" if work.counts["excerpts"] else "no excerpt"
-            work.counts[f"{OF_DOCUMENTS}{reason}"] += 1
-            return None
-        work.counts["pairs"] += 1
-        return replace(record, turns=tuple(turns))
-
-    def _rejected(self, group: Sequence[_Work], heads: Sequence[list[int]]) -> list[list[Answer]]:
-        asked, seeds = [], []
-        drafted = self._config.pairs.speculation == "lossless"
-        for work, head in zip(group, heads, strict=True):
-            drafts = [self._short(question) for question in work.questions] if drafted else None
-            asked.append(About(head, [question.dialogue.first for question in work.questions], drafts))
-            seeds.append([_seed(question.seed, "rejected") for question in work.questions])
-        return self._generator.answers_about(asked, self._answering, seeds)
-
-
-_Item = TypeVar("_Item")
-_Made = TypeVar("_Made")
-
-
-def _ahead(aside: Executor, make: Callable[[_Item], _Made], items: Sequence[_Item]) -> Iterator[tuple[_Item, _Made]]:
-    """Each with what is made of it; the next one is being made while one is in use."""
-    coming = deque(aside.submit(make, item) for item in items[:1])
-    for place, item in enumerate(items, 1):
-        made = coming.popleft().result()
-        coming.extend(aside.submit(make, item) for item in items[place : place + 1])
-        yield item, made
-
-
-def _seed(*parts: object) -> int:
-    """A seed of 32 bits that follows from the parts."""
-    return int(digest(*map(str, parts))[:8], 16)

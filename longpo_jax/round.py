@@ -7,15 +7,17 @@ what is trained. What is done is skipped, so a chain that was interrupted goes o
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from longpo_jax.config import LongPOConfig
 from longpo_jax.stages import STAGES, has_ended
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import check_shared
+from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.links import target_of
-from rapid_jax.runtime.run_folder import working_in
+from rapid_jax.runtime.run_folder import again_when_a_store_fails, is_entered, working_in
+from rapid_jax.runtime.share import Share
 from rapid_jax.runtime.storage import AnyPlace, working_place
 
 SETTINGS = "settings.yaml"  # in a round's folder: as they were when a stage last ended well
@@ -54,15 +56,48 @@ def run_stage(stage: str, config: LongPOConfig, folder: AnyPlace, *, leads: bool
 
     Raises InputError if another run is at work there, too, and if the processes of this one do not share the folder.
     """
-    from rapid_jax.runtime.mesh import agreed
-
     _check_link(folder / stage)
     with working_in(folder, stage) if leads else contextlib.nullcontext():
-        check_shared(folder, "run folder")
-        _stage(stage)(config, folder, leads=leads, quiet=quiet)
-        if leads:
-            settings.save(config, folder / SETTINGS)
-        agreed(0)
+        _run_alone(stage, config, folder, leads=leads, quiet=quiet)
+
+
+def _run_alone(stage: str, config: LongPOConfig, folder: AnyPlace, *, leads: bool, quiet: bool) -> None:
+    """As `run_stage`, where no other run is at work in the folder."""
+    from rapid_jax.runtime.mesh import agreed
+
+    check_shared(folder, "run folder")
+    _stage(stage)(config, folder, leads=leads, quiet=quiet)
+    if leads:
+        settings.save(config, folder / SETTINGS)
+    agreed(0)
+
+
+def run_share(
+    config: LongPOConfig, folder: AnyPlace, asked: Sequence[Share], *, leads: bool = True, quiet: bool = False
+) -> None:
+    """A share of the pairs of the round in `folder` or, of several, all that no other run makes or has made.
+
+    Whoever finds all shares done joins them, as the next `run_stage` does. Raises InputError as that, and if another
+    run makes the one share that is asked for.
+    """
+    from longpo_jax.pairs import run_share as make
+    from rapid_jax.runtime.mesh import agreed
+
+    _check_link(folder / "pairs")
+    if leads:
+        folder.mkdir(parents=True, exist_ok=True)
+    check_shared(folder, "run folder")
+    with again_when_a_store_fails():
+        all_done = make(config, folder, asked, leads=leads, quiet=quiet)
+    if not all_done:
+        if not quiet:
+            say(f"pairs: not all {asked[0].count} shares are done: this run has no more to do")
+        return
+    with contextlib.ExitStack() as stack:
+        if agreed(leads and is_entered(stack, working_in(folder, "pairs"))):
+            _run_alone("pairs", config, folder, leads=leads, quiet=quiet)
+        elif leads and not quiet:
+            say(f"{folder}: another run is at work there: it joins the shares, or the next `longpo pairs` does")
 
 
 def run_round(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:

@@ -69,14 +69,19 @@ def is_done(folder: AnyPlace, inputs: Mapping[str, Any]) -> bool:
     done = _read(folder)
     if done is None:
         return False
-    expected, got = json.loads(json.dumps(dict(inputs))), done["inputs"]
-    for key in (*expected, *got):
-        if key not in expected or key not in got or expected[key] != got[key]:
+    check_inputs(folder, inputs, done["inputs"])
+    return True
+
+
+def check_inputs(folder: AnyPlace, inputs: Mapping[str, Any], made: Mapping[str, Any]) -> None:
+    """Raises InputError, naming the first input that differs, if `folder` was made with others than `inputs`."""
+    expected = json.loads(json.dumps(dict(inputs)))
+    for key in (*expected, *made):
+        if key not in expected or key not in made or expected[key] != made[key]:
             raise InputError(
-                f"{folder} was made with {_said(got, key)}, expected {_said(expected, key)}: "
+                f"{folder} was made with {_said(made, key)}, expected {_said(expected, key)}: "
                 f"choose another run folder, or delete {folder} to make it again"
             )
-    return True
 
 
 def is_to_skip(folder: AnyPlace, inputs: Mapping[str, Any], *, leads: bool) -> bool:

@@ -8,6 +8,7 @@ from their published schemas; tests/fake_engines.py stands for the engines.
 import importlib
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,18 @@ def test_the_managed_job_of_a_spot_slice(printed):
     text = printed("sky", *SLICE, "--infra", "gcp/us-east5", *RUN, "--dry-run")
     assert text == (GOLDEN / "sky_v5p_2x2x4_spot.yaml").read_text()
     assert text == printed("sky", *SLICE, "--infra", "gcp/us-east5", *RUN)  # printing is what is done anyway
+
+
+def test_a_share_of_the_pairs_is_a_program_of_its_own(printed):
+    """Whichever slice takes it: no number of a worker is in it."""
+    words = ["longpo", "pairs", "--config", CONFIG, "--share", "any/3"]
+    run = yaml.safe_load(printed("sky", *SHORT, *RUN, "--", *words))["run"]
+    expected = ["bash", "launch/job_worker.sh", *words, "--set", "run=gs://mine/runs/demo", *MODEL, *CORPUS]
+    assert shlex.split(run.removeprefix("exec ")) == expected
+    jobset = list(yaml.safe_load_all(printed("gke", *SHORT, *IMAGE, *RUN, "--", *words)))[-1]
+    batch = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert batch["completions"] == 1
+    assert batch["template"]["spec"]["containers"][0]["command"] == expected
 
 
 def test_the_command_runs_as_a_program():

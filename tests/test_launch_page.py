@@ -49,8 +49,8 @@ bash() {
 }
 python() {
     local words=()
-    for word in "$@"; do [[ $word == --submit ]] || words+=("$word"); done
-    command "$PYTHON" "${words[@]}" --dry-run | sed -n '1p;/^ *completions:/p;/tpu-acc.*:/p;/^  acc.*rs:/p' >>"$CALLS"
+    for word in "$@"; do [[ $word != --submit ]] || word=--dry-run; words+=("$word"); done
+    command "$PYTHON" "${words[@]}" | sed -n '1p;/^ *completions:/p;/tpu-acc.*:/p;/^  acc.*rs:/p' >>"$CALLS"
 }
 """
 

@@ -20,6 +20,7 @@ from rapid_jax.runtime.errors import InputError, printable
 from rapid_jax.runtime.files import cache_dir, digest
 from rapid_jax.runtime.progress import progress
 from rapid_jax.runtime.run_folder import again_when_a_store_fails
+from rapid_jax.runtime.share import share_of
 from rapid_jax.runtime.storage import AnyPlace
 
 SUITES = {
@@ -91,7 +92,7 @@ def evaluate(options: argparse.Namespace) -> None:
             raise InputError("speculation.mode: --modes says which modes there are, expected one of the two")
 
         modes = modes_of(options.modes or config.speculation.mode, config, explicit)
-        suite_options, share = _suite_options(options), _share(options.share)
+        suite_options, share = _suite_options(options), share_of(options.share)
         folder = options.out or Path("runs") / f"evaluate-{options.suite}"
         if run.leads:
             check_folder(folder, resume=options.resume or share.count > 1)
@@ -242,15 +243,6 @@ def _depth(text: str) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"expected depths from 0 to 1, got {text}")
     return value
-
-
-def _share(text: str) -> Any:
-    from rapid_jax.evaluate.folder import Share
-
-    index, _, count = text.partition("/")
-    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise InputError(f"--share: expected I/N with 0 <= I < N, got {text!r}")
-    return Share(int(index), int(count))
 
 
 def _samples(suite: str) -> Callable[[SuiteOptions, Measure], Iterable[Sample]]:

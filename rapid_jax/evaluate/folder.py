@@ -10,7 +10,6 @@ DIR/lease.json            in a bucket, of the run at work there; of a share leas
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from rapid_jax.config import RapidConfig
@@ -20,20 +19,8 @@ from rapid_jax.runtime.append_log import Log
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import remove_leftovers, replace_file
 from rapid_jax.runtime.run_folder import alone_in_logs
+from rapid_jax.runtime.share import Share
 from rapid_jax.runtime.storage import AnyPlace
-
-
-@dataclass(frozen=True)
-class Share:
-    """Which samples are this run's: number % count == index."""
-
-    index: int = 0
-    count: int = 1
-
-    @property
-    def ending(self) -> str:
-        """Of the names of its files."""
-        return "" if self.count == 1 else f".{self.index}-of-{self.count}"
 
 
 class Answers:

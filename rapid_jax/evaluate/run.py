@@ -12,7 +12,7 @@ from typing import Any
 from rapid_jax.answer import Answer
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.request import Question, Tokens
-from rapid_jax.evaluate.folder import Share, open_answers
+from rapid_jax.evaluate.folder import open_answers
 from rapid_jax.evaluate.modes import LabelledMode
 from rapid_jax.evaluate.outcome import SCHEMA
 from rapid_jax.evaluate.results import finished
@@ -24,6 +24,7 @@ from rapid_jax.rapid import Rapid
 from rapid_jax.runtime.agreement import check_agreed
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.progress import progress
+from rapid_jax.runtime.share import Share
 from rapid_jax.runtime.storage import AnyPlace
 
 NOW = datetime.datetime(2025, 1, 1)  # for templates that write the date: a sample has the same prompt on any day
@@ -71,7 +72,7 @@ def evaluate(
     The modes of a group follow each other: the document's prefill serves all that read it. Every process of a run
     computes, the one that `leads` writes.
     """
-    share = share or Share()
+    share = share or Share()  # which samples are this run's: number % count == index
     mine = _ordered([sample for number, sample in enumerate(samples) if number % share.count == share.index])
     with contextlib.ExitStack() as stack:
         files = stack.enter_context(open_answers(folder, [mode.label for mode in modes], share, leads=leads))

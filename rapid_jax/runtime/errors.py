@@ -17,6 +17,10 @@ class Unavailable(InputError):
     """A store does not answer now: the same may go well later."""
 
 
+class Busy(InputError):
+    """Another run is at work there."""
+
+
 class Again(SystemExit):
     """This process alone cannot go on now, and nothing is lost: the run is to be started again, status 75."""
 

@@ -20,7 +20,7 @@ from typing import Final
 from rapid_jax.runtime import bucket_writes, buckets, command_line
 from rapid_jax.runtime.bucket_place import BucketPlace
 from rapid_jax.runtime.distributed import LOST_PEER
-from rapid_jax.runtime.errors import InputError, legible
+from rapid_jax.runtime.errors import Busy, InputError, legible
 from rapid_jax.runtime.json_input import Fields, parse_object
 
 RENEW_S: Final = 10.0
@@ -41,7 +41,7 @@ def _end(reason: str) -> None:
 class Lease:
     """The lease at a place, held while the context is. `lost` is called, in another thread, if it is no longer.
 
-    Entering raises InputError if another run holds it, and where the store does not let it be written.
+    Entering raises Busy if another run holds it, and InputError where the store does not let it be written.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Lease:
                 if holder is not None and _is_gone(holder):
                     pass
                 elif watched not in ("", match) or (holder is not None and _is_here(holder)):
-                    raise InputError(
+                    raise Busy(
                         f"{self._place.parent}: expected no other run there, got that of {_name_of(holder)}, which is "
                         f"at work: {_OTHERS}"
                     )

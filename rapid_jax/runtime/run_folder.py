@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from rapid_jax.runtime import bucket_writes
 from rapid_jax.runtime.append_log import Log, log_at
-from rapid_jax.runtime.errors import Again, InputError, Unavailable
-from rapid_jax.runtime.files import remove_leftovers
+from rapid_jax.runtime.errors import Again, Busy, InputError, Unavailable
+from rapid_jax.runtime.files import remove_leftovers, replace_file
 from rapid_jax.runtime.lease import Lease
-from rapid_jax.runtime.storage import AnyPlace
+from rapid_jax.runtime.storage import AnyPlace, bytes_of
 
 LEASE = "lease.json"
 
@@ -20,8 +21,8 @@ LEASE = "lease.json"
 def working_in(folder: AnyPlace, part: str) -> Iterator[None]:
     """`folder` is there, and no other run works in it, until the context is left; `part` is the folder in it that is.
 
-    Raises InputError if another does, where nothing can be written, and for a file in the place of the part. On this
-    machine: a folder that was not there before and is empty in the end is taken away; of file systems that know no
+    Raises Busy if another does, InputError where nothing can be written, and for a file in the place of the part. On
+    this machine: a folder that was not there before and is empty in the end is taken away; of file systems that know no
     locks, as some network ones, nobody learns whether another works there. Where a bucket's store stops answering while
     the run works, it ends with one line and status 75 (`Again`).
     """
@@ -58,7 +59,7 @@ def alone_in_logs(folder: AnyPlace, names: Sequence[str], lease: str) -> Iterato
     """The logs of these names in a folder that is there; no other run writes to them until the context is left.
 
     By a lock on each on this machine, which makes the files; in a bucket by one lease of that name, for all of them.
-    Raises InputError if another run writes to them.
+    Raises Busy if another run writes to them.
     """
     with contextlib.ExitStack() as stack:
         if not isinstance(folder, Path):
@@ -78,6 +79,32 @@ def again_when_a_store_fails() -> Iterator[None]:
         raise Again(f"{error}: nothing is lost, the run can be started again") from error
 
 
+def is_entered(stack: contextlib.ExitStack, work: contextlib.AbstractContextManager) -> bool:
+    """Enters one of the contexts above, to be left with the stack; False if another run is at work there."""
+    try:
+        stack.enter_context(work)
+    except Busy:
+        return False
+    return True
+
+
+def written_once(place: AnyPlace, data: bytes) -> bytes:
+    """The bytes of a file that several runs may write at once: the data, unless another was first."""
+    if not isinstance(place, Path):
+        with contextlib.suppress(bucket_writes.Taken):
+            bucket_writes.write(place.bucket, place.key, data, match=bucket_writes.ABSENT)
+        return place.read_bytes()
+    if (there := bytes_of(place)) is not None:
+        return there
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(place.with_name(f"{place.name}.lock"), "ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        if not place.exists():
+            with replace_file(place) as temporary:
+                temporary.write_bytes(data)
+        return place.read_bytes()
+
+
 def _refuse_file(place: AnyPlace) -> None:
     if place.exists() and not place.is_dir():
         raise InputError(f"{place}: expected a folder or nothing there, got a file")
@@ -87,6 +114,6 @@ def _lock(descriptor: int, folder: Path) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise InputError(
+        raise Busy(
             f"{folder}: expected no other run there, got one that is at work: wait for it, or choose another run folder"
         ) from error

@@ -15,10 +15,11 @@ import pytest
 from rapid_jax.cli import main
 from rapid_jax.evaluate import infinitebench, longbench, ruler_qa
 from rapid_jax.evaluate.data_files import records
-from rapid_jax.evaluate.folder import Share, open_answers
+from rapid_jax.evaluate.folder import open_answers
 from rapid_jax.evaluate.haystack import running_text
 from rapid_jax.evaluate.report import report
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.share import Share
 from rapid_jax.runtime.storage import files_below, place_of, working_place
 from tests.bucket_server import BUCKET, Killed, killed_at
 from tests.evaluate.test_command import tiny  # noqa: F401 - a fixture

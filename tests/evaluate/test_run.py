@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rapid_jax.config import ModelsConfig, RapidConfig
-from rapid_jax.evaluate.folder import Share, begin, check_folder, open_answers
+from rapid_jax.evaluate.folder import begin, check_folder, open_answers
 from rapid_jax.evaluate.modes import modes_of
 from rapid_jax.evaluate.report import report
 from rapid_jax.evaluate.results import read
@@ -19,6 +19,7 @@ from rapid_jax.evaluate.run import NOW, decides, evaluate, measure_of
 from rapid_jax.evaluate.samples import Sample
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.share import Share
 from rapid_jax.runtime.storage import AnyPlace
 from tests.evaluate.stub import Stub
 

@@ -43,7 +43,7 @@ Decode: TypeAlias = Callable[[Rows, Any, Used, float, str | None], jax.Array]
 
 def by_blocks(rows: Rows, sides: StackSides, used: Used, scale: float, axis: str | None, *, block: int) -> jax.Array:
     """In plain XLA."""
-    del used  # a loop of unknown length would be no faster: a prefix has few empty slots
+    del used  # every slot is read, empty ones too: the loops' length is known to XLA
     far, *others = sides
     if isinstance(far, Stack):
         slots, attend = far.every, partial(attend_stack, stack=far, scale=scale, block=block)

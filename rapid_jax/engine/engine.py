@@ -122,9 +122,10 @@ class Engine:
 
     @contextmanager
     def read(self, request: Request) -> Iterator[tuple[Job, Prepared]]:
-        """A request that has been read at once, beside all others, and has no row; what it needs is held meanwhile.
+        """A request that has been read at once and has no row; what it needs is held meanwhile.
 
-        In the thread that steps. Raises InputError for what cannot be read.
+        In the thread that steps, while no request runs: nobody else gives room back meanwhile. Raises InputError for
+        what cannot be read.
         """
         job = self._job(request, lambda event: None, streams=False)
         prepared = _result(self._preparer.steps(job), lambda: None)
@@ -195,7 +196,12 @@ class Engine:
         """Owners in turn: the next request begins to be prepared."""
         running = sum(len(lane.running) for lane in self._lanes.values())
         most = ROW_BUCKETS[-1] if self._prefill_first else MOST_ROWS
-        while self._waiting and running + len(self._preparing) + len(self._ready) < most:
+        # With a lane's rows of requests ready the rest waits here, where owners take turns.
+        while (
+            self._waiting
+            and len(self._ready) < ROW_BUCKETS[-1]
+            and running + len(self._preparing) + len(self._ready) < most
+        ):
             with self._lock:
                 owner, jobs = self._waiting.popitem(last=False)
                 job = jobs.popleft()
@@ -205,24 +211,24 @@ class Engine:
 
     def _place(self) -> None:
         """Requests whose prompts have been read take rows, where some are free; those that come together at once."""
-        waiting = [item for item in self._ready if not item[0].cancelled.is_set()]
-        for job, prepared in self._ready:
-            if job.cancelled.is_set():
-                self._release(prepared.handle)
-                self._fail(job, Cancelled())
-        self._ready.clear()
+        for item in [item for item in self._ready if item[0].cancelled.is_set()]:
+            self._ready.remove(item)
+            self._release(item[1].handle)
+            self._fail(item[0], Cancelled())
+        waiting = list(self._ready)
         for place, (job, prepared) in enumerate(waiting):
             others = [other.document for _, other in waiting[place + 1 :] if other.key == prepared.key]
             about = prepared.key, prepared.document, others
             found = self.sharing.place(self._lanes, *about, shared=prepared.handle is not None)
             if found is None:
-                self._ready.append((job, prepared))
                 continue
             key, sizes = found
             if sizes is None:
                 self._lanes[key] = Lane.of(key, job, prepared.rounds, prepared.document, self._times)
                 self._held[id(job)] = prepared.handle
+                self._ready.remove(waiting[place])
                 continue
+            self._ready.remove(waiting[place])
             try:
                 with timed() as work:
                     self._lanes[key].join(job, prepared.rounds, prepared.document, sizes)

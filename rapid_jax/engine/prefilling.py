@@ -52,7 +52,12 @@ class Prefilling:
         self._config, self._models, self._prefixes, self._quiet = config, models, prefixes, quiet
         self._is_alone, self._few_programs, self._on_read = is_alone, few_programs, on_read
         self.under_way = 0  # requests whose prompts are being read
-        self.waits_for_room = False  # whether a request can go on only when others have given back memory
+        self._waits = 0  # requests that can go on only when others have given back memory
+
+    @property
+    def waits_for_room(self) -> bool:
+        """Whether a request can go on only when others have given back memory."""
+        return self._waits > 0
 
     def name(self, request: Request, head: Sequence[int]) -> Name | None:
         """Of a prompt's head whose keys and values are kept for others; None: they are not. Of any thread.
@@ -154,11 +159,11 @@ class Prefilling:
     def _until_there_may_be_room(self) -> Steps[None]:
         if self._is_alone():
             self._prefixes.wait(PAUSE_S)
-        self.waits_for_room = True
+        self._waits += 1
         try:
             yield False
         finally:
-            self.waits_for_room = False
+            self._waits -= 1
 
     def drafter(self, job: Job, tokens: list[int], *, room: int = 0, waits: bool = True) -> Steps[Prompted]:
         """The drafter with its prompt; without waiting it is only under way."""

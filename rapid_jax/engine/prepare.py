@@ -140,8 +140,8 @@ class Preparing:
         prompt.
         """
         config, head = job.config, reading.long.head
-        target = Prompted(self._models.target.decoder, [reading.long.tokens], prefix, [len(head)])
         try:
+            target = Prompted(self._models.target.decoder, [reading.long.tokens], prefix, [len(head)])
             if not config.speculation.drafts:
                 return self._prepared(job, target, None, head, handle)
             assert reading.short is not None

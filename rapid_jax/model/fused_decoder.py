@@ -173,7 +173,9 @@ class FusedDecoder(Decoder):
         return self.config.vocab_size if self.lm_head is None else self.lm_head.columns
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
-        """[B, T, D]. Over devices along `model` each looks up what it has: XLA for GPUs gathers the whole embedding."""
+        """[B, T, D], of ids in range. Over devices along `model`, in a program, each looks up what it has: XLA for GPUs
+        gathers the whole embedding.
+        """
         place = Place(self.mesh)
         if place.parts == 1:
             return super().embed(tokens_BT)

@@ -9,7 +9,7 @@ of passages in which none is, and one about each planted sentence. Recall is the
 sentence's, characters that retrieved chunks hold; its intervals, and those of the differences from the first policy,
 are of a bootstrap of questions (95 %). JSON lines go to standard output or --out, a table to standard error.
 
-A policy is what `rapid evaluate` calls a mode's changes, settings of retrieval behind colons: `today:chunk_tokens=256`.
+A policy is what `rapid evaluate` calls a mode's changes, settings of retrieval behind colons: `fill:chunk_tokens=256`.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import gzip
 import json
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -70,22 +69,18 @@ class Document:
     asked: list[Asked]
 
 
-class Remembered:
-    """An encoder that remembers the vectors of questions."""
+class Remembered(Embedder):
+    """An encoder that remembers the vectors of windows: policies have many in common."""
 
-    def __init__(self, embedder: Embedder):
-        self._embedder, self._questions = embedder, {}
+    def __init__(self, name: str):
+        super().__init__(name)
+        self._known: dict[bytes, np.ndarray] = {}
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._embedder, name)
-
-    def embed(self, texts: Sequence[str], progress_label: str | None = None, **more: Any) -> np.ndarray:
-        """As the encoder does."""
-        if len(texts) > 1:
-            return self._embedder.embed(texts, progress_label, **more)
-        if texts[0] not in self._questions:
-            self._questions[texts[0]] = self._embedder.embed(texts, **more)
-        return self._questions[texts[0]]
+    def _vectors(self, pieces: list[np.ndarray], progress_label: str | None) -> np.ndarray:
+        new = list({piece.tobytes(): piece for piece in pieces if piece.tobytes() not in self._known}.values())
+        for piece, vector_E in zip(new, super()._vectors(new, progress_label), strict=True):
+            self._known[piece.tobytes()] = vector_E
+        return np.stack([self._known[piece.tobytes()] for piece in pieces])
 
 
 def read_gold(file: Path) -> list[dict[str, str]]:
@@ -184,40 +179,38 @@ def config_of(policy: str, budget: int) -> RetrievalConfig:
     """The settings of a policy at a budget of tokens, whatever the document's length."""
     name, *changes = policy.split(":")
     values = dict(change.split("=", 1) for change in changes)
-    known = {"policy": name} if "policy" in RetrievalConfig.__dataclass_fields__ and name != "today" else {}
-    given = {key: json.loads(value) if value[:1] not in "abcdeghijklm" else value for key, value in values.items()}
-    return RetrievalConfig(**{"min_tokens": budget, "compression": 10**6, **known, **given})
+    given = {key: json.loads(value) for key, value in values.items()}
+    return RetrievalConfig(**{"policy": name, "min_tokens": budget, "compression": 10**6, **given})
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record for each question, policy and budget."""
     _, tokenizer = open_checkpoint(args.tokenizer)
-    spans, embedder = tokenizer.spans, Remembered(Embedder(args.encoder))
-    with tempfile.TemporaryDirectory() as cache:
-        for document in documents(args, spans):
-            for policy in args.policies:
-                start = time.perf_counter()
-                for budget in args.budgets:
-                    retriever = Retriever(embedder, config_of(policy, budget), Path(cache), quiet=True)
-                    for one in document.asked:
-                        found = retriever.retrieve(document.text, one.question, spans, document.tokens)
-                        inside = [
-                            score
-                            for chunk, score in zip(found.chunks, found.scores, strict=True)
-                            if chunk.start < one.end and one.start < chunk.end
-                        ]
-                        yield {
-                            "length": document.tokens,
-                            "policy": policy,
-                            "budget": budget,
-                            "kind": one.kind,
-                            "question": one.question,
-                            "recall": recall(found, one),
-                            "tokens": found.tokens,
-                            "score": max(inside, default=None),
-                        }
-                spent = time.perf_counter() - start
-                print(f"{document.tokens} tokens, {policy}: {spent:.1f} s", file=sys.stderr, flush=True)
+    spans, embedder = tokenizer.spans, Remembered(args.encoder)
+    for document in documents(args, spans):
+        for policy in args.policies:
+            start = time.perf_counter()
+            for budget in args.budgets:
+                retriever = Retriever(embedder, config_of(policy, budget), quiet=True)
+                for one in document.asked:
+                    found = retriever.retrieve(document.text, one.question, spans, document.tokens)
+                    inside = [
+                        score
+                        for chunk, score in zip(found.chunks, found.scores, strict=True)
+                        if chunk.start < one.end and one.start < chunk.end
+                    ]
+                    yield {
+                        "length": document.tokens,
+                        "policy": policy,
+                        "budget": budget,
+                        "kind": one.kind,
+                        "question": one.question,
+                        "recall": recall(found, one),
+                        "tokens": found.tokens,
+                        "score": max(inside, default=None),
+                    }
+            spent = time.perf_counter() - start
+            print(f"{document.tokens} tokens, {policy}: {spent:.1f} s", file=sys.stderr, flush=True)
 
 
 def summary(records: list[dict[str, Any]], policies: Sequence[str], lengths: Sequence[int]) -> Iterator[str]:
@@ -254,7 +247,7 @@ def main() -> None:
     numbers = {"type": lambda text: [int(one) for one in text.split(",")]}
     parser.add_argument("--gold", type=Path, required=True)
     parser.add_argument("--text", help="running text: a file or a folder of .txt; else Python's language reference")
-    parser.add_argument("--policies", type=lambda text: text.split(","), default=["today"])
+    parser.add_argument("--policies", type=lambda text: text.split(","), default=["paper", "fill"])
     parser.add_argument("--lengths", default=[2048, 8192, 32768, 131072], **numbers)
     parser.add_argument("--budgets", default=[1024, 2048, 4096], **numbers)
     parser.add_argument("--questions", type=int, default=120, help="about gold passages, of each length")

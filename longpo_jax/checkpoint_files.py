@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import jax
 
-from longpo_jax.sealed import sealed, unsealed
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file, sha256_of
 from rapid_jax.runtime.json_input import Fields, parse_object, read_object
 from rapid_jax.runtime.mesh import agreed
+from rapid_jax.runtime.sealed import sealed, unsealed
 from rapid_jax.runtime.storage import AnyPlace, files_below, has_rename
 
 SCHEMA = 2

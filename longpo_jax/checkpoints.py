@@ -198,7 +198,7 @@ def _restored_item(found: Found, item: str, tree: Any) -> Any:
         failure = "it has other values than were written"
     except failures() as error:
         raise Unavailable(f"{found.folder}: {item} cannot be read now: {one_line(error)}") from error
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # Orbax takes its metadata as they come
         failure = one_line(error)
     raise InputError(f"{found.folder}: {item} cannot be read: {failure}: delete it to go on from the one before")
 

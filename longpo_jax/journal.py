@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from longpo_jax.records import SCHEMA, Record, lines_of, shard_name, shards_of
-from longpo_jax.sealed import place_of, seal_of, sealed, stated_seal, unsealed
 from longpo_jax.stages import mark_done
 from rapid_jax.runtime.append_log import Log, log_at
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.json_input import Fields
+from rapid_jax.runtime.sealed import place_of, seal_of, sealed, stated_seal, unsealed
 from rapid_jax.runtime.storage import AnyPlace
 
 _JOURNAL = "journal.jsonl"

@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from longpo_jax.sealed import place_of, stated_seal, unsealed
 from longpo_jax.stages import summary_of
 from rapid_jax.runtime.append_log import logs_in, open_log
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, sha256_of
 from rapid_jax.runtime.json_input import Fields
+from rapid_jax.runtime.sealed import place_of, stated_seal, unsealed
 from rapid_jax.runtime.storage import AnyPlace, read_into, working_place
 
 SCHEMA = 2

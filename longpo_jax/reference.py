@@ -27,7 +27,6 @@ from longpo_jax.records import Record, digest_of, read_records
 from longpo_jax.remat import wrapping
 from longpo_jax.rows import batched
 from longpo_jax.samples import Parts, all_turns, one_turn
-from longpo_jax.sealed import place_of, sealed, unsealed
 from longpo_jax.stages import (
     check_same_model,
     inputs_of,
@@ -48,6 +47,7 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, replace_file, sha256_of
 from rapid_jax.runtime.mesh import agreed, make_meshes, placed, whole
 from rapid_jax.runtime.progress import progress
+from rapid_jax.runtime.sealed import place_of, sealed, unsealed
 from rapid_jax.runtime.storage import AnyPlace, bytes_of
 from rapid_jax.speculative.chunk_layout import bucket
 

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.sealed import sealed, unsealed
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import READING_S, check_agreed, left_out
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, replace_file
 from rapid_jax.runtime.links import followed
+from rapid_jax.runtime.sealed import sealed, unsealed
 from rapid_jax.runtime.storage import AnyPlace, bytes_of
 
 SCHEMA = 2

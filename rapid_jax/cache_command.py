@@ -5,7 +5,6 @@ Exit status: 1 if something is damaged, else as the other commands'.
 """
 
 import argparse
-import fcntl
 import json
 import re
 import zlib
@@ -16,11 +15,14 @@ from typing import Any
 
 from rapid_jax.config import RapidConfig
 from rapid_jax.runtime import settings
+from rapid_jax.runtime.array_store import Damaged
 from rapid_jax.runtime.command_line import Place, prepare_jax
 from rapid_jax.runtime.disk_cache import BOUNDED, KINDS, Entry, entries, remove
 from rapid_jax.runtime.errors import InputError, printable
-from rapid_jax.runtime.files import cache_dir, remove_leftovers
-from rapid_jax.runtime.locked_folders import lock
+from rapid_jax.runtime.files import cache_dir, cache_place, remove_leftovers
+from rapid_jax.runtime.storage import AnyPlace
+from rapid_jax.speculative.prefix_bucket import BucketEntry, entries_at
+from rapid_jax.speculative.prefix_manifest import check_entry
 
 _DAMAGED = 1  # exit status
 _ZSTD = b"\x28\xb5\x2f\xfd"
@@ -47,63 +49,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             command.add_argument("--remove", action="store_true", help="remove what is damaged")
 
 
-def _place(options: argparse.Namespace) -> tuple[Path, int]:
-    """(the cache folder, the bound of what is in it)."""
-    config = settings.load(RapidConfig, options.config) if options.config else RapidConfig()
-    return cache_dir(config.cache.folder), int(config.cache.disk_gib * 2**30)
+class _Cache:
+    """What is kept: in a folder, and of documents' keys and values there or in a bucket."""
+
+    def __init__(self, options: argparse.Namespace):
+        config = settings.load(RapidConfig, options.config) if options.config else RapidConfig()
+        self.root, self.bound = cache_dir(config.cache.folder), int(config.cache.disk_gib * 2**30)
+        place = cache_place(config.cache.folder)
+        self.prefixes, self.in_bucket = entries_at(place / "prefixes"), not isinstance(place, Path)
+        self.said = {"folder": str(self.root)} | ({"prefixes": str(place)} if self.in_bucket else {})
+        self.places = [printable(str(self.root)), *([f"prefixes: {printable(str(place))}"] if self.in_bucket else [])]
+
+    def entries(self, kind: str) -> Sequence[Entry | BucketEntry]:
+        """All of a kind."""
+        return self.prefixes.entries() if kind == "prefixes" else entries(self.root, [kind])
+
+    def remove(self, entry: Entry | BucketEntry) -> bool:
+        """Takes an entry away, whole; False if that is not to be done now."""
+        return remove(entry) if isinstance(entry, Entry) else self.prefixes.remove(entry.path.name)
+
+    def has(self, entry: Entry | BucketEntry) -> bool:
+        """Whether it is still there."""
+        return entry.path.exists() if isinstance(entry, Entry) else self.prefixes.has(entry.path.name)
+
+    def clean(self, kinds: Sequence[str]) -> None:
+        """Removes what killed processes have left half written."""
+        for kind in kinds:
+            if kind == "prefixes":
+                self.prefixes.clean()
+            else:
+                remove_leftovers(self.root / kind)
 
 
 def _list(options: argparse.Namespace) -> None:
-    root, bound = _place(options)
-    found = {kind: entries(root, [kind]) for kind in KINDS}
+    cache = _Cache(options)
+    found = {kind: cache.entries(kind) for kind in KINDS}
     bounded = sum(entry.bytes for kind in BOUNDED for entry in found[kind])
     if options.json:
         kinds = {kind: _counted(each) for kind, each in found.items()}
-        print(json.dumps({"folder": str(root), "kinds": kinds, "bytes": bounded, "bound_bytes": bound}))
+        print(json.dumps(cache.said | {"kinds": kinds, "bytes": bounded, "bound_bytes": cache.bound}))
         return
     rows = [
         (kind, str(len(each)), _size(sum(entry.bytes for entry in each)), _last(each)) for kind, each in found.items()
     ]
-    print(printable(str(root)))
+    print("\n".join(cache.places))
     _table(("kind", "entries", "size", "last used"), rows)
-    print(f"{_size(bounded)} of {_size(bound)} (cache.disk_gib; digests are not counted)")
+    apart = "; a bucket and this machine have each this bound" if cache.in_bucket else ""
+    print(f"{_size(bounded)} of {_size(cache.bound)} (cache.disk_gib; digests are not counted{apart})")
 
 
 def _clear(options: argparse.Namespace) -> None:
     if wrong := [kind for kind in options.kinds if kind not in KINDS]:
         raise InputError(f"rapid cache clear: expected {', '.join(KINDS)}, got {printable(wrong[0])}")
-    root, _ = _place(options)
+    cache = _Cache(options)
     kinds = [kind for kind in KINDS if kind in (options.kinds or KINDS)]
-    removed: dict[str, list[Entry]] = {kind: [] for kind in kinds}
+    removed: dict[str, list[Entry | BucketEntry]] = {kind: [] for kind in kinds}
     in_use = []
-    for entry in entries(root, kinds):
-        (removed[entry.kind] if remove(entry) else in_use).append(entry)
-    _clean(root, kinds)
+    for entry in [entry for kind in kinds for entry in cache.entries(kind)]:
+        (removed[entry.kind] if cache.remove(entry) else in_use).append(entry)
+    cache.clean(kinds)
     size = sum(entry.bytes for each in removed.values() for entry in each)
     if options.json:
         counts = {kind: len(each) for kind, each in removed.items()}
-        print(json.dumps({"folder": str(root), "removed": counts, "bytes": size, "kept": _paths(in_use)}))
+        print(json.dumps(cache.said | {"removed": counts, "bytes": size, "kept": _paths(in_use)}))
         return
     counts = ", ".join(f"{len(each)} {kind}" for kind, each in removed.items())
-    print(f"removed from {printable(str(root))}: {counts}; {_size(size)}")
+    print(f"removed from {', '.join(cache.places)}: {counts}; {_size(size)}")
     for path in _paths(in_use):
         print(f"kept, in use or not to be removed: {printable(path)}")
 
 
 def _verify(options: argparse.Namespace) -> int:
-    root, _ = _place(options)
+    cache = _Cache(options)
     prepare_jax(programs=False)
     checked, damaged = dict.fromkeys(KINDS, 0), []
-    for entry in entries(root):
-        reason = _fault(entry)
-        if reason is None and not entry.path.exists():
+    for entry in [entry for kind in KINDS for entry in cache.entries(kind)]:
+        reason = _fault(cache, entry)
+        if reason is None and not cache.has(entry):
             continue  # removed while it was read
         checked[entry.kind] += 1
         if reason is not None:
-            removed = options.remove and remove(entry)
+            removed = options.remove and cache.remove(entry)
             damaged.append({"kind": entry.kind, "path": str(entry.path), "reason": reason, "removed": removed})
     if options.json:
-        print(json.dumps({"folder": str(root), "checked": checked, "damaged": damaged}))
+        print(json.dumps(cache.said | {"checked": checked, "damaged": damaged}))
         return _DAMAGED if damaged else 0
     for item in damaged:
         print(printable(f"damaged{', removed' if item['removed'] else ''}: {item['path']}: {item['reason']}"))
@@ -112,30 +141,27 @@ def _verify(options: argparse.Namespace) -> int:
     return _DAMAGED if damaged else 0
 
 
-def _fault(entry: Entry) -> str | None:
+def _fault(cache: _Cache, entry: Entry | BucketEntry) -> str | None:
     """What is wrong with an entry; None for one that is as it was written."""
     try:
-        _CHECKS[entry.kind](entry.path)
+        if entry.kind == "prefixes":
+            _check_prefix(cache, entry.path)
+        elif isinstance(entry, Entry):
+            _CHECKS[entry.kind](entry.path)
     except FileNotFoundError as error:
-        return None if not entry.path.exists() else f"{error.filename} is missing"
+        return None if not cache.has(entry) else f"{error.filename} is missing"
     except (OSError, ValueError) as error:  # InputError among them
         return " ".join(str(error).split())
     return None
 
 
-def _check_prefix(path: Path) -> None:
-    from rapid_jax.runtime import checkpoint
-
-    with lock(path, fcntl.LOCK_SH) as held:
-        if held is None:
-            return
-        try:
-            stored = checkpoint.read(path / "checkpoint")
-            stored.verify()
-        except (checkpoint.DamagedCheckpoint, FileNotFoundError) as error:
-            raise ValueError(str(error)) from error
-        if stored.note.text("key") != path.name:
-            raise ValueError("it holds another document")
+def _check_prefix(cache: _Cache, entry: AnyPlace) -> None:
+    with cache.prefixes.reading(entry.name) as there:
+        if there:
+            try:
+                check_entry(entry)
+            except Damaged as error:
+                raise ValueError(str(error)) from error
 
 
 def _check_embeddings(path: Path) -> None:
@@ -174,7 +200,6 @@ def _check_digest(path: Path) -> None:
 
 
 _CHECKS: dict[str, Callable[[Path], None]] = {
-    "prefixes": _check_prefix,
     "embeddings": _check_embeddings,
     "indices": _check_index,
     "programs": _check_program,
@@ -182,29 +207,18 @@ _CHECKS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def _clean(root: Path, kinds: Sequence[str]) -> None:
-    """Removes what killed processes have left half written."""
-    from rapid_jax.speculative.prefix_store import PrefixStore
-
-    for kind in kinds:
-        if kind == "prefixes":
-            PrefixStore(root / kind, 0).clean()
-        else:
-            remove_leftovers(root / kind)
-
-
-def _counted(found: list[Entry]) -> dict[str, Any]:
+def _counted(found: Sequence[Entry | BucketEntry]) -> dict[str, Any]:
     used = max((entry.used for entry in found), default=None)
     return {"entries": len(found), "bytes": sum(entry.bytes for entry in found), "last_used": used}
 
 
-def _last(found: list[Entry]) -> str:
+def _last(found: Sequence[Entry | BucketEntry]) -> str:
     if not found:
         return "-"
     return datetime.fromtimestamp(max(entry.used for entry in found)).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-def _paths(found: list[Entry]) -> list[str]:
+def _paths(found: Sequence[Entry | BucketEntry]) -> list[str]:
     return [str(entry.path) for entry in found]
 
 

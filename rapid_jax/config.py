@@ -82,7 +82,7 @@ class ComputeConfig:
 class CacheConfig:
     """What is kept: keys and values of documents on devices, host and disk, and what else saves time there."""
 
-    folder: str | None = None  # null = $RAPID_JAX_CACHE, else ~/.cache/rapid_jax
+    folder: str | None = None  # or gs://, for documents; null = $RAPID_JAX_CACHE, else ~/.cache/rapid_jax
     device_gib: float | None = None  # keys and values of documents; null = what the devices have left beside weights
     host_gib: float = 16.0  # keys and values that the devices have no room for
     disk_gib: float = field(default=20.0, metadata={"was": "prefix_gib"})  # of all kinds; least recently used go first

@@ -127,6 +127,8 @@ class BucketServer:
 
 
 class _Proxy(ThreadingHTTPServer):
+    request_queue_size = 128  # TensorStore connects as often at once, and waits a second where it is refused
+
     def handle_error(self, request: object, client_address: object) -> None:
         """Nothing is said of clients that went away."""
 

@@ -131,7 +131,7 @@ def test_a_plain_step_reads_weights_and_cache_once():
     assert plain_bytes(config, Case(131072), 2) / gib == pytest.approx(13.98 + 16, abs=0.05)  # all but the embedding
     assert plain_bytes(config, Case(131072, kv="int8"), 2) / gib == pytest.approx(13.98 + 8.25, abs=0.05)
     assert plain_bytes(config, Case(131072, batch=4), 2) / gib == pytest.approx(13.98 + 64, abs=0.05)
-    for axes, weights, cache in (("context=2", 1, 2), ("model=4", 4, 4), ("context=2,model=16", 16, 16)):
+    for axes, weights, cache in (("context=2", 1, 2), ("model=4", 4, 4), ("context=2,model=8", 8, 16)):
         read = plain_bytes(config, Case(131072), 2, MeshConfig.named(axes)) / gib
         assert read == pytest.approx(13.98 / weights + 16 / cache, abs=0.05)
 
@@ -168,7 +168,12 @@ def test_random_models_say_the_next_id_and_the_dial_touches_attention_alone():
         (["--cases", "plain:4"], "got 'plain:4'"),
         (["--cases", "plain/fp8"], "keys and values: expected of full, int8, got 'fp8'"),
         (["--mesh", "rows=2"], "expected mesh axes of data, fsdp, context, model as context=2,model=4, got 'rows=2'"),
-        (["--mesh", "context=64"], "expected 64 devices, got "),
+        (["--mesh", "model=64"], "expected 64 devices, got "),
+        (["--mesh", "context=\u00b2"], "expected mesh axes of data, fsdp, context, model as context=2,model=4"),
+        (["--mesh", "data=2,context=2"], "--mesh: expected context and model alone, got data 2 x fsdp 1 x context 2"),
+        (["--mesh", "context=4", "--short", "30"], "--short: expected a multiple of context = 4, got 30"),
+        (["--mesh", "context=4", "--contexts", "64,66"], "--contexts: expected a multiple of context = 4, got 66"),
+        (["--mesh", "context=2", "--tpu-hour"], "--tpu-hour: expected one device, got data 1 x fsdp 1 x context 2"),
         (["--mesh", "model=2", "--parts", "attention"], "--parts: expected of prefill, decoding, got 'attention'"),
         (["--parts", "drawing"], "--parts: expected of attention, prefill, decoding, got 'drawing'"),
         (["--shape", "llama-9"], "unknown shape 'llama-9'"),

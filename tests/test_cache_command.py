@@ -114,7 +114,7 @@ def largest(folder: Path) -> Path:
 DAMAGE: dict[str, tuple[str, Callable[[Path], None]]] = {
     "a changed prefix": ("prefixes", lambda path: flipped(largest(path))),
     "a cut prefix": ("prefixes", lambda path: cut(largest(path))),
-    "a prefix without its checkpoint": ("prefixes", lambda path: (path / "checkpoint").rename(path / "other")),
+    "a prefix without its manifest": ("prefixes", lambda path: (path / "manifest.json").unlink()),
     "a prefix of another name": ("prefixes", lambda path: path.rename(path.with_name("cd" * 32))),
     "changed embeddings": ("embeddings", flipped),
     "cut embeddings": ("embeddings", cut),

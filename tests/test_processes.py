@@ -16,6 +16,9 @@ import pytest
 from rapid_jax.runtime.distributed import LOST_PEER
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.meeting import Seat
+from rapid_jax.runtime.storage import working_place
+from tests.bucket_server import BUCKET
+from tests.engine.prefix_cases import MESHES, cache_of, check_head, decoder_on, tokens
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
 
@@ -63,6 +66,7 @@ def question(tmp_path_factory) -> list[str]:
         "sampling.seed": 3,
         "cache.folder": folder / "cache",
         "cache.programs": "false",
+        "cache.prefixes": "false",  # else who comes second prefills nothing
     }
     command = ["-m", "rapid_jax", "answer", "--document", str(folder / "book.txt"), "--question", "w12 w34?"]
     for key, value in settings.items():
@@ -95,17 +99,19 @@ def finished(process: subprocess.Popen) -> tuple[int, str, str]:
     ],
     ids=["one mesh, rounded", "the drafter apart"],
 )
-def test_two_processes_answer_as_one_does(question, mesh, more):
+def test_two_processes_answer_as_one_does(question, mesh, more, tmp_path):
     target = question[question.index("--set") + 1].partition("=")[2]
     more = [setting.replace("TARGET", target) for setting in (*more, "sampling.max_new_tokens=24")]
     code, answer, err = finished(spawn(meshed(question, *more), environment(1)))
     assert code == 0 and len(answer) > 20, err
     port = free_port()
-    pair = [spawn(meshed(question, *mesh, *more), environment(4, (port, 2, index))) for index in (0, 1)]
+    cache = ("cache.prefixes=true", f"cache.folder={tmp_path}")
+    pair = [spawn(meshed(question, *mesh, *more, *cache), environment(4, (port, 2, index))) for index in (0, 1)]
     results = [finished(process) for process in pair]
     assert [code for code, _, _ in results] == [0, 0], results[0][2][-3000:]
     assert results[0][1] == answer
     assert results[1][1] == "" and "retrieved" not in results[1][2]
+    assert list((tmp_path / "prefixes").glob("*/manifest.json")), "stored by both"
 
 
 def test_two_processes_evaluate_as_one_does(question, tmp_path):
@@ -184,6 +190,47 @@ def test_weights_that_differ_in_one_value_are_found_before_a_model_is_loaded(que
     for code, out, err in map(finished, pair):
         assert (code, out) == (2, "") and len(err.splitlines()) == 1, err
         assert err.startswith("rapid: expected the same target.weights on all 2 processes, got ")
+
+
+STORING = """
+import sys
+from rapid_jax.runtime.distributed import meet
+with meet() as run:
+    run.start_jax()
+    import jax, numpy as np
+    from rapid_jax.engine import heads
+    from rapid_jax.runtime.mesh_config import MeshConfig
+    from rapid_jax.runtime.storage import working_place
+    from tests.engine.prefix_cases import cache_of, decoder_on, prefix_of, tokens
+    heads._LOOKING_S = 0.3
+    decoder, head = decoder_on(MeshConfig(context=2, model=2)), tokens(35)
+    want = prefix_of(decoder, head)
+    for place in (working_place(text, "cache.folder") for text in sys.argv[1:]):
+        cache = cache_of(decoder, place, disk_gib=1.0)
+        cache.put(head, prefix_of(decoder, head))
+        cache.save()
+        found = cache_of(decoder, place, disk_gib=1.0).find(head)
+        print(found.tier, cache_of(decoder, place, disk_gib=1.0).find([*head[:20], *tokens(30)]).tokens)
+        for one, other in zip(*map(jax.tree.leaves, (found.prefix, want)), strict=found.prefix is not None):
+            assert one.sharding == other.sharding
+            for mine, its in zip(one.addressable_shards, other.addressable_shards, strict=True):
+                np.testing.assert_array_equal(mine.data, its.data)
+"""
+
+
+def test_each_of_two_processes_stores_and_reads_what_its_devices_hold_where_both_see_the_place(tmp_path, bucket):
+    decoder, head, port = decoder_on(MESHES["one device"]), tokens(35), free_port()
+    shared = [str(tmp_path / "shared"), f"gs://{BUCKET}/two-processes"]
+    pair = [
+        spawn(["-c", STORING, *shared, str(tmp_path / f"own-{index}")], environment(2, (port, 2, index)))
+        for index in (0, 1)
+    ]
+    for index, (code, out, err) in enumerate(map(finished, pair)):
+        assert (code, out) == (0, "disk 16\ndisk 16\nNone 0\n"), err[-3000:]
+        assert ("keys and values of documents are not stored: cache.folder: expected one folder" in err) == (not index)
+    for place in shared:
+        cache = cache_of(decoder, working_place(place, "cache.folder"), disk_gib=1.0)
+        check_head(cache.find(head).prefix, decoder, head, len(head))
 
 
 MEETING = """

@@ -91,8 +91,7 @@ def plain_bytes(config: ModelConfig, case: Case, itemsize: int, mesh: MeshConfig
     """
     mesh = mesh or MeshConfig()
     weights = (matrices(config) + config.hidden_size * config.vocab_size) / mesh.model
-    heads = max(1.0, config.num_kv_heads / mesh.model)
-    slots = 2 * config.num_layers * heads * case.context / mesh.context * case.prefixes
+    slots = 2 * config.num_layers * config.num_kv_heads / mesh.model * case.context / mesh.context * case.prefixes
     stored = config.head_dim * itemsize if case.kv == "full" else config.head_dim + 4
     return itemsize * weights + slots * stored
 

@@ -6,12 +6,11 @@ accepted. What is measured is what `rapid answer` runs.
 """
 
 import argparse
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 from rapid_jax.bench.cases import FIRST_DIAL, Case, Drafter, KvBits, Timing, table
+from rapid_jax.bench.rows import Rows
 from rapid_jax.model.config import ModelConfig, from_hf
 from rapid_jax.plan.architectures import SHAPES
 from rapid_jax.runtime.command_line import Place, prepare_jax, say
@@ -91,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Measures and prints; 0, or 1 if something did not decode the baseline's tokens."""
-    options.mesh = None if options.mesh is None else MeshConfig.named(options.mesh)
+    options.mesh = None if options.mesh is None else _mesh(options)
     allowed = PARTS if options.mesh is None else PARTS[1:]
     parts = [_known(part, allowed, "--parts") for part in (options.parts or ",".join(allowed)).split(",")]
     kinds = [_kind(text) for text in options.cases.split(",")]
@@ -117,7 +116,11 @@ def run(options: argparse.Namespace) -> int:
     contexts = options.contexts or sizes.contexts
     say(f"{platform.device_kind}, jax {jax.__version__}; {options.shape or sizes.shape}, {config.num_layers} layers"
         + (f"; {options.mesh}" if options.mesh else ""))  # fmt: skip
-    rows = _Rows(options.json)
+    if options.mesh is not None:  # too few devices are told before anything is measured
+        from rapid_jax.runtime.mesh import make_meshes
+
+        make_meshes(options.mesh, None)
+    rows = Rows(options.json)
     if options.tpu_hour:
         from rapid_jax.bench.first_hour import first_hour
 
@@ -138,28 +141,21 @@ def run(options: argparse.Namespace) -> int:
     return 0 if good else DIFFERENT
 
 
-class _Rows:
-    """What was measured, also in a file: written row by row, for a run that is cut short."""
-
-    def __init__(self, path: Path | None):
-        self.kept: list[dict[str, Any]] = []
-        self._path = path
-        if path is not None:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text("", encoding="utf-8")
-            except OSError as error:
-                raise InputError(f"--json: {path}: {error.strerror}") from error
-
-    def add(self, part: str, row: dict[str, Any]) -> None:
-        row = {"part": part, **row}
-        self.kept.append(row)
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+def _mesh(options: argparse.Namespace) -> MeshConfig:
+    mesh = MeshConfig.named(options.mesh)
+    if mesh.data * mesh.fsdp > 1:
+        raise InputError(f"--mesh: expected context and model alone, got {mesh}")
+    if options.tpu_hour:
+        raise InputError(f"--tpu-hour: expected one device, got {mesh}")
+    given = {"--contexts": options.contexts or (), "--short": () if options.short is None else (options.short,)}
+    for option, tokens in given.items():
+        for count in tokens:
+            if count % mesh.context:
+                raise InputError(f"{option}: expected a multiple of context = {mesh.context}, got {count}")
+    return mesh
 
 
-def _memory(rows: _Rows, platform: str) -> float:
+def _memory(rows: Rows, platform: str) -> float:
     from rapid_jax.bench.parts import memory_rate
 
     rate = memory_rate(1 << (26 if platform == "cpu" else 32))
@@ -169,7 +165,7 @@ def _memory(rows: _Rows, platform: str) -> float:
 
 
 def _attention(
-    rows: _Rows, config: ModelConfig, options: argparse.Namespace, contexts: tuple[int, ...], rate: float
+    rows: Rows, config: ModelConfig, options: argparse.Namespace, contexts: tuple[int, ...], rate: float
 ) -> list[float]:
     """Bytes a second of each."""
     from rapid_jax.bench.parts import attention
@@ -189,7 +185,7 @@ def _attention(
     return made
 
 
-def _prefill(rows: _Rows, config: ModelConfig, options: argparse.Namespace, contexts: tuple[int, ...], sizes: Sizes):
+def _prefill(rows: Rows, config: ModelConfig, options: argparse.Namespace, contexts: tuple[int, ...], sizes: Sizes):
     from rapid_jax.bench.models import random_decoder
     from rapid_jax.bench.parts import prefill_seconds
     from rapid_jax.model.fused import fused
@@ -212,7 +208,7 @@ def _spread(timing: Timing) -> str:
     return f"{timing.median:.2f} s ({timing.least:.2f} to {timing.most:.2f})"
 
 
-def _decoding(rows: _Rows, config: ModelConfig, options, sizes: Sizes, rate: float, kinds: list[Case]) -> bool:
+def _decoding(rows: Rows, config: ModelConfig, options, sizes: Sizes, rate: float, kinds: list[Case]) -> bool:
     from rapid_jax.bench.decoding import Decoding
 
     tokens, short = options.tokens or sizes.tokens, options.short or sizes.short

@@ -41,10 +41,7 @@ def _lying(array: jax.Array, sharding: Sharding | None) -> jax.Array:
 
 
 def random_decoder(config: ModelConfig, dtype: jnp.dtype, seed: int = 0, mesh: Mesh | None = None) -> Decoder:
-    """A decoder in the unrolled layout with weights of variance 1 / inputs, norms of 1 and no biases.
-
-    On a mesh each device makes its own part, so its values are not those of one device.
-    """
+    """A decoder in the unrolled layout with weights of variance 1 / inputs, norms of 1 and no biases."""
     graph, state = nnx.split(abstract(config, layout="unrolled", dtype=dtype, mesh=mesh))
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(state))))
     votes = next(keys)

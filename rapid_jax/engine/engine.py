@@ -28,7 +28,7 @@ from rapid_jax.engine.turns import Turns
 from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import forget_programs, timed
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import cache_dir
+from rapid_jax.runtime.files import cache_place
 from rapid_jax.speculative.own_sampling import resolve
 from rapid_jax.speculative.schedule import RoundTimes
 
@@ -73,7 +73,7 @@ class Engine:
         config, target = self.config, self.models.target
         how = {"weights_hash": lambda: target.weights_hash, "quiet": self._quiet}
         how |= {"reserve": bytes_of_rows(config, target, ROW_BUCKETS[-1]), "aside": not self._prefill_first}
-        return PrefixCache(target.decoder, config.compute, config.cache, cache_dir(config.cache.folder), **how)
+        return PrefixCache(target.decoder, config.compute, config.cache, cache_place(config.cache.folder), **how)
 
     @cached_property
     def _preparer(self) -> Preparing:

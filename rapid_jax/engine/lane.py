@@ -161,7 +161,8 @@ class Lane:
         if 2 * wanted > each and 2 * count > len(self.documents):
             return
         free = [at for at, rows in enumerate(used) if not rows]
-        self.arrange([*kept, *free][:count], wanted)
+        every = range(len(self.documents))  # where all stay their keys and values are not copied
+        self.arrange(every if count == len(every) else [*kept, *free][:count], wanted)
         self._repace()
 
     def _of(self, at: int) -> list[Job | None]:

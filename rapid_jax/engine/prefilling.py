@@ -3,6 +3,7 @@
 
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TypeAlias, TypeVar
 
 from rapid_jax.attention.cache import Prefix
@@ -61,7 +62,7 @@ class Prefilling:
         prompt, is_short = request.prompt, len(head) < self._config.compute.prefill_chunk
         if not isinstance(prompt, Question) and (is_short or (isinstance(prompt, Tokens) and not prompt.kept)):
             return None
-        return self._prefixes.name(head, request.owner, request.public)
+        return self._prefixes.name(head, request.owner, request.public, spares=isinstance(prompt, Question))
 
     def at_hand(self, job: Job, name: Name | None) -> tuple[Prefix, Handle] | None:
         """The document, held, where it lies on the devices and nobody waits for what it takes there."""
@@ -87,19 +88,14 @@ class Prefilling:
             room = room_of_short(len(head), self._config.compute.prefill_chunk) if self._few_programs else 0
             return (yield from self.read(job, decoder, head, "prefill", room=room)), None
         self._on_read(job.request, name.key)
-        found = yield from self._find(job, name)
+        found, name = yield from self._begun(job, name)
         if found.handle is not None and found.prefix is not None:
             job.reused = True
             self._prefixes.hold(found.handle)
             return found.prefix, found.handle
-        size = self._prefixes.bytes_for(len(head))
-        while not self._prefixes.reserve(size):
-            if not (self._prefixes.fits(len(head)) and self._may_be_room_later()):
-                raise TooLarge(f"the document is too large for the memory: {len(head)} tokens of keys and values")
-            yield from self._until_there_may_be_room()
+        size = self._prefixes.bytes_for(name.room)
         try:
-            room = self._prefixes.room(len(head))
-            prefix = yield from self.read(job, decoder, head, "prefill", found, room)
+            prefix = yield from self.read(job, decoder, head, "prefill", found, name.room)
             if self._config.compute.kv != "full":
                 prefix = rounded(prefix)
         finally:
@@ -116,6 +112,27 @@ class Prefilling:
             yield
         finally:
             self.under_way -= 1
+
+    def _begun(self, job: Job, name: Name) -> Steps[tuple[Found, Name]]:
+        """What there is of a document, and the name with the room that it has; unless all is there that is reserved."""
+        while True:
+            found = yield from self._find(job, name)
+            if found.handle is not None or self._prefixes.reserve(self._prefixes.bytes_for(name.room)):
+                return found, name
+            del found  # by the time that there is room there may be more
+            name = yield from self._roomy(name)
+
+    def _roomy(self, name: Name) -> Steps[Name]:
+        """Waits until there is room; the name with the document's own where there will be no more."""
+        while not self._prefixes.reserve(size := self._prefixes.bytes_for(name.room)):
+            if self._prefixes.fits(name.room) and self._may_be_room_later():
+                yield from self._until_there_may_be_room()
+            elif name.room > name.tokens:
+                name = replace(name, room=name.tokens)
+            else:
+                raise TooLarge(f"the document is too large for the memory: {name.tokens} tokens of keys and values")
+        self._prefixes.give_back(size)
+        return name
 
     def _find(self, job: Job, name: Name) -> Steps[Found]:
         """What is kept of the document."""

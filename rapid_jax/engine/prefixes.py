@@ -2,9 +2,8 @@
 """Keys and values of documents in three tiers: on the devices, on the host, on disk."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -13,15 +12,16 @@ from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.kernels import kernel_of, platform_of
 from rapid_jax.config import CacheConfig, ComputeConfig
 from rapid_jax.engine.aside import done_by, seconds_until
-from rapid_jax.engine.heads import Name, StoredHeads
+from rapid_jax.engine.heads import Name, StoredHeads, store_for
 from rapid_jax.engine.host_prefixes import HostMoves, bytes_left, device_bytes, head_bytes
 from rapid_jax.engine.rooms import room_of_document
 from rapid_jax.engine.tiers import Handle, Kept, Tiers
 from rapid_jax.model.decoder import Decoder, Layout
+from rapid_jax.runtime.agreement import all_told
 from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.storage import AnyPlace
 from rapid_jax.speculative.prefill import serving
 from rapid_jax.speculative.prefix_heads import Place, head_of
-from rapid_jax.speculative.prefix_store import PrefixStore
 
 _GIB = 2**30
 
@@ -57,7 +57,7 @@ class PrefixCache:
         decoder: Decoder,
         compute: ComputeConfig,
         cache: CacheConfig,
-        folder: Path,
+        place: AnyPlace,
         *,
         weights_hash: Callable[[], str],
         reserve: int = 0,
@@ -66,22 +66,20 @@ class PrefixCache:
     ):
         """`reserve` bytes of the devices are for others, where the settings leave the bound to what there is.
 
-        `weights_hash` is asked for only if something is kept on disk, under `folder`.
+        `weights_hash` is asked for only if something is stored, in the cache folder at `place`.
         """
         self._decoder, self._compute, self._weights_hash = decoder, compute, weights_hash
         self.moves = HostMoves(decoder)
-        alone = jax.process_count() == 1  # else every process would have to find the same entry
+        alone = jax.process_count() == 1  # what lies on devices of several is on no host
         given = cache.device_gib
         left = bytes_left(decoder)
-        device = left - min(reserve, left // 2) if given is None else int(given * _GIB)
+        device = min(all_told(left - min(reserve, left // 2) if given is None else int(given * _GIB)))
         most = {"device": device, "host": int(cache.host_gib * _GIB) if alone else 0}
         self._tiers = Tiers(self.moves, most, self._save, self._saved, aside=aside and alone)
         self.sizes: set[int] = set()  # slots of documents that programs have been compiled for
         self.until: float | None = None  # of time.monotonic(): nothing is stored on disk from then on
-        self._store, disk = None, int(cache.disk_gib * _GIB)
-        if disk and cache.prefixes and alone:
-            how = {"mesh": decoder.mesh, "kv_heads": decoder.config.num_kv_heads, "root": folder, "quiet": quiet}
-            self._store = PrefixStore(folder / "prefixes", disk, **how)
+        self._store = store_for(decoder, cache, place, quiet=quiet)
+        if self._store is not None:
             self._on_disk = StoredHeads(self._store)
         self._disk_bytes = 0 if self._store is None else self._store.bytes()
 
@@ -90,37 +88,33 @@ class PrefixCache:
         return {**self._tiers.bytes, "disk": self._disk_bytes}
 
     def bytes_for(self, tokens: int) -> int:
-        """Of the devices' memory that `prefill` takes for a head of so many tokens, in full precision."""
+        """Of the devices' memory that `prefill` takes for a head with room for so many tokens, in full precision."""
         return head_bytes(self._decoder, self._place(tokens, tokens))
 
     def fits(self, tokens: int) -> bool:
-        """Whether the devices have room for a head of so many tokens with nothing else there."""
+        """Whether the devices have room for so many tokens with nothing else there."""
         return self.bytes_for(tokens) <= self._tiers.most["device"]
-
-    def room(self, tokens: int) -> int:
-        """Tokens that there is room for with a head of so many: more than those where that spares programs."""
-        size = room_of_document(tokens, self.sizes)
-        return size if head_bytes(self._decoder, self._of_size(size, size)) <= self._tiers.most["device"] else tokens
 
     def slots(self, handle: Handle) -> int:
         """Of the prefix, on the devices or on the host."""
         kept = self._tiers.get(handle.key)
         return 0 if kept is None else kept.prefix.pos_BS.shape[1]
 
-    def name(self, head: Sequence[int], owner: str = "", public: bool = False) -> Name:
+    def name(self, head: Sequence[int], owner: str = "", public: bool = False, *, spares: bool = False) -> Name:
         """What the cache knows a head by; `key` is that of its handle. Of any thread.
 
-        It takes milliseconds for 100,000 tokens.
+        It takes milliseconds for 100,000 tokens. `spares`: there is to be room for as many as one of the `sizes` has.
         """
         whose = "everybody's" if public else f"of {owner}"
-        return Name.of(head, self._compute.prefill_chunk, digest(self._made_by, whose))
+        name = Name.of(head, self._compute.prefill_chunk, digest(self._made_by, whose))
+        return replace(name, room=room_of_document(len(head), self.sizes)) if spares else name
 
     def tier(self, key: str) -> str | None:
         """Where the whole head of this key is: "device", "host", "disk" or nowhere. Of any thread."""
         kept = self._tiers.get(key)
         if kept is not None:
             return "host" if kept.device is None else "device"
-        return "disk" if self._store is not None and self._store.has(key) else None
+        return "disk" if self._store is not None and self._store.sees(key) else None
 
     def find(self, name: Name) -> Found:
         """As much of the head as is kept somewhere and has room on the devices; it becomes the most recently used.
@@ -134,7 +128,7 @@ class PrefixCache:
             there = self._now(self._tiers.to_devices(kept))
             return Found(kept.device, name.tokens, kept.handle, tier) if there else Found()
         if self._store is not None and self._store.has(name.key):
-            prefix = self._from_disk(name.key, self._place(name.tokens, name.tokens))
+            prefix = self._from_disk(name.key, self._place(name.tokens, name.room))
             if prefix is not None:
                 return Found(prefix, name.tokens, self._keep(name, prefix), "disk")
         return self._common(name)
@@ -221,22 +215,22 @@ class PrefixCache:
             self._saved(kept)
         return len(unsaved)
 
-    @property
-    def _dtype(self) -> jnp.dtype:
-        return self._decoder.embed_VD[...].dtype
-
     @cached_property
     def _made_by(self) -> str:
         """Of all that makes keys and values of token ids: for other numbers another text."""
         compute, config = self._compute, self._decoder.config
         kernel = type(kernel_of(compute.kernel, platform_of(self._decoder.mesh), 1)).__name__
         weights = "" if self._store is None else self._weights_hash()
-        return digest(weights, repr(config), jax.default_backend(), kernel, jnp.dtype(self._dtype).name, compute.kv)
+        return digest(
+            weights,
+            repr(config),
+            jax.default_backend(),
+            kernel,
+            jnp.dtype(self._decoder.embed_VD[...].dtype).name,
+            compute.kv,
+        )
 
     def _place(self, tokens: int, longest: int) -> Place:
-        return self._of_size(tokens, self.room(longest))
-
-    def _of_size(self, tokens: int, longest: int) -> Place:
         devices = serving(self._decoder, block=1).context
         return Place.of(tokens, longest, self._compute.prefill_chunk, devices)
 
@@ -259,20 +253,20 @@ class PrefixCache:
         """The longest head that another document has in common, copied; from disk only if that is longer."""
         if self._compute.kv != "full":  # nothing can be prefilled behind what was rounded
             return Found()
-        chunk, longest, found, tier = self._compute.prefill_chunk, name.tokens, None, None
+        chunk, found, tier = self._compute.prefill_chunk, None, None
         count, kept = self._tiers.longest_common(name.marks)
         if self._store is not None:
             longer, key = self._on_disk.find(name.marks, least=count)
             if longer > count:
-                found = self._from_disk(key, self._place(longer * chunk, longest))
+                found = self._from_disk(key, self._place(longer * chunk, name.room))
             if found is not None:
                 count, tier = longer, "disk"
         if found is None and kept is not None and not kept.removed:  # to make room
             tier = "device" if kept.host is None else "host"
-            found = self._copied(kept, self._place(count * chunk, longest))
+            found = self._copied(kept, self._place(count * chunk, name.room))
         if found is None:
             return Found()
-        handle = self._keep(name, found) if count * chunk == longest else None
+        handle = self._keep(name, found) if count * chunk == name.tokens else None
         return Found(found, count * chunk, handle, tier)
 
     def _copied(self, kept: Kept, place: Place) -> Prefix | None:

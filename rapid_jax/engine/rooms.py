@@ -13,7 +13,8 @@ _FRAME_TOKENS: Final = 256
 
 
 # A document gets as many slots as one that programs have been compiled for, if those are no more than so many times its
-# tokens: empty slots cost memory, not time.
+# tokens. Empty slots cost memory, and time where a document is shorter than a prefill chunk, which is as wide as its
+# room, and in plain XLA; the decoding kernels leave them out.
 _SPARE: Final = 4
 
 

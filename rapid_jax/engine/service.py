@@ -67,6 +67,8 @@ class RunningEngine(Engine):
         except UnknownDocument:  # not handed in: nobody asks where it is
             return
         self._keys.setdefault(name, set()).add(key)
+        if self.documents.is_pinned(name):  # before it was read, or by another model's prompt
+            self.prefixes.pin(key, pinned=True)
 
     def _tier_of(self, id: str) -> str | None:
         tiers = {self.prefixes.tier(key) for key in list(self._keys.get(id, ()))}

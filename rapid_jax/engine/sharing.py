@@ -51,7 +51,7 @@ class Sharing:
         known = set() if key.slots is None else self.declared.get(key.slots, set())
         in_documents, in_rows = sizes[0] > len(lane.documents), sizes[1] > lane.each
         # Any row that ends makes place for one without a document where each has one row, and only then.
-        waits = in_rows and not in_documents if shared else in_documents and lane.each == 1
+        waits = in_rows if shared else in_documents and lane.each == 1
         return not waits or len(known) < 2 or sizes in known
 
     def joined(self, key: LaneKey, lane: LaneKey) -> None:

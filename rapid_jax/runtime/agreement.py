@@ -16,12 +16,13 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import rapid_jax
 from rapid_jax.runtime.distributed import Disagreement, running
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, replace_file
-from rapid_jax.runtime.json_input import parse_object
+from rapid_jax.runtime.json_input import parse_json, parse_object
 from rapid_jax.runtime.storage import AnyPlace, bytes_of, full_name
 
 READING_S = 3600.0  # for digests of weights, which one process may have at hand and another has to read
@@ -41,28 +42,59 @@ def check_agreed(fields: Mapping[str, object], *, patience: float | None = None)
         raise Disagreement(verdict)
 
 
+def leads() -> bool:
+    """Whether this is the first process of its run, or one alone."""
+    run = running()
+    return run.leads if run is not None else not are_several() or _is_first()
+
+
+def told(value: Any) -> Any:
+    """The first process's value, on every process; it can be written as JSON. All processes must call it."""
+    if not are_several():
+        return value
+    return parse_json(_settled(json.dumps(value), lambda every: every[0], None), "process 0")
+
+
+def all_told(value: Any) -> list[Any]:
+    """The values of all processes, in their order, on every process. All processes must call it."""
+    if not are_several():
+        return [value]
+    return parse_json(_settled(json.dumps(value), lambda every: f"[{','.join(every)}]", None), "process 0")
+
+
 def check_shared(folder: AnyPlace, what: str) -> None:
     """Raises InputError, on every process, unless `folder`, which process 0 has made, is one folder for all of them."""
-    run = running()
-    if not are_several():
-        return
-    leads = _is_first() if run is None else run.leads
-    mark = folder / f".shared-{secrets.token_hex(16)}"
-    try:
-        if leads:
-            with replace_file(mark) as temporary:
-                temporary.write_text(mark.name)
-        name = _settled(mark.name, lambda every: every[0], None)
-        here = json.dumps({"folder": full_name(folder), "seen": _appears(folder / Path(name).name)})
-        verdict = _settled(here, lambda every: _unshared(every, what), None)
-    except OSError as error:
-        raise InputError(f"{what}: {folder}: cannot be written: {error.strerror}") from error
-    finally:
-        if leads:
-            with contextlib.suppress(OSError, InputError):
-                mark.unlink(missing_ok=True)
+    verdict = unshared(folder, what, _LOOKING_S)
     if verdict:
         raise Disagreement(verdict)
+
+
+def unshared(folder: AnyPlace, what: str, patience: float) -> str:
+    """Why `folder`, which process 0 has made, is not one for all processes; the same on each. Empty where it is.
+
+    A file of process 0 must be seen within `patience` seconds.
+    """
+    if not are_several():
+        return ""
+    mark = folder / f".shared-{secrets.token_hex(16)}"
+    said = mark.name
+    try:
+        if leads():
+            try:
+                with replace_file(mark) as temporary:
+                    temporary.write_text(mark.name)
+            except (OSError, InputError) as error:
+                why = error.strerror if isinstance(error, OSError) else error
+                said = f"{what}: {folder}: cannot be written: {why}"
+        said = _settled(said, lambda every: every[0], None)
+        if said.startswith(f"{what}: "):
+            return said
+        here = json.dumps({"folder": full_name(folder), "seen": _appears(folder / Path(said).name, patience)})
+        return _settled(here, lambda every: _unshared(every, what, patience), None)
+    finally:
+        if leads():
+            with contextlib.suppress(OSError, InputError):
+                mark.unlink(missing_ok=True)
 
 
 def code_fields(*packages: str) -> dict[str, str]:
@@ -129,9 +161,9 @@ def _value(fields: Mapping[str, object], name: str) -> str:
     return value if isinstance(value, str) else repr(value)
 
 
-def _appears(path: AnyPlace) -> bool:
+def _appears(path: AnyPlace, patience: float) -> bool:
     """Whether the file is there soon: a network's file system may need a moment."""
-    deadline = time.monotonic() + _LOOKING_S
+    deadline = time.monotonic() + patience
     while True:
         with contextlib.suppress(OSError, InputError):
             if bytes_of(path) == path.name.encode():
@@ -141,14 +173,14 @@ def _appears(path: AnyPlace) -> bool:
         time.sleep(0.1)
 
 
-def _unshared(every: Sequence[str], what: str) -> str:
+def _unshared(every: Sequence[str], what: str, patience: float) -> str:
     found = [parse_object(text, f"process {index}") for index, text in enumerate(every)]
     for index, fields in enumerate(found):
         if not fields.truth("seen"):
             return (
                 f"{what}: expected one folder that all {len(found)} processes share, got {found[0].text('folder')} of "
                 f"process 0 and {fields.text('folder')} of process {index}, where a file of process 0 did not appear "
-                f"within {_LOOKING_S:.0f} s"
+                f"within {patience:.0f} s"
             )
     return ""
 

@@ -17,10 +17,11 @@ from pathlib import Path
 
 from rapid_jax.runtime import bucket_writes
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.storage import AnyPlace, BucketPlace, local_path, open_file
+from rapid_jax.runtime.storage import AnyPlace, BucketPlace, local_path, open_file, working_place
 
 _RESTLESS_S = 2.0  # a file that changed so lately may change again within one tick of its file system's clock
 
+_CACHE = "RAPID_JAX_CACHE"
 _AHEAD = 8 << 20  # bytes that a store is asked for at once
 _UNFINISHED = ".unfinished"  # in a bucket's folder that is being written
 # What is being written has such a name beside its own, or, moved aside, with the ending; its writer holds its lock.
@@ -268,14 +269,24 @@ def _digest_of(path: AnyPlace, kept: Path) -> str:
     return found
 
 
+def cache_place(chosen: str | None) -> AnyPlace:
+    """Where the setting cache.folder, else $RAPID_JAX_CACHE, has documents' keys and values: it may be in a bucket."""
+    for text, what in ((chosen, "cache.folder"), (os.environ.get(_CACHE), f"${_CACHE}")):
+        if text:
+            return working_place(text, what)
+    return default_cache_dir()
+
+
 def cache_dir(chosen: str | None) -> Path:
-    """The folder that the setting cache.folder names, else the default one."""
-    return local_path(chosen, "cache.folder") if chosen else default_cache_dir()
+    """The folder on this machine for all that is kept besides: that of `cache_place`, else the default one."""
+    place = cache_place(chosen)
+    return place if isinstance(place, Path) else default_cache_dir()
 
 
 def default_cache_dir() -> Path:
-    """`$RAPID_JAX_CACHE`, else `$XDG_CACHE_HOME/rapid_jax`, else `~/.cache/rapid_jax`; read when called."""
-    for name, below in (("RAPID_JAX_CACHE", ""), ("XDG_CACHE_HOME", "rapid_jax")):
-        if chosen := os.environ.get(name):
-            return local_path(chosen, f"${name}") / below
+    """`$RAPID_JAX_CACHE` on this machine, else `$XDG_CACHE_HOME/rapid_jax`, else `~/.cache/rapid_jax`, as it is now."""
+    if (chosen := os.environ.get(_CACHE)) and isinstance(place := working_place(chosen, f"${_CACHE}"), Path):
+        return place
+    if chosen := os.environ.get("XDG_CACHE_HOME"):
+        return local_path(chosen, "$XDG_CACHE_HOME") / "rapid_jax"
     return Path.home() / ".cache" / "rapid_jax"

@@ -31,7 +31,7 @@ class MeshConfig:
         sizes: dict[str, int] = {}
         for part in text.split(","):
             axis, _, size = part.strip().partition("=")
-            if axis not in AXES or axis in sizes or not size.isdigit():
+            if axis not in AXES or axis in sizes or not size.isdecimal():
                 raise InputError(f"expected mesh axes of {', '.join(AXES)} as context=2,model=4, got {text!r}")
             sizes[axis] = int(size)
         return replace(cls(), **sizes)

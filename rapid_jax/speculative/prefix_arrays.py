@@ -1,23 +1,64 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A prefix's arrays between its devices and a file: in order of position, with the checkpoint's own kv heads.
+"""A prefix's arrays between its devices and a store: in order of position, with the checkpoint's own kv heads.
 
-What is stored does not depend on the mesh that made it, and is laid out for the mesh that reads it: in the order of
-prefill's chunks where more is to be prefilled behind it, else each context device takes its share of consecutive slots.
+What is stored does not depend on the mesh that made it, but for the size of its pieces: no two devices write into one.
+Each process writes what its own devices hold, a layer after another; of copies of kv heads one is written.
+prefix_reader.py reads it.
 """
 
-from collections.abc import Mapping
-from functools import partial
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rapid_jax.attention.cache import KV, Layers, Prefix, mesh_of
-from rapid_jax.attention.strategy import Strategy
-from rapid_jax.runtime.mesh import placed
-from rapid_jax.speculative.prefix_heads import Place, layer_names
+from rapid_jax.attention.cache import KV, Layers, Prefix
+from rapid_jax.runtime.array_store import Array, Moves
+from rapid_jax.runtime.axes import letters_of
+from rapid_jax.speculative.prefix_heads import layer_names
+
+_PIECE_BYTES: Final = 8 << 20  # larger ones are slower: each is memory that the system maps anew
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive slots that hold consecutive positions."""
+
+    slot: int
+    position: int
+    count: int
+
+    @property
+    def slots(self) -> slice:
+        """Where they are."""
+        return slice(self.slot, self.slot + self.count)
+
+    @property
+    def positions(self) -> slice:
+        """What they hold."""
+        return slice(self.position, self.position + self.count)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a device holds of an array and writes: slots of some kv heads, `own` of its heads are `heads` stored."""
+
+    shard: int
+    own: slice
+    heads: slice
+    runs: tuple[Run, ...]
+
+
+def runs_of(pos_S: np.ndarray) -> tuple[Run, ...]:
+    """What lies in slots with these positions, -1 of an empty one."""
+    filled = np.flatnonzero(pos_S >= 0)
+    if not filled.size:
+        return ()
+    ends = np.flatnonzero((np.diff(filled) != 1) | (np.diff(pos_S[filled]) != 1)) + 1
+    return tuple(Run(int(slots[0]), int(pos_S[slots[0]]), slots.size) for slots in np.split(filled, ends))
 
 
 def layer_count(layers: Layers) -> int:
@@ -25,92 +66,133 @@ def layer_count(layers: Layers) -> int:
     return len(layers) if isinstance(layers, tuple) else layers.k_BKSH.shape[0]
 
 
-def slots_in_order(prefix: Prefix) -> np.ndarray:
-    """int32 [used]: the slot of each position of the longest row; a shorter row has empty slots in the same places."""
-    pos_BS = np.asarray(prefix.pos_BS)
-    longest = pos_BS[np.argmax(np.sum(pos_BS >= 0, axis=1))]
-    return np.argsort(np.where(longest >= 0, longest, pos_BS.shape[1]), kind="stable")[: int(prefix.used)].astype(
-        np.int32
-    )
+def steps_of(prefix: Prefix, copies: int) -> tuple[int, int]:
+    """What all bounds of the parts that this process writes are multiples of: of kv heads, of positions; 0 for none."""
+    heads = positions = 0
+    kv, used = first_layer(prefix.layers), int(prefix.used)
+    for part in _parts(kv.k_BKSH, *axes_of(kv, "k_BKSH"), prefix, copies):
+        heads = math.gcd(heads, part.heads.start, part.heads.stop)
+        for run in part.runs:
+            end = run.position + run.count
+            positions = math.gcd(positions, run.position, 0 if end == used else end)
+    return heads, positions
 
 
-def to_host(prefix: Prefix, layer: int, order: np.ndarray, copies: int) -> dict[str, np.ndarray]:
-    """One layer's used slots in order of position, [B, K, used, H] (values that are rounded: [B, K, H, used]).
+def stored_arrays(prefix: Prefix, copies: int, steps: Sequence[int]) -> dict[str, Array]:
+    """How a prefix of one row is stored: fields [layers, kv heads, positions, ...]; `steps` is of all processes."""
+    kv, used, count = first_layer(prefix.layers), int(prefix.used), layer_count(prefix.layers)
+    stacked = isinstance(prefix.layers, KV)
+    heads, positions = steps[0], steps[1] or used
+    row = kv.k_BKSH.shape[-1] * kv.k_BKSH.dtype.itemsize
+    while heads % 2 == 0 and heads * positions * row > _PIECE_BYTES:
+        heads //= 2
+    if not steps[1]:  # one run: it may be cut anywhere
+        positions = -(-used // -(-used * heads * row // _PIECE_BYTES))
+    found = {}
+    for name in layer_names(kv):
+        array, (k_axis, s_axis) = getattr(kv, name), axes_of(kv, name)
+        shape, piece = list(array.shape), list(array.shape)
+        shape[k_axis], piece[k_axis] = array.shape[k_axis] // copies, heads
+        shape[s_axis], piece[s_axis] = used, positions
+        skipped = 2 if stacked else 1  # layers, of which there is one a piece, and the row
+        found[name] = Array(array.dtype.name, (count, *shape[skipped:]), (1, *piece[skipped:]))
+    return found
 
-    Cut on the devices, so that only they travel; arrays that are on the host already are cut there.
+
+def write(
+    prefix: Prefix, copies: int, targets: Mapping[str, Any], moves: Moves, step: Callable[[], bool] = lambda: True
+) -> None:
+    """Begins to write what this process's devices hold, a layer at a time, for as long as `step` says before each.
+
+    The next layer is on its way to the host meanwhile.
     """
-    kv = prefix.layers
-    index = None
-    if isinstance(kv, tuple):
-        kv = kv[layer]
+    kv, count = first_layer(prefix.layers), layer_count(prefix.layers)
+    before_heads = 2 if isinstance(prefix.layers, KV) else 1  # the layers of a stack, and the row
+    axes = {name: axes_of(kv, name) for name in targets}
+    parts = {name: _parts(getattr(kv, name), *axes[name], prefix, copies) for name in targets}
+
+    def held(layer: int) -> dict[str, list[Any]]:
+        if layer == count:
+            return {}
+        of_layer = prefix.layers if isinstance(prefix.layers, KV) else prefix.layers[layer]
+        shards = {name: _shards(getattr(of_layer, name)) for name in targets}
+        index = layer if isinstance(prefix.layers, KV) else None
+        return {name: [_leaving(shards[name][part.shard][1], index) for part in parts[name]] for name in targets}
+
+    coming = held(0)
+    for layer in range(count):
+        if not step():
+            return
+        leaving, coming = coming, held(layer + 1)
+        for name, target in targets.items():
+            k_axis, s_axis = (axis - before_heads for axis in axes[name])
+            for part, data in zip(parts[name], leaving[name], strict=True):
+                block = np.asarray(data)[0]
+                for run in part.runs:
+                    own, at = [slice(None)] * block.ndim, [slice(None)] * block.ndim
+                    own[k_axis], own[s_axis] = part.own, run.slots
+                    at[k_axis], at[s_axis] = part.heads, run.positions
+                    moves.write(target[(layer, *at)], block[tuple(own)])
+
+
+def axes_of(kv: KV, name: str) -> tuple[int, int]:
+    """The axes of kv heads and of slots of a field."""
+    letters = letters_of(layer_names(kv)[name][0])
+    return letters.index("K"), letters.index("S")
+
+
+def bounds_of(index: Sequence[slice], shape: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """The slices as (first, last) of an array of this shape."""
+    return tuple(each.indices(size)[:2] for each, size in zip(index, shape, strict=True))
+
+
+def first_layer(layers: Layers) -> KV:
+    """The first of them, or the stack of all."""
+    return layers[0] if isinstance(layers, tuple) else layers
+
+
+def _shards(array: jax.Array | np.ndarray) -> list[tuple[tuple[slice, ...], Any]]:
+    """What of an array this process is the one to write: (where it lies in it, itself)."""
+    if isinstance(array, np.ndarray):
+        return [((slice(None),) * array.ndim, array)]
+    return [(shard.index, shard.data) for shard in array.addressable_shards if shard.replica_id == 0]
+
+
+def _parts(array: jax.Array | np.ndarray, k_axis: int, s_axis: int, prefix: Prefix, copies: int) -> list[Part]:
+    found = []
+    for number, (index, _) in enumerate(_shards(array)):
+        bounds = bounds_of(index, array.shape)
+        first, last = bounds[k_axis]
+        heads = slice(-(-first // copies), -(-last // copies))
+        runs = runs_of(_positions(prefix.pos_BS, *bounds[s_axis]))
+        if heads.stop > heads.start and runs:
+            found.append(Part(number, slice(heads.start * copies - first, None, copies), heads, runs))
+    return found
+
+
+def _positions(pos_BS: jax.Array | np.ndarray, first: int, last: int) -> np.ndarray:
+    """Of these slots of the one row, some of which this process holds."""
+    if isinstance(pos_BS, np.ndarray):
+        return pos_BS[0, first:last]
+    for shard in pos_BS.addressable_shards:
+        _, (start, end) = bounds_of(shard.index, pos_BS.shape)
+        if start <= first and last <= end:
+            return np.asarray(shard.data)[0, first - start : last - start]
+    raise ValueError(f"expected positions of slots {first} to {last} where their keys are, got none")
+
+
+def _leaving(data: jax.Array | np.ndarray, layer: int | None) -> Any:
+    """What a device holds of a layer, on its way to the host: an array that forgets its copy there when it goes."""
+    if isinstance(data, np.ndarray):
+        return data if layer is None else data[layer]
+    if layer is None:
+        leaving = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
     else:
-        index = jnp.asarray(layer)
-    if isinstance(kv.k_BKSH, np.ndarray):
-        kv = kv if index is None else jax.tree.map(lambda array: array[layer], kv)
-        axes = {name: axis for name, (_, axis) in layer_names(kv).items()}
-        return {name: np.take(getattr(kv, name)[:, ::copies], order, axis) for name, axis in axes.items()}
-    in_place = None
-    if not np.array_equal(order, np.arange(order.size)):
-        in_place = placed(mesh_of(prefix.layers), PartitionSpec(), order)
-    cut = _cut(kv, index, in_place, used=order.size, copies=copies)
-    return {name: np.asarray(getattr(cut, name)) for name in layer_names(cut)}
+        leaving = _layer_of(data, layer)
+    leaving.copy_to_host_async()
+    return leaving
 
 
-@partial(jax.jit, static_argnames=("used", "copies"))
-def _cut(kv: KV, layer: jax.Array | None, order, *, used: int, copies: int) -> KV:
-    if layer is not None:
-        kv = jax.tree.map(lambda array: lax.dynamic_index_in_dim(array, layer, axis=0, keepdims=False), kv)
-
-    def cut(array, axis):
-        array, axis = array[:, ::copies], axis % array.ndim
-        return lax.slice_in_dim(array, 0, used, axis=axis) if order is None else jnp.take(array, order, axis=axis)
-
-    return KV(**{name: cut(getattr(kv, name), axis) for name, (_, axis) in layer_names(kv).items()})
-
-
-def slots_on(mesh: Mesh | None, slots: int) -> int:
-    """`slots`, rounded up so that every context device gets as many."""
-    return slots + -slots % (1 if mesh is None else mesh.shape["context"])
-
-
-def to_devices(layer: Mapping[str, np.ndarray], slots: int | Place, mesh: Mesh | None) -> KV:
-    """One layer of `to_host` on its devices: with so many slots in order of position, or in their place.
-
-    Without a mesh it is uncommitted, as what `prefill` makes: a committed array would have every program of decoding
-    compiled again.
-    """
-    kv = KV(**layer)  # type: ignore[arg-type]  # NumPy's arrays
-    strategy = Strategy(block=1, mesh=mesh, batch=("data",))
-    copies = strategy.kv_heads(kv.k_BKSH.shape[1]) // kv.k_BKSH.shape[1]
-
-    def place(array, name, axis):
-        axis %= array.ndim
-        if isinstance(slots, Place):
-            array = slots.spread(array, axis)
-        elif array.shape[axis] < slots:
-            padded = np.zeros((*array.shape[:axis], slots, *array.shape[axis + 1 :]), array.dtype)
-            padded[(slice(None),) * axis + (slice(array.shape[axis]),)] = array
-            array = padded
-        if mesh is None:
-            return jax.device_put(array)
-        return placed(mesh, strategy.spec(name), np.repeat(array, copies, axis=1))
-
-    return KV(**{field: place(getattr(kv, field), *how) for field, how in layer_names(kv).items()})
-
-
-def empty_stack(count: int, kv: KV) -> KV:
-    """Room for `count` layers like this one, lying as it does."""
-
-    def zeros(array):
-        sharding = None
-        if isinstance(array.sharding, NamedSharding):
-            sharding = NamedSharding(array.sharding.mesh, PartitionSpec(None, *array.sharding.spec))
-        return jnp.zeros((count, *array.shape), array.dtype, device=sharding)
-
-    return jax.tree.map(zeros, kv)
-
-
-@partial(jax.jit, donate_argnames="stack")
-def with_layer(stack: KV, kv: KV, layer: int) -> KV:
-    """The stack with one layer put in."""
-    return jax.tree.map(partial(lax.dynamic_update_index_in_dim, index=layer, axis=0), stack, kv)
+@jax.jit
+def _layer_of(stack: jax.Array, layer: int) -> jax.Array:
+    return lax.dynamic_index_in_dim(stack, layer, axis=0, keepdims=False)

@@ -18,6 +18,8 @@ from rapid_jax.attention.flash_decode import MOST_ROWS, Shape, fits, flash_decod
 from rapid_jax.attention.partial import Partial, Rows, Slots, attend_block, finish, merge
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_prefix_tail
+from rapid_jax.runtime.mesh import make_mesh
+from rapid_jax.runtime.mesh_config import MeshConfig
 from tests.attention.decode_cases import FLOAT16, Case, Made, Side, made, tagged, truth
 from tests.reference import dense_attention, visible
 
@@ -227,10 +229,14 @@ def test_a_prefix_split_over_devices(name):
     np.testing.assert_allclose(got, truth(given), atol=FLOAT16 if case.sides[0].int8 else 1e-5, rtol=0)
 
 
-def test_new_tokens_over_prefix_and_tail(monkeypatch):
-    """Through the verb, which says how many slots are used: rows whose tails differ in length."""
+@pytest.mark.parametrize("axes", [None, MeshConfig(context=2), MeshConfig(data=2, context=4)], ids=str)
+def test_new_tokens_over_prefix_and_tail(axes, monkeypatch):
+    """Through the verb, which says how many slots are used, over devices how many of each: rows whose tails differ in
+    length, and devices that have some, all or none of the prefix.
+    """
     rng, (B, G, N, K, H) = np.random.default_rng(1), (2, 3, 4, 2, 16)
-    given = made(Case((Side(70, 50),), batch=B, kv_heads=K, head_dim=H))
+    given = made(Case((Side(72, 50),), batch=B, kv_heads=K, head_dim=H))
+    mesh = None if axes is None else make_mesh(axes, jax.devices()[: axes.devices])
     far, tail_kv = given.sides[0], KV(*(jnp.asarray(np.float32(rng.normal(size=(B, K, 80, H)))) for _ in range(2)))
     prefix = Prefix((KV(far.k_BKSH, far.v_BKSH),), far.pos_BS, given.used[0])
     tail = Tail((tail_kv,), jnp.asarray([50, 1050]), jnp.asarray([62, 2]))  # 64 slots are a block
@@ -238,7 +244,7 @@ def test_new_tokens_over_prefix_and_tail(monkeypatch):
     pos_BG = (tail.start_B + tail.length_B)[:, None] + jnp.arange(G)
 
     monkeypatch.setattr(Strategy, "chosen_decode", lambda self: partial(by_kernel, block=self.block, interpret=True))
-    verb = attend_prefix_tail(prefix, tail, pos_BG, Strategy(block=BLOCK))
+    verb = attend_prefix_tail(prefix, tail, pos_BG, Strategy(block=BLOCK, mesh=mesh, batch=("data",)))
     got_BGNH, got_kv = jax.jit(verb)(*qkv, (prefix.layers[0], tail_kv))
     near = [np.array(x) for x in (tail_kv.k_BKSH, tail_kv.v_BKSH)]
     for row, slot in enumerate(tail.length_B.tolist()):

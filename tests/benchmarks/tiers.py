@@ -2,11 +2,15 @@
 """How fast a document's keys and values go to the host and come back: python -m tests.benchmarks.tiers --tokens 131072
 
 The shape is Llama-3.1-8B's. Beside what the engine does: the same arrays by memory that is pinned, where JAX has it.
+With --folder also to disk and back, from what the system keeps of the files and, where it drops that, from the disk.
 """
 
 import argparse
+import os
+import resource
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +19,8 @@ import numpy as np
 
 from rapid_jax.attention.cache import Prefix, empty_layers
 from rapid_jax.engine.host_prefixes import HostMoves, device_bytes
+from rapid_jax.speculative.prefix_heads import Place
+from rapid_jax.speculative.prefix_store import PrefixStore
 from tests.engine.prefix_cases import MESHES, decoder_on
 
 
@@ -24,14 +30,43 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, done
 
 
+def on_disk(folder: Path, prefix: Prefix, repeats: int) -> None:
+    """Each turn under another name: what is there is not written again."""
+    size, tokens = device_bytes(prefix), int(prefix.used)
+    store, place = PrefixStore(folder / "prefixes", 1 << 50, quiet=True), Place.of(tokens, tokens, 16384, 1)
+    for turn in range(repeats):
+        key, before = f"{turn:064x}", processor_s()
+        written, _ = timed(lambda key=key: store.save(key, prefix))
+        between = processor_s()
+        warm, _ = timed(lambda key=key: store.load(key, layout="unrolled", place=place))
+        after = processor_s()
+        for path in (folder / "prefixes" / key).rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        cold, back = timed(lambda key=key: store.load(key, layout="unrolled", place=place))
+        assert back is not None and bool(jnp.all(back.layers[0].k_BKSH == prefix.layers[0].k_BKSH))
+        down, up, again = (f"{size / seconds / 1e9:.2f} GB/s" for seconds in (written, warm, cold))
+        spent = [f"{seconds / size * 1e9:.2f} s of processor a GB" for seconds in (between - before, after - between)]
+        print(f"  to disk {down} ({spent[0]}), back {up} ({spent[1]}), cold {again}")
+        store.remove(key)
+
+
+def processor_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="one on the disk that is meant; what is written is removed again")
     options = parser.parse_args()
     shape = {"num_layers": options.layers, "batch": 1, "kv_heads": 8, "slots": options.tokens, "head_dim": 128}
     layers = empty_layers(**shape, dtype=jnp.dtype("bfloat16"), stacked=False)
+    layers = jax.tree.map(lambda x: x + jnp.arange(x.shape[-2], dtype=x.dtype)[:, None], layers)
     pos_BS = jnp.arange(options.tokens, dtype=jnp.int32)[None]
     prefix = jax.block_until_ready(Prefix(layers, pos_BS, jnp.asarray(np.int32(options.tokens))))
     size, moves = device_bytes(prefix), HostMoves(decoder_on(MESHES["one device"]))
@@ -42,6 +77,8 @@ def main() -> None:
         down, kept = timed(lambda fresh=fresh: moves.to_host(fresh))
         up, _ = timed(lambda kept=kept: moves.to_devices(kept))
         print(f"  to the host {size / down / 1e9:.1f} GB/s, to the device {size / up / 1e9:.1f} GB/s")
+    if options.folder is not None:
+        on_disk(options.folder, prefix, options.repeats)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
         pinned = here.with_memory_kind("pinned_host")

@@ -211,3 +211,33 @@ def test_what_never_fits_is_told_although_others_run(models):
     assert isinstance(large.events[-1], Failed) and isinstance(large.events[-1].error, TooLarge)
     finish(engine, [running])
     assert running.answer.token_ids
+
+
+def test_a_short_document_takes_its_own_room_where_there_will_not_be_more(models):
+    """It would else have the room of one that programs are there for, which a pinned document takes."""
+    engine = engine_with(models, 1.8)
+    first = asked(engine, 0).of(engine)
+    finish(engine, [first])
+    (kept,) = engine.prefixes._tiers.every()
+    engine.prefixes.sizes = {engine.prefixes.slots(kept.handle)}
+    engine.prefixes.pin(kept.handle.key, pinned=True)
+    short, other = asked(engine, 1, 30), asked(engine, 2)
+    finish(engine, [short.of(engine), other.of(engine)])
+    assert short.answer.token_ids and isinstance(other.events[-1], Failed)
+    engine.prefixes.pin(kept.handle.key, pinned=False)
+    finish(engine, [again := asked(engine, 3, 30).of(engine)])
+    sizes = {engine.prefixes.slots(one.handle) for one in engine.prefixes._tiers.every()}
+    assert again.answer.token_ids and sizes == engine.prefixes.sizes, "as much as there are programs for"
+
+
+def test_who_has_waited_for_room_does_not_read_what_lies_on_the_host(models):
+    engine = engine_with(models, 1.5)
+    cache = replace(engine.config.cache, host_gib=1.0)
+    engine = Engine(replace(engine.config, cache=cache), models, quiet=True)
+    finish(engine, [asked(engine, 0).of(engine)])
+    running = asked(engine, 1).of(engine)
+    while not running.has_tokens:
+        engine.step()
+    again = asked(engine, 0).of(engine)
+    finish(engine, [running, again])
+    assert again.answer.prefix_reused

@@ -326,7 +326,7 @@ def test_to_drain_waits_for_what_is_being_saved(config: RapidConfig, models: Mod
     draining.join(60)
     assert drained == [True] and coming.answer.token_ids
     stored = list((Path(config.cache.folder) / "prefixes").iterdir())
-    assert len(stored) == 3 and all((one / "checkpoint").is_dir() for one in stored)
+    assert len(stored) == 3 and all((one / "manifest.json").is_file() for one in stored)
 
 
 def test_to_drain_takes_no_longer_than_it_may_and_leaves_no_part(

@@ -127,7 +127,7 @@ def test_the_longest_head_counts_wherever_it_is(decoder, tmp_path: Path, caplog)
     stored = cache_of(decoder, tmp_path, disk_gib=1.0)
     stored.put(stored.name(long), prefix_of(decoder, long))
     stored.save()
-    data = max((tmp_path / "prefixes").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data = next((tmp_path / "prefixes").rglob("c/0/0/0/0"))
     data.write_bytes(data.read_bytes()[:-1])
     found = cache.find(cache.name(head))
     assert (found.tokens, found.tier) == (2 * CHUNK, "device") and "computed again" in caplog.text
@@ -307,9 +307,9 @@ def test_save_stores_what_is_not_there_yet_from_either_tier(tmp_path: Path, mesh
     cache.save(most=1)
     assert len(list((tmp_path / "prefixes").iterdir())) == 1
     cache.save()
-    before = {path: path.stat().st_ino for path in (tmp_path / "prefixes").glob("*/checkpoint")}
+    before = {path: path.stat().st_ino for path in (tmp_path / "prefixes").glob("*/manifest.json")}
     cache.save()
-    assert before == {path: path.stat().st_ino for path in (tmp_path / "prefixes").glob("*/checkpoint")}
+    assert before == {path: path.stat().st_ino for path in (tmp_path / "prefixes").glob("*/manifest.json")}
     reader = decoder_on(MESHES["context 2"], "stacked")
     other = cache_of(reader, tmp_path, disk_gib=1.0)
     for seed in (0, 1):
@@ -323,8 +323,8 @@ def test_a_damaged_entry_is_not_used(decoder, tmp_path: Path, caplog):
     cache = cache_of(decoder, tmp_path, disk_gib=1.0)
     full(cache, decoder, 0)
     cache.save()
-    data = max((tmp_path / "prefixes").rglob("d/*"), key=lambda path: path.stat().st_size)
-    data.write_bytes(data.read_bytes()[:-1] + b"\0")
+    data = next((tmp_path / "prefixes").rglob("c/0/0/0/0"))
+    data.write_bytes(data.read_bytes()[:-1] + bytes([data.read_bytes()[-1] ^ 1]))
     other = cache_of(decoder, tmp_path, disk_gib=1.0)
     assert other.find(other.name(tokens(LENGTH))).prefix is None
     assert "unusable and will be computed again" in caplog.text

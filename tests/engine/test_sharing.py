@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 
-from rapid_jax.engine.lane import LaneKey
+from rapid_jax.engine.lane import Lane, LaneKey
 from rapid_jax.engine.sharing import Sharing, fits
 from rapid_jax.speculative.config import SpeculationConfig
 
@@ -88,12 +88,22 @@ def test_lanes_whose_rows_may_grow_are_one_for_all_sizes(full: bool):
         ({(1, 1), (1, 4)}, (1, 8), (1, 8), False),  # a free row of a lane that has so many
         ({(1, 1), (1, 4), (2, 1), (4, 1)}, (1, 4), (2, 4), False),
         ({(1, 1), (1, 4), (2, 1), (4, 1)}, (2, 1), (2, 2), True),
+        ({(1, 1), (1, 2), (2, 1), (2, 2)}, (1, 2), (2, 4), True),  # several about another document at once
+        ({(1, 1), (1, 2), (2, 1), (2, 2)}, (1, 1), (2, 2), False),
     ],
 )
 def test_a_question_waits_rather_than_for_a_program_of_more_rows(declared, there, wanted, waits):
     lane = SimpleNamespace(sizes_with=lambda names: wanted, documents=[None] * there[0], each=there[1])
     found = placed(Sharing({SMALL: declared}), cast("Any", {key(SMALL): lane}), SMALL)
     assert (found is None) == waits
+
+
+def test_of_several_questions_about_another_document_one_does_not_wait():
+    """Rows for all of them would be a program that is not there."""
+    sizes = {1: (2, 2), 3: (2, 4)}
+    lane = SimpleNamespace(sizes_with=lambda names: sizes[len(names)], documents=["a"], each=2)
+    sharing, lanes = Sharing({SMALL: {(1, 1), (1, 2), (2, 1), (2, 2)}}), cast("Any", {key(SMALL): lane})
+    assert sharing.place(lanes, key(SMALL), "b", ["b", "b"]) == (key(SMALL), (2, 2))
 
 
 @pytest.mark.parametrize(
@@ -112,3 +122,15 @@ def test_a_chat_waits_rather_than_for_a_program_of_more_rows(declared, there, wa
     sharing, lanes = Sharing({SMALL: declared}), cast("Any", {key(SMALL): lane})
     assert (placed(sharing, lanes, SMALL, shared=False) is None) == waits
     assert placed(sharing, lanes, SMALL) == SMALL, "a question about another document goes on"
+
+
+def test_rows_are_given_up_without_a_copy_of_documents_that_stay(monkeypatch):
+    """Of four documents with two rows each, one of which answers nothing any more, four have one row."""
+    monkeypatch.setattr(Lane, "_repace", lambda lane: None)
+    asked: list[tuple[list[int], Any]] = []
+    rounds = SimpleNamespace(arrange=lambda order, documents: asked.append((order, documents)))
+    jobs = [None, "job a", None, None, "job c", None, None, "job d"]
+    lane = Lane(*cast("Any", (key(SMALL), rounds, [*"abcd"], jobs, None)))
+    lane._shrink()
+    assert asked == [([1, 2, 4, 7], None)]
+    assert lane.documents == ["a", None, "c", "d"] and lane.jobs == ["job a", None, "job c", "job d"]

@@ -124,13 +124,16 @@ def test_a_checkpoint_is_restored_on_another_mesh_and_half_a_one_is_passed_over(
     with Checkpoints(folder, start=1, keep=2):
         pass
     assert sorted(place.name for place in folder.iterdir()) == ["1"]
-    names = [name for name in bucket.names(f"{folder.key}/1/weights/") if "/d/" in name]
-    largest = max(names, key=lambda name: len(bucket.get(name)))
-    data = bytearray(bucket.get(largest))
-    data[len(data) // 2] ^= 1
-    bucket.put(largest, bytes(data))
-    with pytest.raises(InputError, match=r"weights cannot be read: .*: delete it to go on from the one before"):
-        restore(of_step(folder, 1), state_of(0))
+    metadata, data = f"{folder.key}/1/weights/array_metadatas/process_0", f"{folder.key}/1/weights/d/"
+    for name, at in ((metadata, 0.02), (bucket.names(data)[0], 0.5)):  # what a process had there before is not read
+        whole = bucket.get(name)
+        damaged = bytearray(whole)
+        damaged[int(at * len(whole))] ^= 1
+        bucket.put(name, bytes(damaged))
+        with pytest.raises(InputError, match=r"weights cannot be read: .*: delete it to go on from the one before"):
+            restore(of_step(folder, 1), state_of(0))
+        bucket.put(name, whole)
+    assert same(restore(of_step(folder, 1), state_of(0)), state_of(1, mesh_of(context=8)))
 
 
 def faulty(seed: int, share: float):

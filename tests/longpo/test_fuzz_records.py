@@ -13,10 +13,10 @@ import pytest
 from longpo_jax.journal import Writer
 from longpo_jax.records import read_records
 from longpo_jax.reference import check_references, read_references
-from longpo_jax.sealed import sealed, stated_seal
 from longpo_jax.stages import mark_done
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, digest_file
+from rapid_jax.runtime.sealed import sealed, stated_seal
 from tests.longpo.test_records import INPUTS, add, contents, written
 
 DOCUMENTS = 7  # five records in three files

@@ -16,8 +16,8 @@ import pytest
 
 from longpo_jax.journal import Writer
 from longpo_jax.records import Answer, Record, Turn, digest_of, located, read_records, shards_of
-from longpo_jax.sealed import sealed
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.sealed import sealed
 
 INPUTS = {"seed": 1, "corpus.sources": ("a=b",)}
 

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.sealed import sealed
 from longpo_jax.stages import STAGES, identity_of, inputs_of, is_done, mark_done, summary_of
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.run_folder import working_in
+from rapid_jax.runtime.sealed import sealed
 from rapid_jax.runtime.settings import defaults
 
 INPUTS = {"seed": 1, "train.lengths": (8, 16), "optimizer.learning_rate": 5e-7, "model": "abc"}

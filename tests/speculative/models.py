@@ -18,7 +18,8 @@ from rapid_jax.model.hf_names import EMBEDDING, HEAD, weights
 from rapid_jax.model.placement import build
 from rapid_jax.runtime.axes import PARAM, Table
 from rapid_jax.speculative.generate import Prompted
-from rapid_jax.speculative.prefill import prefill
+from rapid_jax.speculative.prefill import prefill, serving
+from rapid_jax.speculative.prefix_heads import Place
 
 PADDED = 96  # tokens of a plain forward: one shape for every length
 
@@ -110,6 +111,12 @@ def logits_of(decoder: Decoder, tokens_BT: np.ndarray) -> np.ndarray:
 def next_logits(decoder: Decoder) -> Callable[[Sequence[int]], np.ndarray]:
     """sequence -> the logits after it."""
     return lambda sequence: logits_of(decoder, np.asarray([sequence], np.int32))[0, -1]
+
+
+def place_of(decoder: Decoder, prompt: Sequence[int], *, keep: int = 2, chunk: int = 16) -> Place:
+    """Where `prompted` has the prompt."""
+    tokens = len(prompt) - keep
+    return Place.of(tokens, tokens, chunk, serving(decoder, block=1).context)
 
 
 def prompted(

@@ -14,7 +14,7 @@ from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import generate
 from rapid_jax.speculative.prefix_store import PrefixStore
 from tests.speculative.conftest import LIMIT
-from tests.speculative.models import prompted
+from tests.speculative.models import place_of, prompted
 from tests.speculative.test_sharded import decoder_on
 
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=LIMIT)
@@ -73,7 +73,8 @@ def test_a_stored_prefix_is_read_onto_another_mesh(questions, on_one_device, tmp
     PrefixStore(tmp_path, 1 << 30, mesh=writer.mesh, kv_heads=2, quiet=True).save("0" * 64, made.prefix)
     for config in (MeshConfig(), MeshConfig(context=2, model=2), COPIED):
         decoder = decoder_on(questions.weights, config, layout)
-        prefix = PrefixStore(tmp_path, 1 << 30, mesh=decoder.mesh, kv_heads=2, quiet=True).load("0" * 64, layout=layout)
+        store = PrefixStore(tmp_path, 1 << 30, mesh=decoder.mesh, kv_heads=2, quiet=True)
+        prefix = store.load("0" * 64, layout=layout, place=place_of(decoder, questions.prompts[0]))
         assert prefix is not None
         assert {x.dtype.name for x in jax.tree.leaves(prefix.layers)} == {"int8", "float32"}
         side = replace(made, decoder=decoder, prefix=prefix)

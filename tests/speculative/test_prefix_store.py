@@ -12,41 +12,47 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rapid_jax.attention.cache import KV, Prefix
-from rapid_jax.runtime import checkpoint
+from rapid_jax.model.decoder import Layout
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.speculative import prefix_store
+from rapid_jax.runtime.files import digest
+from rapid_jax.speculative import prefix_arrays, prefix_store
+from rapid_jax.speculative.prefix_heads import Place
 from rapid_jax.speculative.prefix_store import PrefixStore
 
 LAYERS, HEADS, SLOTS, HEAD_DIM = 3, 2, 12, 4
-LENGTHS = (9, 5)
+TOKENS = 9
+PLACE = Place.of(TOKENS, SLOTS, 4, 1)
 LARGE = 1 << 30
 
 
 def prefix_of(layout: str, dtype=jnp.float32, seed: int = 0) -> Prefix:
-    """Two rows of 9 and 5 tokens in 12 slots, with leftovers of a chunk in slots 9 to 11."""
+    """9 tokens in 12 slots, with leftovers of a chunk in slots 9 to 11."""
     keys = jax.random.split(jax.random.key(seed), 2 * LAYERS)
-    made = [jax.random.normal(key, (len(LENGTHS), HEADS, SLOTS, HEAD_DIM)).astype(dtype) for key in keys]
+    made = [jax.random.normal(key, (1, HEADS, SLOTS, HEAD_DIM)).astype(dtype) for key in keys]
     layers = tuple(KV(k, v) for k, v in zip(made[::2], made[1::2], strict=True))
     slots = np.arange(SLOTS, dtype=np.int32)
-    pos_BS = jnp.asarray([np.where(slots < length, slots, -1) for length in LENGTHS])
+    pos_BS = jnp.asarray(np.where(slots < TOKENS, slots, -1)[None])
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *layers)
-    return Prefix(layers if layout == "unrolled" else stacked, pos_BS, jnp.asarray(max(LENGTHS), jnp.int32))
+    return Prefix(layers if layout == "unrolled" else stacked, pos_BS, jnp.asarray(TOKENS, jnp.int32))
 
 
 def key_of(number: int = 0) -> str:
-    return PrefixStore.key("w", [[number]], arithmetic="", dtype=jnp.dtype("float32"), chunk=8)
+    return digest(str(number))
+
+
+def loaded_from(store: PrefixStore, number: int = 0, layout: Layout = "unrolled") -> Prefix | None:
+    return store.load(key_of(number), layout=layout, place=PLACE)
 
 
 def emptied(prefix: Prefix) -> Prefix:
     """What the same prefix must come back as: leftovers gone."""
-    layers = jax.tree.map(lambda a: a.at[..., max(LENGTHS) :, :].set(0), prefix.layers)
+    layers = jax.tree.map(lambda a: a.at[..., TOKENS:, :].set(0), prefix.layers)
     return Prefix(layers, prefix.pos_BS, prefix.used)
 
 
@@ -73,60 +79,34 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.mark.parametrize("saved", ["stacked", "unrolled"])
 def test_what_is_loaded_is_what_was_saved_in_the_layout_asked_for(tmp_path: Path, saved, loaded, dtype):
     store = PrefixStore(tmp_path / "store", LARGE)
-    assert store.load(key_of(), layout=loaded) is None
+    assert loaded_from(store, layout=loaded) is None
     store.save(key_of(), prefix_of(saved, dtype))
-    check_same(store.load(key_of(), layout=loaded), emptied(prefix_of(loaded, dtype)))
+    check_same(loaded_from(store, layout=loaded), emptied(prefix_of(loaded, dtype)))
 
 
-def test_both_layouts_write_the_same_arrays(tmp_path: Path):
-    def arrays(layout):
-        PrefixStore(tmp_path / layout, LARGE).save(key_of(), prefix_of(layout))
-        stored = checkpoint.read(tmp_path / layout / key_of() / "checkpoint")
-        return stored.note, {item: stored.restore(item) for item in stored.items}
+def test_both_layouts_write_the_same_files_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(prefix_arrays, "_PIECE_BYTES", HEAD_DIM * 4 * 5)
 
-    (note, one), (other_note, other) = arrays("stacked"), arrays("unrolled")
-    assert note == other_note
-    assert one["layers-0"]["2.k_BKSH"].shape == (len(LENGTHS), HEADS, max(LENGTHS), HEAD_DIM), "used slots only"
-    chex.assert_trees_all_equal(one, other)
+    def files(layout) -> dict[str, bytes]:
+        store = PrefixStore(tmp_path / layout, LARGE)
+        store.save(key_of(), prefix_of(layout))
+        check_same(loaded_from(store, layout=layout), emptied(prefix_of(layout)))
+        entry = tmp_path / layout / key_of()
+        return {path.relative_to(entry).as_posix(): path.read_bytes() for path in entry.rglob("*") if path.is_file()}
 
-
-@pytest.mark.parametrize("layout", ["stacked", "unrolled"])
-def test_a_large_prefix_travels_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout):
-    prefix = prefix_of(layout)
-    a_layer = 2 * len(LENGTHS) * HEADS * max(LENGTHS) * HEAD_DIM * 4
-    monkeypatch.setattr(prefix_store, "_PART_BYTES", 2 * a_layer)
-    store = PrefixStore(tmp_path, LARGE)
-    store.save(key_of(), prefix)
-    assert checkpoint.read(tmp_path / key_of() / "checkpoint").items == ("positions", "layers-0", "layers-2")
-    monkeypatch.undo()
-    check_same(store.load(key_of(), layout=layout), emptied(prefix))
+    found = files("stacked")
+    assert found == files("unrolled")
+    pieces = [name for name in found if "/c/" in name]
+    assert len(pieces) == 2 * LAYERS * HEADS * 2 and {len(found[name]) for name in pieces} == {5 * HEAD_DIM * 4 + 4}
 
 
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 def test_a_loaded_prefix_is_uncommitted_so_no_program_is_compiled_again(tmp_path: Path, layout):
     store, fresh = PrefixStore(tmp_path, LARGE), prefix_of(layout)
     store.save(key_of(), fresh)
-    loaded = store.load(key_of(), layout=layout)
+    loaded = loaded_from(store, layout=layout)
     assert {leaf.committed for leaf in jax.tree.leaves(fresh)} == {False}
     assert {leaf.committed for leaf in jax.tree.leaves(loaded)} == {False}
-
-
-def test_the_key_depends_on_everything_that_decides_the_numbers():
-    def key(*, weights="w", prompts=((1, 2), (3,)), arithmetic="llama", dtype="float32", chunk=512):
-        return PrefixStore.key(weights, prompts, arithmetic=arithmetic, dtype=jnp.dtype(dtype), chunk=chunk)
-
-    assert key() == key(prompts=([1, 2], np.asarray([3])))
-    others = [
-        key(weights="x"),
-        key(prompts=((1, 2), (4,))),
-        key(prompts=((1,), (2, 3))),
-        key(prompts=((1, 2, 3),)),
-        key(prompts=((3,), (1, 2))),
-        key(arithmetic="llama, theta 1e6"),
-        key(dtype="bfloat16"),
-        key(chunk=256),
-    ]
-    assert len({key(), *others}) == 1 + len(others)
 
 
 def flip(path: Path) -> None:
@@ -136,27 +116,30 @@ def flip(path: Path) -> None:
 
 
 def edit(path: Path) -> None:
-    path.write_text(path.read_text().replace('"slots": 12', '"slots": 16'))
+    path.write_text(path.read_text().replace('"tokens": 9', '"tokens": 8'))
 
 
 DAMAGE: dict[str, Callable[[Path], None]] = {
-    "flipped bit": flip,
-    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
-    "missing": Path.unlink,
-    "edited manifest": lambda path: edit(path.parents[3] / "manifest.json"),
-    "no manifest": lambda path: (path.parents[3] / "manifest.json").unlink(),
-    "no checkpoint": lambda path: shutil.rmtree(path.parents[3]),
+    "flipped bit": lambda entry: flip(piece_of(entry)),
+    "truncated": lambda entry: os.truncate(piece_of(entry), piece_of(entry).stat().st_size // 2),
+    "missing": lambda entry: piece_of(entry).unlink(),
+    "edited manifest": lambda entry: edit(entry / "manifest.json"),
+    "no manifest": lambda entry: (entry / "manifest.json").unlink(),
+    "no arrays": lambda entry: shutil.rmtree(entry / "arrays"),
 }
+
+
+def piece_of(entry: Path) -> Path:
+    return next(path for path in sorted(entry.rglob("c/*/*/*/*")) if path.is_file())
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_reported_removed_and_made_again(tmp_path: Path, caplog: pytest.LogCaptureFixture, damage):
     store, prefix = PrefixStore(tmp_path, LARGE), prefix_of("unrolled")
     store.save(key_of(), prefix)
-    data = (tmp_path / key_of() / "checkpoint" / "layers-0" / "ocdbt.process_0" / "d").iterdir()
-    DAMAGE[damage](max(data, key=lambda path: path.stat().st_size))
+    DAMAGE[damage](tmp_path / key_of())
 
-    assert store.load(key_of(), layout="unrolled") is None
+    assert loaded_from(store) is None
     (message,) = warnings_of(caplog)
     assert str(tmp_path / key_of()) in message
     assert "unusable and will be computed again" in message
@@ -164,7 +147,7 @@ def test_damage_is_reported_removed_and_made_again(tmp_path: Path, caplog: pytes
     assert names(tmp_path) == []
 
     store.save(key_of(), prefix)
-    check_same(store.load(key_of(), layout="unrolled"), emptied(prefix))
+    check_same(loaded_from(store), emptied(prefix))
     assert warnings_of(caplog) == []
 
 
@@ -172,8 +155,8 @@ def test_an_entry_under_another_documents_name_is_never_used(tmp_path: Path, cap
     store = PrefixStore(tmp_path, LARGE)
     store.save(key_of(1), prefix_of("unrolled"))
     (tmp_path / key_of(1)).rename(tmp_path / key_of(2))
-    assert store.load(key_of(2), layout="unrolled") is None
-    assert "it holds another document" in warnings_of(caplog)[0]
+    assert loaded_from(store, 2) is None
+    assert "the checksum does not match" in warnings_of(caplog)[0]
     assert names(tmp_path) == []
 
 
@@ -181,7 +164,7 @@ def test_a_full_disk_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFix
     store, prefix = PrefixStore(tmp_path, LARGE), prefix_of("unrolled")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, hard))
         store.save(key_of(), prefix)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -197,7 +180,7 @@ def test_a_full_disk_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFix
 def test_a_store_that_cannot_be_made_is_one_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     (tmp_path / "file").touch()
     store = PrefixStore(tmp_path / "file" / "store", LARGE)
-    assert store.load(key_of(), layout="stacked") is None
+    assert loaded_from(store, layout="stacked") is None
     store.save(key_of(), prefix_of("stacked"))
     (message,) = warnings_of(caplog)
     assert "could not be stored" in message
@@ -213,7 +196,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path):
     for number in range(3):
         store.save(key_of(number), prefix)
         os.utime(tmp_path / key_of(number), (number, number))
-    assert store.load(key_of(0), layout="unrolled") is not None
+    assert loaded_from(store, 0) is not None
     entry = size_of(tmp_path) // 3  # within 2 KB: metadata is compressed
 
     PrefixStore(tmp_path, 3 * entry + entry // 2).save(key_of(3), prefix)
@@ -225,7 +208,7 @@ def test_the_least_recently_used_go_first(tmp_path: Path):
 def test_one_larger_than_all_the_room_is_not_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     prefix = prefix_of("unrolled")
     PrefixStore(tmp_path, LARGE).save(key_of(0), prefix)
-    payload = 2 * LAYERS * len(LENGTHS) * HEADS * max(LENGTHS) * HEAD_DIM * 4
+    payload = 2 * LAYERS * HEADS * TOKENS * HEAD_DIM * 4
     PrefixStore(tmp_path, payload - 1).save(key_of(1), prefix)
     assert names(tmp_path) == [key_of(0)]
     assert f"it has {payload} bytes, of {payload - 1} allowed" in warnings_of(caplog)[0]
@@ -250,7 +233,7 @@ def test_an_entry_that_goes_while_its_reader_waits_is_no_damage(tmp_path: Path, 
     store.save(key_of(), prefix_of("unrolled"))
     with open(tmp_path / key_of() / "lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        reader = threading.Thread(target=lambda: loaded.append(store.load(key_of(), layout="unrolled")))
+        reader = threading.Thread(target=lambda: loaded.append(loaded_from(store)))
         reader.start()
         reader.join(0.2)
         assert reader.is_alive()
@@ -263,9 +246,9 @@ def test_an_entry_that_goes_while_its_reader_waits_is_no_damage(tmp_path: Path, 
 def test_what_is_there_is_not_written_again(tmp_path: Path):
     store = PrefixStore(tmp_path, LARGE)
     store.save(key_of(), prefix_of("unrolled"))
-    before = (tmp_path / key_of() / "checkpoint").stat().st_ino
+    before = (tmp_path / key_of() / "manifest.json").stat().st_ino
     store.save(key_of(), prefix_of("unrolled"))
-    assert (tmp_path / key_of() / "checkpoint").stat().st_ino == before
+    assert (tmp_path / key_of() / "manifest.json").stat().st_ino == before
 
 
 def test_two_writers_of_one_key_both_end_well(
@@ -289,7 +272,7 @@ def test_two_writers_of_one_key_both_end_well(
     assert failures == []
     assert both.n_waiting == 0
     assert names(tmp_path) == [key_of()]
-    check_same(store.load(key_of(), layout="unrolled"), emptied(prefix))
+    check_same(loaded_from(store), emptied(prefix))
     assert warnings_of(caplog) == []
 
 
@@ -346,7 +329,7 @@ def test_a_device_without_room_to_cut_the_prefix_is_a_warning(tmp_path: Path, mo
     def full(*_):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory allocating 1 byte")
 
-    monkeypatch.setattr(prefix_store, "to_host", full)
+    monkeypatch.setattr(prefix_store, "write", full)
     PrefixStore(tmp_path, LARGE, quiet=True).save(key_of(), prefix_of("unrolled"))
     (warning,) = warnings_of(caplog)
     assert "could not be stored" in warning and "RESOURCE_EXHAUSTED" in warning

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The real SmolLM2: temperature 0 is transformers' greedy `generate`, token for token, whatever the drafter says."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,15 +18,22 @@ QUESTIONS = (
     "What is the capital of France?",
     "Explain in two sentences how a bicycle stays upright.",
     "Write the past tense of: go, see, take, think.",
-    "Give me a short recipe for pancakes.",
-    "Why is the sky blue during the day and red in the evening?",
 )
-NEW_TOKENS = 40
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_for_use():
+    """Programs of a real model run for seconds: without XLA's passes longer than the passes take."""
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
 def smollm2():
-    return load_model("smollm2", layout="unrolled", dtype="float32", quiet=True)
+    return load_model("smollm2", layout="stacked", dtype="float32", quiet=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stored prefix is: written last, sealed for its key, and all that is needed to open its arrays."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from rapid_jax.runtime.array_store import Array, Damaged, check
+from rapid_jax.runtime.errors import InputError, Unavailable, legible
+from rapid_jax.runtime.sealed import sealed, unsealed
+from rapid_jax.runtime.storage import AnyPlace, bytes_of
+
+MANIFEST: Final = "manifest.json"
+_FORMAT: Final = 2
+_FIELDS: Final = (["k_BKSH", "v_BKSH"], ["k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS"])
+_MOST_LAYERS, _MOST_TOKENS = 2**12, 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A prefix of one row; each field is an array [layers, kv heads, positions, ...] in a folder of its name."""
+
+    tokens: int
+    inside: str  # the folder in the entry that its arrays are in
+    arrays: dict[str, Array]
+    marks: Sequence[str]  # what the prefix is found by
+
+    def size(self) -> int:
+        """Bytes of the arrays' files."""
+        return sum(array.bytes for array in self.arrays.values())
+
+    def sealed(self, key: str) -> bytes:
+        """What `read` reads under this key and no other."""
+        arrays = {name: array.as_json() for name, array in self.arrays.items()}
+        said = {"format": _FORMAT, "tokens": self.tokens, "inside": self.inside, "bytes": self.size()}
+        return sealed({**said, "arrays": arrays, "marks": list(self.marks)}, key)
+
+    @classmethod
+    def read(cls, entry: AnyPlace, key: str) -> "Manifest":
+        """The manifest of the entry. Raises Damaged if it is not there as it was written."""
+        place = entry / MANIFEST
+        try:
+            data = bytes_of(place)
+            if data is None:
+                raise Damaged(f"{place}: no such file: the entry is of an earlier version, or damaged")
+            fields = unsealed(data, key, str(place))
+            if fields.whole("format") != _FORMAT:
+                raise fields.error("format", f"{_FORMAT}, which this program reads")
+            stated = fields.fields("arrays")
+            if list(stated) not in _FIELDS:
+                raise fields.error("arrays", "those of keys and values")
+            arrays = {name: Array.of_json(stated, name) for name in stated}
+            first, tokens = arrays["k_BKSH"], fields.whole("tokens", least=1, most=_MOST_TOKENS)
+            shapes = {name: list(array.shape) for name, array in arrays.items()}
+            if any(shape[:2] != list(first.shape[:2]) or tokens not in shape[2:] for shape in shapes.values()):
+                raise fields.error("arrays", f"arrays of {tokens} tokens, and of as many layers and heads")
+            if len(first.shape) != 4 or first.shape[0] > _MOST_LAYERS:
+                raise fields.error("arrays", f"arrays of 4 axes and at most {_MOST_LAYERS} layers")
+            return cls(tokens, fields.text("inside"), arrays, fields.texts("marks"))
+        except Unavailable:
+            raise
+        except (OSError, InputError) as error:
+            raise Damaged(legible(str(error))) from error
+
+
+def check_entry(entry: AnyPlace) -> None:
+    """Reads every byte of an entry. Raises Damaged, and OSError or InputError where it cannot be read now."""
+    manifest = Manifest.read(entry, entry.name)
+    for name, array in manifest.arrays.items():
+        check(entry / manifest.inside / name, array)

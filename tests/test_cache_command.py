@@ -33,7 +33,7 @@ def root(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setenv("RAPID_JAX_CACHE", str(root))
     PrefixStore(root / "prefixes", 1 << 30, quiet=True).save(KEY, prefix_of("unrolled"))
     vectors_NE = np.random.default_rng(0).normal(size=(40, 8)).astype(np.float32)
-    EmbeddingStore(root / "embeddings").save(KEY, vectors_NE)
+    EmbeddingStore(root / "embeddings").save(KEY, vectors_NE, np.arange(len(vectors_NE), dtype=np.int32))
     Index.build(vectors_NE, RetrievalConfig(index="tree")).save(root / "indices" / KEY)
     for kind, name, data in (
         ("programs", f"jit_f-{KEY}-cache", zlib.compress(b"program" * 100)),

@@ -4,13 +4,12 @@
 from collections.abc import Iterable
 from typing import Final
 
-from rapid_jax.retrieval.config import RetrievalConfig, chunk_count
+from rapid_jax.retrieval.config import RetrievalConfig, retrieved_tokens
 
 # Tokens that there is room for at least: of a question about a document and what the chat template puts behind it,
-# around a drafter's text, and between two chunks of it.
+# around a drafter's text.
 QUESTION_TOKENS: Final = 128
 _FRAME_TOKENS: Final = 256
-_JOIN_TOKENS: Final = 2
 
 
 # A document gets as many slots as one that programs have been compiled for, if those are no more than so many times its
@@ -31,4 +30,4 @@ def room_of_short(tokens: int, chunk: int) -> int:
 
 def room_of_retrieved(slots: int, retrieval: RetrievalConfig) -> int:
     """Tokens that a drafter's prompt has at most for any document of so many slots, whatever is found."""
-    return chunk_count(slots, retrieval) * (retrieval.chunk_tokens + _JOIN_TOKENS) + _FRAME_TOKENS
+    return retrieved_tokens(slots, retrieval) + _FRAME_TOKENS

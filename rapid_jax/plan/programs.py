@@ -21,7 +21,7 @@ from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.cost import Pass, Work
 from rapid_jax.plan.models import PlannedModel, layout_of, own_bytes, planned
 from rapid_jax.plan.working import of_prefill, of_round, of_rounded_keys, of_rounded_matrix
-from rapid_jax.retrieval.config import chunk_count
+from rapid_jax.retrieval.config import retrieved_tokens
 from rapid_jax.runtime.mesh import make_mesh, make_meshes
 from rapid_jax.speculative import apart, prefill
 from rapid_jax.speculative.draft import Draft
@@ -87,7 +87,7 @@ def models_of(
         kernel_of(config.compute.kernel, "gpu", 1)  # what a run refuses
     else:
         first = first or make_mesh(config.mesh, devices[:1])
-    short = chunk_count(context, config.retrieval) * config.retrieval.chunk_tokens + QUESTION
+    short = retrieved_tokens(context, config.retrieval) + QUESTION
     long = short if mode == "retrieval" else max(context - config.sampling.max_new_tokens - QUESTION, 1)
     ours = planned(config, target, first, config.mesh, long, retrieved=mode == "retrieval")
     if config.models.target_weights == "int8":

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from rapid_jax.model.backend import encoding_of, encodings_of, read_backend
 from rapid_jax.retrieval.encoder import Pooling
-from rapid_jax.retrieval.encoder_io import encoder_folder, fingerprint, load_encoder, read_config
+from rapid_jax.retrieval.encoder_io import THRESHOLDS, encoder_folder, fingerprint, load_encoder, read_config
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.progress import progress
 from rapid_jax.runtime.storage import AnyPlace
@@ -53,6 +53,7 @@ class Embedder:
     ):
         self.folder = encoder_folder(name)
         self.config = read_config(self.folder, pooling)
+        self.threshold = THRESHOLDS.get(str(name))
         self.batch_size = batch_size
         self._dtype = jnp.dtype(dtype)
         self._tokenizer = self._read_tokenizer()
@@ -106,25 +107,42 @@ class Embedder:
         is the mean of theirs weighted by their token counts, over its norm. (A chunk of 512 target tokens is about
         500 to 700 word pieces, two or three windows of MiniLM's 256.)
         """
+        pieces, owners_W = self._windows(texts, None)
+        vectors_WE = self._vectors(pieces, progress_label)
+        sums_NE = np.zeros((len(texts), self.dim), np.float32)
+        counts_W = np.asarray([max(len(piece), 1) for piece in pieces], np.float32)
+        np.add.at(sums_NE, owners_W, vectors_WE * counts_W[:, None])
+        return sums_NE / np.maximum(np.linalg.norm(sums_NE, axis=1, keepdims=True), 1e-12)
+
+    def embed_windows(
+        self, texts: Sequence[str], window_tokens: int | None, progress_label: str | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Unit vectors [W, E] of all windows of the texts, in order, and which text each is of (int32 [W], from 0).
+
+        A text is cut into as few windows of at most `window_tokens` of the encoder's tokens (None: of its whole input),
+        special ones included, as possible, of equal length; each has at least one.
+        """
+        pieces, owners_W = self._windows(texts, window_tokens)
+        return self._vectors(pieces, progress_label), owners_W
+
+    def _windows(self, texts: Sequence[str], most: int | None) -> tuple[list[np.ndarray], np.ndarray]:
         if self.config.lower_case:
             texts = [text.lower() for text in texts]
-        capacity = self.config.max_tokens - len(self._before) - len(self._after)
-        pieces: list[np.ndarray] = []
-        owners: list[int] = []
-        for owner, encoding in enumerate(encodings_of(self._tokenizer, list(texts))):
-            cut = windows(encoding.ids, capacity)
-            pieces += cut
-            owners += [owner] * len(cut)
-        sums_NE = np.zeros((len(texts), self.dim), np.float32)
+        special, longest = len(self._before) + len(self._after), self.config.max_tokens
+        capacity = max(min(most or longest, longest) - special, 1)
+        cut = [windows(encoding.ids, capacity) for encoding in encodings_of(self._tokenizer, list(texts))]
+        owners_W = np.repeat(np.arange(len(cut), dtype=np.int32), [len(pieces) for pieces in cut])
+        return [piece for pieces in cut for piece in pieces], owners_W
+
+    def _vectors(self, pieces: list[np.ndarray], progress_label: str | None) -> np.ndarray:
+        vectors_WE = np.zeros((len(pieces), self.dim), np.float32)
         with progress(progress_label or "", len(pieces), "windows", quiet=progress_label is None) as report:
             for members, length in self._batches(pieces):
-                vectors_BE = self._run([pieces[i] for i in members], length)
-                for i, vector_E in zip(members, vectors_BE, strict=True):
-                    sums_NE[owners[i]] += max(len(pieces[i]), 1) * vector_E
+                vectors_WE[members] = self._run([pieces[i] for i in members], length)
                 report.advance(len(members))
-        if not np.isfinite(sums_NE).all():
+        if not np.isfinite(vectors_WE).all():
             raise InputError(f"encoder {self.folder}: its vectors are not finite; the weights are not usable")
-        return sums_NE / np.maximum(np.linalg.norm(sums_NE, axis=1, keepdims=True), 1e-12)
+        return vectors_WE
 
     def warm_up(self, most_tokens: int) -> None:
         """Compiles what texts of up to so many of its tokens need, however many there are."""

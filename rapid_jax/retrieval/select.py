@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which of the scored chunks the drafter reads, and in which order."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rapid_jax.retrieval.chunk import Chunk
+from rapid_jax.retrieval.config import JOIN_TOKENS
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Selection:
     fallback: bool  # nothing reached the threshold, and the best chunk was kept nevertheless
     join: str = "\n\n"
     seconds: float = 0.0  # wall time of the whole retrieval, chunking to selection
+    runs: bool = False  # neighbours stand in `text` as they do in the document, with no `join` between them
 
     @property
     def kept(self) -> int:
@@ -32,8 +34,19 @@ class Selection:
 
     @property
     def text(self) -> str:
-        """The chunks' texts, surrounding white space stripped (the offsets keep it), with `join` between them."""
-        return self.join.join(chunk.text.strip() for chunk in self.chunks)
+        """The chunks' texts, or those of runs of neighbours, with `join` between them.
+
+        Surrounding white space is stripped; the offsets keep it.
+        """
+        texts: list[str] = []
+        end = -1
+        for chunk in self.chunks:
+            if self.runs and chunk.start == end:
+                texts[-1] += chunk.text
+            else:
+                texts.append(chunk.text)
+            end = chunk.end
+        return self.join.join(text.strip() for text in texts)
 
 
 def select(
@@ -63,4 +76,41 @@ def select(
         considered=len(ranked),
         fallback=not reached,
         join=join,
+    )
+
+
+def fill(
+    order: Sequence[int],
+    scores: Mapping[int, float],
+    chunks: Sequence[Chunk],
+    budget: int,
+    *,
+    threshold: float | None = None,
+    most: int | None = None,
+    join: str = "\n\n",
+) -> Selection:
+    """At most `most` chunks in document order whose tokens, with JOIN_TOKENS for each, are at most `budget`.
+
+    All of them where all fit, neighbours needing no join. Else those of `order` (numbers of chunks, best first), each
+    if it still fits and its score reaches the threshold; where that is none, the first alone, as `fallback` says.
+    """
+    room = len(chunks) if most is None else most
+    if sum(chunk.tokens for chunk in chunks) <= budget and len(chunks) <= room:
+        kept, fallback = list(range(len(chunks))), False
+    else:
+        kept, left = [], budget
+        for i in order:
+            cost = chunks[i].tokens + JOIN_TOKENS
+            if len(kept) < room and cost <= left and (threshold is None or scores[i] >= np.float32(threshold)):
+                kept.append(i)
+                left -= cost
+        fallback = not kept
+        kept = sorted(kept or order[:1])
+    return Selection(
+        chunks=tuple(chunks[i] for i in kept),
+        scores=tuple(float(scores[i]) for i in kept),
+        considered=len(chunks),
+        fallback=fallback,
+        join=join,
+        runs=True,
     )

@@ -7,14 +7,14 @@ from math import ceil
 
 import pytest
 
-from rapid_jax.retrieval.config import RetrievalConfig, chunk_count
+from rapid_jax.retrieval.config import JOIN_TOKENS, PAPER_THRESHOLD, RetrievalConfig, chunk_count, retrieved_tokens
 from rapid_jax.runtime.errors import InputError
 
 PAPER = RetrievalConfig()
 
 
 def test_the_defaults_are_the_papers():
-    assert (PAPER.chunk_tokens, PAPER.compression, PAPER.min_tokens, PAPER.threshold) == (512, 24, 4096, 0.3)
+    assert (PAPER.chunk_tokens, PAPER.compression, PAPER.min_tokens, PAPER_THRESHOLD) == (512, 24, 4096, 0.3)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,11 @@ def test_chunk_count_is_the_formula_in_exact_arithmetic():
             assert chunk_count(length, config) == ceil(formula)
 
 
+@pytest.mark.parametrize(("length", "count"), [(100, 1), (4096, 8), (131072, 11)])
+def test_room_is_that_of_full_chunks_and_joins(length, count):
+    assert retrieved_tokens(length, PAPER) == count * (512 + JOIN_TOKENS)
+
+
 def test_max_chunks_limits_the_count():
     assert chunk_count(131072, replace(PAPER, max_chunks=5)) == 5
     assert chunk_count(100, replace(PAPER, max_chunks=5)) == 1
@@ -55,6 +60,8 @@ def test_max_chunks_limits_the_count():
         ("threshold", 1.5),
         ("threshold", float("nan")),
         ("index", "faiss"),
+        ("policy", "best"),
+        ("window_tokens", 0),
     ],
 )
 def test_bad_numbers_are_refused_by_name(field, value):

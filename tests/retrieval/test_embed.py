@@ -48,6 +48,21 @@ def test_texts_of_all_lengths_match_transformers(tiny, folder):
     np.testing.assert_allclose(vectors_NE, [reference(folder, text, 46) for text in texts], atol=1e-5)
 
 
+@pytest.mark.parametrize(("most", "counts"), [(None, [5, 1, 2, 1]), (48, [5, 1, 2, 1]), (22, [10, 1, 3, 1]), (1, None)])
+def test_windows_are_as_many_as_are_needed_and_each_has_its_vector(tiny, folder, most, counts):
+    """Special tokens count: of 22, two."""
+    texts = [sentence(count, seed=count) for count in (200, 1, 47, 0)]
+    vectors_WE, owners_W = tiny.embed_windows(texts, most)
+    counts = counts or [200, 1, 47, 1]
+    assert np.bincount(owners_W).tolist() == counts and (np.diff(owners_W) >= 0).all()
+    parts = [
+        " ".join(part)
+        for text, count in zip(texts, counts, strict=True)
+        for part in np.array_split(text.split(), count)
+    ]
+    np.testing.assert_allclose(vectors_WE[::7], [reference(folder, part, 46) for part in parts[::7]], atol=1e-5)
+
+
 def test_order_is_that_of_the_texts_and_batches_do_not_matter(tiny):
     texts = [sentence(int(count), seed=count) for count in np.random.default_rng(3).integers(1, 150, 40)]
     together_NE = tiny.embed(texts)

@@ -3,24 +3,28 @@
 
 import logging
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from rapid_jax.retrieval.config import RetrievalConfig
+from rapid_jax.retrieval.config import JOIN_TOKENS, RetrievalConfig, retrieved_tokens
 from rapid_jax.retrieval.retriever import Retriever
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 
-CONFIG = RetrievalConfig(chunk_tokens=16, min_tokens=48, compression=24)
-TREE = RetrievalConfig(chunk_tokens=16, min_tokens=48, compression=24, index="tree")
+CONFIG = RetrievalConfig(chunk_tokens=16, min_tokens=48, compression=24, window_tokens=6)
+TREE = replace(CONFIG, index="tree")
+PAPER = replace(CONFIG, policy="paper")
+WINDOWS = 2  # of each of the document's chunks
 SUBJECTS = ["apple", "bridge", "candle", "desert", "engine", "forest", "garden", "harbour"]
 
 
 class WordCounter:
-    """Unit vectors of hashed word counts; remembers what it was asked to embed."""
+    """Unit vectors of hashed word counts, windows of words; remembers what it was asked to embed."""
 
     fingerprint = "words"
+    threshold: float | None = None
 
     def __init__(self):
         self.calls: list[list[str]] = []
@@ -32,6 +36,13 @@ class WordCounter:
             for word in text.lower().split():
                 vectors_NE[row, int(digest(word.strip(".?"))[:8], 16) % 512] += 1
         return vectors_NE / np.linalg.norm(vectors_NE, axis=1, keepdims=True)
+
+    def embed_windows(self, texts, window_tokens, progress_label=None):
+        cut = [np.array_split(text.split(), -(-len(text.split()) // window_tokens)) for text in texts]
+        owners_W = np.repeat(np.arange(len(texts), dtype=np.int32), [len(parts) for parts in cut])
+        vectors_WE = self.embed([" ".join(part) for parts in cut for part in parts])
+        self.calls[-1] = list(texts)
+        return vectors_WE, owners_W
 
 
 @pytest.fixture
@@ -57,14 +68,53 @@ def test_the_chunks_of_the_subject_come_in_document_order(document, word_spans):
 
 
 def test_the_length_of_the_prompt_decides_the_number(document, word_spans):
-    retriever = Retriever(WordCounter(), CONFIG)
+    retriever = Retriever(WordCounter(), PAPER)
     assert ask(retriever, document, "candle", word_spans, length_tokens=16 * 24 * 5).kept == 5
     assert ask(retriever, document, "candle", word_spans, length_tokens=20).kept == 2
 
 
 def test_a_question_about_nothing_falls_back_to_one_chunk(document, word_spans):
-    selection = ask(Retriever(WordCounter(), CONFIG), document, "Who painted the ceiling?", word_spans)
-    assert (selection.kept, selection.fallback) == (1, True)
+    """Of a policy with a threshold; else the budget is filled whatever the scores."""
+    embedder = WordCounter()
+    least = replace(CONFIG, threshold=-1.0)
+    for own in (None, 0.3):
+        embedder.threshold = own  # the encoder's own, where nobody sets one
+        for config, kept in ((PAPER, 1), (replace(CONFIG, threshold=0.3), 1), (least, 3), (CONFIG, 1 if own else 3)):
+            selection = ask(Retriever(embedder, config), document, "Who painted the ceiling?", word_spans)
+            assert (selection.kept, selection.fallback) == (kept, kept == 1)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TREE])
+@pytest.mark.parametrize("length", [500, 16 * 24 * 5, 16 * 24 * 35])
+def test_the_budget_is_filled_with_any_document(document, word_spans, config, length):
+    """Whatever the length of its chunks; where all of it fits it goes in as it is."""
+    retriever = Retriever(WordCounter(), config)
+    for text in (document, document[:300], document.replace(" end.", " end. " * 3)):
+        selection = ask(retriever, text, "candle", word_spans, length)
+        budget, everything = retrieved_tokens(length, config), len(word_spans(text))
+        left = budget - selection.tokens - JOIN_TOKENS * selection.kept
+        assert selection.tokens == everything or 0 <= left < 16 + JOIN_TOKENS, "less than the longest chunk"
+        assert everything > budget or selection.text == text.strip()
+
+
+def test_a_chunk_is_as_good_as_its_best_window(word_spans):
+    """The mean of its windows puts the chunk that holds the sentence behind others."""
+    other, found = "harbour harbour candle " * 4 + "!", "apple " * 6 + "candle " * 3 + "apple " * 3 + "!"
+    text = "\n\n".join([other, other, found, other, other])
+    best = {"min_tokens": 16, "window_tokens": 3}
+    for config in (CONFIG, TREE, PAPER):
+        selection = ask(Retriever(WordCounter(), replace(config, **best)), text, "candle", word_spans, 100)
+        assert (selection.text == found) == (config is not PAPER)
+
+
+@pytest.mark.parametrize("config", [CONFIG, TREE])
+def test_scores_are_those_of_every_window_compared(document, word_spans, config):
+    embedder = WordCounter()
+    selection = ask(Retriever(embedder, config), document, "candle number 2", word_spans)
+    vectors_WE, owners_W = embedder.embed_windows([chunk.text for chunk in selection.chunks], config.window_tokens)
+    scores_W = vectors_WE @ embedder.embed(["candle number 2"])[0]
+    best = [scores_W[owners_W == i].max() for i in range(selection.kept)]
+    np.testing.assert_allclose(selection.scores, best, atol=1e-5)
 
 
 def test_a_second_question_embeds_only_itself(document, word_spans):
@@ -105,7 +155,8 @@ def test_each_of_those_who_ask_has_documents_of_their_own(document, word_spans, 
 def test_the_documents_that_were_used_last_are_remembered_within_bytes(document, word_spans):
     one = Retriever(WordCounter(), CONFIG)
     ask(one, document + "a", "candle", word_spans)
-    assert 40 * 512 * 4 + len(document) < one.bytes < 1.5 * (40 * 512 * 4 + len(document))
+    least = WINDOWS * 40 * 512 * 4 + len(document)
+    assert least < one.bytes < 1.5 * least
     assert one.remembers(document + "a", word_spans) and not one.remembers(document, word_spans)
 
     embedder = WordCounter()
@@ -122,7 +173,7 @@ def test_the_documents_that_were_used_last_are_remembered_within_bytes(document,
 
 
 def test_what_is_kept_on_disk_stays_within_its_bound(document, word_spans, tmp_path):
-    size = 40 * 512 * 4
+    size = WINDOWS * 40 * 512 * 4
     names = []
     for ending in ("a", "b", "c"):
         retriever = Retriever(WordCounter(), CONFIG, tmp_path, disk_bytes=2 * size + size // 2)
@@ -138,7 +189,7 @@ def test_what_is_kept_on_disk_stays_within_its_bound(document, word_spans, tmp_p
 
 def test_many_threads_ask_at_once(document, word_spans):
     embedder = WordCounter()
-    retriever, found = Retriever(embedder, CONFIG, remember_bytes=1 << 18), []
+    retriever, found = Retriever(embedder, CONFIG, remember_bytes=1 << 19), []
     threads = [
         threading.Thread(target=lambda n=n: found.append(ask(retriever, document + "ab"[n % 2], "candle", word_spans)))
         for n in range(8)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from rapid_jax.retrieval.chunk import Chunk
-from rapid_jax.retrieval.select import select
+from rapid_jax.retrieval.config import JOIN_TOKENS
+from rapid_jax.retrieval.select import fill, select
 
 ROWS_NE = np.array([[1, 0, 0], [0.6, 0.8, 0], [0, 1, 0], [0.8, 0, 0.6], [-0.6, 0, 0.8]], np.float32)
 QUERY_E = np.array([0.8, 0.6, 0], np.float32)
@@ -69,3 +70,45 @@ def test_k_beyond_the_chunks_keeps_all_that_reach_the_threshold():
 def test_what_cannot_be_selected_from_is_refused(scores, k):
     with pytest.raises(ValueError, match="expected"):
         select(scores, CHUNKS, k, 0.3)
+
+
+NEIGHBOURS = [Chunk(10 * i, 10 * i + 10, f"text {i}.  \n\n", tokens) for i, tokens in enumerate((30, 50, 8, 40, 20))]
+ORDER = [3, 1, 4, 0, 2]
+KNOWN = dict(zip(ORDER, (0.9, 0.6, 0.4, 0.2, -0.1), strict=True))
+
+
+def filled(budget, **options):
+    return fill(ORDER, KNOWN, NEIGHBOURS, budget, **options)
+
+
+def test_a_document_that_fits_goes_in_whole_as_it_is():
+    whole = filled(148)
+    assert starts(whole) == [0, 1, 2, 3, 4] and not whole.fallback
+    assert whole.text == "".join(chunk.text for chunk in NEIGHBOURS).strip()
+    assert starts(filled(148, threshold=0.5)) == [0, 1, 2, 3, 4]
+    assert len(filled(147).chunks) < 5 and len(filled(148, most=4).chunks) == 4
+
+
+def test_the_budget_is_filled_in_order_of_score():
+    """50 does not fit behind 40 and is passed over; 20 and 8 do."""
+    assert starts(filled(40 + 20 + 8 + 3 * JOIN_TOKENS)) == [2, 3, 4]
+    assert starts(filled(40 + 50 + 2 * JOIN_TOKENS)) == [1, 3]
+    assert starts(filled(147)) == [1, 2, 3, 4]
+    np.testing.assert_allclose(filled(147).scores, [0.6, -0.1, 0.9, 0.4])
+
+
+@pytest.mark.parametrize("budget", range(1, 160, 7))
+def test_what_fills_a_budget_is_within_it(budget):
+    selection = filled(budget, join=" | ")
+    joins = selection.text.count(" | ")
+    assert selection.tokens + JOIN_TOKENS * joins <= budget or (starts(selection) == [3] and selection.fallback)
+
+
+def test_neighbours_stand_as_in_the_document():
+    assert filled(116, join=" ... ").text == "text 1. ... text 3.  \n\ntext 4."
+
+
+def test_of_a_threshold_and_a_limit():
+    assert starts(filled(147, threshold=0.6)) == [1, 3] and starts(filled(147, most=1)) == [3]
+    none = filled(147, threshold=0.95)
+    assert starts(none) == [3] and none.fallback

@@ -67,6 +67,8 @@ class Block(nnx.Module):
         self.q_bias_NH = nnx.Param(jnp.zeros((*stack, N, H), dtype)) if config.qkv_bias else None
         self.k_bias_KH = nnx.Param(jnp.zeros((*stack, K, H), dtype)) if config.qkv_bias else None
         self.v_bias_KH = nnx.Param(jnp.zeros((*stack, K, H), dtype)) if config.qkv_bias else None
+        self.q_norm_H = nnx.Param(jnp.ones((*stack, H), dtype)) if config.qk_norm else None
+        self.k_norm_H = nnx.Param(jnp.ones((*stack, H), dtype)) if config.qk_norm else None
         self.mlp_norm_D = nnx.Param(jnp.ones((*stack, D), dtype))
         self.gate_DF = _parameter(rngs, (*stack, D, F), D, dtype)
         self.up_DF = _parameter(rngs, (*stack, D, F), D, dtype)
@@ -75,17 +77,24 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):
         """(x after this layer, what `attend` kept)."""
         q_BTNH, k_BTKH, v_BTKH = self.projected(rms_norm(x_BTD, self.attention_norm_D[...], self.norm_eps))
-        attended_BTNH, kept = attend(rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin), v_BTKH, layer)
+        attended_BTNH, kept = attend(*self.compared(q_BTNH, k_BTKH, cos, sin), v_BTKH, layer)
         x_BTD = x_BTD + self.attention_output(attended_BTNH)
         return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm_D[...], self.norm_eps)), kept
 
     def projected(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(q_BTNH, k_BTKH, v_BTKH), not rotated."""
+        """(q_BTNH, k_BTKH, v_BTKH), neither normalised nor rotated."""
         return (
             _project("BTD,DNH->BTNH", h_BTD, self.q_DNH[...], self.q_bias_NH),
             _project("BTD,DKH->BTKH", h_BTD, self.k_DKH[...], self.k_bias_KH),
             _project("BTD,DKH->BTKH", h_BTD, self.v_DKH[...], self.v_bias_KH),
         )
+
+    def compared(self, q_BTNH: jax.Array, k_BTKH: jax.Array, cos: jax.Array, sin: jax.Array):
+        """(q, k) as attention compares them: each head normalised where the model has norms for that, and rotated."""
+        if self.q_norm_H is not None and self.k_norm_H is not None:
+            q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...], self.norm_eps)
+            k_BTKH = rms_norm(k_BTKH, self.k_norm_H[...], self.norm_eps)
+        return rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin)
 
     def attention_output(self, attended_BTNH: jax.Array) -> jax.Array:
         """[B, T, D]."""

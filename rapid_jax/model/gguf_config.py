@@ -15,6 +15,8 @@ from rapid_jax.model.rope import inverse_frequencies
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields, shown
 
+# llama.cpp's names, which are model_type's -> whether its files hold rotary pairs (2i, 2i + 1) of q and k.
+ARCHITECTURES: Final[Mapping[str, bool]] = {"llama": True, "qwen2": False, "qwen3": False}
 # Metadata that changes a number where it has another value than these, and that the decoder has no part for.
 _WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...]]] = {
     "expert_count": (0,),
@@ -44,9 +46,10 @@ _ROPE_KEYS: Final = (
 def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> ModelConfig:
     """The architecture; raises InputError naming the file and the key for what is wrong or not implemented."""
     architecture = metadata.text("general.architecture")
-    if architecture not in ("llama", "qwen2"):
+    if architecture not in ARCHITECTURES:
         raise InputError(
-            f"{metadata.source}: architecture {shown(architecture)} is not supported; supported: llama, qwen2"
+            f"{metadata.source}: architecture {shown(architecture)} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
         )
     if (parts := metadata.whole("split.count", 1)) > 1:
         raise InputError(f"{metadata.source}: one of {parts} parts; join them with llama.cpp's gguf-split --merge")

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from rapid_jax.model import gguf_file
 from rapid_jax.model.decoder import Decoder, Layout
-from rapid_jax.model.gguf_config import gguf_config
+from rapid_jax.model.gguf_config import ARCHITECTURES, gguf_config
 from rapid_jax.model.gguf_names import ROPE_FACTORS, gguf_name
 from rapid_jax.model.gguf_tokenizer import tokenizer_files
 from rapid_jax.model.hf_names import weights
@@ -45,7 +45,7 @@ class GgufCheckpoint:
         """One weight by its Hugging Face key, dense float32 in the Hugging Face order of rows."""
         array = gguf_file.read(self._tensors[gguf_name(key)])
         turned = ("self_attn.q_proj", "self_attn.k_proj")
-        if self._metadata["general.architecture"] == "llama" and any(part in key for part in turned):
+        if ARCHITECTURES[self._metadata["general.architecture"]] and any(part in key for part in turned):
             return _half_split(array, self.config.head_dim)
         return array
 
@@ -72,7 +72,7 @@ def load_gguf(
     table: Table = PARAM,
     quiet: bool = False,
 ) -> Decoder:
-    """The Decoder of a GGUF file of architecture llama or qwen2, its weights made dense in `dtype` one at a time."""
+    """The Decoder of a GGUF file of a supported architecture, its weights made dense in `dtype` one at a time."""
     checkpoint = GgufCheckpoint(path)
     return build(checkpoint.config, checkpoint.read, layout=layout, dtype=dtype, mesh=mesh, table=table, quiet=quiet)
 

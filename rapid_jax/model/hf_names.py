@@ -3,7 +3,7 @@
 
 A checkpoint stores a linear layer as [out, in] with heads flattened into one axis. Each weight below names the axes of
 the stored array by their letters with heads unflattened; ours are the letters in the parameter's own name. Going from
-one to the other is: reshape to the stored letters, transpose to ours. All three families use these names.
+one to the other is: reshape to the stored letters, transpose to ours. All families use these names.
 """
 
 import math
@@ -86,6 +86,10 @@ _BIASES = (
     ("self_attn.k_proj.bias", "k_bias_KH", "KH"),
     ("self_attn.v_proj.bias", "v_bias_KH", "KH"),
 )
+_QK_NORMS = (
+    ("self_attn.q_norm.weight", "q_norm_H", "H"),
+    ("self_attn.k_norm.weight", "k_norm_H", "H"),
+)
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
@@ -103,7 +107,7 @@ def weights(config: ModelConfig) -> tuple[Weight, ...]:
         }.items()
     )
     found = [Weight(EMBEDDING, "embed_VD", "VD", None, sizes)]
-    block = _BLOCK + (_BIASES if config.qkv_bias else ())
+    block = _BLOCK + (_BIASES if config.qkv_bias else ()) + (_QK_NORMS if config.qk_norm else ())
     for layer in range(config.num_layers):
         found += [Weight(f"model.layers.{layer}.{key}", name, axes, layer, sizes) for key, name, axes in block]
     found.append(Weight("model.norm.weight", "norm_D", "D", None, sizes))

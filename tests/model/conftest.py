@@ -66,6 +66,7 @@ FAMILIES = {
         "Qwen2Config",
         {"rope_theta": 1e6, "rope_scaling": YARN, "max_position_embeddings": 131072, "num_key_value_heads": 1},
     ),
+    "qwen3": ("Qwen3Config", {"rope_theta": 1e6, "head_dim": 16, "max_position_embeddings": 32768}),
     "qwen2-tied": ("Qwen2Config", {"rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": True}),
 }
 

@@ -25,6 +25,7 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
 }
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_key_value_heads": 2}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
 
 
@@ -61,6 +62,7 @@ def test_defaults_are_those_of_the_first_llama_checkpoints():
     assert (config.rope, config.num_kv_heads, config.head_dim) == (Rope(10000.0), 4, 8)
     assert not config.tie_embeddings and not config.qkv_bias
     assert from_hf(QWEN2).qkv_bias
+    assert (from_hf(QWEN3).head_dim, from_hf(QWEN3).qk_norm, from_hf(QWEN3).qkv_bias) == (128, True, False)
     assert from_hf(MISTRAL | {"sliding_window": None, "head_dim": 16}).head_dim == 16
 
 
@@ -85,7 +87,13 @@ def test_an_override_of_the_rope_base_is_exported():
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        (LLAMA | {"model_type": "gemma3"}, "gemma3"),
+        (LLAMA | {"model_type": "gemma3_text"}, "sliding-window attention is not supported, got 'gemma3_text'"),
+        (LLAMA | {"model_type": "qwen3_moe"}, "a mixture of experts is not supported, got 'qwen3_moe'"),
+        (LLAMA | {"model_type": "gpt_oss"}, "attention sinks and a mixture of experts is not .*'gpt_oss'"),
+        (LLAMA | {"model_type": "llama4_text"}, "attention in chunks .*'llama4_text'"),
+        (LLAMA | {"model_type": "qwen3_next"}, "linear attention is not supported, got 'qwen3_next'"),
+        (QWEN3 | {"attention_bias": True}, "attention_bias"),
+        (QWEN3 | {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}, "sliding_window 512"),
         (LLAMA | {"architectures": ["LlavaForConditionalGeneration"]}, "LlavaForConditionalGeneration"),
         (LLAMA | {"hidden_act": "gelu"}, "gelu"),
         (LLAMA | {"attention_bias": True}, "attention_bias"),

@@ -9,6 +9,7 @@ from gguf.quants import dequantize, quantize
 
 from rapid_jax.model import gguf_file
 from rapid_jax.model.gguf_io import GgufCheckpoint, gguf_name, load_gguf
+from rapid_jax.model.hf_io import HfCheckpoint
 from rapid_jax.model.hf_names import weights
 from rapid_jax.model.load import load_model
 from rapid_jax.runtime.errors import InputError
@@ -33,6 +34,10 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim * config.num_attention_heads != config.hidden_size:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     tokens = (BYTES + ["<bos>", "<eos>"] + [f"<{n}>" for n in range(config.vocab_size)])[: config.vocab_size]
@@ -63,7 +68,7 @@ def write_gguf(
     return path
 
 
-@pytest.mark.parametrize(("name", "architecture"), [("llama", "llama"), ("qwen2-tied", "qwen2")])
+@pytest.mark.parametrize(("name", "architecture"), [("llama", "llama"), ("qwen2-tied", "qwen2"), ("qwen3", "qwen3")])
 def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(name, architecture, checkpoint, tmp_path):
     model, _ = checkpoint(name)
     path = write_gguf(tmp_path / "model.gguf", model, architecture=architecture)
@@ -74,6 +79,14 @@ def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(name, architectu
         assert (decoder.head_DV is None) == model.config.tie_word_embeddings
         assert decoder.config.norm_eps == 1e-5
         np.testing.assert_allclose(our_logits(decoder, tokens_BT, pos_BT), expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_weights_are_named_as_the_package_names_them(name, checkpoint):
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), 2)
+    for weight in weights(HfCheckpoint(checkpoint(name)[1]).config):
+        stem, _, kind = weight.key.rpartition(".")
+        assert f"{names.get_name(stem)}.{kind}" == gguf_name(weight.key)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
@@ -112,7 +125,7 @@ def test_yarn_metadata_is_read(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"architecture": "phi3"}, "architecture 'phi3'"),
+        ({"architecture": "qwen3moe"}, "architecture 'qwen3moe'"),
         ({"extra": [("llama.rope.scaling.type", "longrope")]}, "longrope"),
         ({"extra": [("llama.rope.scaling.attn_factor", 2.0)]}, "attn_factor"),
         ({"omit": ["model.layers.0.mlp.up_proj.weight"]}, "blk.0.ffn_up.weight is missing"),

@@ -18,7 +18,7 @@ _STATED = frozenset(
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
         *("max_position_embeddings", "original_max_position_embeddings", "tie_word_embeddings"),
         *("rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias"),
-        *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+        *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers"),
         *("torch_dtype", "dtype", "transformers_version", "_name_or_path"),
     )
 )
@@ -51,6 +51,13 @@ _SWITCHED: Final = {
 
 
 @dataclass(frozen=True)
+class LayerKind:
+    """What a layer may have otherwise than its neighbours."""
+
+    rotated: bool = True  # q and k are turned by their positions; else attention sees their order alone
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """What a Llama-like decoder is made of. No default for a number that a checkpoint decides."""
 
@@ -68,6 +75,7 @@ class ModelConfig:
     tie_embeddings: bool
     qkv_bias: bool = False
     qk_norm: bool = False  # each head of q and k is normalised before it is rotated
+    pattern: tuple[LayerKind, ...] = (LayerKind(),)  # of the first layers; the others repeat it
     # The keys of config.json that change no number here (token ids, initializer_range, ...): a JSON object with sorted
     # keys, as text, so that a config stays hashable. An export writes them back.
     carried: str = field(default="{}", repr=False)
@@ -79,6 +87,16 @@ class ModelConfig:
         if rope.scaling != "yarn" or rope.factor is None or rope.original_max_positions is None:
             return self.max_positions
         return max(self.max_positions, int(rope.factor * rope.original_max_positions))
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds that layers are of, each once, in the order of its first layer."""
+        return tuple(dict.fromkeys(self.pattern[: self.num_layers]))
+
+    @property
+    def kind_of(self) -> tuple[int, ...]:
+        """Which of `kinds` each layer is of."""
+        return tuple(self.kinds.index(self.pattern[at % len(self.pattern)]) for at in range(self.num_layers))
 
     def carried_keys(self) -> dict[str, Any]:
         """The keys of config.json that no field here stands for, such as `eos_token_id`."""
@@ -120,11 +138,12 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=fields.number("rms_norm_eps", above=0.0, most=_MOST_EPS),
-        rope=read_rope(fields, max_positions),
+        rope=read_rope(fields, max_positions, traits.theta),
         max_positions=max_positions,
-        tie_embeddings=fields.truth("tie_word_embeddings", False),
+        tie_embeddings=fields.truth("tie_word_embeddings", traits.tied),
         qkv_bias=traits.qkv_bias,
         qk_norm=traits.qk_norm,
+        pattern=_pattern(fields, traits, layers),
         carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
     _refuse_sliding_window(fields, read, traits)
@@ -160,6 +179,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         stated["sliding_window"] = None
     if traits.windows == "last":
         stated |= {"use_sliding_window": False, "max_window_layers": config.num_layers}
+    if traits.unrotated:
+        rotated = [int(config.kinds[kind].rotated) for kind in config.kind_of]
+        stated |= {"use_sliding_window": False, "no_rope_layers": rotated}
     return config.carried_keys() | stated
 
 
@@ -183,6 +205,21 @@ def _refuse_unsupported(traits: Traits, config: Fields) -> None:
     for key, meaning in _SWITCHED.items():
         if (key in traits.biases or key == "use_mrope") and config.truth(key, False):
             raise config.error(key, f"false: {meaning} is not supported")
+
+
+def _pattern(config: Fields, traits: Traits, layers: int) -> tuple[LayerKind, ...]:
+    """The shortest pattern that the layers repeat."""
+    if not traits.unrotated:
+        return (LayerKind(),)
+    rotated = config.wholes("no_rope_layers", None, most=1)
+    if rotated is None:
+        every = config.whole("no_rope_layer_interval", 4, least=1)
+        rotated = [int((layer + 1) % every != 0) for layer in range(layers)]
+    if len(rotated) < layers:
+        raise config.error("no_rope_layers", f"a list of as many as num_hidden_layers, {layers}")
+    kinds = [LayerKind(rotated=bool(one)) for one in rotated[:layers]]
+    size = next(size for size in range(1, layers + 1) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False)))
+    return tuple(kinds[:size])
 
 
 def _check_token_ids(config: Fields) -> None:
@@ -209,6 +246,9 @@ def _refuse_sliding_window(config: Fields, read: ModelConfig, traits: Traits) ->
     if traits.windows == "last":
         last = full_layers < read.num_layers if kinds is None else "sliding_attention" in kinds
         sliding = config.truth("use_sliding_window", False) and last
+    if traits.windows == "unrotated":
+        some = not all(kind.rotated for kind in read.kinds) if kinds is None else "sliding_attention" in kinds
+        sliding = config.truth("use_sliding_window", False) and some
     if sliding and window is not None and window < read.context_size:
         raise InputError(
             f"{config.source}: sliding_window {window} is narrower than the context of {read.context_size}; "

@@ -16,13 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from rapid_jax.model.config import ModelConfig
-from rapid_jax.model.rope import inverse_frequencies, rotate, rotation
+from rapid_jax.model.rope import Rotation, chosen, inverse_frequencies, rotate, rotation, standstill
 
 Layout: TypeAlias = Literal["stacked", "unrolled"]
 # (q_BTNH, k_BTKH, v_BTKH, layer) -> (out_BTNH, kept): `layer` is this layer's slice of what the caller passed, `kept`
 # whatever the caller wants back of it. q and k are already rotated.
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-# A stacked layer's (x_BTD, (its weights, its item)) -> (x_BTD, kept), and one that does the same otherwise.
+# A stacked layer's (x_BTD, (its weights, the rest)) -> (x_BTD, kept), and one that does the same otherwise.
 Wrap: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -148,10 +148,11 @@ class Decoder(nnx.Module):
         """The input of the first layer, [B, T, D]."""
         return _rows(self.embed_VD[...], tokens_BT)
 
-    def rotation(self, pos_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(cos, sin) for queries and keys at these positions."""
+    def rotations(self, pos_BT: jax.Array) -> tuple[Rotation, ...]:
+        """What queries and keys at these positions are turned by, for each of the config's kinds of layers."""
         inv_freq, factor = inverse_frequencies(self.config.rope, self.config.head_dim)
-        return rotation(pos_BT, inv_freq, factor)
+        turned = rotation(pos_BT, inv_freq, factor)
+        return tuple(turned if kind.rotated else standstill(turned) for kind in self.config.kinds)
 
     def hidden(
         self, tokens_BT: jax.Array, pos_BT: jax.Array, attend: Attend, layers: Any = None, wrap: Wrap | None = None
@@ -163,19 +164,21 @@ class Decoder(nnx.Module):
         function the one that is scanned: what training recomputes, and how weights and activations lie.
         """
         x_BTD = self.embed(tokens_BT)
-        cos, sin = self.rotation(pos_BT)
+        rotations, kind_of = self.rotations(pos_BT), self.config.kind_of
         if isinstance(self.blocks, Block):
             graph, stacked = nnx.split(self.blocks)
 
             def one_layer(x_BTD, item):
-                weights, layer = item
-                return nnx.merge(graph, weights)(x_BTD, cos, sin, attend, layer)
+                weights, (kind, layer) = item
+                return nnx.merge(graph, weights)(x_BTD, *chosen(rotations, kind), attend, layer)
 
-            x_BTD, kept = jax.lax.scan(one_layer if wrap is None else wrap(one_layer), x_BTD, (stacked, layers))
+            items = jnp.asarray(kind_of, jnp.int32) if len(rotations) > 1 else None, layers
+            x_BTD, kept = jax.lax.scan(one_layer if wrap is None else wrap(one_layer), x_BTD, (stacked, items))
         else:
             collected = []
             for index, block in enumerate(self.blocks):
-                x_BTD, item = block(x_BTD, cos, sin, attend, None if layers is None else layers[index])
+                layer = None if layers is None else layers[index]
+                x_BTD, item = block(x_BTD, *rotations[kind_of[index]], attend, layer)
                 collected.append(item)
             kept = tuple(collected)
         return self.final_norm(x_BTD), kept

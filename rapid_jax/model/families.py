@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final, Literal
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3"]
-# Which layers a sliding window is of: of none, of every one, of those behind the first max_window_layers.
-Windows = Literal["none", "all", "last"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+# Which layers a sliding window is of: of none, of every one, of those behind the first max_window_layers, of those
+# without rotary embedding.
+Windows = Literal["none", "all", "last", "unrotated"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,9 @@ class Traits:
     window: int | None = None  # sliding_window where it is left out
     head_dim: int | None = None  # where it is left out; None: hidden_size / num_attention_heads
     whole_heads: bool = False  # hidden_size is a multiple of num_attention_heads, whatever head_dim says
+    unrotated: bool = False  # no_rope_layers or no_rope_layer_interval say which layers have no rotary embedding
+    theta: float = 10000.0  # rope_theta where it is left out
+    tied: bool = False  # tie_word_embeddings where it is left out
     implied_kv: bool = False  # num_key_value_heads may be left out: one a query head
 
 
@@ -33,6 +37,14 @@ TRAITS: Final[Mapping[Family, Traits]] = MappingProxyType(
         "qwen2": Traits("Qwen2ForCausalLM", qkv_bias=True, windows="last", window=4096),
         "qwen3": Traits(
             "Qwen3ForCausalLM", qk_norm=True, biases=("attention_bias",), windows="last", window=4096, head_dim=128
+        ),
+        "smollm3": Traits(
+            "SmolLM3ForCausalLM",
+            biases=("attention_bias", "mlp_bias"),
+            windows="unrotated",
+            unrotated=True,
+            theta=2e6,
+            tied=True,
         ),
     }
 )

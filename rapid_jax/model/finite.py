@@ -22,7 +22,7 @@ def why_not_finite(decoder: Decoder) -> str:
             if isinstance(decoder, FusedDecoder):
                 name = decoder.part_at(name.split(".")[0], int(_first_column(array, decoder)))
             return f"{named.get((name, layer), _spelt(name, layer))} holds NaN or infinite values"
-    angles = decoder.rotation(jnp.arange(2)[None])
+    angles = [x for pair in decoder.rotations(jnp.arange(2)[None]) for x in pair]
     if not bool(jnp.all(jnp.isfinite(jnp.stack(angles)))):
         return f"the angles of {decoder.config.rope} are not finite"
     return f"every weight is finite, so activations overflow in {decoder.embed_VD[...].dtype}"

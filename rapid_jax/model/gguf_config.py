@@ -16,7 +16,7 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields, shown
 
 # llama.cpp's names, which are model_type's -> whether its files hold rotary pairs (2i, 2i + 1) of q and k.
-ARCHITECTURES: Final[Mapping[str, bool]] = {"llama": True, "qwen2": False, "qwen3": False}
+ARCHITECTURES: Final[Mapping[str, bool]] = {"llama": True, "qwen2": False, "qwen3": False, "smollm3": True}
 # Metadata that changes a number where it has another value than these, and that the decoder has no part for.
 _WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...]]] = {
     "expert_count": (0,),

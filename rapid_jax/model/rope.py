@@ -7,12 +7,16 @@ the correctly rounded one in the last bit for about one frequency in a hundred (
 """
 
 import math
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rapid_jax.model.rope_config import Rope
+
+Rotation: TypeAlias = tuple[jax.Array, jax.Array]  # (cos, sin) of the angles, float32 [B, T, head_dim / 2] each
 
 
 def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
@@ -90,10 +94,23 @@ def _required(rope: Rope, name: str) -> float:
     return value
 
 
-def rotation(pos_BT: jax.Array, inv_freq: np.ndarray, factor: float) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of the rotary angles, float32 [B, T, head_dim / 2] each."""
+def rotation(pos_BT: jax.Array, inv_freq: np.ndarray, factor: float) -> Rotation:
+    """By the angles of these positions."""
     angle = pos_BT[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def standstill(like: Rotation) -> Rotation:
+    """By no angle: `rotate` gives what it is given, to the bit. One program serves layers with rope and without."""
+    return jnp.ones_like(like[0]), jnp.zeros_like(like[1])
+
+
+def chosen(rotations: Sequence[Rotation], which: jax.Array | None) -> Rotation:
+    """The rotation with this number, an int32 that need not be known before the program runs; None: the only one."""
+    if which is None:
+        return rotations[0]
+    cos, sin = (jax.lax.select_n(which, *cases) for cases in zip(*rotations, strict=True))
+    return cos, sin
 
 
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

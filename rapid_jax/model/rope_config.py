@@ -33,8 +33,8 @@ class Rope:
     truncate: bool = True  # yarn: round the correction range to whole dimensions
 
 
-def read_rope(config: Fields, max_positions: int) -> Rope:
-    """The rotary embedding of a config.json.
+def read_rope(config: Fields, max_positions: int, theta: float = 10000.0) -> Rope:
+    """The rotary embedding of a config.json; `theta` is the base where it states none.
 
     Precedence as in transformers: rope_scaling over rope_parameters, a base inside either over the outer one, an outer
     original context over the inner one. Raises InputError naming a key whose value is no such number, or would make
@@ -47,7 +47,6 @@ def read_rope(config: Fields, max_positions: int) -> Rope:
     for where in (config, given):
         if where.number("partial_rotary_factor", 1.0) != 1:
             raise where.error("partial_rotary_factor", "1: rotary embedding of a part of the head is not supported")
-    theta = 10000.0
     if (stating := _stating("rope_theta", given, config)) is not None:
         theta = stating.number("rope_theta", above=1.0, most=_MOST_THETA)
     if kind == "default":

@@ -65,6 +65,16 @@ def _sizes(hidden: int, ffn: int, layers: int, heads: int, **more: Any) -> dict[
     return sizes | more
 
 
+# Without yarn, which its card has for more than the 65,536 positions of config.json.
+_SMOLLM3: dict[str, Any] = {
+    "model_type": "smollm3",
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e6,
+    "max_position_embeddings": 65536,
+    **_sizes(2048, 11008, 36, 16, num_key_value_heads=4),
+}
+
 # The published config.json of each, as far as it shapes a program.
 SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -76,6 +86,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3-1.7b": _QWEN3 | _sizes(2048, 6144, 28, 16, tie_word_embeddings=True),
         "qwen3-8b": _QWEN3 | _sizes(4096, 12288, 36, 32),
         "qwen3-32b": _QWEN3 | _sizes(5120, 25600, 64, 64),
+        "smollm3-3b": _SMOLLM3,
         "mistral-7b": _MISTRAL | _sizes(4096, 14336, 32, 32),
     }
 )

@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 from jax.sharding import Mesh
 from torch.nn.functional import softplus
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config, SmolLM3Config
 
 from longpo_jax.dialogue import Branch
 from longpo_jax.rows import packed
@@ -80,7 +80,11 @@ def pairs() -> list[Pair]:
 def model(*, tied: bool, family: str = "llama") -> PreTrainedModel:
     """Two random layers, far from uniform, float64."""
     torch.manual_seed(1)
-    kind, special = {"llama": (LlamaConfig, {}), "qwen3": (Qwen3Config, {"head_dim": 16})}[family]
+    kind, special = {
+        "llama": (LlamaConfig, {}),
+        "qwen3": (Qwen3Config, {"head_dim": 16}),
+        "smollm3": (SmolLM3Config, {"no_rope_layers": [0, 1], "pad_token_id": None}),
+    }[family]
     config = kind(
         vocab_size=VOCABULARY,
         hidden_size=32,

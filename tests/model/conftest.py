@@ -67,6 +67,10 @@ FAMILIES = {
         {"rope_theta": 1e6, "rope_scaling": YARN, "max_position_embeddings": 131072, "num_key_value_heads": 1},
     ),
     "qwen3": ("Qwen3Config", {"rope_theta": 1e6, "head_dim": 16, "max_position_embeddings": 32768}),
+    "smollm3": (
+        "SmolLM3Config",
+        {"rope_theta": 5e6, "max_position_embeddings": 32768, "num_hidden_layers": 5, "pad_token_id": None},
+    ),
     "qwen2-tied": ("Qwen2Config", {"rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": True}),
 }
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import transformers
 
-from rapid_jax.model.config import ModelConfig, from_hf, to_hf
+from rapid_jax.model.config import LayerKind, ModelConfig, from_hf, to_hf
 from rapid_jax.model.rope_config import Rope
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields
@@ -26,6 +26,7 @@ LLAMA = {
 }
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_key_value_heads": 2}
+SMOLLM3 = QWEN3 | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "num_hidden_layers": 6}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
 
 
@@ -66,6 +67,18 @@ def test_defaults_are_those_of_the_first_llama_checkpoints():
     assert from_hf(MISTRAL | {"sliding_window": None, "head_dim": 16}).head_dim == 16
 
 
+def test_layers_without_rope_are_a_pattern_that_repeats():
+    with_rope, without = LayerKind(), LayerKind(rotated=False)
+    config = from_hf(SMOLLM3)
+    assert config.pattern == (with_rope, with_rope, with_rope, without) and config.tie_embeddings
+    assert (config.kinds, config.kind_of) == ((with_rope, without), (0, 0, 0, 1, 0, 0)) and config.rope.theta == 2e6
+    assert to_hf(config)["no_rope_layers"] == [1, 1, 1, 0, 1, 1]
+    assert from_hf(SMOLLM3 | {"no_rope_layers": [1, 1, 1, 0, 1, 1, 0]}).pattern == config.pattern
+    assert dataclasses.replace(config, num_layers=3).kinds == (with_rope,)
+    assert from_hf(SMOLLM3 | {"no_rope_layers": [0] * 6}).pattern == (without,)
+    assert from_hf(SMOLLM3 | {"use_sliding_window": True, "sliding_window": 512, "no_rope_layers": [1] * 6})
+
+
 def test_unknown_keys_are_carried_through_and_the_config_stays_hashable():
     given = LLAMA | {"initializer_range": 0.02, "eos_token_id": [1, 2], "my_own_key": {"b": 1, "a": None}}
     config = from_hf(given)
@@ -93,6 +106,8 @@ def test_an_override_of_the_rope_base_is_exported():
         (LLAMA | {"model_type": "llama4_text"}, "attention in chunks .*'llama4_text'"),
         (LLAMA | {"model_type": "qwen3_next"}, "linear attention is not supported, got 'qwen3_next'"),
         (QWEN3 | {"attention_bias": True}, "attention_bias"),
+        (SMOLLM3 | {"mlp_bias": True}, "mlp_bias"),
+        (SMOLLM3 | {"use_sliding_window": True, "sliding_window": 512}, "sliding_window 512"),
         (QWEN3 | {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}, "sliding_window 512"),
         (LLAMA | {"architectures": ["LlavaForConditionalGeneration"]}, "LlavaForConditionalGeneration"),
         (LLAMA | {"hidden_act": "gelu"}, "gelu"),
@@ -163,6 +178,9 @@ YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embe
         (QWEN2 | {"layer_types": "full_attention"}, "layer_types must be a list of strings"),
         (QWEN2 | {"layer_types": ["full_attention"]}, "layer_types must be a list of as many"),
         (QWEN2 | {"layer_types": ["linear_attention"] * 2}, "layer_types must be a list of full_attention"),
+        (SMOLLM3 | {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of as many as num_hidden_layers, 6"),
+        (SMOLLM3 | {"no_rope_layers": [1, 0, 1, 0, 1, 2]}, "no_rope_layers must be a list of whole numbers"),
+        (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be a whole number"),
         *((LLAMA | {"eos_token_id": value}, "eos_token_id must be") for value in ("</s>", [2, None], 2.0, -1, [2**31])),
         *((LLAMA | {key: "x"}, f"{key} must be") for key in ("bos_token_id", "pad_token_id")),
         # sizes that no model has

@@ -23,7 +23,7 @@ from tests.speculative.models import prompted
 DRAWS = 20
 # (hidden size, query heads, kv heads, size of a head): few, so that draws share what is compiled
 HEADS = ((32, 4, 2, 16), (48, 6, 6, 8))
-CONFIGS = {"qwen3": "Qwen3Config"}
+CONFIGS = {"qwen3": "Qwen3Config", "smollm3": "SmolLM3Config"}
 LAYOUTS: tuple[Layout, ...] = ("stacked", "unrolled")
 
 
@@ -33,13 +33,22 @@ def drawn(family: str, draw: int) -> dict[str, Any]:
     hidden, heads, kv_heads, head_dim = rng.choice(HEADS)
     sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": kv_heads}
     found = SIZES | sizes | {"tie_word_embeddings": rng.random() < 0.5, "rms_norm_eps": rng.choice((1e-5, 1e-6))}
+    found |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     found |= {"max_position_embeddings": 40960, "rope_theta": rng.choice((1e4, 1e6, 5e6))}
     found |= {"dtype": rng.choice(("float32", "bfloat16", "float16"))}  # of the file
-    return found | {"qwen3": _qwen3}[family](rng, head_dim)
+    return found | {"qwen3": _qwen3, "smollm3": _smollm3}[family](rng, head_dim)
 
 
 def _qwen3(rng: random.Random, head_dim: int) -> dict[str, Any]:
     return {"head_dim": head_dim, "rope_scaling": _scaling(rng), "max_window_layers": rng.choice((0, 2))}
+
+
+def _smollm3(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    """Its heads are of hidden_size / num_attention_heads, or of another size."""
+    del head_dim
+    stated = {"no_rope_layers": rng.choice(([1, 0], [0, 1], [0, 0], [1, 1, 0]))}
+    layers = rng.choice((stated, stated, {"no_rope_layer_interval": 2}, {}))
+    return {"rope_scaling": _scaling(rng), "use_sliding_window": False, **layers}
 
 
 def _scaling(rng: random.Random) -> dict[str, Any] | None:
@@ -101,7 +110,7 @@ def test_a_random_config_is_read_as_transformers_reads_it_and_exported_so(family
 @pytest.mark.parametrize("family", CONFIGS)
 def test_greedy_tokens_are_those_of_transformers_with_a_drafter_of_the_family(family: str, tmp_path: Path):
     """Prefilled by chunks and drafted in 8 bits, in one layout; the drafter of the other is another model."""
-    given = drawn(family, 0) | {"dtype": "float32", "eos_token_id": None, "bos_token_id": None, "pad_token_id": None}
+    given = drawn(family, 0) | {"dtype": "float32"}
     model = saved(family, given, tmp_path)
     target, drafter = (load_hf(tmp_path, layout=layout, dtype=jnp.dtype("float32"), quiet=True) for layout in LAYOUTS)
     prompt = tokens_at(0, 120)[0][0].tolist()

@@ -14,7 +14,7 @@ from flax import nnx
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model import fused_decoder
-from rapid_jax.model.config import ModelConfig, Rope
+from rapid_jax.model.config import LayerKind, ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.fused import FusedDecoder, fused, quantized
 from rapid_jax.model.fused_decoder import FusedBlock
@@ -44,6 +44,7 @@ QWEN = ModelConfig(
 )
 LLAMA = replace(QWEN, family="llama", num_kv_heads=2, tie_embeddings=True, qkv_bias=False)
 QWEN3 = replace(QWEN, family="qwen3", qkv_bias=False, qk_norm=True)
+MIXED = replace(LLAMA, num_layers=3, pattern=(LayerKind(), LayerKind(rotated=False)))
 MESHES = {
     "model 2": MeshConfig(model=2),
     "model 4": MeshConfig(model=4),
@@ -98,7 +99,9 @@ def same(got: np.ndarray, want: np.ndarray) -> None:
     assert np.all(got[:, 104:] == -np.inf)
 
 
-@pytest.mark.parametrize("config", [QWEN, LLAMA, QWEN3], ids=["biases, untied", "tied", "norms of q and k"])
+@pytest.mark.parametrize(
+    "config", [QWEN, LLAMA, QWEN3, MIXED], ids=["biases, untied", "tied", "norms", "layers without rope"]
+)
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 def test_on_one_device(config: ModelConfig, layout: Layout):
     decoder = decoder_of(config, layout)
@@ -114,10 +117,10 @@ def test_on_a_mesh(name: str, config: ModelConfig, layout: Layout):
     lies_as_on_one_device(name, config, layout)
 
 
-@pytest.mark.parametrize("name", ["model 4", "model 8, copied"])
-def test_norms_of_q_and_k_on_a_mesh(name: str):
+@pytest.mark.parametrize(("name", "config"), [("model 4", QWEN3), ("model 8, copied", QWEN3), ("model 2", MIXED)])
+def test_norms_of_q_and_k_and_layers_without_rope_on_a_mesh(name: str, config: ModelConfig):
     """Each head is normalised where it lies."""
-    lies_as_on_one_device(name, QWEN3, "stacked")
+    lies_as_on_one_device(name, config, "stacked")
 
 
 def test_norms_of_q_and_k_where_a_few_rows_run_in_kernels(monkeypatch):

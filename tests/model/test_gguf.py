@@ -55,7 +55,7 @@ def write_gguf(
         if key in omit or (key == "lm_head.weight" and config.tie_word_embeddings):
             continue
         array = value.numpy()
-        if architecture == "llama" and ("q_proj" in key or "k_proj" in key):
+        if architecture in ("llama", "smollm3") and ("q_proj" in key or "k_proj" in key):
             array = interleaved(array, config.num_attention_heads if "q_proj" in key else config.num_key_value_heads)
         if quantised is not None and array.ndim == 2 and array.shape[1] % gguf.GGML_QUANT_SIZES[quantised][0] == 0:
             writer.add_tensor(gguf_name(key), quantize(array, quantised), raw_dtype=quantised)
@@ -68,7 +68,9 @@ def write_gguf(
     return path
 
 
-@pytest.mark.parametrize(("name", "architecture"), [("llama", "llama"), ("qwen2-tied", "qwen2"), ("qwen3", "qwen3")])
+@pytest.mark.parametrize(
+    ("name", "architecture"), [("llama", "llama"), ("qwen2-tied", "qwen2"), ("qwen3", "qwen3"), ("smollm3", "smollm3")]
+)
 def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(name, architecture, checkpoint, tmp_path):
     model, _ = checkpoint(name)
     path = write_gguf(tmp_path / "model.gguf", model, architecture=architecture)
@@ -81,10 +83,11 @@ def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(name, architectu
         np.testing.assert_allclose(our_logits(decoder, tokens_BT, pos_BT), expected, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3"])
 def test_weights_are_named_as_the_package_names_them(name, checkpoint):
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), 2)
-    for weight in weights(HfCheckpoint(checkpoint(name)[1]).config):
+    config = HfCheckpoint(checkpoint(name)[1]).config
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), config.num_layers)
+    for weight in weights(config):
         stem, _, kind = weight.key.rpartition(".")
         assert f"{names.get_name(stem)}.{kind}" == gguf_name(weight.key)
 

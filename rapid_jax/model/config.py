@@ -17,7 +17,7 @@ _STATED = frozenset(
         *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "hidden_act"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
         *("max_position_embeddings", "original_max_position_embeddings", "tie_word_embeddings"),
-        *("rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias"),
+        *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "attention_bias", "mlp_bias"),
         *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers"),
         *("torch_dtype", "dtype", "transformers_version", "_name_or_path"),
     )
@@ -75,6 +75,7 @@ class ModelConfig:
     tie_embeddings: bool
     qkv_bias: bool = False
     qk_norm: bool = False  # each head of q and k is normalised before it is rotated
+    joined: bool = False  # of a checkpoint, q, k and v are one array, gate and up are another
     pattern: tuple[LayerKind, ...] = (LayerKind(),)  # of the first layers; the others repeat it
     # The keys of config.json that change no number here (token ids, initializer_range, ...): a JSON object with sorted
     # keys, as text, so that a config stays hashable. An export writes them back.
@@ -87,6 +88,11 @@ class ModelConfig:
         if rope.scaling != "yarn" or rope.factor is None or rope.original_max_positions is None:
             return self.max_positions
         return max(self.max_positions, int(rope.factor * rope.original_max_positions))
+
+    @property
+    def rotary_dim(self) -> int:
+        """How much of a head is rotated, from its beginning."""
+        return int(self.head_dim * self.rope.fraction)
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -138,11 +144,12 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=fields.number("rms_norm_eps", above=0.0, most=_MOST_EPS),
-        rope=read_rope(fields, max_positions, traits.theta),
+        rope=read_rope(fields, max_positions, head_dim, traits),
         max_positions=max_positions,
         tie_embeddings=fields.truth("tie_word_embeddings", traits.tied),
         qkv_bias=traits.qkv_bias,
         qk_norm=traits.qk_norm,
+        joined=traits.joined,
         pattern=_pattern(fields, traits, layers),
         carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
@@ -182,6 +189,10 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if traits.unrotated:
         rotated = [int(config.kinds[kind].rotated) for kind in config.kind_of]
         stated |= {"use_sliding_window": False, "no_rope_layers": rotated}
+    if traits.partial:
+        stated["partial_rotary_factor"] = config.rope.fraction
+    if traits.original is not None:
+        stated["original_max_position_embeddings"] = config.rope.original_max_positions or traits.original
     return config.carried_keys() | stated
 
 

@@ -150,9 +150,10 @@ class Decoder(nnx.Module):
 
     def rotations(self, pos_BT: jax.Array) -> tuple[Rotation, ...]:
         """What queries and keys at these positions are turned by, for each of the config's kinds of layers."""
-        inv_freq, factor = inverse_frequencies(self.config.rope, self.config.head_dim)
+        config = self.config
+        inv_freq, factor = inverse_frequencies(config.rope, config.rotary_dim, config.context_size)
         turned = rotation(pos_BT, inv_freq, factor)
-        return tuple(turned if kind.rotated else standstill(turned) for kind in self.config.kinds)
+        return tuple(turned if kind.rotated else standstill(turned) for kind in config.kinds)
 
     def hidden(
         self, tokens_BT: jax.Array, pos_BT: jax.Array, attend: Attend, layers: Any = None, wrap: Wrap | None = None

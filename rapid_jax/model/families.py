@@ -2,11 +2,11 @@
 """What a config.json means by its family's name: the one place where a family is more than the data of a config."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Literal
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"]
 # Which layers a sliding window is of: of none, of every one, of those behind the first max_window_layers, of those
 # without rotary embedding.
 Windows = Literal["none", "all", "last", "unrotated"]
@@ -26,6 +26,10 @@ class Traits:
     whole_heads: bool = False  # hidden_size is a multiple of num_attention_heads, whatever head_dim says
     unrotated: bool = False  # no_rope_layers or no_rope_layer_interval say which layers have no rotary embedding
     theta: float = 10000.0  # rope_theta where it is left out
+    partial: bool = False  # partial_rotary_factor may say that only the first part of a head is rotated
+    rope_names: Mapping[str, str] = field(default_factory=dict)  # rules of rope that stand for others
+    original: int | None = None  # original_max_position_embeddings, which is then outside of rope_scaling
+    joined: bool = False  # q, k and v are one array of the checkpoint, gate and up are another
     tied: bool = False  # tie_word_embeddings where it is left out
     implied_kv: bool = False  # num_key_value_heads may be left out: one a query head
 
@@ -45,6 +49,15 @@ TRAITS: Final[Mapping[Family, Traits]] = MappingProxyType(
             unrotated=True,
             theta=2e6,
             tied=True,
+        ),
+        "phi3": Traits(
+            "Phi3ForCausalLM",
+            windows="all",
+            partial=True,
+            rope_names={"su": "longrope", "yarn": "longrope"},
+            original=4096,
+            joined=True,
+            implied_kv=True,
         ),
     }
 )

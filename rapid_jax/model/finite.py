@@ -16,7 +16,7 @@ from rapid_jax.runtime.mesh import whole
 
 def why_not_finite(decoder: Decoder) -> str:
     """The first weight that holds NaN or infinity, by the checkpoint's name for it; else what else it can be."""
-    named = {(weight.name, weight.layer): weight.key for weight in weights(decoder.config)}
+    named = {(weight.name, weight.layer): weight.part_of or weight.key for weight in weights(decoder.config)}
     for name, layer, array in _arrays(decoder):
         if not bool(_all_finite(array, decoder)):
             if isinstance(decoder, FusedDecoder):

@@ -74,6 +74,20 @@ _SMOLLM3: dict[str, Any] = {
     "max_position_embeddings": 65536,
     **_sizes(2048, 11008, 36, 16, num_key_value_heads=4),
 }
+# Its factors shape no program: ones stand for them.
+_PHI4_MINI: dict[str, Any] = {
+    "model_type": "phi3",
+    "vocab_size": 200064,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48},
+    "tie_word_embeddings": True,
+    "sliding_window": 262144,
+    **_sizes(3072, 8192, 32, 24, num_key_value_heads=8),
+}
 
 # The published config.json of each, as far as it shapes a program.
 SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -86,6 +100,7 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3-1.7b": _QWEN3 | _sizes(2048, 6144, 28, 16, tie_word_embeddings=True),
         "qwen3-8b": _QWEN3 | _sizes(4096, 12288, 36, 32),
         "qwen3-32b": _QWEN3 | _sizes(5120, 25600, 64, 64),
+        "phi-4-mini": _PHI4_MINI,
         "smollm3-3b": _SMOLLM3,
         "mistral-7b": _MISTRAL | _sizes(4096, 14336, 32, 32),
     }

@@ -27,6 +27,7 @@ LLAMA = {
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_key_value_heads": 2}
 SMOLLM3 = QWEN3 | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "num_hidden_layers": 6}
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": None}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
 
 
@@ -79,6 +80,23 @@ def test_layers_without_rope_are_a_pattern_that_repeats():
     assert from_hf(SMOLLM3 | {"use_sliding_window": True, "sliding_window": 512, "no_rope_layers": [1] * 6})
 
 
+LONGROPE = {"type": "su", "short_factor": [1.0, 1.5], "long_factor": [2.0, 8.0]}
+
+
+def test_longrope_is_of_a_part_of_the_head_and_its_older_name_is_known():
+    given = PHI3 | {"rope_scaling": LONGROPE, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 1024}
+    config = from_hf(given)
+    rope = config.rope
+    assert (rope.scaling, rope.short_factor, rope.long_factor) == ("longrope", (1.0, 1.5), (2.0, 8.0))
+    assert (rope.factor, rope.original_max_positions, config.rotary_dim) == (4.0, 1024, 4)
+    assert config.num_kv_heads == 4 and config.joined
+    written = to_hf(config)
+    assert written["rope_scaling"]["rope_type"] == "longrope" and from_hf(written) == config
+    assert written["original_max_position_embeddings"] == 1024 and written["partial_rotary_factor"] == 0.5
+    longer = to_hf(dataclasses.replace(config, max_positions=8192))  # as LongPO exports it: cos and sin as trained
+    assert from_hf(longer).rope == rope
+
+
 def test_unknown_keys_are_carried_through_and_the_config_stays_hashable():
     given = LLAMA | {"initializer_range": 0.02, "eos_token_id": [1, 2], "my_own_key": {"b": 1, "a": None}}
     config = from_hf(given)
@@ -115,7 +133,8 @@ def test_an_override_of_the_rope_base_is_exported():
         (LLAMA | {"mlp_bias": True}, "mlp_bias"),
         (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
-        (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "short_factor must be a list of numbers"),
+        (PHI3 | {"sliding_window": 2047}, "sliding_window 2047 is narrower than the context of 4096"),
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA | {"hidden_size": 30}, "hidden_size must be a multiple .*got 30"),
@@ -181,6 +200,9 @@ YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embe
         (SMOLLM3 | {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of as many as num_hidden_layers, 6"),
         (SMOLLM3 | {"no_rope_layers": [1, 0, 1, 0, 1, 2]}, "no_rope_layers must be a list of whole numbers"),
         (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be a whole number"),
+        (PHI3 | {"rope_scaling": LONGROPE}, "short_factor must be 4 numbers of at least 1e-06"),
+        (PHI3 | {"rope_scaling": LONGROPE | {"long_factor": [0.0, 1.0]}, "partial_rotary_factor": 0.5}, "long_factor"),
+        (PHI3 | {"partial_rotary_factor": 0.4}, "partial_rotary_factor must be such that an even part of a head of 8"),
         *((LLAMA | {"eos_token_id": value}, "eos_token_id must be") for value in ("</s>", [2, None], 2.0, -1, [2**31])),
         *((LLAMA | {key: "x"}, f"{key} must be") for key in ("bos_token_id", "pad_token_id")),
         # sizes that no model has

@@ -23,7 +23,7 @@ from tests.speculative.models import prompted
 DRAWS = 20
 # (hidden size, query heads, kv heads, size of a head): few, so that draws share what is compiled
 HEADS = ((32, 4, 2, 16), (48, 6, 6, 8))
-CONFIGS = {"qwen3": "Qwen3Config", "smollm3": "SmolLM3Config"}
+CONFIGS = {"qwen3": "Qwen3Config", "smollm3": "SmolLM3Config", "phi3": "Phi3Config"}
 LAYOUTS: tuple[Layout, ...] = ("stacked", "unrolled")
 
 
@@ -36,7 +36,7 @@ def drawn(family: str, draw: int) -> dict[str, Any]:
     found |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     found |= {"max_position_embeddings": 40960, "rope_theta": rng.choice((1e4, 1e6, 5e6))}
     found |= {"dtype": rng.choice(("float32", "bfloat16", "float16"))}  # of the file
-    return found | {"qwen3": _qwen3, "smollm3": _smollm3}[family](rng, head_dim)
+    return found | {"qwen3": _qwen3, "smollm3": _smollm3, "phi3": _phi3}[family](rng, head_dim)
 
 
 def _qwen3(rng: random.Random, head_dim: int) -> dict[str, Any]:
@@ -49,6 +49,18 @@ def _smollm3(rng: random.Random, head_dim: int) -> dict[str, Any]:
     stated = {"no_rope_layers": rng.choice(([1, 0], [0, 1], [0, 0], [1, 1, 0]))}
     layers = rng.choice((stated, stated, {"no_rope_layer_interval": 2}, {}))
     return {"rope_scaling": _scaling(rng), "use_sliding_window": False, **layers}
+
+
+def _phi3(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    """Its heads are of 8; the tests' positions are all behind the original context, with the last one, or none is."""
+    del head_dim
+    fraction = rng.choice((1.0, 0.75, 0.5))
+    tops = {"short_factor": 2, "long_factor": 30}
+    longrope = {key: [rng.uniform(1, top) for _ in range(int(4 * fraction))] for key, top in tops.items()}
+    longrope |= {"rope_type": "longrope"} | rng.choice(({}, {"factor": 8.0}, {"attention_factor": 1.2}))
+    found = {"partial_rotary_factor": fraction, "sliding_window": rng.choice((None, 262144))}
+    found |= {"original_max_position_embeddings": rng.choice((16, 16, 40960))}
+    return found | {"rope_scaling": rng.choice((None, longrope, longrope))}
 
 
 def _scaling(rng: random.Random) -> dict[str, Any] | None:

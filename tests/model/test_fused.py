@@ -44,7 +44,7 @@ QWEN = ModelConfig(
 )
 LLAMA = replace(QWEN, family="llama", num_kv_heads=2, tie_embeddings=True, qkv_bias=False)
 QWEN3 = replace(QWEN, family="qwen3", qkv_bias=False, qk_norm=True)
-MIXED = replace(LLAMA, num_layers=3, pattern=(LayerKind(), LayerKind(rotated=False)))
+MIXED = replace(LLAMA, num_layers=3, pattern=(LayerKind(), LayerKind(rotated=False)), rope=Rope(10000.0, fraction=0.5))
 MESHES = {
     "model 2": MeshConfig(model=2),
     "model 4": MeshConfig(model=4),
@@ -100,7 +100,9 @@ def same(got: np.ndarray, want: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [QWEN, LLAMA, QWEN3, MIXED], ids=["biases, untied", "tied", "norms", "layers without rope"]
+    "config",
+    [QWEN, LLAMA, QWEN3, MIXED],
+    ids=["biases, untied", "tied", "norms", "layers and half of a head without rope"],
 )
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 def test_on_one_device(config: ModelConfig, layout: Layout):

@@ -15,6 +15,8 @@ import transformers
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.fused import fused, quantized
 from rapid_jax.model.hf_io import load_hf, save_hf
+from rapid_jax.runtime.mesh import make_mesh
+from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import generate
 from tests.model.conftest import SIZES, tokens_at, torch_logits
@@ -24,6 +26,7 @@ DRAWS = 20
 # (hidden size, query heads, kv heads, size of a head): few, so that draws share what is compiled
 HEADS = ((32, 4, 2, 16), (48, 6, 6, 8))
 CONFIGS = {"qwen3": "Qwen3Config", "smollm3": "SmolLM3Config", "phi3": "Phi3Config"}
+MESHES = {"qwen3": MeshConfig(context=2, model=2)}  # for greedy tokens
 LAYOUTS: tuple[Layout, ...] = ("stacked", "unrolled")
 
 
@@ -121,10 +124,13 @@ def test_a_random_config_is_read_as_transformers_reads_it_and_exported_so(family
 
 @pytest.mark.parametrize("family", CONFIGS)
 def test_greedy_tokens_are_those_of_transformers_with_a_drafter_of_the_family(family: str, tmp_path: Path):
-    """Prefilled by chunks and drafted in 8 bits, in one layout; the drafter of the other is another model."""
-    given = drawn(family, 0) | {"dtype": "float32"}
+    """Prefilled by chunks, on a mesh where there is one; drafted by a copy in 8 bits, in the other layout."""
+    given = drawn(family, 0) | {"dtype": "float32", "vocab_size": 104}
     model = saved(family, given, tmp_path)
-    target, drafter = (load_hf(tmp_path, layout=layout, dtype=jnp.dtype("float32"), quiet=True) for layout in LAYOUTS)
+    sizes = MESHES.get(family)
+    mesh = None if sizes is None else make_mesh(sizes, jax.devices()[: sizes.devices])
+    how: dict[str, Any] = {"dtype": jnp.dtype("float32"), "mesh": mesh, "quiet": True}
+    target, drafter = (load_hf(tmp_path, layout=layout, **how) for layout in LAYOUTS)
     prompt = tokens_at(0, 120)[0][0].tolist()
     with torch.no_grad():
         ids = torch.tensor([prompt])

@@ -247,7 +247,7 @@ def test_a_bad_line_is_named_before_a_model_is_loaded(line, expected, rapid, tmp
         ([*about("a.txt"), "--questions", "."], "--questions .: cannot be read: Is a directory"),
         ([*about("a.txt"), "--questions", "empty"], "empty: expected questions, one a line, got none"),
         ([*about("a.txt"), "--questions", "latin"], "latin: line 2: expected UTF-8, got other bytes"),
-        ([*about("a.txt"), "--questions", "s3://b/x"], "--questions: expected a path on this machine"),
+        ([*about("a.txt"), "--questions", "s3://b/x"], "--questions: expected s3://BUCKET/NAME"),
         (
             [*about("a.txt"), *asked(FIRST, SECOND), "--compare"],
             "--compare: expected one --question about one",

@@ -111,7 +111,7 @@ def test_each_question_follows_those_before_and_answers_alone_are_on_stdout(chat
 def test_the_document_is_read_before_the_first_question(folder, monkeypatch):
     rapid = Rapid(settings.load(RapidConfig, folder / "run.yaml"), quiet=True)
     session = Session(rapid, (folder / "b.txt").read_text())
-    monkeypatch.setattr("rapid_jax.engine.prepare.Preparing._read", None)  # nothing is prefilled any more
+    monkeypatch.setattr("rapid_jax.engine.prefilling.Prefilling.read", None)  # nothing is prefilled any more
     assert isinstance(list(session.ask(FIRST, lambda: False))[-1], Done)
     assert session.last is not None and session.last.answer.prefix_reused
 

@@ -54,7 +54,7 @@ def prefilled(monkeypatch) -> list[int]:
             sizes.extend(len(prompt) for prompt in prompts if not settings.coarse)
             super().__init__(decoder, prompts, settings, **how)
 
-    monkeypatch.setattr("rapid_jax.engine.prepare.Prefill", Counting)
+    monkeypatch.setattr("rapid_jax.engine.prefilling.Prefill", Counting)
     return sizes
 
 

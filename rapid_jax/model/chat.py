@@ -44,11 +44,14 @@ class ChatTemplate:
     def render(self, messages: Messages, add_generation_prompt: bool, now: datetime | None) -> str:
         """The prompt; `now` is the time for templates that write the date, None: the clock's.
 
+        Templates that can have the model think before it answers (Qwen3's, SmolLM3's) are told that it does not.
+
         Raises InputError with the template's own words when it refuses the messages or fails, and when it takes more
         time, memory or text than a prompt can need.
         """
         plain = [{str(key): str(value) for key, value in message.items()} for message in messages]
-        given = {"messages": plain, "tools": None, "documents": None, "add_generation_prompt": add_generation_prompt}
+        given: dict[str, Any] = {"messages": plain, "tools": None, "documents": None}
+        given |= {"add_generation_prompt": add_generation_prompt, "enable_thinking": False}
         return self._asked(literals=False, variables=self._variables | given, now=now and now.isoformat())["text"]
 
     def literals(self) -> list[str]:

@@ -4,26 +4,21 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from rapid_jax.model.families import TRAITS, Family, Traits, lacking
 from rapid_jax.model.rope_config import MOST_POSITIONS, Rope, read_rope, rope_scaling
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields
 
-Family = Literal["llama", "mistral", "qwen2"]
-_ARCHITECTURES: dict[Family, str] = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
 # A key that one of our fields or `to_hf` states; every other key of config.json is carried through as it is.
 _STATED = frozenset(
     (
         *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "hidden_act"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
         *("max_position_embeddings", "original_max_position_embeddings", "tie_word_embeddings"),
-        *("rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias"),
-        *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
+        *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "attention_bias", "mlp_bias"),
+        *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers"),
         *("torch_dtype", "dtype", "transformers_version", "_name_or_path"),
     )
 )
@@ -47,6 +42,19 @@ _WHOLLY_REFUSED: Final = {
     "per_layer_config": "a layer with a configuration of its own",
     "transformers_weights": "a file of weights by another name",
 }
+# Keys that are refused where they are true; a bias where the family may have one.
+_SWITCHED: Final = {
+    "use_mrope": "multimodal rotary embedding",
+    "attention_bias": "biases on all four attention projections",
+    "mlp_bias": "biases in the MLP",
+}
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What a layer may have otherwise than its neighbours."""
+
+    rotated: bool = True  # q and k are turned by their positions; else attention sees their order alone
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,9 @@ class ModelConfig:
     max_positions: int
     tie_embeddings: bool
     qkv_bias: bool = False
+    qk_norm: bool = False  # each head of q and k is normalised before it is rotated
+    joined: bool = False  # of a checkpoint, q, k and v are one array, gate and up are another
+    pattern: tuple[LayerKind, ...] = (LayerKind(),)  # of the first layers; the others repeat it
     # The keys of config.json that change no number here (token ids, initializer_range, ...): a JSON object with sorted
     # keys, as text, so that a config stays hashable. An export writes them back.
     carried: str = field(default="{}", repr=False)
@@ -77,6 +88,21 @@ class ModelConfig:
         if rope.scaling != "yarn" or rope.factor is None or rope.original_max_positions is None:
             return self.max_positions
         return max(self.max_positions, int(rope.factor * rope.original_max_positions))
+
+    @property
+    def rotary_dim(self) -> int:
+        """How much of a head is rotated, from its beginning."""
+        return int(self.head_dim * self.rope.fraction)
+
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """The kinds that layers are of, each once, in the order of its first layer."""
+        return tuple(dict.fromkeys(self.pattern[: self.num_layers]))
+
+    @property
+    def kind_of(self) -> tuple[int, ...]:
+        """Which of `kinds` each layer is of."""
+        return tuple(self.kinds.index(self.pattern[at % len(self.pattern)]) for at in range(self.num_layers))
 
     def carried_keys(self) -> dict[str, Any]:
         """The keys of config.json that no field here stands for, such as `eos_token_id`."""
@@ -92,16 +118,18 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """
     fields = config if isinstance(config, Fields) else Fields(config, "config.json")
     family = _family(fields)
-    _refuse_unsupported(family, fields)
+    traits = TRAITS[family]
+    _refuse_unsupported(traits, fields)
     _check_token_ids(fields)
     heads, hidden, layers = (_size(fields, key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
-    if hidden % heads and (family == "llama" or fields.get("head_dim") is None):
+    stated = fields.get("head_dim") is not None
+    if hidden % heads and (traits.whole_heads or not (stated or traits.head_dim)):
         raise fields.error("hidden_size", f"a multiple of num_attention_heads, {heads}")
-    head_dim = hidden // heads if fields.get("head_dim") is None else _size(fields, "head_dim")
+    head_dim = _size(fields, "head_dim") if stated else traits.head_dim or hidden // heads
     if head_dim % 2:
         raise InputError(f"{fields.source}: head_dim {head_dim} is odd; rotary embedding turns pairs")
     # Llama's first checkpoints leave the number of kv heads out, and any family may write null: one a query head.
-    implied = family == "llama" or "num_key_value_heads" in fields
+    implied = traits.implied_kv or "num_key_value_heads" in fields
     kv_heads = heads if implied and fields.get("num_key_value_heads") is None else _size(fields, "num_key_value_heads")
     if heads % kv_heads:
         raise fields.error("num_key_value_heads", f"a divisor of num_attention_heads, {heads}")
@@ -116,13 +144,16 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         norm_eps=fields.number("rms_norm_eps", above=0.0, most=_MOST_EPS),
-        rope=read_rope(fields, max_positions),
+        rope=read_rope(fields, max_positions, head_dim, traits),
         max_positions=max_positions,
-        tie_embeddings=fields.truth("tie_word_embeddings", False),
-        qkv_bias=family == "qwen2",
+        tie_embeddings=fields.truth("tie_word_embeddings", traits.tied),
+        qkv_bias=traits.qkv_bias,
+        qk_norm=traits.qk_norm,
+        joined=traits.joined,
+        pattern=_pattern(fields, traits, layers),
         carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
-    _refuse_sliding_window(fields, read)
+    _refuse_sliding_window(fields, read, traits)
     return read
 
 
@@ -131,8 +162,9 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
 
     Rope is written in the older spelling, which both generations of transformers and the serving engines read.
     """
+    traits = TRAITS[config.family]
     stated: dict[str, Any] = {
-        "architectures": [_ARCHITECTURES[config.family]],
+        "architectures": [traits.architecture],
         "model_type": config.family,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
@@ -149,35 +181,56 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "rope_scaling": rope_scaling(config.rope),
     }
     # What the decoder does, whatever the original file said about a window that never closed.
-    stated |= {
-        "llama": {"attention_bias": False, "mlp_bias": False},
-        "mistral": {"sliding_window": None},
-        "qwen2": {"use_sliding_window": False, "sliding_window": None, "max_window_layers": config.num_layers},
-    }[config.family]
+    stated |= dict.fromkeys(traits.biases, False)
+    if traits.windows != "none":
+        stated["sliding_window"] = None
+    if traits.windows == "last":
+        stated |= {"use_sliding_window": False, "max_window_layers": config.num_layers}
+    if traits.unrotated:
+        rotated = [int(config.kinds[kind].rotated) for kind in config.kind_of]
+        stated |= {"use_sliding_window": False, "no_rope_layers": rotated}
+    if traits.partial:
+        stated["partial_rotary_factor"] = config.rope.fraction
+    if traits.original is not None:
+        stated["original_max_position_embeddings"] = config.rope.original_max_positions or traits.original
     return config.carried_keys() | stated
 
 
 def _family(config: Fields) -> Family:
     family: Any = config.text("model_type")
-    if family not in _ARCHITECTURES:
-        raise config.error("model_type", f"one of {', '.join(_ARCHITECTURES)}: others are not supported")
-    if any(name != _ARCHITECTURES[family] for name in config.texts("architectures", [])):
-        raise config.error("architectures", f"[{_ARCHITECTURES[family]!r}]: others are not supported")
+    if family not in TRAITS:
+        expected = f"one of {', '.join(TRAITS)}: "
+        reason = lacking(family)
+        raise config.error("model_type", expected + (f"{reason} is not supported" if reason else "others are not"))
+    if any(name != TRAITS[family].architecture for name in config.texts("architectures", [])):
+        raise config.error("architectures", f"[{TRAITS[family].architecture!r}]: others are not supported")
     return family
 
 
-def _refuse_unsupported(family: Family, config: Fields) -> None:
+def _refuse_unsupported(traits: Traits, config: Fields) -> None:
     if "hidden_act" in config and config.text("hidden_act") != "silu":
         raise config.error("hidden_act", "'silu': others are not supported")
     for key, meaning in _WHOLLY_REFUSED.items():
         if config.get(key) is not None:
             raise config.error(key, f"null: {meaning} is not supported")
-    switched = {"use_mrope": "multimodal rotary embedding"}
-    if family == "llama":
-        switched |= {"attention_bias": "biases on all four attention projections", "mlp_bias": "biases in the MLP"}
-    for key, meaning in switched.items():
-        if config.truth(key, False):
+    for key, meaning in _SWITCHED.items():
+        if (key in traits.biases or key == "use_mrope") and config.truth(key, False):
             raise config.error(key, f"false: {meaning} is not supported")
+
+
+def _pattern(config: Fields, traits: Traits, layers: int) -> tuple[LayerKind, ...]:
+    """The shortest pattern that the layers repeat."""
+    if not traits.unrotated:
+        return (LayerKind(),)
+    rotated = config.wholes("no_rope_layers", None, most=1)
+    if rotated is None:
+        every = config.whole("no_rope_layer_interval", 4, least=1)
+        rotated = [int((layer + 1) % every != 0) for layer in range(layers)]
+    if len(rotated) < layers:
+        raise config.error("no_rope_layers", f"a list of as many as num_hidden_layers, {layers}")
+    kinds = [LayerKind(rotated=bool(one)) for one in rotated[:layers]]
+    size = next(size for size in range(1, layers + 1) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False)))
+    return tuple(kinds[:size])
 
 
 def _check_token_ids(config: Fields) -> None:
@@ -190,7 +243,7 @@ def _check_token_ids(config: Fields) -> None:
         config.whole("eos_token_id", None, most=_MOST_ID)
 
 
-def _refuse_sliding_window(config: Fields, read: ModelConfig) -> None:
+def _refuse_sliding_window(config: Fields, read: ModelConfig, traits: Traits) -> None:
     """A window narrower than the longest sequence is refused: every layer here sees the whole sequence."""
     kinds = config.texts("layer_types", None)
     if kinds is not None and set(kinds) - {"full_attention", "sliding_attention"}:
@@ -198,13 +251,15 @@ def _refuse_sliding_window(config: Fields, read: ModelConfig) -> None:
     if kinds is not None and len(kinds) != read.num_layers:
         raise config.error("layer_types", f"a list of as many as num_hidden_layers, {read.num_layers}")
     # transformers' values where the keys are absent; where sliding_window is null no window closes.
-    window = 4096 if "sliding_window" not in config else config.whole("sliding_window", None)
+    window = traits.window if "sliding_window" not in config else config.whole("sliding_window", None)
     full_layers = config.whole("max_window_layers", 28)
-    if read.family == "qwen2":
-        sliding = full_layers < read.num_layers if kinds is None else "sliding_attention" in kinds
-        sliding = config.truth("use_sliding_window", False) and sliding
-    else:
-        sliding = read.family == "mistral"
+    sliding = traits.windows == "all"
+    if traits.windows == "last":
+        last = full_layers < read.num_layers if kinds is None else "sliding_attention" in kinds
+        sliding = config.truth("use_sliding_window", False) and last
+    if traits.windows == "unrotated":
+        some = not all(kind.rotated for kind in read.kinds) if kinds is None else "sliding_attention" in kinds
+        sliding = config.truth("use_sliding_window", False) and some
     if sliding and window is not None and window < read.context_size:
         raise InputError(
             f"{config.source}: sliding_window {window} is narrower than the context of {read.context_size}; "

@@ -16,13 +16,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from rapid_jax.model.config import ModelConfig
-from rapid_jax.model.rope import inverse_frequencies, rotate, rotation
+from rapid_jax.model.rope import Rotation, chosen, inverse_frequencies, rotate, rotation, standstill
 
 Layout: TypeAlias = Literal["stacked", "unrolled"]
 # (q_BTNH, k_BTKH, v_BTKH, layer) -> (out_BTNH, kept): `layer` is this layer's slice of what the caller passed, `kept`
 # whatever the caller wants back of it. q and k are already rotated.
 Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
-# A stacked layer's (x_BTD, (its weights, its item)) -> (x_BTD, kept), and one that does the same otherwise.
+# A stacked layer's (x_BTD, (its weights, the rest)) -> (x_BTD, kept), and one that does the same otherwise.
 Wrap: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -67,6 +67,8 @@ class Block(nnx.Module):
         self.q_bias_NH = nnx.Param(jnp.zeros((*stack, N, H), dtype)) if config.qkv_bias else None
         self.k_bias_KH = nnx.Param(jnp.zeros((*stack, K, H), dtype)) if config.qkv_bias else None
         self.v_bias_KH = nnx.Param(jnp.zeros((*stack, K, H), dtype)) if config.qkv_bias else None
+        self.q_norm_H = nnx.Param(jnp.ones((*stack, H), dtype)) if config.qk_norm else None
+        self.k_norm_H = nnx.Param(jnp.ones((*stack, H), dtype)) if config.qk_norm else None
         self.mlp_norm_D = nnx.Param(jnp.ones((*stack, D), dtype))
         self.gate_DF = _parameter(rngs, (*stack, D, F), D, dtype)
         self.up_DF = _parameter(rngs, (*stack, D, F), D, dtype)
@@ -75,17 +77,24 @@ class Block(nnx.Module):
     def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):
         """(x after this layer, what `attend` kept)."""
         q_BTNH, k_BTKH, v_BTKH = self.projected(rms_norm(x_BTD, self.attention_norm_D[...], self.norm_eps))
-        attended_BTNH, kept = attend(rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin), v_BTKH, layer)
+        attended_BTNH, kept = attend(*self.compared(q_BTNH, k_BTKH, cos, sin), v_BTKH, layer)
         x_BTD = x_BTD + self.attention_output(attended_BTNH)
         return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm_D[...], self.norm_eps)), kept
 
     def projected(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(q_BTNH, k_BTKH, v_BTKH), not rotated."""
+        """(q_BTNH, k_BTKH, v_BTKH), neither normalised nor rotated."""
         return (
             _project("BTD,DNH->BTNH", h_BTD, self.q_DNH[...], self.q_bias_NH),
             _project("BTD,DKH->BTKH", h_BTD, self.k_DKH[...], self.k_bias_KH),
             _project("BTD,DKH->BTKH", h_BTD, self.v_DKH[...], self.v_bias_KH),
         )
+
+    def compared(self, q_BTNH: jax.Array, k_BTKH: jax.Array, cos: jax.Array, sin: jax.Array):
+        """(q, k) as attention compares them: each head normalised where the model has norms for that, and rotated."""
+        if self.q_norm_H is not None and self.k_norm_H is not None:
+            q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...], self.norm_eps)
+            k_BTKH = rms_norm(k_BTKH, self.k_norm_H[...], self.norm_eps)
+        return rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin)
 
     def attention_output(self, attended_BTNH: jax.Array) -> jax.Array:
         """[B, T, D]."""
@@ -139,10 +148,12 @@ class Decoder(nnx.Module):
         """The input of the first layer, [B, T, D]."""
         return _rows(self.embed_VD[...], tokens_BT)
 
-    def rotation(self, pos_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(cos, sin) for queries and keys at these positions."""
-        inv_freq, factor = inverse_frequencies(self.config.rope, self.config.head_dim)
-        return rotation(pos_BT, inv_freq, factor)
+    def rotations(self, pos_BT: jax.Array) -> tuple[Rotation, ...]:
+        """What queries and keys at these positions are turned by, for each of the config's kinds of layers."""
+        config = self.config
+        inv_freq, factor = inverse_frequencies(config.rope, config.rotary_dim, config.context_size)
+        turned = rotation(pos_BT, inv_freq, factor)
+        return tuple(turned if kind.rotated else standstill(turned) for kind in config.kinds)
 
     def hidden(
         self, tokens_BT: jax.Array, pos_BT: jax.Array, attend: Attend, layers: Any = None, wrap: Wrap | None = None
@@ -154,19 +165,21 @@ class Decoder(nnx.Module):
         function the one that is scanned: what training recomputes, and how weights and activations lie.
         """
         x_BTD = self.embed(tokens_BT)
-        cos, sin = self.rotation(pos_BT)
+        rotations, kind_of = self.rotations(pos_BT), self.config.kind_of
         if isinstance(self.blocks, Block):
             graph, stacked = nnx.split(self.blocks)
 
             def one_layer(x_BTD, item):
-                weights, layer = item
-                return nnx.merge(graph, weights)(x_BTD, cos, sin, attend, layer)
+                weights, (kind, layer) = item
+                return nnx.merge(graph, weights)(x_BTD, *chosen(rotations, kind), attend, layer)
 
-            x_BTD, kept = jax.lax.scan(one_layer if wrap is None else wrap(one_layer), x_BTD, (stacked, layers))
+            items = jnp.asarray(kind_of, jnp.int32) if len(rotations) > 1 else None, layers
+            x_BTD, kept = jax.lax.scan(one_layer if wrap is None else wrap(one_layer), x_BTD, (stacked, items))
         else:
             collected = []
             for index, block in enumerate(self.blocks):
-                x_BTD, item = block(x_BTD, cos, sin, attend, None if layers is None else layers[index])
+                layer = None if layers is None else layers[index]
+                x_BTD, item = block(x_BTD, *rotations[kind_of[index]], attend, layer)
                 collected.append(item)
             kept = tuple(collected)
         return self.final_norm(x_BTD), kept

@@ -16,13 +16,13 @@ from rapid_jax.runtime.mesh import whole
 
 def why_not_finite(decoder: Decoder) -> str:
     """The first weight that holds NaN or infinity, by the checkpoint's name for it; else what else it can be."""
-    named = {(weight.name, weight.layer): weight.key for weight in weights(decoder.config)}
+    named = {(weight.name, weight.layer): weight.part_of or weight.key for weight in weights(decoder.config)}
     for name, layer, array in _arrays(decoder):
         if not bool(_all_finite(array, decoder)):
             if isinstance(decoder, FusedDecoder):
                 name = decoder.part_at(name.split(".")[0], int(_first_column(array, decoder)))
             return f"{named.get((name, layer), _spelt(name, layer))} holds NaN or infinite values"
-    angles = decoder.rotation(jnp.arange(2)[None])
+    angles = [x for pair in decoder.rotations(jnp.arange(2)[None]) for x in pair]
     if not bool(jnp.all(jnp.isfinite(jnp.stack(angles)))):
         return f"the angles of {decoder.config.rope} are not finite"
     return f"every weight is finite, so activations overflow in {decoder.embed_VD[...].dtype}"

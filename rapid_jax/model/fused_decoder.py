@@ -13,7 +13,6 @@ from jax.sharding import PartitionSpec
 from rapid_jax.model.decoder import Attend, Block, Decoder
 from rapid_jax.model.matrix import MODEL, Matrix, Place, summed_over_model, times
 from rapid_jax.model.quantized import WeightBits, kernels_fit, restored
-from rapid_jax.model.rope import rotate
 from rapid_jax.model.skinny import FixedPoint, fixed_point, skinny_matmul
 
 
@@ -62,6 +61,7 @@ class FusedBlock(Block):
     ):
         self.norm_eps, self.how = block.norm_eps, how
         self.attention_norm_D, self.mlp_norm_D = block.attention_norm_D, block.mlp_norm_D
+        self.q_norm_H, self.k_norm_H = block.q_norm_H, block.k_norm_H
         self.qkv, self.out, self.gate_up, self.down = qkv, out, gate_up, down
         self.qkv_bias_J = None if qkv_bias is None else nnx.Param(qkv_bias)
 
@@ -77,7 +77,7 @@ class FusedBlock(Block):
         fixed, x_TD = fixed_point(x_TD, parts_STD=parts, norm_D=self.attention_norm_D[...], eps=self.norm_eps)
         qkv_BTJ = jnp.sum(_times(self.qkv, fixed), axis=0).reshape(B, T, -1).astype(x_TD.dtype)
         q_BTNH, k_BTKH, v_BTKH = self._heads(qkv_BTJ)
-        attended_BTNH, kept = attend(rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin), v_BTKH, layer)
+        attended_BTNH, kept = attend(*self.compared(q_BTNH, k_BTKH, cos, sin), v_BTKH, layer)
         fixed, _ = fixed_point(attended_BTNH.reshape(B * T, -1))
         parts, norm_D = _times(self.out, fixed), self.mlp_norm_D[...]
         fixed, x_TD = fixed_point(x_TD, parts_STD=parts, norm_D=norm_D, eps=self.norm_eps)
@@ -96,7 +96,7 @@ class FusedBlock(Block):
         return self.how.split(qkv_BTJ if self.qkv_bias_J is None else qkv_BTJ + self.qkv_bias_J[...])
 
     def projected(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """(q_BTNH, k_BTKH, v_BTKH), not rotated."""
+        """(q_BTNH, k_BTKH, v_BTKH), neither normalised nor rotated."""
         return self._heads(self.qkv(h_BTD))
 
     def attention_output(self, attended_BTNH: jax.Array) -> jax.Array:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The architecture that a GGUF file's metadata describes, as llama.cpp reads it (llama-model.cpp: load_hparams)."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -8,13 +9,22 @@ import numpy as np
 
 from rapid_jax.model import gguf_file
 from rapid_jax.model.config import ModelConfig, Rope, from_hf
-from rapid_jax.model.gguf_names import ROPE_FACTORS, gguf_name
+from rapid_jax.model.families import TRAITS
+from rapid_jax.model.gguf_names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_name
 from rapid_jax.model.gguf_tokenizer import token_ids
 from rapid_jax.model.hf_names import EMBEDDING, HEAD
 from rapid_jax.model.rope import inverse_frequencies
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields, shown
 
+# llama.cpp's names, which are model_type's -> whether its files hold rotary pairs (2i, 2i + 1) of q and k.
+ARCHITECTURES: Final[Mapping[str, bool]] = {
+    "llama": True,
+    "qwen2": False,
+    "qwen3": False,
+    "smollm3": True,
+    "phi3": False,
+}
 # Metadata that changes a number where it has another value than these, and that the decoder has no part for.
 _WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...]]] = {
     "expert_count": (0,),
@@ -43,10 +53,11 @@ _ROPE_KEYS: Final = (
 
 def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> ModelConfig:
     """The architecture; raises InputError naming the file and the key for what is wrong or not implemented."""
-    architecture = metadata.text("general.architecture")
-    if architecture not in ("llama", "qwen2"):
+    architecture: Any = metadata.text("general.architecture")
+    if architecture not in ARCHITECTURES:
         raise InputError(
-            f"{metadata.source}: architecture {shown(architecture)} is not supported; supported: llama, qwen2"
+            f"{metadata.source}: architecture {shown(architecture)} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
         )
     if (parts := metadata.whole("split.count", 1)) > 1:
         raise InputError(f"{metadata.source}: one of {parts} parts; join them with llama.cpp's gguf-split --merge")
@@ -58,7 +69,7 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
             f"{metadata.source}: tokenizer.ggml.tokens must have {rows} tokens, one for each row of "
             f"{gguf_name(EMBEDDING)}, got {tokens}"
         )
-    _refuse_unsupported(metadata, f"{architecture}.")
+    _refuse_unsupported(metadata, f"{architecture}.", longrope=LONG_FACTORS in tensors)
 
     def whole(key: str, *default: int, least: int = 1, **limits: int) -> int:
         return metadata.whole(f"{architecture}.{key}", *default, least=least, **limits)
@@ -70,12 +81,12 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
     if f"{architecture}.attention.key_length" not in metadata and hidden % heads:
         raise metadata.error(f"{architecture}.embedding_length", f"a multiple of the {heads} of attention.head_count")
     head_dim = whole("attention.key_length", hidden // heads)
-    for key in ("rope.dimension_count", "attention.value_length", "attention.key_length"):
+    sizes = ("attention.value_length", "attention.key_length")
+    for key in sizes if TRAITS[architecture].partial else ("rope.dimension_count", *sizes):
         if head_dim % 2 or whole(key, head_dim) != head_dim:
             raise metadata.error(f"{architecture}.{key}", f"{head_dim}, as the size of a head, which must be even")
     if 0 < whole("attention.sliding_window", context, least=0) < context:
         raise metadata.error(f"{architecture}.attention.sliding_window", f"at least context_length, {context}")
-    theta = _shortest(metadata.number(f"{architecture}.rope.freq_base", 10000.0, above=1))
     config = {
         "model_type": architecture,
         "vocab_size": rows,
@@ -90,21 +101,38 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
         ),
         "max_position_embeddings": context,
         "tie_word_embeddings": gguf_name(HEAD) not in tensors,
-        "rope_theta": theta,
-        "rope_scaling": _rope_scaling(metadata, tensors, architecture, theta, head_dim, context),
+        **_rope(metadata, tensors, architecture, head_dim, context),
         **token_ids(metadata),
     }
     return from_hf(Fields(config, metadata.source))
 
 
-def _refuse_unsupported(metadata: Fields, prefix: str) -> None:
+def _refuse_unsupported(metadata: Fields, prefix: str, *, longrope: bool) -> None:
     for key, harmless in _WITHOUT_EFFECT.items():
+        if longrope and key == "rope.scaling.attn_factor":
+            continue
         if prefix + key in metadata and metadata[prefix + key] not in harmless:
             raise metadata.error(prefix + key, f"{' or '.join(map(str, harmless))}, others are not supported")
     for key in metadata:
         part = key.removeprefix(f"{prefix}rope.")
         if part != key and part not in _ROPE_KEYS and f"rope.{part}" not in _WITHOUT_EFFECT:
             raise InputError(f"{metadata.source}: {key} is not supported")
+
+
+def _rope(
+    metadata: Fields, tensors: Mapping[str, gguf_file.Tensor], architecture: str, head_dim: int, context: int
+) -> dict[str, Any]:
+    """What a config.json says for rotary embedding."""
+    prefix = f"{architecture}.rope."
+    rotated = metadata.whole(f"{prefix}dimension_count", head_dim, least=2, most=head_dim)
+    fraction = rotated / head_dim
+    if int(head_dim * fraction) < rotated:  # which the rounded ratio may miss
+        fraction = math.nextafter(fraction, 1.0)
+    theta = _shortest(metadata.number(f"{prefix}freq_base", 10000.0, above=1))
+    found = {"rope_theta": theta, "partial_rotary_factor": fraction}
+    if LONG_FACTORS in tensors:
+        return found | _longrope(metadata, tensors, f"{prefix}scaling.", context)
+    return found | {"rope_scaling": _rope_scaling(metadata, tensors, architecture, theta, rotated, context)}
 
 
 def _rope_scaling(
@@ -146,6 +174,21 @@ def _rope_scaling(
         original = metadata.whole(f"{prefix}scaling.original_context_length", 0) or context
         found |= {"original_max_position_embeddings": original, "beta_fast": fast, "beta_slow": slow}
     return found
+
+
+def _longrope(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor], prefix: str, context: int) -> dict[str, Any]:
+    """What a config.json says for the two tables of divisors; attn_factor is what cos and sin are multiplied by."""
+    if metadata.text(f"{prefix}type", "longrope") not in ("longrope", "none"):
+        raise metadata.error(f"{prefix}type", f"none or longrope beside the tensor {LONG_FACTORS}")
+    found: dict[str, Any] = {"rope_type": "longrope"}
+    for key, name in (("short_factor", SHORT_FACTORS), ("long_factor", LONG_FACTORS)):
+        if name not in tensors:
+            raise InputError(f"{metadata.source}: tensor {name} is missing")
+        found[key] = [_shortest(x) for x in gguf_file.read(tensors[name]).reshape(-1)]
+    original = metadata.whole(f"{prefix}original_context_length", context, least=1)
+    if f"{prefix}attn_factor" in metadata:
+        found["attention_factor"] = _shortest(metadata.number(f"{prefix}attn_factor"))
+    return {"rope_scaling": found, "original_max_position_embeddings": original}
 
 
 def _llama3_scaling(table: gguf_file.Tensor, theta: float, head_dim: int) -> dict[str, Any]:

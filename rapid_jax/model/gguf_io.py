@@ -7,10 +7,10 @@ from jax.sharding import Mesh
 
 from rapid_jax.model import gguf_file
 from rapid_jax.model.decoder import Decoder, Layout
-from rapid_jax.model.gguf_config import gguf_config
-from rapid_jax.model.gguf_names import ROPE_FACTORS, gguf_name
+from rapid_jax.model.gguf_config import ARCHITECTURES, gguf_config
+from rapid_jax.model.gguf_names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_name
 from rapid_jax.model.gguf_tokenizer import tokenizer_files
-from rapid_jax.model.hf_names import weights
+from rapid_jax.model.hf_names import stored
 from rapid_jax.model.placement import build
 from rapid_jax.runtime.axes import PARAM, Table
 from rapid_jax.runtime.errors import InputError
@@ -45,12 +45,13 @@ class GgufCheckpoint:
         """One weight by its Hugging Face key, dense float32 in the Hugging Face order of rows."""
         array = gguf_file.read(self._tensors[gguf_name(key)])
         turned = ("self_attn.q_proj", "self_attn.k_proj")
-        if self._metadata["general.architecture"] == "llama" and any(part in key for part in turned):
+        if ARCHITECTURES[self._metadata["general.architecture"]] and any(part in key for part in turned):
             return _half_split(array, self.config.head_dim)
         return array
 
     def _check_complete(self) -> None:
-        expected = {gguf_name(weight.key): weight.stored_shape for weight in weights(self.config)}
+        arrays = stored(self.config)
+        expected = {gguf_name(array.key): array.shape for array in arrays}
         for name, shape in expected.items():
             if name not in self._tensors:
                 raise InputError(f"{self.path}: tensor {name} is missing")
@@ -59,8 +60,10 @@ class GgufCheckpoint:
                 raise InputError(f"{self.path}: {name} has shape {list(found)}, expected {list(shape)}")
             gguf_file.check_readable(self._tensors[name])
         for name in self._tensors:
-            if name not in expected and name != ROPE_FACTORS:
+            if name not in expected and name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
                 raise InputError(f"{self.path}: tensor {name} is not part of a {self.config.family} decoder")
+        parts = [part for array in arrays for part in array.split(self._tensors[gguf_name(array.key)])]
+        self._tensors = {gguf_name(weight.key): part for weight, part in parts}
 
 
 def load_gguf(
@@ -72,7 +75,7 @@ def load_gguf(
     table: Table = PARAM,
     quiet: bool = False,
 ) -> Decoder:
-    """The Decoder of a GGUF file of architecture llama or qwen2, its weights made dense in `dtype` one at a time."""
+    """The Decoder of a GGUF file of a supported architecture, its weights made dense in `dtype` one at a time."""
     checkpoint = GgufCheckpoint(path)
     return build(checkpoint.config, checkpoint.read, layout=layout, dtype=dtype, mesh=mesh, table=table, quiet=quiet)
 

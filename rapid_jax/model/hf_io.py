@@ -2,7 +2,8 @@
 """Hugging Face checkpoint folders: safetensors in and out, streamed, with errors that name the file and the tensor."""
 
 import json
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from rapid_jax.model import safetensors_file
 from rapid_jax.model.checkpoint_folder import INDEX, SINGLE, folder_tensors, read_folder_config
 from rapid_jax.model.config import ModelConfig, from_hf, to_hf
 from rapid_jax.model.decoder import Decoder, Layout
-from rapid_jax.model.hf_names import EMBEDDING, HEAD, Weight, weights
+from rapid_jax.model.hf_names import EMBEDDING, HEAD, Weight, stored
 from rapid_jax.model.placement import build, stored_arrays
 from rapid_jax.runtime.axes import PARAM, Table
 from rapid_jax.runtime.errors import InputError
@@ -39,6 +40,9 @@ class HfCheckpoint:
         if self.config.tie_embeddings and EMBEDDING not in self._tensors and HEAD in self._tensors:
             self._tensors[EMBEDDING] = self._tensors[HEAD]  # of two names of one array a file need have one only
         _check_complete(folder, self.config, self._tensors)
+        arrays = stored(self.config)
+        parts = [part for array in arrays for part in array.split(self._tensors[array.key])]
+        self._tensors |= {weight.key: part for weight, part in parts}
 
     @property
     def weight_files(self) -> list[AnyPlace]:
@@ -121,9 +125,9 @@ def write_checkpoint(
     """
     if not may_replace(folder, known_by=_CONFIG):
         raise InputError(f"{folder}: expected a new name, an empty folder or a checkpoint to replace")
-    stored = jnp.dtype(dtype)
-    shards = _shards(config, stored, shard_bytes)
-    stream = (array for _, array in arrays)
+    kind = jnp.dtype(dtype)
+    shards = _shards(config, kind, shard_bytes)
+    stream = _joined(config, (array for _, array in arrays))
     try:
         with new_folder(folder, known_by=_CONFIG) as file:
             for name, content in files.items():
@@ -131,14 +135,21 @@ def write_checkpoint(
                     path.write_bytes(content)
             for name, shapes in shards.items():
                 with file(name) as path:
-                    safetensors_file.write(path, shapes, stored, islice(stream, len(shapes)))
+                    safetensors_file.write(path, shapes, kind, islice(stream, len(shapes)))
             if len(shards) > 1:
                 with file(INDEX) as path:
-                    _write_json(path, _index(config, stored, shards))
+                    _write_json(path, _index(config, kind, shards))
             with file(_CONFIG) as path:
                 _write_json(path, to_hf(config) | {"torch_dtype": dtype})
     except OSError as error:
         raise InputError(f"{folder}: could not be written: {error.strerror}; nothing was left there") from error
+
+
+def _joined(config: ModelConfig, arrays: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """The checkpoint's arrays, of those of all weights."""
+    for array in stored(config):
+        parts = list(islice(arrays, len(array.weights)))
+        yield parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -146,7 +157,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _check_complete(folder: AnyPlace, config: ModelConfig, tensors: Mapping[str, safetensors_file.Tensor]) -> None:
-    expected = {weight.key: weight.stored_shape for weight in weights(config)}
+    expected = {array.key: array.shape for array in stored(config)}
     if config.tie_embeddings and HEAD in tensors:
         expected[HEAD] = expected[EMBEDDING]
     missing = [key for key in expected if key not in tensors]
@@ -169,12 +180,12 @@ def _shards(config: ModelConfig, dtype: np.dtype, limit: int) -> dict[str, dict[
     """File name -> tensors in it; as many in a file as fit below the limit, at least one."""
     groups: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
-    for weight in weights(config):
-        size = int(np.prod(weight.stored_shape)) * dtype.itemsize
+    for array in stored(config):
+        size = math.prod(array.shape) * dtype.itemsize
         if groups[-1] and filled + size > limit:
             groups.append({})
             filled = 0
-        groups[-1][weight.key] = weight.stored_shape
+        groups[-1][array.key] = array.shape
         filled += size
     if len(groups) == 1:
         return {SINGLE: groups[0]}
@@ -182,7 +193,7 @@ def _shards(config: ModelConfig, dtype: np.dtype, limit: int) -> dict[str, dict[
 
 
 def _index(config: ModelConfig, dtype: np.dtype, shards: Mapping[str, Iterable[str]]) -> dict[str, Any]:
-    total = sum(int(np.prod(weight.stored_shape)) * dtype.itemsize for weight in weights(config))
+    total = sum(math.prod(array.shape) * dtype.itemsize for array in stored(config))
     return {
         "metadata": {"total_size": total},
         "weight_map": {key: name for name, keys in shards.items() for key in keys},

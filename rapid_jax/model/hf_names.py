@@ -1,17 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which array of a Hugging Face checkpoint is which parameter of the Decoder, and in which order of axes.
+"""Which array of a Hugging Face checkpoint, or which rows of one, is which parameter of the Decoder, and how it lies.
 
 A checkpoint stores a linear layer as [out, in] with heads flattened into one axis. Each weight below names the axes of
 the stored array by their letters with heads unflattened; ours are the letters in the parameter's own name. Going from
-one to the other is: reshape to the stored letters, transpose to ours. All three families use these names.
+one to the other is: reshape to the stored letters, transpose to ours. All families use these names.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any
 
 from rapid_jax.model.config import ModelConfig
 
 Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One array of a checkpoint: a weight, or several one behind the other along its first axis."""
+
+    key: str
+    weights: tuple["Weight", ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As it lies in the file."""
+        rows, *rest = zip(*(weight.stored_shape for weight in self.weights), strict=True)
+        return (sum(rows), *(sizes[0] for sizes in rest))
+
+    def split(self, tensor: Any) -> Iterator[tuple["Weight", Any]]:
+        """Each weight with the part of a file's tensor that it is: its rows, a tensor of its own."""
+        start, row = tensor.start, tensor.size // tensor.shape[0]
+        for weight in self.weights:
+            size = weight.stored_shape[0] * row
+            yield weight, replace(tensor, shape=weight.stored_shape, start=start, size=size)
+            start += size
 
 
 @dataclass(frozen=True)
@@ -26,6 +51,7 @@ class Weight:
     stored_axes: str  # of the checkpoint's array with heads unflattened: NHD
     layer: int | None  # None outside the layers
     sizes: tuple[tuple[str, int], ...]  # letter -> size
+    part_of: str | None = None  # the key of the array that holds it behind others, where it has none of its own
 
     @property
     def axes(self) -> str:
@@ -86,12 +112,20 @@ _BIASES = (
     ("self_attn.k_proj.bias", "k_bias_KH", "KH"),
     ("self_attn.v_proj.bias", "v_bias_KH", "KH"),
 )
+_QK_NORMS = (
+    ("self_attn.q_norm.weight", "q_norm_H", "H"),
+    ("self_attn.k_norm.weight", "k_norm_H", "H"),
+)
+_JOINED = {
+    **dict.fromkeys(("q_DNH", "k_DKH", "v_DKH"), "self_attn.qkv_proj.weight"),
+    **dict.fromkeys(("gate_DF", "up_DF"), "mlp.gate_up_proj.weight"),
+}
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 
 
 def weights(config: ModelConfig) -> tuple[Weight, ...]:
-    """Every array of this architecture's checkpoint, in the order of the forward pass."""
+    """Every weight of this architecture, in the order of the forward pass."""
     sizes = tuple(
         {
             "V": config.vocab_size,
@@ -103,10 +137,20 @@ def weights(config: ModelConfig) -> tuple[Weight, ...]:
         }.items()
     )
     found = [Weight(EMBEDDING, "embed_VD", "VD", None, sizes)]
-    block = _BLOCK + (_BIASES if config.qkv_bias else ())
+    block = _BLOCK + (_BIASES if config.qkv_bias else ()) + (_QK_NORMS if config.qk_norm else ())
+    joined = _JOINED if config.joined else {}
     for layer in range(config.num_layers):
-        found += [Weight(f"model.layers.{layer}.{key}", name, axes, layer, sizes) for key, name, axes in block]
+        place = f"model.layers.{layer}."
+        for key, name, axes in block:
+            part_of = place + joined[name] if name in joined else None
+            found.append(Weight(place + key, name, axes, layer, sizes, part_of))
     found.append(Weight("model.norm.weight", "norm_D", "D", None, sizes))
     if not config.tie_embeddings:
         found.append(Weight(HEAD, "head_DV", "VD", None, sizes))
     return tuple(found)
+
+
+def stored(config: ModelConfig) -> tuple[Stored, ...]:
+    """Every array of this architecture's checkpoint, in the order of the forward pass."""
+    groups = groupby(weights(config), key=lambda weight: weight.part_of or weight.key)
+    return tuple(Stored(key, tuple(group)) for key, group in groups)

@@ -7,6 +7,8 @@ the correctly rounded one in the last bit for about one frequency in a hundred (
 """
 
 import math
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +16,21 @@ import numpy as np
 
 from rapid_jax.model.rope_config import Rope
 
+Rotation: TypeAlias = tuple[jax.Array, jax.Array]  # (cos, sin) of the angles, float32 [B, T, rotary_dim / 2] each
 
-def inverse_frequencies(rope: Rope, head_dim: int) -> tuple[np.ndarray, float]:
-    """float32 [head_dim / 2] inverse frequencies, and the factor that multiplies cos and sin (1 except for yarn).
 
-    default: theta^(-2i / head_dim). linear: that, divided by `factor` (positions interpolated, arXiv 2306.15595).
-    llama3 and yarn: below.
+def inverse_frequencies(rope: Rope, rotary_dim: int, context: int = 0) -> tuple[np.ndarray, float]:
+    """float32 [rotary_dim / 2] inverse frequencies, and the factor that multiplies cos and sin (1 but for some rules).
+
+    default: theta^(-2i / rotary_dim). linear: that, divided by `factor` (positions interpolated, arXiv 2306.15595).
+    llama3, yarn and longrope: below. `context`: positions that the model is to serve, which longrope goes by.
     """
-    exponent = np.arange(0, head_dim, 2).astype(np.float32) / np.float32(head_dim)
+    exponent = np.arange(0, rotary_dim, 2).astype(np.float32) / np.float32(rotary_dim)
     wavelength_over_2pi = np.power(np.float64(np.float32(rope.theta)), exponent.astype(np.float64)).astype(np.float32)
     if rope.scaling == "yarn":
-        return _yarn(rope, wavelength_over_2pi, head_dim)
+        return _yarn(rope, wavelength_over_2pi, rotary_dim)
+    if rope.scaling == "longrope":
+        return _longrope(rope, wavelength_over_2pi, context)
     inv_freq = np.float32(1) / wavelength_over_2pi
     if rope.scaling == "linear":
         inv_freq = inv_freq / np.float32(_required(rope, "factor"))
@@ -72,6 +78,21 @@ def _yarn(rope: Rope, wavelength_over_2pi: np.ndarray, head_dim: int) -> tuple[n
     return inv_freq, _attention_factor(rope, factor)
 
 
+def _longrope(rope: Rope, wavelength_over_2pi: np.ndarray, context: int) -> tuple[np.ndarray, float]:
+    """LongRoPE (arXiv 2402.13753): each wavelength is stretched by a factor of its own; there are two sets of them.
+
+    The short one is for contexts as before scaling. transformers goes by the longest position so far, so that keys of
+    one text differ by the set that they were made with, or are made anew. Here it is the whole context of a model,
+    and keys stay as they are. cos and sin are multiplied by sqrt(1 + ln(factor) / ln(original context)).
+    """
+    original, factor = _required(rope, "original_max_positions"), _required(rope, "factor")
+    factors = rope.long_factor if context > original else rope.short_factor
+    attention_factor = rope.attention_factor
+    if attention_factor is None:
+        attention_factor = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return np.float32(1) / (np.asarray(factors, np.float32) * wavelength_over_2pi), attention_factor
+
+
 def _attention_factor(rope: Rope, factor: float) -> float:
     def temperature(mscale: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * mscale * math.log(factor) + 1.0
@@ -90,14 +111,32 @@ def _required(rope: Rope, name: str) -> float:
     return value
 
 
-def rotation(pos_BT: jax.Array, inv_freq: np.ndarray, factor: float) -> tuple[jax.Array, jax.Array]:
-    """(cos, sin) of the rotary angles, float32 [B, T, head_dim / 2] each."""
+def rotation(pos_BT: jax.Array, inv_freq: np.ndarray, factor: float) -> Rotation:
+    """By the angles of these positions."""
     angle = pos_BT[..., None].astype(jnp.float32) * inv_freq
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
+def standstill(like: Rotation) -> Rotation:
+    """By no angle: `rotate` gives what it is given, to the bit. One program serves layers with rope and without."""
+    return jnp.ones_like(like[0]), jnp.zeros_like(like[1])
+
+
+def chosen(rotations: Sequence[Rotation], which: jax.Array | None) -> Rotation:
+    """The rotation with this number, an int32 that need not be known before the program runs; None: the only one."""
+    if which is None:
+        return rotations[0]
+    cos, sin = (jax.lax.select_n(which, *cases) for cases in zip(*rotations, strict=True))
+    return cos, sin
+
+
 def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`x` with each pair (x_i, x_{i + H/2}) turned by its angle; computed in float32, returned in x's dtype."""
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    """`x` with each pair (x_i, x_{i + R/2}) turned by its angle; computed in float32, returned in x's dtype.
+
+    R is twice the number of angles: a head may be longer, and its rest stays as it is.
+    """
+    turned, rest = x_BTNH[..., : 2 * cos.shape[-1]], x_BTNH[..., 2 * cos.shape[-1] :]
+    first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
+    both = [(first * cos - second * sin).astype(x_BTNH.dtype), (second * cos + first * sin).astype(x_BTNH.dtype)]
+    return jnp.concatenate([*both, rest] if rest.shape[-1] else both, axis=-1)

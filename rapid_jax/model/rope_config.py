@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary embedding as a checkpoint's config.json states it: read within limits, and written back."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
+from rapid_jax.model.families import Traits
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields, shown
 
 MOST_POSITIONS: Final = 2**30  # of a context; a position is an int32
@@ -20,20 +22,23 @@ class Rope:
     """
 
     theta: float
-    scaling: Literal["default", "linear", "llama3", "yarn"] = "default"
-    factor: float | None = None  # linear, llama3, yarn: the context is stretched by this
+    scaling: Literal["default", "linear", "llama3", "yarn", "longrope"] = "default"
+    factor: float | None = None  # of all but default: the context is stretched by this
     low_freq_factor: float | None = None  # llama3
     high_freq_factor: float | None = None  # llama3
-    original_max_positions: int | None = None  # llama3, yarn: context length before scaling
+    original_max_positions: int | None = None  # llama3, yarn, longrope: context length before scaling
     beta_fast: float | None = None  # yarn
     beta_slow: float | None = None  # yarn
-    attention_factor: float | None = None  # yarn: multiplies cos and sin; None = derived from factor
+    attention_factor: float | None = None  # yarn, longrope: multiplies cos and sin; None = derived from factor
     mscale: float | None = None  # yarn
     mscale_all_dim: float | None = None  # yarn
     truncate: bool = True  # yarn: round the correction range to whole dimensions
+    short_factor: tuple[float, ...] | None = None  # longrope: of each wavelength, in a context as before scaling
+    long_factor: tuple[float, ...] | None = None  # longrope: in a longer one
+    fraction: float = 1.0  # of a head, its beginning, that is rotated at all
 
 
-def read_rope(config: Fields, max_positions: int) -> Rope:
+def read_rope(config: Fields, max_positions: int, head_dim: int, traits: Traits) -> Rope:
     """The rotary embedding of a config.json.
 
     Precedence as in transformers: rope_scaling over rope_parameters, a base inside either over the outer one, an outer
@@ -43,26 +48,27 @@ def read_rope(config: Fields, max_positions: int) -> Rope:
     none = Fields({}, config.source)
     scaling, parameters = config.fields("rope_scaling", none), config.fields("rope_parameters", none)
     given: Fields = scaling or parameters
-    kind = _kind(given)
-    for where in (config, given):
-        if where.number("partial_rotary_factor", 1.0) != 1:
-            raise where.error("partial_rotary_factor", "1: rotary embedding of a part of the head is not supported")
-    theta = 10000.0
+    kind = _kind(given, traits)
+    fraction = _fraction(config, given, head_dim, partial=traits.partial)
+    theta = traits.theta
     if (stating := _stating("rope_theta", given, config)) is not None:
         theta = stating.number("rope_theta", above=1.0, most=_MOST_THETA)
     if kind == "default":
-        return Rope(theta)
+        return Rope(theta, fraction=fraction)
     if kind == "linear":
-        return Rope(theta, "linear", _factor(given, "factor"))
-    original = max_positions
-    if (stating := _stating("original_max_position_embeddings", config, given)) is not None:
+        return Rope(theta, "linear", _factor(given, "factor"), fraction=fraction)
+    original, places = (max_positions, (config, given)) if traits.original is None else (traits.original, (config,))
+    if (stating := _stating("original_max_position_embeddings", *places)) is not None:
         original = stating.whole("original_max_position_embeddings", least=1, most=MOST_POSITIONS)
     if kind == "llama3":
         low, high = _factor(given, "low_freq_factor"), _factor(given, "high_freq_factor")
         if high <= low:
             raise given.error("high_freq_factor", f"above low_freq_factor, which is {low:g}")
-        return Rope(theta, "llama3", _factor(given, "factor"), low, high, original)
-    return _yarn(given, theta, max_positions, original)
+        return Rope(theta, "llama3", _factor(given, "factor"), low, high, original, fraction=fraction)
+    if kind == "longrope":
+        rope = Rope(theta, "longrope", max_positions / original, original_max_positions=original, fraction=fraction)
+        return _longrope(given, rope, int(head_dim * fraction) // 2)
+    return replace(_yarn(given, theta, max_positions, original), fraction=fraction)
 
 
 def rope_scaling(rope: Rope) -> dict[str, Any] | None:
@@ -81,11 +87,13 @@ def rope_scaling(rope: Rope) -> dict[str, Any] | None:
         "mscale": rope.mscale,
         "mscale_all_dim": rope.mscale_all_dim,
         "truncate": None if rope.truncate else False,
+        "short_factor": rope.short_factor and list(rope.short_factor),
+        "long_factor": rope.long_factor and list(rope.long_factor),
     }
     return {key: value for key, value in given.items() if value is not None}
 
 
-def _kind(given: Fields) -> str:
+def _kind(given: Fields, traits: Traits) -> str:
     """The rule's name. Without one there must be no number of a rule either: nobody could say what it was meant for."""
     for key, value in given.items():
         if isinstance(value, dict):
@@ -96,9 +104,22 @@ def _kind(given: Fields) -> str:
             raise given.error("rope_type", f"there beside {', '.join(sorted(map(shown, given)))}")
         return "default"
     kind = given.text(stated)
-    if kind not in ("default", "linear", "llama3", "yarn"):
-        raise given.error(stated, "default, linear, llama3 or yarn: others are not supported")
+    kind = traits.rope_names.get(kind, kind)
+    if kind not in ("default", "linear", "llama3", "yarn", "longrope"):
+        raise given.error(stated, "default, linear, llama3, yarn or longrope: others are not supported")
     return kind
+
+
+def _fraction(config: Fields, given: Fields, head_dim: int, *, partial: bool) -> float:
+    stating = _stating("partial_rotary_factor", given, config)
+    if stating is None:
+        return 1.0
+    fraction = stating.number("partial_rotary_factor", 1.0, above=0.0, most=1.0)
+    if fraction != 1 and not partial:
+        raise stating.error("partial_rotary_factor", "1: rotary embedding of a part of the head is not supported")
+    if int(head_dim * fraction) < 2 or int(head_dim * fraction) % 2:
+        raise stating.error("partial_rotary_factor", f"such that an even part of a head of {head_dim} is rotated")
+    return fraction
 
 
 def _stating(key: str, *where: Fields) -> Fields | None:
@@ -128,4 +149,24 @@ def _yarn(given: Fields, theta: float, max_positions: int, original: int) -> Rop
         mscale=given.number("mscale", None, least=0.0, most=_MOST_FACTOR),
         mscale_all_dim=given.number("mscale_all_dim", None, least=0.0, most=_MOST_FACTOR),
         truncate=given.truth("truncate") if "truncate" in given else True,
+    )
+
+
+def _longrope(given: Fields, rope: Rope, pairs: int) -> Rope:
+    """`rope` with LongRoPE's factors, one for each pair that is rotated."""
+
+    def factors(key: str) -> tuple[float, ...]:
+        found = given.numbers(key, most=_MOST_FACTOR)
+        if len(found) != pairs or min(found) < _LEAST_FACTOR:
+            raise given.error(key, f"{pairs} numbers of at least {_LEAST_FACTOR:g}, one for each pair of a head")
+        return tuple(found)
+
+    if rope.original_max_positions == 1:  # whose logarithm is divided by
+        raise InputError(f"{given.source}: original_max_position_embeddings must be at least 2 for longrope, got 1")
+    return replace(
+        rope,
+        factor=rope.factor if given.get("factor") is None else _factor(given, "factor"),
+        attention_factor=given.number("attention_factor", None, above=0.0, least=_LEAST_FACTOR, most=_MOST_FACTOR),
+        short_factor=factors("short_factor"),
+        long_factor=factors("long_factor"),
     )

@@ -39,6 +39,16 @@ _QWEN: dict[str, Any] = {
     "max_position_embeddings": 131072,
     "rope_scaling": _YARN,
 }
+_QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 40960,
+    "rope_scaling": _YARN,
+}
 _MISTRAL: dict[str, Any] = {
     "model_type": "mistral",
     "vocab_size": 32000,
@@ -55,6 +65,30 @@ def _sizes(hidden: int, ffn: int, layers: int, heads: int, **more: Any) -> dict[
     return sizes | more
 
 
+# Without yarn, which its card has for more than the 65,536 positions of config.json.
+_SMOLLM3: dict[str, Any] = {
+    "model_type": "smollm3",
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 5e6,
+    "max_position_embeddings": 65536,
+    **_sizes(2048, 11008, 36, 16, num_key_value_heads=4),
+}
+# Its factors shape no program: ones stand for them.
+_PHI4_MINI: dict[str, Any] = {
+    "model_type": "phi3",
+    "vocab_size": 200064,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "partial_rotary_factor": 0.75,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48},
+    "tie_word_embeddings": True,
+    "sliding_window": 262144,
+    **_sizes(3072, 8192, 32, 24, num_key_value_heads=8),
+}
+
 # The published config.json of each, as far as it shapes a program.
 SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -62,6 +96,12 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "llama-3.1-70b": _LLAMA | _sizes(8192, 28672, 80, 64),
         "qwen2.5-7b": _QWEN | _sizes(3584, 18944, 28, 28, num_key_value_heads=4),
         "qwen2.5-72b": _QWEN | _sizes(8192, 29568, 80, 64, num_key_value_heads=8),
+        "qwen3-0.6b": _QWEN3 | _sizes(1024, 3072, 28, 16, tie_word_embeddings=True),
+        "qwen3-1.7b": _QWEN3 | _sizes(2048, 6144, 28, 16, tie_word_embeddings=True),
+        "qwen3-8b": _QWEN3 | _sizes(4096, 12288, 36, 32),
+        "qwen3-32b": _QWEN3 | _sizes(5120, 25600, 64, 64),
+        "phi-4-mini": _PHI4_MINI,
+        "smollm3-3b": _SMOLLM3,
         "mistral-7b": _MISTRAL | _sizes(4096, 14336, 32, 32),
     }
 )

@@ -125,7 +125,7 @@ def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[A
         assert model.mesh is not None, "nothing is compiled for a GPU"
         spec = NamedSharding(model.mesh, strategy.spec("x_BTD"))
         x_BTD = jax.ShapeDtypeStruct((1, layout.chunk, config.hidden_size), model.dtype, sharding=spec)
-        angle = jax.ShapeDtypeStruct((1, layout.chunk, config.head_dim // 2), jnp.float32, sharding=spec)
+        angle = jax.ShapeDtypeStruct((1, layout.chunk, config.rotary_dim // 2), jnp.float32, sharding=spec)
         arguments = (x_BTD, angle, angle, each_layer(prefix.layers)[0], prefix.pos_BS, used, tokens_BT)
         return prefill._chunk_layer.lower(model.decoder.blocks[0], *arguments, strategy=strategy)  # type: ignore[index]
 

@@ -97,7 +97,7 @@ def _written(kv: KV, chunk: KV, used: jax.Array, *, strategy: Strategy) -> KV:
 
 @jax.jit
 def _embedded(decoder: Decoder, tokens_BT, pos_BT):
-    return decoder.embed(tokens_BT), *decoder.rotation(pos_BT)
+    return decoder.embed(tokens_BT), decoder.rotations(pos_BT)
 
 
 @jax.jit
@@ -175,9 +175,10 @@ class Prefill:
             hidden_BTD, chunk = _chunk_stacked(decoder, tokens_BT, layers, pos_BS, used, pos_BT, strategy=strategy)
             self._layers = _written(layers, chunk, used, strategy=strategy)
         else:
-            x_BTD, cos, sin = _embedded(decoder, tokens_BT, pos_BT)
+            x_BTD, rotations = _embedded(decoder, tokens_BT, pos_BT)
             done = []
-            for layer, kv in zip(decoder.blocks, each_layer(layers), strict=True):
+            for layer, kv, kind in zip(decoder.blocks, each_layer(layers), decoder.config.kind_of, strict=True):
+                cos, sin = rotations[kind]
                 x_BTD, chunk = _chunk_layer(layer, x_BTD, cos, sin, kv, pos_BS, used, pos_BT, strategy=strategy)
                 done.append(_written(kv, chunk, used, strategy=strategy))
             self._layers = tuple(done)
@@ -256,10 +257,11 @@ def extend(
             outline = replace(tail, layers=())
             layers = _tail_stacked(decoder, tokens_BG, prefix, outline, tail.layers, pos_BG, strategy=strategy)
         else:
-            x_BTD, cos, sin = _embedded(decoder, tokens_BG, pos_BG)
+            x_BTD, rotations = _embedded(decoder, tokens_BG, pos_BG)
             outline, done = (replace(prefix, layers=()), replace(tail, layers=())), []
             caches = zip(each_layer(prefix.layers), each_layer(tail.layers), strict=True)
-            for block, (far, near) in zip(decoder.blocks, caches, strict=True):
+            for block, (far, near), kind in zip(decoder.blocks, caches, decoder.config.kind_of, strict=True):
+                cos, sin = rotations[kind]
                 x_BTD, near = _tail_layer(block, x_BTD, cos, sin, far, near, *outline, pos_BG, strategy=strategy)
                 done.append(near)
             layers = tuple(done)

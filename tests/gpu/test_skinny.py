@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Products with quantised weights, compiled for a GPU, against float64; and a quantised decoder by them."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -83,10 +84,11 @@ def config() -> ModelConfig:
     )
 
 
+@pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("rows, bits", [((1, 1), 8), ((4, 2), 8), ((1, 9), 8), ((2, 3), 4)])
-def test_a_quantised_decoder(rows, bits):
+def test_a_quantised_decoder(rows, bits, qk_norm):
     """The few rows of a step as kernels take them, against the same weights restored in float32."""
-    full = random_decoder(config(), jnp.dtype(jnp.float32), 0)
+    full = random_decoder(replace(config(), qk_norm=qk_norm), jnp.dtype(jnp.float32), 0)
     copy = quantized(full, bits)
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer):  # every token by itself: the mean of the heads' values

@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 from jax.sharding import Mesh
 from torch.nn.functional import softplus
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config, SmolLM3Config
 
 from longpo_jax.dialogue import Branch
 from longpo_jax.rows import packed
@@ -77,10 +77,15 @@ def pairs() -> list[Pair]:
     ]
 
 
-def model(*, tied: bool) -> LlamaForCausalLM:
+def model(*, tied: bool, family: str = "llama") -> PreTrainedModel:
     """Two random layers, far from uniform, float64."""
     torch.manual_seed(1)
-    config = LlamaConfig(
+    kind, special = {
+        "llama": (LlamaConfig, {}),
+        "qwen3": (Qwen3Config, {"head_dim": 16}),
+        "smollm3": (SmolLM3Config, {"no_rope_layers": [0, 1], "pad_token_id": None}),
+    }[family]
+    config = kind(
         vocab_size=VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
@@ -90,13 +95,14 @@ def model(*, tied: bool) -> LlamaForCausalLM:
         max_position_embeddings=256,
         initializer_range=0.25,
         tie_word_embeddings=tied,
+        **special,
     )
-    return LlamaForCausalLM(config).double().eval()
+    return AutoModelForCausalLM.from_config(config).double().eval()
 
 
-def decoder_of(model: LlamaForCausalLM, mesh: Mesh | None = None) -> Decoder:
+def decoder_of(model: PreTrainedModel, mesh: Mesh | None = None) -> Decoder:
     """The same weights in float32 as training has them, put in place without a program."""
-    config = from_hf(model.config.to_dict() | {"architectures": ["LlamaForCausalLM"]})
+    config = from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]})
     stored = {key: value.detach().numpy().astype(np.float32) for key, value in model.state_dict().items()}
     found: dict[Any, Any] = {}
     for weight in weights(config):
@@ -121,7 +127,7 @@ def named(decoder: Decoder, leaves: nnx.State) -> dict[str, np.ndarray]:
     return found
 
 
-def scores(model: LlamaForCausalLM, shared: list[int], branch: Branch) -> dict[str, torch.Tensor]:
+def scores(model: PreTrainedModel, shared: list[int], branch: Branch) -> dict[str, torch.Tensor]:
     """Of one sequence: the sum of log p over the answers, and the means of -log p over all of it and over them."""
     ids = torch.tensor(shared + branch.tokens)
     log_softmax = torch.log_softmax(model(ids[None]).logits[0].double(), dim=-1)
@@ -130,7 +136,7 @@ def scores(model: LlamaForCausalLM, shared: list[int], branch: Branch) -> dict[s
     return {"sum": log_prob[answer].sum(), "full": -log_prob.mean(), "response": -log_prob[answer].mean()}
 
 
-def loss_of(model: LlamaForCausalLM, pair: Pair, objective: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def loss_of(model: PreTrainedModel, pair: Pair, objective: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Loss, NLL and the rewards of a document."""
     name, beta = objective["name"], objective["beta"]
     chosen = scores(model, pair.shared, pair.chosen)
@@ -150,7 +156,7 @@ def loss_of(model: LlamaForCausalLM, pair: Pair, objective: Mapping[str, Any]) -
 
 
 def metrics_and_gradients(
-    model: LlamaForCausalLM, pairs: Sequence[Pair], objective: Mapping[str, Any]
+    model: PreTrainedModel, pairs: Sequence[Pair], objective: Mapping[str, Any]
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """(means over the documents, the gradient of the mean loss by the checkpoint's names)."""
     model.zero_grad()

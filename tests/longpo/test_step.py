@@ -64,22 +64,21 @@ def config_of(*overrides: str) -> LongPOConfig:
 
 
 @cache
-def step_of(*overrides: str, tied: bool = True) -> Step:
+def step_of(*overrides: str, **model: Any) -> Step:
     config = config_of(*overrides)
-    return Step(config, decoder_on(config, tied), transform_of(config.optimizer, 10))
+    return Step(config, decoder_on(config, **model), transform_of(config.optimizer, 10))
 
 
-def decoder_on(config: LongPOConfig, tied: bool) -> Decoder:
+def decoder_on(config: LongPOConfig, *, tied: bool = True, family: str = "llama") -> Decoder:
     count = config.mesh.devices
-    return oracles.decoder_of(
-        oracles.model(tied=tied), make_mesh(config.mesh, jax.devices()[:count]) if count > 1 else None
-    )
+    mesh = make_mesh(config.mesh, jax.devices()[:count]) if count > 1 else None
+    return oracles.decoder_of(oracles.model(tied=tied, family=family), mesh)
 
 
-def started(*overrides: str, tied: bool = True) -> tuple[Step, TrainState]:
+def started(*overrides: str, **model: Any) -> tuple[Step, TrainState]:
     """(the compiled programs, the state before the first update)."""
-    step = step_of(*overrides, tied=tied)
-    return step, step.start(decoder_on(step.config, tied))
+    step = step_of(*overrides, **model)
+    return step, step.start(decoder_on(step.config, **model))
 
 
 def accumulated(step: Step, state: TrainState) -> Any:
@@ -119,8 +118,8 @@ def compilations() -> Iterator[list[str]]:
 
 
 @cache
-def trained(*overrides: str, tied: bool = True, updates: int = 3) -> Trained:
-    step, state = started(*overrides, tied=tied)
+def trained(*overrides: str, updates: int = 3, **model: Any) -> Trained:
+    step, state = started(*overrides, **model)
     metrics = []
     with compilations() as compiled:
         total = accumulated(step, state)
@@ -134,9 +133,9 @@ def trained(*overrides: str, tied: bool = True, updates: int = 3) -> Trained:
     return Trained(step.config, means, gradients, metrics, weights, compiled)
 
 
-def torch_s(config: LongPOConfig, tied: bool) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+def torch_s(config: LongPOConfig, **model: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     objective = dataclasses.asdict(config.objective)
-    return oracles.metrics_and_gradients(oracles.model(tied=tied), oracles.pairs(), objective)
+    return oracles.metrics_and_gradients(oracles.model(**model), oracles.pairs(), objective)
 
 
 def compare(got: dict[str, np.ndarray], want: dict[str, np.ndarray]) -> None:
@@ -160,7 +159,7 @@ CASES = {
 def test_loss_and_gradients_are_those_of_separate_sequences_in_torch(case):
     overrides, tied = CASES[case]
     ours = trained(*overrides, tied=tied) if case.startswith("longpo") else trained(*overrides, tied=tied, updates=0)
-    means, gradients = torch_s(ours.config, tied)
+    means, gradients = torch_s(ours.config, tied=tied)
     for name, value in means.items():
         np.testing.assert_allclose(ours.means[name], value, rtol=1e-5, err_msg=name)
     compare(ours.gradients, gradients)
@@ -168,6 +167,18 @@ def test_loss_and_gradients_are_those_of_separate_sequences_in_torch(case):
         assert ours.metrics[0].items() >= ours.means.items() and ours.metrics[0]["finite"] == 1
         norm = np.sqrt(sum(np.sum(x**2) for x in gradients.values()))
         np.testing.assert_allclose(ours.metrics[0]["grad_norm"], norm, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family, sizes", [("qwen3", {"fsdp": 2, "context": 2, "model": 2}), ("smollm3", {})])
+def test_other_families_are_trained_as_torch_trains_them(family, sizes):
+    """Norms of q and k, whose gradient is a sum over heads on several devices; a layer without rotary embedding."""
+    mesh = [f"mesh.{axis}={size}" for axis, size in sizes.items()]
+    ours = trained(*mesh, family=family, tied=True, updates=1)
+    _, gradients = torch_s(ours.config, family=family, tied=True)
+    compare(ours.gradients, gradients)
+    if family == "qwen3":
+        for key in ("model.layers.0.self_attn.q_norm.weight", "model.layers.1.self_attn.k_norm.weight"):
+            assert ours.weights[key].shape == (16,) and np.abs(ours.weights[key] - 1).mean() > 1e-4
 
 
 @pytest.mark.parametrize(

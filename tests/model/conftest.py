@@ -36,6 +36,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 8192,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.5], "long_factor": [1.5, 3.0, 24.0]}
 # name -> (transformers configuration class, what is special about it)
 FAMILIES = {
     "llama": ("LlamaConfig", {"rope_theta": 10000.0, "max_position_embeddings": 32768}),
@@ -65,6 +66,22 @@ FAMILIES = {
     "qwen2": (
         "Qwen2Config",
         {"rope_theta": 1e6, "rope_scaling": YARN, "max_position_embeddings": 131072, "num_key_value_heads": 1},
+    ),
+    "qwen3": ("Qwen3Config", {"rope_theta": 1e6, "head_dim": 16, "max_position_embeddings": 32768}),
+    "smollm3": (
+        "SmolLM3Config",
+        {"rope_theta": 5e6, "max_position_embeddings": 32768, "num_hidden_layers": 5, "pad_token_id": None},
+    ),
+    "phi3": (
+        "Phi3Config",
+        {
+            "rope_theta": 10000.0,
+            "rope_scaling": LONGROPE,
+            "max_position_embeddings": 131072,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 0.75,
+            "pad_token_id": None,
+        },
     ),
     "qwen2-tied": ("Qwen2Config", {"rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": True}),
 }

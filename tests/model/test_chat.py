@@ -86,6 +86,14 @@ def test_a_renderer_that_was_closed_is_started_anew():
     assert rendered("{{ messages[1].content }}") == "the cat"
 
 
+def test_models_that_may_think_are_told_not_to():
+    """As Qwen3's and SmolLM3's templates ask, of which the first thinks unless told otherwise."""
+    asked = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>{% endif %}"
+    assert rendered(asked) == "<think>\n\n</think>"
+    asked = "{% if enable_thinking is not defined or enable_thinking %}/think{% else %}/no_think{% endif %}"
+    assert rendered(asked) == "/no_think"
+
+
 def test_parted_needs_every_mark_once_and_in_order():
     assert parted("a<1>b<2>c", ["<1>", "<2>"]) == ["a", "b", "c"]
     for text in ("a<1>b", "a<2>b<1>", ""):

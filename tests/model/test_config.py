@@ -7,7 +7,7 @@ import json
 import pytest
 import transformers
 
-from rapid_jax.model.config import ModelConfig, from_hf, to_hf
+from rapid_jax.model.config import LayerKind, ModelConfig, from_hf, to_hf
 from rapid_jax.model.rope_config import Rope
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields
@@ -25,6 +25,9 @@ LLAMA = {
     "rms_norm_eps": 1e-5,
 }
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_key_value_heads": 2}
+SMOLLM3 = QWEN3 | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "num_hidden_layers": 6}
+PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": None}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
 
 
@@ -61,7 +64,37 @@ def test_defaults_are_those_of_the_first_llama_checkpoints():
     assert (config.rope, config.num_kv_heads, config.head_dim) == (Rope(10000.0), 4, 8)
     assert not config.tie_embeddings and not config.qkv_bias
     assert from_hf(QWEN2).qkv_bias
+    assert (from_hf(QWEN3).head_dim, from_hf(QWEN3).qk_norm, from_hf(QWEN3).qkv_bias) == (128, True, False)
     assert from_hf(MISTRAL | {"sliding_window": None, "head_dim": 16}).head_dim == 16
+
+
+def test_layers_without_rope_are_a_pattern_that_repeats():
+    with_rope, without = LayerKind(), LayerKind(rotated=False)
+    config = from_hf(SMOLLM3)
+    assert config.pattern == (with_rope, with_rope, with_rope, without) and config.tie_embeddings
+    assert (config.kinds, config.kind_of) == ((with_rope, without), (0, 0, 0, 1, 0, 0)) and config.rope.theta == 2e6
+    assert to_hf(config)["no_rope_layers"] == [1, 1, 1, 0, 1, 1]
+    assert from_hf(SMOLLM3 | {"no_rope_layers": [1, 1, 1, 0, 1, 1, 0]}).pattern == config.pattern
+    assert dataclasses.replace(config, num_layers=3).kinds == (with_rope,)
+    assert from_hf(SMOLLM3 | {"no_rope_layers": [0] * 6}).pattern == (without,)
+    assert from_hf(SMOLLM3 | {"use_sliding_window": True, "sliding_window": 512, "no_rope_layers": [1] * 6})
+
+
+LONGROPE = {"type": "su", "short_factor": [1.0, 1.5], "long_factor": [2.0, 8.0]}
+
+
+def test_longrope_is_of_a_part_of_the_head_and_its_older_name_is_known():
+    given = PHI3 | {"rope_scaling": LONGROPE, "partial_rotary_factor": 0.5, "original_max_position_embeddings": 1024}
+    config = from_hf(given)
+    rope = config.rope
+    assert (rope.scaling, rope.short_factor, rope.long_factor) == ("longrope", (1.0, 1.5), (2.0, 8.0))
+    assert (rope.factor, rope.original_max_positions, config.rotary_dim) == (4.0, 1024, 4)
+    assert config.num_kv_heads == 4 and config.joined
+    written = to_hf(config)
+    assert written["rope_scaling"]["rope_type"] == "longrope" and from_hf(written) == config
+    assert written["original_max_position_embeddings"] == 1024 and written["partial_rotary_factor"] == 0.5
+    longer = to_hf(dataclasses.replace(config, max_positions=8192))  # as LongPO exports it: cos and sin as trained
+    assert from_hf(longer).rope == rope
 
 
 def test_unknown_keys_are_carried_through_and_the_config_stays_hashable():
@@ -85,14 +118,23 @@ def test_an_override_of_the_rope_base_is_exported():
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        (LLAMA | {"model_type": "gemma3"}, "gemma3"),
+        (LLAMA | {"model_type": "gemma3_text"}, "sliding-window attention is not supported, got 'gemma3_text'"),
+        (LLAMA | {"model_type": "qwen3_moe"}, "a mixture of experts is not supported, got 'qwen3_moe'"),
+        (LLAMA | {"model_type": "gpt_oss"}, "attention sinks and a mixture of experts is not .*'gpt_oss'"),
+        (LLAMA | {"model_type": "llama4_text"}, "attention in chunks .*'llama4_text'"),
+        (LLAMA | {"model_type": "qwen3_next"}, "linear attention is not supported, got 'qwen3_next'"),
+        (QWEN3 | {"attention_bias": True}, "attention_bias"),
+        (SMOLLM3 | {"mlp_bias": True}, "mlp_bias"),
+        (SMOLLM3 | {"use_sliding_window": True, "sliding_window": 512}, "sliding_window 512"),
+        (QWEN3 | {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}, "sliding_window 512"),
         (LLAMA | {"architectures": ["LlavaForConditionalGeneration"]}, "LlavaForConditionalGeneration"),
         (LLAMA | {"hidden_act": "gelu"}, "gelu"),
         (LLAMA | {"attention_bias": True}, "attention_bias"),
         (LLAMA | {"mlp_bias": True}, "mlp_bias"),
         (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
-        (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope"),
+        (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "short_factor must be a list of numbers"),
+        (PHI3 | {"sliding_window": 2047}, "sliding_window 2047 is narrower than the context of 4096"),
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA | {"hidden_size": 30}, "hidden_size must be a multiple .*got 30"),
@@ -155,6 +197,12 @@ YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embe
         (QWEN2 | {"layer_types": "full_attention"}, "layer_types must be a list of strings"),
         (QWEN2 | {"layer_types": ["full_attention"]}, "layer_types must be a list of as many"),
         (QWEN2 | {"layer_types": ["linear_attention"] * 2}, "layer_types must be a list of full_attention"),
+        (SMOLLM3 | {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of as many as num_hidden_layers, 6"),
+        (SMOLLM3 | {"no_rope_layers": [1, 0, 1, 0, 1, 2]}, "no_rope_layers must be a list of whole numbers"),
+        (SMOLLM3 | {"no_rope_layer_interval": 0}, "no_rope_layer_interval must be a whole number"),
+        (PHI3 | {"rope_scaling": LONGROPE}, "short_factor must be 4 numbers of at least 1e-06"),
+        (PHI3 | {"rope_scaling": LONGROPE | {"long_factor": [0.0, 1.0]}, "partial_rotary_factor": 0.5}, "long_factor"),
+        (PHI3 | {"partial_rotary_factor": 0.4}, "partial_rotary_factor must be such that an even part of a head of 8"),
         *((LLAMA | {"eos_token_id": value}, "eos_token_id must be") for value in ("</s>", [2, None], 2.0, -1, [2**31])),
         *((LLAMA | {key: "x"}, f"{key} must be") for key in ("bos_token_id", "pad_token_id")),
         # sizes that no model has

@@ -2,7 +2,7 @@
 """Matrices as decoding reads them say what the checkpoint's say, on every mesh and in both layouts, in few bits too."""
 
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -13,9 +13,11 @@ from flax import nnx
 
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_self
-from rapid_jax.model.config import ModelConfig, Rope
+from rapid_jax.model import fused_decoder
+from rapid_jax.model.config import LayerKind, ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.fused import FusedDecoder, fused, quantized
+from rapid_jax.model.fused_decoder import FusedBlock
 from rapid_jax.model.hf_names import weights
 from rapid_jax.model.placement import abstract, stored_arrays
 from rapid_jax.model.quantized import in_digits, restored, rounded
@@ -41,6 +43,12 @@ QWEN = ModelConfig(
     qkv_bias=True,
 )
 LLAMA = replace(QWEN, family="llama", num_kv_heads=2, tie_embeddings=True, qkv_bias=False)
+# Norms of q and k, a layer without rope between others, half of a head that is not rotated.
+OTHER = replace(
+    replace(QWEN, family="qwen3", qkv_bias=False, qk_norm=True, num_layers=3),
+    pattern=(LayerKind(), LayerKind(rotated=False)),
+    rope=Rope(10000.0, fraction=0.5),
+)
 MESHES = {
     "model 2": MeshConfig(model=2),
     "model 4": MeshConfig(model=4),
@@ -95,7 +103,7 @@ def same(got: np.ndarray, want: np.ndarray) -> None:
     assert np.all(got[:, 104:] == -np.inf)
 
 
-@pytest.mark.parametrize("config", [QWEN, LLAMA], ids=["biases, untied", "tied"])
+@pytest.mark.parametrize("config", [QWEN, LLAMA, OTHER], ids=["biases, untied", "tied", "norms, not all rotated"])
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 def test_on_one_device(config: ModelConfig, layout: Layout):
     decoder = decoder_of(config, layout)
@@ -108,6 +116,27 @@ def test_on_one_device(config: ModelConfig, layout: Layout):
 @pytest.mark.parametrize("name", MESHES)
 @pytest.mark.parametrize(("config", "layout"), [(QWEN, "stacked"), (QWEN, "unrolled"), (LLAMA, "stacked")])
 def test_on_a_mesh(name: str, config: ModelConfig, layout: Layout):
+    lies_as_on_one_device(name, config, layout)
+
+
+@pytest.mark.parametrize("name", ["model 4", "model 8, copied"])
+def test_norms_of_q_and_k_and_layers_without_rope_on_a_mesh(name: str):
+    """Each head is normalised where it lies."""
+    lies_as_on_one_device(name, OTHER, "stacked")
+
+
+def test_norms_of_q_and_k_where_a_few_rows_run_in_kernels(monkeypatch):
+    """As on a GPU, by kernels that are interpreted here."""
+    copy = quantized(decoder_of(replace(OTHER, hidden_size=128, intermediate_size=256, num_layers=2), "unrolled"), 8)
+    want = logits(copy)
+    for name in ("fixed_point", "skinny_matmul"):
+        monkeypatch.setattr(fused_decoder, name, partial(getattr(fused_decoder, name), interpret=True))
+    monkeypatch.setattr(FusedBlock, "_runs_in_kernels", lambda self, rows, depth: True)
+    got = logits(copy)
+    assert 0 < np.linalg.norm(got - want) < 2e-3 * np.linalg.norm(want)
+
+
+def lies_as_on_one_device(name: str, config: ModelConfig, layout: Layout) -> None:
     mesh = MESHES[name]
     if config.num_kv_heads % mesh.model and not mesh.replicate_kv:
         mesh = replace(mesh, replicate_kv=True)

@@ -40,6 +40,9 @@ BESIDE = (
 )
 
 
+BESIDE_LOGITS = ("rope", "carried", "pattern", "joined")  # of a ModelConfig, or told otherwise
+
+
 def older(given: dict[str, Any]) -> dict[str, Any]:
     """The same config in the spelling of transformers 4."""
     rope = dict(given["rope_parameters"])
@@ -53,9 +56,10 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 def meaning_of(config: ModelConfig) -> dict[str, Any]:
     """What decides a logit."""
-    inv_freq, factor = inverse_frequencies(config.rope, config.head_dim)
-    sizes = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("rope", "carried")}
-    return sizes | {"inv_freq": inv_freq, "factor": factor}
+    inv_freq, factor = inverse_frequencies(config.rope, config.rotary_dim)
+    sizes = {key: value for key, value in dataclasses.asdict(config).items() if key not in BESIDE_LOGITS}
+    rotated = [config.kinds[kind].rotated for kind in config.kind_of]
+    return sizes | {"rotated": rotated, "inv_freq": inv_freq, "factor": factor}
 
 
 def meaning_to_transformers(given: dict[str, Any]) -> dict[str, Any] | None:
@@ -68,6 +72,7 @@ def meaning_to_transformers(given: dict[str, Any]) -> dict[str, Any] | None:
         assert window is None or window >= theirs.max_position_embeddings, "our decoder has no windows"
     except Exception:
         return None
+    layers = theirs.num_hidden_layers
     return {
         "family": theirs.model_type,
         "vocab_size": theirs.vocab_size,
@@ -76,11 +81,13 @@ def meaning_to_transformers(given: dict[str, Any]) -> dict[str, Any] | None:
         "num_layers": theirs.num_hidden_layers,
         "num_heads": theirs.num_attention_heads,
         "num_kv_heads": theirs.num_key_value_heads,
-        "head_dim": getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads),
+        "head_dim": getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads,
         "norm_eps": theirs.rms_norm_eps,
         "max_positions": theirs.max_position_embeddings,
         "tie_embeddings": theirs.tie_word_embeddings,
         "qkv_bias": theirs.model_type == "qwen2",
+        "qk_norm": theirs.model_type == "qwen3",
+        "rotated": [bool(one) for one in getattr(theirs, "no_rope_layers", [1] * layers)[:layers]],
         "inv_freq": rotary.inv_freq.numpy(),
         "factor": rotary.attention_scaling,
     }
@@ -112,7 +119,10 @@ def check_config(folder: Path, base: dict[str, Any], given: dict[str, Any]) -> N
 
 @pytest.mark.parametrize(
     ("name", "spelling"),
-    [("llama3", "newer"), ("llama-yarn", "older"), ("llama-linear", "newer"), ("mistral", "older"), ("qwen2", "newer")],
+    [
+        *(("llama3", "newer"), ("llama-yarn", "older"), ("llama-linear", "newer"), ("mistral", "older")),
+        *(("qwen2", "newer"), ("qwen3", "newer"), ("smollm3", "older")),
+    ],
 )
 def test_config_with_each_value_replaced(name, spelling, checkpoint, tmp_path, request):
     folder = shutil.copytree(checkpoint(name)[1], tmp_path / "model")

@@ -9,7 +9,8 @@ from gguf.quants import dequantize, quantize
 
 from rapid_jax.model import gguf_file
 from rapid_jax.model.gguf_io import GgufCheckpoint, gguf_name, load_gguf
-from rapid_jax.model.hf_names import weights
+from rapid_jax.model.hf_io import HfCheckpoint
+from rapid_jax.model.hf_names import stored, weights
 from rapid_jax.model.load import load_model
 from rapid_jax.runtime.errors import InputError
 from tests.model.conftest import our_logits, tokens_at, torch_logits
@@ -33,6 +34,10 @@ def write_gguf(
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if head_dim * config.num_attention_heads != config.hidden_size:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     tokens = (BYTES + ["<bos>", "<eos>"] + [f"<{n}>" for n in range(config.vocab_size)])[: config.vocab_size]
@@ -42,6 +47,13 @@ def write_gguf(
     writer.add_token_types([3 if token.startswith("<") and len(token) > 1 else 1 for token in tokens])
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(5)
+    if architecture == "phi3":
+        rope = config.rope_parameters
+        writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+        writer.add_rope_scaling_attn_factors(float(model.model.rotary_emb.attention_scaling))
+        for kind in ("long", "short"):
+            writer.add_tensor(f"rope_factors_{kind}.weight", np.asarray(rope[f"{kind}_factor"], np.float32))
     for key, value in extra:
         writer.add_string(key, value) if isinstance(value, str) else writer.add_float32(key, value)
     if rope_factors is not None:
@@ -50,7 +62,7 @@ def write_gguf(
         if key in omit or (key == "lm_head.weight" and config.tie_word_embeddings):
             continue
         array = value.numpy()
-        if architecture == "llama" and ("q_proj" in key or "k_proj" in key):
+        if architecture in ("llama", "smollm3") and ("q_proj" in key or "k_proj" in key):
             array = interleaved(array, config.num_attention_heads if "q_proj" in key else config.num_key_value_heads)
         if quantised is not None and array.ndim == 2 and array.shape[1] % gguf.GGML_QUANT_SIZES[quantised][0] == 0:
             writer.add_tensor(gguf_name(key), quantize(array, quantised), raw_dtype=quantised)
@@ -63,7 +75,10 @@ def write_gguf(
     return path
 
 
-@pytest.mark.parametrize(("name", "architecture"), [("llama", "llama"), ("qwen2-tied", "qwen2")])
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [("llama", "llama"), ("qwen2-tied", "qwen2"), ("qwen3", "qwen3"), ("smollm3", "smollm3"), ("phi3", "phi3")],
+)
 def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(name, architecture, checkpoint, tmp_path):
     model, _ = checkpoint(name)
     path = write_gguf(tmp_path / "model.gguf", model, architecture=architecture)
@@ -74,6 +89,28 @@ def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(name, architectu
         assert (decoder.head_DV is None) == model.config.tie_word_embeddings
         assert decoder.config.norm_eps == 1e-5
         np.testing.assert_allclose(our_logits(decoder, tokens_BT, pos_BT), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_quantised_rows_of_joined_matrices_are_those_of_the_whole(checkpoint, tmp_path):
+    model, _ = checkpoint("phi3")
+    kind = gguf.GGMLQuantizationType.Q8_0
+    file = GgufCheckpoint(write_gguf(tmp_path / "model.gguf", model, architecture="phi3", quantised=kind))
+    for joined, parts in (
+        ("self_attn.qkv", ("self_attn.q", "self_attn.k", "self_attn.v")),
+        ("mlp.gate_up", ("mlp.gate", "mlp.up")),
+    ):
+        array = model.state_dict()[f"model.layers.1.{joined}_proj.weight"].numpy()
+        found = np.concatenate([file.read(f"model.layers.1.{part}_proj.weight") for part in parts])
+        np.testing.assert_array_equal(found, dequantize(quantize(array, kind), kind))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3", "phi3"])
+def test_weights_are_named_as_the_package_names_them(name, checkpoint):
+    config = HfCheckpoint(checkpoint(name)[1]).config
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), config.num_layers)
+    for array in stored(config):
+        stem, _, kind = array.key.rpartition(".")
+        assert f"{names.get_name(stem)}.{kind}" == gguf_name(array.key)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])
@@ -112,7 +149,7 @@ def test_yarn_metadata_is_read(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"architecture": "phi3"}, "architecture 'phi3'"),
+        ({"architecture": "qwen3moe"}, "architecture 'qwen3moe'"),
         ({"extra": [("llama.rope.scaling.type", "longrope")]}, "longrope"),
         ({"extra": [("llama.rope.scaling.attn_factor", 2.0)]}, "attn_factor"),
         ({"omit": ["model.layers.0.mlp.up_proj.weight"]}, "blk.0.ffn_up.weight is missing"),

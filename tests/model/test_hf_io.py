@@ -20,7 +20,7 @@ from safetensors import safe_open
 
 from rapid_jax.model import safetensors_file
 from rapid_jax.model.hf_io import HfCheckpoint, load_hf, save_hf
-from rapid_jax.model.hf_names import weights
+from rapid_jax.model.hf_names import stored, weights
 from rapid_jax.runtime.errors import InputError
 from tests.model.conftest import FAMILIES, our_logits, tokens_at, torch_logits
 
@@ -75,8 +75,10 @@ def test_bfloat16_round_trip_in_small_shards_is_byte_equal(checkpoint, tmp_path)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_names_are_a_bijection_with_the_checkpoint(name, checkpoint):
     _, folder = checkpoint(name)
-    every = weights(HfCheckpoint(folder).config)
-    assert {weight.key for weight in every} == raw_tensors(folder).keys()
+    config = HfCheckpoint(folder).config
+    every = weights(config)
+    assert {array.key for array in stored(config)} == raw_tensors(folder).keys()
+    assert [weight for array in stored(config) for weight in array.weights] == list(every)
     assert len({weight.path("unrolled") for weight in every}) == len(every)
     for weight in every:
         array = np.random.default_rng(0).normal(size=weight.stored_shape)

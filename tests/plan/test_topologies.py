@@ -3,10 +3,12 @@
 
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from rapid_jax.model.hf_names import stored
 from rapid_jax.plan.architectures import SHAPES, architecture_of
 from rapid_jax.plan.topologies import GENERATIONS, chips_of, generation_of, topology_of
 from rapid_jax.runtime.errors import InputError
@@ -67,3 +69,16 @@ def test_an_unknown_model_lists_the_shapes():
         architecture_of("models/Mystery-1T")
     with pytest.raises(InputError, match="unknown shape 'x'"):
         architecture_of("models/Mystery-1T", "x")
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [
+        *(("llama-3.1-8b", 8.03), ("qwen2.5-7b", 7.62), ("qwen3-0.6b", 0.596), ("qwen3-1.7b", 1.72)),
+        *(("qwen3-8b", 8.19), ("qwen3-32b", 32.76), ("smollm3-3b", 3.08), ("phi-4-mini", 3.84)),
+    ],
+)
+def test_a_shape_has_as_many_weights_as_its_card_says(name: str, billions: float):
+    config = architecture_of("models/none", name).config
+    assert sum(math.prod(array.shape) for array in stored(config)) / 1e9 == pytest.approx(billions, rel=0.005)
+    assert config.context_size == {"smollm3-3b": 65536}.get(name, 131072)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a config.json means by its family's name: the one place where a family is more than the data of a config."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Final, Literal
+
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"]
+# Which layers a sliding window is of: of none, of every one, of those behind the first max_window_layers, of those
+# without rotary embedding.
+Windows = Literal["none", "all", "last", "unrotated"]
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What all checkpoints of a family have, and what keys stand for that they leave out."""
+
+    architecture: str
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    biases: tuple[str, ...] = ()  # keys of biases that are refused
+    windows: Windows = "none"
+    window: int | None = None  # sliding_window where it is left out
+    head_dim: int | None = None  # where it is left out; None: hidden_size / num_attention_heads
+    whole_heads: bool = False  # hidden_size is a multiple of num_attention_heads, whatever head_dim says
+    unrotated: bool = False  # no_rope_layers or no_rope_layer_interval say which layers have no rotary embedding
+    theta: float = 10000.0  # rope_theta where it is left out
+    partial: bool = False  # partial_rotary_factor may say that only the first part of a head is rotated
+    rope_names: Mapping[str, str] = field(default_factory=dict)  # rules of rope that stand for others
+    original: int | None = None  # original_max_position_embeddings, which is then outside of rope_scaling
+    joined: bool = False  # q, k and v are one array of the checkpoint, gate and up are another
+    tied: bool = False  # tie_word_embeddings where it is left out
+    implied_kv: bool = False  # num_key_value_heads may be left out: one a query head
+
+
+TRAITS: Final[Mapping[Family, Traits]] = MappingProxyType(
+    {
+        "llama": Traits("LlamaForCausalLM", biases=("attention_bias", "mlp_bias"), whole_heads=True, implied_kv=True),
+        "mistral": Traits("MistralForCausalLM", windows="all", window=4096),
+        "qwen2": Traits("Qwen2ForCausalLM", qkv_bias=True, windows="last", window=4096),
+        "qwen3": Traits(
+            "Qwen3ForCausalLM", qk_norm=True, biases=("attention_bias",), windows="last", window=4096, head_dim=128
+        ),
+        "smollm3": Traits(
+            "SmolLM3ForCausalLM",
+            biases=("attention_bias", "mlp_bias"),
+            windows="unrotated",
+            unrotated=True,
+            theta=2e6,
+            tied=True,
+        ),
+        "phi3": Traits(
+            "Phi3ForCausalLM",
+            windows="all",
+            partial=True,
+            rope_names={"su": "longrope", "yarn": "longrope"},
+            original=4096,
+            joined=True,
+            implied_kv=True,
+        ),
+    }
+)
+# By the beginning of model_type, the first that fits: what such a model has that no layer here does.
+_LACKING: Final = {
+    "llama4": "attention in chunks and a mixture of experts",
+    "gpt_oss": "attention sinks and a mixture of experts",
+    "qwen3_next": "linear attention",
+    "qwen3_5": "linear attention",
+    "gemma3": "sliding-window attention",
+    "mixtral": "a mixture of experts",
+    "phimoe": "a mixture of experts",
+    "qwen2_moe": "a mixture of experts",
+    "qwen3_moe": "a mixture of experts",
+}
+
+
+def lacking(model_type: str) -> str | None:
+    """What keeps a model of another family from being read, as far as it is known."""
+    return next((what for prefix, what in _LACKING.items() if model_type.startswith(prefix)), None)

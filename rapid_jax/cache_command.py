@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`rapid cache list|clear|verify`: what is kept on disk, how large it is, and whether it is what was written.
 
-Exit status: 1 if something is damaged, else as the other commands'.
+Exit status: 1 if something is damaged, 75 if a bucket's store does not answer `verify` now, else as other commands'.
+What cannot be read is no damage: it ends `verify` in one line, and nothing is removed.
 """
 
 import argparse
@@ -11,19 +12,21 @@ import zlib
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from rapid_jax.config import RapidConfig
 from rapid_jax.runtime import settings
-from rapid_jax.runtime.array_store import Damaged
 from rapid_jax.runtime.command_line import Place, prepare_jax
 from rapid_jax.runtime.disk_cache import BOUNDED, KINDS, Entry, entries, remove
-from rapid_jax.runtime.errors import InputError, printable
+from rapid_jax.runtime.errors import InputError, legible, printable
 from rapid_jax.runtime.files import cache_dir, cache_place, remove_leftovers
-from rapid_jax.runtime.storage import AnyPlace
-from rapid_jax.speculative.prefix_bucket import BucketEntry, entries_at
-from rapid_jax.speculative.prefix_manifest import check_entry
+from rapid_jax.runtime.run_folder import again_when_a_store_fails
+from rapid_jax.runtime.storage import bytes_of
 
+if TYPE_CHECKING:  # else NumPy would be imported for every command's options
+    from rapid_jax.speculative.prefix_bucket import BucketEntry
+
+AnyEntry: TypeAlias = Union[Entry, "BucketEntry"]
 _DAMAGED = 1  # exit status
 _ZSTD = b"\x28\xb5\x2f\xfd"
 
@@ -53,6 +56,8 @@ class _Cache:
     """What is kept: in a folder, and of documents' keys and values there or in a bucket."""
 
     def __init__(self, options: argparse.Namespace):
+        from rapid_jax.speculative.prefix_bucket import entries_at
+
         config = settings.load(RapidConfig, options.config) if options.config else RapidConfig()
         self.root, self.bound = cache_dir(config.cache.folder), int(config.cache.disk_gib * 2**30)
         place = cache_place(config.cache.folder)
@@ -60,17 +65,19 @@ class _Cache:
         self.said = {"folder": str(self.root)} | ({"prefixes": str(place)} if self.in_bucket else {})
         self.places = [printable(str(self.root)), *([f"prefixes: {printable(str(place))}"] if self.in_bucket else [])]
 
-    def entries(self, kind: str) -> Sequence[Entry | BucketEntry]:
+    def entries(self, kind: str) -> Sequence[AnyEntry]:
         """All of a kind."""
         return self.prefixes.entries() if kind == "prefixes" else entries(self.root, [kind])
 
-    def remove(self, entry: Entry | BucketEntry) -> bool:
+    def remove(self, entry: AnyEntry) -> bool:
         """Takes an entry away, whole; False if that is not to be done now."""
         return remove(entry) if isinstance(entry, Entry) else self.prefixes.remove(entry.path.name)
 
-    def has(self, entry: Entry | BucketEntry) -> bool:
-        """Whether it is still there."""
-        return entry.path.exists() if isinstance(entry, Entry) else self.prefixes.has(entry.path.name)
+    def has(self, entry: AnyEntry) -> bool:
+        """Whether it is still there. Raises InputError where a bucket's store does not say."""
+        if isinstance(entry, Entry):
+            return entry.path.exists()
+        return any(found.path == entry.path for found in self.prefixes.entries())
 
     def clean(self, kinds: Sequence[str]) -> None:
         """Removes what killed processes have left half written."""
@@ -103,7 +110,7 @@ def _clear(options: argparse.Namespace) -> None:
         raise InputError(f"rapid cache clear: expected {', '.join(KINDS)}, got {printable(wrong[0])}")
     cache = _Cache(options)
     kinds = [kind for kind in KINDS if kind in (options.kinds or KINDS)]
-    removed: dict[str, list[Entry | BucketEntry]] = {kind: [] for kind in kinds}
+    removed: dict[str, list[AnyEntry]] = {kind: [] for kind in kinds}
     in_use = []
     for entry in [entry for kind in kinds for entry in cache.entries(kind)]:
         (removed[entry.kind] if cache.remove(entry) else in_use).append(entry)
@@ -122,15 +129,19 @@ def _clear(options: argparse.Namespace) -> None:
 def _verify(options: argparse.Namespace) -> int:
     cache = _Cache(options)
     prepare_jax(programs=False)
-    checked, damaged = dict.fromkeys(KINDS, 0), []
-    for entry in [entry for kind in KINDS for entry in cache.entries(kind)]:
-        reason = _fault(cache, entry)
-        if reason is None and not cache.has(entry):
-            continue  # removed while it was read
-        checked[entry.kind] += 1
-        if reason is not None:
-            removed = options.remove and cache.remove(entry)
-            damaged.append({"kind": entry.kind, "path": str(entry.path), "reason": reason, "removed": removed})
+    checked, faults = dict.fromkeys(KINDS, 0), list[tuple[AnyEntry, str]]()
+    with again_when_a_store_fails():
+        for entry in [entry for kind in KINDS for entry in cache.entries(kind)]:
+            reason = _fault(cache, entry)
+            if reason and not cache.has(entry):
+                continue  # removed while it was read
+            checked[entry.kind] += 1
+            if reason:
+                faults.append((entry, reason))
+    damaged = []
+    for entry, reason in faults:  # all were read: what ends the reading removes nothing
+        removed = options.remove and cache.remove(entry)
+        damaged.append({"kind": entry.kind, "path": str(entry.path), "reason": reason, "removed": removed})
     if options.json:
         print(json.dumps(cache.said | {"checked": checked, "damaged": damaged}))
         return _DAMAGED if damaged else 0
@@ -141,27 +152,48 @@ def _verify(options: argparse.Namespace) -> int:
     return _DAMAGED if damaged else 0
 
 
-def _fault(cache: _Cache, entry: Entry | BucketEntry) -> str | None:
-    """What is wrong with an entry; None for one that is as it was written."""
+def _fault(cache: _Cache, entry: AnyEntry) -> str:
+    """What is wrong with an entry; "" for one that is as it was written.
+
+    Raises OSError or InputError where it cannot be read, which is no fault of it.
+    """
+    if not isinstance(entry, Entry) or entry.kind == "prefixes":
+        return _prefix_fault(cache, entry)
     try:
-        if entry.kind == "prefixes":
-            _check_prefix(cache, entry.path)
-        elif isinstance(entry, Entry):
-            _CHECKS[entry.kind](entry.path)
+        _CHECKS[entry.kind](entry.path)
     except FileNotFoundError as error:
-        return None if not cache.has(entry) else f"{error.filename} is missing"
+        return f"{error.filename} is missing"
     except (OSError, ValueError) as error:  # InputError among them
-        return " ".join(str(error).split())
+        if (refused := _refusal(error)) is not None:
+            raise refused from error
+        return legible(str(error))
+    return ""
+
+
+def _prefix_fault(cache: _Cache, entry: AnyEntry) -> str:
+    from rapid_jax.runtime.array_store import Damaged
+    from rapid_jax.speculative.prefix_manifest import MANIFEST, check_entry
+
+    try:
+        with cache.prefixes.reading(entry.path.name):
+            bytes_of(entry.path / MANIFEST)  # raises what is no damage, where it refuses to be read
+            check_entry(entry.path)
+    except Damaged as error:
+        return str(error)
+    except (OSError, InputError):
+        if cache.has(entry):
+            raise
+        return "removed while it was read"
+    return ""
+
+
+def _refusal(error: BaseException | None) -> OSError | None:
+    """What the system said, if that is why: not that a file is missing."""
+    while error is not None:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            return error
+        error = error.__cause__ or error.__context__
     return None
-
-
-def _check_prefix(cache: _Cache, entry: AnyPlace) -> None:
-    with cache.prefixes.reading(entry.name) as there:
-        if there:
-            try:
-                check_entry(entry)
-            except Damaged as error:
-                raise ValueError(str(error)) from error
 
 
 def _check_embeddings(path: Path) -> None:
@@ -207,18 +239,18 @@ _CHECKS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def _counted(found: Sequence[Entry | BucketEntry]) -> dict[str, Any]:
+def _counted(found: Sequence[AnyEntry]) -> dict[str, Any]:
     used = max((entry.used for entry in found), default=None)
     return {"entries": len(found), "bytes": sum(entry.bytes for entry in found), "last_used": used}
 
 
-def _last(found: Sequence[Entry | BucketEntry]) -> str:
+def _last(found: Sequence[AnyEntry]) -> str:
     if not found:
         return "-"
     return datetime.fromtimestamp(max(entry.used for entry in found)).astimezone().strftime("%Y-%m-%d %H:%M")
 
 
-def _paths(found: Sequence[Entry | BucketEntry]) -> list[str]:
+def _paths(found: Sequence[AnyEntry]) -> list[str]:
     return [str(entry.path) for entry in found]
 
 

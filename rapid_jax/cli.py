@@ -4,7 +4,8 @@
 Standard output carries the answer and nothing else; progress, what was retrieved and the summary go to standard error.
 Exit status: 0 done, 1 something damaged in the cache, or a question of several or a point of a sweep that failed, 2
 input that cannot be used (one line says why), 3 a plan that does not fit, 75 to be started again (another process of
-the run has ended, a store failed while an evaluation was at work), 130 interrupted, 141 nobody reads the output.
+the run has ended, a store failed while an evaluation or `cache verify` was at work), 130 interrupted, 141 nobody reads
+the output.
 """
 
 import argparse
@@ -15,7 +16,6 @@ from typing import Any
 from rapid_jax import __version__, answer_command, cache_command, chat_command
 from rapid_jax.bench import command as benchmark
 from rapid_jax.evaluate import command as evaluation
-from rapid_jax.evaluate import sweep
 from rapid_jax.plan import command
 from rapid_jax.runtime.command_line import Place, prepare_jax, say, status_of
 from rapid_jax.runtime.sweep import add_arguments
@@ -61,7 +61,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=evaluation.evaluate)
     evaluation.add_evaluate(evaluate)
     swept = commands.add_parser("sweep", help="evaluations that differ in some settings", allow_abbrev=False)
-    swept.set_defaults(run=sweep.run)
+    swept.set_defaults(run=_sweep)
     add_arguments(swept)
     report = commands.add_parser("report", help="write the report of an evaluation", allow_abbrev=False)
     report.set_defaults(run=evaluation.report)
@@ -78,6 +78,12 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("--dtype", default="auto", metavar="auto|float32|bfloat16", help="auto loses nothing")
     convert.add_argument("--quiet", action="store_true", help="no progress")
     return rapid
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from rapid_jax.evaluate.sweep import run
+
+    return run(options)
 
 
 def _convert(options: argparse.Namespace) -> None:

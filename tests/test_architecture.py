@@ -293,9 +293,12 @@ def test_importing_rapid_jax_loads_no_other_framework_and_starts_no_device():
     assert found == []
 
 
-def test_settings_are_read_without_jax():
-    program = "import sys; import rapid_jax.runtime.settings; sys.exit('jax' in sys.modules or 'numpy' in sys.modules)"
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+@pytest.mark.parametrize("module", ["rapid_jax.runtime.settings", "rapid_jax.cli", "longpo_jax.cli"])
+def test_settings_and_options_are_read_without_jax_and_numpy(module):
+    heavy = "'jax', 'numpy', 'ml_dtypes', 'tensorstore', 'gcsfs', 's3fs'"
+    program = f"import sys, {module}; sys.exit(str(sorted({{{heavy}}} & set(sys.modules))).strip('[]'))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
 
 
 def test_a_heavy_import_and_a_started_device_are_found(tmp_path: Path):

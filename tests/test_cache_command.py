@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """`rapid cache`: what is told of each kind, what is removed, and that damage of every kind is found."""
 
+import builtins
+import errno
 import fcntl
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import zlib
@@ -20,6 +24,7 @@ from rapid_jax.retrieval.index import Index
 from rapid_jax.retrieval.store import EmbeddingStore
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.disk_cache import KINDS, entries
+from rapid_jax.runtime.storage import working_place
 from rapid_jax.speculative.prefix_store import PrefixStore
 from tests.speculative.test_prefix_store import prefix_of
 
@@ -142,6 +147,49 @@ def test_verify_names_what_is_damaged_and_removes_it_if_told(root: Path, capsys,
     assert f"damaged, removed: {entry.path}: " in capsys.readouterr().out
     assert not entry.path.exists() and len(entries(root)) == 4
     assert main(["cache", "verify"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["prefixes", "embeddings", "indices", "programs", "digests"])
+def test_what_cannot_be_read_is_no_damage_and_removes_nothing(root: Path, capsys, monkeypatch, kind):
+    (root / "digests" / f"{'0' * 64}.txt").write_bytes(b"damaged")
+    (entry,) = [entry for entry in entries(root, [kind]) if "0" * 64 not in entry.path.name]
+
+    def refused(open_):
+        def call(path, *given, **asked):
+            if isinstance(path, str | Path) and str(path).startswith(str(entry.path)) and "/lock" not in str(path):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return open_(path, *given, **asked)
+
+        return call
+
+    for module, name in ((io, "open"), (builtins, "open"), (os, "open")):
+        monkeypatch.setattr(module, name, refused(getattr(module, name)))
+    assert main(["cache", "verify", "--remove"]) == 2
+    assert re.fullmatch(rf"rapid: {entry.path}[^:]*: Permission denied\n", capsys.readouterr().err)
+    monkeypatch.undo()
+    assert len(entries(root)) == 6
+
+
+def test_a_store_that_refuses_a_prefix_removes_nothing(bucket, no_waits, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("RAPID_JAX_CACHE", "gs://models/refused")
+    place = working_place("gs://models/refused/prefixes", "x")
+    store = PrefixStore(place, 1 << 30, quiet=True)
+    store.save(KEY, prefix_of("unrolled"))
+    kept = bucket.names("refused/")
+    for part, fault, status, said in (
+        ("manifest.json", "403", 2, f"{place}/{KEY}/manifest.json: no permission to read it"),
+        ("manifest.json", "503", 75, f"{place}/{KEY}/manifest.json: the store failed"),
+        ("BKSH", "403", 2, f"{place}/{KEY}/"),
+    ):
+        bucket.fault = lambda asked, part=part, fault=fault: fault if part in asked else None
+        assert main(["cache", "verify", "--remove"]) == status
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"rapid: {said}")
+        bucket.heal()
+        assert bucket.names("refused/") == kept
+    bucket.put(next(name for name in kept if "/k_BKSH/c/" in name), b"short")
+    assert told(capsys, "verify", "--remove")[1]["damaged"][0]["removed"] and not store.has(KEY)
 
 
 def test_a_cache_that_is_not_there_is_empty(tmp_path: Path, monkeypatch, capsys):

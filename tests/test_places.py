@@ -93,6 +93,7 @@ def test_a_bucket_that_would_be_written_to_is_told_what_to_do_instead(place, opt
     monkeypatch.chdir(tmp_path)
     assert rapid_jax.cli.main([*ANSWER, option, place]) == 2
     assert "writing to a bucket is not supported here" in (err := capfd.readouterr().err) and "gcloud storage cp" in err
+    assert "run folders, evaluations, sweeps and cache.folder may be in one" in err
     assert not list(tmp_path.iterdir())
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from rapid_jax.model.checkpoint_folder import read_folder_config
 from rapid_jax.model.config import ModelConfig, from_hf
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.storage import place_of
@@ -139,6 +138,8 @@ def architecture_of(source: str, shape: str | None = None) -> Architecture:
         return Architecture(open_checkpoint(source)[0].config, "its own file")
     file = place_of(source, "model") / "config.json"
     if file.is_file():
+        from rapid_jax.model.checkpoint_folder import read_folder_config
+
         return Architecture(from_hf(read_folder_config(file.parent)), str(file))
     plain = re.sub(r"[^a-z0-9]+", "", Path(source).name.lower())
     for name in SHAPES:

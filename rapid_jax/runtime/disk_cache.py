@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is kept under the cache folder, of all kinds under one bound; what has not been used for longest goes first.
 
-    prefixes/<sha256>/          keys and values of documents (speculative/prefix_store.py)
+    prefixes/<sha256>/          keys and values of documents (speculative/prefix_folder.py)
     embeddings/<sha256>.npy     of a document's chunks (retrieval/store.py)
     indices/<sha256>/           trees over them (retrieval/index.py)
     programs/*-cache            compiled by JAX, which bounds them only with files beside them that older ones lack

@@ -4,6 +4,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -82,14 +83,29 @@ def kept_log(folder: AnyPlace, name: str) -> AnyPlace:
 
 
 def keep_log(folder: AnyPlace, name: str) -> None:
-    """Puts what a job that has ended has printed behind what `folder`, if it is in a bucket, has of it already."""
+    """Puts what a job that has ended has printed behind what `folder`, if it is in a bucket, has of it already.
+
+    What is put there is called NAME.log.SIZE here until it has come, by the size that the other log has before: where a
+    kill or a store has ended that, the next call finds whether the bytes are there from SIZE on, and none come twice.
+    """
     kept = kept_log(folder, name)
     here = logs_here(folder) / kept.name
-    if here != kept and here.exists():
-        log = log_at(kept)
-        log.append(here.read_bytes())
+    if here == kept or not here.parent.is_dir():
+        return
+    under_way = re.compile(re.escape(here.name) + r"\.([0-9]+)")
+    begun = [(int(found[1]), path) for path in here.parent.iterdir() if (found := under_way.fullmatch(path.name))]
+    if not begun and not here.exists():
+        return
+    log = log_at(kept)
+    if here.exists() and not begun:
+        begun = [(log.size, here.rename(f"{here}.{log.size}"))]
+    for start, path in sorted(begun):
+        data = path.read_bytes()
+        if log.size <= start or log.read()[start : start + len(data)] != data:
+            log.append(data)
         log.join()
-        here.unlink()
+        path.unlink()
+    keep_log(folder, name)  # what was printed since
 
 
 @contextlib.contextmanager
@@ -120,7 +136,7 @@ def run_jobs(
     known = {job.name for job in jobs}  # what is no job is done
     free, waiting, ended = list(range(len(shares))), list(jobs), dict[str, str]()
     running: dict[int, tuple[Job, subprocess.Popen, float]] = {}  # by share
-    again = False
+    again, told = False, False
     with _ended_with_us() as started:
         while running or (waiting and not again):
             for job in list(waiting):
@@ -143,7 +159,12 @@ def run_jobs(
                 again = again or status == AGAIN
                 ended[job.name] = "" if status == 0 else f"status {status}: {_last_line(job.log, module)}"
                 tell(job, ended[job.name] or f"done in {time.monotonic() - since:.0f} s")
-                job.keep()
+                try:
+                    job.keep()
+                except (InputError, OSError) as error:  # no reason to end the others
+                    if not told:
+                        say(f"logs that cannot be kept stay in {job.log.parent} for now: {legible(str(error))}")
+                    told = True
     if again:
         raise SystemExit(AGAIN)
     return ended

@@ -37,15 +37,19 @@ def make_link(name: AnyPlace, target: AnyPlace) -> None:
 
 
 def target_of(name: AnyPlace) -> AnyPlace | None:
-    """What a link leads to, be it there or not; None where there is no link of that name."""
+    """What a link leads to, be it there or not; None where there is no link of that name.
+
+    Raises InputError for one in a bucket that leads out of it, to itself or to a folder that it is in.
+    """
     if isinstance(name, Path):
         return name.resolve() if name.is_symlink() else None
     place = _object_of(name)
     if (data := bytes_of(place)) is None:
         return None
     key = posixpath.normpath(posixpath.join(name.parent.key, data.decode("utf-8", "replace")))
-    if key.startswith(("..", "/")) or not key.isprintable():
-        raise InputError(f"{place}: expected the name of a folder of this bucket, got {data[:60]!a}")
+    leads_up = key == "." or f"{name.key}/".startswith(f"{key}/")  # to a folder that the link is in, or to itself
+    if leads_up or key.startswith(("..", "/")) or not key.isprintable():
+        raise InputError(f"{place}: expected the name of another folder of this bucket, got {data[:60]!a}")
     return working_place(f"gs://{name.bucket}/{key}", str(place))
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a bucket of S3 is asked: objects and their bytes, to read alone; as buckets.py asks one of Google's.
 
-s3fs sends the requests. It and botocore ask again where the service is busy, fails or hangs up, and find the
-credentials as Amazon's tools do. It is imported when a bucket is first asked, from the extra `cloud`.
+s3fs sends the requests. botocore below it asks again where the service is busy, fails or hangs up, with waits of up to
+1, 2, 4, 8 and 16 s, and finds the credentials as Amazon's tools do; nobody else asks again, but for a range whose
+answer breaks off. s3fs is imported when a bucket is first asked, from the extra `cloud`.
 """
 
 import functools
@@ -14,6 +15,7 @@ from rapid_jax.runtime.buckets import TRAFFIC, Object, Replaced, fill
 from rapid_jax.runtime.errors import InputError, Unavailable, extra, legible
 
 _TRIES: Final = 3  # of a range whose answer breaks off
+_REQUESTS: Final = 6  # at most for one call
 _LOGIN: Final = "credentials: aws configure, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 _UNKNOWN: Final = (
     "InvalidAccessKeyId",
@@ -70,10 +72,12 @@ def _range(bucket: str, found: Object, first: int, last: int) -> bytes:
     asked = {"Bucket": bucket, "Key": found.name, "IfMatch": found.generation, "Range": f"bytes={first}-{last - 1}"}
     for left in reversed(range(_TRIES)):
         try:
-            data = _body(place, _call(place, "get_object", **asked))
+            answer = _call(place, "get_object", **asked)
         except (FileNotFoundError, FileExistsError):
             raise Replaced(f"{place}: was replaced or removed while it was read") from None
-        except Unavailable:  # s3fs has asked again, but not for an answer that broke off
+        try:
+            data = _body(place, answer)
+        except Unavailable:  # it broke off
             if not left:
                 raise
         if len(data) == last - first:
@@ -146,5 +150,8 @@ def client() -> Any:
     s3fs = importlib.import_module("s3fs")
     for name in ("s3fs", "botocore", "aiobotocore"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed is told by us, in one line
-    config = {"connect_timeout": 20, "read_timeout": 60, "retries": {"mode": "standard", "max_attempts": 6}}
-    return s3fs.S3FileSystem(config_kwargs=config, skip_instance_cache=True)
+    retries = {"mode": "standard", "total_max_attempts": _REQUESTS}
+    config = {"connect_timeout": 20, "read_timeout": 60, "retries": retries}
+    system = s3fs.S3FileSystem(config_kwargs=config, skip_instance_cache=True)
+    system.retries = 1  # else it would ask for all of botocore's requests again, and again
+    return system

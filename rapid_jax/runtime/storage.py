@@ -25,8 +25,8 @@ _SCHEME: Final = re.compile(
 )
 _BUCKET: Final = re.compile(r"(gs|s3)://([a-z0-9][a-z0-9._-]{1,220}[a-z0-9])(?:/(.*))?", re.DOTALL)
 _NOT_YET: Final = (
-    "writing to a bucket is not supported here, only longpo's run folders and evaluations may be in one; name a path "
-    "here and copy (gcloud storage cp -r)"
+    "writing to a bucket is not supported here, only longpo's run folders, evaluations, sweeps and cache.folder may be "
+    "in one; name a path here and copy (gcloud storage cp -r)"
 )
 _AHEAD: Final = 8 << 20  # bytes that a store is asked for at once
 AnyPlace: TypeAlias = Path | BucketPlace

@@ -8,7 +8,6 @@ RUN/sweep.json, .md, .png  the table and the figure, of all points that are done
 """
 
 import argparse
-import contextlib
 import json
 import os
 import shlex
@@ -20,7 +19,7 @@ from typing import Any
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.command_line import Place, say
 from rapid_jax.runtime.device_shares import shares_of
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, Unavailable
 from rapid_jax.runtime.files import replace_file
 from rapid_jax.runtime.jobs import Job, keep_log, kept_log, logs_here, run_jobs
 from rapid_jax.runtime.settings_values import shown
@@ -112,14 +111,23 @@ def perform(
     try:
         failed = run_jobs(jobs, _MODULES[program], shares, held, tell)
     finally:
-        with contextlib.suppress(InputError):  # what ends the sweep stands before a log that cannot be kept
-            for job in jobs:
-                job.keep()
+        _keep_logs(sweep.run, tasks)
     for name, why in failed.items():
         if why:
             log = kept_log(sweep.run, name)
             say(f"{program}: {name}: {why}" + (f" ({log})" if log.exists() else ""))
     return FAILED if any(failed.values()) else 0
+
+
+def _keep_logs(folder: AnyPlace, tasks: Sequence[Task]) -> None:
+    """Of all tasks, those done in an earlier start too, as far as the store takes them: it ends no sweep."""
+    for task in tasks:
+        try:
+            keep_log(folder, task.name)
+        except Unavailable:  # it would not take the others, after as long a wait for each
+            return
+        except (InputError, OSError):
+            continue
 
 
 def write_table(sweep: SweepFile, rows: Sequence[Row], picture: bytes | None, about: str) -> AnyPlace:

@@ -37,15 +37,6 @@ class Place:
         """int32 [1, slots]: the position of each slot, -1 for an empty one."""
         return self.layout.slotted(self.layout.chunked([range(self.tokens)], -1), -1)
 
-    def spread(self, array: np.ndarray, axis: int) -> np.ndarray:
-        """What lies in order of position along `axis`, in its slots; empty ones are zeros."""
-        pos_S = self.positions()[0]
-        filled = np.flatnonzero(pos_S >= 0)
-        array = np.moveaxis(array, axis, 0)
-        out = np.zeros((pos_S.size, *array.shape[1:]), array.dtype)
-        out[filled] = array[pos_S[filled]]
-        return np.ascontiguousarray(np.moveaxis(out, 0, axis))
-
     def moved(self, array: np.ndarray, axis: int) -> np.ndarray:
         """The head of what lies along `axis` in slots of the same chunks, in this layout's slots."""
         axis %= array.ndim

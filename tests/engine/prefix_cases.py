@@ -45,6 +45,14 @@ def values(head: Sequence[int], seed: int, heads: int, size: int) -> np.ndarray:
     return np.sin(so_far[None, :, None] * grid)[None].astype(np.float32)
 
 
+def spread(place: Place, array: np.ndarray) -> np.ndarray:
+    """What lies in order of position along the third axis, in its slots; empty ones are zeros."""
+    pos_S = place.positions()[0]
+    out = np.zeros((*array.shape[:2], pos_S.size, *array.shape[3:]), array.dtype)
+    out[:, :, pos_S >= 0] = array[:, :, pos_S[pos_S >= 0]]
+    return out
+
+
 def prefix_of(decoder: Decoder, head: Sequence[int]) -> Prefix:
     """A made-up prefix that lies as `prefill` would have left it."""
     config, strategy = decoder.config, serving(decoder, block=1)
@@ -53,7 +61,7 @@ def prefix_of(decoder: Decoder, head: Sequence[int]) -> Prefix:
     each = []
     for layer in range(config.num_layers):
         pair = [values(head, 100 * layer + seed, config.num_kv_heads, config.head_dim) for seed in (0, 50)]
-        each.append(KV(*(np.repeat(place.spread(array, 2), copies, axis=1) for array in pair)))
+        each.append(KV(*(np.repeat(spread(place, array), copies, axis=1) for array in pair)))
     if decoder.layout == "stacked":
         stack = jax.tree.map(lambda *arrays: np.stack(arrays), *each)
         return place.prefix(placed(decoder.mesh, strategy.spec("kv_LBKSH"), stack), decoder.mesh)

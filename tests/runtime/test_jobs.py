@@ -1,15 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Jobs: their order, their devices, what a failure stops, and that none outlives who started it."""
 
+import contextlib
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from rapid_jax.runtime import bucket_writes
 from rapid_jax.runtime.device_shares import shares_of
 from rapid_jax.runtime.errors import Again, InputError, Unavailable
 from rapid_jax.runtime.files import replace_file
@@ -18,6 +23,8 @@ from rapid_jax.runtime.lease import Lease
 from rapid_jax.runtime.links import followed, make_link, target_of
 from rapid_jax.runtime.run_folder import LEASE
 from rapid_jax.runtime.storage import working_place
+from rapid_jax.runtime.sweep import Task, perform
+from tests.bucket_server import Killed
 
 PROGRAM = "tests.runtime.job_program"
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +90,58 @@ def test_a_folder_in_a_bucket_has_one_starter_and_keeps_what_jobs_print(bucket, 
         raise Unavailable("gs://models/x: the store failed")
 
 
+def test_a_log_is_kept_once_whenever_its_keeper_is_killed(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAPID_JAX_CACHE", str(tmp_path))
+    calls = [(bucket_writes, "write"), (bucket_writes, "delete_all"), (Path, "rename"), (Path, "unlink")]
+    for moment in itertools.count():
+        folder, left = working_place(f"gs://models/kept-{moment}", "run"), itertools.count()
+        here = logs_here(folder) / "a.log"
+        here.parent.mkdir(parents=True)
+        here.write_text("first\n")
+        keep_log(folder, "a")
+        here.write_text("second\n")
+
+        def dying(do, left=left, moment=moment):
+            def call(*given, **asked):
+                if next(left) >= moment:
+                    raise Killed
+                return do(*given, **asked)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            for where, name in calls:
+                patch.setattr(where, name, dying(getattr(where, name)))
+            with contextlib.suppress(Killed):
+                keep_log(folder, "a")
+        with open(here, "a") as log:  # started again
+            log.write("third\n")
+        keep_log(folder, "a")
+        assert bucket.get(f"{folder.key}/logs/a.log") == b"first\nsecond\nthird\n"
+        assert list(here.parent.iterdir()) == [] and bucket.names(f"{folder.key}/") == [f"{folder.key}/logs/a.log"]
+        if next(left) <= moment:  # nothing was left to end
+            break
+    assert moment == 5, "rename, append, join, its parts, unlink"
+
+
+def test_a_log_that_is_refused_ends_no_job_and_comes_later(bucket, tmp_path, monkeypatch, run, capsys):
+    monkeypatch.setenv("RAPID_JAX_CACHE", str(tmp_path / "cache"))
+    folder = working_place("gs://models/refused-logs", "run")
+    logs = logs_here(folder)
+    jobs = [Job(name, ("fail",), logs / f"{name}.log", keep=partial(keep_log, folder, name)) for name in "abc"]
+    bucket.fault = lambda asked: "403" if asked.startswith("POST") and "logs" in asked else None
+    assert list(run(*jobs).values()) == ["status 2: the reason"] * 3
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"logs that cannot be kept stay in {logs} for now: {folder}/logs/") and "permission" in line
+    bucket.heal()
+    tasks = [Task(name, (), lambda: True) for name in "abc"]  # done: none is run again
+    options = SimpleNamespace(jobs=1, print=False, quiet=True)
+    assert perform("rapid", SimpleNamespace(run=folder), tasks, options, each=1, held=0) == 0  # pyright: ignore
+    for name in "abc":
+        assert bucket.get(f"{folder.key}/logs/{name}.log").count(b"the reason\n") == 1
+    assert list(logs.iterdir()) == []
+
+
 def test_a_link_leads_where_it_says(bucket, tmp_path):
     for root in (tmp_path, working_place("gs://models/links", "run")):
         name, target = root / "point" / "pairs", root / "shared" / "x" / "pairs"
@@ -98,9 +157,20 @@ def test_a_link_leads_where_it_says(bucket, tmp_path):
         for there in (name, root / "other" / "pairs"):
             with pytest.raises(InputError, match=r"expected a link to .*/y, got something else"):
                 make_link(there, root / "y")
-    bucket.put("links/point/odd.link", "../../../x")
-    with pytest.raises(InputError, match=r"odd\.link: expected the name of a folder of this bucket, got b'\.\./"):
+
+
+@pytest.mark.parametrize(
+    "words", ["../../../x", "", ".", "./", "../point", "..", "../..", "odd", "../../links", "a\nb"]
+)
+def test_a_link_leads_into_its_bucket_and_to_no_folder_that_it_is_in(bucket, words):
+    bucket.put("links/point/odd.link", words)
+    with pytest.raises(InputError, match=r"odd\.link: expected the name of another folder of this bucket, got b'"):
         target_of(working_place("gs://models/links/point/odd", "run"))
+    bucket.put("odd.link", ".")
+    with pytest.raises(InputError, match=r"odd\.link: expected the name of another folder of this bucket, got b'\.'"):
+        target_of(working_place("gs://models/odd", "run"))
+    bucket.put("links/point/odd.link", "../pointed")
+    assert str(target_of(working_place("gs://models/links/point/odd", "run"))) == "gs://models/links/pointed"
 
 
 STARTER = """

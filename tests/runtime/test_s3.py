@@ -2,6 +2,8 @@
 """What lies in a bucket of S3 is read as what lies on a disk, and nothing is written there."""
 
 import logging
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +113,59 @@ def test_what_is_not_there_or_cannot_be_asked_is_one_line(server, monkeypatch):
     with pytest.raises(Unavailable, match=r"^s3://models/x: the store cannot be reached: "):
         place_of("s3://models/x", "x").is_file()
     s3.client.cache_clear()
+
+
+@pytest.fixture
+def odd_store(server, monkeypatch):
+    """A store that answers GET as `mode` says, with a status or half of what it announces, and counts the requests."""
+
+    class Handler(BaseHTTPRequestHandler):
+        mode, count = "", 0
+
+        def do_HEAD(self) -> None:
+            self.answer(200)
+
+        def do_GET(self) -> None:
+            Handler.count += 1
+            if Handler.mode.isdigit():
+                self.answer(int(Handler.mode), 0)
+            else:
+                self.answer(200)
+                self.wfile.write(b"x" * 50)
+            self.close_connection = True
+
+        def answer(self, status: int, size: int = 100) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(size))
+            self.send_header("ETag", '"x"')
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            del format, args
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as listening:
+        threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", f"http://127.0.0.1:{listening.server_address[1]}")
+        monkeypatch.setattr("s3fs.core.asyncio.sleep", no_sleep)
+        s3.client.cache_clear()
+        yield Handler
+        s3.client.cache_clear()
+        listening.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("mode", "most", "said"),
+    [
+        ("503", 6, "the store failed, asked several times: "),
+        ("500", 6, "the store failed, asked several times: "),
+        ("half", 3, "the store cannot be reached: "),
+    ],
+)
+def test_what_fails_is_asked_again_on_one_level(odd_store, mode, most, said):
+    odd_store.mode, odd_store.count = mode, 0
+    with pytest.raises(Unavailable, match=f"^s3://models/x: {said}"):
+        place_of("s3://models/x", "x").read_bytes()
+    assert odd_store.count == most
 
 
 async def no_sleep(seconds: float) -> None:

@@ -134,14 +134,15 @@ def test_documents_are_found_there_and_the_command_tells_of_them(bucket, place, 
     monkeypatch.setenv("RAPID_JAX_CACHE", str(place))
     assert cache_place(None) == place and cache_dir(None) == tmp_path / "rapid_jax"
     cache = cache_of(decoder, cache_place(None), disk_gib=1.0)
-    cache.put(head, prefix_on(decoder, head))
+    cache.put(cache.name(head), prefix_on(decoder, head))
     cache.save()
     reader = decoder_on(MESHES["context 2"], "stacked")
     other = cache_of(reader, place, disk_gib=1.0)
-    assert other.tier(head) == "disk" and other.bytes()["disk"] > 0
-    check_head(other.find(head).prefix, reader, head, LENGTH)
+    assert other.tier(other.name(head).key) == "disk" and other.bytes()["disk"] > 0
+    check_head(other.find(other.name(head)).prefix, reader, head, LENGTH)
     longer = [*head[:40], *tokens(100, seed=9)]
-    assert cache_of(reader, place, disk_gib=1.0).find(longer).tokens == 32
+    third = cache_of(reader, place, disk_gib=1.0)
+    assert third.find(third.name(longer)).tokens == 32
 
     settings.save(RapidConfig(cache=CacheConfig(folder=str(place))), tmp_path / "run.yaml")
     for more in ([], ["--config", str(tmp_path / "run.yaml")]):

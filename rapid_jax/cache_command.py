@@ -70,7 +70,7 @@ class _Cache:
 
     def has(self, entry: Entry | BucketEntry) -> bool:
         """Whether it is still there."""
-        return entry.path.exists() if isinstance(entry, Entry) else self.prefixes.has(entry.path.name)
+        return entry.path.exists() if isinstance(entry, Entry) else self.prefixes.still(entry.path.name)
 
     def clean(self, kinds: Sequence[str]) -> None:
         """Removes what killed processes have left half written."""
@@ -151,6 +151,8 @@ def _fault(cache: _Cache, entry: Entry | BucketEntry) -> str | None:
     except FileNotFoundError as error:
         return None if not cache.has(entry) else f"{error.filename} is missing"
     except (OSError, ValueError) as error:  # InputError among them
+        if isinstance(error, InputError) and isinstance(entry, BucketEntry):
+            raise  # it cannot be read now, which is no damage
         return " ".join(str(error).split())
     return None
 

@@ -32,17 +32,15 @@ _CHECKSUM_BYTES: Final = 4
 _MOST_BYTES: Final = 1 << 29  # under way at once
 _POOLED_BYTES: Final = 1 << 28  # of pieces that several parts need
 _RETRIES: Final = {"max_retries": 5, "initial_delay": "1s", "max_delay": "16s"}  # as gcsfs waits
-# What TensorStore says of a piece that was cut off, by the code of preconditions too: those are no damage.
+# What TensorStore says of pieces that are not what was written; NOT_FOUND of arrays that were removed meanwhile, too.
+_DAMAGE: Final = ("DATA_LOSS", "NOT_FOUND")
+# And of a piece that was cut off, by the code of preconditions too: those are no damage.
 _CUT_OFF: Final = "Not enough data"
 _MOST_ELEMENTS: Final = 2**48
 
 
 class Damaged(Exception):
     """What is stored is not what was written; the message is one line."""
-
-
-class Missing(Damaged):
-    """A piece is not there: damage, if nobody has removed the array meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -168,9 +166,7 @@ def refusals(place: AnyPlace) -> Iterator[None]:
         code, told = str(error).partition(":")[0], _one_line(error)
     else:
         return
-    if code == "NOT_FOUND":
-        raise Missing(told)
-    if code == "DATA_LOSS" or (code == "FAILED_PRECONDITION" and _CUT_OFF in told):
+    if code in _DAMAGE or (code == "FAILED_PRECONDITION" and _CUT_OFF in told):
         raise Damaged(told)
     if isinstance(place, Path):
         raise OSError(told)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from rapid_jax.attention.cache import Prefix, capacity
 from rapid_jax.model.decoder import Layout
 from rapid_jax.runtime.agreement import READING_S, all_told, leads, told
-from rapid_jax.runtime.array_store import Array, Damaged, Missing, Moves, create, opened
+from rapid_jax.runtime.array_store import Array, Damaged, Moves, create, opened
 from rapid_jax.runtime.errors import InputError, Unavailable, legible
 from rapid_jax.runtime.progress import progress
 from rapid_jax.runtime.storage import AnyPlace
@@ -74,7 +74,7 @@ class PrefixStore:
                     inside = manifest.inside
                     prefix = self._read(key, manifest, layout, place)
             except Damaged as error:
-                fault, damaged = str(error), not isinstance(error, Missing) or self._inside(key) == inside
+                fault, damaged = str(error), True
             except (InputError, OSError) as error:
                 fault, silent = legible(str(error)), isinstance(error, Unavailable)  # which `asking` has told
             every = all_told([fault, damaged, inside], patience=READING_S)
@@ -220,12 +220,6 @@ class PrefixStore:
                 raise
             return legible(str(error))
         return ""
-
-    def _inside(self, key: str) -> str | None:
-        """The folder in the entry that its arrays are in now; None where that cannot be told."""
-        with contextlib.suppress(Damaged, InputError, OSError):
-            return Manifest.read(self.place / key, key).inside
-        return None
 
     def _read(self, key: str, manifest: Manifest, layout: Layout, place: Place) -> Prefix:
         entry = self.place / key

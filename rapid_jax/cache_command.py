@@ -21,7 +21,6 @@ from rapid_jax.runtime.disk_cache import BOUNDED, KINDS, Entry, entries, remove
 from rapid_jax.runtime.errors import InputError, legible, printable
 from rapid_jax.runtime.files import cache_dir, cache_place, remove_leftovers
 from rapid_jax.runtime.run_folder import again_when_a_store_fails
-from rapid_jax.runtime.storage import bytes_of
 
 if TYPE_CHECKING:  # else NumPy would be imported for every command's options
     from rapid_jax.speculative.prefix_bucket import BucketEntry
@@ -172,11 +171,10 @@ def _fault(cache: _Cache, entry: AnyEntry) -> str:
 
 def _prefix_fault(cache: _Cache, entry: AnyEntry) -> str:
     from rapid_jax.runtime.array_store import Damaged
-    from rapid_jax.speculative.prefix_manifest import MANIFEST, check_entry
+    from rapid_jax.speculative.prefix_manifest import check_entry
 
     try:
         with cache.prefixes.reading(entry.path.name):
-            bytes_of(entry.path / MANIFEST)  # raises what is no damage, where it refuses to be read
             check_entry(entry.path)
     except Damaged as error:
         return str(error)

@@ -207,10 +207,10 @@ with meet() as run:
     want = prefix_of(decoder, head)
     for place in (working_place(text, "cache.folder") for text in sys.argv[1:]):
         cache = cache_of(decoder, place, disk_gib=1.0)
-        cache.put(head, prefix_of(decoder, head))
+        cache.put(cache.name(head), prefix_of(decoder, head))
         cache.save()
-        found = cache_of(decoder, place, disk_gib=1.0).find(head)
-        print(found.tier, cache_of(decoder, place, disk_gib=1.0).find([*head[:20], *tokens(30)]).tokens)
+        found = cache_of(decoder, place, disk_gib=1.0).find(cache.name(head))
+        print(found.tier, cache_of(decoder, place, disk_gib=1.0).find(cache.name([*head[:20], *tokens(30)])).tokens)
         for one, other in zip(*map(jax.tree.leaves, (found.prefix, want)), strict=found.prefix is not None):
             assert one.sharding == other.sharding
             for mine, its in zip(one.addressable_shards, other.addressable_shards, strict=True):
@@ -230,7 +230,7 @@ def test_each_of_two_processes_stores_and_reads_what_its_devices_hold_where_both
         assert ("keys and values of documents are not stored: cache.folder: expected one folder" in err) == (not index)
     for place in shared:
         cache = cache_of(decoder, working_place(place, "cache.folder"), disk_gib=1.0)
-        check_head(cache.find(head).prefix, decoder, head, len(head))
+        check_head(cache.find(cache.name(head)).prefix, decoder, head, len(head))
 
 
 MEETING = """

@@ -13,11 +13,15 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from rapid_jax.config import CacheConfig
+from rapid_jax.attention.kernels import kernel_of, platform_of
+from rapid_jax.config import CacheConfig, ComputeConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.agreement import all_told, leads, told, unshared
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.storage import AnyPlace
 from rapid_jax.speculative.prefix_store import PrefixStore
@@ -47,6 +51,18 @@ class Name:
             marks.append(state.copy().hexdigest())
         state.update(data[4 * whole * chunk :])
         return cls(digest("head-1", state.hexdigest(), str(len(head))), len(head), tuple(marks), len(head))
+
+
+def made_by(decoder: Decoder, compute: ComputeConfig, weights: str) -> str:
+    """Of all that makes keys and values of token ids, the hash of the weights too: for other numbers another text."""
+    return digest(
+        weights,
+        repr(decoder.config),
+        jax.default_backend(),
+        type(kernel_of(compute.kernel, platform_of(decoder.mesh), 1)).__name__,
+        jnp.dtype(decoder.embed_VD[...].dtype).name,
+        compute.kv,
+    )
 
 
 def store_for(decoder: Decoder, cache: CacheConfig, place: AnyPlace, *, quiet: bool) -> PrefixStore | None:
@@ -91,10 +107,16 @@ class StoredHeads:
         return least, ""
 
     def _look(self) -> None:
+        """What the store cannot tell now stays as it was, and is asked for again."""
         changed = self._store.version()
-        if changed == self._changed:
+        if changed is None or changed == self._changed:
             return
-        known, keys = self._entries, self._store.keys()
-        self._entries = {key: known[key] if key in known else self._store.marks(key) for key in keys}
+        try:
+            keys, known = self._store.keys(), self._entries
+        except (InputError, OSError):
+            return
+        found = {key: known[key] if key in known else self._store.marks(key) for key in keys}
+        self._entries = {key: marks for key, marks in found.items() if marks is not None}
         self._by_mark = {mark: key for key, marks in self._entries.items() for mark in marks}
-        self._changed = changed
+        if len(self._entries) == len(found):
+            self._changed = changed

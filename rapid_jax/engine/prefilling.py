@@ -71,7 +71,7 @@ class Prefilling:
 
     def at_hand(self, job: Job, name: Name | None) -> tuple[Prefix, Handle] | None:
         """The document, held, where it lies on the devices and nobody waits for what it takes there."""
-        if name is None or self.waits_for_room or self._prefixes.tier(name.key) != "device":
+        if name is None or self.waits_for_room or not self._prefixes.on_devices(name.key):
             return None
         try:
             found = self._prefixes.find(name)

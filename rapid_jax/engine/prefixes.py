@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import jax
-import jax.numpy as jnp
 
 from rapid_jax.attention.cache import Prefix
-from rapid_jax.attention.kernels import kernel_of, platform_of
 from rapid_jax.config import CacheConfig, ComputeConfig
 from rapid_jax.engine.aside import done_by, seconds_until
-from rapid_jax.engine.heads import Name, StoredHeads, store_for
+from rapid_jax.engine.heads import Name, StoredHeads, made_by, store_for
 from rapid_jax.engine.host_prefixes import HostMoves, bytes_left, device_bytes, head_bytes
 from rapid_jax.engine.rooms import room_of_document
 from rapid_jax.engine.tiers import Handle, Kept, Tiers
@@ -108,6 +106,11 @@ class PrefixCache:
         whose = "everybody's" if public else f"of {owner}"
         name = Name.of(head, self._compute.prefill_chunk, digest(self._made_by, whose))
         return replace(name, room=room_of_document(len(head), self.sizes)) if spares else name
+
+    def on_devices(self, key: str) -> bool:
+        """Whether the whole head of this key lies there. No store is asked."""
+        kept = self._tiers.get(key)
+        return kept is not None and kept.device is not None
 
     def tier(self, key: str) -> str | None:
         """Where the whole head of this key is: "device", "host", "disk" or nowhere. Of any thread."""
@@ -217,18 +220,7 @@ class PrefixCache:
 
     @cached_property
     def _made_by(self) -> str:
-        """Of all that makes keys and values of token ids: for other numbers another text."""
-        compute, config = self._compute, self._decoder.config
-        kernel = type(kernel_of(compute.kernel, platform_of(self._decoder.mesh), 1)).__name__
-        weights = "" if self._store is None else self._weights_hash()
-        return digest(
-            weights,
-            repr(config),
-            jax.default_backend(),
-            kernel,
-            jnp.dtype(self._decoder.embed_VD[...].dtype).name,
-            compute.kv,
-        )
+        return made_by(self._decoder, self._compute, "" if self._store is None else self._weights_hash())
 
     def _place(self, tokens: int, longest: int) -> Place:
         devices = serving(self._decoder, block=1).context

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import rapid_jax
-from rapid_jax.runtime.distributed import Disagreement, running
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.distributed import Disagreement, Late, running
+from rapid_jax.runtime.errors import Again, InputError
 from rapid_jax.runtime.files import digest, replace_file
 from rapid_jax.runtime.json_input import parse_json, parse_object
 from rapid_jax.runtime.storage import AnyPlace, bytes_of, full_name
@@ -48,18 +48,17 @@ def leads() -> bool:
     return run.leads if run is not None else not are_several() or _is_first()
 
 
-def told(value: Any) -> Any:
-    """The first process's value, on every process; it can be written as JSON. All processes must call it."""
-    if not are_several():
-        return value
-    return parse_json(_settled(json.dumps(value), lambda every: every[0], None), "process 0")
+def told(value: Any, *, patience: float | None = None) -> Any:
+    """The first process's value, on every process; it can be written as JSON. All processes must call it.
+
+    With `patience` others are waited for so many seconds, and one that says nothing ends the run with status 75.
+    """
+    return value if not are_several() else _heard(value, lambda every: every[0], patience)
 
 
-def all_told(value: Any) -> list[Any]:
-    """The values of all processes, in their order, on every process. All processes must call it."""
-    if not are_several():
-        return [value]
-    return parse_json(_settled(json.dumps(value), lambda every: f"[{','.join(every)}]", None), "process 0")
+def all_told(value: Any, *, patience: float | None = None) -> list[Any]:
+    """The values of all processes, in their order, on every process; else as `told`."""
+    return [value] if not are_several() else _heard(value, lambda every: f"[{','.join(every)}]", patience)
 
 
 def check_shared(folder: AnyPlace, what: str) -> None:
@@ -206,6 +205,15 @@ def _is_first() -> bool:
     import jax
 
     return jax.process_index() == 0
+
+
+def _heard(value: Any, judge: Callable[[Sequence[str]], str], patience: float | None) -> Any:
+    try:
+        return parse_json(_settled(json.dumps(value), judge, patience), "process 0")
+    except Late as error:
+        if patience is None:
+            raise
+        raise Again(str(error)) from error
 
 
 def _settled(mine: str, judge: Callable[[Sequence[str]], str], patience: float | None) -> str:

@@ -5,8 +5,9 @@
     PLACE/c/0/0/1/0        a piece, as it lies in memory, and its CRC-32C
 
 Every piece that is read is checked against its checksum, by whichever process reads it; one that is missing is damage,
-never zeros. Nothing is compressed: keys, values and weights do not compress (7 % measured with zstd, at a third of the
-speed). TensorStore is imported when an array is first opened.
+never zeros. A checksum is of the bytes alone: that a whole piece was put in the place of another is not noticed.
+Nothing is compressed: keys, values and weights do not compress (7 % measured with zstd, at a third of the speed).
+TensorStore is imported when an array is first opened.
 """
 
 import contextlib
@@ -31,13 +32,15 @@ _CHECKSUM_BYTES: Final = 4
 _MOST_BYTES: Final = 1 << 29  # under way at once
 _POOLED_BYTES: Final = 1 << 28  # of pieces that several parts need
 _RETRIES: Final = {"max_retries": 5, "initial_delay": "1s", "max_delay": "16s"}  # as gcsfs waits
-# What TensorStore says of pieces that are not what was written.
-_DAMAGE: Final = ("DATA_LOSS", "NOT_FOUND", "FAILED_PRECONDITION", "OUT_OF_RANGE", "INVALID_ARGUMENT")
+# What TensorStore says of pieces that are not what was written; NOT_FOUND of arrays that were removed meanwhile, too.
+_DAMAGE: Final = ("DATA_LOSS", "NOT_FOUND")
+# And of a piece that was cut off, by the code of preconditions too: those are no damage.
+_CUT_OFF: Final = "Not enough data"
 _MOST_ELEMENTS: Final = 2**48
 
 
 class Damaged(Exception):
-    """What is stored is not, byte for byte, what was written; the message is one line."""
+    """What is stored is not what was written; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +166,7 @@ def refusals(place: AnyPlace) -> Iterator[None]:
         code, told = str(error).partition(":")[0], _one_line(error)
     else:
         return
-    if code in _DAMAGE:
+    if code in _DAMAGE or (code == "FAILED_PRECONDITION" and _CUT_OFF in told):
         raise Damaged(told)
     if isinstance(place, Path):
         raise OSError(told)

@@ -215,6 +215,10 @@ def prepare_libraries() -> None:
     # Else gcsfs asks a service by gRPC for every bucket's kind first: without that service it waits for 60 s.
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     os.environ.setdefault("EPATH_USE_TF", "false")  # TensorFlow, where it is installed, would open buckets its own way
+    # TensorStore has no bound of its own: of a store that says nothing a read would never end.
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", f"{_SILENCE_S:.0f}")
+    os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
+    os.environ.setdefault("TENSORSTORE_CURL_CONNECT_TIMEOUT_SECONDS", f"{_CONNECT_S:.0f}")
     if emulator := os.environ.get("STORAGE_EMULATOR_HOST"):
         os.environ.setdefault("TENSORSTORE_GCS_HTTP_URL", emulator)
         os.environ.setdefault("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none is needed")  # of TensorStore, which looks for one

@@ -41,6 +41,10 @@ class Disagreement(InputError):
     """What is wrong is between the processes, and all of them have met it: each is left the time to clear up."""
 
 
+class Late(InputError):
+    """A process has said nothing for as long as it was waited for."""
+
+
 class Run:
     """This process among those of its run, as a context in which all its work is done.
 
@@ -79,8 +83,8 @@ class Run:
     def settle(self, mine: str, judge: Callable[[Sequence[str]], str], *, patience: float | None = None) -> str:
         """What `judge` makes, on process 0, of the texts that all processes give, in their order; the same on all.
 
-        All must call it, in the same order of calls. Raises InputError if one says nothing for `patience` seconds, or
-        those of the meeting.
+        All must call it, in the same order of calls. Raises Late if one says nothing for `patience` seconds, or those
+        of the meeting.
         """
         patience = self._patience if patience is None else patience
         if self.leads:
@@ -94,7 +98,7 @@ class Run:
         try:
             said = self._said[index].get(timeout=patience)
         except queue.Empty as error:
-            raise InputError(f"expected a word of process {index} within {patience:.0f} s, got none") from error
+            raise Late(f"expected a word of process {index} within {patience:.0f} s, got none") from error
         if said is None:
             raise InputError(f"expected a word of process {index}, got its goodbye: does it run another command?")
         text = parse_json(said, f"process {index}")

@@ -21,7 +21,7 @@ from typing import Final
 
 from rapid_jax.runtime.disk_cache import BOUNDED, Entry, entries, entries_of, make_room
 from rapid_jax.runtime.locked_folders import aside, lock, remove_locked
-from rapid_jax.runtime.storage import bytes_free
+from rapid_jax.runtime.storage import AnyPlace, bytes_free
 from rapid_jax.speculative.prefix_manifest import MANIFEST
 
 ENTRY: Final = re.compile(r"[0-9a-f]{64}")  # nothing else is ever removed, whatever folder a user has chosen
@@ -36,19 +36,32 @@ class PrefixFolder:
         """With the cache folder `root` the bound is of all that is kept there (runtime/disk_cache.py)."""
         self.place, self._max_bytes, self._root = place, max_bytes, root
 
+    absent: Final = False  # a bucket may not answer
+
+    def asking(self) -> contextlib.AbstractContextManager[None]:
+        """Around what reads or writes manifests or arrays."""
+        return contextlib.nullcontext()
+
     def has(self, key: str) -> bool:
         """Whether there is an entry of this key, good or not."""
         return (self.place / key).is_dir()
 
+    def still(self, key: str) -> bool:
+        """As `has`."""
+        return self.has(key)
+
     def keys(self) -> list[str]:
-        """Of all entries."""
+        """Of all entries. Raises OSError where that cannot be told."""
         return [path.name for path in self._children(ENTRY)]
 
     def version(self) -> Hashable:
-        """Another one after an entry has come or gone."""
-        with contextlib.suppress(OSError):  # nothing stored yet
+        """Another one after an entry has come or gone; None where that cannot be told."""
+        try:
             return self.place.stat().st_mtime_ns
-        return None
+        except FileNotFoundError:  # nothing stored yet
+            return 0
+        except OSError:
+            return None
 
     def entries(self) -> list[Entry]:
         """All, with their bytes and the time of their last use."""
@@ -87,8 +100,12 @@ class PrefixFolder:
             os.fsync(file.fileno())
         arrays.parent.rename(self.place / key)
 
-    def remove(self, key: str) -> bool:
-        """Takes the entry away, if nobody reads it; whether there is none now."""
+    def renew(self, key: str, arrays: AnyPlace) -> None:
+        """Nothing: who writes holds a lock."""
+
+    def remove(self, key: str, inside: str | None = None) -> bool:
+        """Takes the entry away, if nobody reads it; whether there is none now. `inside` tells those of a bucket."""
+        del inside
         with lock(self.place / key, fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
             if held is not None:
                 remove_locked(self.place / key)
@@ -104,7 +121,10 @@ class PrefixFolder:
 
     def clean(self) -> None:
         """Removes what killed processes left half written or half removed."""
-        for path in self._children(_ASIDE):
+        found: list[Path] = []
+        with contextlib.suppress(OSError):  # then there is nothing that could be removed
+            found = self._children(_ASIDE)
+        for path in found:
             with contextlib.suppress(OSError):  # another process was faster
                 if time.time() - path.stat().st_mtime < _YOUNG_S:
                     continue
@@ -113,6 +133,6 @@ class PrefixFolder:
                         shutil.rmtree(path, ignore_errors=True)
 
     def _children(self, names: re.Pattern) -> list[Path]:
-        with contextlib.suppress(OSError):  # no folder yet
+        with contextlib.suppress(FileNotFoundError):  # no folder yet
             return [path for path in self.place.iterdir() if names.fullmatch(path.name)]
         return []

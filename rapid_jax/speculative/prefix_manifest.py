@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stored prefix is: written last, sealed for its key, and all that is needed to open its arrays."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from rapid_jax.runtime.array_store import Array, Damaged, check
-from rapid_jax.runtime.errors import InputError, Unavailable, legible
+from rapid_jax.runtime.errors import InputError, legible
 from rapid_jax.runtime.sealed import sealed, unsealed
 from rapid_jax.runtime.storage import AnyPlace, bytes_of
 
 MANIFEST: Final = "manifest.json"
+INSIDE: Final = re.compile(r"arrays|[0-9a-f]{16}")  # what a folder of arrays is called
 _FORMAT: Final = 2
 _FIELDS: Final = (["k_BKSH", "v_BKSH"], ["k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS"])
 _MOST_LAYERS, _MOST_TOKENS = 2**12, 2**31 - 1
@@ -37,12 +39,15 @@ class Manifest:
 
     @classmethod
     def read(cls, entry: AnyPlace, key: str) -> "Manifest":
-        """The manifest of the entry. Raises Damaged if it is not there as it was written."""
+        """The manifest of the entry.
+
+        Raises Damaged if it is not there as it was written, and OSError or InputError where it cannot be read now.
+        """
         place = entry / MANIFEST
+        data = bytes_of(place)
+        if data is None:
+            raise Damaged(f"{place}: no such file: the entry is of an earlier version, or damaged")
         try:
-            data = bytes_of(place)
-            if data is None:
-                raise Damaged(f"{place}: no such file: the entry is of an earlier version, or damaged")
             fields = unsealed(data, key, str(place))
             if fields.whole("format") != _FORMAT:
                 raise fields.error("format", f"{_FORMAT}, which this program reads")
@@ -56,10 +61,10 @@ class Manifest:
                 raise fields.error("arrays", f"arrays of {tokens} tokens, and of as many layers and heads")
             if len(first.shape) != 4 or first.shape[0] > _MOST_LAYERS:
                 raise fields.error("arrays", f"arrays of 4 axes and at most {_MOST_LAYERS} layers")
-            return cls(tokens, fields.text("inside"), arrays, fields.texts("marks"))
-        except Unavailable:
-            raise
-        except (OSError, InputError) as error:
+            if not INSIDE.fullmatch(inside := fields.text("inside")):
+                raise fields.error("inside", "the name of a folder of arrays")
+            return cls(tokens, inside, arrays, fields.texts("marks"))
+        except InputError as error:
             raise Damaged(legible(str(error))) from error
 
 

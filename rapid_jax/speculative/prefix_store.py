@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 
 from rapid_jax.attention.cache import Prefix, capacity
 from rapid_jax.model.decoder import Layout
-from rapid_jax.runtime.agreement import all_told, leads, told
+from rapid_jax.runtime.agreement import READING_S, all_told, leads, told
 from rapid_jax.runtime.array_store import Array, Damaged, Moves, create, opened
-from rapid_jax.runtime.errors import InputError, legible
+from rapid_jax.runtime.errors import InputError, Unavailable, legible
 from rapid_jax.runtime.progress import progress
 from rapid_jax.runtime.storage import AnyPlace
 from rapid_jax.speculative.prefix_arrays import layer_count, steps_of, stored_arrays, write
@@ -35,9 +35,11 @@ _log = logging.getLogger(__name__)
 class PrefixStore:
     """Prefixes of one row at a place, within `max_bytes`: the least recently used go first.
 
-    A stored prefix is read back exactly (its empty slots as zeros), on whatever mesh, or not at all. Neither damage nor
-    a full disk stops an answer: both are one warning. Any number of runs may share a place. All processes of a run,
-    which must see the place, call everything in the same order but for `sees`.
+    A stored prefix is read back exactly (its empty slots as zeros), on whatever mesh; one with bytes that are not those
+    written, or a piece missing, not at all. A piece does not say whose it is: files that somebody exchanges for others
+    of the same shape are not noticed. Neither damage nor a full disk stops an answer: both are one warning. Any number
+    of runs may share a place. All processes of a run, which must see the place, call everything in the same order but
+    for `sees`.
     """
 
     def __init__(
@@ -63,25 +65,28 @@ class PrefixStore:
         None if there is none, or none to be trusted.
         """
         with self._entries.reading(key) if leads() else contextlib.nullcontext(True) as there:
-            if not told(there):
+            if not told(there, patience=READING_S):
                 return None
-            prefix, fault, damaged = None, "", False
+            prefix, fault, damaged, inside, silent = None, "", False, "", False
             try:
-                prefix = self._read(key, layout, place)
+                with self._entries.asking():
+                    manifest = Manifest.read(self.place / key, key)
+                    inside = manifest.inside
+                    prefix = self._read(key, manifest, layout, place)
             except Damaged as error:
                 fault, damaged = str(error), True
             except (InputError, OSError) as error:
-                fault = legible(str(error))
-            faults, damage = zip(*all_told([fault, damaged]), strict=True)
-        if not any(faults):
+                fault, silent = legible(str(error)), isinstance(error, Unavailable)  # which `asking` has told
+            every = all_told([fault, damaged, inside], patience=READING_S)
+        if not any(fault for fault, _, _ in every):
             if leads():
                 self._entries.used(key)
             return prefix
-        if leads():
-            fault, entry = next(filter(None, faults)), self.place / key
+        if leads() and not silent and self._entries.still(key):  # else another run has removed it meanwhile
+            fault, entry = next(fault for fault, _, _ in every if fault), self.place / key
             _log.warning("stored document in %s is unusable and will be computed again: %s", entry, fault)
-            if any(damage):
-                self._entries.remove(key)
+            for inside in [inside for _, damaged, inside in every if damaged][:1]:
+                self._entries.remove(key, inside)
         return None
 
     def save(
@@ -91,7 +96,7 @@ class PrefixStore:
 
         One that is there already stays, and one larger than `max_bytes` is not written, nor what is no longer `wanted`.
         """
-        if self.has(key):
+        if told(leads() and (self._entries.has(key) or self._entries.absent), patience=READING_S):
             return
         entry, size = self.place / key, self._used_bytes(prefix)
         if size > self.max_bytes:
@@ -111,7 +116,7 @@ class PrefixStore:
 
     def has(self, key: str) -> bool:
         """Whether a prefix is stored under the key, good or not."""
-        return told(leads() and self._entries.has(key))
+        return told(leads() and self._entries.has(key), patience=READING_S)
 
     def sees(self, key: str) -> bool:
         """As `has`, as this process sees it; of any thread, and of any process alone."""
@@ -122,12 +127,15 @@ class PrefixStore:
         if leads():
             self._entries.remove(key)
 
-    def marks(self, key: str) -> Sequence[str]:
-        """What `save` was told to find the entry by; nothing of one that is damaged or gone."""
+    def marks(self, key: str) -> Sequence[str] | None:
+        """What `save` was told to find the entry by; nothing of one that is damaged or gone. None: not known now."""
         try:
-            return Manifest.read(self.place / key, key).marks
-        except (Damaged, InputError):
+            with self._entries.asking():
+                return Manifest.read(self.place / key, key).marks
+        except Damaged:
             return []
+        except (InputError, OSError):
+            return None
 
     def bytes(self) -> int:
         """Of all entries, as this process sees them; 0 where a bucket does not answer."""
@@ -136,60 +144,71 @@ class PrefixStore:
         return 0
 
     def keys(self) -> list[str]:
-        """Of all entries, as this process sees them."""
+        """Of all entries, as this process sees them. Raises InputError or OSError where that cannot be told."""
         return self._entries.keys()
 
     def version(self) -> Hashable:
-        """Another one after an entry has come or gone."""
+        """Another one after an entry has come or gone; None where that cannot be told."""
         return self._entries.version()
 
     def _write(self, key: str, prefix: Prefix, marks: Sequence[str], size: int, wanted: Callable[[], bool]) -> str:
         """Stores a prefix that is wanted to its end; why it could not be stored, on every process the same."""
         copies = self._copies(prefix)
-        heads, positions = zip(*all_told(steps_of(prefix, copies)), strict=True)
+        heads, positions = zip(*all_told(steps_of(prefix, copies), patience=READING_S), strict=True)
         arrays = stored_arrays(prefix, copies, (math.gcd(*heads), math.gcd(*positions)))
         with contextlib.ExitStack() as stack:
             folder, fault = None, ""
             if leads():
                 try:
-                    self._entries.clean()
-                    self._entries.make_room(size)
-                    folder = stack.enter_context(self._entries.writing(key, size))
-                    for name, array in arrays.items():
-                        create(folder / name, array)
+                    with self._entries.asking():
+                        self._entries.clean()
+                        self._entries.make_room(size)
+                        folder = stack.enter_context(self._entries.writing(key, size))
+                        for name, array in arrays.items():
+                            create(folder / name, array)
                 except (Damaged, InputError, OSError) as error:
                     fault = legible(str(error))
-            fault, inside = told([fault, None if folder is None else self._below(folder)])
+            fault, inside = told([fault, None if folder is None else self._below(folder)], patience=READING_S)
             if fault:
                 return fault
-            fault = self._write_own(self.place / inside, prefix, copies, arrays, wanted)
-            if fault := next(filter(None, all_told(fault)), ""):
+            fault = self._write_own(key, self.place / inside, prefix, copies, arrays, wanted)
+            faults, wants = zip(*all_told([fault, wanted()], patience=READING_S), strict=True)
+            if fault := next(filter(None, faults), ""):
                 return fault
-            if leads() and wanted():
+            if leads() and all(wants):
                 assert folder is not None
                 manifest = Manifest(int(prefix.used), folder.name, arrays, marks)
                 try:
                     self._entries.commit(key, folder, manifest.sealed(key), manifest.size())  # pyright: ignore
                 except (InputError, OSError) as error:
                     fault = legible(str(error))
-        return told(fault)
+        return told(fault, patience=READING_S)
 
     def _below(self, folder: AnyPlace) -> str:
         return str(folder).removeprefix(f"{self.place}/")
 
     def _write_own(
-        self, folder: AnyPlace, prefix: Prefix, copies: int, arrays: dict[str, Array], wanted: Callable[[], bool]
+        self,
+        key: str,
+        folder: AnyPlace,
+        prefix: Prefix,
+        copies: int,
+        arrays: dict[str, Array],
+        wanted: Callable[[], bool],
     ) -> str:
         """Writes what this process's devices hold; why that failed, if it did."""
         count = layer_count(prefix.layers)
         try:
             with (
+                self._entries.asking(),
                 Moves(folder) as moves,
                 progress("storing the document's cache", count, "layers", quiet=self._quiet or not leads()) as report,
             ):
 
                 def step() -> bool:
                     report.advance(1)
+                    if leads():
+                        self._entries.renew(key, folder)
                     return wanted()
 
                 targets = {name: opened(folder / name, array) for name, array in arrays.items()}
@@ -202,9 +221,8 @@ class PrefixStore:
             return legible(str(error))
         return ""
 
-    def _read(self, key: str, layout: Layout, place: Place) -> Prefix:
+    def _read(self, key: str, manifest: Manifest, layout: Layout, place: Place) -> Prefix:
         entry = self.place / key
-        manifest = Manifest.read(entry, key)
         if place.tokens > manifest.tokens:
             raise Damaged(f"{entry}: expected at least {place.tokens} tokens, got {manifest.tokens}")
         folder, arrays = entry / manifest.inside, manifest.arrays

@@ -16,8 +16,10 @@ import pytest
 from rapid_jax.attention.decoding import by_tpu_kernel
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.decoder import Decoder
+from rapid_jax.runtime.storage import working_place
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Generation, generate
+from tests.bucket_server import BUCKET
 from tests.reference import greedy
 from tests.speculative.models import Weights, next_logits, prompted
 
@@ -113,3 +115,9 @@ def from_stacks(monkeypatch) -> Iterator[list[Strategy]]:
     jax.clear_caches()  # strategies are equal that decode otherwise
     yield asked
     jax.clear_caches()
+
+
+@pytest.fixture
+def place(bucket, request):
+    """A folder in the bucket that no other test uses."""
+    return working_place(f"gs://{BUCKET}/cache-{request.node.name.replace('[', '-').replace(']', '')}", "cache.folder")

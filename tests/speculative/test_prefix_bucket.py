@@ -14,19 +14,12 @@ from rapid_jax.cli import main
 from rapid_jax.config import CacheConfig, RapidConfig
 from rapid_jax.runtime import bucket_writes, settings
 from rapid_jax.runtime.files import cache_dir, cache_place
-from rapid_jax.runtime.storage import working_place
-from rapid_jax.speculative import prefix_bucket
+from rapid_jax.speculative import prefix_bucket, prefix_index
 from rapid_jax.speculative.prefix_store import PrefixStore
-from tests.bucket_server import BUCKET, Killed, killed_at
+from tests.bucket_server import Killed, killed_at
 from tests.engine.prefix_cases import LENGTH, MESHES, cache_of, check_head, decoder_on, tokens
 from tests.engine.prefix_cases import prefix_of as prefix_on
 from tests.speculative.test_prefix_store import LARGE, check_same, emptied, key_of, loaded_from, prefix_of
-
-
-@pytest.fixture
-def place(bucket, request):
-    """A folder in the bucket that no other test uses."""
-    return working_place(f"gs://{BUCKET}/cache-{request.node.name.replace('[', '-').replace(']', '')}", "cache.folder")
 
 
 def store_at(place, most: int = LARGE) -> PrefixStore:
@@ -68,12 +61,15 @@ def test_what_is_read_is_what_was_written_or_nothing(bucket, place, caplog):
 
 def test_the_least_recently_used_go_first(place, monkeypatch):
     store, clock = store_at(place), itertools.count()
-    monkeypatch.setattr(prefix_bucket, "time", SimpleNamespace(time=lambda: float(next(clock))))
+    monkeypatch.setattr(
+        prefix_bucket, "time", SimpleNamespace(time=lambda: 1000.0 * next(clock), monotonic=time.monotonic)
+    )
     for number in range(3):
         store.save(key_of(number), prefix_of("unrolled"))
     assert loaded_from(store, 0) is not None
     each = store.bytes() // 3
     store_at(place, 3 * each).save(key_of(3), prefix_of("unrolled"))
+    store = store_at(place)  # another's changes are seen 2 s later
     assert set(store.keys()) == {key_of(0), key_of(2), key_of(3)}, "0 was read last, 1 was the oldest"
     store.remove(key_of(2))
     assert set(store.keys()) == {key_of(0), key_of(3)} and loaded_from(store, 2) is None
@@ -95,7 +91,9 @@ def test_killed_at_any_write_an_entry_is_whole_or_absent_and_an_hour_later_nothi
         if found is not None:
             check_same(found, emptied(prefix_of("unrolled")))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(prefix_bucket, "time", SimpleNamespace(time=lambda: time.time() + 2 * hour))
+            patch.setattr(
+                prefix_bucket, "time", SimpleNamespace(time=lambda: time.time() + 2 * hour, monotonic=time.monotonic)
+            )
             store_at(place)._entries.clean()
         there = {name.split("/")[1] for name in names(bucket, place)}
         assert there <= {"index.json", *([key_of()] if found is not None else [])}
@@ -107,6 +105,7 @@ def test_killed_at_any_write_an_entry_is_whole_or_absent_and_an_hour_later_nothi
 
 
 def test_an_index_that_is_lost_or_replaced_meanwhile_is_made_again(bucket, place, monkeypatch):
+    monkeypatch.setattr(prefix_index, "_KNOWN_S", 0.0)
     store = store_at(place)
     store.save(key_of(), prefix_of("unrolled"))
     index = f"{place.prefix}prefixes/index.json"
@@ -123,7 +122,8 @@ def test_an_index_that_is_lost_or_replaced_meanwhile_is_made_again(bucket, place
         return write(bucket_name, name, data, **asked)
 
     monkeypatch.setattr(bucket_writes, "write", overtaken)
-    monkeypatch.setattr(prefix_bucket, "time", SimpleNamespace(time=time.time, sleep=waits.append))
+    patched = SimpleNamespace(time=time.time, sleep=waits.append, monotonic=time.monotonic)
+    monkeypatch.setattr(prefix_index, "time", patched)
     store.save(key_of(3), prefix_of("unrolled"))
     assert set(store.keys()) == {key_of(number) for number in range(4)} and waits
 

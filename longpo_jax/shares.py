@@ -85,7 +85,7 @@ class Shares:
         It is not if it is done, or if another run makes it; of one that is asked for `alone` that raises Busy.
         """
         place, own = self.place(share), self.inputs_of(share, inputs)
-        if is_done(place, own) or has_ended(stage):  # in this order: what is joined is taken away
+        if self._is_made(place, own, stage):
             return False
         place.mkdir(parents=True, exist_ok=True)
         held = alone_in_logs(place, [_LOCK], LEASE)
@@ -93,7 +93,15 @@ class Shares:
             stack.enter_context(held)
         elif not is_entered(stack, held):
             return False
-        return not has_ended(stage) and not is_done(place, own)  # by now
+        return not self._is_made(place, own, stage)  # by now
+
+    def _is_made(self, place: AnyPlace, own: Mapping[str, Any], stage: AnyPlace) -> bool:
+        try:
+            return is_done(place, own) or has_ended(stage)  # in this order: what is joined is taken away
+        except InputError:
+            if has_ended(stage):  # while it was read
+                return True
+            raise
 
     def missing(self, count: int) -> list[Share]:
         """Those that are not done."""

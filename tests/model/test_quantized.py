@@ -211,7 +211,7 @@ def run(decoder: Decoder, block: FusedBlock, x: jax.Array | Pending, rows: tuple
     pos_BT = jnp.asarray(np.tile(np.arange(7, 7 + rows[1], dtype=np.int32), (rows[0], 1)))
     inner = attend_self(pos_BT, Strategy(block=64))
     graph, state = nnx.split(block)
-    cos, sin = decoder.rotation(pos_BT)
+    ((cos, sin),) = decoder.rotations(pos_BT)
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer):
         return inner(q_BTNH, k_BTKH, v_BTKH, None)[0], (k_BTKH, v_BTKH, layer)

@@ -212,7 +212,7 @@ class Engine:
     def _place(self) -> None:
         """Requests whose prompts have been read take rows, where some are free; those that come together at once."""
         for item in [item for item in self._ready if item[0].cancelled.is_set()]:
-            self._ready.remove(item)
+            self._unready(item[0])
             self._release(item[1].handle)
             self._fail(item[0], Cancelled())
         waiting = list(self._ready)
@@ -226,9 +226,9 @@ class Engine:
             if sizes is None:
                 self._lanes[key] = Lane.of(key, job, prepared.rounds, prepared.document, self._times)
                 self._held[id(job)] = prepared.handle
-                self._ready.remove(waiting[place])
+                self._unready(job)
                 continue
-            self._ready.remove(waiting[place])
+            self._unready(job)
             try:
                 with timed() as work:
                     self._lanes[key].join(job, prepared.rounds, prepared.document, sizes)
@@ -240,6 +240,9 @@ class Engine:
             self.sharing.joined(prepared.key, key)
             job.took("prefill", work)
             self._held[id(job)] = prepared.handle
+
+    def _unready(self, job: Job) -> None:
+        self._ready = deque(item for item in self._ready if item[0] is not job)  # equal ones are others'
 
     def _advance(self, key: LaneKey, lane: Lane) -> None:
         try:

@@ -11,7 +11,6 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from rapid_jax.model.decoder import Attend, Block, Decoder
-from rapid_jax.model.few_rows import few_rows_matmul, fits
 from rapid_jax.model.matrix import MODEL, Matrix, Place, summed_over_model, times
 from rapid_jax.model.quantized import WeightBits, kernels_fit, restored
 from rapid_jax.model.skinny import FixedPoint, fixed_point, skinny_matmul
@@ -72,8 +71,6 @@ class FusedBlock(Block):
         """
         x_BTD, parts = (x.x_BTD, x.parts_STD) if isinstance(x, Pending) else (x, None)
         B, T, D = x_BTD.shape
-        if parts is None and self._takes_few_rows(B * T, D):
-            return self._for_few_rows(x_BTD, cos, sin, attend, layer)
         if not self._runs_in_kernels(B * T, D):
             return super().__call__(x.summed() if isinstance(x, Pending) else x, cos, sin, attend, layer)
         x_TD = x_BTD.reshape(B * T, D)
@@ -94,27 +91,6 @@ class FusedBlock(Block):
         heads, ffn = self.how.query * self.how.dim, self.gate_up.columns // 2
         deep = (self.qkv, depth), (self.out, heads), (self.gate_up, depth), (self.down, ffn)
         return all(kernels_fit(rows, depth, matrix.values[...]) for matrix, depth in deep)
-
-    def _for_few_rows(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):
-        """Four kernels beside attention's."""
-        B, T, D = x_BTD.shape
-        x_TD, times = x_BTD.reshape(B * T, D), few_rows_matmul
-        bias_J = None if self.qkv_bias_J is None else self.qkv_bias_J[...]
-        norm_D, weight_DJ = self.attention_norm_D[...], self.qkv.values[...]
-        qkv_TJ = times(x_TD, weight_DJ, norm_D=norm_D, eps=self.norm_eps, bias_J=bias_J)
-        q_BTNH, k_BTKH, v_BTKH = self.how.split(qkv_TJ.reshape(B, T, -1))
-        attended_BTNH, kept = attend(*self.compared(q_BTNH, k_BTKH, cos, sin), v_BTKH, layer)
-        x_TD = times(attended_BTNH.reshape(B * T, -1), self.out.values[...], added_TJ=x_TD)
-        norm_D, weight_DJ = self.mlp_norm_D[...], self.gate_up.values[...]
-        h_TF = times(x_TD, weight_DJ, norm_D=norm_D, eps=self.norm_eps, gated=True)
-        return times(h_TF, self.down.values[...], added_TJ=x_TD).reshape(B, T, D), kept
-
-    def _takes_few_rows(self, rows: int, depth: int) -> bool:
-        if jax.default_backend() != "gpu" or self.qkv.bits is not None or self.how.place.mesh is not None:
-            return False
-        heads, ffn = self.how.query * self.how.dim, self.gate_up.columns // 2
-        shapes = (depth, self.qkv.columns), (heads, depth), (depth, ffn), (ffn, depth)
-        return not self.how.stacked and all(fits(rows, *shape, self.qkv.values[...].dtype) for shape in shapes)
 
     def _heads(self, qkv_BTJ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.how.split(qkv_BTJ if self.qkv_bias_J is None else qkv_BTJ + self.qkv_bias_J[...])

@@ -157,3 +157,32 @@ def greedy(
             logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
         said.append(int(np.argmax(logits)))
     return said
+
+
+def enriched_greedy(
+    target: Callable[[Sequence[int]], np.ndarray],
+    drafter: Callable[[Sequence[int]], np.ndarray],
+    count: int,
+    *,
+    gamma: int,
+    eta: float,
+    guard: str,
+    temperature: float,
+    stops: Sequence[int] = (),
+) -> list[int]:
+    """The greedy answer that a drafter moves: where a token was drafted, the argmax of p-hat, of p and q at the
+    transfer temperature; after the last draft of a round the target's. The functions give logits after what was said.
+    """
+    said: list[int] = []
+    while True:
+        drafts: list[int] = []
+        while len(drafts) < gamma and not (drafts and drafts[-1] in stops):
+            drafts.append(int(np.argmax(drafter([*said, *drafts]))))
+        for draft in [*drafts, None]:
+            z = np.array(target(said), np.float64) / temperature
+            q = softmax(np.array(drafter(said), np.float64) / temperature)
+            said.append(int(np.argmax(z if draft is None else one_step(z, q, eta=eta, guard=guard).p_hat)))
+            if len(said) == count or said[-1] in stops:
+                return said
+            if said[-1] != draft:
+                break

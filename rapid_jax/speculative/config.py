@@ -64,7 +64,7 @@ class SpeculationConfig:
 
     mode
       rapid      the paper's rule as its released code runs it; with eta > 0 NOT the target's distribution; at
-                 temperature 0 a drafted position has the argmax of the enriched p-hat (ours: the paper has no such rule)
+                 temperature 0 a drafted position has the argmax of the enriched p-hat (ours: the paper has no rule)
       lossless   eta = 0: exactly the target's distribution, whatever the drafter
       phat       at drafted positions exactly the enriched p-hat (residual max(p_hat - q, 0)), p elsewhere
       target     the target alone on the whole document

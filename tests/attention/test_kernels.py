@@ -44,7 +44,7 @@ class Case:
     def rows(self, q_BTNH: jax.Array) -> Rows:
         branch = None if self.q_branch is None else jnp.asarray(self.q_branch)
         first = None if self.window is None else jnp.asarray(self.q_pos - self.window + 1)
-        return fold(q_BTNH, jnp.asarray(self.q_pos), self.heads[1], branch, first)
+        return fold(q_BTNH, jnp.asarray(self.q_pos), self.heads[1], branch, first, self.window)
 
     def slots(self, k_BSKH: jax.Array, v_BSKH: jax.Array) -> list[Slots]:
         kv = [jnp.split(x.swapaxes(1, 2), self.parts, axis=2) for x in (k_BSKH, v_BSKH)]
@@ -256,6 +256,11 @@ def test_splash_knows_which_positions_its_kernels_can_be_told(case, holds):
         ("zigzag, of a later device", 3, 384),
         ("branches anywhere", 3, 400),
         ("unsorted, rows and slots missing", 3, None),
+        ("window of xla's block, causal", 4, 384),
+        ("window of 1, lengths uneven", 4, 300),
+        ("window of 130, chunk on a prefix", 3, None),
+        ("window of splash's block, zigzag, own", 3, 384),
+        ("window of 60, branches", 3, None),
     ],
 )
 def test_cudnn_knows_its_masks_by_the_positions(case, kind, length):
@@ -263,6 +268,14 @@ def test_cudnn_knows_its_masks_by_the_positions(case, kind, length):
     q, k, v, _ = arrays_of(case, jnp.float32)
     found, length_B = jax.jit(cudnn._kind)(case.rows(q), case.slots(k, v)[0])
     assert found == kind and length in (None, length_B[0])
+
+
+@pytest.mark.parametrize("window, known, kind", [(384, False, 2), (383, False, 3), (383, True, 4), (384, True, 2)])
+def test_cudnn_needs_a_window_that_is_known_where_it_matters(window, known, kind):
+    case = replace(CASES["causal"], window=window)
+    q, k, v, _ = arrays_of(case, jnp.float32)
+    rows = case.rows(q) if known else replace(case.rows(q), window=None)
+    assert jax.jit(cudnn._kind)(rows, case.slots(k, v)[0])[0] == kind
 
 
 def test_cudnn_attends_a_later_device_s_slots_with_the_late_run_alone():

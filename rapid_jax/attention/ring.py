@@ -18,9 +18,9 @@ Where rows see no more than a window, in zigzag order, that fits into half of a 
 device sends the end of its two runs to the neighbours that go on there (`before`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -30,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rapid_jax.attention.config import Over
 from rapid_jax.attention.kernels import Cotangent, Kernel
-from rapid_jax.attention.partial import Partial, Rows, Slots, block_of, finish, log_sum, merge
+from rapid_jax.attention.partial import Partial, Rows, Slots, block_of, finish, log_sum, merge, rows_of
 
 ATTENDED = "attended"  # by this name `jax.checkpoint` policies know what attention gives
 
@@ -71,6 +71,23 @@ def before(slots: Slots, window: int, axis: str) -> tuple[Slots, Slots]:
 
     onward = [(device, device + 1) for device in range(count - 1)]
     return sent(half - width, onward), sent(2 * half - width, [(there, here) for here, there in onward])
+
+
+def _beginning(rows: Rows, one: Slots, run: int) -> tuple[int, int]:
+    """(start, size) of the rows at the beginning of a run that may see the slots before it."""
+    return run * (rows.pos_BR.shape[1] // 2), one.pos_BS.shape[1] * rows.group
+
+
+def attend_before(
+    total: Partial, rows: Rows, two: Sequence[Slots], attend: Callable[[Rows, Slots], Partial]
+) -> Partial:
+    """`total` with what the rows see of the slots `before` their runs: by the first rows of each alone."""
+    for run, one in enumerate(two):
+        start, size = _beginning(rows, one, run)
+        some = jax.tree.map(lambda x, at=start, size=size: x[:, :, at : at + size], total)
+        some = merge(some, attend(rows_of(rows, start, size), one))
+        total = jax.tree.map(lambda x, new, at=start, size=size: x.at[:, :, at : at + size].set(new), total, some)
+    return total
 
 
 def attend_visitors(rows: Rows, home: Any, attend: Callable[[Rows, Any], Partial], hops: Hops) -> Partial:
@@ -130,8 +147,7 @@ def _forward(rows: Rows, sets: tuple[Slots, ...], static: _Static):
         return static.kernel.forward(rows, visitor, scale=static.scale, runs=static.runs)
 
     slots, *more = sets
-    total = attend_visitors(rows, slots, attend, static.hops)
-    total = reduce(merge, [attend(rows, one) for one in more], total)
+    total = attend_before(attend_visitors(rows, slots, attend, static.hops), rows, more, attend)
     # Named: a remat policy that keeps both spares the backward pass a second forward pass of the kernels.
     out_BKRH = checkpoint_name(finish(total, rows.q_BKRH.dtype), ATTENDED)
     return out_BKRH, (rows, sets, out_BKRH, checkpoint_name(log_sum(total), ATTENDED))
@@ -147,9 +163,11 @@ def _backward(static: _Static, residuals, d_out_BKRH: jax.Array):
 
     dq, *home = _gradients_of_visitors(slots, gradients, static.hops)
     found = [(slots, *home)]
-    for one in more:
-        more_q, *kv = gradients(one)
-        dq, found = dq + more_q, [*found, (one, *kv)]
+    for run, one in enumerate(more):
+        start, size = _beginning(rows, one, run)
+        some = jax.tree.map(lambda x, at=start, size=size: x[:, :, at : at + size], cotangent)
+        more_q, *kv = static.kernel.backward(rows_of(rows, start, size), one, some, scale=static.scale, runs=1)
+        dq, found = dq.at[:, :, start : start + size].add(more_q), [*found, (one, *kv)]
     none: Any = None
     return (
         Rows(dq.astype(rows.q_BKRH.dtype), none, none, rows.group, window=rows.window),

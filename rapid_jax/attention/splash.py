@@ -16,7 +16,7 @@ The kernels are private to JAX; their signatures are the same from 0.10.2 to 0.1
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -27,13 +27,22 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from rapid_jax.attention.contract import check_backward, check_contract
 from rapid_jax.attention.kernels import Cotangent, Gradients
-from rapid_jax.attention.partial import Partial, Rows, Slots, merge, padded_rows, padded_slots
+from rapid_jax.attention.partial import (
+    Partial,
+    Rows,
+    Slots,
+    block_of,
+    merge,
+    nothing_seen,
+    padded_rows,
+    padded_slots,
+    seen_by_some,
+)
 from rapid_jax.attention.splash_plan import (
     NEVER,
     WINDOWED,
     Plan,
     fits,
-    parts,
     plan_of,
     promised_plan,
     seen,
@@ -61,8 +70,7 @@ class Splash:
         if not fits(rows, slots, runs):
             return plain.forward(rows, slots, scale=scale, runs=runs, used=used)
         if rows.first_BR is not None and slots.pos_BS.shape[1] > WINDOWED:
-            found = (self.forward(rows, part, scale=scale, runs=1) for part in parts(slots))
-            return reduce(merge, found)
+            return self._forward_by_parts(rows, padded_slots(slots, WINDOWED), scale)
 
         def attend(rows: Rows, slots: Slots) -> Partial:
             def planned(plan: Plan) -> Partial:
@@ -79,9 +87,8 @@ class Splash:
         if not fits(rows, slots, runs):
             return plain.backward(rows, slots, cotangent, scale=scale, runs=runs)
         if rows.first_BR is not None and slots.pos_BS.shape[1] > WINDOWED:
-            found = (self.backward(rows, part, cotangent, scale=scale, runs=1) for part in parts(slots))
-            dq, dk, dv = zip(*found, strict=True)
-            return sum(dq[1:], dq[0]), jnp.concatenate(dk, axis=2), jnp.concatenate(dv, axis=2)
+            found = self._backward_by_parts(rows, padded_slots(slots, WINDOWED), cotangent, scale)
+            return found[0], *(x[:, :, : slots.pos_BS.shape[1]] for x in found[1:])
 
         def attend(rows: Rows, slots: Slots, cotangent: Cotangent) -> Gradients:
             def planned(plan: Plan) -> Gradients:
@@ -90,6 +97,29 @@ class Splash:
             return _either(rows, slots, runs, planned, lambda: plain.backward(rows, slots, cotangent, scale=scale))
 
         return _each(attend, rows, slots, cotangent)
+
+    def _forward_by_parts(self, rows: Rows, slots: Slots, scale: float) -> Partial:
+        """As many slots at a time as rows with a first slot can be told of; a part that no row sees is left out."""
+
+        def add(index: jax.Array, total: Partial) -> Partial:
+            part = block_of(slots, index * WINDOWED, WINDOWED)
+            more = partial(self.forward, rows, part, scale=scale, runs=1)
+            return lax.cond(seen_by_some(rows, part), lambda: merge(total, more()), lambda: total)
+
+        return lax.fori_loop(0, slots.pos_BS.shape[1] // WINDOWED, add, nothing_seen(rows))
+
+    def _backward_by_parts(self, rows: Rows, slots: Slots, cotangent: Cotangent, scale: float) -> Gradients:
+        def add(dq_BKRH: jax.Array, index: jax.Array):
+            part = block_of(slots, index * WINDOWED, WINDOWED)
+            zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (dq_BKRH, part.k_BKSH, part.v_BKSH))
+            more = partial(self.backward, rows, part, cotangent, scale=scale, runs=1)
+            dq, dk, dv = lax.cond(seen_by_some(rows, part), more, lambda: zeros)
+            return dq_BKRH + dq, (dk, dv)
+
+        none = jnp.zeros(rows.q_BKRH.shape, jnp.float32)
+        dq_BKRH, kv = lax.scan(add, none, jnp.arange(slots.pos_BS.shape[1] // WINDOWED))
+        dk, dv = (jnp.moveaxis(x, 0, 2).reshape(slots.k_BKSH.shape) for x in kv)
+        return dq_BKRH, dk, dv
 
 
 def _each(attend: Callable[..., _Of], *trees: Any) -> _Of:

@@ -57,14 +57,6 @@ def fits(rows: Rows, slots: Slots, runs: int) -> bool:
     return R >= LANES and S >= LANES and rows.q_BKRH.shape[-1] % 64 == 0 and pairs <= PAIRS
 
 
-def parts(slots: Slots) -> list[Slots]:
-    """The slots, as many at a time as rows with a first slot can be told of."""
-    return [
-        block_of(slots, at, min(WINDOWED, slots.pos_BS.shape[1] - at))
-        for at in range(0, slots.pos_BS.shape[1], WINDOWED)
-    ]
-
-
 def tagged(rows: Rows, slots: Slots) -> bool:
     """Whether branch tags decide."""
     return rows.branch_BR is not None and slots.branch_BS is not None

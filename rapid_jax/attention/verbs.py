@@ -8,7 +8,7 @@ context device. With a window, a number or an int32 scalar, a query at position 
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial, reduce
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from jax import lax
 from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, write, write_layers
 from rapid_jax.attention.forked import Forked
 from rapid_jax.attention.partial import Slots, finish, fold, merge, unfold
-from rapid_jax.attention.ring import attend_visitors, before, fits_neighbours, ring_attention
+from rapid_jax.attention.ring import attend_before, attend_visitors, before, fits_neighbours, ring_attention
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.tpu_decode import Stack
 
@@ -116,9 +116,8 @@ def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Atte
         home = (Slots(far_k_BKSH, far_v_BKSH, far_pos_BS), near)
         if window is not None and fits_neighbours(pos_BT.shape[1], window, runs, strategy.hops):
             # The end of the chunk before this one is where this one begins: on the first device.
-            neighbours = before(near, window, "context")
-            parts = [kernel.forward(rows, part, scale=scale, runs=runs) for part in neighbours]
-            seen = reduce(merge, parts, visit(rows, home))
+            attend = partial(kernel.forward, scale=scale, runs=1)
+            seen = attend_before(visit(rows, home), rows, before(near, window, "context"), attend)
         else:
             seen = attend_visitors(rows, home, visit, strategy.hops)
         return unfold(finish(seen, q_BTNH.dtype), q_BTNH.shape[1]), near.k_BKSH, near.v_BKSH

@@ -79,7 +79,7 @@ def cases() -> dict[str, Case]:
         "sequences of uneven lengths": Case(uneven, uneven, (2, 2), runs=1),
         "chunk on a prefix": Case(span((300, 450)), span((0, 300), 212), (6, 2), runs=1, used=300),
         "zigzag, own": Case(early, early, runs=2),
-        "zigzag, of an earlier device": Case(late, early, runs=2, parts=2),
+        "zigzag, of an earlier device": Case(late, early, runs=2),
         "zigzag, of a later device": Case(early, late, runs=2),
         "zigzag, of a sequence that ends early": Case(late, span((0, 150), 234), runs=2),
         "nothing seen": Case(span((0, 200)), span((200, 400)), runs=1),
@@ -89,7 +89,7 @@ def cases() -> dict[str, Case]:
         "window of 1, lengths uneven": Case(uneven, uneven, (2, 2), runs=1, window=1),
         "window of 130, chunk on a prefix": Case(span((300, 450)), span((0, 300), 212), runs=1, used=300, window=130),
         "window of splash's block, zigzag, own": Case(early, early, runs=2, window=128),
-        "window of 100, zigzag, earlier device": Case(late, early, runs=2, parts=2, window=100),
+        "window of 100, zigzag, earlier device": Case(late, early, runs=2, window=100),
         "window of 50, unsorted": Case(queries, shuffled, (3, 3), parts=2, window=50),
         "window of 60, branches": Case(alone, alone, q_branch=alone_tags, kv_branch=alone_tags, window=60),
     }

@@ -120,7 +120,7 @@ WINDOWED = Case(64, ends=(0, 51))
 
 @pytest.mark.parametrize(
     "devices, window, known",
-    [(2, 1, True), (4, 9, True), (4, 9, False), (4, 10, True), (8, 5, True), (8, 4, False), (8, 200, True)],
+    [(2, 1, True), (4, 9, True), (4, 9, False), (4, 10, True), (8, 5, True), (8, 200, True)],
 )
 def test_a_window_over_devices_is_dense_attention(devices, window, known):
     """In zigzag order; of half a device's slots and one, so that neighbours are enough, of less and of more."""
@@ -204,8 +204,9 @@ def test_bfloat16_is_as_close_to_the_truth_as_dense_bfloat16():
 @pytest.mark.parametrize(
     "devices, over, window",
     [
-        *((devices, over, None) for devices in (2, 4, 8) for over in ("ring", "all_gather")),
-        *((2, "ring", 9), (4, "ring", 5), (4, "ring", 6), (4, "all_gather", 50), (8, "ring", 1)),
+        *((devices, "ring", None) for devices in (2, 4, 8)),
+        *((2, "all_gather", None), (4, "all_gather", 50), (8, "all_gather", None)),
+        *((2, "ring", 9), (4, "ring", 5), (4, "ring", 6)),
     ],
 )
 def test_chunks_into_a_sharded_prefix_then_a_tail(devices, over, window):

@@ -142,11 +142,10 @@ def _shares(
     padded = min(padded, shape.rows)
     parts = -(-R // padded)
     shares = max(1, shape.programs // (B * K * parts) - (len(sides) - 1))
-    windowed = rows.first_BR is not None
     limits = [_limits(rows, side, n, shape.block) for n, side in zip(used, sides, strict=True)]
     given = [(rows.q_BKRH, pl.BlockSpec((None, None, padded, H), lambda j, k, b: (b, k, j % parts, 0)))]
-    for marks_BR in (rows.pos_BR, rows.first_BR) if windowed else (rows.pos_BR,):
-        given.append((marks_BR, pl.BlockSpec((None, padded), lambda j, k, b: (b, j % parts))))
+    marks = [marks_BR for marks_BR in (rows.pos_BR, rows.first_BR) if marks_BR is not None]
+    given += [(marks_BR, pl.BlockSpec((None, padded), lambda j, k, b: (b, j % parts))) for marks_BR in marks]
     given.append((jnp.concatenate(limits, axis=1), pl.BlockSpec((None, 2 * len(sides)), lambda j, k, b: (b, 0))))
     for side in sides:
         arrays = (side.k_BKSH, side.v_BKSH, side.k_scale_BKS, side.v_scale_BKS, side.pos_BS)
@@ -161,7 +160,7 @@ def _shares(
         slots=tuple(side.pos_BS.shape[1] for side in sides),
         scaled=tuple(side.k_scale_BKS is not None for side in sides),
         packed=not interpret,
-        windowed=windowed,
+        windowed=rows.first_BR is not None,
     )
     flat = pl.BlockSpec((None, None, None, padded), lambda j, k, b: (b, k, j // parts, j % parts))
     return pl.pallas_call(

@@ -87,8 +87,8 @@ class Splash:
         if not fits(rows, slots, runs):
             return plain.backward(rows, slots, cotangent, scale=scale, runs=runs)
         if rows.first_BR is not None and slots.pos_BS.shape[1] > WINDOWED:
-            found = self._backward_by_parts(rows, padded_slots(slots, WINDOWED), cotangent, scale)
-            return found[0], *(x[:, :, : slots.pos_BS.shape[1]] for x in found[1:])
+            dq, dk, dv = self._backward_by_parts(rows, padded_slots(slots, WINDOWED), cotangent, scale)
+            return dq, dk[:, :, : slots.pos_BS.shape[1]], dv[:, :, : slots.pos_BS.shape[1]]
 
         def attend(rows: Rows, slots: Slots, cotangent: Cotangent) -> Gradients:
             def planned(plan: Plan) -> Gradients:

@@ -41,10 +41,14 @@ def dense_gradients(q_BTNH, k_BSKH, v_BSKH, visible_BTS, d_out_BTNH):
     return np.einsum("BNTS,BSNH->BTNH", ds, k_BSNH), dk.reshape(grouped).sum(axis=3), dv.reshape(grouped).sum(axis=3)
 
 
-def visible(q_pos_BT, kv_pos_BS, q_branch_BT=None, kv_branch_BS=None) -> np.ndarray:
-    """bool [B, T, S]: 0 <= key position <= query position, and branch tags equal or one of them 0."""
+def visible(q_pos_BT, kv_pos_BS, q_branch_BT=None, kv_branch_BS=None, *, window=None) -> np.ndarray:
+    """bool [B, T, S]: 0 <= key position <= query position, less than `window` behind it, and branch tags equal or one
+    of them 0.
+    """
     q, kv = np.asarray(q_pos_BT)[:, :, None], np.asarray(kv_pos_BS)[:, None, :]
     seen = (kv >= 0) & (kv <= q)
+    if window is not None:
+        seen &= kv > q - window
     if q_branch_BT is not None:
         mine, theirs = np.asarray(q_branch_BT)[:, :, None], np.asarray(kv_branch_BS)[:, None, :]
         seen &= (mine == theirs) | (mine == 0) | (theirs == 0)

@@ -3,7 +3,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from rapid_jax.model.families import TRAITS, Family, Traits, lacking
@@ -35,6 +35,7 @@ _MOST: Final = {
     "max_position_embeddings": MOST_POSITIONS,
 }
 _MOST_EPS: Final = 0.1  # of a norm; nothing is left of a hidden state whose square is far below it
+SLIDING: Final = "sliding_attention"
 _MOST_ID: Final = 2**31 - 1  # of a token: an int32
 # Keys that change what the weights mean, or which files they are in.
 _WHOLLY_REFUSED: Final = {
@@ -55,6 +56,7 @@ class LayerKind:
     """What a layer may have otherwise than its neighbours."""
 
     rotated: bool = True  # q and k are turned by their positions; else attention sees their order alone
+    window: int | None = None  # a query at position p sees p - window + 1 to p; None: 0 to p
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,11 @@ class ModelConfig:
         """Which of `kinds` each layer is of."""
         return tuple(self.kinds.index(self.pattern[at % len(self.pattern)]) for at in range(self.num_layers))
 
+    @property
+    def window_of(self) -> tuple[int | None, ...]:
+        """The window of each layer, or None."""
+        return tuple(self.kinds[kind].window for kind in self.kind_of)
+
     def carried_keys(self) -> dict[str, Any]:
         """The keys of config.json that no field here stands for, such as `eos_token_id`."""
         return json.loads(self.carried)
@@ -150,11 +157,9 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         qkv_bias=traits.qkv_bias,
         qk_norm=traits.qk_norm,
         joined=traits.joined,
-        pattern=_pattern(fields, traits, layers),
         carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
-    _refuse_sliding_window(fields, read, traits)
-    return read
+    return replace(read, pattern=_pattern(fields, read, traits))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -180,20 +185,31 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": config.rope.theta,
         "rope_scaling": rope_scaling(config.rope),
     }
-    # What the decoder does, whatever the original file said about a window that never closed.
-    stated |= dict.fromkeys(traits.biases, False)
-    if traits.windows != "none":
-        stated["sliding_window"] = None
-    if traits.windows == "last":
-        stated |= {"use_sliding_window": False, "max_window_layers": config.num_layers}
+    stated |= dict.fromkeys(traits.biases, False) | _window_keys(config, traits)
     if traits.unrotated:
-        rotated = [int(config.kinds[kind].rotated) for kind in config.kind_of]
-        stated |= {"use_sliding_window": False, "no_rope_layers": rotated}
+        stated["no_rope_layers"] = [int(config.kinds[kind].rotated) for kind in config.kind_of]
     if traits.partial:
         stated["partial_rotary_factor"] = config.rope.fraction
     if traits.original is not None:
         stated["original_max_position_embeddings"] = config.rope.original_max_positions or traits.original
     return config.carried_keys() | stated
+
+
+def _window_keys(config: ModelConfig, traits: Traits) -> dict[str, Any]:
+    """What the decoder does, whatever the original file said about a window that never closed."""
+    if traits.windows == "none":
+        return {}
+    windows = config.window_of
+    some = next((window for window in windows if window is not None), None)
+    stated: dict[str, Any] = {"sliding_window": some}
+    if traits.windows != "all":
+        stated["use_sliding_window"] = some is not None
+    if traits.windows == "last":
+        first = next((layer for layer, window in enumerate(windows) if window is not None), config.num_layers)
+        stated["max_window_layers"] = first
+    if traits.windows != "all" and some is not None:
+        stated["layer_types"] = ["full_attention" if window is None else SLIDING for window in windows]
+    return stated
 
 
 def _family(config: Fields) -> Family:
@@ -218,19 +234,50 @@ def _refuse_unsupported(traits: Traits, config: Fields) -> None:
             raise config.error(key, f"false: {meaning} is not supported")
 
 
-def _pattern(config: Fields, traits: Traits, layers: int) -> tuple[LayerKind, ...]:
+def _pattern(config: Fields, read: ModelConfig, traits: Traits) -> tuple[LayerKind, ...]:
     """The shortest pattern that the layers repeat."""
+    layers = read.num_layers
+    rotated = _rotated(config, traits, layers)
+    windows = _windows(config, read, traits, rotated)
+    kinds = [LayerKind(*kind) for kind in zip(rotated, windows, strict=True)]
+    size = next(size for size in range(1, layers + 1) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False)))
+    return tuple(kinds[:size])
+
+
+def _rotated(config: Fields, traits: Traits, layers: int) -> list[bool]:
     if not traits.unrotated:
-        return (LayerKind(),)
+        return [True] * layers
     rotated = config.wholes("no_rope_layers", None, most=1)
     if rotated is None:
         every = config.whole("no_rope_layer_interval", 4, least=1)
         rotated = [int((layer + 1) % every != 0) for layer in range(layers)]
     if len(rotated) < layers:
         raise config.error("no_rope_layers", f"a list of as many as num_hidden_layers, {layers}")
-    kinds = [LayerKind(rotated=bool(one)) for one in rotated[:layers]]
-    size = next(size for size in range(1, layers + 1) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False)))
-    return tuple(kinds[:size])
+    return [bool(one) for one in rotated[:layers]]
+
+
+def _windows(config: Fields, read: ModelConfig, traits: Traits, rotated: list[bool]) -> list[int | None]:
+    """The window of each layer; None also where it is as long as the context, and never closes."""
+    layers = read.num_layers
+    kinds = config.texts("layer_types", None)
+    if kinds is not None and set(kinds) - {"full_attention", SLIDING}:
+        raise config.error("layer_types", f"a list of full_attention and {SLIDING}: others are not supported")
+    if kinds is not None and len(kinds) != layers:
+        raise config.error("layer_types", f"a list of as many as num_hidden_layers, {layers}")
+    # transformers' values where the keys are absent; where sliding_window is null no window closes.
+    window = traits.window if "sliding_window" not in config else config.whole("sliding_window", None, least=1)
+    last = config.whole("max_window_layers", 28)
+    implied = {
+        "none": [False] * layers,
+        "all": [True] * layers,
+        "last": [layer >= last for layer in range(layers)],
+        "unrotated": [not one for one in rotated],
+    }[traits.windows]
+    if traits.windows in ("last", "unrotated"):
+        implied = implied if kinds is None else [kind == SLIDING for kind in kinds]
+        implied = implied if config.truth("use_sliding_window", False) else [False] * layers
+    closes = window is not None and window < read.context_size
+    return [window if closes and one else None for one in implied]
 
 
 def _check_token_ids(config: Fields) -> None:
@@ -241,30 +288,6 @@ def _check_token_ids(config: Fields) -> None:
         config.wholes("eos_token_id", most=_MOST_ID)
     else:
         config.whole("eos_token_id", None, most=_MOST_ID)
-
-
-def _refuse_sliding_window(config: Fields, read: ModelConfig, traits: Traits) -> None:
-    """A window narrower than the longest sequence is refused: every layer here sees the whole sequence."""
-    kinds = config.texts("layer_types", None)
-    if kinds is not None and set(kinds) - {"full_attention", "sliding_attention"}:
-        raise config.error("layer_types", "a list of full_attention and sliding_attention: others are not supported")
-    if kinds is not None and len(kinds) != read.num_layers:
-        raise config.error("layer_types", f"a list of as many as num_hidden_layers, {read.num_layers}")
-    # transformers' values where the keys are absent; where sliding_window is null no window closes.
-    window = traits.window if "sliding_window" not in config else config.whole("sliding_window", None)
-    full_layers = config.whole("max_window_layers", 28)
-    sliding = traits.windows == "all"
-    if traits.windows == "last":
-        last = full_layers < read.num_layers if kinds is None else "sliding_attention" in kinds
-        sliding = config.truth("use_sliding_window", False) and last
-    if traits.windows == "unrotated":
-        some = not all(kind.rotated for kind in read.kinds) if kinds is None else "sliding_attention" in kinds
-        sliding = config.truth("use_sliding_window", False) and some
-    if sliding and window is not None and window < read.context_size:
-        raise InputError(
-            f"{config.source}: sliding_window {window} is narrower than the context of {read.context_size}; "
-            "sliding-window attention is not supported"
-        )
 
 
 def _size(config: Fields, key: str) -> int:

@@ -125,8 +125,6 @@ def test_an_override_of_the_rope_base_is_exported():
         (LLAMA | {"model_type": "qwen3_next"}, "linear attention is not supported, got 'qwen3_next'"),
         (QWEN3 | {"attention_bias": True}, "attention_bias"),
         (SMOLLM3 | {"mlp_bias": True}, "mlp_bias"),
-        (SMOLLM3 | {"use_sliding_window": True, "sliding_window": 512}, "sliding_window 512"),
-        (QWEN3 | {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}, "sliding_window 512"),
         (LLAMA | {"architectures": ["LlavaForConditionalGeneration"]}, "LlavaForConditionalGeneration"),
         (LLAMA | {"hidden_act": "gelu"}, "gelu"),
         (LLAMA | {"attention_bias": True}, "attention_bias"),
@@ -134,7 +132,6 @@ def test_an_override_of_the_rope_base_is_exported():
         (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "short_factor must be a list of numbers"),
-        (PHI3 | {"sliding_window": 2047}, "sliding_window 2047 is narrower than the context of 4096"),
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA | {"hidden_size": 30}, "hidden_size must be a multiple .*got 30"),
@@ -142,17 +139,37 @@ def test_an_override_of_the_rope_base_is_exported():
         (LLAMA | {"vocab_size": "100"}, "vocab_size"),
         ({key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}, "rms_norm_eps"),
         ({key: value for key, value in MISTRAL.items() if key != "num_key_value_heads"}, "num_key_value_heads"),
-        (MISTRAL, "sliding_window 4096"),
-        (MISTRAL | {"sliding_window": 1024}, "sliding_window 1024"),
-        (QWEN2 | {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}, "sliding_window 512"),
     ],
 )
 def test_what_would_change_a_number_is_refused_by_name(given, word):
-    if word == "sliding_window 4096":
-        given = given | {"max_position_embeddings": 8192}
     with pytest.raises(InputError, match=word) as caught:
         from_hf(given)
     assert "\n" not in str(caught.value)
+
+
+YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+SLIDING = {"use_sliding_window": True, "sliding_window": 512}
+
+
+@pytest.mark.parametrize(
+    ("given", "windows"),
+    [
+        (MISTRAL | {"max_position_embeddings": 8192}, (4096, 4096)),  # transformers' value where the key is absent
+        (MISTRAL | {"sliding_window": 1024}, (1024, 1024)),
+        # as long as the context before yarn stretches it
+        (MISTRAL | {"sliding_window": 4096, "rope_scaling": YARN_TO_16384}, (4096, 4096)),
+        (PHI3 | {"sliding_window": 2047}, (2047, 2047)),
+        (QWEN2 | SLIDING | {"max_window_layers": 1}, (None, 512)),
+        (QWEN3 | SLIDING | {"max_window_layers": 0}, (512, 512)),
+        (QWEN3 | SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}, (512, None)),
+        (SMOLLM3 | SLIDING, (None, None, None, 512, None, None)),
+        (SMOLLM3 | SLIDING | {"layer_types": ["sliding_attention"] + ["full_attention"] * 5}, (512, *[None] * 5)),
+    ],
+)
+def test_windows_are_a_layer_s_kind_and_exported(given, windows):
+    config = from_hf(given)
+    assert config.window_of == windows
+    assert from_hf(to_hf(config)) == config
 
 
 def test_a_window_that_never_closes_is_accepted_and_exported_as_none():
@@ -173,7 +190,6 @@ def rope(**values) -> dict:
 
 
 ORIGINAL = "original_max_position_embeddings"
-YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +207,7 @@ YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embe
         (LLAMA | {"quantization_config": {}}, "quantization_config must be null"),
         (LLAMA | {"per_layer_config": {"0": {}}}, "per_layer_config must be null"),
         (MISTRAL | {"sliding_window": "4096"}, "sliding_window must be a whole number"),
-        (MISTRAL | {"sliding_window": 0}, "sliding_window 0 is narrower"),
+        (MISTRAL | {"sliding_window": 0}, "sliding_window must be a whole number of at least 1, got 0"),
         (QWEN2 | {"use_sliding_window": "false"}, "use_sliding_window must be true or false"),
         (QWEN2 | {"max_window_layers": "2"}, "max_window_layers must be a whole number"),
         (QWEN2 | {"layer_types": "full_attention"}, "layer_types must be a list of strings"),
@@ -260,8 +276,6 @@ YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embe
             "rope_parameters.full_attention",
         ),
         (rope(rope_type=None, factor=4.0), "rope_scaling.rope_type must be a string, got null"),
-        # the window is as long as the context before yarn stretches it
-        (MISTRAL | {"sliding_window": 4096, "rope_scaling": YARN_TO_16384}, "narrower than the context of 16384"),
     ],
 )
 def test_a_value_that_no_model_can_have_names_file_and_key(given, line):

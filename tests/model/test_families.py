@@ -25,7 +25,14 @@ from tests.speculative.models import prompted
 DRAWS = 20
 # (hidden size, query heads, kv heads, size of a head): few, so that draws share what is compiled
 HEADS = ((32, 4, 2, 16), (48, 6, 6, 8))
-CONFIGS = {"qwen3": "Qwen3Config", "smollm3": "SmolLM3Config", "phi3": "Phi3Config"}
+CONFIGS = {
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
+    "qwen3": "Qwen3Config",
+    "smollm3": "SmolLM3Config",
+    "phi3": "Phi3Config",
+}
+WINDOWS = (1, 7, 16, 17, 64)  # the tests' prompts are of 24 and, for greedy tokens, 120
 MESHES = {"qwen3": MeshConfig(context=2, model=2)}  # for greedy tokens
 LAYOUTS: tuple[Layout, ...] = ("stacked", "unrolled")
 
@@ -39,11 +46,25 @@ def drawn(family: str, draw: int) -> dict[str, Any]:
     found |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     found |= {"max_position_embeddings": 40960, "rope_theta": rng.choice((1e4, 1e6, 5e6))}
     found |= {"dtype": rng.choice(("float32", "bfloat16", "float16"))}  # of the file
-    return found | {"qwen3": _qwen3, "smollm3": _smollm3, "phi3": _phi3}[family](rng, head_dim)
+    of_family = {"mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "smollm3": _smollm3, "phi3": _phi3}
+    return found | of_family[family](rng, head_dim)
+
+
+def _mistral(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    return {"head_dim": head_dim, "sliding_window": rng.choice((None, *WINDOWS))}
+
+
+def _qwen2(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    """Its heads are of hidden_size / num_attention_heads."""
+    del head_dim
+    some = {"max_window_layers": 1} | rng.choice(({}, {"layer_types": ["sliding_attention", "full_attention"]}))
+    windows = rng.choice((some, some, {"max_window_layers": 0}, {"use_sliding_window": False}))
+    return {"rope_scaling": _scaling(rng), "use_sliding_window": True, "sliding_window": rng.choice(WINDOWS)} | windows
 
 
 def _qwen3(rng: random.Random, head_dim: int) -> dict[str, Any]:
-    return {"head_dim": head_dim, "rope_scaling": _scaling(rng), "max_window_layers": rng.choice((0, 2))}
+    windows = {"use_sliding_window": rng.random() < 0.5, "sliding_window": rng.choice(WINDOWS)}
+    return {"head_dim": head_dim, "rope_scaling": _scaling(rng), "max_window_layers": rng.choice((0, 1, 2))} | windows
 
 
 def _smollm3(rng: random.Random, head_dim: int) -> dict[str, Any]:
@@ -51,7 +72,8 @@ def _smollm3(rng: random.Random, head_dim: int) -> dict[str, Any]:
     del head_dim
     stated = {"no_rope_layers": rng.choice(([1, 0], [0, 1], [0, 0], [1, 1, 0]))}
     layers = rng.choice((stated, stated, {"no_rope_layer_interval": 2}, {}))
-    return {"rope_scaling": _scaling(rng), "use_sliding_window": False, **layers}
+    windows = {"use_sliding_window": rng.random() < 0.5, "sliding_window": rng.choice(WINDOWS)}
+    return {"rope_scaling": _scaling(rng), **windows, **layers}
 
 
 def _phi3(rng: random.Random, head_dim: int) -> dict[str, Any]:
@@ -61,7 +83,7 @@ def _phi3(rng: random.Random, head_dim: int) -> dict[str, Any]:
     tops = {"short_factor": 2, "long_factor": 30}
     longrope = {key: [rng.uniform(1, top) for _ in range(int(4 * fraction))] for key, top in tops.items()}
     longrope |= {"rope_type": "longrope"} | rng.choice(({}, {"factor": 8.0}, {"attention_factor": 1.2}))
-    found = {"partial_rotary_factor": fraction, "sliding_window": rng.choice((None, 262144))}
+    found = {"partial_rotary_factor": fraction, "sliding_window": rng.choice((None, 262144, *WINDOWS))}
     found |= {"original_max_position_embeddings": rng.choice((16, 16, 40960))}
     return found | {"rope_scaling": rng.choice((None, longrope, longrope))}
 
@@ -92,13 +114,13 @@ def read_back(folder: Path) -> transformers.PreTrainedModel:
 
 def plainly(decoder: Decoder, tokens_BT: np.ndarray, pos_BT: np.ndarray) -> np.ndarray:
     """Logits, operation by operation: nothing is compiled for one config alone."""
-    seen = jnp.asarray(pos_BT[:, None, None, :, None] >= pos_BT[:, None, None, None, :])
+    behind = jnp.asarray(pos_BT[:, None, None, :, None] - pos_BT[:, None, None, None, :])
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, layer):
+    def attend(q_BTNH, k_BTKH, v_BTKH, layer, window=np.inf):
         B, T, N, H = q_BTNH.shape
         q_BTKRH = q_BTNH.reshape(B, T, k_BTKH.shape[2], -1, H)
         scores = jnp.einsum("btkrh,bskh->bkrts", q_BTKRH, k_BTKH, precision="highest") * H**-0.5
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+        weights = jax.nn.softmax(jnp.where((behind >= 0) & (behind < window), scores, -jnp.inf))
         return jnp.einsum("bkrts,bskh->btkrh", weights, v_BTKH, precision="highest").reshape(B, T, N, H), layer
 
     hidden_BTD, _ = decoder.hidden(jnp.asarray(tokens_BT), jnp.asarray(pos_BT), attend)
@@ -113,8 +135,11 @@ def test_a_random_config_is_read_as_transformers_reads_it_and_exported_so(family
     save_hf(tmp_path / "written", decoder, dtype="float32", files={})
     back = read_back(tmp_path / "written")
     assert type(back) is type(model)
+    windows = any(decoder.config.window_of)
     for start in (1, 8180):
         tokens_BT, pos_BT = tokens_at(start, 24)
+        if windows:  # transformers counts tokens, not positions
+            pos_BT[0, 0] = start - 1
         expected = torch_logits(model, tokens_BT, pos_BT)
         size = np.abs(expected).max()
         assert size > 1
@@ -134,7 +159,8 @@ def test_greedy_tokens_are_those_of_transformers_with_a_drafter_of_the_family(fa
     prompt = tokens_at(0, 120)[0][0].tolist()
     with torch.no_grad():
         ids = torch.tensor([prompt])
-        every = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        how = {"max_new_tokens": 12, "do_sample": False, "use_cache": False}  # its cache never forgets at window 1
+        every = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
     found = generate(
         prompted(fused(target), [prompt], chunk=32),
         prompted(quantized(drafter, 8), [prompt[60:]], chunk=32),

@@ -6,19 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from rapid_jax.model.families import TRAITS, Family, Traits, lacking
-from rapid_jax.model.rope_config import MOST_POSITIONS, Rope, read_rope, rope_scaling
+from rapid_jax.model.config_checks import check_token_ids, family_of, refuse_unsupported, text_part
+from rapid_jax.model.families import TRAITS, Activation, Family, Traits
+from rapid_jax.model.rope_config import MOST_POSITIONS, Rope, read_local_rope, read_rope, rope_scaling
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields
 
 # A key that one of our fields or `to_hf` states; every other key of config.json is carried through as it is.
 _STATED = frozenset(
     (
-        *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "hidden_act"),
+        *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size"),
+        *("hidden_act", "hidden_activation", "query_pre_attn_scalar", "rope_local_base_freq"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
         *("max_position_embeddings", "original_max_position_embeddings", "tie_word_embeddings"),
         *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "attention_bias", "mlp_bias"),
         *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers"),
+        *("sliding_window_pattern", "_sliding_window_pattern"),
         *("torch_dtype", "dtype", "transformers_version", "_name_or_path"),
     )
 )
@@ -35,19 +38,6 @@ _MOST: Final = {
     "max_position_embeddings": MOST_POSITIONS,
 }
 _MOST_EPS: Final = 0.1  # of a norm; nothing is left of a hidden state whose square is far below it
-_MOST_ID: Final = 2**31 - 1  # of a token: an int32
-# Keys that change what the weights mean, or which files they are in.
-_WHOLLY_REFUSED: Final = {
-    "quantization_config": "a checkpoint of quantised weights",
-    "per_layer_config": "a layer with a configuration of its own",
-    "transformers_weights": "a file of weights by another name",
-}
-# Keys that are refused where they are true; a bias where the family may have one.
-_SWITCHED: Final = {
-    "use_mrope": "multimodal rotary embedding",
-    "attention_bias": "biases on all four attention projections",
-    "mlp_bias": "biases in the MLP",
-}
 
 
 @dataclass(frozen=True)
@@ -55,6 +45,7 @@ class LayerKind:
     """What a layer may have otherwise than its neighbours."""
 
     rotated: bool = True  # q and k are turned by their positions; else attention sees their order alone
+    rope: Rope | None = None  # how they are turned; None: as the config says
 
 
 @dataclass(frozen=True)
@@ -76,6 +67,11 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False  # each head of q and k is normalised before it is rotated
     joined: bool = False  # of a checkpoint, q, k and v are one array, gate and up are another
+    activation: Activation = "silu"  # of the MLP's gate
+    post_norms: bool = False  # what attention and the MLP give is normalised, too, before it is added
+    norm_offset: float = 0.0  # not 0: norms multiply by their weight and this, in float32
+    embedding_scale: float = 1.0  # of the first layer's input, rounded to its dtype
+    query_pre_attn_scalar: int | None = None  # scores are divided by its root; None: by that of head_dim
     pattern: tuple[LayerKind, ...] = (LayerKind(),)  # of the first layers; the others repeat it
     # The keys of config.json that change no number here (token ids, initializer_range, ...): a JSON object with sorted
     # keys, as text, so that a config stays hashable. An export writes them back.
@@ -93,6 +89,12 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """How much of a head is rotated, from its beginning."""
         return int(self.head_dim * self.rope.fraction)
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by, so that scores need no other divisor than the root of head_dim."""
+        scalar = self.query_pre_attn_scalar
+        return 1.0 if scalar is None else (self.head_dim / scalar) ** 0.5
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -116,11 +118,12 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     InputError naming the file and the key when a value is of another type or size than a model can have, and when the
     config asks for something that would change a number and is not implemented. `Fields` bring the name of their file.
     """
-    fields = config if isinstance(config, Fields) else Fields(config, "config.json")
-    family = _family(fields)
+    fields = text_part(config if isinstance(config, Fields) else Fields(config, "config.json"))
+    family = family_of(fields)
     traits = TRAITS[family]
-    _refuse_unsupported(traits, fields)
-    _check_token_ids(fields)
+    fields = Fields({**traits.defaults, **fields}, fields.source)
+    refuse_unsupported(traits, fields)
+    check_token_ids(fields)
     heads, hidden, layers = (_size(fields, key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     stated = fields.get("head_dim") is not None
     if hidden % heads and (traits.whole_heads or not (stated or traits.head_dim)):
@@ -150,6 +153,11 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         qkv_bias=traits.qkv_bias,
         qk_norm=traits.qk_norm,
         joined=traits.joined,
+        activation=traits.activation[1],
+        post_norms=traits.post_norms,
+        norm_offset=traits.norm_offset,
+        embedding_scale=hidden**0.5 if traits.scaled_embedding else 1.0,
+        query_pre_attn_scalar=fields.whole("query_pre_attn_scalar", least=1, most=2**20) if traits.defaults else None,
         pattern=_pattern(fields, traits, layers),
         carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
@@ -174,7 +182,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
+        traits.activation[0]: config.activation,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": config.rope.theta,
@@ -189,6 +197,13 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if traits.unrotated:
         rotated = [int(config.kinds[kind].rotated) for kind in config.kind_of]
         stated |= {"use_sliding_window": False, "no_rope_layers": rotated}
+    if traits.windows == "local":
+        local = [config.kinds[kind].rope is not None for kind in config.kind_of]
+        stated["layer_types"] = ["sliding_attention" if one else "full_attention" for one in local]
+        stated["sliding_window"] = config.max_positions
+    if traits.local_theta is not None:
+        base = next((kind.rope.theta for kind in config.pattern if kind.rope is not None), traits.local_theta)
+        stated |= {"rope_local_base_freq": base, "query_pre_attn_scalar": config.query_pre_attn_scalar}
     if traits.partial:
         stated["partial_rotary_factor"] = config.rope.fraction
     if traits.original is not None:
@@ -196,30 +211,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     return config.carried_keys() | stated
 
 
-def _family(config: Fields) -> Family:
-    family: Any = config.text("model_type")
-    if family not in TRAITS:
-        expected = f"one of {', '.join(TRAITS)}: "
-        reason = lacking(family)
-        raise config.error("model_type", expected + (f"{reason} is not supported" if reason else "others are not"))
-    if any(name != TRAITS[family].architecture for name in config.texts("architectures", [])):
-        raise config.error("architectures", f"[{TRAITS[family].architecture!r}]: others are not supported")
-    return family
-
-
-def _refuse_unsupported(traits: Traits, config: Fields) -> None:
-    if "hidden_act" in config and config.text("hidden_act") != "silu":
-        raise config.error("hidden_act", "'silu': others are not supported")
-    for key, meaning in _WHOLLY_REFUSED.items():
-        if config.get(key) is not None:
-            raise config.error(key, f"null: {meaning} is not supported")
-    for key, meaning in _SWITCHED.items():
-        if (key in traits.biases or key == "use_mrope") and config.truth(key, False):
-            raise config.error(key, f"false: {meaning} is not supported")
-
-
 def _pattern(config: Fields, traits: Traits, layers: int) -> tuple[LayerKind, ...]:
     """The shortest pattern that the layers repeat."""
+    if traits.windows == "local":
+        local = LayerKind(rope=read_local_rope(config, traits))
+        return _repeated([local if one else LayerKind() for one in _local_layers(config, layers)])
     if not traits.unrotated:
         return (LayerKind(),)
     rotated = config.wholes("no_rope_layers", None, most=1)
@@ -228,28 +224,36 @@ def _pattern(config: Fields, traits: Traits, layers: int) -> tuple[LayerKind, ..
         rotated = [int((layer + 1) % every != 0) for layer in range(layers)]
     if len(rotated) < layers:
         raise config.error("no_rope_layers", f"a list of as many as num_hidden_layers, {layers}")
-    kinds = [LayerKind(rotated=bool(one)) for one in rotated[:layers]]
-    size = next(size for size in range(1, layers + 1) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False)))
+    return _repeated([LayerKind(rotated=bool(one)) for one in rotated[:layers]])
+
+
+def _repeated(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
+    sizes = range(1, len(kinds) + 1)
+    size = next(size for size in sizes if all(a == b for a, b in zip(kinds, kinds[size:], strict=False)))
     return tuple(kinds[:size])
 
 
-def _check_token_ids(config: Fields) -> None:
-    """Refuses ids that are no ids. They are carried, not used here; -1 is what old checkpoints write for no padding."""
-    for key in ("bos_token_id", "pad_token_id"):
-        config.whole(key, None, least=-1)
-    if isinstance(config.get("eos_token_id"), list):
-        config.wholes("eos_token_id", most=_MOST_ID)
-    else:
-        config.whole("eos_token_id", None, most=_MOST_ID)
+def _local_layers(config: Fields, layers: int) -> list[bool]:
+    """Which layers have a window: by layer_types, else all but the last of each sliding_window_pattern."""
+    types = _layer_types(config, layers)
+    if types is not None:
+        return [one == "sliding_attention" for one in types]
+    every = config.whole("sliding_window_pattern", 6, least=1)
+    return [(layer + 1) % every != 0 for layer in range(layers)]
+
+
+def _layer_types(config: Fields, layers: int) -> list[str] | None:
+    kinds = config.texts("layer_types", None)
+    if kinds is not None and set(kinds) - {"full_attention", "sliding_attention"}:
+        raise config.error("layer_types", "a list of full_attention and sliding_attention: others are not supported")
+    if kinds is not None and len(kinds) != layers:
+        raise config.error("layer_types", f"a list of as many as num_hidden_layers, {layers}")
+    return kinds
 
 
 def _refuse_sliding_window(config: Fields, read: ModelConfig, traits: Traits) -> None:
     """A window narrower than the longest sequence is refused: every layer here sees the whole sequence."""
-    kinds = config.texts("layer_types", None)
-    if kinds is not None and set(kinds) - {"full_attention", "sliding_attention"}:
-        raise config.error("layer_types", "a list of full_attention and sliding_attention: others are not supported")
-    if kinds is not None and len(kinds) != read.num_layers:
-        raise config.error("layer_types", f"a list of as many as num_hidden_layers, {read.num_layers}")
+    kinds = _layer_types(config, read.num_layers)
     # transformers' values where the keys are absent; where sliding_window is null no window closes.
     window = traits.window if "sliding_window" not in config else config.whole("sliding_window", None)
     full_layers = config.whole("max_window_layers", 28)
@@ -257,6 +261,8 @@ def _refuse_sliding_window(config: Fields, read: ModelConfig, traits: Traits) ->
     if traits.windows == "last":
         last = full_layers < read.num_layers if kinds is None else "sliding_attention" in kinds
         sliding = config.truth("use_sliding_window", False) and last
+    if traits.windows == "local":
+        sliding = any(kind.rope is not None for kind in read.pattern)
     if traits.windows == "unrotated":
         some = not all(kind.rotated for kind in read.kinds) if kinds is None else "sliding_attention" in kinds
         sliding = config.truth("use_sliding_window", False) and some

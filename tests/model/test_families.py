@@ -25,8 +25,13 @@ from tests.speculative.models import prompted
 DRAWS = 20
 # (hidden size, query heads, kv heads, size of a head): few, so that draws share what is compiled
 HEADS = ((32, 4, 2, 16), (48, 6, 6, 8))
-CONFIGS = {"qwen3": "Qwen3Config", "smollm3": "SmolLM3Config", "phi3": "Phi3Config"}
-MESHES = {"qwen3": MeshConfig(context=2, model=2)}  # for greedy tokens
+CONFIGS = {
+    "qwen3": "Qwen3Config",
+    "smollm3": "SmolLM3Config",
+    "phi3": "Phi3Config",
+    "gemma3_text": "Gemma3TextConfig",
+}
+MESHES = {"qwen3": MeshConfig(context=2, model=2), "gemma3_text": MeshConfig(model=2)}  # for greedy tokens
 LAYOUTS: tuple[Layout, ...] = ("stacked", "unrolled")
 
 
@@ -39,7 +44,8 @@ def drawn(family: str, draw: int) -> dict[str, Any]:
     found |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     found |= {"max_position_embeddings": 40960, "rope_theta": rng.choice((1e4, 1e6, 5e6))}
     found |= {"dtype": rng.choice(("float32", "bfloat16", "float16"))}  # of the file
-    return found | {"qwen3": _qwen3, "smollm3": _smollm3, "phi3": _phi3}[family](rng, head_dim)
+    own = {"qwen3": _qwen3, "smollm3": _smollm3, "phi3": _phi3, "gemma3_text": _gemma3}[family](rng, head_dim)
+    return found | own
 
 
 def _qwen3(rng: random.Random, head_dim: int) -> dict[str, Any]:
@@ -66,6 +72,16 @@ def _phi3(rng: random.Random, head_dim: int) -> dict[str, Any]:
     return found | {"rope_scaling": rng.choice((None, longrope, longrope))}
 
 
+def _gemma3(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    """Its scores are divided by the root of another number than the size of a head, in half of them."""
+    found = {"head_dim": head_dim, "query_pre_attn_scalar": rng.choice((head_dim, head_dim, 24, 7))}
+    scaling = rng.choice((None, None, {"rope_type": "linear", "factor": 8.0}))
+    types = rng.choice((["sliding_attention", "full_attention"], ["full_attention", "sliding_attention"]))
+    layers = rng.choice(({"layer_types": types}, {"sliding_window_pattern": 2}, {}))
+    found |= {"rope_local_base_freq": rng.choice((1e4, 3e3)), "sliding_window": 65536}
+    return found | layers | {"rope_scaling": scaling}
+
+
 def _scaling(rng: random.Random) -> dict[str, Any] | None:
     factor = rng.choice((2.0, 4.0))
     yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 8192}
@@ -80,7 +96,7 @@ def saved(family: str, given: dict[str, Any], folder: Path) -> transformers.PreT
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for value in model.parameters():
-            if value.ndim == 1:  # norms start at one, which would hide a mistake
+            if value.ndim == 1:  # norms start at one or zero, which would hide a mistake
                 value.add_(torch.randn_like(value) * 0.2)
     model.to(dtype).save_pretrained(folder)  # which rounds the frequencies that the model in memory has, too
     return read_back(folder)

@@ -83,6 +83,18 @@ FAMILIES = {
             "pad_token_id": None,
         },
     ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 32768,
+            "sliding_window_pattern": 3,
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            "max_position_embeddings": 32768,
+        },
+    ),
     "qwen2-tied": ("Qwen2Config", {"rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": True}),
 }
 

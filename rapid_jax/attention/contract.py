@@ -24,6 +24,7 @@ def check_contract(kernel: str, rows: Rows, slots: Slots, *, shared: bool = Fals
         scaled = slots.k_scale_BKS is not None
         assert quantized or not scaled, "expected keys and values in full, got quantised ones"
         flat = [(rows.pos_BR, (B, R)), (rows.branch_BR, (B, R)), (rows.reach_BR, (B, R))]
+        flat += [(rows.first_BR, (B, R))]
         flat += [(slots.pos_BS, (batch, S)), (slots.branch_BS, (batch, S))]
         heads = [(slots.k_BKSH, (batch, K, S, H)), (slots.v_BKSH, (batch, K, H, S) if scaled else (batch, K, S, H))]
         scales = [(slots.k_scale_BKS, (batch, K, S)), (slots.v_scale_BKS, (batch, K, S))] if scaled else []

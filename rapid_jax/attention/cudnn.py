@@ -109,6 +109,7 @@ def _fits(rows: Rows, slots: Slots) -> bool:
     R, H = rows.q_BKRH.shape[2:]
     return (
         rows.q_BKRH.dtype in (jnp.bfloat16, jnp.float16)
+        and rows.first_BR is None
         and H % 8 == 0
         and H <= 128
         and R % rows.group == 0

@@ -23,6 +23,7 @@ from rapid_jax.attention.partial import (
     Slots,
     attend_block,
     attend_blockwise,
+    attend_what_is_seen,
     finish,
     merge,
     nothing_seen,
@@ -43,12 +44,13 @@ Decode: TypeAlias = Callable[[Rows, Any, Used, float, str | None], jax.Array]
 
 def by_blocks(rows: Rows, sides: StackSides, used: Used, scale: float, axis: str | None, *, block: int) -> jax.Array:
     """In plain XLA."""
-    del used  # every slot is read, empty ones too: the loops' length is known to XLA
+    del used  # every block is looked at, empty ones too: the loops' length is known to XLA
     far, *others = sides
+    skip = rows.first_BR is not None
     if isinstance(far, Stack):
         slots, attend = far.every, partial(attend_stack, stack=far, scale=scale, block=block)
     else:
-        slots, attend = far, partial(attend_blockwise, slots=far, scale=scale, block=block)
+        slots, attend = far, partial(attend_blockwise, slots=far, scale=scale, block=block, skip=skip)
     seen = over_shared(rows, slots, attend, most=rows.pos_BR.size) if is_shared(rows, slots) else attend(rows)
     if axis is not None:
         seen = merged_over(seen, axis)
@@ -61,13 +63,17 @@ def by_blocks(rows: Rows, sides: StackSides, used: Used, scale: float, axis: str
 def attend_stack(rows: Rows, stack: Stack, *, scale: float, block: int) -> Partial:
     """`attend_blockwise` over a layer in the stack of all: each block is read where it lies, rounded ones as int8.
 
-    The layer taken out first would be a copy of it, written and read again.
+    The layer taken out first would be a copy of it, written and read again. Blocks before all first positions of the
+    rows are left out.
     """
     size = stack.every.pos_BS.shape[1]
     whole, rest = divmod(size, min(block, size))
 
     def add(seen: Partial, start: jax.Array | int, count: int) -> Partial:
-        return merge(seen, attend_block(rows, stack.block(start, count), scale=scale))
+        part = stack.block(start, count)
+        if rows.first_BR is None:
+            return merge(seen, attend_block(rows, part, scale=scale))
+        return attend_what_is_seen(seen, rows, part, scale=scale)
 
     def step(index: jax.Array, seen: Partial) -> Partial:
         return add(seen, index * min(block, size), min(block, size))

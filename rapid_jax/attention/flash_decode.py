@@ -53,7 +53,7 @@ def fits(rows: Rows, slots: Slots) -> bool:
     R, H = rows.q_BKRH.shape[2:]
     tags = rows.branch_BR is not None and slots.branch_BS is not None
     heads = H >= 16 and H & (H - 1) == 0 and H * rows.q_BKRH.dtype.itemsize <= MOST_BYTES
-    return heads and R <= MOST_ROWS and not tags and rows.reach_BR is None
+    return heads and R <= MOST_ROWS and not tags and rows.reach_BR is None and rows.first_BR is None
 
 
 def flash_decode(

@@ -5,7 +5,8 @@
     tail    second continuation                sees the beginning, which is the trunk up to position `reach`, and itself
 
 A tail row of position p sees of the trunk what a row of position min(p, reach) sees, and of the tail what any row of
-position p sees. So three calls of a kernel that knows positions alone do it, and no block is visited for nothing.
+position p sees; where the row has a first position, it is the same in both. So three calls of a kernel that knows
+positions alone do it, and no block is visited for nothing.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rapid_jax.attention.kernels import Cotangent, Gradients, Kernel
-from rapid_jax.attention.partial import Partial, Rows, Slots, merge
+from rapid_jax.attention.partial import Partial, Rows, Slots, merge, rows_of
 
 
 @dataclass(frozen=True)
@@ -61,9 +62,10 @@ class Forked:
     def _rows(self, rows: Rows) -> tuple[Rows, Rows, Rows]:
         """(the trunk's, the tail's, the tail's as they look at the trunk)."""
         at = rows.pos_BR.shape[1] - self.tail * rows.group
-        trunk = Rows(rows.q_BKRH[:, :, :at], rows.pos_BR[:, :at], None, rows.group)
-        tail = Rows(rows.q_BKRH[:, :, at:], rows.pos_BR[:, at:], None, rows.group)
         assert rows.reach_BR is not None
+        plain = replace(rows, branch_BR=None, reach_BR=None)
+        trunk = rows_of(plain, 0, at)
+        tail = rows_of(plain, at, rows.pos_BR.shape[1] - at)
         return trunk, tail, replace(tail, pos_BR=jnp.minimum(tail.pos_BR, rows.reach_BR[:, at:]))
 
     def _slots(self, slots: Slots) -> tuple[Slots, Slots]:

@@ -5,8 +5,9 @@ Letters here: B batch, K kv heads, R query rows of one kv head (its query heads 
 S key slots, H head dim. Queries are folded to [B, K, R, H] once, so that grouped-query attention is one batched matrix
 product and each key is read once.
 
-Masks are positions: a row at position p sees a slot at position s exactly when 0 <= s <= p and their branch tags
-agree (tag 0 agrees with every tag). An empty slot, a padded query, a rolled-back token all have position -1.
+Masks are positions: a row at position p sees a slot at position s exactly when 0 <= s <= p, s is not before the row's
+first position, where it has one, and their branch tags agree (tag 0 agrees with every tag). An empty slot, a padded
+query, a rolled-back token all have position -1.
 """
 
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ class Rows:
     branch_BR: jax.Array | None = None  # int32
     group: int = field(default=1, metadata={"static": True})  # rows of each query position
     reach_BR: jax.Array | None = None  # int32, of `Forked` alone: the last position of the trunk that the row sees
+    first_BR: jax.Array | None = None  # int32, the first position that the row sees; None: 0
 
 
 @jax.tree_util.register_dataclass
@@ -54,13 +56,20 @@ class Slots:
     v_scale_BKS: jax.Array | None = None
 
 
-def fold(q_BTNH: jax.Array, pos_BT: jax.Array, kv_heads: int, branch_BT: jax.Array | None = None) -> Rows:
+def fold(
+    q_BTNH: jax.Array,
+    pos_BT: jax.Array,
+    kv_heads: int,
+    branch_BT: jax.Array | None = None,
+    first_BT: jax.Array | None = None,
+) -> Rows:
     """Queries [B, T, N, H] as rows of their kv heads."""
     B, T, N, H = q_BTNH.shape
     group = N // kv_heads
     q_BKRH = q_BTNH.reshape(B, T, kv_heads, group, H).swapaxes(1, 2).reshape(B, kv_heads, T * group, H)
     branch_BR = None if branch_BT is None else jnp.repeat(branch_BT, group, axis=1)
-    return Rows(q_BKRH, jnp.repeat(pos_BT, group, axis=1), branch_BR, group)
+    first_BR = None if first_BT is None else jnp.repeat(first_BT, group, axis=1)
+    return Rows(q_BKRH, jnp.repeat(pos_BT, group, axis=1), branch_BR, group, first_BR=first_BR)
 
 
 def unfold(out_BKRH: jax.Array, time: int) -> jax.Array:
@@ -80,6 +89,8 @@ def nothing_seen(rows: Rows) -> Partial:
 def visible(rows: Rows, slots: Slots) -> jax.Array:
     """bool [B, 1, R, S], for one block of slots only."""
     seen = (slots.pos_BS[:, None, :] >= 0) & (slots.pos_BS[:, None, :] <= rows.pos_BR[:, :, None])
+    if rows.first_BR is not None:
+        seen &= slots.pos_BS[:, None, :] >= rows.first_BR[:, :, None]
     if rows.branch_BR is not None and slots.branch_BS is not None:
         mine, theirs = rows.branch_BR[:, :, None], slots.branch_BS[:, None, :]
         seen &= (mine == theirs) | (theirs == 0) | (mine == 0)
@@ -145,19 +156,24 @@ def block_of(slots: Slots, start: jax.Array | int, size: int) -> Slots:
 
 def seen_by_some(rows: Rows, slots: Slots) -> jax.Array:
     """bool scalar: False only if no row sees any of the slots. Branch tags are not looked at."""
-    first = jnp.min(jnp.where(slots.pos_BS >= 0, slots.pos_BS, jnp.iinfo(jnp.int32).max))
-    return jnp.max(rows.pos_BR) >= first
+    never = jnp.iinfo(jnp.int32).max
+    some = jnp.max(rows.pos_BR) >= jnp.min(jnp.where(slots.pos_BS >= 0, slots.pos_BS, never))
+    if rows.first_BR is not None:
+        some &= jnp.max(slots.pos_BS) >= jnp.min(jnp.where(rows.pos_BR >= 0, rows.first_BR, never))
+    return some
 
 
 def seen_by_all(rows: Rows, slots: Slots) -> jax.Array:
     """bool scalar: True only if every row sees every slot."""
     every = jnp.all(slots.pos_BS >= 0) & (jnp.min(rows.pos_BR) >= jnp.max(slots.pos_BS))
+    if rows.first_BR is not None:
+        every &= jnp.min(slots.pos_BS) >= jnp.max(rows.first_BR)
     if rows.branch_BR is not None and slots.branch_BS is not None:
         every &= jnp.all(slots.branch_BS == 0)
     return every
 
 
-def _attend_what_is_seen(partial: Partial, rows: Rows, slots: Slots, *, scale: float) -> Partial:
+def attend_what_is_seen(partial: Partial, rows: Rows, slots: Slots, *, scale: float) -> Partial:
     """`partial` with a block added: not visited if no row sees any of it, without a mask if every row sees it all."""
     some = seen_by_some(rows, slots)
     every = some & seen_by_all(rows, slots)
@@ -187,7 +203,7 @@ def attend_blockwise(
     def add(partial: Partial, start: jax.Array | int, count: int) -> Partial:
         part = block_of(slots, start, count)
         if skip:
-            return _attend_what_is_seen(partial, rows, part, scale=scale)
+            return attend_what_is_seen(partial, rows, part, scale=scale)
         return merge(partial, attend_block(rows, part, scale=scale))
 
     partial = nothing_seen(rows)
@@ -226,12 +242,7 @@ def attend_tiled(
 
 def rows_of(rows: Rows, start: jax.Array | int, size: int) -> Rows:
     """`size` rows from `start` on."""
-    return replace(
-        rows,
-        q_BKRH=lax.dynamic_slice_in_dim(rows.q_BKRH, start, size, axis=2),
-        pos_BR=lax.dynamic_slice_in_dim(rows.pos_BR, start, size, axis=1),
-        branch_BR=None if rows.branch_BR is None else lax.dynamic_slice_in_dim(rows.branch_BR, start, size, axis=1),
-    )
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=min(2, x.ndim - 1)), rows)
 
 
 def padded_rows(rows: Rows, multiple: int) -> Rows:
@@ -245,6 +256,7 @@ def padded_rows(rows: Rows, multiple: int) -> Rows:
         q_BKRH=jnp.pad(rows.q_BKRH, wide),
         pos_BR=jnp.pad(rows.pos_BR, flat, constant_values=-1),
         branch_BR=None if rows.branch_BR is None else jnp.pad(rows.branch_BR, flat),
+        first_BR=None if rows.first_BR is None else jnp.pad(rows.first_BR, flat),
     )
 
 

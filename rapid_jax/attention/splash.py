@@ -93,7 +93,7 @@ def _fits(rows: Rows, slots: Slots) -> bool:
     R, S = rows.pos_BR.shape[1], slots.pos_BS.shape[1]
     bq, bkv = blocks_of(R, S, tagged=_tagged(rows, slots))
     pairs = -(R // -bq) * (S // bkv // LANES + 1) * LANES
-    return R >= LANES and S >= LANES and rows.q_BKRH.shape[-1] % 64 == 0 and pairs <= PAIRS
+    return rows.first_BR is None and R >= LANES and S >= LANES and rows.q_BKRH.shape[-1] % 64 == 0 and pairs <= PAIRS
 
 
 def _tagged(rows: Rows, slots: Slots) -> bool:

@@ -113,7 +113,13 @@ def fits(rows: Rows, far: Side, near: Side) -> bool:
     far, near = _slots(far), _slots(near)
     R, H = rows.q_BKRH.shape[2:]
     tags = rows.branch_BR is not None and (far.branch_BS is not None or near.branch_BS is not None)
-    plain = not tags and rows.reach_BR is None and near.k_scale_BKS is None and rows.q_BKRH.dtype != jnp.float16
+    plain = (
+        not tags
+        and rows.reach_BR is None
+        and rows.first_BR is None
+        and near.k_scale_BKS is None
+        and rows.q_BKRH.dtype != jnp.float16
+    )
     return plain and R <= MOST_ROWS and (H == 64 or H % LANES == 0) and cut_of(rows, far, near) is not None
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a decoder layer may do with its queries, keys and values: short compositions of the algebra.
 
-Each returns an `attend(q_BTNH, k_BTKH, v_BTKH, layer) -> (out_BTNH, kept)` for `Decoder.hidden`. On a mesh the time
-axis of queries and of the prefix is split over `context`, heads over `model`; a tail is whole on every context device.
+Each returns an `attend(q_BTNH, k_BTKH, v_BTKH, layer, window=None) -> (out_BTNH, kept)` for `Decoder.hidden`. On a
+mesh the time axis of queries and of the prefix is split over `context`, heads over `model`; a tail is whole on every
+context device. With a window, a number or an int32 scalar, a query at position p sees p - window + 1 to p.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,14 @@ from rapid_jax.attention.ring import attend_visitors, ring_attention
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.tpu_decode import Stack
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+Attend = Callable[..., tuple[jax.Array, Any]]
+Window = int | jax.Array | None
+
+
+def _marks(pos: jax.Array, window: Window, branch: jax.Array | None = None) -> dict[str, jax.Array]:
+    """What else than their positions says which slots queries see, by letters as `pos`: `fold`'s arguments."""
+    marks = {} if branch is None else {"branch_BT": branch}
+    return marks if window is None else marks | {"first_BT": pos - window + 1}
 
 
 def attend_self(pos_BT: jax.Array, strategy: Strategy, *, branch_BT: jax.Array | None = None, runs: int = 0) -> Attend:
@@ -29,22 +37,19 @@ def attend_self(pos_BT: jax.Array, strategy: Strategy, *, branch_BT: jax.Array |
     `runs` is what `Kernel` is promised of each device's positions: 2 for the zigzag order without branches.
     """
     kernel = strategy.chosen_kernel()
-    tags = () if branch_BT is None else (branch_BT,)
 
-    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, *tags):
-        branch_BT = tags[0] if tags else None
-        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], branch_BT)
-        slots = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT, branch_BT)
+    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, marks):
+        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], **marks)
+        slots = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT, marks.get("branch_BT"))
         scale = q_BTNH.shape[-1] ** -0.5
         out_BKRH = ring_attention(rows, slots, kernel=kernel, scale=scale, runs=runs, hops=strategy.hops)
         return (unfold(out_BKRH, q_BTNH.shape[1]),)
 
-    names = ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "branch_BT")
-    call = strategy.per_device(local, names[: 4 + len(tags)], ("out_BTNH",))
+    call = strategy.per_device(local, ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "marks_BT"), ("out_BTNH",))
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, layer):
+    def attend(q_BTNH, k_BTKH, v_BTKH, layer, window: Window = None):
         k_BTKH, v_BTKH = strategy.with_copies(k_BTKH), strategy.with_copies(v_BTKH)
-        return call(q_BTNH, k_BTKH, v_BTKH, pos_BT, *tags)[0], None
+        return call(q_BTNH, k_BTKH, v_BTKH, pos_BT, _marks(pos_BT, window, branch_BT))[0], None
 
     return attend
 
@@ -60,19 +65,20 @@ def attend_fork(pos_BT: jax.Array, reach_B: jax.Array, strategy: Strategy, *, ta
     if tail == 0:
         return attend_self(pos_BT, strategy, runs=runs)
 
-    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, reach_B):
-        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2])
+    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, reach_B, marks):
+        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], **marks)
         rows = replace(rows, reach_BR=jnp.broadcast_to(reach_B[:, None], rows.pos_BR.shape))
         slots = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT)
         scale = q_BTNH.shape[-1] ** -0.5
         out_BKRH = ring_attention(rows, slots, kernel=Forked(kernel, tail), scale=scale, runs=runs, hops=strategy.hops)
         return (unfold(out_BKRH, q_BTNH.shape[1]),)
 
-    call = strategy.per_device(local, ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "reach_B"), ("out_BTNH",))
+    names = ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "reach_B", "marks_BT")
+    call = strategy.per_device(local, names, ("out_BTNH",))
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, layer):
+    def attend(q_BTNH, k_BTKH, v_BTKH, layer, window: Window = None):
         k_BTKH, v_BTKH = strategy.with_copies(k_BTKH), strategy.with_copies(v_BTKH)
-        return call(q_BTNH, k_BTKH, v_BTKH, pos_BT, reach_B)[0], None
+        return call(q_BTNH, k_BTKH, v_BTKH, pos_BT, reach_B, _marks(pos_BT, window))[0], None
 
     return attend
 
@@ -87,7 +93,7 @@ def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Atte
     used = written.used // strategy.context
     runs = 1 if strategy.context == 1 else 2
 
-    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, far_k_BKSH, far_v_BKSH, far_pos_BS):
+    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, far_k_BKSH, far_v_BKSH, far_pos_BS, marks):
         scale = q_BTNH.shape[-1] ** -0.5
         near = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT)
 
@@ -98,17 +104,18 @@ def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Atte
                 kernel.forward(rows, near, scale=scale, runs=runs),
             )
 
-        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2])
+        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], **marks)
         home = (Slots(far_k_BKSH, far_v_BKSH, far_pos_BS), near)
         partial = attend_visitors(rows, home, visit, strategy.hops)
         return unfold(finish(partial, q_BTNH.dtype), q_BTNH.shape[1]), near.k_BKSH, near.v_BKSH
 
-    names = ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "far_k_BKSH", "far_v_BKSH", "far_pos_BS")
+    names = ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "far_k_BKSH", "far_v_BKSH", "far_pos_BS", "marks_BT")
     call = strategy.per_device(local, names, ("out_BTNH", "k_BKSH", "v_BKSH"))
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, layer: KV):
+    def attend(q_BTNH, k_BTKH, v_BTKH, layer: KV, window: Window = None):
         k_BTKH, v_BTKH = strategy.with_copies(k_BTKH), strategy.with_copies(v_BTKH)
-        out_BTNH, *chunk = call(q_BTNH, k_BTKH, v_BTKH, pos_BT, layer.k_BKSH, layer.v_BKSH, written.pos_BS)
+        far = layer.k_BKSH, layer.v_BKSH, written.pos_BS
+        out_BTNH, *chunk = call(q_BTNH, k_BTKH, v_BTKH, pos_BT, *far, _marks(pos_BT, window))
         return out_BTNH, KV(*chunk)
 
     return attend
@@ -178,9 +185,9 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
         pos_BG, tail_pos_BG, near_used = lax.optimization_barrier((pos_BG, tail_pos_BG, near_used))
     over_both = strategy.chosen_decode()
 
-    def local(q_BGNH, new, pos_BG, near, near_pos_BG, slot_B, far_used, scalars, far_pos_BS, *far):
+    def local(q_BGNH, new, pos_BG, marks, near, near_pos_BG, slot_B, far_used, scalars, far_pos_BS, *far):
         near_used, layer = scalars
-        rows = fold(q_BGNH, pos_BG, new[0].shape[2])
+        rows = fold(q_BGNH, pos_BG, new[0].shape[2], **marks)
         near, new = KV(*near), KV(*(x_BGKH.swapaxes(1, 2).astype(near[0].dtype) for x_BGKH in new))
         k_BKSH, v_BKSH, *scales = far
         prefix_slots = Slots(k_BKSH, v_BKSH, far_pos_BS, None, *scales)
@@ -195,7 +202,7 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
         out_BKRH = over_both(rows, sides, used, q_BGNH.shape[-1] ** -0.5, strategy.hops.axis)
         return unfold(out_BKRH, q_BGNH.shape[1]), kept.k_BKSH, kept.v_BKSH
 
-    def attend(q_BGNH, k_BGKH, v_BGKH, layer: tuple[KV, KV] | jax.Array):
+    def attend(q_BGNH, k_BGKH, v_BGKH, layer: tuple[KV, KV] | jax.Array, window: Window = None):
         index, letter = jnp.int32(0), ""
         if stacked:
             assert isinstance(prefix.layers, KV) and isinstance(tail.layers, KV)
@@ -205,6 +212,7 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
             ("q_BGNH", q_BGNH),
             ("new_BGKH", (strategy.with_copies(k_BGKH), strategy.with_copies(v_BGKH))),
             ("pos_BG", pos_BG),
+            ("marks_BG", _marks(pos_BG, window)),
             (f"near_{letter}BKGH", (near.k_BKSH, near.v_BKSH)),
             ("near_pos_BG", tail_pos_BG),
             ("slot_B", tail.length_B),

@@ -3,12 +3,13 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from rapid_jax.model.config_checks import check_token_ids, family_of, refuse_unsupported, text_part
-from rapid_jax.model.families import TRAITS, Activation, Family, Traits
-from rapid_jax.model.rope_config import MOST_POSITIONS, Rope, read_local_rope, read_rope, rope_scaling
+from rapid_jax.model.families import TRAITS, Activation, Family
+from rapid_jax.model.layer_kinds import LayerKind, layer_keys, read_pattern
+from rapid_jax.model.rope_config import MOST_POSITIONS, Rope, read_rope, rope_scaling
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields
 
@@ -38,14 +39,6 @@ _MOST: Final = {
     "max_position_embeddings": MOST_POSITIONS,
 }
 _MOST_EPS: Final = 0.1  # of a norm; nothing is left of a hidden state whose square is far below it
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """What a layer may have otherwise than its neighbours."""
-
-    rotated: bool = True  # q and k are turned by their positions; else attention sees their order alone
-    rope: Rope | None = None  # how they are turned; None: as the config says
 
 
 @dataclass(frozen=True)
@@ -106,6 +99,11 @@ class ModelConfig:
         """Which of `kinds` each layer is of."""
         return tuple(self.kinds.index(self.pattern[at % len(self.pattern)]) for at in range(self.num_layers))
 
+    @property
+    def window_of(self) -> tuple[int | None, ...]:
+        """The window of each layer, or None."""
+        return tuple(self.kinds[kind].window for kind in self.kind_of)
+
     def carried_keys(self) -> dict[str, Any]:
         """The keys of config.json that no field here stands for, such as `eos_token_id`."""
         return json.loads(self.carried)
@@ -121,7 +119,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     fields = text_part(config if isinstance(config, Fields) else Fields(config, "config.json"))
     family = family_of(fields)
     traits = TRAITS[family]
-    fields = Fields({**traits.defaults, **fields}, fields.source)
+    fields = fields.over(traits.defaults)
     refuse_unsupported(traits, fields)
     check_token_ids(fields)
     heads, hidden, layers = (_size(fields, key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
@@ -158,11 +156,9 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         norm_offset=traits.norm_offset,
         embedding_scale=hidden**0.5 if traits.scaled_embedding else 1.0,
         query_pre_attn_scalar=fields.whole("query_pre_attn_scalar", least=1, most=2**20) if traits.defaults else None,
-        pattern=_pattern(fields, traits, layers),
         carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
-    _refuse_sliding_window(fields, read, traits)
-    return read
+    return replace(read, pattern=read_pattern(fields, traits, layers, read.context_size))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -188,89 +184,15 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "rope_theta": config.rope.theta,
         "rope_scaling": rope_scaling(config.rope),
     }
-    # What the decoder does, whatever the original file said about a window that never closed.
-    stated |= dict.fromkeys(traits.biases, False)
-    if traits.windows != "none":
-        stated["sliding_window"] = None
-    if traits.windows == "last":
-        stated |= {"use_sliding_window": False, "max_window_layers": config.num_layers}
-    if traits.unrotated:
-        rotated = [int(config.kinds[kind].rotated) for kind in config.kind_of]
-        stated |= {"use_sliding_window": False, "no_rope_layers": rotated}
-    if traits.windows == "local":
-        local = [config.kinds[kind].rope is not None for kind in config.kind_of]
-        stated["layer_types"] = ["sliding_attention" if one else "full_attention" for one in local]
-        stated["sliding_window"] = config.max_positions
-    if traits.local_theta is not None:
-        base = next((kind.rope.theta for kind in config.pattern if kind.rope is not None), traits.local_theta)
-        stated |= {"rope_local_base_freq": base, "query_pre_attn_scalar": config.query_pre_attn_scalar}
+    kinds = [config.kinds[kind] for kind in config.kind_of]
+    stated |= dict.fromkeys(traits.biases, False) | layer_keys(kinds, traits, config.context_size)
+    if config.query_pre_attn_scalar is not None:
+        stated["query_pre_attn_scalar"] = config.query_pre_attn_scalar
     if traits.partial:
         stated["partial_rotary_factor"] = config.rope.fraction
     if traits.original is not None:
         stated["original_max_position_embeddings"] = config.rope.original_max_positions or traits.original
     return config.carried_keys() | stated
-
-
-def _pattern(config: Fields, traits: Traits, layers: int) -> tuple[LayerKind, ...]:
-    """The shortest pattern that the layers repeat."""
-    if traits.windows == "local":
-        local = LayerKind(rope=read_local_rope(config, traits))
-        return _repeated([local if one else LayerKind() for one in _local_layers(config, layers)])
-    if not traits.unrotated:
-        return (LayerKind(),)
-    rotated = config.wholes("no_rope_layers", None, most=1)
-    if rotated is None:
-        every = config.whole("no_rope_layer_interval", 4, least=1)
-        rotated = [int((layer + 1) % every != 0) for layer in range(layers)]
-    if len(rotated) < layers:
-        raise config.error("no_rope_layers", f"a list of as many as num_hidden_layers, {layers}")
-    return _repeated([LayerKind(rotated=bool(one)) for one in rotated[:layers]])
-
-
-def _repeated(kinds: list[LayerKind]) -> tuple[LayerKind, ...]:
-    sizes = range(1, len(kinds) + 1)
-    size = next(size for size in sizes if all(a == b for a, b in zip(kinds, kinds[size:], strict=False)))
-    return tuple(kinds[:size])
-
-
-def _local_layers(config: Fields, layers: int) -> list[bool]:
-    """Which layers have a window: by layer_types, else all but the last of each sliding_window_pattern."""
-    types = _layer_types(config, layers)
-    if types is not None:
-        return [one == "sliding_attention" for one in types]
-    every = config.whole("sliding_window_pattern", 6, least=1)
-    return [(layer + 1) % every != 0 for layer in range(layers)]
-
-
-def _layer_types(config: Fields, layers: int) -> list[str] | None:
-    kinds = config.texts("layer_types", None)
-    if kinds is not None and set(kinds) - {"full_attention", "sliding_attention"}:
-        raise config.error("layer_types", "a list of full_attention and sliding_attention: others are not supported")
-    if kinds is not None and len(kinds) != layers:
-        raise config.error("layer_types", f"a list of as many as num_hidden_layers, {layers}")
-    return kinds
-
-
-def _refuse_sliding_window(config: Fields, read: ModelConfig, traits: Traits) -> None:
-    """A window narrower than the longest sequence is refused: every layer here sees the whole sequence."""
-    kinds = _layer_types(config, read.num_layers)
-    # transformers' values where the keys are absent; where sliding_window is null no window closes.
-    window = traits.window if "sliding_window" not in config else config.whole("sliding_window", None)
-    full_layers = config.whole("max_window_layers", 28)
-    sliding = traits.windows == "all"
-    if traits.windows == "last":
-        last = full_layers < read.num_layers if kinds is None else "sliding_attention" in kinds
-        sliding = config.truth("use_sliding_window", False) and last
-    if traits.windows == "local":
-        sliding = any(kind.rope is not None for kind in read.pattern)
-    if traits.windows == "unrotated":
-        some = not all(kind.rotated for kind in read.kinds) if kinds is None else "sliding_attention" in kinds
-        sliding = config.truth("use_sliding_window", False) and some
-    if sliding and window is not None and window < read.context_size:
-        raise InputError(
-            f"{config.source}: sliding_window {window} is narrower than the context of {read.context_size}; "
-            "sliding-window attention is not supported"
-        )
 
 
 def _size(config: Fields, key: str) -> int:

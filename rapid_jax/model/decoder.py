@@ -8,7 +8,7 @@ copies the layer out of the stack.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -23,10 +23,19 @@ from rapid_jax.model.rope_config import Rope
 
 Layout: TypeAlias = Literal["stacked", "unrolled"]
 # (q_BTNH, k_BTKH, v_BTKH, layer) -> (out_BTNH, kept): `layer` is this layer's slice of what the caller passed, `kept`
-# whatever the caller wants back of it. q and k are already rotated.
-Attend: TypeAlias = Callable[[jax.Array, jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+# whatever the caller wants back of it. q and k are already rotated. For a layer with a window also `window=`: how many
+# positions a query sees, its own the last; an int32 scalar in the stacked layout.
+Attend: TypeAlias = Callable[..., tuple[jax.Array, Any]]
 # A stacked layer's (x_BTD, (its weights, the rest)) -> (x_BTD, kept), and one that does the same otherwise.
 Wrap: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+NO_WINDOW = 2**30  # positions: more than any sequence has, and a difference of two is an int32
+
+
+def windowed(attend: Attend, window: int | jax.Array | None) -> Attend:
+    """`attend` for a layer with this window, or with none."""
+    return attend if window is None else partial(attend, window=window)
 
 
 def _parameter(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.dtype) -> nnx.Param:
@@ -205,16 +214,20 @@ class Decoder(nnx.Module):
             graph, stacked = nnx.split(self.blocks)
 
             def one_layer(x_BTD, item):
-                weights, (kind, layer) = item
-                return nnx.merge(graph, weights)(x_BTD, *chosen(rotations, kind), attend, layer)
+                weights, (kind, window, layer) = item
+                return nnx.merge(graph, weights)(x_BTD, *chosen(rotations, kind), windowed(attend, window), layer)
 
-            items = jnp.asarray(kind_of, jnp.int32) if len(rotations) > 1 else None, layers
+            windows = None
+            if any(window is not None for window in self.config.window_of):
+                windows = jnp.asarray([window or NO_WINDOW for window in self.config.window_of], jnp.int32)
+            items = jnp.asarray(kind_of, jnp.int32) if len(rotations) > 1 else None, windows, layers
             x_BTD, kept = jax.lax.scan(one_layer if wrap is None else wrap(one_layer), x_BTD, (stacked, items))
         else:
             collected = []
             for index, block in enumerate(self.blocks):
                 layer = None if layers is None else layers[index]
-                x_BTD, item = block(x_BTD, *rotations[kind_of[index]], attend, layer)
+                seeing = windowed(attend, self.config.window_of[index])
+                x_BTD, item = block(x_BTD, *rotations[kind_of[index]], seeing, layer)
                 collected.append(item)
             kept = tuple(collected)
         return self.final_norm(x_BTD), kept

@@ -90,7 +90,7 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
     for key in sizes if TRAITS[family].partial else ("rope.dimension_count", *sizes):
         if head_dim % 2 or whole(key, head_dim) != head_dim:
             raise metadata.error(f"{architecture}.{key}", f"{head_dim}, as the size of a head, which must be even")
-    if 0 < (window := whole("attention.sliding_window", context, least=0)) < context:
+    if 0 < (window := whole("attention.sliding_window", context, least=0)) < context and not local:
         raise metadata.error(f"{architecture}.attention.sliding_window", f"at least context_length, {context}")
     config = {
         "model_type": family,

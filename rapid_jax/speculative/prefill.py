@@ -18,7 +18,8 @@ from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, each_layer, empt
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_chunk, attend_prefix_tail, layers_of, with_kept
-from rapid_jax.model.decoder import Block, Decoder
+from rapid_jax.model.decoder import Block, Decoder, windowed
+from rapid_jax.model.rope import Rotation
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import placed, replicated
 from rapid_jax.runtime.progress import Progress
@@ -69,9 +70,10 @@ def _so_far(pos_BS: jax.Array, used: jax.Array, strategy: Strategy) -> Prefix:
     return Prefix((), jnp.where(seen_S, pos_BS, -1), used)
 
 
-@partial(jax.jit, static_argnames="strategy")
-def _chunk_layer(block: Block, x_BTD, cos, sin, kv: KV, pos_BS, used, pos_BT, *, strategy: Strategy):
-    return block(x_BTD, cos, sin, attend_chunk(pos_BT, _so_far(pos_BS, used, strategy), strategy), kv)
+@partial(jax.jit, static_argnames=("strategy", "window"))
+def _chunk_layer(block: Block, x_BTD, turn: Rotation, kv: KV, pos_BS, used, pos_BT, *, strategy, window: int | None):
+    attend = attend_chunk(pos_BT, _so_far(pos_BS, used, strategy), strategy)
+    return block(x_BTD, *turn, windowed(attend, window), kv)
 
 
 @partial(jax.jit, static_argnames="strategy")
@@ -177,9 +179,10 @@ class Prefill:
         else:
             x_BTD, rotations = _embedded(decoder, tokens_BT, pos_BT)
             done = []
-            for layer, kv, kind in zip(decoder.blocks, each_layer(layers), decoder.config.kind_of, strict=True):
-                cos, sin = rotations[kind]
-                x_BTD, chunk = _chunk_layer(layer, x_BTD, cos, sin, kv, pos_BS, used, pos_BT, strategy=strategy)
+            kinds, kind_of = decoder.config.kinds, decoder.config.kind_of
+            for layer, kv, kind in zip(decoder.blocks, each_layer(layers), kind_of, strict=True):
+                given = x_BTD, rotations[kind], kv, pos_BS, used, pos_BT
+                x_BTD, chunk = _chunk_layer(layer, *given, strategy=strategy, window=kinds[kind].window)
                 done.append(_written(kv, chunk, used, strategy=strategy))
             self._layers = tuple(done)
             hidden_BTD = _normed(decoder, x_BTD)
@@ -222,10 +225,12 @@ def prefill(
     return work.prefix
 
 
-@partial(jax.jit, donate_argnames=("x_BTD", "near"), static_argnames="strategy")
-def _tail_layer(block: Block, x_BTD, cos, sin, far: KV, near: KV, prefix: Prefix, tail: Tail, pos_BG, *, strategy):
+@partial(jax.jit, donate_argnames=("x_BTD", "near"), static_argnames=("strategy", "window"))
+def _tail_layer(
+    block: Block, x_BTD, turn: Rotation, far: KV, near: KV, prefix: Prefix, tail: Tail, pos_BG, *, strategy, window
+):
     attend = attend_prefix_tail(prefix, replace(tail, layers=(near,)), pos_BG, strategy)
-    return block(x_BTD, cos, sin, attend, (far, near))
+    return block(x_BTD, *turn, windowed(attend, window), (far, near))
 
 
 @partial(jax.jit, donate_argnames="layers", static_argnames="strategy")
@@ -260,9 +265,10 @@ def extend(
             x_BTD, rotations = _embedded(decoder, tokens_BG, pos_BG)
             outline, done = (replace(prefix, layers=()), replace(tail, layers=())), []
             caches = zip(each_layer(prefix.layers), each_layer(tail.layers), strict=True)
-            for block, (far, near), kind in zip(decoder.blocks, caches, decoder.config.kind_of, strict=True):
-                cos, sin = rotations[kind]
-                x_BTD, near = _tail_layer(block, x_BTD, cos, sin, far, near, *outline, pos_BG, strategy=strategy)
+            kinds, kind_of = decoder.config.kinds, decoder.config.kind_of
+            for block, (far, near), kind in zip(decoder.blocks, caches, kind_of, strict=True):
+                given = x_BTD, rotations[kind], far, near, *outline, pos_BG
+                x_BTD, near = _tail_layer(block, *given, strategy=strategy, window=kinds[kind].window)
                 done.append(near)
             layers = tuple(done)
         length_B = first_B + np.minimum(lengths_B, start + width)

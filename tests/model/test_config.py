@@ -27,6 +27,22 @@ LLAMA = {
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_key_value_heads": 2}
 SMOLLM3 = QWEN3 | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "num_hidden_layers": 6}
+GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_key_value_heads": 2}
+# As gemma-3-4b-it's: what is as in transformers' own 4B is left out.
+WITH_IMAGES = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "eos_token_id": [1, 106],
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {"hidden_size": 1152},
+}
 PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": None}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
 
@@ -80,6 +96,27 @@ def test_layers_without_rope_are_a_pattern_that_repeats():
     assert from_hf(SMOLLM3 | {"use_sliding_window": True, "sliding_window": 512, "no_rope_layers": [1] * 6})
 
 
+def test_the_text_part_of_a_model_of_text_and_images():
+    config = from_hf(WITH_IMAGES)
+    sizes = (config.vocab_size, config.num_heads, config.num_kv_heads, config.head_dim, config.max_positions)
+    assert sizes == (262208, 8, 4, 256, 131072)
+    local, whole = LayerKind(window=1024, rope=Rope(1e4)), LayerKind()
+    assert config.pattern == (*[local] * 5, whole) and config.kind_of[:7] == (0, 0, 0, 0, 0, 1, 0)
+    assert config.rope == Rope(1e6, "linear", 8.0) and config.tie_embeddings
+    assert config.query_scale == 1 and config.embedding_scale == 2560**0.5
+    assert config.carried_keys() == {"eos_token_id": [1, 106]}
+    assert from_hf(to_hf(config)) == config
+    theirs = transformers.Gemma3Config(**WITH_IMAGES)
+    assert theirs.text_config.layer_types == to_hf(config)["layer_types"]
+    newer = to_hf(config) | {"rope_theta": 3.0, "rope_scaling": None, "rope_local_base_freq": 3.0}
+    assert from_hf(newer | {"rope_parameters": theirs.text_config.rope_parameters}) == config
+
+
+def test_scores_that_are_not_divided_by_the_root_of_a_head():
+    config = from_hf(GEMMA3 | {"head_dim": 128, "query_pre_attn_scalar": 168})
+    assert config.query_scale == (128 / 168) ** 0.5 and to_hf(config)["query_pre_attn_scalar"] == 168
+
+
 LONGROPE = {"type": "su", "short_factor": [1.0, 1.5], "long_factor": [2.0, 8.0]}
 
 
@@ -118,15 +155,33 @@ def test_an_override_of_the_rope_base_is_exported():
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        (LLAMA | {"model_type": "gemma3_text"}, "sliding-window attention is not supported, got 'gemma3_text'"),
+        (LLAMA | {"model_type": "gemma2"}, "soft caps of scores and logits is not supported, got 'gemma2'"),
+        (LLAMA | {"model_type": "gemma3n_text"}, "keys that layers share is not supported, got 'gemma3n_text'"),
+        (LLAMA | {"model_type": "kimi_linear"}, "linear attention is not supported, got 'kimi_linear'"),
+        (LLAMA | {"model_type": "lfm2"}, "a convolution in the place of attention is not supported, got 'lfm2'"),
+        (GEMMA3 | {"final_logit_softcapping": 30.0}, "final_logit_softcapping must be null or false"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention must be null or false"),
+        (GEMMA3 | {"hidden_activation": "silu"}, "hidden_activation must be 'gelu_pytorch_tanh'"),
+        (
+            GEMMA3 | {"layer_types": ["chunked_attention"] * 2},
+            "layer_types must be a list of full_attention and sliding",
+        ),
+        (
+            GEMMA3 | {"rope_parameters": {"rope_theta": 1e6}},
+            "rope_parameters.rope_theta must be part of full_attention",
+        ),
+        (
+            GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_parameters.sliding_attention.rope_type must be default",
+        ),
+        (WITH_IMAGES | {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (WITH_IMAGES | {"text_config": {"num_hidden_layers": "4"}}, "text_config.num_hidden_layers"),
         (LLAMA | {"model_type": "qwen3_moe"}, "a mixture of experts is not supported, got 'qwen3_moe'"),
         (LLAMA | {"model_type": "gpt_oss"}, "attention sinks and a mixture of experts is not .*'gpt_oss'"),
         (LLAMA | {"model_type": "llama4_text"}, "attention in chunks .*'llama4_text'"),
         (LLAMA | {"model_type": "qwen3_next"}, "linear attention is not supported, got 'qwen3_next'"),
         (QWEN3 | {"attention_bias": True}, "attention_bias"),
         (SMOLLM3 | {"mlp_bias": True}, "mlp_bias"),
-        (SMOLLM3 | {"use_sliding_window": True, "sliding_window": 512}, "sliding_window 512"),
-        (QWEN3 | {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}, "sliding_window 512"),
         (LLAMA | {"architectures": ["LlavaForConditionalGeneration"]}, "LlavaForConditionalGeneration"),
         (LLAMA | {"hidden_act": "gelu"}, "gelu"),
         (LLAMA | {"attention_bias": True}, "attention_bias"),
@@ -134,7 +189,6 @@ def test_an_override_of_the_rope_base_is_exported():
         (LLAMA | {"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
         (LLAMA | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
         (LLAMA | {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "short_factor must be a list of numbers"),
-        (PHI3 | {"sliding_window": 2047}, "sliding_window 2047 is narrower than the context of 4096"),
         (LLAMA | {"rope_scaling": {"rope_type": "linear"}}, "factor"),
         (LLAMA | {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         (LLAMA | {"hidden_size": 30}, "hidden_size must be a multiple .*got 30"),
@@ -142,17 +196,37 @@ def test_an_override_of_the_rope_base_is_exported():
         (LLAMA | {"vocab_size": "100"}, "vocab_size"),
         ({key: value for key, value in LLAMA.items() if key != "rms_norm_eps"}, "rms_norm_eps"),
         ({key: value for key, value in MISTRAL.items() if key != "num_key_value_heads"}, "num_key_value_heads"),
-        (MISTRAL, "sliding_window 4096"),
-        (MISTRAL | {"sliding_window": 1024}, "sliding_window 1024"),
-        (QWEN2 | {"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}, "sliding_window 512"),
     ],
 )
 def test_what_would_change_a_number_is_refused_by_name(given, word):
-    if word == "sliding_window 4096":
-        given = given | {"max_position_embeddings": 8192}
     with pytest.raises(InputError, match=word) as caught:
         from_hf(given)
     assert "\n" not in str(caught.value)
+
+
+YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
+SLIDING = {"use_sliding_window": True, "sliding_window": 512}
+
+
+@pytest.mark.parametrize(
+    ("given", "windows"),
+    [
+        (MISTRAL | {"max_position_embeddings": 8192}, (4096, 4096)),  # transformers' value where the key is absent
+        (MISTRAL | {"sliding_window": 1024}, (1024, 1024)),
+        # as long as the context before yarn stretches it
+        (MISTRAL | {"sliding_window": 4096, "rope_scaling": YARN_TO_16384}, (4096, 4096)),
+        (PHI3 | {"sliding_window": 2047}, (2047, 2047)),
+        (QWEN2 | SLIDING | {"max_window_layers": 1}, (None, 512)),
+        (QWEN3 | SLIDING | {"max_window_layers": 0}, (512, 512)),
+        (QWEN3 | SLIDING | {"layer_types": ["sliding_attention", "full_attention"]}, (512, None)),
+        (SMOLLM3 | SLIDING, (None, None, None, 512, None, None)),
+        (SMOLLM3 | SLIDING | {"layer_types": ["sliding_attention"] + ["full_attention"] * 5}, (512, *[None] * 5)),
+    ],
+)
+def test_windows_are_a_layer_s_kind_and_exported(given, windows):
+    config = from_hf(given)
+    assert config.window_of == windows
+    assert from_hf(to_hf(config)) == config
 
 
 def test_a_window_that_never_closes_is_accepted_and_exported_as_none():
@@ -173,7 +247,6 @@ def rope(**values) -> dict:
 
 
 ORIGINAL = "original_max_position_embeddings"
-YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 
 
 @pytest.mark.parametrize(
@@ -191,7 +264,7 @@ YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embe
         (LLAMA | {"quantization_config": {}}, "quantization_config must be null"),
         (LLAMA | {"per_layer_config": {"0": {}}}, "per_layer_config must be null"),
         (MISTRAL | {"sliding_window": "4096"}, "sliding_window must be a whole number"),
-        (MISTRAL | {"sliding_window": 0}, "sliding_window 0 is narrower"),
+        (MISTRAL | {"sliding_window": 0}, "sliding_window must be a whole number of at least 1, got 0"),
         (QWEN2 | {"use_sliding_window": "false"}, "use_sliding_window must be true or false"),
         (QWEN2 | {"max_window_layers": "2"}, "max_window_layers must be a whole number"),
         (QWEN2 | {"layer_types": "full_attention"}, "layer_types must be a list of strings"),
@@ -260,8 +333,6 @@ YARN_TO_16384 = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embe
             "rope_parameters.full_attention",
         ),
         (rope(rope_type=None, factor=4.0), "rope_scaling.rope_type must be a string, got null"),
-        # the window is as long as the context before yarn stretches it
-        (MISTRAL | {"sliding_window": 4096, "rope_scaling": YARN_TO_16384}, "narrower than the context of 16384"),
     ],
 )
 def test_a_value_that_no_model_can_have_names_file_and_key(given, line):

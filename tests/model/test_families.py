@@ -26,11 +26,14 @@ DRAWS = 20
 # (hidden size, query heads, kv heads, size of a head): few, so that draws share what is compiled
 HEADS = ((32, 4, 2, 16), (48, 6, 6, 8))
 CONFIGS = {
+    "mistral": "MistralConfig",
+    "qwen2": "Qwen2Config",
     "qwen3": "Qwen3Config",
     "smollm3": "SmolLM3Config",
     "phi3": "Phi3Config",
     "gemma3_text": "Gemma3TextConfig",
 }
+WINDOWS = (1, 7, 16, 17, 64)  # the tests' prompts are of 24 and, for greedy tokens, 120
 MESHES = {"qwen3": MeshConfig(context=2, model=2), "gemma3_text": MeshConfig(model=2)}  # for greedy tokens
 LAYOUTS: tuple[Layout, ...] = ("stacked", "unrolled")
 
@@ -44,12 +47,24 @@ def drawn(family: str, draw: int) -> dict[str, Any]:
     found |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     found |= {"max_position_embeddings": 40960, "rope_theta": rng.choice((1e4, 1e6, 5e6))}
     found |= {"dtype": rng.choice(("float32", "bfloat16", "float16"))}  # of the file
-    own = {"qwen3": _qwen3, "smollm3": _smollm3, "phi3": _phi3, "gemma3_text": _gemma3}[family](rng, head_dim)
-    return found | own
+    return found | OF_FAMILY[family](rng, head_dim)
+
+
+def _mistral(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    return {"head_dim": head_dim, "sliding_window": rng.choice((None, *WINDOWS))}
+
+
+def _qwen2(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    """Its heads are of hidden_size / num_attention_heads."""
+    del head_dim
+    some = {"max_window_layers": 1} | rng.choice(({}, {"layer_types": ["sliding_attention", "full_attention"]}))
+    windows = rng.choice((some, some, {"max_window_layers": 0}, {"use_sliding_window": False}))
+    return {"rope_scaling": _scaling(rng), "use_sliding_window": True, "sliding_window": rng.choice(WINDOWS)} | windows
 
 
 def _qwen3(rng: random.Random, head_dim: int) -> dict[str, Any]:
-    return {"head_dim": head_dim, "rope_scaling": _scaling(rng), "max_window_layers": rng.choice((0, 2))}
+    windows = {"use_sliding_window": rng.random() < 0.5, "sliding_window": rng.choice(WINDOWS)}
+    return {"head_dim": head_dim, "rope_scaling": _scaling(rng), "max_window_layers": rng.choice((0, 1, 2))} | windows
 
 
 def _smollm3(rng: random.Random, head_dim: int) -> dict[str, Any]:
@@ -57,7 +72,8 @@ def _smollm3(rng: random.Random, head_dim: int) -> dict[str, Any]:
     del head_dim
     stated = {"no_rope_layers": rng.choice(([1, 0], [0, 1], [0, 0], [1, 1, 0]))}
     layers = rng.choice((stated, stated, {"no_rope_layer_interval": 2}, {}))
-    return {"rope_scaling": _scaling(rng), "use_sliding_window": False, **layers}
+    windows = {"use_sliding_window": rng.random() < 0.5, "sliding_window": rng.choice(WINDOWS)}
+    return {"rope_scaling": _scaling(rng), **windows, **layers}
 
 
 def _phi3(rng: random.Random, head_dim: int) -> dict[str, Any]:
@@ -67,7 +83,7 @@ def _phi3(rng: random.Random, head_dim: int) -> dict[str, Any]:
     tops = {"short_factor": 2, "long_factor": 30}
     longrope = {key: [rng.uniform(1, top) for _ in range(int(4 * fraction))] for key, top in tops.items()}
     longrope |= {"rope_type": "longrope"} | rng.choice(({}, {"factor": 8.0}, {"attention_factor": 1.2}))
-    found = {"partial_rotary_factor": fraction, "sliding_window": rng.choice((None, 262144))}
+    found = {"partial_rotary_factor": fraction, "sliding_window": rng.choice((None, 262144, *WINDOWS))}
     found |= {"original_max_position_embeddings": rng.choice((16, 16, 40960))}
     return found | {"rope_scaling": rng.choice((None, longrope, longrope))}
 
@@ -78,7 +94,7 @@ def _gemma3(rng: random.Random, head_dim: int) -> dict[str, Any]:
     scaling = rng.choice((None, None, {"rope_type": "linear", "factor": 8.0}))
     types = rng.choice((["sliding_attention", "full_attention"], ["full_attention", "sliding_attention"]))
     layers = rng.choice(({"layer_types": types}, {"sliding_window_pattern": 2}, {}))
-    found |= {"rope_local_base_freq": rng.choice((1e4, 3e3)), "sliding_window": 65536}
+    found |= {"rope_local_base_freq": rng.choice((1e4, 3e3)), "sliding_window": rng.choice((*WINDOWS, 65536))}
     return found | layers | {"rope_scaling": scaling}
 
 
@@ -86,6 +102,16 @@ def _scaling(rng: random.Random) -> dict[str, Any] | None:
     factor = rng.choice((2.0, 4.0))
     yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 8192}
     return rng.choice((None, yarn, yarn | {"attention_factor": 1.1}, {"rope_type": "linear", "factor": factor}))
+
+
+OF_FAMILY = {
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "smollm3": _smollm3,
+    "phi3": _phi3,
+    "gemma3_text": _gemma3,
+}
 
 
 def saved(family: str, given: dict[str, Any], folder: Path) -> transformers.PreTrainedModel:
@@ -108,13 +134,13 @@ def read_back(folder: Path) -> transformers.PreTrainedModel:
 
 def plainly(decoder: Decoder, tokens_BT: np.ndarray, pos_BT: np.ndarray) -> np.ndarray:
     """Logits, operation by operation: nothing is compiled for one config alone."""
-    seen = jnp.asarray(pos_BT[:, None, None, :, None] >= pos_BT[:, None, None, None, :])
+    behind = jnp.asarray(pos_BT[:, None, None, :, None] - pos_BT[:, None, None, None, :])
 
-    def attend(q_BTNH, k_BTKH, v_BTKH, layer):
+    def attend(q_BTNH, k_BTKH, v_BTKH, layer, window=np.inf):
         B, T, N, H = q_BTNH.shape
         q_BTKRH = q_BTNH.reshape(B, T, k_BTKH.shape[2], -1, H)
         scores = jnp.einsum("btkrh,bskh->bkrts", q_BTKRH, k_BTKH, precision="highest") * H**-0.5
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf))
+        weights = jax.nn.softmax(jnp.where((behind >= 0) & (behind < window), scores, -jnp.inf))
         return jnp.einsum("bkrts,bskh->btkrh", weights, v_BTKH, precision="highest").reshape(B, T, N, H), layer
 
     hidden_BTD, _ = decoder.hidden(jnp.asarray(tokens_BT), jnp.asarray(pos_BT), attend)
@@ -129,8 +155,9 @@ def test_a_random_config_is_read_as_transformers_reads_it_and_exported_so(family
     save_hf(tmp_path / "written", decoder, dtype="float32", files={})
     back = read_back(tmp_path / "written")
     assert type(back) is type(model)
+    windows = any(decoder.config.window_of)
     for start in (1, 8180):
-        tokens_BT, pos_BT = tokens_at(start, 24)
+        tokens_BT, pos_BT = tokens_at(start, 24, windows=windows)
         expected = torch_logits(model, tokens_BT, pos_BT)
         size = np.abs(expected).max()
         assert size > 1
@@ -150,7 +177,8 @@ def test_greedy_tokens_are_those_of_transformers_with_a_drafter_of_the_family(fa
     prompt = tokens_at(0, 120)[0][0].tolist()
     with torch.no_grad():
         ids = torch.tensor([prompt])
-        every = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+        how = {"max_new_tokens": 12, "do_sample": False, "use_cache": False}  # its cache never forgets at window 1
+        every = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
     found = generate(
         prompted(fused(target), [prompt], chunk=32),
         prompted(quantized(drafter, 8), [prompt[60:]], chunk=32),

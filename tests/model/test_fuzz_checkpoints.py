@@ -59,7 +59,19 @@ def meaning_of(config: ModelConfig) -> dict[str, Any]:
     inv_freq, factor = inverse_frequencies(config.rope, config.rotary_dim)
     sizes = {key: value for key, value in dataclasses.asdict(config).items() if key not in BESIDE_LOGITS}
     rotated = [config.kinds[kind].rotated for kind in config.kind_of]
-    return sizes | {"rotated": rotated, "inv_freq": inv_freq, "factor": factor}
+    return sizes | {"rotated": rotated, "windows": list(config.window_of), "inv_freq": inv_freq, "factor": factor}
+
+
+def windows_of(theirs: Any) -> list[int | None]:
+    """Of each layer; None where it never closes."""
+    window, layers, rope = getattr(theirs, "sliding_window", None), theirs.num_hidden_layers, theirs.rope_parameters
+    context = theirs.max_position_embeddings
+    if rope["rope_type"] == "yarn":
+        context = max(context, int((rope["factor"] or 1) * rope["original_max_position_embeddings"]))
+    if window is None or window >= context or theirs.model_type == "llama":
+        return [None] * layers
+    kinds = None if theirs.model_type == "mistral" else getattr(theirs, "layer_types", None)
+    return [window if kind == "sliding_attention" else None for kind in kinds or ["sliding_attention"] * layers]
 
 
 def meaning_to_transformers(given: dict[str, Any]) -> dict[str, Any] | None:
@@ -68,8 +80,6 @@ def meaning_to_transformers(given: dict[str, Any]) -> dict[str, Any] | None:
     try:
         theirs: Any = transformers.CONFIG_MAPPING[given["model_type"]].from_dict(json.loads(json.dumps(given)))
         rotary = LlamaRotaryEmbedding(theirs)
-        window = getattr(theirs, "sliding_window", None)
-        assert window is None or window >= theirs.max_position_embeddings, "our decoder has no windows"
     except Exception:
         return None
     layers = theirs.num_hidden_layers
@@ -93,6 +103,7 @@ def meaning_to_transformers(given: dict[str, Any]) -> dict[str, Any] | None:
         "embedding_scale": 1.0,
         "query_pre_attn_scalar": None,
         "rotated": [bool(one) for one in getattr(theirs, "no_rope_layers", [1] * layers)[:layers]],
+        "windows": windows_of(theirs),
         "inv_freq": rotary.inv_freq.numpy(),
         "factor": rotary.attention_scaling,
     }

@@ -85,12 +85,20 @@ def write_gguf(
 
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [("llama", "llama"), ("qwen2-tied", "qwen2"), ("qwen3", "qwen3"), ("smollm3", "smollm3"), ("phi3", "phi3"), ("gemma3", "gemma3")],
+    [
+        ("llama", "llama"),
+        ("qwen2-tied", "qwen2"),
+        ("qwen3", "qwen3"),
+        ("smollm3", "smollm3"),
+        ("phi3", "phi3"),
+        ("gemma3", "gemma3"),
+    ],
 )
 def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(name, architecture, checkpoint, tmp_path):
     model, _ = checkpoint(name)
     path = write_gguf(tmp_path / "model.gguf", model, architecture=architecture)
-    tokens_BT, pos_BT = tokens_at(8100, 60)
+    windows = name == "gemma3"
+    tokens_BT, pos_BT = tokens_at(8100, 150 if windows else 60, windows=windows)
     expected = torch_logits(model, tokens_BT, pos_BT)
     for layout in ("stacked", "unrolled"):
         decoder = load_gguf(path, layout=layout, dtype=jnp.float32, quiet=True)

@@ -170,7 +170,6 @@ def skinny_matmul(
     tiles = D // deep
     enough = (n for n in range(1, tiles + 1) if tiles % n == 0 and n * (columns // wide) >= tile.programs)
     shares = next(enough, tiles) if gated is None else 1
-    out_spec = pl.BlockSpec((None, T, wide), lambda n, j: (j, 0, n))
     out_shape = jax.ShapeDtypeStruct((shares, T, columns), jnp.float32 if gated is None else gated)
     weights = []
     for index in range(ins):  # the gate's columns, those of up
@@ -180,17 +179,16 @@ def skinny_matmul(
             weights.append((scale, pl.BlockSpec((wide,), lambda n, j, first=first: (first + n,))))
         else:
             weights.append((scale, pl.BlockSpec((D // GROUP, wide), lambda n, j, first=first: (0, first + n))))
+    sizes = {"rows": T, "deep": deep, "count": tiles // shares}
     out = pl.pallas_call(
-        partial(
-            _matmul_kernel, rows=T, deep=deep, count=tiles // shares, bits=bits, packed=not interpret, act=activation
-        ),
+        partial(_matmul_kernel, **sizes, bits=bits, activation=activation, packed=not interpret),
         grid=(columns // wide, shares),
         in_specs=[
             pl.BlockSpec((2 * MOST_ROWS, D), lambda n, j: (0, 0)),
             pl.BlockSpec((T,), lambda n, j: (0,)),
             *(spec for _, spec in weights),
         ],
-        out_specs=out_spec,
+        out_specs=pl.BlockSpec((None, T, wide), lambda n, j: (j, 0, n)),
         out_shape=out_shape,
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
@@ -199,7 +197,7 @@ def skinny_matmul(
     return out if gated is None else out[0]
 
 
-def _matmul_kernel(x_ref, x_scale_ref, *refs, rows, deep, count, bits, packed, act):
+def _matmul_kernel(x_ref, x_scale_ref, *refs, rows, deep, count, bits, activation, packed):
     *weights, out_ref = refs
     pairs = list(zip(weights[::2], weights[1::2], strict=True))  # one, or those of gate and up
     wide, share = out_ref.shape[1], pl.program_id(1)
@@ -225,7 +223,7 @@ def _matmul_kernel(x_ref, x_scale_ref, *refs, rows, deep, count, bits, packed, a
         outs = [jnp.sum(acc * parts_P[:, None], axis=0) for acc in sums]
         if len(outs) == 2:
             gate, up = (out.astype(out_ref.dtype).astype(jnp.float32) for out in outs)
-            outs = [gate * jax.nn.sigmoid(_exponent(gate, act)) * up]
+            outs = [gate * jax.nn.sigmoid(_exponent(gate, activation)) * up]
         out_ref[row, :] = outs[0].astype(out_ref.dtype)
 
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from rapid_jax.model.backend import guarded
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.errors import InputError, extra
 from rapid_jax.runtime.json_input import parse_object, shown
 
 UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 2, 3, 4, 5, 6  # kinds of pieces, by SentencePiece's and GGUF's numbers
@@ -116,8 +116,7 @@ def _proto(data: bytes, source: str) -> Any:
         from sentencepiece import sentencepiece_model_pb2
     except Exception as error:  # it is not there, or protobuf is older than it expects
         raise InputError(
-            f"{source}: expected tokenizer.json beside it, or the package that reads it: "
-            "pip install 'rapid-jax[sentencepiece]'"
+            f"{source}: expected tokenizer.json beside it, or sentencepiece to read it; {extra('sentencepiece')}"
         ) from error
     proto: Any = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
     try:

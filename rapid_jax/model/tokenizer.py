@@ -158,17 +158,23 @@ class Tokenizer:
         return self._checked(ids)
 
     def chat(
-        self, messages: Messages, *, add_generation_prompt: bool = True, now: datetime.datetime | None = None
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        now: datetime.datetime | None = None,
+        thinking: bool = False,
     ) -> str:
         """The prompt for `messages` (dicts of role and content), ready for `encode`.
 
-        `now` is the time for templates that write the date; None: the tokenizer's own, else the clock's.
+        `now` is the time for templates that write the date; None: the tokenizer's own, else the clock's. `thinking`:
+        a model that can is to think before it answers.
         Raises InputError with the template's words when it refuses them (roles that do not alternate, say).
         """
         if not self._warned:
             self._warned = True
             _log.warning("the checkpoint has no chat template: the prompt is plain text, 'User: ... Assistant:'")
-        return self._template.render(messages, add_generation_prompt, now or self.now)
+        return self._template.render(messages, add_generation_prompt, now or self.now, thinking=thinking)
 
     def stream(self) -> detokenize.Stream:
         """A decoder for ids that arrive a few at a time."""

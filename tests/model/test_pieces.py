@@ -182,5 +182,5 @@ def test_what_is_no_such_model_is_refused_in_one_line(trained, monkeypatch):
     with pytest.raises(InputError, match=r"a: its vocabulary has 'x' twice"):
         tokenizer_json(Pieces(["<unk>", "x", "x"], [0.0] * 3, [2, 1, 1]), "a")
     monkeypatch.setitem(sys.modules, "sentencepiece", None)
-    with pytest.raises(InputError, match=r"expected tokenizer\.json beside it, .* pip install 'rapid-jax\[sentencep"):
+    with pytest.raises(InputError, match=r"expected tokenizer\.json beside it, .*pip install '\.\[sentencepiece\]'"):
         Tokenizer({"tokenizer.model": trained["llama"]})

@@ -42,6 +42,8 @@ DOCUMENTS = ["pypdf>=6,<8"]
 CLOUD = ["gcsfs>=2026.9,<2027", "s3fs>=2026.9,<2027", "google-crc32c>=1.7,<2"]
 # tokenizers brings it too; named here for `longpo export --push`, which needs its newer interface.
 HUB = ["huggingface-hub>=1,<3"]
+# tokenizer.model without a tokenizer.json; longpo brings it too.
+SENTENCEPIECE = ["sentencepiece[protobuf]>=0.2.1,<0.3"]
 SERVE = [
     "fastapi>=0.120,<1",
     "uvicorn>=0.35,<1",
@@ -57,6 +59,7 @@ EXTRAS = {
     "cloud": CLOUD,
     "serve": SERVE,
     "hub": HUB,
+    "sentencepiece": SENTENCEPIECE,
     "evaluate": ["matplotlib>=3.9,<4", "rouge-score>=0.1.2,<0.2"],
     # scann 1.4.2 is built for TensorFlow 2.20 and does not load beside 2.21.
     "longpo": [
@@ -74,6 +77,7 @@ EXTRAS = {
         *CLOUD,
         *SERVE,
         *HUB,
+        *SENTENCEPIECE,
         "gcp-storage-emulator>=2026.7,<2027",
         "moto[s3]>=5.2,<6",  # with the two that its server needs
         "flask>=3,<4",

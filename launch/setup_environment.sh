@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Makes the Python environment .venv of this checkout:  bash launch/setup_environment.sh [extra ...]
 #
-# Extras: those of setup.py (documents, cloud, evaluate, longpo, serve, test, tpu, cuda12, cuda13) and demo, the weights of the quickstart.
+# Extras: those of setup.py (documents, cloud, evaluate, longpo, sentencepiece, serve, test, tpu, cuda12, cuda13) and demo, the weights of the quickstart.
 # Returns at once when .venv has them already; starts over when an earlier run was cut short.
 # Variables: RAPID_PYTHON (which Python), RAPID_EXTRAS (more extras), RAPID_TORCH_INDEX (where to take torch from).
 set -euo pipefail
@@ -48,8 +48,8 @@ wanted_extras() { # the arguments and RAPID_EXTRAS, one a line, sorted, each onc
     local extra extra_names=${RAPID_EXTRAS:-}
     for extra in "$@" ${extra_names//,/ }; do
         case $extra in
-            demo | documents | cloud | evaluate | longpo | serve | test | tpu | cuda | cuda12 | cuda13) printf '%s\n' "$extra" ;;
-            *) fail "unknown extra '$extra': expected demo, documents, cloud, evaluate, longpo, serve, test, tpu, cuda, cuda12 or cuda13" ;;
+            demo | documents | cloud | evaluate | longpo | sentencepiece | serve | test | tpu | cuda | cuda12 | cuda13) printf '%s\n' "$extra" ;;
+            *) fail "unknown extra '$extra': expected demo, documents, cloud, evaluate, longpo, sentencepiece, serve, test, tpu, cuda, cuda12 or cuda13" ;;
         esac
     done | sort -u
 }

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rapid_jax.conversation import Prompt
+from rapid_jax.model.thinking import Thinking
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.prompts import Reading
 from rapid_jax.retrieval.select import Selection
@@ -43,6 +44,7 @@ class Answer:
     seconds: dict[str, float] = field(default_factory=dict)
     sampling: ResolvedSampling | None = None  # how it was drawn
     logprobs: list[TokenLogprobs] | None = None  # where they were asked for, one for each token
+    thoughts: str = ""  # what the model thought before, where it was to; no part of the text
     lossy: Sequence[str] = ()  # settings by which the target's distribution is not the checkpoint's own
 
     @property
@@ -102,6 +104,7 @@ class Answer:
         chosen = self.selection
         return {
             "answer": self.text,
+            "thoughts": self.thoughts or None,
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
             "mode": self.mode,
@@ -152,6 +155,7 @@ def answer_of(
     drafted = read.short is not None and speculation.mode != "retrieval"
     return Answer(
         text=transcript.text,
+        thoughts=transcript.thoughts,
         token_ids=transcript.token_ids,
         origins=transcript.origins,
         finish_reason="stop" if reason == "interrupted" else reason,
@@ -177,8 +181,14 @@ class Transcript:
         self.text = ""
         self.token_ids: list[int] = []
         self.origins: list[int] = []
+        self.thinking: Thinking | None = None  # of a model that thinks first; stop texts are of the answer
         self.stopped = False  # a stop text was met
         self.first_token_at: float | None = None
+
+    @property
+    def thoughts(self) -> str:
+        """What was thought by now."""
+        return "" if self.thinking is None else self.thinking.text
 
     def on_tokens(self, row: int, token_ids: list[int], origins: list[int]) -> bool:
         """Takes in new tokens; True once a stop text was met, and later tokens are dropped."""
@@ -198,9 +208,13 @@ class Transcript:
         """Nothing more comes: what was held back belongs to the answer."""
         if not self.stopped:
             self._grow(self._stream.finish())
+            self._add("" if self.thinking is None else self.thinking.finish())
         self._tell(len(self.text))
 
     def _grow(self, piece: str) -> None:
+        self._add(piece if self.thinking is None else self.thinking.push(piece))
+
+    def _add(self, piece: str) -> None:
         longest = max((len(text) for text in self._stop_texts), default=0)
         searched = max(len(self.text) - longest + 1, 0)
         self.text += piece

@@ -171,15 +171,17 @@ class _Chat:
         from rapid_jax.engine.request import Done, Piece
         from rapid_jax.summary import line
 
-        told, summary = False, ""
+        told, summary, thinks = False, "", False
         self._answering = True
         try:
             for event in self._session.ask(question, lambda: self._stopped):
                 if isinstance(event, Note):
                     say(f"rapid: {legible(event.text)}")
-                elif isinstance(event, Piece) and event.text:
-                    print(event.text, end="", flush=True)
-                    told = True
+                elif isinstance(event, Piece):
+                    thinks = self._tell_thoughts(event.thoughts, ended=bool(event.text), begun=thinks)
+                    if event.text:
+                        print(event.text, end="", flush=True)
+                        told = True
                 elif isinstance(event, Done):
                     print(flush=True)
                     told, summary = False, line(event.answer)
@@ -191,6 +193,14 @@ class _Chat:
             say("rapid: the answer was ended by Ctrl-C")
         elif not self._quiet:
             say(summary)
+
+    def _tell_thoughts(self, thoughts: str, *, ended: bool, begun: bool) -> bool:
+        """What the model thinks goes to standard error, as it comes; whether its line is still open."""
+        if thoughts:
+            print(("" if begun else "thinking: ") + thoughts, end="", file=sys.stderr, flush=True)
+        if ended and (begun or thoughts):
+            say("")
+        return not ended and (begun or bool(thoughts))
 
     def _open(self, name: str) -> None:
         if name == STDIN:

@@ -122,8 +122,9 @@ class Session:
             models["drafter"] = self._rapid.drafter
         try:
             for name, model in models.items():
-                template = getattr(self.config.prompts, name)
-                frame(model.tokenizer, template, "?", self.config.prompts.system, turns=((question, text),))
+                words = self.config.prompts
+                how = {"turns": ((question, text),), "thinking": words.enable_thinking}
+                frame(model.tokenizer, getattr(words, name), "?", words.system, **how)
         except InputError as error:
             yield Note(f"this turn is not kept for later questions: {error}")
             return
@@ -134,7 +135,12 @@ class Session:
         config, target, turns = self.config, self._rapid.target, self.turns
         room = room_around(config, target, self.document_tokens, cut=self.cut)
         prompts = config.prompts
-        while turns and frame(target.tokenizer, prompts.target, question, prompts.system, turns=turns).size > room:
+
+        def size(turns: tuple[Turn, ...]) -> int:
+            how = {"turns": turns, "thinking": prompts.enable_thinking}
+            return frame(target.tokenizer, prompts.target, question, prompts.system, **how).size
+
+        while turns and size(turns) > room:
             turns = turns[1:]
         return turns
 

@@ -52,6 +52,7 @@ class PromptsConfig:
         "<text>\n{document}\n</text>\n\n{question}"
     )
     system: str | None = None  # null = what the chat template puts there
+    enable_thinking: bool = False  # models that can (Qwen3, SmolLM3) think before they answer
 
     def __post_init__(self):
         for name in ("target", "drafter"):

@@ -84,11 +84,14 @@ Piece = str | Quoted | Document  # text of a template is str
 Message = tuple[str, Sequence[Piece]]  # role, content
 
 
-def conversation(tokenizer: Tokenizer, messages: Sequence[Message], begins: str = "") -> Frame:
+def conversation(
+    tokenizer: Tokenizer, messages: Sequence[Message], begins: str = "", *, thinking: bool = False
+) -> Frame:
     """Messages in the checkpoint's chat template, ready for a document where one has its place; the answer `begins` so.
 
-    Where the chat template strips a message, space at its edges is left out of the words too. Without a place for a
-    document everything is before it. Raises InputError if the template makes another text of a message.
+    `thinking`: a model that can is to think before it answers. Where the chat template strips a message, space at its
+    edges is left out of the words too. Without a place for a document everything is before it. Raises InputError if the
+    template makes another text of a message.
     """
     now = tokenizer.now or datetime.now()
     for _, pieces in messages:
@@ -99,9 +102,8 @@ def conversation(tokenizer: Tokenizer, messages: Sequence[Message], begins: str 
     marks = [mark for mark, _ in words]
 
     def render(contents: Sequence[str]) -> str:
-        return tokenizer.chat(
-            [{"role": role, "content": text} for (role, _), text in zip(messages, contents, strict=True)], now=now
-        )
+        filled = [{"role": role, "content": text} for (role, _), text in zip(messages, contents, strict=True)]
+        return tokenizer.chat(filled, now=now, thinking=thinking)
 
     parts = parted(render(marked), marks) if marks else [render(marked)]
     stripped = _stripped(messages, marked, marks, parts, render)

@@ -37,11 +37,13 @@ def frame(
     system: str | None,
     begins: str = "",
     turns: Sequence[tuple[str, str]] = (),
+    *,
+    thinking: bool = False,
 ) -> Frame:
     """The user message `template` in the checkpoint's chat template, ready for a document; the answer `begins` so.
 
     With earlier `turns`, each a question and its answer, the first of them is in the template and `question` comes
-    last. Raises InputError for a question without text.
+    last. `thinking`: a model that can is to think first. Raises InputError for a question without text.
     """
     if not question.strip():
         raise InputError("expected a question, got an empty one")
@@ -53,7 +55,7 @@ def frame(
     messages.append(("user", [before, Document(), between, Quoted(questions[0]), after]))
     for (_, answer), asked in zip(turns, questions[1:], strict=True):
         messages += [("assistant", [Quoted(answer)]), ("user", [Quoted(asked)])]
-    found = conversation(tokenizer, messages, begins)
+    found = conversation(tokenizer, messages, begins, thinking=thinking)
     if not tokenizer.encode_quoted(question):
         raise InputError("expected a question that this model's tokenizer has tokens for, got one without any")
     return found
@@ -97,7 +99,9 @@ def room_around(config: RapidConfig, target: LoadedModel, document_tokens: int, 
 def _room(config: RapidConfig, target: LoadedModel) -> tuple[int, int]:
     """(tokens beside the answer, those of them that a cut document leaves to the rest of the prompt)."""
     most = context_of(config, target.config.context_size)
-    usual = frame(target.tokenizer, config.prompts.target, "?", config.prompts.system).size + most // 32
+    words = config.prompts
+    around = frame(target.tokenizer, words.target, "?", words.system, thinking=words.enable_thinking)
+    usual = around.size + most // 32
     return most - config.sampling.max_new_tokens, usual
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from rapid_jax.answer import Answer, Transcript
 from rapid_jax.conversation import Prompt
+from rapid_jax.model.thinking import Thinking
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.prompts import Reading
 from rapid_jax.retrieval.chunk import Chunk
@@ -58,6 +59,32 @@ def test_what_is_told_joins_to_the_answer_before_the_first_stop_text(stops, expe
     # The tokens end with the one that completed the stop text.
     decoded = tokenizer.decode(transcript.token_ids)
     assert decoded.startswith(expected) and (expected == TEXT) == (decoded == TEXT)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    ("said", "opened", "thoughts", "text"),
+    [
+        ("<think>\nWhat? STOP <b>\n</think>\n\nIt is.", False, "What? STOP <b>", "It is."),
+        (" <think></think>Yes", False, "", "Yes"),
+        ("so </thi</think>\nYes </think>", True, "so </thi", "Yes </think>"),
+        ("<think>\nnever done </thin", False, "never done </thin", ""),
+        ("<thi", False, "", "<thi"),
+        ("  No <think>x</think>", False, "", "  No <think>x</think>"),
+        ("a STOP b</think>c STOP d", True, "a STOP b", "c "),
+    ],
+)
+def test_thinking_is_told_apart_from_the_answer(said, opened, thoughts, text, seed, tokenizer):
+    pieces: list[str] = []
+    transcript = Transcript(tokenizer, ["STOP"], pieces.append)
+    transcript.thinking = Thinking(opened=opened)
+    ids, generator = tokenizer.encode_quoted(said), random.Random(seed)
+    while ids and not transcript.stopped:
+        size = generator.randint(1, 5)
+        transcript.on_tokens(0, ids[:size], [1] * len(ids[:size]))
+        ids = ids[size:]
+    transcript.finish()
+    assert (transcript.thoughts, transcript.text, "".join(pieces)) == (thoughts, text, text)
 
 
 def test_a_character_that_never_ends_is_told_at_last(tokenizer):

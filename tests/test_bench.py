@@ -154,6 +154,12 @@ def test_random_models_say_the_next_id_and_the_dial_touches_attention_alone():
     embedding = np.asarray(decoder.embed_VD[...])
     votes = embedding[:50] @ head
     assert (votes.argmax(axis=1) == np.arange(1, 51)).all()
+    around = replace(config, post_norms=True, norm_offset=1.0, tie_embeddings=True, embedding_scale=8.0)
+    normed = random_decoder(around, jnp.dtype("float32"))
+    assert not np.any(np.asarray(normed.blocks[0].attention_post_norm_D[...]))
+    quiet = dialled(normed, 0.25).blocks[0]
+    np.testing.assert_array_equal(quiet.attention_post_norm_D[...], np.full(config.hidden_size, -0.75))
+    assert not np.any(np.asarray(quiet.mlp_post_norm_D[...]))
     prefix = random_prefix(config, batch=2, tokens=8, dtype=jnp.dtype("float32"))
     assert prefix.layers[0].k_BKSH.shape == (2, 2, 8, 32) and int(prefix.used) == 8
     assert len(jax.tree.leaves(prefix.layers)) == 2

@@ -274,10 +274,10 @@ def test_a_turn_that_the_template_would_change_is_not_kept(facade, folder, monke
     session = Session(facade, (folder / "a.txt").read_text())
     real = rapid_jax.chat_session.frame
 
-    def strict(tokenizer, template, question, system, begins="", turns=()):
+    def strict(tokenizer, template, question, system, begins="", turns=(), *, thinking):
         if turns:
             raise InputError("the checkpoint's chat template changes a message by what it says")
-        return real(tokenizer, template, question, system, begins, turns)
+        return real(tokenizer, template, question, system, begins, turns, thinking=thinking)
 
     monkeypatch.setattr("rapid_jax.chat_session.frame", strict)
     events = list(session.ask(FIRST, lambda: False))

@@ -34,6 +34,46 @@ def test_the_head_depends_on_the_document_alone(tokenizer):
     assert around.size == len(first.tokens) - len(tokenizer.encode("The text."))
 
 
+def gemma(refuses: bool) -> Tokenizer:
+    """A template without a system role: its text goes before the first question, or is refused."""
+    system = (
+        "{{ raise_exception('System role not supported') }}" if refuses else "{% set prefix = m.content + '\n\n' %}"
+    )
+    template = (
+        "{{ bos_token }}{% set prefix = '' %}{% set messages = messages %}"
+        "{% if messages[0].role == 'system' %}"
+        + system.replace("m.content", "messages[0].content")
+        + "{% set messages = messages[1:] %}{% endif %}{% for m in messages %}"
+        "<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
+        "{{ prefix if loop.first else '' }}{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
+        "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    )
+    return Tokenizer(tokenizer_files(["the text"]) | {"chat_template.jinja": template.encode()})
+
+
+def test_without_a_system_role_its_text_begins_the_first_question_or_the_template_says_why_not():
+    tokenizer = gemma(refuses=False)
+    turns = (("Who?", "He."),)
+    prompt = frame(tokenizer, TEMPLATE, " Why? ", "Be brief.", turns=turns).around("The text.")
+    assert tokenizer.decode(prompt.tokens, skip_special_tokens=False).removeprefix("<s>") == (
+        "<start_of_turn>user\nBe brief.\n\nRead this:\nThe text.\nand say: Who?<end_of_turn>\n"
+        "<start_of_turn>model\nHe.<end_of_turn>\n<start_of_turn>user\nWhy?<end_of_turn>\n<start_of_turn>model\n"
+    )
+    assert frame(gemma(refuses=True), TEMPLATE, "Who?", None).size
+    with pytest.raises(InputError, match=r"^the checkpoint's chat template refused the messages: System role not supp"):
+        frame(gemma(refuses=True), TEMPLATE, "Who?", "Be brief.")
+
+
+def test_thinking_is_asked_for_by_the_template():
+    ends = (
+        b"{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' if enable_thinking else '<think></think>' }}"
+    )
+    tokenizer = Tokenizer(tokenizer_files(["the text"]) | {"chat_template.jinja": ends})
+    for thinking, end in ((True, "<think>"), (False, "<think></think>")):
+        prompt = frame(tokenizer, TEMPLATE, "Who?", None, thinking=thinking).around("The text.")
+        assert tokenizer.decode(prompt.tokens).endswith(f"and say: Who?{end}")
+
+
 @pytest.mark.parametrize("question", ["", " \n"])
 def test_an_empty_question_is_refused(question, tokenizer):
     with pytest.raises(InputError, match="expected a question"):

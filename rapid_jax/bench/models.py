@@ -45,13 +45,14 @@ def random_decoder(config: ModelConfig, dtype: jnp.dtype, seed: int = 0, mesh: M
     graph, state = nnx.split(abstract(config, layout="unrolled", dtype=dtype, mesh=mesh))
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(state))))
     votes = next(keys)
-    noise = 0.6 * math.sqrt(config.num_layers)  # of a residual: silu(gate) up has a mean square of 0.36
-    vote = SIGNAL * noise * math.sqrt(2 * math.log(config.vocab_size) / config.hidden_size)
+    # Of a residual: silu(gate) up has a mean square of 0.36; where a layer's two addends are normalised each has 1.
+    noise = (math.sqrt(2) if config.post_norms else 0.6) * math.sqrt(config.num_layers)
+    vote = SIGNAL * noise * math.sqrt(2 * math.log(config.vocab_size) / config.hidden_size) / config.embedding_scale
 
     def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name, shape = jax.tree_util.keystr(path), leaf.shape
         if "norm" in name:
-            return jnp.ones(shape, dtype, device=leaf.sharding)
+            return jnp.full(shape, 1 - config.norm_offset, dtype, device=leaf.sharding)
         if "bias" in name:
             return jnp.zeros(shape, dtype, device=leaf.sharding)
         if "embed_VD" in name:
@@ -72,9 +73,12 @@ def _head(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype, sharding: Sh
 def dialled(decoder: Decoder, dial: float) -> Decoder:
     """The decoder with every layer's attention output scaled; all other arrays are its own."""
     graph, state = nnx.split(decoder)
+    offset = decoder.config.norm_offset
 
     def scaled(path: tuple, leaf: jax.Array) -> jax.Array:
         name = jax.tree_util.keystr(path)
+        if decoder.config.post_norms:  # a scale of what is normalised changes nothing
+            return (leaf + offset) * jnp.asarray(dial, leaf.dtype) - offset if "attention_post_norm" in name else leaf
         return leaf * jnp.asarray(dial, leaf.dtype) if "o_NHD" in name or "'out'" in name else leaf
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(scaled, state))

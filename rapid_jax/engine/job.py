@@ -4,11 +4,13 @@
 import logging
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rapid_jax.answer import Transcript
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.request import Done, Event, Failed, OnEvent, Piece, Request, TokenLogprobs
+from rapid_jax.model.thinking import START, Thinking
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import Timed
@@ -17,6 +19,7 @@ from rapid_jax.speculative.own_sampling import ResolvedSampling
 from rapid_jax.speculative.rounds import Progress
 
 _log = logging.getLogger(__name__)
+_MARKER_TOKENS = 16  # at the end of a prompt, which hold the marker of thinking and the lines behind it
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Job:
     reused: bool = False  # the document was not prefilled anew
     told: int = 0  # tokens that the transcript has been given
     pieces: list[str] = field(default_factory=list)  # of text, not told yet
+    thought: int = 0  # characters of thinking that have been told
     gammas: dict[int, int] = field(default_factory=dict)  # rounds run with each
     generation: Generation | None = None  # once it is complete
     ended: bool = False  # the last event is out
@@ -89,7 +93,7 @@ class Job:
         taken = len(self.transcript.token_ids) - before
         if self.streams:
             logprobs = None if self.request.logprobs is None else self.logprobs(row, progress, before, taken)
-            self.tell(Piece(self._text(), tokens[:taken], origins[:taken], logprobs))
+            self.tell(Piece(self._text(), tokens[:taken], origins[:taken], logprobs, self._thoughts()))
         return stopped
 
     def finish(self) -> None:
@@ -97,9 +101,18 @@ class Job:
         self.transcript.finish()
         first = self.transcript.first_token_at or time.perf_counter()
         self.seconds["first_token"] = first - self.submitted_at
-        rest = self._text()
-        if self.streams and rest:
-            self.tell(Piece(rest, [], [], None if self.request.logprobs is None else []))
+        rest, thoughts = self._text(), self._thoughts()
+        if self.streams and (rest or thoughts):
+            self.tell(Piece(rest, [], [], None if self.request.logprobs is None else [], thoughts))
+
+    def thinks_after(self, prompt: Sequence[int], tokenizer: Tokenizer) -> None:
+        """The model may think before it answers, by a prompt of its chat template; that may have begun already."""
+        end = tokenizer.decode(prompt[-_MARKER_TOKENS:], skip_special_tokens=False).rstrip()
+        self.transcript.thinking = Thinking(opened=end.endswith(START))
+
+    def _thoughts(self) -> str:
+        more, self.thought = self.transcript.thoughts[self.thought :], len(self.transcript.thoughts)
+        return more
 
     def _text(self) -> str:
         text = "".join(self.pieces)

@@ -17,7 +17,7 @@ from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefilling import PAUSE_S, TARGET_LACKS, Prefilling, Steps
 from rapid_jax.engine.prefixes import PrefixCache
 from rapid_jax.engine.reader import read
-from rapid_jax.engine.request import Request, Retrieved
+from rapid_jax.engine.request import Request, Retrieved, Tokens
 from rapid_jax.engine.rooms import QUESTION_TOKENS, room_of_retrieved
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.identity import check_same_prompts
@@ -68,6 +68,8 @@ class Preparing:
         with timed() as retrieval:
             job.reading, name = yield from self._prompts(job)
         reading = job.reading
+        if config.prompts.enable_thinking and not isinstance(job.request.prompt, Tokens):
+            job.thinks_after(reading.long.tokens, self._models.target.tokenizer)
         job.took("retrieval", retrieval)
         if job.streams and reading.selection is not None:
             job.tell(Retrieved(reading.selection))

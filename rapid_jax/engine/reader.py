@@ -30,7 +30,8 @@ def read(models: Models, config: RapidConfig, request: Request, on_retrieved: On
 
         def framed(model: LoadedModel, template: str) -> Frame:
             template = prompt.template or template
-            return frame(model.tokenizer, template, question, config.prompts.system, prompt.begins, prompt.turns)
+            how = config.prompts.system, prompt.begins, prompt.turns
+            return frame(model.tokenizer, template, question, *how, thinking=config.prompts.enable_thinking)
 
         return _about(models, config, request, document, question, framed, prompt.retrieve_from, on_retrieved)
     return _of_chat(models, config, request, prompt, on_retrieved)
@@ -47,12 +48,14 @@ def _of_chat(
     tokenizer = models.target.tokenizer
     encoder = models.encoded.of(request.owner, tokenizer)
     found = parted_chat(chat, config.prompts, config.retrieval.chunk_tokens, encoder.counts)
+    thinking = config.prompts.enable_thinking
     if found.document is None:
-        plain = conversation(tokenizer, found.long)
+        plain = conversation(tokenizer, found.long, thinking=thinking)
         return _of_tokens(models.target, config, plain.before + plain.after)
 
     def framed(model: LoadedModel, template: str) -> Frame:
-        return conversation(model.tokenizer, found.short if template == config.prompts.drafter else found.long)
+        messages = found.short if template == config.prompts.drafter else found.long
+        return conversation(model.tokenizer, messages, thinking=thinking)
 
     if not found.question.strip():  # a long message and no question behind it: the target reads all of it, alone
         config = replace(config, speculation=replace(config.speculation, mode="target"))

@@ -129,6 +129,7 @@ class Piece:
     token_ids: list[int]
     origins: list[int]  # an Origin for each token
     logprobs: list[TokenLogprobs] | None = None
+    thoughts: str = ""  # more of what the model thinks before it answers, where it is to; no part of the text
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,8 @@ def check_fits(
             if as_made and sample.length is not None and sample.length <= context:
                 continue
             template = sample.template or config.prompts.target
-            around = frame(tokenizer, template, sample.question, config.prompts.system, sample.begins).size
+            how = config.prompts.system, sample.begins
+            around = frame(tokenizer, template, sample.question, *how, thinking=config.prompts.enable_thinking).size
             around += mode.limit or sample.max_new_tokens
             if sample.document not in sizes:
                 sizes[sample.document] = len(tokenizer.encode_quoted(sample.document))

@@ -37,7 +37,8 @@ def measure_of(config: RapidConfig, tokenizer: Tokenizer) -> Measure:
 
     def measure(sample: Sample) -> int:
         template = sample.template or config.prompts.target
-        around = frame(tokenizer, template, sample.question, config.prompts.system, sample.begins)
+        how = config.prompts.system, sample.begins
+        around = frame(tokenizer, template, sample.question, *how, thinking=config.prompts.enable_thinking)
         return around.size + len(tokenizer.encode_quoted(sample.document)) + sample.max_new_tokens
 
     return measure
@@ -51,7 +52,9 @@ def decides(config: RapidConfig, limit: int | None = None) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
     found = {name: plain[name] for name in ("models", "retrieval", "speculation", "sampling", "prompts", "stop")}
     del found["sampling"]["max_new_tokens"]
-    if config.compute.kv != "full":  # left out where it changes nothing: folders from before it was compared go on
+    if not config.prompts.enable_thinking:  # left out where it changes nothing: folders from before it go on
+        del found["prompts"]["enable_thinking"]
+    if config.compute.kv != "full":  # likewise
         found["kv"] = config.compute.kv
     return found if limit is None else found | {"sampling": found["sampling"] | {"max_new_tokens": limit}}
 

@@ -41,17 +41,19 @@ class ChatTemplate:
         self.source = source
         self._variables = dict(variables)
 
-    def render(self, messages: Messages, add_generation_prompt: bool, now: datetime | None) -> str:
+    def render(
+        self, messages: Messages, add_generation_prompt: bool, now: datetime | None, *, thinking: bool = False
+    ) -> str:
         """The prompt; `now` is the time for templates that write the date, None: the clock's.
 
-        Templates that can have the model think before it answers (Qwen3's, SmolLM3's) are told that it does not.
+        `thinking`: templates that can (Qwen3's, SmolLM3's) have the model think before it answers.
 
         Raises InputError with the template's own words when it refuses the messages or fails, and when it takes more
         time, memory or text than a prompt can need.
         """
         plain = [{str(key): str(value) for key, value in message.items()} for message in messages]
         given: dict[str, Any] = {"messages": plain, "tools": None, "documents": None}
-        given |= {"add_generation_prompt": add_generation_prompt, "enable_thinking": False}
+        given |= {"add_generation_prompt": add_generation_prompt, "enable_thinking": thinking}
         return self._asked(literals=False, variables=self._variables | given, now=now and now.isoformat())["text"]
 
     def literals(self) -> list[str]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is in a folder that should hold a Hugging Face checkpoint: its config, where its tensors lie, or what it is."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +15,7 @@ INDEX: Final = "model.safetensors.index.json"
 SINGLE: Final = "model.safetensors"
 _CONFIG: Final = "config.json"
 _ADAPTER: Final = "adapter_config.json"
+_NO_TEXT: Final = ("vision_tower.", "multi_modal_projector.")
 _MOST_CONFIG_BYTES: Final = 2**24  # of the JSON files; an index of the largest models has 2 MB
 
 
@@ -50,6 +51,20 @@ def folder_tensors(folder: AnyPlace) -> dict[str, Tensor]:
             f"{folder}: pickled weights ({pickled}) are not read: they can run code; save the model as safetensors"
         )
     raise InputError(f"{folder}: expected {SINGLE} or {INDEX}; {_described(folder)}")
+
+
+def text_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
+    """(tensors of the decoder of text in a model of text and images, by such a decoder's names, how many are others').
+
+    Older files have them under language_model.model, newer ones under model.language_model.
+    """
+    kept = {}
+    for key, tensor in tensors.items():
+        if not key.removeprefix("model.").startswith(_NO_TEXT):
+            inner = key.removeprefix("model.").removeprefix("language_model.")
+            at_top = inner.startswith(("model.", "lm_head."))
+            kept[key if key == inner else inner if at_top else f"model.{inner}"] = tensor
+    return kept, len(tensors) - len(kept)
 
 
 def _indexed(folder: AnyPlace) -> dict[str, Tensor]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from rapid_jax.model.families import TRAITS, Family, Traits, lacking
+from rapid_jax.model.config_checks import check_token_ids, family_of, refuse_unsupported, text_part
+from rapid_jax.model.families import TRAITS, Activation, Family
+from rapid_jax.model.layer_kinds import LayerKind, layer_keys, read_pattern
 from rapid_jax.model.rope_config import MOST_POSITIONS, Rope, read_rope, rope_scaling
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields
@@ -14,11 +16,13 @@ from rapid_jax.runtime.json_input import Fields
 # A key that one of our fields or `to_hf` states; every other key of config.json is carried through as it is.
 _STATED = frozenset(
     (
-        *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size", "hidden_act"),
+        *("architectures", "model_type", "vocab_size", "hidden_size", "intermediate_size"),
+        *("hidden_act", "hidden_activation", "query_pre_attn_scalar", "rope_local_base_freq"),
         *("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps"),
         *("max_position_embeddings", "original_max_position_embeddings", "tie_word_embeddings"),
         *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "attention_bias", "mlp_bias"),
         *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers"),
+        *("sliding_window_pattern", "_sliding_window_pattern"),
         *("torch_dtype", "dtype", "transformers_version", "_name_or_path"),
     )
 )
@@ -35,28 +39,6 @@ _MOST: Final = {
     "max_position_embeddings": MOST_POSITIONS,
 }
 _MOST_EPS: Final = 0.1  # of a norm; nothing is left of a hidden state whose square is far below it
-SLIDING: Final = "sliding_attention"
-_MOST_ID: Final = 2**31 - 1  # of a token: an int32
-# Keys that change what the weights mean, or which files they are in.
-_WHOLLY_REFUSED: Final = {
-    "quantization_config": "a checkpoint of quantised weights",
-    "per_layer_config": "a layer with a configuration of its own",
-    "transformers_weights": "a file of weights by another name",
-}
-# Keys that are refused where they are true; a bias where the family may have one.
-_SWITCHED: Final = {
-    "use_mrope": "multimodal rotary embedding",
-    "attention_bias": "biases on all four attention projections",
-    "mlp_bias": "biases in the MLP",
-}
-
-
-@dataclass(frozen=True)
-class LayerKind:
-    """What a layer may have otherwise than its neighbours."""
-
-    rotated: bool = True  # q and k are turned by their positions; else attention sees their order alone
-    window: int | None = None  # a query at position p sees p - window + 1 to p; None: 0 to p
 
 
 @dataclass(frozen=True)
@@ -78,6 +60,11 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False  # each head of q and k is normalised before it is rotated
     joined: bool = False  # of a checkpoint, q, k and v are one array, gate and up are another
+    activation: Activation = "silu"  # of the MLP's gate
+    post_norms: bool = False  # what attention and the MLP give is normalised, too, before it is added
+    norm_offset: float = 0.0  # not 0: norms multiply by their weight and this, in float32
+    embedding_scale: float = 1.0  # of the first layer's input, rounded to its dtype
+    query_pre_attn_scalar: int | None = None  # scores are divided by its root; None: by that of head_dim
     pattern: tuple[LayerKind, ...] = (LayerKind(),)  # of the first layers; the others repeat it
     # The keys of config.json that change no number here (token ids, initializer_range, ...): a JSON object with sorted
     # keys, as text, so that a config stays hashable. An export writes them back.
@@ -95,6 +82,12 @@ class ModelConfig:
     def rotary_dim(self) -> int:
         """How much of a head is rotated, from its beginning."""
         return int(self.head_dim * self.rope.fraction)
+
+    @property
+    def query_scale(self) -> float:
+        """What queries are multiplied by, so that scores need no other divisor than the root of head_dim."""
+        scalar = self.query_pre_attn_scalar
+        return 1.0 if scalar is None else (self.head_dim / scalar) ** 0.5
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -123,11 +116,12 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     InputError naming the file and the key when a value is of another type or size than a model can have, and when the
     config asks for something that would change a number and is not implemented. `Fields` bring the name of their file.
     """
-    fields = config if isinstance(config, Fields) else Fields(config, "config.json")
-    family = _family(fields)
+    fields = text_part(config if isinstance(config, Fields) else Fields(config, "config.json"))
+    family = family_of(fields)
     traits = TRAITS[family]
-    _refuse_unsupported(traits, fields)
-    _check_token_ids(fields)
+    fields = fields.over(traits.defaults)
+    refuse_unsupported(traits, fields)
+    check_token_ids(fields)
     heads, hidden, layers = (_size(fields, key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     stated = fields.get("head_dim") is not None
     if hidden % heads and (traits.whole_heads or not (stated or traits.head_dim)):
@@ -157,9 +151,14 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         qkv_bias=traits.qkv_bias,
         qk_norm=traits.qk_norm,
         joined=traits.joined,
+        activation=traits.activation[1],
+        post_norms=traits.post_norms,
+        norm_offset=traits.norm_offset,
+        embedding_scale=hidden**0.5 if traits.scaled_embedding else 1.0,
+        query_pre_attn_scalar=fields.whole("query_pre_attn_scalar", least=1, most=2**20) if traits.defaults else None,
         carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
-    return replace(read, pattern=_pattern(fields, read, traits))
+    return replace(read, pattern=read_pattern(fields, traits, layers, read.context_size))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:
@@ -179,115 +178,21 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
+        traits.activation[0]: config.activation,
         "max_position_embeddings": config.max_positions,
         "tie_word_embeddings": config.tie_embeddings,
         "rope_theta": config.rope.theta,
         "rope_scaling": rope_scaling(config.rope),
     }
-    stated |= dict.fromkeys(traits.biases, False) | _window_keys(config, traits)
-    if traits.unrotated:
-        stated["no_rope_layers"] = [int(config.kinds[kind].rotated) for kind in config.kind_of]
+    kinds = [config.kinds[kind] for kind in config.kind_of]
+    stated |= dict.fromkeys(traits.biases, False) | layer_keys(kinds, traits, config.context_size)
+    if config.query_pre_attn_scalar is not None:
+        stated["query_pre_attn_scalar"] = config.query_pre_attn_scalar
     if traits.partial:
         stated["partial_rotary_factor"] = config.rope.fraction
     if traits.original is not None:
         stated["original_max_position_embeddings"] = config.rope.original_max_positions or traits.original
     return config.carried_keys() | stated
-
-
-def _window_keys(config: ModelConfig, traits: Traits) -> dict[str, Any]:
-    """What the decoder does, whatever the original file said about a window that never closed."""
-    if traits.windows == "none":
-        return {}
-    windows = config.window_of
-    some = next((window for window in windows if window is not None), None)
-    stated: dict[str, Any] = {"sliding_window": some}
-    if traits.windows != "all":
-        stated["use_sliding_window"] = some is not None
-    if traits.windows == "last":
-        first = next((layer for layer, window in enumerate(windows) if window is not None), config.num_layers)
-        stated["max_window_layers"] = first
-    if traits.windows != "all" and some is not None:
-        stated["layer_types"] = ["full_attention" if window is None else SLIDING for window in windows]
-    return stated
-
-
-def _family(config: Fields) -> Family:
-    family: Any = config.text("model_type")
-    if family not in TRAITS:
-        expected = f"one of {', '.join(TRAITS)}: "
-        reason = lacking(family)
-        raise config.error("model_type", expected + (f"{reason} is not supported" if reason else "others are not"))
-    if any(name != TRAITS[family].architecture for name in config.texts("architectures", [])):
-        raise config.error("architectures", f"[{TRAITS[family].architecture!r}]: others are not supported")
-    return family
-
-
-def _refuse_unsupported(traits: Traits, config: Fields) -> None:
-    if "hidden_act" in config and config.text("hidden_act") != "silu":
-        raise config.error("hidden_act", "'silu': others are not supported")
-    for key, meaning in _WHOLLY_REFUSED.items():
-        if config.get(key) is not None:
-            raise config.error(key, f"null: {meaning} is not supported")
-    for key, meaning in _SWITCHED.items():
-        if (key in traits.biases or key == "use_mrope") and config.truth(key, False):
-            raise config.error(key, f"false: {meaning} is not supported")
-
-
-def _pattern(config: Fields, read: ModelConfig, traits: Traits) -> tuple[LayerKind, ...]:
-    """The shortest pattern that the layers repeat."""
-    layers = read.num_layers
-    rotated = _rotated(config, traits, layers)
-    windows = _windows(config, read, traits, rotated)
-    kinds = [LayerKind(*kind) for kind in zip(rotated, windows, strict=True)]
-    size = next(size for size in range(1, layers + 1) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False)))
-    return tuple(kinds[:size])
-
-
-def _rotated(config: Fields, traits: Traits, layers: int) -> list[bool]:
-    if not traits.unrotated:
-        return [True] * layers
-    rotated = config.wholes("no_rope_layers", None, most=1)
-    if rotated is None:
-        every = config.whole("no_rope_layer_interval", 4, least=1)
-        rotated = [int((layer + 1) % every != 0) for layer in range(layers)]
-    if len(rotated) < layers:
-        raise config.error("no_rope_layers", f"a list of as many as num_hidden_layers, {layers}")
-    return [bool(one) for one in rotated[:layers]]
-
-
-def _windows(config: Fields, read: ModelConfig, traits: Traits, rotated: list[bool]) -> list[int | None]:
-    """The window of each layer; None also where it is as long as the context, and never closes."""
-    layers = read.num_layers
-    kinds = config.texts("layer_types", None)
-    if kinds is not None and set(kinds) - {"full_attention", SLIDING}:
-        raise config.error("layer_types", f"a list of full_attention and {SLIDING}: others are not supported")
-    if kinds is not None and len(kinds) != layers:
-        raise config.error("layer_types", f"a list of as many as num_hidden_layers, {layers}")
-    # transformers' values where the keys are absent; where sliding_window is null no window closes.
-    window = traits.window if "sliding_window" not in config else config.whole("sliding_window", None, least=1)
-    last = config.whole("max_window_layers", 28)
-    implied = {
-        "none": [False] * layers,
-        "all": [True] * layers,
-        "last": [layer >= last for layer in range(layers)],
-        "unrotated": [not one for one in rotated],
-    }[traits.windows]
-    if traits.windows in ("last", "unrotated"):
-        implied = implied if kinds is None else [kind == SLIDING for kind in kinds]
-        implied = implied if config.truth("use_sliding_window", False) else [False] * layers
-    closes = window is not None and window < read.context_size
-    return [window if closes and one else None for one in implied]
-
-
-def _check_token_ids(config: Fields) -> None:
-    """Refuses ids that are no ids. They are carried, not used here; -1 is what old checkpoints write for no padding."""
-    for key in ("bos_token_id", "pad_token_id"):
-        config.whole(key, None, least=-1)
-    if isinstance(config.get("eos_token_id"), list):
-        config.wholes("eos_token_id", most=_MOST_ID)
-    else:
-        config.whole("eos_token_id", None, most=_MOST_ID)
 
 
 def _size(config: Fields, key: str) -> int:

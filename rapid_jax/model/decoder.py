@@ -8,7 +8,7 @@ copies the layer out of the stack.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -17,7 +17,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from rapid_jax.model.config import ModelConfig
+from rapid_jax.model.families import Activation
 from rapid_jax.model.rope import Rotation, chosen, inverse_frequencies, rotate, rotation, standstill
+from rapid_jax.model.rope_config import Rope
 
 Layout: TypeAlias = Literal["stacked", "unrolled"]
 # (q_BTNH, k_BTKH, v_BTKH, layer) -> (out_BTNH, kept): `layer` is this layer's slice of what the caller passed, `kept`
@@ -40,15 +42,25 @@ def _parameter(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jnp.d
     return nnx.Param((jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5).astype(dtype))
 
 
-def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float) -> jax.Array:
+def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float, offset: float = 0.0) -> jax.Array:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; statistics in float32, result in x's dtype.
 
-    Where the mean overflows the result is NaN: zero, which the equation would give, passes for an answer.
+    With an `offset` the factor is the weight and that, and nothing is rounded before. Where the mean overflows the
+    result is NaN: zero, which the equation would give, passes for an answer.
     """
     x32 = x.astype(jnp.float32)
     mean = jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps
     normed = x32 * jnp.where(jnp.isinf(mean), jnp.nan, jax.lax.rsqrt(mean))
+    if offset:
+        return (normed * (weight_D.astype(jnp.float32) + offset)).astype(x.dtype)
     return weight_D * normed.astype(x.dtype)
+
+
+def activated(gate: jax.Array, activation: Activation) -> jax.Array:
+    """The MLP's gate after its activation, in its dtype: silu as it is, gelu (its tanh form) computed in float32."""
+    if activation == "silu":
+        return jax.nn.silu(gate)
+    return jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(gate.dtype)
 
 
 def einsum32(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
@@ -68,8 +80,14 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs):
         D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
         N, K = config.num_heads, config.num_kv_heads
-        self.norm_eps = config.norm_eps
-        self.attention_norm_D = nnx.Param(jnp.ones((*stack, D), dtype))
+        self.norm_eps, self.norm_offset = config.norm_eps, config.norm_offset
+        self.activation: Activation = config.activation
+        self.query_scale = config.query_scale
+
+        def norm(size: int) -> nnx.Param:
+            return nnx.Param(jnp.full((*stack, size), 1 - config.norm_offset, dtype))
+
+        self.attention_norm_D = norm(D)
         self.q_DNH = _parameter(rngs, (*stack, D, N, H), D, dtype)
         self.k_DKH = _parameter(rngs, (*stack, D, K, H), D, dtype)
         self.v_DKH = _parameter(rngs, (*stack, D, K, H), D, dtype)
@@ -77,19 +95,25 @@ class Block(nnx.Module):
         self.q_bias_NH = nnx.Param(jnp.zeros((*stack, N, H), dtype)) if config.qkv_bias else None
         self.k_bias_KH = nnx.Param(jnp.zeros((*stack, K, H), dtype)) if config.qkv_bias else None
         self.v_bias_KH = nnx.Param(jnp.zeros((*stack, K, H), dtype)) if config.qkv_bias else None
-        self.q_norm_H = nnx.Param(jnp.ones((*stack, H), dtype)) if config.qk_norm else None
-        self.k_norm_H = nnx.Param(jnp.ones((*stack, H), dtype)) if config.qk_norm else None
-        self.mlp_norm_D = nnx.Param(jnp.ones((*stack, D), dtype))
+        self.q_norm_H = norm(H) if config.qk_norm else None
+        self.k_norm_H = norm(H) if config.qk_norm else None
+        self.attention_post_norm_D = norm(D) if config.post_norms else None
+        self.mlp_norm_D = norm(D)
         self.gate_DF = _parameter(rngs, (*stack, D, F), D, dtype)
         self.up_DF = _parameter(rngs, (*stack, D, F), D, dtype)
         self.down_FD = _parameter(rngs, (*stack, F, D), F, dtype)
+        self.mlp_post_norm_D = norm(D) if config.post_norms else None
 
     def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):
         """(x after this layer, what `attend` kept)."""
-        q_BTNH, k_BTKH, v_BTKH = self.projected(rms_norm(x_BTD, self.attention_norm_D[...], self.norm_eps))
+        q_BTNH, k_BTKH, v_BTKH = self.projected(self.normed(x_BTD, self.attention_norm_D))
         attended_BTNH, kept = attend(*self.compared(q_BTNH, k_BTKH, cos, sin), v_BTKH, layer)
-        x_BTD = x_BTD + self.attention_output(attended_BTNH)
-        return x_BTD + self.mlp(rms_norm(x_BTD, self.mlp_norm_D[...], self.norm_eps)), kept
+        x_BTD = x_BTD + self.normed(self.attention_output(attended_BTNH), self.attention_post_norm_D)
+        return x_BTD + self.normed(self.mlp(self.normed(x_BTD, self.mlp_norm_D)), self.mlp_post_norm_D), kept
+
+    def normed(self, x: jax.Array, norm: nnx.Param | None) -> jax.Array:
+        """x after one of the layer's norms; as it is where the model has none there."""
+        return x if norm is None else rms_norm(x, norm[...], self.norm_eps, self.norm_offset)
 
     def projected(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(q_BTNH, k_BTKH, v_BTKH), neither normalised nor rotated."""
@@ -100,11 +124,12 @@ class Block(nnx.Module):
         )
 
     def compared(self, q_BTNH: jax.Array, k_BTKH: jax.Array, cos: jax.Array, sin: jax.Array):
-        """(q, k) as attention compares them: each head normalised where the model has norms for that, and rotated."""
-        if self.q_norm_H is not None and self.k_norm_H is not None:
-            q_BTNH = rms_norm(q_BTNH, self.q_norm_H[...], self.norm_eps)
-            k_BTKH = rms_norm(k_BTKH, self.k_norm_H[...], self.norm_eps)
-        return rotate(q_BTNH, cos, sin), rotate(k_BTKH, cos, sin)
+        """(q, k) as attention compares them: each head normalised where the model has norms for that, and rotated.
+
+        Where the model's scores are not divided by the root of a head's size, q makes up for it.
+        """
+        q_BTNH, k_BTKH = self.normed(q_BTNH, self.q_norm_H), self.normed(k_BTKH, self.k_norm_H)
+        return rotate(q_BTNH, cos, sin, self.query_scale), rotate(k_BTKH, cos, sin)
 
     def attention_output(self, attended_BTNH: jax.Array) -> jax.Array:
         """[B, T, D]."""
@@ -113,7 +138,7 @@ class Block(nnx.Module):
     def mlp(self, h_BTD: jax.Array) -> jax.Array:
         """[B, T, D]."""
         gated = _project("BTD,DF->BTF", h_BTD, self.gate_DF[...])
-        gated = jax.nn.silu(gated) * _project("BTD,DF->BTF", h_BTD, self.up_DF[...])
+        gated = activated(gated, self.activation) * _project("BTD,DF->BTF", h_BTD, self.up_DF[...])
         return _project("BTF,FD->BTD", gated, self.down_FD[...])
 
 
@@ -151,19 +176,28 @@ class Decoder(nnx.Module):
             self.blocks: Block | nnx.List[Block] = Block(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
         else:
             self.blocks = nnx.List([Block(config, stack=(), dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
-        self.norm_D = nnx.Param(jnp.ones((D,), dtype))
+        self.norm_D = nnx.Param(jnp.full((D,), 1 - config.norm_offset, dtype))
         self.head_DV = None if config.tie_embeddings else _parameter(rngs, (D, V), D, dtype)
 
     def embed(self, tokens_BT: jax.Array) -> jax.Array:
         """The input of the first layer, [B, T, D]."""
-        return _rows(self.embed_VD[...], tokens_BT)
+        return self.scaled(_rows(self.embed_VD[...], tokens_BT))
+
+    def scaled(self, x_BTD: jax.Array) -> jax.Array:
+        """Rows of the embedding as the first layer takes them."""
+        scale = self.config.embedding_scale
+        return x_BTD if scale == 1 else x_BTD * jnp.float32(scale).astype(x_BTD.dtype)
 
     def rotations(self, pos_BT: jax.Array) -> tuple[Rotation, ...]:
         """What queries and keys at these positions are turned by, for each of the config's kinds of layers."""
         config = self.config
-        inv_freq, factor = inverse_frequencies(config.rope, config.rotary_dim, config.context_size)
-        turned = rotation(pos_BT, inv_freq, factor)
-        return tuple(turned if kind.rotated else standstill(turned) for kind in config.kinds)
+
+        @cache
+        def turned(rope: Rope) -> Rotation:
+            return rotation(pos_BT, *inverse_frequencies(rope, config.rotary_dim, config.context_size))
+
+        each = ((kind, turned(kind.rope or config.rope)) for kind in config.kinds)
+        return tuple(rotated if kind.rotated else standstill(rotated) for kind, rotated in each)
 
     def hidden(
         self, tokens_BT: jax.Array, pos_BT: jax.Array, attend: Attend, layers: Any = None, wrap: Wrap | None = None
@@ -201,7 +235,7 @@ class Decoder(nnx.Module):
 
     def final_norm(self, x_BTD: jax.Array) -> jax.Array:
         """The last layer's output, normalised: what `logits` takes."""
-        return rms_norm(x_BTD, self.norm_D[...], self.config.norm_eps)
+        return rms_norm(x_BTD, self.norm_D[...], self.config.norm_eps, self.config.norm_offset)
 
     @property
     def head(self) -> tuple[jax.Array, str]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Literal
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"]
+Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3_text"]
 # Which layers a sliding window is of: of none, of every one, of those behind the first max_window_layers, of those
-# without rotary embedding.
-Windows = Literal["none", "all", "last", "unrotated"]
+# without rotary embedding, of all but one in sliding_window_pattern.
+Windows = Literal["none", "all", "last", "unrotated", "local"]
+Activation = Literal["silu", "gelu_pytorch_tanh"]  # of the MLP's gate
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,32 @@ class Traits:
     joined: bool = False  # q, k and v are one array of the checkpoint, gate and up are another
     tied: bool = False  # tie_word_embeddings where it is left out
     implied_kv: bool = False  # num_key_value_heads may be left out: one a query head
+    activation: tuple[str, Activation] = ("hidden_act", "silu")  # the key that states it, and the one there is
+    post_norms: bool = False  # what attention and the MLP give is normalised, too, before it is added
+    norm_offset: float = 0.0  # norms multiply by their weight and this, in float32
+    scaled_embedding: bool = False  # by the root of hidden_size
+    local_theta: float | None = None  # rope_local_base_freq where it is left out; None: all layers have one base
+    refused: tuple[str, ...] = ()  # keys that change a number wherever they are neither null nor false
+    defaults: Mapping[str, int | float] = field(default_factory=dict)  # of sizes that such a config.json may leave out
 
 
+# transformers' own: the first checkpoints with a vision tower state what differs from its 4B.
+_GEMMA3: Final = MappingProxyType(
+    {
+        "vocab_size": 262208,
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_hidden_layers": 26,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 131072,
+    }
+)
+# Models of text and more -> the family of their part that is a decoder of text, which config.json has as text_config.
+TEXT_PARTS: Final[Mapping[str, Family]] = MappingProxyType({"gemma3": "gemma3_text"})
 TRAITS: Final[Mapping[Family, Traits]] = MappingProxyType(
     {
         "llama": Traits("LlamaForCausalLM", biases=("attention_bias", "mlp_bias"), whole_heads=True, implied_kv=True),
@@ -59,6 +84,23 @@ TRAITS: Final[Mapping[Family, Traits]] = MappingProxyType(
             joined=True,
             implied_kv=True,
         ),
+        "gemma3_text": Traits(
+            "Gemma3ForCausalLM",
+            qk_norm=True,
+            biases=("attention_bias",),
+            windows="local",
+            window=4096,
+            whole_heads=True,
+            theta=1e6,
+            tied=True,
+            activation=("hidden_activation", "gelu_pytorch_tanh"),
+            post_norms=True,
+            norm_offset=1.0,
+            scaled_embedding=True,
+            local_theta=1e4,
+            refused=("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"),
+            defaults=_GEMMA3,
+        ),
     }
 )
 # By the beginning of model_type, the first that fits: what such a model has that no layer here does.
@@ -67,7 +109,18 @@ _LACKING: Final = {
     "gpt_oss": "attention sinks and a mixture of experts",
     "qwen3_next": "linear attention",
     "qwen3_5": "linear attention",
-    "gemma3": "sliding-window attention",
+    "gemma3n": "embeddings of each layer and keys that layers share",
+    "gemma2": "soft caps of scores and logits",
+    "gemma4": "heads of several sizes and keys that layers share",
+    "recurrent_gemma": "a recurrence",
+    "kimi_linear": "linear attention",
+    "minimax": "linear attention",
+    "jamba": "a state-space layer",
+    "bamba": "a state-space layer",
+    "falcon_h1": "a state-space layer",
+    "granitemoehybrid": "a state-space layer",
+    "nemotron_h": "a state-space layer",
+    "lfm2": "a convolution in the place of attention",
     "mixtral": "a mixture of experts",
     "phimoe": "a mixture of experts",
     "qwen2_moe": "a mixture of experts",

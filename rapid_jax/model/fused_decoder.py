@@ -2,6 +2,7 @@
 """A decoder whose matrices lie as decoding reads them, in full or in few bits: `fused.py` makes it."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from rapid_jax.model.decoder import Attend, Block, Decoder
+from rapid_jax.model.decoder import Attend, Block, Decoder, activated
 from rapid_jax.model.matrix import MODEL, Matrix, Place, summed_over_model, times
 from rapid_jax.model.quantized import WeightBits, kernels_fit, restored
 from rapid_jax.model.skinny import FixedPoint, fixed_point, skinny_matmul
@@ -59,8 +60,10 @@ class FusedBlock(Block):
     def __init__(
         self, block: Block, qkv: Matrix, qkv_bias: Any, out: Matrix, gate_up: Matrix, down: Matrix, how: Heads
     ):
-        self.norm_eps, self.how = block.norm_eps, how
+        self.norm_eps, self.norm_offset, self.how = block.norm_eps, block.norm_offset, how
+        self.activation, self.query_scale = block.activation, block.query_scale
         self.attention_norm_D, self.mlp_norm_D = block.attention_norm_D, block.mlp_norm_D
+        self.attention_post_norm_D, self.mlp_post_norm_D = block.attention_post_norm_D, block.mlp_post_norm_D
         self.q_norm_H, self.k_norm_H = block.q_norm_H, block.k_norm_H
         self.qkv, self.out, self.gate_up, self.down = qkv, out, gate_up, down
         self.qkv_bias_J = None if qkv_bias is None else nnx.Param(qkv_bias)
@@ -74,16 +77,26 @@ class FusedBlock(Block):
         if not self._runs_in_kernels(B * T, D):
             return super().__call__(x.summed() if isinstance(x, Pending) else x, cos, sin, attend, layer)
         x_TD = x_BTD.reshape(B * T, D)
-        fixed, x_TD = fixed_point(x_TD, parts_STD=parts, norm_D=self.attention_norm_D[...], eps=self.norm_eps)
+        norm = partial(fixed_point, eps=self.norm_eps, offset=self.norm_offset)
+        fixed, x_TD = norm(x_TD, parts_STD=parts, norm_D=self.attention_norm_D[...])
         qkv_BTJ = jnp.sum(_times(self.qkv, fixed), axis=0).reshape(B, T, -1).astype(x_TD.dtype)
         q_BTNH, k_BTKH, v_BTKH = self._heads(qkv_BTJ)
         attended_BTNH, kept = attend(*self.compared(q_BTNH, k_BTKH, cos, sin), v_BTKH, layer)
         fixed, _ = fixed_point(attended_BTNH.reshape(B * T, -1))
-        parts, norm_D = _times(self.out, fixed), self.mlp_norm_D[...]
-        fixed, x_TD = fixed_point(x_TD, parts_STD=parts, norm_D=norm_D, eps=self.norm_eps)
-        fixed, _ = fixed_point(_times(self.gate_up, fixed, gated=x_TD.dtype))
-        out = Pending(x_TD.reshape(B, T, D), _times(self.down, fixed))
+        x_TD, parts = self._added(x_TD, _times(self.out, fixed), self.attention_post_norm_D)
+        fixed, x_TD = norm(x_TD, parts_STD=parts, norm_D=self.mlp_norm_D[...])
+        fixed, _ = fixed_point(_times(self.gate_up, fixed, gated=x_TD.dtype, activation=self.activation))
+        x_TD, parts = self._added(x_TD, _times(self.down, fixed), self.mlp_post_norm_D)
+        if parts is None:
+            return x_TD.reshape(B, T, D), kept
+        out = Pending(x_TD.reshape(B, T, D), parts)
         return out.summed() if self.how.stacked else out, kept
+
+    def _added(self, x_TD: jax.Array, parts_STD: jax.Array, norm: nnx.Param | None):
+        """(x, what is still to be added to it): nothing where the sum of the addends is normalised first."""
+        if norm is None:
+            return x_TD, parts_STD
+        return x_TD + self.normed(jnp.sum(parts_STD, axis=0).astype(x_TD.dtype), norm), None
 
     def _runs_in_kernels(self, rows: int, depth: int) -> bool:
         if jax.default_backend() != "gpu" or self.qkv.bits is None or self.how.place.mesh is not None:
@@ -108,7 +121,7 @@ class FusedBlock(Block):
 
         def gated(both_BTJ: jax.Array) -> jax.Array:
             gate_BTF, up_BTF = jnp.split(both_BTJ, 2, axis=-1)
-            return jax.nn.silu(gate_BTF) * up_BTF
+            return activated(gate_BTF, self.activation) * up_BTF
 
         own = PartitionSpec(None, None, MODEL)
         return self.down(self.how.place.per_device(gated, (own,), own)(self.gate_up(h_BTD)))
@@ -132,10 +145,10 @@ class FusedBlock(Block):
         return FusedBlock(self, qkv, bias, out, gate_up, down, self.how)
 
 
-def _times(matrix: Matrix, x: FixedPoint, gated: Any = None) -> jax.Array:
-    """float32 [S, T, J], to be summed over S; `gated`: [T, J / 2] of that dtype, silu of one half times the other."""
+def _times(matrix: Matrix, x: FixedPoint, **how: Any) -> jax.Array:
+    """float32 [S, T, J], to be summed over S; `gated`: [T, J / 2], as `skinny_matmul` says."""
     assert matrix.bits is not None and matrix.scale is not None
-    return skinny_matmul(x, matrix.values[...], matrix.scale[...], bits=matrix.bits, gated=gated)
+    return skinny_matmul(x, matrix.values[...], matrix.scale[...], bits=matrix.bits, **how)
 
 
 class FusedDecoder(Decoder):
@@ -187,7 +200,7 @@ class FusedDecoder(Decoder):
             return summed_over_model(x_BTD, x_BTD.dtype, self.mesh)
 
         given = PartitionSpec(MODEL, None), PartitionSpec()
-        return place.per_device(local, given, PartitionSpec())(self.embed_VD[...], tokens_BT)
+        return self.scaled(place.per_device(local, given, PartitionSpec())(self.embed_VD[...], tokens_BT))
 
     @property
     def head(self) -> tuple[jax.Array, str]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from rapid_jax.model import gguf_file
 from rapid_jax.model.config import ModelConfig, Rope, from_hf
-from rapid_jax.model.families import TRAITS
+from rapid_jax.model.families import TRAITS, Family
 from rapid_jax.model.gguf_names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_name
 from rapid_jax.model.gguf_tokenizer import token_ids
 from rapid_jax.model.hf_names import EMBEDDING, HEAD
@@ -17,14 +17,17 @@ from rapid_jax.model.rope import inverse_frequencies
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields, shown
 
-# llama.cpp's names, which are model_type's -> whether its files hold rotary pairs (2i, 2i + 1) of q and k.
+# llama.cpp's names, most of which are model_type's -> whether its files hold rotary pairs (2i, 2i + 1) of q and k.
 ARCHITECTURES: Final[Mapping[str, bool]] = {
     "llama": True,
     "qwen2": False,
     "qwen3": False,
     "smollm3": True,
     "phi3": False,
+    "gemma3": False,
 }
+_RENAMED: Final[Mapping[str, Family]] = {"gemma3": "gemma3_text"}  # whose model_type is another name
+_LARGEST: Final = 62  # layers of Gemma 3 27B
 # Metadata that changes a number where it has another value than these, and that the decoder has no part for.
 _WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...]]] = {
     "expert_count": (0,),
@@ -69,7 +72,9 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
             f"{metadata.source}: tokenizer.ggml.tokens must have {rows} tokens, one for each row of "
             f"{gguf_name(EMBEDDING)}, got {tokens}"
         )
-    _refuse_unsupported(metadata, f"{architecture}.", longrope=LONG_FACTORS in tensors)
+    family: Any = _RENAMED.get(architecture, architecture)
+    local = TRAITS[family].local_theta is not None
+    _refuse_unsupported(metadata, f"{architecture}.", longrope=LONG_FACTORS in tensors, local=local)
 
     def whole(key: str, *default: int, least: int = 1, **limits: int) -> int:
         return metadata.whole(f"{architecture}.{key}", *default, least=least, **limits)
@@ -82,13 +87,13 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
         raise metadata.error(f"{architecture}.embedding_length", f"a multiple of the {heads} of attention.head_count")
     head_dim = whole("attention.key_length", hidden // heads)
     sizes = ("attention.value_length", "attention.key_length")
-    for key in sizes if TRAITS[architecture].partial else ("rope.dimension_count", *sizes):
+    for key in sizes if TRAITS[family].partial else ("rope.dimension_count", *sizes):
         if head_dim % 2 or whole(key, head_dim) != head_dim:
             raise metadata.error(f"{architecture}.{key}", f"{head_dim}, as the size of a head, which must be even")
-    if 0 < whole("attention.sliding_window", context, least=0) < context:
+    if 0 < (window := whole("attention.sliding_window", context, least=0)) < context and not local:
         raise metadata.error(f"{architecture}.attention.sliding_window", f"at least context_length, {context}")
     config = {
-        "model_type": architecture,
+        "model_type": family,
         "vocab_size": rows,
         "hidden_size": hidden,
         "intermediate_size": whole("feed_forward_length"),
@@ -103,11 +108,31 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
         "tie_word_embeddings": gguf_name(HEAD) not in tensors,
         **_rope(metadata, tensors, architecture, head_dim, context),
         **token_ids(metadata),
+        **(_local(metadata, architecture, window, head_dim) if local else {}),
     }
     return from_hf(Fields(config, metadata.source))
 
 
-def _refuse_unsupported(metadata: Fields, prefix: str, *, longrope: bool) -> None:
+def _local(metadata: Fields, architecture: str, window: int, head_dim: int) -> dict[str, Any]:
+    """What a config.json says of layers with a window and of the scores' scale: llama.cpp knows Gemma 3's by its name.
+
+    Of 62 layers, 27B's, scores are divided by the root of what a head would have of the hidden size.
+    """
+    every = metadata.whole(f"{architecture}.attention.sliding_window_pattern", 6, least=1)
+    found: dict[str, Any] = {
+        "sliding_window": window,
+        "sliding_window_pattern": every if metadata.get(f"{architecture}.attention.sliding_window") else 1,
+        "query_pre_attn_scalar": head_dim,
+    }
+    if (theta := metadata.number(f"{architecture}.rope.freq_base_swa", None, above=1)) is not None:
+        found["rope_local_base_freq"] = _shortest(theta)
+    if metadata[f"{architecture}.block_count"] == _LARGEST:
+        heads = metadata[f"{architecture}.attention.head_count"]
+        found["query_pre_attn_scalar"] = metadata[f"{architecture}.embedding_length"] // heads
+    return found
+
+
+def _refuse_unsupported(metadata: Fields, prefix: str, *, longrope: bool, local: bool) -> None:
     for key, harmless in _WITHOUT_EFFECT.items():
         if longrope and key == "rope.scaling.attn_factor":
             continue
@@ -115,7 +140,8 @@ def _refuse_unsupported(metadata: Fields, prefix: str, *, longrope: bool) -> Non
             raise metadata.error(prefix + key, f"{' or '.join(map(str, harmless))}, others are not supported")
     for key in metadata:
         part = key.removeprefix(f"{prefix}rope.")
-        if part != key and part not in _ROPE_KEYS and f"rope.{part}" not in _WITHOUT_EFFECT:
+        known = part in _ROPE_KEYS or (local and part == "freq_base_swa") or f"rope.{part}" in _WITHOUT_EFFECT
+        if part != key and not known:
             raise InputError(f"{metadata.source}: {key} is not supported")
 
 

@@ -43,7 +43,9 @@ class GgufCheckpoint:
 
     def read(self, key: str) -> np.ndarray:
         """One weight by its Hugging Face key, dense float32 in the Hugging Face order of rows."""
-        array = gguf_file.read(self._tensors[gguf_name(key)])
+        array = gguf_file.read(self._tensors[self._name(key)])
+        if key.endswith("norm.weight"):
+            return array - np.float32(self.config.norm_offset)  # llama.cpp's files have the factors themselves
         turned = ("self_attn.q_proj", "self_attn.k_proj")
         if ARCHITECTURES[self._metadata["general.architecture"]] and any(part in key for part in turned):
             return _half_split(array, self.config.head_dim)
@@ -51,7 +53,7 @@ class GgufCheckpoint:
 
     def _check_complete(self) -> None:
         arrays = stored(self.config)
-        expected = {gguf_name(array.key): array.shape for array in arrays}
+        expected = {self._name(array.key): array.shape for array in arrays}
         for name, shape in expected.items():
             if name not in self._tensors:
                 raise InputError(f"{self.path}: tensor {name} is missing")
@@ -62,8 +64,11 @@ class GgufCheckpoint:
         for name in self._tensors:
             if name not in expected and name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
                 raise InputError(f"{self.path}: tensor {name} is not part of a {self.config.family} decoder")
-        parts = [part for array in arrays for part in array.split(self._tensors[gguf_name(array.key)])]
-        self._tensors = {gguf_name(weight.key): part for weight, part in parts}
+        parts = [part for array in arrays for part in array.split(self._tensors[self._name(array.key)])]
+        self._tensors = {self._name(weight.key): part for weight, part in parts}
+
+    def _name(self, key: str) -> str:
+        return gguf_name(key, post_norms=self.config.post_norms)
 
 
 def load_gguf(

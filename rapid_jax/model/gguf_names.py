@@ -22,13 +22,21 @@ _PARTS: Final = {
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+_POST_NORMS: Final = _PARTS | {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
 _OUTSIDE: Final = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_norm.weight", HEAD: "output.weight"}
 
 
-def gguf_name(key: str) -> str:
-    """The GGUF name of a Hugging Face key: model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight."""
+def gguf_name(key: str, *, post_norms: bool = False) -> str:
+    """The GGUF name of a Hugging Face key: model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight.
+
+    `post_norms`: of a model that normalises after attention and the MLP, too.
+    """
     if key in _OUTSIDE:
         return _OUTSIDE[key]
     layer, part = key.removeprefix("model.layers.").split(".", 1)
     stem, _, kind = part.rpartition(".")
-    return f"blk.{layer}.{_PARTS[stem]}.{kind}"
+    return f"blk.{layer}.{(_POST_NORMS if post_norms else _PARTS)[stem]}.{kind}"

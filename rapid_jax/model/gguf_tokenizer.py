@@ -2,7 +2,8 @@
 """The tokenizer in a GGUF file's metadata, as the Hugging Face files that the checkpoint was made from.
 
 GGUF stores the vocabulary and the merges, and names the pre-tokenizer (how text is cut before merges apply) by one word
-that llama.cpp knows. Only byte-level BPE with a word of the table below is read: a wrong cut silently gives wrong ids.
+that llama.cpp knows. Of byte-level BPE only a word of the table below is read: a wrong cut silently gives wrong ids.
+SentencePiece's vocabularies have scores in the place of merges, and no cuts.
 """
 
 import json
@@ -12,10 +13,10 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
+from rapid_jax.model.pieces import CONTROL, UNUSED, USER_DEFINED, Pieces, prepending, tokenizer_json
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields, shown
 
-_CONTROL, _USER_DEFINED, _UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
 _NAMED = {"bos": "bos", "eos": "eos", "eot": "eot", "unk": "unknown", "pad": "padding"}  # tokenizer.ggml.*_token_id
 
 # A word with its leading character, up to {digits} digits, punctuation with line ends, line ends, other space.
@@ -50,17 +51,19 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str = "GGUF metadata") 
     of another type, or contradicts another key, and for a tokenizer model or pre-tokenizer that is not known here.
     """
     fields = Fields(metadata, source)
-    kind, pre = fields.text("tokenizer.ggml.model"), fields.text("tokenizer.ggml.pre")
-    if kind != "gpt2":
+    kind = fields.text("tokenizer.ggml.model")
+    if kind not in ("gpt2", "llama"):
         raise InputError(
-            f"{source}: GGUF tokenizer model {shown(kind)} is not supported (expected 'gpt2'): "
+            f"{source}: GGUF tokenizer model {shown(kind)} is not supported (expected 'gpt2' or 'llama'): "
             "use the Hugging Face folder"
         )
-    if pre not in _CUTS:
-        raise InputError(f"{source}: GGUF pre-tokenizer {shown(pre)} is not supported; supported: {', '.join(_CUTS)}")
+    known = ("default",) if kind == "llama" else tuple(_CUTS)
+    pre = fields.text("tokenizer.ggml.pre", *known[:1] if kind == "llama" else ())
+    if pre not in known:
+        raise InputError(f"{source}: GGUF pre-tokenizer {shown(pre)} is not supported; supported: {', '.join(known)}")
     tokens, ids = fields.texts("tokenizer.ggml.tokens"), _named_ids(fields)
     special = {f"{name}_token": tokens[ids[name]] for name in ("bos", "eos", "unk", "pad") if name in ids}
-    add_bos = fields.truth("tokenizer.ggml.add_bos_token", _CUTS[pre].add_bos)
+    add_bos = fields.truth("tokenizer.ggml.add_bos_token", kind == "llama" or _CUTS[pre].add_bos)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": add_bos,
@@ -70,11 +73,14 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str = "GGUF metadata") 
     }
     if (template := fields.text("tokenizer.chat_template", None)) is not None:
         config["chat_template"] = template
-    settings = _backend(fields, tokens, _CUTS[pre], ids).to_str()
+    if kind == "llama":
+        settings = tokenizer_json(_pieces(fields, tokens), source)
+    else:
+        settings = json.loads(_backend(fields, tokens, _CUTS[pre], ids).to_str())
     if add_bos and "bos" in ids:
-        settings = json.dumps(json.loads(settings) | {"post_processor": _prepending(special["bos_token"], ids["bos"])})
+        settings["post_processor"] = prepending(special["bos_token"], ids["bos"])
     return {
-        "tokenizer.json": settings.encode(),
+        "tokenizer.json": json.dumps(settings).encode(),
         "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
         "generation_config.json": json.dumps(token_ids(fields), indent=2).encode(),
     }
@@ -100,6 +106,16 @@ def _named_ids(fields: Fields) -> dict[str, int]:
     return found
 
 
+def _pieces(fields: Fields, tokens: list[str]) -> Pieces:
+    """A SentencePiece vocabulary, and whether a text begins with a space."""
+    for key in ("precompiled_charsmap", "remove_extra_whitespaces"):
+        if fields.get(f"tokenizer.ggml.{key}"):
+            raise fields.error(f"tokenizer.ggml.{key}", "false or empty: others are not supported")
+    scores = fields.numbers("tokenizer.ggml.scores")
+    spaced = fields.truth("tokenizer.ggml.add_space_prefix", True)
+    return Pieces(tokens, scores, fields.wholes("tokenizer.ggml.token_type", most=6), spaced=spaced)
+
+
 def _backend(fields: Fields, tokens: list[str], cut: _Cut, ids: Mapping[str, int]) -> Tokenizer:
     kinds = fields.wholes("tokenizer.ggml.token_type", most=6)
     if len(kinds) != len(tokens):
@@ -114,7 +130,7 @@ def _backend(fields: Fields, tokens: list[str], cut: _Cut, ids: Mapping[str, int
     merges = _merges(fields, vocabulary)
     needed = {vocabulary[part] for merge in merges for part in (*merge, "".join(merge))} | set(ids.values())
     end = len(tokens)
-    while end > 1 and kinds[end - 1] == _UNUSED and end - 1 not in needed:
+    while end > 1 and kinds[end - 1] == UNUSED and end - 1 not in needed:
         end -= 1
     vocabulary = {token: id for id, token in enumerate(tokens[:end])}
     backend = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=cut.ignore_merges))  # pyright: ignore[reportArgumentType]
@@ -127,7 +143,7 @@ def _backend(fields: Fields, tokens: list[str], cut: _Cut, ids: Mapping[str, int
         level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([first, level])
     backend.decoder = decoders.ByteLevel()
-    for kind, special in ((_CONTROL, True), (_USER_DEFINED, False)):
+    for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
         found = [token for token, its in zip(tokens, kinds, strict=True) if its == kind]
         backend.add_tokens([AddedToken(token, special=special, normalized=False) for token in found])
     return backend
@@ -144,15 +160,3 @@ def _merges(fields: Fields, vocabulary: Mapping[str, int]) -> list[tuple[str, st
             )
         merges.append((left, right))
     return merges
-
-
-def _prepending(bos: str, id: int) -> dict[str, Any]:
-    """The post-processor of a tokenizer.json that begins each text with a token, whatever it is spelt like."""
-    begin = {"SpecialToken": {"id": bos, "type_id": 0}}
-    first, second = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
-    return {
-        "type": "TemplateProcessing",
-        "single": [begin, first],
-        "pair": [begin, first, begin, second],
-        "special_tokens": {bos: {"id": bos, "ids": [id], "tokens": [bos]}},
-    }

@@ -2,6 +2,7 @@
 """Hugging Face checkpoint folders: safetensors in and out, streamed, with errors that name the file and the tensor."""
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
@@ -14,9 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rapid_jax.model import safetensors_file
-from rapid_jax.model.checkpoint_folder import INDEX, SINGLE, folder_tensors, read_folder_config
+from rapid_jax.model.checkpoint_folder import INDEX, SINGLE, folder_tensors, read_folder_config, text_tensors
 from rapid_jax.model.config import ModelConfig, from_hf, to_hf
 from rapid_jax.model.decoder import Decoder, Layout
+from rapid_jax.model.families import TEXT_PARTS
 from rapid_jax.model.hf_names import EMBEDDING, HEAD, Weight, stored
 from rapid_jax.model.placement import build, stored_arrays
 from rapid_jax.runtime.axes import PARAM, Table
@@ -27,6 +29,7 @@ from rapid_jax.runtime.storage import AnyPlace
 
 ExportDtype = Literal["bfloat16", "float32"]
 _CONFIG = "config.json"
+_log = logging.getLogger(__name__)
 _SHARD_BYTES = 5_000_000_000  # the hub's and transformers' usual limit
 
 
@@ -35,8 +38,12 @@ class HfCheckpoint:
 
     def __init__(self, folder: AnyPlace):
         self.folder = folder
-        self.config = from_hf(read_folder_config(folder))
+        stated = read_folder_config(folder)
+        self.config = from_hf(stated)
         self._tensors = folder_tensors(folder)
+        if stated["model_type"] in TEXT_PARTS:
+            self._tensors, others = text_tensors(self._tensors)
+            _log.warning("%s: the vision tower (%d tensors) is left out: the model reads text alone", folder, others)
         if self.config.tie_embeddings and EMBEDDING not in self._tensors and HEAD in self._tensors:
             self._tensors[EMBEDDING] = self._tensors[HEAD]  # of two names of one array a file need have one only
         _check_complete(folder, self.config, self._tensors)

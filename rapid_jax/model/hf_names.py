@@ -107,6 +107,14 @@ _BLOCK = (
     ("mlp.up_proj.weight", "up_DF", "FD"),
     ("mlp.down_proj.weight", "down_FD", "DF"),
 )
+# Of models that normalise before and after: there the second norm's name is the Llama family's third.
+_POST_NORMS = (
+    *_BLOCK[:5],
+    ("post_attention_layernorm.weight", "attention_post_norm_D", "D"),
+    ("pre_feedforward_layernorm.weight", "mlp_norm_D", "D"),
+    *_BLOCK[6:],
+    ("post_feedforward_layernorm.weight", "mlp_post_norm_D", "D"),
+)
 _BIASES = (
     ("self_attn.q_proj.bias", "q_bias_NH", "NH"),
     ("self_attn.k_proj.bias", "k_bias_KH", "KH"),
@@ -137,7 +145,8 @@ def weights(config: ModelConfig) -> tuple[Weight, ...]:
         }.items()
     )
     found = [Weight(EMBEDDING, "embed_VD", "VD", None, sizes)]
-    block = _BLOCK + (_BIASES if config.qkv_bias else ()) + (_QK_NORMS if config.qk_norm else ())
+    block = _POST_NORMS if config.post_norms else _BLOCK
+    block += (_BIASES if config.qkv_bias else ()) + (_QK_NORMS if config.qk_norm else ())
     joined = _JOINED if config.joined else {}
     for layer in range(config.num_layers):
         place = f"model.layers.{layer}."

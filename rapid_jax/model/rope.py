@@ -130,13 +130,16 @@ def chosen(rotations: Sequence[Rotation], which: jax.Array | None) -> Rotation:
     return cos, sin
 
 
-def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """`x` with each pair (x_i, x_{i + R/2}) turned by its angle; computed in float32, returned in x's dtype.
+def rotate(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, scale: float = 1.0) -> jax.Array:
+    """`x` times `scale` with each pair (x_i, x_{i + R/2}) turned by its angle; in float32, returned in x's dtype.
 
-    R is twice the number of angles: a head may be longer, and its rest stays as it is.
+    R is twice the number of angles: a head may be longer, and its rest is not turned.
     """
     turned, rest = x_BTNH[..., : 2 * cos.shape[-1]], x_BTNH[..., 2 * cos.shape[-1] :]
     first, second = jnp.split(turned.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
+    if scale != 1:
+        cos, sin = cos * scale, sin * scale
+        rest = (rest.astype(jnp.float32) * scale).astype(x_BTNH.dtype)
     both = [(first * cos - second * sin).astype(x_BTNH.dtype), (second * cos + first * sin).astype(x_BTNH.dtype)]
     return jnp.concatenate([*both, rest] if rest.shape[-1] else both, axis=-1)

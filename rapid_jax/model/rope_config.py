@@ -45,9 +45,7 @@ def read_rope(config: Fields, max_positions: int, head_dim: int, traits: Traits)
     original context over the inner one. Raises InputError naming a key whose value is no such number, or would make
     angles that are not finite.
     """
-    none = Fields({}, config.source)
-    scaling, parameters = config.fields("rope_scaling", none), config.fields("rope_parameters", none)
-    given: Fields = scaling or parameters
+    given: Fields = _given(config, traits)
     kind = _kind(given, traits)
     fraction = _fraction(config, given, head_dim, partial=traits.partial)
     theta = traits.theta
@@ -71,6 +69,19 @@ def read_rope(config: Fields, max_positions: int, head_dim: int, traits: Traits)
     return replace(_yarn(given, theta, max_positions, original), fraction=fraction)
 
 
+def read_local_rope(config: Fields, traits: Traits) -> Rope | None:
+    """That of layers with a window, where they have one of their own: by its base alone."""
+    if traits.local_theta is None:
+        return None
+    none = Fields({}, config.source)
+    given = config.fields("rope_parameters", none).fields("sliding_attention", none)
+    if _kind(given, traits) != "default":
+        raise given.error("rope_type", "default: another rule for layers with a window is not supported")
+    if "rope_theta" in given:
+        return Rope(given.number("rope_theta", above=1.0, most=_MOST_THETA))
+    return Rope(config.number("rope_local_base_freq", traits.local_theta, above=1.0, most=_MOST_THETA))
+
+
 def rope_scaling(rope: Rope) -> dict[str, Any] | None:
     """The rule as config.json's rope_scaling, which holds everything of a `Rope` but its base; None for no rule."""
     if rope.scaling == "default":
@@ -91,6 +102,20 @@ def rope_scaling(rope: Rope) -> dict[str, Any] | None:
         "long_factor": rope.long_factor and list(rope.long_factor),
     }
     return {key: value for key, value in given.items() if value is not None}
+
+
+def _given(config: Fields, traits: Traits) -> Fields:
+    """The keys of a rule, wherever they are: in one object, or in one for each type of layer."""
+    none = Fields({}, config.source)
+    scaling, parameters = config.fields("rope_scaling", none), config.fields("rope_parameters", none)
+    if traits.local_theta is None:
+        return scaling or parameters
+    if unknown := next((key for key in parameters if key not in ("full_attention", "sliding_attention")), None):
+        raise parameters.error(unknown, "part of full_attention or sliding_attention")
+    whole = parameters.fields("full_attention", none)
+    return Fields(
+        {**whole, **scaling}, config.source, "rope_scaling." if scaling else "rope_parameters.full_attention."
+    )
 
 
 def _kind(given: Fields, traits: Traits) -> str:

@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from rapid_jax.model.families import Activation
 from rapid_jax.runtime.contract import contract
 
 MOST_ROWS = 8  # their high and low halves fill the 16 rows of a matrix unit
@@ -63,12 +64,14 @@ def fixed_point(
     parts_STD: jax.Array | None = None,
     norm_D: jax.Array | None = None,
     eps: float = 0.0,
+    offset: float = 0.0,
     interpret: bool = False,
 ) -> tuple[FixedPoint, jax.Array]:
     """(x as fixed-point rows, x), by one program a row.
 
     `parts_STD` are float32 addends of x, what a matrix product left in several; the sum comes back in x's dtype. With
-    `norm_D` the rows are the RMS norm of that sum times `norm_D`. Raises ValueError, while tracing, for other shapes.
+    `norm_D` the rows are the RMS norm of that sum times `norm_D` plus `offset`. Raises ValueError, while tracing, for
+    other shapes.
     """
     with contract("fixed_point"):
         chex.assert_rank(x_TD, 2)
@@ -87,7 +90,7 @@ def fixed_point(
     if norm_D is not None:
         given.append((norm_D, pl.BlockSpec((lanes,), lambda t: (0,))))
     halves_PD, scale_T, sum_TD = pl.pallas_call(
-        partial(_fixed_point_kernel, width=D, shares=shares, normed=norm_D is not None, eps=eps),
+        partial(_fixed_point_kernel, width=D, shares=shares, normed=norm_D is not None, eps=eps, offset=offset),
         grid=(T,),
         in_specs=[spec for _, spec in given],
         out_specs=[
@@ -107,7 +110,7 @@ def fixed_point(
     return FixedPoint(halves_PD, scale_T), x_TD if parts_STD is None else sum_TD
 
 
-def _fixed_point_kernel(x_ref, *refs, width, shares, normed, eps):
+def _fixed_point_kernel(x_ref, *refs, width, shares, normed, eps, offset):
     *refs, halves_ref, scale_ref, sum_ref = refs
     inside = jnp.arange(x_ref.shape[0]) < width
 
@@ -121,7 +124,7 @@ def _fixed_point_kernel(x_ref, *refs, width, shares, normed, eps):
         triton.store(sum_ref.at[:], y, mask=inside)
         y = y.astype(jnp.float32)
     if normed:
-        y *= lax.rsqrt(jnp.sum(y * y) / width + eps) * load(refs[-1])
+        y *= lax.rsqrt(jnp.sum(y * y) / width + eps) * (load(refs[-1]) + offset)
     largest = jnp.max(jnp.abs(y))
     steps = y * jnp.where(largest > 0, STEPS / largest, 0.0)
     steps = (steps + jnp.where(steps >= 0, 0.5, -0.5)).astype(jnp.int32)
@@ -139,12 +142,13 @@ def skinny_matmul(
     *,
     bits: int,
     gated: jnp.dtype | None = None,
+    activation: Activation = "silu",
     tile: Tile | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """float32 [S, T, N], whose sum over S is the rows times a matrix of N columns; S is chosen to fill the device.
 
-    With `gated` the columns are [gate, up], and silu(gate) up comes back, [T, N / 2] of that dtype.
+    With `gated` the columns are [gate, up], and activation(gate) up comes back, [T, N / 2] of that dtype.
 
     bits 8: `weight` is int8 [N, D], `scale` float32 [N]. 4: int8 [N, D / 2], each of which holds two weights of a group
     of `GROUP`: of the group's first half in the low four bits, of its second half in the high ones, in two's
@@ -166,7 +170,6 @@ def skinny_matmul(
     tiles = D // deep
     enough = (n for n in range(1, tiles + 1) if tiles % n == 0 and n * (columns // wide) >= tile.programs)
     shares = next(enough, tiles) if gated is None else 1
-    out_spec = pl.BlockSpec((None, T, wide), lambda n, j: (j, 0, n))
     out_shape = jax.ShapeDtypeStruct((shares, T, columns), jnp.float32 if gated is None else gated)
     weights = []
     for index in range(ins):  # the gate's columns, those of up
@@ -176,15 +179,16 @@ def skinny_matmul(
             weights.append((scale, pl.BlockSpec((wide,), lambda n, j, first=first: (first + n,))))
         else:
             weights.append((scale, pl.BlockSpec((D // GROUP, wide), lambda n, j, first=first: (0, first + n))))
+    sizes = {"rows": T, "deep": deep, "count": tiles // shares}
     out = pl.pallas_call(
-        partial(_matmul_kernel, rows=T, deep=deep, count=tiles // shares, bits=bits, packed=not interpret),
+        partial(_matmul_kernel, **sizes, bits=bits, activation=activation, packed=not interpret),
         grid=(columns // wide, shares),
         in_specs=[
             pl.BlockSpec((2 * MOST_ROWS, D), lambda n, j: (0, 0)),
             pl.BlockSpec((T,), lambda n, j: (0,)),
             *(spec for _, spec in weights),
         ],
-        out_specs=out_spec,
+        out_specs=pl.BlockSpec((None, T, wide), lambda n, j: (j, 0, n)),
         out_shape=out_shape,
         compiler_params=triton.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
         interpret=interpret,
@@ -193,7 +197,7 @@ def skinny_matmul(
     return out if gated is None else out[0]
 
 
-def _matmul_kernel(x_ref, x_scale_ref, *refs, rows, deep, count, bits, packed):
+def _matmul_kernel(x_ref, x_scale_ref, *refs, rows, deep, count, bits, activation, packed):
     *weights, out_ref = refs
     pairs = list(zip(weights[::2], weights[1::2], strict=True))  # one, or those of gate and up
     wide, share = out_ref.shape[1], pl.program_id(1)
@@ -219,8 +223,15 @@ def _matmul_kernel(x_ref, x_scale_ref, *refs, rows, deep, count, bits, packed):
         outs = [jnp.sum(acc * parts_P[:, None], axis=0) for acc in sums]
         if len(outs) == 2:
             gate, up = (out.astype(out_ref.dtype).astype(jnp.float32) for out in outs)
-            outs = [gate * jax.nn.sigmoid(gate) * up]
+            outs = [gate * jax.nn.sigmoid(_exponent(gate, activation)) * up]
         out_ref[row, :] = outs[0].astype(out_ref.dtype)
+
+
+def _exponent(gate: jax.Array, activation: Activation) -> jax.Array:
+    """What silu and gelu (its tanh form: tanh is a sigmoid of twice its argument) are the gate times the sigmoid of."""
+    if activation == "silu":
+        return gate
+    return 2 * math.sqrt(2 / math.pi) * (gate + 0.044715 * gate * gate * gate)
 
 
 def _eight(x_part, tile, deep, w_ref, scale_ref, acc):

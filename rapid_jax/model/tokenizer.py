@@ -11,6 +11,7 @@ from typing import Any
 from rapid_jax.model import detokenize
 from rapid_jax.model.backend import backend_of, encoding_of, read_backend, settings_of
 from rapid_jax.model.chat import PLAIN, ChatTemplate, Messages, TemplateLimitError
+from rapid_jax.model.pieces import sentencepiece_files
 from rapid_jax.model.quoting import Quoting
 from rapid_jax.model.tokenizer_config import TokenizerConfig
 from rapid_jax.runtime.errors import InputError
@@ -32,7 +33,7 @@ FILES = (
     "generation_config.json",
 )
 # Ends of a turn that a chat template may write without the checkpoint's configs naming them.
-_END_OF_TURN = ("<|eot_id|>", "<|im_end|>")
+_END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<end_of_turn>")
 _SPACES = ("\N{LOWER ONE EIGHTH BLOCK}", "\N{LATIN CAPITAL LETTER G WITH DOT ABOVE}")  # how vocabularies spell one
 _MARKER = re.compile(r"<(?!0x..>).+>|\[.+\]")  # how tokens between messages are spelt; <0x0A> is a byte
 _NOW = datetime.datetime(2025, 1, 1)
@@ -44,21 +45,23 @@ _log = logging.getLogger(__name__)
 class Tokenizer:
     """A checkpoint's tokenizer: ids equal transformers' for the same text.
 
-    `files` are the checkpoint's own files (names in FILES), kept for export. tokenizer.json is needed; the rest decides
-    the chat template, the special tokens and the stop ids. `model_eos` is config.json's eos_token_id. No text becomes
-    an id that is not below `rows`, the rows of the model's embedding. `place` is what names the files in errors.
+    `files` are the checkpoint's own files (names in FILES), kept for export. tokenizer.json is needed, or
+    SentencePiece's tokenizer.model; the rest decides the chat template, the special tokens and the stop ids.
+    `model_eos` is config.json's eos_token_id. No text becomes an id that is not below `rows`, the rows of the model's
+    embedding. `place` is what names the files in errors.
     """
 
     def __init__(
         self, files: Mapping[str, bytes], model_eos: Any = None, *, rows: int | None = None, place: str | AnyPlace = ""
     ):
         self.files, self._rows, place = dict(files), rows, f"{place}/" if place else ""
-        if "tokenizer.json" not in self.files:
+        if not {"tokenizer.json", "tokenizer.model"} & self.files.keys():
             raise InputError(
                 f"{place}tokenizer.json: no such file; transformers' save_pretrained writes it from other formats"
             )
-        config = TokenizerConfig(self.files, place)
-        self._backend = read_backend(self.files["tokenizer.json"], f"{place}tokenizer.json")
+        read = self.files if "tokenizer.json" in self.files else self.files | sentencepiece_files(self.files, place)
+        config = TokenizerConfig(read, place)
+        self._backend = read_backend(read["tokenizer.json"], f"{place}tokenizer.json")
         config.add_tokens(self._backend)
         self.special_tokens = config.special_tokens
         named = {id for token in config.all_special if (id := self.id_of(token)) is not None}
@@ -155,17 +158,23 @@ class Tokenizer:
         return self._checked(ids)
 
     def chat(
-        self, messages: Messages, *, add_generation_prompt: bool = True, now: datetime.datetime | None = None
+        self,
+        messages: Messages,
+        *,
+        add_generation_prompt: bool = True,
+        now: datetime.datetime | None = None,
+        thinking: bool = False,
     ) -> str:
         """The prompt for `messages` (dicts of role and content), ready for `encode`.
 
-        `now` is the time for templates that write the date; None: the tokenizer's own, else the clock's.
+        `now` is the time for templates that write the date; None: the tokenizer's own, else the clock's. `thinking`:
+        a model that can is to think before it answers.
         Raises InputError with the template's words when it refuses them (roles that do not alternate, say).
         """
         if not self._warned:
             self._warned = True
             _log.warning("the checkpoint has no chat template: the prompt is plain text, 'User: ... Assistant:'")
-        return self._template.render(messages, add_generation_prompt, now or self.now)
+        return self._template.render(messages, add_generation_prompt, now or self.now, thinking=thinking)
 
     def stream(self) -> detokenize.Stream:
         """A decoder for ids that arrive a few at a time."""

@@ -88,6 +88,14 @@ _PHI4_MINI: dict[str, Any] = {
     **_sizes(3072, 8192, 32, 24, num_key_value_heads=8),
 }
 
+_GEMMA3: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262208,
+    "sliding_window": 1024,
+    "max_position_embeddings": 131072,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+}
+
 # The published config.json of each, as far as it shapes a program.
 SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -99,6 +107,14 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "qwen3-1.7b": _QWEN3 | _sizes(2048, 6144, 28, 16, tie_word_embeddings=True),
         "qwen3-8b": _QWEN3 | _sizes(4096, 12288, 36, 32),
         "qwen3-32b": _QWEN3 | _sizes(5120, 25600, 64, 64),
+        "gemma-3-1b": _GEMMA3
+        | {"vocab_size": 262144, "sliding_window": 512, "max_position_embeddings": 32768, "rope_scaling": None}
+        | _sizes(1152, 6912, 26, 4, num_key_value_heads=1),
+        "gemma-3-4b": _GEMMA3 | _sizes(2560, 10240, 34, 8, num_key_value_heads=4),
+        "gemma-3-12b": _GEMMA3 | _sizes(3840, 15360, 48, 16, num_key_value_heads=8),
+        "gemma-3-27b": _GEMMA3
+        | {"head_dim": 128, "query_pre_attn_scalar": 168}
+        | _sizes(5376, 21504, 62, 32, num_key_value_heads=16),
         "phi-4-mini": _PHI4_MINI,
         "smollm3-3b": _SMOLLM3,
         "mistral-7b": _MISTRAL | _sizes(4096, 14336, 32, 32),

@@ -105,6 +105,10 @@ class Fields(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._values)
 
+    def over(self, defaults: Mapping[str, Any]) -> "Fields":
+        """The same place, where keys that it leaves out have these values."""
+        return Fields({**defaults, **self._values}, self.source, self._path)
+
     def error(self, key: str, expected: str) -> InputError:
         """The error of a value at `key` that is not what was expected."""
         value = self._values.get(key, _REQUIRED)

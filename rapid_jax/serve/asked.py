@@ -6,7 +6,7 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rapid_jax.config import RapidConfig
+from rapid_jax.config import PromptsConfig, RapidConfig
 from rapid_jax.engine.request import Chat, Request
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.retrieval.select import Selection
@@ -98,11 +98,18 @@ def chat_requests(body: ChatRequest, read: Read | None, defaults: RapidConfig, o
         sampling=sampling_of(body, defaults.sampling, most),
         stop=stops_of(body, defaults),
         retrieval=retrieval_of(body, defaults.retrieval),
+        prompts=prompts_of(body, defaults.prompts),
         logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         owner=owner,
         public=read is not None and read.public,
     )
     return choices(asked, body.n or 1)
+
+
+def prompts_of(body: ChatRequest, defaults: PromptsConfig) -> PromptsConfig:
+    """The server's words, and whether the model thinks first."""
+    thinking = body.chat_template_kwargs and body.chat_template_kwargs.enable_thinking
+    return defaults if thinking is None else replace(defaults, enable_thinking=thinking)
 
 
 def choices(asked: Request, count: int) -> list[Request]:

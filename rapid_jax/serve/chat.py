@@ -40,6 +40,7 @@ class Choice:
 
     spans: OriginSpans
     text: list[str] = field(default_factory=list)
+    thoughts: list[str] = field(default_factory=list)
     origins: list[dict[str, str]] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     selection: Selection | None = None
@@ -71,6 +72,7 @@ class ChatReply:
                 choice.selection = event.selection
             elif isinstance(event, Piece):
                 choice.text.append(event.text)
+                choice.thoughts.append(event.thoughts)
                 choice.logprobs += event.logprobs or []
                 choice.origins += choice.spans.of(event) if self._body.origins else []
             elif isinstance(event, Done):
@@ -83,9 +85,11 @@ class ChatReply:
         rapid = self._rapid(choice, choice.answer) | {"citations": self._citations(choice)}
         if self._body.origins:
             rapid["origins"] = choice.origins
+        thoughts = "".join(choice.thoughts).strip()
+        message = {"role": "assistant", "content": "".join(choice.text), "refusal": None}
         return {
             "index": number,
-            "message": {"role": "assistant", "content": "".join(choice.text), "refusal": None},
+            "message": message | ({"reasoning_content": thoughts} if thoughts else {}),
             "logprobs": self._logprobs(choice.logprobs),
             "finish_reason": choice.answer.finish_reason,
             "rapid": rapid,
@@ -106,6 +110,8 @@ class ChatReply:
                 yield self._chunk(number, {}, rapid={"citations": self._citations(choice)})
             elif isinstance(event, Piece):
                 rapid = {"origins": choice.spans.of(event)} if self._body.origins else None
+                if event.thoughts:
+                    yield self._chunk(number, {"reasoning_content": event.thoughts})
                 if event.text or event.logprobs:
                     delta = {"content": event.text}
                     yield self._chunk(number, delta, logprobs=self._logprobs(event.logprobs or []), rapid=rapid)

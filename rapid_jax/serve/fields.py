@@ -121,6 +121,14 @@ class Retrieval(Body):
     max_chunks: Annotated[int | None, Field(ge=1, le=2**16)] = None
 
 
+class TemplateOptions(Body):
+    """What the chat template is told."""
+
+    enable_thinking: Annotated[
+        bool | None, Field(description="A model that can thinks before it answers, in reasoning_content.")
+    ] = None
+
+
 class ChatRequest(Asked):
     """OpenAI's chat completion, and how RAPID makes it."""
 
@@ -144,6 +152,7 @@ class ChatRequest(Asked):
     safety_identifier: Unused = None
     prompt_cache_key: Unused = None
 
+    chat_template_kwargs: TemplateOptions | None = None
     document: Annotated[
         LongText | Annotated[list[DocumentId], Field(min_length=1, max_length=64)] | None,
         Field(description="What the question is about: a document's id, ids that are read as one, or a text."),

@@ -44,6 +44,7 @@ class ChatMessage(BaseModel):
     role: Literal["assistant"]
     content: str
     refusal: None
+    reasoning_content: str | None = None
 
 
 class Citation(BaseModel):

@@ -7,6 +7,7 @@ from typing import Any
 
 from rapid_jax.engine.request import Piece, TokenLogprobs
 from rapid_jax.model.detokenize import REPLACEMENT
+from rapid_jax.model.thinking import START, Thinking
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.speculative.state import Origin
 
@@ -78,6 +79,7 @@ class OriginSpans:
     def __init__(self, tokenizer: Tokenizer):
         self._stream = tokenizer.stream()
         self._waiting: deque[tuple[str, str]] = deque()  # texts of tokens that no piece has shown yet
+        self._thinking: Thinking | None = None  # once something was thought
         self._last = Origin.BONUS.name.lower()
 
     def of(self, piece: Piece) -> list[dict[str, str]]:
@@ -85,7 +87,12 @@ class OriginSpans:
         for token_id, origin in zip(piece.token_ids, piece.origins, strict=True):
             name = Origin(origin).name.lower()
             if text := self._stream.push([token_id]):
-                self._waiting.append((text, name))
+                self._wait(text, name)
+        if piece.thoughts and self._thinking is None:
+            given, self._waiting = self._waiting, deque()
+            self._thinking = Thinking(opened=START not in "".join(text for text, _ in given))
+            for text, name in given:
+                self._wait(text, name)
         spans, rest = [], piece.text
         while rest:
             # The last bytes of a broken character come when the answer ends, and with no token.
@@ -95,3 +102,8 @@ class OriginSpans:
                 self._waiting.appendleft((text[len(shown) :], self._last))
             spans.append({"text": shown, "origin": self._last})
         return spans
+
+    def _wait(self, text: str, name: str) -> None:
+        text = text if self._thinking is None else self._thinking.push(text)
+        if text:
+            self._waiting.append((text, name))

@@ -3,6 +3,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,11 +28,11 @@ def test_rows_as_fixed_point(rows, depth, dtype):
     fixed, same_TD = jax.jit(fixed_point)(x_TD)
     check_rows(fixed, np.asarray(x_TD, np.float64))
     np.testing.assert_array_equal(same_TD, x_TD)
-    fixed, sum_TD = jax.jit(partial(fixed_point, eps=EPS))(x_TD, parts_STD=parts_STD, norm_D=norm_D)
+    fixed, sum_TD = jax.jit(partial(fixed_point, eps=EPS, offset=1.0))(x_TD, parts_STD=parts_STD, norm_D=norm_D)
     want_TD = np.asarray(x_TD, np.float64) + np.sum(np.asarray(parts_STD, np.float64), axis=0)
     step = 2.0**-8 if dtype == jnp.bfloat16 else 1e-6
     np.testing.assert_allclose(np.asarray(sum_TD, np.float64), want_TD, rtol=step, atol=1e-6)
-    check_rows(fixed, normed(np.asarray(sum_TD, np.float64), norm_D), slack=0.1)
+    check_rows(fixed, normed(np.asarray(sum_TD, np.float64), norm_D, 1.0), slack=0.1)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -46,10 +47,12 @@ def test_products(depth, width, rows, bits):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("rows, depth, width", [(1, 384, 160), (MOST_ROWS, 640, 64), (3, 2048, 4096)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_gated_products(rows, depth, width, bits, dtype):
+@pytest.mark.parametrize("activation", ["silu", "gelu_pytorch_tanh"])
+def test_gated_products(rows, depth, width, bits, dtype, activation):
     args, gate, up = gate_and_up(bits, rows, depth, width)
-    got_TF = jax.jit(partial(skinny_matmul, bits=bits, gated=jnp.dtype(dtype)))(*args)
-    want_TF = gate / (1 + np.exp(-gate)) * up
+    got_TF = jax.jit(partial(skinny_matmul, bits=bits, gated=jnp.dtype(dtype), activation=activation))(*args)
+    inside = gate if activation == "silu" else np.sqrt(8 / np.pi) * (gate + 0.044715 * gate**3)
+    want_TF = gate / (1 + np.exp(-inside)) * up
     got_TF = np.asarray(got_TF.astype(jnp.float32), np.float64)
     assert np.linalg.norm(got_TF - want_TF) <= (1e-5 if dtype == jnp.float32 else 6e-3) * np.linalg.norm(want_TF)
 
@@ -84,11 +87,14 @@ def config() -> ModelConfig:
     )
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
+GEMMA = {"qk_norm": True, "post_norms": True, "norm_offset": 1.0, "activation": "gelu_pytorch_tanh"}
+
+
+@pytest.mark.parametrize("changed", [{}, {"qk_norm": True}, GEMMA], ids=["plain", "norms of q and k", "norms around"])
 @pytest.mark.parametrize("rows, bits", [((1, 1), 8), ((4, 2), 8), ((1, 9), 8), ((2, 3), 4)])
-def test_a_quantised_decoder(rows, bits, qk_norm):
+def test_a_quantised_decoder(rows, bits, changed: dict[str, Any]):
     """The few rows of a step as kernels take them, against the same weights restored in float32."""
-    full = random_decoder(replace(config(), qk_norm=qk_norm), jnp.dtype(jnp.float32), 0)
+    full = random_decoder(replace(config(), **changed), jnp.dtype(jnp.float32), 0)
     copy = quantized(full, bits)
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer):  # every token by itself: the mean of the heads' values

@@ -83,6 +83,18 @@ FAMILIES = {
             "pad_token_id": None,
         },
     ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 100,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+            "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+            "max_position_embeddings": 32768,
+        },
+    ),
     "qwen2-tied": ("Qwen2Config", {"rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": True}),
 }
 
@@ -142,7 +154,10 @@ def our_logits(decoder: Decoder, tokens_BT: np.ndarray, pos_BT: np.ndarray) -> n
     return forward_of(decoder)(tokens_BT, pos_BT)
 
 
-def tokens_at(start: int, length: int, vocab: int = SIZES["vocab_size"]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens, positions): one first token at position 0, the others from `start` on."""
-    tokens_BT = np.random.default_rng(0).integers(0, vocab, (1, length))
-    return tokens_BT, np.concatenate([[0], np.arange(start, start + length - 1)])[None]
+def tokens_at(start: int, length: int, *, windows: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, positions): one first token at position 0, the others from `start` on.
+
+    `windows`: the first is right before the others, since transformers' windows count tokens, not positions.
+    """
+    tokens_BT = np.random.default_rng(0).integers(0, SIZES["vocab_size"], (1, length))
+    return tokens_BT, np.concatenate([[start - 1 if windows else 0], np.arange(start, start + length - 1)])[None]

@@ -34,9 +34,9 @@ def normal(seed: int, *shape: int, dtype=jnp.float32) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape).astype(dtype))
 
 
-def normed(x_TD: np.ndarray, norm_D: jax.Array) -> np.ndarray:
+def normed(x_TD: np.ndarray, norm_D: jax.Array, offset: float = 0.0) -> np.ndarray:
     mean_T1 = np.mean(np.square(x_TD), axis=1, keepdims=True)
-    return x_TD / np.sqrt(mean_T1 + EPS) * np.asarray(norm_D, np.float64)
+    return x_TD / np.sqrt(mean_T1 + EPS) * (np.asarray(norm_D, np.float64) + offset)
 
 
 def fixed_rows(rows: int, depth: int, seed: int = 0) -> FixedPoint:

@@ -27,6 +27,22 @@ LLAMA = {
 MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "num_key_value_heads": 2}
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_key_value_heads": 2}
 SMOLLM3 = QWEN3 | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "num_hidden_layers": 6}
+GEMMA3 = LLAMA | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_key_value_heads": 2}
+# As gemma-3-4b-it's: what is as in transformers' own 4B is left out.
+WITH_IMAGES = {
+    "architectures": ["Gemma3ForConditionalGeneration"],
+    "model_type": "gemma3",
+    "eos_token_id": [1, 106],
+    "text_config": {
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "model_type": "gemma3_text",
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {"hidden_size": 1152},
+}
 PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": None}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
 
@@ -35,7 +51,7 @@ QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "
 def test_reads_what_transformers_writes_and_transformers_reads_what_is_written(name, tmp_path):
     kind, special = FAMILIES[name]
     theirs = getattr(transformers, kind)(**SIZES | special, eos_token_id=[7, 9])
-    theirs.architectures = [kind.replace("Config", "ForCausalLM")]
+    theirs.architectures = [kind.replace("TextConfig", "Config").replace("Config", "ForCausalLM")]
     theirs.save_pretrained(tmp_path)
     ours = from_hf(json.loads((tmp_path / "config.json").read_text()))
     written = to_hf(ours)
@@ -80,6 +96,27 @@ def test_layers_without_rope_are_a_pattern_that_repeats():
     assert from_hf(SMOLLM3 | {"use_sliding_window": True, "sliding_window": 512, "no_rope_layers": [1] * 6})
 
 
+def test_the_text_part_of_a_model_of_text_and_images():
+    config = from_hf(WITH_IMAGES)
+    sizes = (config.vocab_size, config.num_heads, config.num_kv_heads, config.head_dim, config.max_positions)
+    assert sizes == (262208, 8, 4, 256, 131072)
+    local, whole = LayerKind(window=1024, rope=Rope(1e4)), LayerKind()
+    assert config.pattern == (*[local] * 5, whole) and config.kind_of[:7] == (0, 0, 0, 0, 0, 1, 0)
+    assert config.rope == Rope(1e6, "linear", 8.0) and config.tie_embeddings
+    assert config.query_scale == 1 and config.embedding_scale == 2560**0.5
+    assert config.carried_keys() == {"eos_token_id": [1, 106]}
+    assert from_hf(to_hf(config)) == config
+    theirs = transformers.Gemma3Config(**WITH_IMAGES)
+    assert theirs.text_config.layer_types == to_hf(config)["layer_types"]
+    newer = to_hf(config) | {"rope_theta": 3.0, "rope_scaling": None, "rope_local_base_freq": 3.0}
+    assert from_hf(newer | {"rope_parameters": theirs.text_config.rope_parameters}) == config
+
+
+def test_scores_that_are_not_divided_by_the_root_of_a_head():
+    config = from_hf(GEMMA3 | {"head_dim": 128, "query_pre_attn_scalar": 168})
+    assert config.query_scale == (128 / 168) ** 0.5 and to_hf(config)["query_pre_attn_scalar"] == 168
+
+
 LONGROPE = {"type": "su", "short_factor": [1.0, 1.5], "long_factor": [2.0, 8.0]}
 
 
@@ -118,7 +155,27 @@ def test_an_override_of_the_rope_base_is_exported():
 @pytest.mark.parametrize(
     ("given", "word"),
     [
-        (LLAMA | {"model_type": "gemma3_text"}, "sliding-window attention is not supported, got 'gemma3_text'"),
+        (LLAMA | {"model_type": "gemma2"}, "soft caps of scores and logits is not supported, got 'gemma2'"),
+        (LLAMA | {"model_type": "gemma3n_text"}, "keys that layers share is not supported, got 'gemma3n_text'"),
+        (LLAMA | {"model_type": "kimi_linear"}, "linear attention is not supported, got 'kimi_linear'"),
+        (LLAMA | {"model_type": "lfm2"}, "a convolution in the place of attention is not supported, got 'lfm2'"),
+        (GEMMA3 | {"final_logit_softcapping": 30.0}, "final_logit_softcapping must be null or false"),
+        (GEMMA3 | {"use_bidirectional_attention": True}, "use_bidirectional_attention must be null or false"),
+        (GEMMA3 | {"hidden_activation": "silu"}, "hidden_activation must be 'gelu_pytorch_tanh'"),
+        (
+            GEMMA3 | {"layer_types": ["chunked_attention"] * 2},
+            "layer_types must be a list of full_attention and sliding",
+        ),
+        (
+            GEMMA3 | {"rope_parameters": {"rope_theta": 1e6}},
+            "rope_parameters.rope_theta must be part of full_attention",
+        ),
+        (
+            GEMMA3 | {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            "rope_parameters.sliding_attention.rope_type must be default",
+        ),
+        (WITH_IMAGES | {"quantization_config": {"bits": 4}}, "quantization_config"),
+        (WITH_IMAGES | {"text_config": {"num_hidden_layers": "4"}}, "text_config.num_hidden_layers"),
         (LLAMA | {"model_type": "qwen3_moe"}, "a mixture of experts is not supported, got 'qwen3_moe'"),
         (LLAMA | {"model_type": "gpt_oss"}, "attention sinks and a mixture of experts is not .*'gpt_oss'"),
         (LLAMA | {"model_type": "llama4_text"}, "attention in chunks .*'llama4_text'"),

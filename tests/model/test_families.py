@@ -31,9 +31,10 @@ CONFIGS = {
     "qwen3": "Qwen3Config",
     "smollm3": "SmolLM3Config",
     "phi3": "Phi3Config",
+    "gemma3_text": "Gemma3TextConfig",
 }
 WINDOWS = (1, 7, 16, 17, 64)  # the tests' prompts are of 24 and, for greedy tokens, 120
-MESHES = {"qwen3": MeshConfig(context=2, model=2)}  # for greedy tokens
+MESHES = {"qwen3": MeshConfig(context=2, model=2), "gemma3_text": MeshConfig(model=2)}  # for greedy tokens
 LAYOUTS: tuple[Layout, ...] = ("stacked", "unrolled")
 
 
@@ -46,8 +47,7 @@ def drawn(family: str, draw: int) -> dict[str, Any]:
     found |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     found |= {"max_position_embeddings": 40960, "rope_theta": rng.choice((1e4, 1e6, 5e6))}
     found |= {"dtype": rng.choice(("float32", "bfloat16", "float16"))}  # of the file
-    of_family = {"mistral": _mistral, "qwen2": _qwen2, "qwen3": _qwen3, "smollm3": _smollm3, "phi3": _phi3}
-    return found | of_family[family](rng, head_dim)
+    return found | OF_FAMILY[family](rng, head_dim)
 
 
 def _mistral(rng: random.Random, head_dim: int) -> dict[str, Any]:
@@ -88,10 +88,30 @@ def _phi3(rng: random.Random, head_dim: int) -> dict[str, Any]:
     return found | {"rope_scaling": rng.choice((None, longrope, longrope))}
 
 
+def _gemma3(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    """Its scores are divided by the root of another number than the size of a head, in half of them."""
+    found = {"head_dim": head_dim, "query_pre_attn_scalar": rng.choice((head_dim, head_dim, 24, 7))}
+    scaling = rng.choice((None, None, {"rope_type": "linear", "factor": 8.0}))
+    types = rng.choice((["sliding_attention", "full_attention"], ["full_attention", "sliding_attention"]))
+    layers = rng.choice(({"layer_types": types}, {"sliding_window_pattern": 2}, {}))
+    found |= {"rope_local_base_freq": rng.choice((1e4, 3e3)), "sliding_window": rng.choice((*WINDOWS, 65536))}
+    return found | layers | {"rope_scaling": scaling}
+
+
 def _scaling(rng: random.Random) -> dict[str, Any] | None:
     factor = rng.choice((2.0, 4.0))
     yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 8192}
     return rng.choice((None, yarn, yarn | {"attention_factor": 1.1}, {"rope_type": "linear", "factor": factor}))
+
+
+OF_FAMILY = {
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "smollm3": _smollm3,
+    "phi3": _phi3,
+    "gemma3_text": _gemma3,
+}
 
 
 def saved(family: str, given: dict[str, Any], folder: Path) -> transformers.PreTrainedModel:
@@ -102,7 +122,7 @@ def saved(family: str, given: dict[str, Any], folder: Path) -> transformers.PreT
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for value in model.parameters():
-            if value.ndim == 1:  # norms start at one, which would hide a mistake
+            if value.ndim == 1:  # norms start at one or zero, which would hide a mistake
                 value.add_(torch.randn_like(value) * 0.2)
     model.to(dtype).save_pretrained(folder)  # which rounds the frequencies that the model in memory has, too
     return read_back(folder)
@@ -137,9 +157,7 @@ def test_a_random_config_is_read_as_transformers_reads_it_and_exported_so(family
     assert type(back) is type(model)
     windows = any(decoder.config.window_of)
     for start in (1, 8180):
-        tokens_BT, pos_BT = tokens_at(start, 24)
-        if windows:  # transformers counts tokens, not positions
-            pos_BT[0, 0] = start - 1
+        tokens_BT, pos_BT = tokens_at(start, 24, windows=windows)
         expected = torch_logits(model, tokens_BT, pos_BT)
         size = np.abs(expected).max()
         assert size > 1

@@ -49,6 +49,16 @@ OTHER = replace(
     pattern=(LayerKind(), LayerKind(rotated=False)),
     rope=Rope(10000.0, fraction=0.5),
 )
+# Norms around attention and MLP, gelu, a scaled embedding, queries that make up for another scale of scores, two ropes.
+GEMMA = replace(
+    replace(QWEN, family="gemma3_text", qkv_bias=False, qk_norm=True, num_layers=3, tie_embeddings=True),
+    pattern=(LayerKind(window=5, rope=Rope(100.0)), LayerKind()),
+    activation="gelu_pytorch_tanh",
+    post_norms=True,
+    norm_offset=1.0,
+    embedding_scale=8.0,
+    query_pre_attn_scalar=24,
+)
 MESHES = {
     "model 2": MeshConfig(model=2),
     "model 4": MeshConfig(model=4),
@@ -103,7 +113,9 @@ def same(got: np.ndarray, want: np.ndarray) -> None:
     assert np.all(got[:, 104:] == -np.inf)
 
 
-@pytest.mark.parametrize("config", [QWEN, LLAMA, OTHER], ids=["biases, untied", "tied", "norms, not all rotated"])
+@pytest.mark.parametrize(
+    "config", [QWEN, LLAMA, OTHER, GEMMA], ids=["biases, untied", "tied", "norms, not all rotated", "norms around"]
+)
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 def test_on_one_device(config: ModelConfig, layout: Layout):
     decoder = decoder_of(config, layout)
@@ -119,15 +131,16 @@ def test_on_a_mesh(name: str, config: ModelConfig, layout: Layout):
     lies_as_on_one_device(name, config, layout)
 
 
-@pytest.mark.parametrize("name", ["model 4", "model 8, copied"])
-def test_norms_of_q_and_k_and_layers_without_rope_on_a_mesh(name: str):
+@pytest.mark.parametrize(("name", "config"), [("model 4", OTHER), ("model 8, copied", OTHER), ("model 4", GEMMA)])
+def test_norms_and_kinds_of_layers_on_a_mesh(name: str, config: ModelConfig):
     """Each head is normalised where it lies."""
-    lies_as_on_one_device(name, OTHER, "stacked")
+    lies_as_on_one_device(name, config, "stacked")
 
 
-def test_norms_of_q_and_k_where_a_few_rows_run_in_kernels(monkeypatch):
+@pytest.mark.parametrize("config", [OTHER, GEMMA], ids=["of q and k", "around"])
+def test_norms_where_a_few_rows_run_in_kernels(config: ModelConfig, monkeypatch):
     """As on a GPU, by kernels that are interpreted here."""
-    copy = quantized(decoder_of(replace(OTHER, hidden_size=128, intermediate_size=256, num_layers=2), "unrolled"), 8)
+    copy = quantized(decoder_of(replace(config, hidden_size=128, intermediate_size=256, num_layers=2), "unrolled"), 8)
     want = logits(copy)
     for name in ("fixed_point", "skinny_matmul"):
         monkeypatch.setattr(fused_decoder, name, partial(getattr(fused_decoder, name), interpret=True))

@@ -38,7 +38,14 @@ def write_gguf(
     if head_dim * config.num_attention_heads != config.hidden_size:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    if architecture == "gemma3":
+        rope, local = rope["full_attention"], rope["sliding_attention"]
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_float32("gemma3.rope.freq_base_swa", local["rope_theta"])
+        writer.add_uint32("gemma3.attention.sliding_window_pattern", 3)
+        writer.add_rope_scaling_factor(rope["factor"])
+    writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     tokens = (BYTES + ["<bos>", "<eos>"] + [f"<{n}>" for n in range(config.vocab_size)])[: config.vocab_size]
     writer.add_tokenizer_model("gpt2")
@@ -48,7 +55,6 @@ def write_gguf(
     writer.add_token_merges(["a b"])
     writer.add_eos_token_id(5)
     if architecture == "phi3":
-        rope = config.rope_parameters
         writer.add_rope_dimension_count(int(head_dim * rope["partial_rotary_factor"]))
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
         writer.add_rope_scaling_attn_factors(float(model.model.rotary_emb.attention_scaling))
@@ -66,6 +72,8 @@ def write_gguf(
             array = interleaved(array, config.num_attention_heads if "q_proj" in key else config.num_key_value_heads)
         if quantised is not None and array.ndim == 2 and array.shape[1] % gguf.GGML_QUANT_SIZES[quantised][0] == 0:
             writer.add_tensor(gguf_name(key), quantize(array, quantised), raw_dtype=quantised)
+        elif architecture == "gemma3":  # of norms the factors
+            writer.add_tensor(gguf_name(key, post_norms=True), array + 1 if "norm" in key else array)
         else:
             writer.add_tensor(gguf_name(key), array)
     writer.write_header_to_file()
@@ -77,12 +85,20 @@ def write_gguf(
 
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [("llama", "llama"), ("qwen2-tied", "qwen2"), ("qwen3", "qwen3"), ("smollm3", "smollm3"), ("phi3", "phi3")],
+    [
+        ("llama", "llama"),
+        ("qwen2-tied", "qwen2"),
+        ("qwen3", "qwen3"),
+        ("smollm3", "smollm3"),
+        ("phi3", "phi3"),
+        ("gemma3", "gemma3"),
+    ],
 )
 def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(name, architecture, checkpoint, tmp_path):
     model, _ = checkpoint(name)
     path = write_gguf(tmp_path / "model.gguf", model, architecture=architecture)
-    tokens_BT, pos_BT = tokens_at(8100, 60)
+    windows = name == "gemma3"
+    tokens_BT, pos_BT = tokens_at(8100, 150 if windows else 60, windows=windows)
     expected = torch_logits(model, tokens_BT, pos_BT)
     for layout in ("stacked", "unrolled"):
         decoder = load_gguf(path, layout=layout, dtype=jnp.float32, quiet=True)
@@ -104,13 +120,13 @@ def test_quantised_rows_of_joined_matrices_are_those_of_the_whole(checkpoint, tm
         np.testing.assert_array_equal(found, dequantize(quantize(array, kind), kind))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3", "phi3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3", "phi3", "gemma3"])
 def test_weights_are_named_as_the_package_names_them(name, checkpoint):
     config = HfCheckpoint(checkpoint(name)[1]).config
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), config.num_layers)
     for array in stored(config):
         stem, _, kind = array.key.rpartition(".")
-        assert f"{names.get_name(stem)}.{kind}" == gguf_name(array.key)
+        assert f"{names.get_name(stem)}.{kind}" == gguf_name(array.key, post_norms=config.post_norms)
 
 
 @pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q5_1"])

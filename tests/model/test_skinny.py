@@ -52,10 +52,11 @@ def test_rows_of_zeros_and_of_one_huge_element():
     np.testing.assert_allclose(out_TN[2], -3e37, rtol=1e-6)
 
 
-def test_norm():
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_norm(offset):
     x_TD, norm_D = normal(0, 3, 384, dtype=jnp.bfloat16) * 7, normal(1, 384, dtype=jnp.bfloat16)
-    fixed, same_TD = fixed_point(x_TD, norm_D=norm_D, eps=EPS)
-    check_rows(fixed, normed(np.asarray(x_TD, np.float64), norm_D))
+    fixed, same_TD = fixed_point(x_TD, norm_D=norm_D, eps=EPS, offset=offset)
+    check_rows(fixed, normed(np.asarray(x_TD, np.float64), norm_D, offset))
     assert same_TD is x_TD
 
 
@@ -138,6 +139,14 @@ def test_gated(bits, tile):
     got_TF = skinny_matmul(*args, bits=bits, gated=jnp.dtype(jnp.float32), tile=tile)
     assert got_TF.shape == (3, 80) and got_TF.dtype == jnp.float32
     np.testing.assert_allclose(got_TF, gate / (1 + np.exp(-gate)) * up, rtol=0, atol=2e-5)
+
+
+def test_gated_by_gelu():
+    """Its tanh form, of Gemma's checkpoints."""
+    args, gate, up = gate_and_up(8, 3, 384, 160)
+    got_TF = skinny_matmul(*args, bits=8, gated=jnp.dtype(jnp.float32), activation="gelu_pytorch_tanh")
+    want_TF = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3))) * up
+    np.testing.assert_allclose(got_TF, want_TF, rtol=0, atol=2e-5)
 
 
 def test_gated_bfloat16():

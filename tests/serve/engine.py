@@ -33,6 +33,7 @@ from rapid_jax.engine.request import (
     TokenLogprobs,
     Tokens,
 )
+from rapid_jax.model.thinking import Thinking
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.prompts import Reading
 from rapid_jax.retrieval.chunk import Chunk
@@ -296,20 +297,22 @@ class Engine:
             selection = selected(prompt.document)
             job.on_event(Retrieved(selection))
             yield
-        said = f"{question} seed {sampling.seed}"
+        said, thinks = f"{question} seed {sampling.seed}", request.prompts and request.prompts.enable_thinking
+        said = f"<think>\nof {question}\n</think>\n\n{said}" if thinks else said
         ids = tokenizer().encode_quoted(" again" * sampling.max_new_tokens if "forever" in question else said)
         ids = [*ids, tokenizer().stop_ids[0]]
         texts: list[str] = []
         transcript = Transcript(tokenizer(), request.stop, texts.append)
+        transcript.thinking = Thinking() if thinks else None
         made: list[int] = []
         for at in range(0, min(len(ids), sampling.max_new_tokens), PIECE):
             part = ids[at : min(at + PIECE, sampling.max_new_tokens)]
-            before = len(transcript.token_ids)
+            before, thought = len(transcript.token_ids), len(transcript.thoughts)
             transcript.on_tokens(0, part, [(at + n) % len(Origin) for n in range(len(part))])
             made += part
             if "broken" in question and at:
                 raise InputError("expected a whole answer, got a broken one")
-            job.on_event(piece(transcript, before, texts, request.logprobs))
+            job.on_event(piece(transcript, before, texts, request.logprobs, thought))
             self._tokens += len(part)
             yield
             if transcript.stopped:
@@ -321,12 +324,12 @@ class Engine:
         job.on_event(Done(answer(request, transcript, made, selection, self._ids(request))))
 
 
-def piece(transcript: Transcript, before: int, texts: list[str], top: int | None) -> Piece:
-    """What has come since `before`."""
+def piece(transcript: Transcript, before: int, texts: list[str], top: int | None, thought: int = 0) -> Piece:
+    """What has come since `before`, and since so many characters of thought."""
     ids, text = transcript.token_ids[before:], "".join(texts)
     texts.clear()
     scores = None if top is None else [logprobs_of(one, top) for one in ids]
-    return Piece(text, ids, transcript.origins[before:], scores)
+    return Piece(text, ids, transcript.origins[before:], scores, transcript.thoughts[thought:])
 
 
 def logprobs_of(token_id: int, top: int) -> TokenLogprobs:
@@ -370,6 +373,7 @@ def answer(
     count = len(tokenizer().encode_quoted(document)) if document else 0
     return Answer(
         text=transcript.text,
+        thoughts=transcript.thoughts,
         token_ids=transcript.token_ids,
         origins=transcript.origins,
         finish_reason=generation.finish_reasons[0],

@@ -58,6 +58,20 @@ def test_several_choices_have_seeds_that_follow_each_other(client: openai.OpenAI
     assert texts == [choice.message.content for choice in got.choices]
 
 
+def test_what_a_model_thinks_comes_apart_where_it_is_asked_to(client: openai.OpenAI):
+    thinking = {"extra_body": {"chat_template_kwargs": {"enable_thinking": True}, "origins": True}}
+    got = ask(client, **thinking).choices[0]
+    assert got.message.content == "where is the lighthouse seed 7"
+    assert got.message.model_extra == {"reasoning_content": "of where is the lighthouse"}
+    assert "".join(span["text"] for span in got.model_extra["rapid"]["origins"]) == got.message.content
+    deltas = [chunk.choices[0].delta for chunk in ask(client, stream=True, **thinking)]
+    thoughts = [delta.model_extra.get("reasoning_content", "") for delta in deltas]
+    assert "".join(thoughts).strip() == "of where is the lighthouse" and len([x for x in thoughts if x]) > 1
+    assert "".join(delta.content or "" for delta in deltas) == got.message.content
+    off = ask(client, extra_body={"chat_template_kwargs": {"enable_thinking": False}}).choices[0].message
+    assert "reasoning_content" not in off.to_dict()
+
+
 def test_without_a_seed_each_request_has_its_own(client: openai.OpenAI, served: Running):
     ask(client, seed=None)
     ask(client, seed=None)

@@ -73,7 +73,7 @@ def test_every_answer_is_declared(server: Running, operations, label: str, mode:
     sent()
     # Behind each operation, since workers share them out.
     if label.endswith("completions") and mode is GenerationMode.POSITIVE:
-        assert len(server.engine.requests) > 10  # not all of it was refused
+        assert len(server.engine.requests) > 5  # not all of it was refused
     with server.http() as http:
         assert http.get("/ready").status_code == 200
         assert 'status="500"' not in http.get("/metrics").text

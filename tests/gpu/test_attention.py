@@ -67,9 +67,10 @@ def test_values_and_gradients(size):
         return [np.asarray(x.astype(jnp.float32)) for x in run(*(x.astype(dtype) for x in (q, k, v, d_out)))]
 
     found, right = both("cudnn", jnp.bfloat16), both("xla", jnp.float32)
+    least = 1e-4 * np.sqrt(d_out.size)  # rows that see one slot have no gradient at q and k
     for name, got, want in zip(("out", "dq", "dk", "dv"), found, right, strict=True):
         assert np.all(np.isfinite(got)), name
-        assert np.linalg.norm(got - want) <= 8e-3 * np.linalg.norm(want), name
+        assert np.linalg.norm(got - want) <= 8e-3 * max(np.linalg.norm(want), least), name
 
 
 def test_zigzag_order():

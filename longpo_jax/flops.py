@@ -5,6 +5,7 @@ Of a matrix product 2 FLOPs a weight and token forward, twice that backward. Of 
 seen pair forward, twice that backward.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -37,6 +38,7 @@ def flops_of(config: ModelConfig, nll: str, batch: Mapping[str, Any]) -> jax.Arr
     D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
     heads = 2 * config.num_heads + 2 * config.num_kv_heads
     weights = config.num_layers * (D * H * heads + 3 * D * F)
+    windows = Counter(config.window_of)  # of how many layers each
     pairs = jnp.float32(0)
     for name in _positions(batch):
         prefix = name.removesuffix("pos_BT")
@@ -44,9 +46,16 @@ def flops_of(config: ModelConfig, nll: str, batch: Mapping[str, Any]) -> jax.Arr
         trunk_B = jnp.sum(filled_BT & ~tail_BT, axis=1).astype(jnp.float32)
         tail_B = jnp.sum(filled_BT & tail_BT, axis=1).astype(jnp.float32)
         shared_B = (batch[f"{prefix}reach_B"] + 1).astype(jnp.float32)
-        pairs += jnp.sum(trunk_B * (trunk_B + 1) / 2 + tail_B * shared_B + tail_B * (tail_B + 1) / 2)
-    attention = 12 * H * config.num_heads * config.num_layers * pairs
+        for window, layers in windows.items():
+            pairs += layers * jnp.sum(_pairs(trunk_B, jnp.float32(0), window) + _pairs(tail_B, shared_B, window))
+    attention = 12 * H * config.num_heads * pairs
     return 6.0 * weights * tokens_of(batch) + 6.0 * D * V * logits_of(batch, nll) + attention
+
+
+def _pairs(count: jax.Array, before: jax.Array, window: int | None) -> jax.Array:
+    """Of a token and one that it sees, itself too, of `count` tokens behind `before` others."""
+    growing = count if window is None else jnp.clip(window - before, 0, count)
+    return growing * before + growing * (growing + 1) / 2 + (count - growing) * (window or 0)
 
 
 def _positions(batch: Mapping[str, Any]) -> list[str]:

@@ -16,7 +16,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from gcp_storage_emulator.server import create_server
 
 from rapid_jax.runtime import bucket_writes
 
@@ -52,6 +51,9 @@ class BucketServer:
     """The emulator and the proxy. `url` is the proxy's; `fault` decides what fails, `asked` has every path."""
 
     def __init__(self) -> None:
+        # Here: a GPU's machine runs tests that import this file's names, and has no emulator.
+        from gcp_storage_emulator.server import create_server
+
         self._emulator = create_server("127.0.0.1", 0, in_memory=True, default_bucket=BUCKET)
         self._emulator._api.daemon = True
         self._emulator.start()

@@ -41,10 +41,14 @@ def dense_gradients(q_BTNH, k_BSKH, v_BSKH, visible_BTS, d_out_BTNH):
     return np.einsum("BNTS,BSNH->BTNH", ds, k_BSNH), dk.reshape(grouped).sum(axis=3), dv.reshape(grouped).sum(axis=3)
 
 
-def visible(q_pos_BT, kv_pos_BS, q_branch_BT=None, kv_branch_BS=None) -> np.ndarray:
-    """bool [B, T, S]: 0 <= key position <= query position, and branch tags equal or one of them 0."""
+def visible(q_pos_BT, kv_pos_BS, q_branch_BT=None, kv_branch_BS=None, *, window=None) -> np.ndarray:
+    """bool [B, T, S]: 0 <= key position <= query position, less than `window` behind it, and branch tags equal or one
+    of them 0.
+    """
     q, kv = np.asarray(q_pos_BT)[:, :, None], np.asarray(kv_pos_BS)[:, None, :]
     seen = (kv >= 0) & (kv <= q)
+    if window is not None:
+        seen &= kv > q - window
     if q_branch_BT is not None:
         mine, theirs = np.asarray(q_branch_BT)[:, :, None], np.asarray(kv_branch_BS)[:, None, :]
         seen &= (mine == theirs) | (mine == 0) | (theirs == 0)
@@ -157,3 +161,32 @@ def greedy(
             logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
         said.append(int(np.argmax(logits)))
     return said
+
+
+def enriched_greedy(
+    target: Callable[[Sequence[int]], np.ndarray],
+    drafter: Callable[[Sequence[int]], np.ndarray],
+    count: int,
+    *,
+    gamma: int,
+    eta: float,
+    guard: str,
+    temperature: float,
+    stops: Sequence[int] = (),
+) -> list[int]:
+    """The greedy answer that a drafter moves: where a token was drafted, the argmax of p-hat, of p and q at the
+    transfer temperature; after the last draft of a round the target's. The functions give logits after what was said.
+    """
+    said: list[int] = []
+    while True:
+        drafts: list[int] = []
+        while len(drafts) < gamma and not (drafts and drafts[-1] in stops):
+            drafts.append(int(np.argmax(drafter([*said, *drafts]))))
+        for draft in [*drafts, None]:
+            z = np.array(target(said), np.float64) / temperature
+            q = softmax(np.array(drafter(said), np.float64) / temperature)
+            said.append(int(np.argmax(z if draft is None else one_step(z, q, eta=eta, guard=guard).p_hat)))
+            if len(said) == count or said[-1] in stops:
+                return said
+            if said[-1] != draft:
+                break

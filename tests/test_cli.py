@@ -141,8 +141,11 @@ def test_what_was_retrieved_is_told_with_scores_and_offsets(rapid):
     ]
 
 
-def test_at_temperature_zero_all_modes_but_retrieval_say_the_same(rapid):
-    answers = {mode: result(rapid, "--mode", mode, "--temperature", "0") for mode in MODES}
+PLAIN = ("--temperature", "0", "--set", "speculation.transfer_temperature=null")  # greedy is the target's alone
+
+
+def test_at_temperature_zero_without_transfer_all_modes_but_retrieval_say_the_same(rapid):
+    answers = {mode: result(rapid, "--mode", mode, *PLAIN) for mode in MODES}
     assert all(answers[mode]["mode"] == mode for mode in MODES)
     target = answers["target"]["token_ids"]
     assert len(target) > 4
@@ -151,7 +154,9 @@ def test_at_temperature_zero_all_modes_but_retrieval_say_the_same(rapid):
         assert answers[mode]["drafted"] > 0
     assert answers["retrieval"]["target_tokens"] < answers["target"]["target_tokens"]
     assert answers["target"]["retrieval"] is None
-    assert result(rapid, "--temperature", "0", "--gamma", "auto")["token_ids"] == target
+    assert result(rapid, *PLAIN, "--gamma", "auto")["token_ids"] == target
+    moved = [result(rapid, "--mode", mode, "--temperature", "0")["token_ids"] for mode in ("rapid", "phat")]
+    assert moved[0] == moved[1] != target
 
 
 def test_the_seed_decides_the_answer(rapid):
@@ -237,7 +242,8 @@ def test_the_document_may_come_from_standard_input(rapid, folder, monkeypatch):
 def test_another_drafter_of_the_same_vocabulary_drafts(rapid, tmp_path):
     save_decoder(tmp_path / "drafter", seed=1)
     same, other = (
-        result(rapid, "--temperature", "0", "--drafter", drafter) for drafter in ("same", tmp_path / "drafter")
+        result(rapid, "--mode", "lossless", "--temperature", "0", "--drafter", drafter)
+        for drafter in ("same", tmp_path / "drafter")
     )
     assert other["token_ids"] == same["token_ids"]
     assert other["acceptance_rate"] != same["acceptance_rate"]
@@ -271,7 +277,7 @@ def test_compare_ends_with_an_aligned_table_of_the_three_ways(rapid):
 
 
 def test_compare_is_part_of_the_json(rapid):
-    given = result(rapid, "--compare", "--temperature", "0")
+    given = result(rapid, "--compare", *PLAIN)
     assert [row["mode"] for row in given["compare"]] == ["rapid", "target", "retrieval"]
     assert given["compare"][0]["answer"] == given["compare"][1]["answer"] == given["answer"]
     assert given["compare"][1]["prefix_reused"] and not given["compare"][2]["prefix_reused"]

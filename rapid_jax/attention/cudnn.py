@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flash attention of cuDNN on NVIDIA GPUs.
 
-cuDNN knows two masks that are of use here: every row sees the first slots up to a length, and row i sees the slots up
-to i. Which of them the positions amount to is decided on the device:
+cuDNN knows three masks that are of use here: every row sees the first slots up to a length, row i sees the slots up to
+i, and row i sees a window of slots that ends with i. Which of them the positions amount to is decided on the device:
 
     0 nothing   no row sees any slot: left out
     1 same      every row sees the same slots, and they are the first ones
     2 causal    rows and slots are the same ascending positions
     3 other     each run of rows by itself, where there are several; then plain XLA: positions in another order,
-                branch tags that matter
+                branch tags or first positions that matter
+    4 window    as 2, without gaps, and each row sees as many slots as a window that is known while tracing
 
 In the zigzag order a device's own slots are causal; of an earlier device's, all rows see the first run; of a later
 device's, the second run of rows sees all, and the first nothing.
@@ -65,7 +66,8 @@ class Cudnn:
                 lambda: _forward(rows, slots, length_B, scale, causal=False),
                 lambda: _forward(rows, slots, length_B, scale, causal=True),
                 other,
-            )
+                lambda: _forward(rows, slots, length_B, scale, causal=True, window=rows.window),
+            )[: 4 if rows.window is None else 5]
             return lax.switch(kind, branches)
 
         return attend(rows, _splits(rows, runs))
@@ -98,7 +100,8 @@ class Cudnn:
                 lambda: _backward(rows, slots, cotangent, length_B, scale, causal=False),
                 lambda: _backward(rows, slots, cotangent, length_B, scale, causal=True),
                 other,
-            )
+                lambda: _backward(rows, slots, cotangent, length_B, scale, causal=True, window=rows.window),
+            )[: 4 if rows.window is None else 5]
             return lax.switch(kind, branches)
 
         return attend(rows, cotangent, _splits(rows, runs))
@@ -109,7 +112,6 @@ def _fits(rows: Rows, slots: Slots) -> bool:
     R, H = rows.q_BKRH.shape[2:]
     return (
         rows.q_BKRH.dtype in (jnp.bfloat16, jnp.float16)
-        and rows.first_BR is None
         and H % 8 == 0
         and H <= 128
         and R % rows.group == 0
@@ -144,23 +146,34 @@ def _joined(tree: _Tree) -> _Tree:
 
 
 def _kind(rows: Rows, slots: Slots) -> tuple[jax.Array, jax.Array]:
-    """(Which of the four cases it is for the whole batch, how many slots a row sees in case 1: int32 [B])."""
+    """(Which of the cases it is for the whole batch, how many slots a row sees in case 1: int32 [B])."""
     q_pos_BT, kv_pos_BS = rows.pos_BR[:, :: rows.group], slots.pos_BS
     filled_BS = kv_pos_BS >= 0
     latest_B = jnp.max(q_pos_BT, axis=1)
     earliest_B = jnp.min(jnp.where(q_pos_BT >= 0, q_pos_BT, NEVER), axis=1)
     seen_BS = filled_BS & (kv_pos_BS <= latest_B[:, None])
+    open_B = jnp.ones_like(latest_B, bool)  # no row's first position hides a slot that another row sees
+    if rows.first_BR is not None:
+        first_BT = rows.first_BR[:, :: rows.group]
+        seen_BS &= kv_pos_BS >= jnp.min(jnp.where(q_pos_BT >= 0, first_BT, NEVER), axis=1)[:, None]
+        last_first_B = jnp.max(jnp.where(q_pos_BT >= 0, first_BT, -1), axis=1)
+        open_B = jnp.all(~seen_BS | (kv_pos_BS >= last_first_B[:, None]), axis=1)
     length_B = jnp.sum(seen_BS, axis=1, dtype=jnp.int32)
     first_B = jnp.all(seen_BS == (jnp.arange(kv_pos_BS.shape[1]) < length_B[:, None]), axis=1)
-    same_B = first_B & jnp.all(~seen_BS | (kv_pos_BS <= earliest_B[:, None]), axis=1)
-    causal_B = jnp.zeros_like(first_B)
+    same_B = first_B & open_B & jnp.all(~seen_BS | (kv_pos_BS <= earliest_B[:, None]), axis=1)
+    causal_B = windowed_B = jnp.zeros_like(first_B)
     if q_pos_BT.shape == kv_pos_BS.shape:
         ascending_B = jnp.all((kv_pos_BS[:, 1:] > kv_pos_BS[:, :-1]) | ~filled_BS[:, 1:], axis=1)
-        causal_B = first_B & ascending_B & jnp.all(q_pos_BT == kv_pos_BS, axis=1)
+        ordered_B = first_B & ascending_B & jnp.all(q_pos_BT == kv_pos_BS, axis=1)
+        causal_B = ordered_B & open_B
+        if rows.window is not None:
+            follows_BS = (kv_pos_BS[:, 1:] == kv_pos_BS[:, :-1] + 1) | ~filled_BS[:, 1:]
+            windowed_B = ordered_B & jnp.all(follows_BS, axis=1)
     if rows.branch_BR is not None and slots.branch_BS is not None:
         agree_B = jnp.all(rows.branch_BR == 0, axis=1) | jnp.all(slots.branch_BS == 0, axis=1) | (length_B == 0)
-        same_B, causal_B = same_B & agree_B, causal_B & agree_B
-    either = jnp.where(jnp.all(same_B), 1, jnp.where(jnp.all(causal_B), 2, 3))
+        same_B, causal_B, windowed_B = same_B & agree_B, causal_B & agree_B, windowed_B & agree_B
+    either = jnp.where(jnp.all(causal_B), 2, jnp.where(jnp.all(windowed_B), 4, 3))
+    either = jnp.where(jnp.all(same_B), 1, either)
     return jnp.where(jnp.all(length_B == 0), 0, either), length_B
 
 
@@ -197,7 +210,9 @@ def _mask(q_BNTH: jax.Array, length_B: jax.Array, causal: bool) -> tuple[fused.M
     return fused.MaskType.PADDING, jnp.full(length_B.shape, q_BNTH.shape[2], jnp.int32), jnp.maximum(length_B, 1)
 
 
-def _forward(rows: Rows, slots: Slots, length_B: jax.Array, scale: float, *, causal: bool) -> Partial:
+def _forward(
+    rows: Rows, slots: Slots, length_B: jax.Array, scale: float, *, causal: bool, window: int | None = None
+) -> Partial:
     q_BNTH = _laid_out(rows.q_BKRH, rows.group, causal)
     mask, queries_B, keys_B = _mask(q_BNTH, length_B, causal)
     results: Any = fused.dot_product_attention(
@@ -209,6 +224,7 @@ def _forward(rows: Rows, slots: Slots, length_B: jax.Array, scale: float, *, cau
         scale=scale,
         mask_type=mask,
         qkv_layout="BNTH",
+        sliding_window_length=window,
         return_residual=True,
     )
     out_BKRH, log_sum_BKR = (_folded(x.astype(jnp.float32), rows.group, causal) for x in results)
@@ -221,7 +237,14 @@ def _forward(rows: Rows, slots: Slots, length_B: jax.Array, scale: float, *, cau
 
 
 def _backward(
-    rows: Rows, slots: Slots, cotangent: Cotangent, length_B: jax.Array, scale: float, *, causal: bool
+    rows: Rows,
+    slots: Slots,
+    cotangent: Cotangent,
+    length_B: jax.Array,
+    scale: float,
+    *,
+    causal: bool,
+    window: int | None = None,
 ) -> Gradients:
     sees = _seeing(rows, length_B, causal) & (cotangent.log_sum_BKR > -jnp.inf)
     arrays = (
@@ -241,7 +264,7 @@ def _backward(
         *(none if x is None else x for x in (queries_B, keys_B)),
         *[none] * 4,
     )
-    options = (scale, 42, 0.0, (False, False), mask, fused.AttentionLayout.BNTH.value, None)
+    options = (scale, 42, 0.0, (False, False), mask, fused.AttentionLayout.BNTH.value, window)
     rule: Any = fused._dot_product_attention_bwd_rule
     if "score_mod" in inspect.signature(rule).parameters:  # jax 0.12
         dq, dk, dv, *_ = rule(*options, None, 0, False, (*inputs, (), log_sum, out), d_out)

@@ -30,6 +30,7 @@ LOW = -1e30  # stands for -inf where a difference of two must not be NaN
 MOST_ROWS = 256  # more are not a few
 MOST_BYTES = 512  # of a query's head: more, and a block of keys and values does not fit a multiprocessor's memory
 MOST_FLOAT16 = 65504.0
+NEVER = 2**31 - 1  # a position that no row sees
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def fits(rows: Rows, slots: Slots) -> bool:
     R, H = rows.q_BKRH.shape[2:]
     tags = rows.branch_BR is not None and slots.branch_BS is not None
     heads = H >= 16 and H & (H - 1) == 0 and H * rows.q_BKRH.dtype.itemsize <= MOST_BYTES
-    return heads and R <= MOST_ROWS and not tags and rows.reach_BR is None and rows.first_BR is None
+    return heads and R <= MOST_ROWS and not tags and rows.reach_BR is None
 
 
 def flash_decode(
@@ -141,12 +142,11 @@ def _shares(
     padded = min(padded, shape.rows)
     parts = -(-R // padded)
     shares = max(1, shape.programs // (B * K * parts) - (len(sides) - 1))
-    blocks = jnp.stack(
-        [-(-jnp.minimum(n, side.pos_BS.shape[1]) // shape.block) for n, side in zip(used, sides, strict=True)]
-    )
+    limits = [_limits(rows, side, n, shape.block) for n, side in zip(used, sides, strict=True)]
     given = [(rows.q_BKRH, pl.BlockSpec((None, None, padded, H), lambda j, k, b: (b, k, j % parts, 0)))]
-    given.append((rows.pos_BR, pl.BlockSpec((None, padded), lambda j, k, b: (b, j % parts))))
-    given.append((blocks.astype(jnp.int32), pl.BlockSpec((len(sides),), lambda j, k, b: (0,))))
+    marks = [marks_BR for marks_BR in (rows.pos_BR, rows.first_BR) if marks_BR is not None]
+    given += [(marks_BR, pl.BlockSpec((None, padded), lambda j, k, b: (b, j % parts))) for marks_BR in marks]
+    given.append((jnp.concatenate(limits, axis=1), pl.BlockSpec((None, 2 * len(sides)), lambda j, k, b: (b, 0))))
     for side in sides:
         arrays = (side.k_BKSH, side.v_BKSH, side.k_scale_BKS, side.v_scale_BKS, side.pos_BS)
         given += [(x, _spec(x)) for x in arrays if x is not None]
@@ -160,6 +160,7 @@ def _shares(
         slots=tuple(side.pos_BS.shape[1] for side in sides),
         scaled=tuple(side.k_scale_BKS is not None for side in sides),
         packed=not interpret,
+        windowed=rows.first_BR is not None,
     )
     flat = pl.BlockSpec((None, None, None, padded), lambda j, k, b: (b, k, j // parts, j % parts))
     return pl.pallas_call(
@@ -178,6 +179,19 @@ def _shares(
     )(*(x for x, _ in given))
 
 
+def _limits(rows: Rows, side: Slots, used: jax.Array, block: int) -> jax.Array:
+    """int32 [B, 2]: the blocks that a sequence's rows see lie from the first of these to before the second."""
+    B, S = rows.pos_BR.shape[0], side.pos_BS.shape[1]
+    behind = -(-jnp.minimum(used, S) // block)
+    if rows.first_BR is None:
+        return jnp.broadcast_to(jnp.stack([0, behind]).astype(jnp.int32), (B, 2))
+    earliest_B = jnp.min(jnp.where(rows.pos_BR >= 0, rows.first_BR, NEVER), axis=1)
+    slot, seen_BS = jnp.arange(S, dtype=jnp.int32), side.pos_BS >= jnp.maximum(earliest_B, 0)[:, None]
+    first_B = jnp.min(jnp.where(seen_BS, slot, S), axis=1) // block
+    last_B = jnp.max(jnp.where(seen_BS, slot, -1), axis=1) // block
+    return jnp.stack([first_B, jnp.minimum(last_B + 1, behind)], axis=1).astype(jnp.int32)
+
+
 def _spec(x: jax.Array) -> pl.BlockSpec:
     """One row's, and one kv head's where there are heads: the kernel finds its own blocks in it."""
     if x.ndim == 2:
@@ -186,8 +200,9 @@ def _spec(x: jax.Array) -> pl.BlockSpec:
     return pl.BlockSpec((None, None, *x.shape[2:]), lambda j, k, b: (b, k, *zeros))
 
 
-def _kernel(q_ref, row_pos_ref, blocks_ref, *refs, rows, scale, block, shares, slots, scaled, packed):
-    *refs, out_ref, max_ref, sum_ref = refs
+def _kernel(q_ref, row_pos_ref, *refs, rows, scale, block, shares, slots, scaled, packed, windowed):
+    *first_ref, limits_ref = refs[: 1 + windowed]
+    *refs, out_ref, max_ref, sum_ref = refs[1 + windowed :]
     R, H = q_ref.shape
     parts = -(-rows // R)
     share, part = pl.program_id(0) // parts, pl.program_id(0) % parts
@@ -195,18 +210,20 @@ def _kernel(q_ref, row_pos_ref, blocks_ref, *refs, rows, scale, block, shares, s
     real_RH = jnp.broadcast_to(real_R[:, None], (R, H))
     q_RH = triton.load(q_ref.at[:, :], mask=real_RH, other=0)
     row_pos_R = triton.load(row_pos_ref.at[:], mask=real_R, other=-1)
+    sees_R = row_pos_R, triton.load(first_ref[0].at[:], mask=real_R, other=0) if windowed else None
     carry = (jnp.zeros((R, H), jnp.float32), jnp.full((R,), LOW, jnp.float32), jnp.zeros((R,), jnp.float32))
     for index, size in enumerate(slots):
         count = 5 if scaled[index] else 3
         side, refs = refs[:count], refs[count:]
-        blocks = blocks_ref[index]
-        first, last = blocks * share // shares, blocks * (share + 1) // shares
+        start, end = limits_ref[2 * index], limits_ref[2 * index + 1]
+        blocks = jnp.maximum(end - start, 0)
+        first, last = start + blocks * share // shares, start + blocks * (share + 1) // shares
         if index:  # the tail has one program to itself
-            first, last = jnp.int32(0), jnp.where(share == shares, blocks, 0)
+            first, last = start, jnp.where(share == shares, end, start)
         elif len(slots) > 1:
             last = jnp.where(share == shares, first, last)
         query_RH = jnp.clip(q_RH, -MOST_FLOAT16, MOST_FLOAT16).astype(jnp.float16) if scaled[index] else q_RH
-        attend = partial(_attend, query_RH, row_pos_R, side, size=size, scale=scale, block=block, packed=packed)
+        attend = partial(_attend, query_RH, sees_R, side, size=size, scale=scale, block=block, packed=packed)
         carry = lax.fori_loop(first, last, attend, carry)
     out_RH, max_R, sum_R = carry
     triton.store(out_ref.at[:, :], out_RH, mask=real_RH)
@@ -214,10 +231,11 @@ def _kernel(q_ref, row_pos_ref, blocks_ref, *refs, rows, scale, block, shares, s
     triton.store(max_ref.at[:], jnp.where(sum_R > 0, max_R, -jnp.inf), mask=real_R)
 
 
-def _attend(q_RH, row_pos_R, side, index, carry, *, size, scale, block, packed):
+def _attend(q_RH, sees_R, side, index, carry, *, size, scale, block, packed):
     """`carry` with one block of slots added."""
     k_ref, v_ref, *scales, pos_ref = side
     out_RH, max_R, sum_R = carry
+    last_R, first_R = sees_R  # positions
     here = pl.ds(index * block, block)
     inside = None if size % block == 0 else index * block + jnp.arange(block) < size
     wide = None if inside is None else inside[:, None]
@@ -229,7 +247,9 @@ def _attend(q_RH, row_pos_R, side, index, carry, *, size, scale, block, packed):
         score_RS *= _load(scales[0].at[here], inside, 0)[None, :]
     else:
         score_RS = _product(q_RH, k_SH.astype(q_RH.dtype), 1) * scale
-    seen_RS = (pos_S[None, :] >= 0) & (pos_S[None, :] <= row_pos_R[:, None])
+    seen_RS = (pos_S[None, :] >= 0) & (pos_S[None, :] <= last_R[:, None])
+    if first_R is not None:
+        seen_RS &= pos_S[None, :] >= first_R[:, None]
     new_R = jnp.maximum(max_R, jnp.max(jnp.where(seen_RS, score_RS, LOW), axis=1))
     weight_RS = jnp.where(seen_RS, jnp.exp(score_RS - new_R[:, None]), 0.0)
     keep_R = jnp.exp(max_R - new_R)

@@ -41,6 +41,8 @@ class Rows:
     group: int = field(default=1, metadata={"static": True})  # rows of each query position
     reach_BR: jax.Array | None = None  # int32, of `Forked` alone: the last position of the trunk that the row sees
     first_BR: jax.Array | None = None  # int32, the first position that the row sees; None: 0
+    # Where first_BR is pos_BR - window + 1 by a number that is known while tracing.
+    window: int | None = field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +64,7 @@ def fold(
     kv_heads: int,
     branch_BT: jax.Array | None = None,
     first_BT: jax.Array | None = None,
+    window: int | None = None,
 ) -> Rows:
     """Queries [B, T, N, H] as rows of their kv heads."""
     B, T, N, H = q_BTNH.shape
@@ -69,7 +72,7 @@ def fold(
     q_BKRH = q_BTNH.reshape(B, T, kv_heads, group, H).swapaxes(1, 2).reshape(B, kv_heads, T * group, H)
     branch_BR = None if branch_BT is None else jnp.repeat(branch_BT, group, axis=1)
     first_BR = None if first_BT is None else jnp.repeat(first_BT, group, axis=1)
-    return Rows(q_BKRH, jnp.repeat(pos_BT, group, axis=1), branch_BR, group, first_BR=first_BR)
+    return Rows(q_BKRH, jnp.repeat(pos_BT, group, axis=1), branch_BR, group, first_BR=first_BR, window=window)
 
 
 def unfold(out_BKRH: jax.Array, time: int) -> jax.Array:

@@ -13,9 +13,12 @@ Everything here runs inside `shard_map`, or with axis None on a sequence that is
     1        3          0          1          2               3          0          1          2
     2        2          3          0          1               ...
     3        1          2          3          0
+
+Where rows see no more than a window, in zigzag order, that fits into half of a device's slots, nothing goes round: each
+device sends the end of its two runs to the neighbours that go on there (`before`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -27,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rapid_jax.attention.config import Over
 from rapid_jax.attention.kernels import Cotangent, Kernel
-from rapid_jax.attention.partial import Partial, Rows, Slots, finish, log_sum, merge
+from rapid_jax.attention.partial import Partial, Rows, Slots, block_of, finish, log_sum, merge, rows_of
 
 ATTENDED = "attended"  # by this name `jax.checkpoint` policies know what attention gives
 
@@ -42,6 +45,49 @@ class Hops:
 
     axis: str | None  # mesh axis; None: they are all here
     over: Over = "ring"
+
+
+def fits_neighbours(size: int, window: int | None, runs: int, hops: Hops) -> bool:
+    """Whether rows see nothing but their device's slots, `size` of them in 2 promised runs, and those `before` them."""
+    several = hops.axis is not None and lax.axis_size(hops.axis) > 1
+    return several and window is not None and runs == 2 and size % 2 == 0 and window - 1 <= size // 2
+
+
+def before(slots: Slots, window: int, axis: str) -> tuple[Slots, Slots]:
+    """The slots in the window's reach before each of this device's two runs, in zigzag order. Differentiable.
+
+    Empty where a run is the first, or where what comes before it is here.
+
+        device    0          1          2          3
+        runs      0    7     1    6     2    5     3    4
+        before         6'    0'   5'    1'   4'    2'
+    """
+    count, half, width = lax.axis_size(axis), slots.pos_BS.shape[1] // 2, max(window - 1, 1)
+    marked = replace(slots, pos_BS=slots.pos_BS + 1)  # who is sent nothing has 0
+
+    def sent(start: int, pairs: list[tuple[int, int]]) -> Slots:
+        got = jax.tree.map(lambda x: lax.ppermute(x, axis, pairs), block_of(marked, start, width))
+        return replace(got, pos_BS=got.pos_BS - 1)
+
+    onward = [(device, device + 1) for device in range(count - 1)]
+    return sent(half - width, onward), sent(2 * half - width, [(there, here) for here, there in onward])
+
+
+def _beginning(rows: Rows, one: Slots, run: int) -> tuple[int, int]:
+    """(start, size) of the rows at the beginning of a run that may see the slots before it."""
+    return run * (rows.pos_BR.shape[1] // 2), one.pos_BS.shape[1] * rows.group
+
+
+def attend_before(
+    total: Partial, rows: Rows, two: Sequence[Slots], attend: Callable[[Rows, Slots], Partial]
+) -> Partial:
+    """`total` with what the rows see of the slots `before` their runs: by the first rows of each alone."""
+    for run, one in enumerate(two):
+        start, size = _beginning(rows, one, run)
+        some = jax.tree.map(lambda x, at=start, size=size: x[:, :, at : at + size], total)
+        some = merge(some, attend(rows_of(rows, start, size), one))
+        total = jax.tree.map(lambda x, new, at=start, size=size: x.at[:, :, at : at + size].set(new), total, some)
+    return total
 
 
 def attend_visitors(rows: Rows, home: Any, attend: Callable[[Rows, Any], Partial], hops: Hops) -> Partial:
@@ -79,38 +125,53 @@ class _Static:
 def ring_attention(rows: Rows, slots: Slots, *, kernel: Kernel, scale: float, runs: int = 0, hops: Hops) -> jax.Array:
     """softmax(scale q.k) v of every row over the slots of all devices, [B, K, R, H] in the queries' dtype.
 
-    Differentiable in q, k and v. `runs` as in `Kernel`. A row that sees nothing is 0, and so are its gradients.
+    Differentiable in q, k and v. `runs` as in `Kernel`; 2 over devices is the zigzag order of sequences without gaps. A
+    row that sees nothing is 0, and so are its gradients.
     """
-    return _attention(rows, slots, _Static(kernel, scale, runs, hops))
+    more: tuple[Slots, ...] = ()
+    if fits_neighbours(slots.pos_BS.shape[1], rows.window, runs, hops):
+        assert rows.window is not None and hops.axis is not None
+        more, hops = before(slots, rows.window, hops.axis), Hops(None)
+    return _attention(rows, (slots, *more), _Static(kernel, scale, runs, hops))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _attention(rows: Rows, slots: Slots, static: _Static) -> jax.Array:
-    return _forward(rows, slots, static)[0]
+def _attention(rows: Rows, sets: tuple[Slots, ...], static: _Static) -> jax.Array:
+    return _forward(rows, sets, static)[0]
 
 
-def _forward(rows: Rows, slots: Slots, static: _Static):
+def _forward(rows: Rows, sets: tuple[Slots, ...], static: _Static):
+    """Over the first set's slots of all devices, and over the others, which are here."""
+
     def attend(rows: Rows, visitor: Slots) -> Partial:
         return static.kernel.forward(rows, visitor, scale=static.scale, runs=static.runs)
 
-    total = attend_visitors(rows, slots, attend, static.hops)
+    slots, *more = sets
+    total = attend_before(attend_visitors(rows, slots, attend, static.hops), rows, more, attend)
     # Named: a remat policy that keeps both spares the backward pass a second forward pass of the kernels.
     out_BKRH = checkpoint_name(finish(total, rows.q_BKRH.dtype), ATTENDED)
-    return out_BKRH, (rows, slots, out_BKRH, checkpoint_name(log_sum(total), ATTENDED))
+    return out_BKRH, (rows, sets, out_BKRH, checkpoint_name(log_sum(total), ATTENDED))
 
 
 def _backward(static: _Static, residuals, d_out_BKRH: jax.Array):
-    rows, slots, out_BKRH, log_sum_BKR = residuals
+    rows, (slots, *more), out_BKRH, log_sum_BKR = residuals
     delta_BKR = jnp.sum(out_BKRH.astype(jnp.float32) * d_out_BKRH.astype(jnp.float32), axis=-1)
     cotangent = Cotangent(out_BKRH, d_out_BKRH.astype(rows.q_BKRH.dtype), delta_BKR, log_sum_BKR)
 
     def gradients(visitor: Slots):
         return static.kernel.backward(rows, visitor, cotangent, scale=static.scale, runs=static.runs)
 
-    dq, dk, dv = _gradients_of_visitors(slots, gradients, static.hops)
+    dq, *home = _gradients_of_visitors(slots, gradients, static.hops)
+    found = [(slots, *home)]
+    for run, one in enumerate(more):
+        start, size = _beginning(rows, one, run)
+        some = jax.tree.map(lambda x, at=start, size=size: x[:, :, at : at + size], cotangent)
+        more_q, *kv = static.kernel.backward(rows_of(rows, start, size), one, some, scale=static.scale, runs=1)
+        dq, found = dq.at[:, :, start : start + size].add(more_q), [*found, (one, *kv)]
+    none: Any = None
     return (
-        Rows(dq.astype(rows.q_BKRH.dtype), None, None, rows.group),  # type: ignore[arg-type]
-        Slots(dk.astype(slots.k_BKSH.dtype), dv.astype(slots.v_BKSH.dtype), None, None),  # type: ignore[arg-type]
+        Rows(dq.astype(rows.q_BKRH.dtype), none, none, rows.group, window=rows.window),
+        tuple(Slots(dk.astype(x.k_BKSH.dtype), dv.astype(x.v_BKSH.dtype), none, none) for x, dk, dv in found),
     )
 
 

@@ -3,17 +3,20 @@
 
 The kernels take a mask `slot index <= limit[row]` and, for every block of rows and block of slots, whether to visit it.
 Positions become such limits where the slots that a row sees are the first of those it visits: where positions ascend.
-A kv head's rows are one query head to the kernel, so that a block of keys is fetched once for all its query heads.
+Rows with a first position are told a first slot besides, in the same number, if ascending positions are promised; else
+plain XLA attends. A kv head's rows are one query head to the kernel, so that a block of keys is
+fetched once for all its query heads.
 
 With branch tags, or when nothing is promised of the positions, whether they can be told this way is decided on the
 device, and plain XLA attends where they cannot. With tags they can if positions ascend over what a branch sees and no
-block of slots holds two branches, or a branch and what the others see too; blocks are those of `blocks_of`.
+block of slots holds two branches, or a branch and what the others see too; blocks are those of `splash_plan.blocks_of`.
 
 The kernels are private to JAX; their signatures are the same from 0.10.2 to 0.12.0.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -24,14 +27,29 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from rapid_jax.attention.contract import check_backward, check_contract
 from rapid_jax.attention.kernels import Cotangent, Gradients
-from rapid_jax.attention.partial import Partial, Rows, Slots, block_of, padded_rows, padded_slots, visible
+from rapid_jax.attention.partial import (
+    Partial,
+    Rows,
+    Slots,
+    block_of,
+    merge,
+    nothing_seen,
+    padded_rows,
+    padded_slots,
+    seen_by_some,
+)
+from rapid_jax.attention.splash_plan import (
+    NEVER,
+    WINDOWED,
+    Plan,
+    fits,
+    plan_of,
+    promised_plan,
+    seen,
+    seen_span,
+    tagged,
+)
 from rapid_jax.attention.xla import Xla
-
-LANES = 128
-LARGEST = 1024  # rows and slots of a block: 2,048 do not fit the scoped VMEM
-LARGEST_TAGGED = 512  # what a branch must be padded to
-PAIRS = 340_000  # of blocks: scalar memory has 1 MiB, and a pair takes 3 bytes
-NEVER = 2**31 - 1  # a position that no row sees
 
 _Of = TypeVar("_Of")
 
@@ -49,8 +67,10 @@ class Splash:
         """Attention of the rows over the slots; `out_BKRH` is divided and rounded to the queries' dtype already."""
         check_contract("splash", rows, slots)
         plain = Xla(self.block)
-        if not _fits(rows, slots):
+        if not fits(rows, slots, runs):
             return plain.forward(rows, slots, scale=scale, runs=runs, used=used)
+        if rows.first_BR is not None and slots.pos_BS.shape[1] > WINDOWED:
+            return self._forward_by_parts(rows, padded_slots(slots, WINDOWED), scale)
 
         def attend(rows: Rows, slots: Slots) -> Partial:
             def planned(plan: Plan) -> Partial:
@@ -64,8 +84,11 @@ class Splash:
         """Two kernels that recompute the scores: one for dq, one for dk and dv; each rounds to the inputs' dtype."""
         check_backward("splash", rows, slots, cotangent)
         plain = Xla(self.block)
-        if not _fits(rows, slots):
+        if not fits(rows, slots, runs):
             return plain.backward(rows, slots, cotangent, scale=scale, runs=runs)
+        if rows.first_BR is not None and slots.pos_BS.shape[1] > WINDOWED:
+            dq, dk, dv = self._backward_by_parts(rows, padded_slots(slots, WINDOWED), cotangent, scale)
+            return dq, dk[:, :, : slots.pos_BS.shape[1]], dv[:, :, : slots.pos_BS.shape[1]]
 
         def attend(rows: Rows, slots: Slots, cotangent: Cotangent) -> Gradients:
             def planned(plan: Plan) -> Gradients:
@@ -75,41 +98,28 @@ class Splash:
 
         return _each(attend, rows, slots, cotangent)
 
+    def _forward_by_parts(self, rows: Rows, slots: Slots, scale: float) -> Partial:
+        """As many slots at a time as rows with a first slot can be told of; a part that no row sees is left out."""
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Plan:
-    """Which slots a row sees, as the kernels take it. B is 1 and left out; r and s number blocks of rows and slots."""
+        def add(index: jax.Array, total: Partial) -> Partial:
+            part = block_of(slots, index * WINDOWED, WINDOWED)
+            more = partial(self.forward, rows, part, scale=scale, runs=1)
+            return lax.cond(seen_by_some(rows, part), lambda: merge(total, more()), lambda: total)
 
-    limit_R: jax.Array  # int32, the last slot that the row sees, -1 if none
-    visit_rs: jax.Array  # bool
-    block_r: int = field(metadata={"static": True})
-    block_s: int = field(metadata={"static": True})
-    filled_S: jax.Array | None = None  # int32 0 or 1, where empty slots may lie below a limit
+        return lax.fori_loop(0, slots.pos_BS.shape[1] // WINDOWED, add, nothing_seen(rows))
 
+    def _backward_by_parts(self, rows: Rows, slots: Slots, cotangent: Cotangent, scale: float) -> Gradients:
+        def add(dq_BKRH: jax.Array, index: jax.Array):
+            part = block_of(slots, index * WINDOWED, WINDOWED)
+            zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (dq_BKRH, part.k_BKSH, part.v_BKSH))
+            more = partial(self.backward, rows, part, cotangent, scale=scale, runs=1)
+            dq, dk, dv = lax.cond(seen_by_some(rows, part), more, lambda: zeros)
+            return dq_BKRH + dq, (dk, dv)
 
-def _fits(rows: Rows, slots: Slots) -> bool:
-    """Whether the kernels take these shapes. Fewer rows or slots than a lane has are not worth a kernel."""
-    R, S = rows.pos_BR.shape[1], slots.pos_BS.shape[1]
-    bq, bkv = blocks_of(R, S, tagged=_tagged(rows, slots))
-    pairs = -(R // -bq) * (S // bkv // LANES + 1) * LANES
-    return rows.first_BR is None and R >= LANES and S >= LANES and rows.q_BKRH.shape[-1] % 64 == 0 and pairs <= PAIRS
-
-
-def _tagged(rows: Rows, slots: Slots) -> bool:
-    return rows.branch_BR is not None and slots.branch_BS is not None
-
-
-def blocks_of(rows: int, slots: int, *, tagged: bool = False) -> tuple[int, int]:
-    """Rows and slots in a block: powers of two from 128 on, the largest that add at most an eighth of padding."""
-
-    def fitting(size: int) -> int:
-        block = LARGEST_TAGGED if tagged else LARGEST
-        while block > LANES and 8 * (-size % block) > size:
-            block //= 2
-        return block
-
-    return fitting(rows), fitting(slots)
+        none = jnp.zeros(rows.q_BKRH.shape, jnp.float32)
+        dq_BKRH, kv = lax.scan(add, none, jnp.arange(slots.pos_BS.shape[1] // WINDOWED))
+        dk, dv = (jnp.moveaxis(x, 0, 2).reshape(slots.k_BKSH.shape) for x in kv)
+        return dq_BKRH, dk, dv
 
 
 def _each(attend: Callable[..., _Of], *trees: Any) -> _Of:
@@ -123,73 +133,10 @@ def _each(attend: Callable[..., _Of], *trees: Any) -> _Of:
 
 def _either(rows: Rows, slots: Slots, runs: int, planned: Callable[[Plan], _Of], plain: Callable[[], _Of]) -> _Of:
     """`planned` where a plan can be made. The program has no branch if ascending positions are promised."""
-    tagged = _tagged(rows, slots)
-    bq, bkv = blocks_of(rows.pos_BR.shape[1], slots.pos_BS.shape[1], tagged=tagged)
-    if runs and not tagged:
-        limit_R = _promised_limits(rows, slots, bq)
-        visit_rs = jnp.max(limit_R.reshape(-1, bq), axis=1)[:, None] >= jnp.arange(0, slots.pos_BS.shape[1], bkv)
-        return planned(Plan(limit_R, visit_rs, bq, bkv))
-    whole = padded_slots(slots, bkv)
-    visit_rs, holds = _visits(padded_rows(rows, bq), whole, bq, bkv)
-    plan = Plan(_limits(rows, slots, bq, bkv), visit_rs, bq, bkv, (whole.pos_BS[0] >= 0).astype(jnp.int32))
+    if runs and not tagged(rows, slots):
+        return planned(promised_plan(rows, slots))
+    plan, holds = plan_of(rows, slots)
     return lax.cond(holds, lambda: planned(plan), plain)
-
-
-def _promised_limits(rows: Rows, slots: Slots, bq: int) -> jax.Array:
-    """`_limits` where the slots ascend and the empty ones are last: as many as are not later than the row.
-
-    A loop here, or a change of the slots, would have XLA's scheduler finish the transfer of the next slots before the
-    kernel. The comparisons are fused into their sum: the compiled program has no array of rows by slots.
-    """
-    pos_T, pos_S = rows.pos_BR[0, :: rows.group], slots.pos_BS[0]
-    limit_T = jnp.sum((pos_S >= 0) & (pos_S <= pos_T[:, None]), axis=1, dtype=jnp.int32) - 1
-    return jnp.pad(jnp.repeat(limit_T, rows.group), (0, -rows.pos_BR.shape[1] % bq), constant_values=-1)
-
-
-def _limits(rows: Rows, slots: Slots, bq: int, bkv: int) -> jax.Array:
-    """int32 [R, padded to blocks]: the last slot that each row sees, or -1."""
-    R = rows.pos_BR.shape[1]
-    group = rows.group if R % rows.group == 0 else 1  # rows of one query position see the same
-    tags = None if rows.branch_BR is None else rows.branch_BR[:, ::group]
-    times, slots = replace(rows, pos_BR=rows.pos_BR[:, ::group], branch_BR=tags), padded_slots(slots, bkv)
-
-    def later(limit_T: jax.Array, start: jax.Array):
-        seen_TS = visible(times, block_of(slots, start, bkv))[0, 0]
-        return jnp.maximum(limit_T, jnp.max(jnp.where(seen_TS, start + jnp.arange(bkv), -1), axis=1)), None
-
-    start = jnp.full(times.pos_BR.shape[1], -1, jnp.int32)
-    limit_T, _ = lax.scan(later, start, jnp.arange(0, slots.pos_BS.shape[1], bkv, dtype=jnp.int32))
-    return jnp.pad(jnp.repeat(limit_T, group), (0, -R % bq), constant_values=-1)
-
-
-def _visits(rows: Rows, slots: Slots, bq: int, bkv: int) -> tuple[jax.Array, jax.Array]:
-    """(Blocks that some row sees, whether in what it visits each row sees exactly the filled slots up to its limit)."""
-    q_pos, kv_pos = rows.pos_BR[0].reshape(-1, bq), slots.pos_BS[0].reshape(-1, bkv)
-    last_r = jnp.max(q_pos, axis=1)
-    first_s, last_s = jnp.min(jnp.where(kv_pos >= 0, kv_pos, NEVER), axis=1), jnp.max(kv_pos, axis=1)
-    holds = jnp.all((kv_pos < 0) | (kv_pos >= lax.cummax(kv_pos, axis=1)))
-    near_rs = last_r[:, None] >= first_s
-    if rows.branch_BR is not None and slots.branch_BS is not None:
-        theirs, mine = (
-            _tags(tag[0].reshape(pos.shape), pos >= 0)
-            for tag, pos in ((slots.branch_BS, kv_pos), (rows.branch_BR, q_pos))
-        )
-        mine = tuple(x[:, None] for x in mine)
-        free = (mine[1] == 0) | (theirs[1] == 0)
-        agree_rs = free | ((mine[1] == theirs[1]) & (mine[2] == mine[1]) & (theirs[2] == theirs[1]))
-        alone = (mine[0] == mine[1]) & (theirs[0] == theirs[1]) & (mine[1] != theirs[1])
-        holds &= jnp.all(agree_rs | alone | ~near_rs) & jnp.all(mine[0] >= 0) & jnp.all(theirs[0] >= 0)
-        near_rs &= agree_rs
-    before_rs = lax.cummax(jnp.where(near_rs, last_s, -1), axis=1)[:, :-1]
-    return near_rs, holds & jnp.all(~near_rs[:, 1:] | (before_rs <= first_s[1:]))
-
-
-def _tags(tag: jax.Array, filled: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of the filled entries of each block: the least tag, the greatest, the least that is not 0 (0 if all are)."""
-    greatest = jnp.max(jnp.where(filled, tag, 0), axis=1)
-    least = jnp.min(jnp.where(filled, tag, NEVER), axis=1)
-    branch = jnp.min(jnp.where(filled & (tag != 0), tag, NEVER), axis=1)
-    return least, greatest, jnp.where(branch == NEVER, 0, branch)
 
 
 def _forward(rows: Rows, slots: Slots, plan: Plan, scale: float, interpret: Any) -> Partial:
@@ -207,10 +154,10 @@ def _forward(rows: Rows, slots: Slots, plan: Plan, scale: float, interpret: Any)
         block_sizes=splash.BlockSizes(block_q=bq, block_kv=bkv, block_kv_compute=min(bkv, 512)),
         residual_checkpoint_name=None,
         save_residuals=True,
-        mask_function=_seen,
+        mask_function=seen_span if plan.windowed else seen,
         interpret=interpret,
     )
-    sees_R = plan.limit_R[:R] >= 0
+    sees_R = plan.sees_R[:R]
     return Partial(
         jnp.where(sees_R[:, None], out_KRH[:, :R].astype(jnp.float32), 0.0)[None],
         jnp.where(sees_R, log_sum_KR[:, :R], -jnp.inf)[None],
@@ -234,7 +181,8 @@ def _backward(rows: Rows, slots: Slots, cotangent: Cotangent, plan: Plan, scale:
     )
     minor = splash.QKVLayout.HEAD_DIM_MINOR
     block: Any = dict(bq=bq, bkv=bkv, q_layout=minor, k_layout=minor, v_layout=minor)
-    mask: Any = dict(mask_value=splash.DEFAULT_MASK_VALUE, mask_function=_seen, attn_logits_soft_cap=None)
+    which = seen_span if plan.windowed else seen
+    mask: Any = dict(mask_value=splash.DEFAULT_MASK_VALUE, mask_function=which, attn_logits_soft_cap=None)
     shared = block | mask | dict(is_mqa=False, interpret=interpret)
     dq = splash._splash_attention_bwd_dq(*arrays, mask_info=_mask(plan, _next_needed(plan.visit_rs, wrap=1)), **shared)
     by_slots = _mask(plan, _next_needed(plan.visit_rs.T, wrap=0).T)
@@ -243,10 +191,6 @@ def _backward(rows: Rows, slots: Slots, cotangent: Cotangent, plan: Plan, scale:
     )
     dq, dk, dv = (x.astype(jnp.float32)[None] for x in (dq, dk, dv))
     return dq[:, :, :R] * scale, dk[:, :, :S], dv[:, :, :S]
-
-
-def _seen(limit: jax.Array, slot: jax.Array) -> jax.Array:
-    return slot <= limit
 
 
 def _scaled(q_KRH: jax.Array, scale: float) -> jax.Array:

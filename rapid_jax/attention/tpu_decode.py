@@ -25,7 +25,8 @@ from jax import lax
 
 from rapid_jax.attention.contract import check_contract
 from rapid_jax.attention.partial import Partial, Rows, Slots, finish
-from rapid_jax.attention.tpu_decode_kernel import LANES, Cut, Given, attended
+from rapid_jax.attention.tpu_decode_kernel import Given, attended
+from rapid_jax.attention.tpu_decode_state import LANES, NOWHERE, Cut
 from rapid_jax.runtime.contract import contract
 
 MOST_ROWS = 256  # that read a prefix together; more are not a few
@@ -113,13 +114,7 @@ def fits(rows: Rows, far: Side, near: Side) -> bool:
     far, near = _slots(far), _slots(near)
     R, H = rows.q_BKRH.shape[2:]
     tags = rows.branch_BR is not None and (far.branch_BS is not None or near.branch_BS is not None)
-    plain = (
-        not tags
-        and rows.reach_BR is None
-        and rows.first_BR is None
-        and near.k_scale_BKS is None
-        and rows.q_BKRH.dtype != jnp.float16
-    )
+    plain = not tags and rows.reach_BR is None and near.k_scale_BKS is None and rows.q_BKRH.dtype != jnp.float16
     return plain and R <= MOST_ROWS and (H == 64 or H % LANES == 0) and cut_of(rows, far, near) is not None
 
 
@@ -197,9 +192,21 @@ def _given(rows: Rows, sides: Sequence[Side], used: tuple[jax.Array, ...], cut: 
     first, second, *others = sides
     far, near = (side if isinstance(side, Stack) else _lead(side) for side in (first, second))
     new = _slots(others[0]) if others else None
-    row_pos = rows.pos_BR if new is None else new.pos_BS
+    marks, skipped = [rows.pos_BR if new is None else new.pos_BS], None
+    if rows.first_BR is not None:
+        marks.append(rows.first_BR if new is None else rows.first_BR[:, :: rows.group])
+        skipped = _skipped(rows, far.every.pos_BS)
     layers = far.layer.reshape(1), near.layer.reshape(1)
-    return Given(q, row_pos, far.every, near.every, new, layers, tuple(x.reshape(-1) for x in used))
+    return Given(q, tuple(marks), far.every, near.every, new, layers, tuple(x.reshape(-1) for x in used), skipped)
+
+
+def _skipped(rows: Rows, pos_BS: jax.Array) -> jax.Array:
+    """int32 [sequences of the prefix]: slots before the first that any of the rows over it may see."""
+    assert rows.first_BR is not None
+    n, S = pos_BS.shape
+    earliest_B = jnp.min(jnp.where(rows.pos_BR >= 0, rows.first_BR, NOWHERE).reshape(n, -1), axis=1)
+    seen_BS = pos_BS >= jnp.maximum(earliest_B, 0)[:, None]
+    return jnp.min(jnp.where(seen_BS, jnp.arange(S, dtype=jnp.int32), S), axis=1)
 
 
 def _lead(slots: Slots) -> Stack:

@@ -5,7 +5,6 @@ The grid is (rows that share a sequence, half of the kv heads, share of the pref
 of all heads, positions and scales, is fetched once a step.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,23 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rapid_jax.attention.partial import Slots
-
-LANES = 128
-LEAST, UNSEEN = -1e38, -2e38  # for -inf where differences of two must not be NaN: below every score, and below that
-NOWHERE = jnp.iinfo(jnp.int32).max  # the position of an empty slot: behind every row
-
-
-@dataclass(frozen=True)
-class Cut:
-    """How the work is cut. Static."""
-
-    each: int  # sequences of rows that are one sequence's of the prefix, together in a program
-    rows: int  # of one of those, and kv head
-    calls: int  # programs for each sequence of the prefix
-    heads: int  # kv heads of a program
-    shares: int  # of the prefix, for the two cores of a chip that have nothing else to share out
-    blocks: tuple[int, int]  # slots at a time, of the prefix and of a tail
-    steps: tuple[int, int]  # blocks of a share, and of a tail
+from rapid_jax.attention.tpu_decode_state import LANES, Cut, How, Seen
 
 
 @dataclass(frozen=True)
@@ -41,25 +24,15 @@ class Given:
     """What the kernel reads. Keys and values are of all layers, [L, B, K, S, H]."""
 
     q: jax.Array  # [programs, K, rows, H]
-    row_pos: jax.Array  # [B, T]: of each of a sequence's rows, or of each token, which has equally many
+    # [B, T]: the position of each of a sequence's rows, or of each token, which has equally many; perhaps also the
+    # first that they see
+    marks: tuple[jax.Array, ...]
     far: Slots
     near: Slots
     new: Slots | None  # the tokens that the rows are of, [B, K, T, H]
     layers: tuple[jax.Array, jax.Array]  # [1], of the prefix and of the tail
     used: tuple[jax.Array, ...]  # [1]; of the prefix perhaps one a sequence
-
-
-@dataclass(frozen=True)
-class _How:
-    """What else the kernel is told. Static."""
-
-    cut: Cut
-    scale: float
-    scaled: bool  # the prefix is rounded
-    turned: bool  # keys and values come as [H, S]: so XLA lays out heads that fill no line of lanes
-    new: bool
-    several: bool  # counts of used slots, one for each sequence of the prefix
-    finished: bool
+    skipped: jax.Array | None  # [sequences of the prefix]: slots that none of the rows sees; with first positions
 
 
 def attended(given: Given, cut: Cut, scale: float, interpret: Any, *, finished: bool) -> list[jax.Array]:
@@ -67,9 +40,10 @@ def attended(given: Given, cut: Cut, scale: float, interpret: Any, *, finished: 
     programs, K, R, H = given.q.shape
     far, near = given.far, given.near
     scaled, several = far.k_scale_BKS is not None, given.used[0].size > 1
-    how = _How(cut, scale, scaled, H < LANES, given.new is not None, several, finished)
+    windowed = given.skipped is not None
+    how = How(cut, scale, scaled, H < LANES, given.new is not None, several, windowed, finished)
     read = _read(given, how)
-    scalars = [*given.layers, *given.used]
+    scalars = [*given.layers, *given.used] + ([given.skipped] if given.skipped is not None else [])
     out = [jax.ShapeDtypeStruct((programs, K, cut.shares, R, H), given.q.dtype if finished else jnp.float32)]
     out += [] if finished else [jax.ShapeDtypeStruct((programs, K, cut.shares, R, LANES), jnp.float32)]
     slots = programs * K * (far.pos_BS.shape[1] + cut.each * near.pos_BS.shape[1])
@@ -82,7 +56,7 @@ def attended(given: Given, cut: Cut, scale: float, interpret: Any, *, finished: 
             out_specs=[pl.BlockSpec((None, cut.heads, None, *x.shape[3:]), _Maps(how).out) for x in out],
             scratch_shapes=[
                 *[pltpu.VMEM((cut.heads, R, width), jnp.float32) for width in (LANES, LANES, H)],
-                pltpu.VMEM((R, 1), jnp.int32),
+                *[pltpu.VMEM((R, 1), jnp.int32) for _ in given.marks],
             ],
         ),
         out_shape=out,
@@ -97,7 +71,7 @@ def attended(given: Given, cut: Cut, scale: float, interpret: Any, *, finished: 
     )(*scalars, *(x for x, _ in read))
 
 
-def _read(given: Given, how: _How) -> list[tuple[jax.Array, pl.BlockSpec]]:
+def _read(given: Given, how: How) -> list[tuple[jax.Array, pl.BlockSpec]]:
     """The arrays in the order in which the kernel takes them, and the block of each that a step sees."""
     maps, cut, one = _Maps(how), how.cut, (None, None, None)
     K, R, H = given.q.shape[1:]
@@ -113,7 +87,8 @@ def _read(given: Given, how: _How) -> list[tuple[jax.Array, pl.BlockSpec]]:
             return x, pl.BlockSpec((*one, size, H), where[0])
         return x if lies else x.swapaxes(-1, -2), pl.BlockSpec((*one, H, size), where[1])
 
-    read = [(given.q, pl.BlockSpec((None, cut.heads, R, H), maps.rows)), (given.row_pos, whole(given.row_pos))]
+    read = [(given.q, pl.BlockSpec((None, cut.heads, R, H), maps.rows))]
+    read += [(marks, whole(marks)) for marks in given.marks]
     read += [(far.pos_BS, pl.BlockSpec((far.pos_BS.shape[0], block), maps.far_pos))]
     there, here = (maps.far, maps.far_turned), (maps.near, maps.near_turned)
     read += [kv(far.k_BKSH, block, there, turn=how.turned)]
@@ -129,21 +104,25 @@ def _read(given: Given, how: _How) -> list[tuple[jax.Array, pl.BlockSpec]]:
     return read
 
 
-def _share(cut: Cut, used, p):
-    """(the first block of a share of the prefix, the one behind its last)."""
-    blocks = lax.div(used + (cut.blocks[0] - 1), jnp.int32(cut.blocks[0]))
-    return lax.div(blocks * p, jnp.int32(cut.shares)), lax.div(blocks * (p + 1), jnp.int32(cut.shares))
+def _share(how: How, sequence, used, skipped, p):
+    """(the first block of a share of a sequence's prefix, the one behind its last)."""
+    cut = how.cut
+    blocks = lax.div(used[sequence if how.several else 0] + (cut.blocks[0] - 1), jnp.int32(cut.blocks[0]))
+    start = lax.div(skipped[0][sequence], jnp.int32(cut.blocks[0])) if how.windowed else jnp.int32(0)
+    blocks = jnp.maximum(blocks - start, 0)
+    shares = jnp.int32(cut.shares)
+    return start + lax.div(blocks * p, shares), start + lax.div(blocks * (p + 1), shares)
 
 
 @dataclass(frozen=True)
 class _Maps:
     """Which block of each array a step of the grid wants; after the grid's indices come the scalars."""
 
-    how: _How
+    how: How
 
-    def _far(self, i, p, s, used):
+    def _far(self, i, p, s, used, scalars):
         sequence = lax.div(i, jnp.int32(self.how.cut.calls))
-        first, last = _share(self.how.cut, used[sequence if self.how.several else 0], p)
+        first, last = _share(self.how, sequence, used, scalars[-1:], p)
         return sequence, jnp.maximum(jnp.minimum(first + s, last - 1), 0)
 
     def _near(self, i, s, used):
@@ -160,19 +139,19 @@ class _Maps:
         return i, g, p, 0, 0
 
     def far(self, i, g, p, s, h, layer, _, used, *scalars):
-        sequence, block = self._far(i, p, s, used)
+        sequence, block = self._far(i, p, s, used, scalars)
         return layer[0], sequence, g * self.how.cut.heads + h, block, 0
 
     def far_turned(self, i, g, p, s, h, layer, _, used, *scalars):
-        sequence, block = self._far(i, p, s, used)
+        sequence, block = self._far(i, p, s, used, scalars)
         return layer[0], sequence, g * self.how.cut.heads + h, 0, block
 
     def far_scales(self, i, g, p, s, h, layer, _, used, *scalars):
-        sequence, block = self._far(i, p, s, used)
+        sequence, block = self._far(i, p, s, used, scalars)
         return layer[0], sequence, 0, block
 
     def far_pos(self, i, g, p, s, h, layer, _, used, *scalars):
-        return 0, self._far(i, p, s, used)[1]
+        return 0, self._far(i, p, s, used, scalars)[1]
 
     def near(self, i, g, p, s, h, _, layer, far_used, used, *scalars):
         sequence, block = self._near(i, s, used)
@@ -186,73 +165,7 @@ class _Maps:
         return 0, self._near(i, s, used)[1]
 
 
-@dataclass(frozen=True)
-class _Seen:
-    """One kv head's rows and what they have seen: references into fast memory."""
-
-    q_RH: Any
-    pos_R1: Any  # int32
-    max_RX: Any  # float32, all lanes alike, before `scale`
-    sum_RX: Any  # float32, all lanes alike
-    out_RH: Any  # float32
-
-    def start(self, how: _How, row_pos_ref: Any, program: Any) -> None:
-        """Nothing seen; the rows' positions as a column."""
-        self.max_RX[...] = jnp.full(self.max_RX.shape, LEAST, jnp.float32)
-        self.sum_RX[...] = jnp.zeros(self.sum_RX.shape, jnp.float32)
-        self.out_RH[...] = jnp.zeros(self.out_RH.shape, jnp.float32)
-        T = row_pos_ref.shape[1]
-        shape = (self.pos_R1.shape[0], T)
-        token = lax.div(lax.broadcasted_iota(jnp.int32, shape, 0), jnp.int32(how.cut.rows // T))
-        self.pos_R1[...] = jnp.full(self.pos_R1.shape, -1, jnp.int32)
-        for own in range(how.cut.each):
-            here = lax.broadcasted_iota(jnp.int32, shape, 1) + own * T == token
-            pos_RT = jnp.where(here, row_pos_ref[pl.ds(program * how.cut.each + own, 1), :], -1)
-            self.pos_R1[...] = jnp.maximum(self.pos_R1[...], jnp.max(pos_RT, axis=1, keepdims=True))
-
-    def add(self, how: _How, pos_1S, k, v, *, turned: tuple[bool, bool], own: Any = None, scales: Any = ()) -> None:
-        """Adds slots; `own`: which of a program's sequences of rows may see them, None: all."""
-        q_RH = self.q_RH[...]
-        score_RS = _product(q_RH, k.astype(q_RH.dtype), 0 if turned[0] else 1)
-        if scales:
-            score_RS *= scales[0]
-        seen_RS = jnp.where(pos_1S < 0, NOWHERE, pos_1S) <= self.pos_R1[...]
-        if own is not None and how.cut.each > 1:
-            row = lax.broadcasted_iota(jnp.int32, (q_RH.shape[0], 1), 0)
-            seen_RS &= (row >= own * how.cut.rows) & (row < (own + 1) * how.cut.rows)
-        score_RS = jnp.where(seen_RS, score_RS, UNSEEN)
-        most_RX = jnp.maximum(self.max_RX[...], jnp.max(score_RS, axis=1, keepdims=True))
-        log2_scale = how.scale * math.log2(math.e)
-        keep_RX = jnp.exp2((self.max_RX[...] - most_RX) * log2_scale)
-        weight_RS = jnp.exp2((score_RS - most_RX[:, :1]) * log2_scale)
-        self.sum_RX[...] = self.sum_RX[...] * keep_RX + jnp.sum(weight_RS, axis=1, keepdims=True)
-        if scales:
-            weight_RS *= scales[1]
-        added_RH = _product(weight_RS.astype(q_RH.dtype), v.astype(q_RH.dtype), 1 if turned[1] else 0)
-        self.out_RH[...] = self.out_RH[...] * keep_RX[:, :1] + added_RH
-        self.max_RX[...] = most_RX
-
-    def finish(self, how: _How, out_refs: Any) -> None:
-        """Writes what came of it."""
-        if how.finished:
-            total_RX = jnp.where(self.sum_RX[...] == 0, 1.0, self.sum_RX[...])
-            out_refs[0][...] = (self.out_RH[...] / total_RX[:, :1]).astype(out_refs[0].dtype)
-        else:
-            out_refs[0][...] = self.out_RH[...]
-            lane = lax.broadcasted_iota(jnp.int32, self.max_RX.shape, 1)
-            out_refs[1][...] = jnp.where(lane == 0, self.max_RX[...], self.sum_RX[...])
-
-
-def _product(a: jax.Array, b: jax.Array, axis: int) -> jax.Array:
-    """a over its last axis with b over `axis`, in float32."""
-    if b.shape[0] == 1:  # one slot: no product that the compiler knows
-        both = a.astype(jnp.float32) * b.astype(jnp.float32)
-        return both if axis == 0 else jnp.sum(both, axis=1, keepdims=True)
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
-
-
-def _kernel(far_layer, near_layer, far_used, near_used, *refs, how: _How):
+def _kernel(far_layer, near_layer, far_used, near_used, *refs, how: How):
     cut, turned, refs = how.cut, how.turned, list(refs)
     i, g, p, s, h = (pl.program_id(axis) for axis in range(5))
 
@@ -261,14 +174,16 @@ def _kernel(far_layer, near_layer, far_used, near_used, *refs, how: _How):
         return found
 
     new_used = taken(1) if how.new else []
-    q_ref, row_pos_ref = taken(2)
+    skipped = taken(1) if how.windowed else []
+    (q_ref,), marks_refs = taken(1), taken(1 + how.windowed)
     far_pos_ref, k_ref, v_ref, *scale_refs = taken(5 if how.scaled else 3)
     near_pos_ref, near_k_ref, near_v_ref = taken(3)
     new_refs = taken(3) if how.new else []
     out_refs = [ref.at[h] for ref in taken(1 if how.finished else 2)]
-    max_ref, sum_ref, out_ref, pos_ref = refs
-    seen = _Seen(q_ref.at[h], pos_ref, max_ref.at[h], sum_ref.at[h], out_ref.at[h])
-    pl.when(s == 0)(lambda: seen.start(how, row_pos_ref, i))
+    max_ref, sum_ref, out_ref, pos_ref, *first_ref = refs
+    first_ref = first_ref[0] if how.windowed else None
+    seen = Seen(q_ref.at[h], pos_ref, first_ref, max_ref.at[h], sum_ref.at[h], out_ref.at[h])
+    pl.when(s == 0)(lambda: seen.start(how, marks_refs, i))
     has_tail = p == cut.shares - 1
 
     if how.new:
@@ -281,7 +196,7 @@ def _kernel(far_layer, near_layer, far_used, near_used, *refs, how: _How):
                 seen.add(how, pos_1T, k_ref[own, h], v_ref[own, h], turned=(False, False), own=own)
 
     sequence = lax.div(i, jnp.int32(cut.calls))
-    first, last = _share(cut, far_used[sequence if how.several else 0], p)
+    first, last = _share(how, sequence, far_used, skipped, p)
 
     @pl.when((s < cut.steps[0]) & (first + s < last))
     def _():

@@ -8,6 +8,7 @@ context device. With a window, a number or an int32 scalar, a query at position 
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from jax import lax
 from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, write, write_layers
 from rapid_jax.attention.forked import Forked
 from rapid_jax.attention.partial import Slots, finish, fold, merge, unfold
-from rapid_jax.attention.ring import attend_visitors, ring_attention
+from rapid_jax.attention.ring import attend_before, attend_visitors, before, fits_neighbours, ring_attention
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.tpu_decode import Stack
 
@@ -31,6 +32,11 @@ def _marks(pos: jax.Array, window: Window, branch: jax.Array | None = None) -> d
     return marks if window is None else marks | {"first_BT": pos - window + 1}
 
 
+def _known(function: Callable, window: Window) -> Callable:
+    """`function` of a window that is known while tracing, or of None."""
+    return partial(function, window=window if isinstance(window, int) else None)
+
+
 def attend_self(pos_BT: jax.Array, strategy: Strategy, *, branch_BT: jax.Array | None = None, runs: int = 0) -> Attend:
     """Causal attention of a sequence over itself; nothing is kept. Differentiable.
 
@@ -38,16 +44,17 @@ def attend_self(pos_BT: jax.Array, strategy: Strategy, *, branch_BT: jax.Array |
     """
     kernel = strategy.chosen_kernel()
 
-    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, marks):
-        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], **marks)
+    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, marks, *, window: int | None):
+        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], **marks, window=window)
         slots = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT, marks.get("branch_BT"))
         scale = q_BTNH.shape[-1] ** -0.5
         out_BKRH = ring_attention(rows, slots, kernel=kernel, scale=scale, runs=runs, hops=strategy.hops)
         return (unfold(out_BKRH, q_BTNH.shape[1]),)
 
-    call = strategy.per_device(local, ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "marks_BT"), ("out_BTNH",))
+    names = ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "marks_BT")
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer, window: Window = None):
+        call = strategy.per_device(_known(local, window), names, ("out_BTNH",))
         k_BTKH, v_BTKH = strategy.with_copies(k_BTKH), strategy.with_copies(v_BTKH)
         return call(q_BTNH, k_BTKH, v_BTKH, pos_BT, _marks(pos_BT, window, branch_BT))[0], None
 
@@ -66,6 +73,7 @@ def attend_fork(pos_BT: jax.Array, reach_B: jax.Array, strategy: Strategy, *, ta
         return attend_self(pos_BT, strategy, runs=runs)
 
     def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, reach_B, marks):
+        # The window is not told as known: rows of the tail see trunk slots that need not be their neighbours'.
         rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], **marks)
         rows = replace(rows, reach_BR=jnp.broadcast_to(reach_B[:, None], rows.pos_BR.shape))
         slots = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT)
@@ -93,7 +101,7 @@ def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Atte
     used = written.used // strategy.context
     runs = 1 if strategy.context == 1 else 2
 
-    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, far_k_BKSH, far_v_BKSH, far_pos_BS, marks):
+    def local(q_BTNH, k_BTKH, v_BTKH, pos_BT, far_k_BKSH, far_v_BKSH, far_pos_BS, marks, *, window: int | None):
         scale = q_BTNH.shape[-1] ** -0.5
         near = Slots(k_BTKH.swapaxes(1, 2), v_BTKH.swapaxes(1, 2), pos_BT)
 
@@ -104,15 +112,20 @@ def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Atte
                 kernel.forward(rows, near, scale=scale, runs=runs),
             )
 
-        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], **marks)
+        rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], **marks, window=window)
         home = (Slots(far_k_BKSH, far_v_BKSH, far_pos_BS), near)
-        partial = attend_visitors(rows, home, visit, strategy.hops)
-        return unfold(finish(partial, q_BTNH.dtype), q_BTNH.shape[1]), near.k_BKSH, near.v_BKSH
+        if window is not None and fits_neighbours(pos_BT.shape[1], window, runs, strategy.hops):
+            # The end of the chunk before this one is where this one begins: on the first device.
+            attend = partial(kernel.forward, scale=scale, runs=1)
+            seen = attend_before(visit(rows, home), rows, before(near, window, "context"), attend)
+        else:
+            seen = attend_visitors(rows, home, visit, strategy.hops)
+        return unfold(finish(seen, q_BTNH.dtype), q_BTNH.shape[1]), near.k_BKSH, near.v_BKSH
 
     names = ("q_BTNH", "k_BTKH", "v_BTKH", "pos_BT", "far_k_BKSH", "far_v_BKSH", "far_pos_BS", "marks_BT")
-    call = strategy.per_device(local, names, ("out_BTNH", "k_BKSH", "v_BKSH"))
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer: KV, window: Window = None):
+        call = strategy.per_device(_known(local, window), names, ("out_BTNH", "k_BKSH", "v_BKSH"))
         k_BTKH, v_BTKH = strategy.with_copies(k_BTKH), strategy.with_copies(v_BTKH)
         far = layer.k_BKSH, layer.v_BKSH, written.pos_BS
         out_BTNH, *chunk = call(q_BTNH, k_BTKH, v_BTKH, pos_BT, *far, _marks(pos_BT, window))

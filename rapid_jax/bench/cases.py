@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from rapid_jax.model.config import ModelConfig
-from rapid_jax.plan.cost import matrices
+from rapid_jax.plan.cost import matrices, slots_seen
 from rapid_jax.runtime.mesh_config import MeshConfig
 
 Drafter: TypeAlias = Literal["none", "full", "int8", "int4"]  # none: plain decoding
@@ -91,7 +91,7 @@ def plain_bytes(config: ModelConfig, case: Case, itemsize: int, mesh: MeshConfig
     """
     mesh = mesh or MeshConfig()
     weights = (matrices(config) + config.hidden_size * config.vocab_size) / mesh.model
-    slots = 2 * config.num_layers * config.num_kv_heads / mesh.model * case.context / mesh.context * case.prefixes
+    slots = 2 * slots_seen(config, case.context) * config.num_kv_heads / mesh.model / mesh.context * case.prefixes
     stored = config.head_dim * itemsize if case.kv == "full" else config.head_dim + 4
     return itemsize * weights + slots * stored
 

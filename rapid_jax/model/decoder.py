@@ -209,24 +209,25 @@ class Decoder(nnx.Module):
         function the one that is scanned: what training recomputes, and how weights and activations lie.
         """
         x_BTD = self.embed(tokens_BT)
-        rotations, kind_of = self.rotations(pos_BT), self.config.kind_of
+        rotations, kind_of, window_of = self.rotations(pos_BT), self.config.kind_of, self.config.window_of
         if isinstance(self.blocks, Block):
             graph, stacked = nnx.split(self.blocks)
 
             def one_layer(x_BTD, item):
                 weights, (kind, window, layer) = item
-                return nnx.merge(graph, weights)(x_BTD, *chosen(rotations, kind), windowed(attend, window), layer)
+                seeing = windowed(attend, window_of[0] if window is None else window)
+                return nnx.merge(graph, weights)(x_BTD, *chosen(rotations, kind), seeing, layer)
 
-            windows = None
-            if any(window is not None for window in self.config.window_of):
-                windows = jnp.asarray([window or NO_WINDOW for window in self.config.window_of], jnp.int32)
+            windows = None  # where all layers have the same, it is known while tracing
+            if len(set(window_of)) > 1:
+                windows = jnp.asarray([window or NO_WINDOW for window in window_of], jnp.int32)
             items = jnp.asarray(kind_of, jnp.int32) if len(rotations) > 1 else None, windows, layers
             x_BTD, kept = jax.lax.scan(one_layer if wrap is None else wrap(one_layer), x_BTD, (stacked, items))
         else:
             collected = []
             for index, block in enumerate(self.blocks):
                 layer = None if layers is None else layers[index]
-                seeing = windowed(attend, self.config.window_of[index])
+                seeing = windowed(attend, window_of[index])
                 x_BTD, item = block(x_BTD, *rotations[kind_of[index]], seeing, layer)
                 collected.append(item)
             kept = tuple(collected)

@@ -40,6 +40,17 @@ def matrices(config: ModelConfig) -> int:
     return config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
 
 
+def slots_seen(config: ModelConfig, slots: int) -> int:
+    """Slots of all layers that a token behind so many sees: of a layer with a window no more than that."""
+    return sum(slots if window is None else min(slots, window) for window in config.window_of)
+
+
+def _pairs(run: Pass, window: int | None) -> float:
+    """Of a token and a slot that it sees, in one layer."""
+    growing = run.tokens if window is None else min(max(window - run.seen, 0), run.tokens)
+    return growing * (run.seen + growing / 2) + (run.tokens - growing) * (window or 0)
+
+
 def work_of(
     config: ModelConfig,
     mesh: MeshConfig,
@@ -57,11 +68,11 @@ def work_of(
     """
     head = config.hidden_size * config.vocab_size
     share = run.tokens / (mesh.context if split_tokens else 1)
-    pairs = run.tokens * (run.seen + run.tokens / 2) / mesh.context
-    width = config.num_layers * config.num_heads * config.head_dim
+    pairs = sum(_pairs(run, window) for window in config.window_of) / mesh.context
+    width = config.num_heads * config.head_dim
     flops = (2 * matrices(config) * share + 2 * head * run.rows + 4 * width * pairs) / mesh.model
     weights = (matrices(config) + head * (run.rows > 0)) / (mesh.model * mesh.fsdp)
     kv_heads = max(config.num_kv_heads, mesh.model) / mesh.model
-    slots = run.seen if split_tokens else run.seen / mesh.context
-    cache = 2 * config.num_layers * kv_heads * config.head_dim * slots
+    slots = slots_seen(config, run.seen) / (1 if split_tokens else mesh.context)
+    cache = 2 * kv_heads * config.head_dim * slots
     return Work(flops, item * weights + (item if cache_item is None else cache_item) * cache)

@@ -198,7 +198,7 @@ def _rounds(config: RapidConfig, target: PlannedModel, drafter: PlannedModel | N
     gamma = 0 if drafter is None else gamma_bucket(max(gammas_of(speculation)))
     law = Law.of(sampling, speculation, (tokens - 1,))
     plan = plan_of(speculation, block=config.compute.attention_block, vocabulary=vocabulary)
-    copying = speculation.lookup != "off" and (gamma > 0 or law.greedy or speculation.effective_eta == 0)
+    copying = speculation.lookup != "off" and (gamma > 0 or not law.has_q or speculation.effective_eta == 0)
     plan = replace(plan, gamma=gamma, copies=plan.copies * copying)
     sizes = Sizes.of(speculation, sampling)
     seen = jax.ShapeDtypeStruct((1, vocabulary), bool) if law.penalty else None

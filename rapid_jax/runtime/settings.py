@@ -188,7 +188,7 @@ def _unknown(root: type, source: str, keys: tuple[str, ...], key: Any, last: Any
 
 
 def _likely(root: type, keys: tuple[str, ...], key: str, last: str) -> list[str]:
-    """What may have been meant: a key beside that looks so or begins so, else the places of a setting of that name.
+    """What may have been meant: the places of a setting of that name, or a key beside that looks so or begins so.
 
     A name is known by its initials too (lr: learning_rate). What looks like nothing has no hint.
     """
@@ -196,15 +196,14 @@ def _likely(root: type, keys: tuple[str, ...], key: str, last: str) -> list[str]
     for name in keys:
         cls = _section(_hints(cls)[name]) or cls
     renamed = [field.name for field in _fields(cls) if field.metadata.get("was") == key]
-    beside = renamed or difflib.get_close_matches(key, _hints(cls), n=1, cutoff=_ALIKE)
-    beside = beside or [name for name in _hints(cls) if name.startswith(f"{key}_")][:1]
-    if beside:
-        return beside
     places = list(_paths(root))
-    for same in (lambda name: name == last, lambda name: "".join(part[:1] for part in name.split("_")) == last):
-        found = [place for place in places if same(place.rpartition(".")[2])]
+    named = [place for place in places if place.rpartition(".")[2] == last][:3]
+    beside = difflib.get_close_matches(key, _hints(cls), n=1, cutoff=_ALIKE)
+    beside = beside or [name for name in _hints(cls) if name.startswith(f"{key}_")][:1]
+    initials = [p for p in places if "".join(part[:1] for part in p.rpartition(".")[2].split("_")) == last][:3]
+    for found in (renamed, named if key == last else [], beside, named, initials):
         if found:
-            return found[:3]
+            return found
     names = difflib.get_close_matches(last, {place.rpartition(".")[2] for place in places}, n=1, cutoff=_ALIKE)
     return [place for place in places if names and place.rpartition(".")[2] == names[0]][:3]
 

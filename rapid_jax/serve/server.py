@@ -97,6 +97,8 @@ def get_ready(service: Service, say: Say) -> None:
         service.engine.warm_up(say)
         service.engine.start()
     except Exception as error:
+        if service.phase == "draining":  # the process ends beneath it
+            return
         service.phase = "failed"
         say(f"not ready: {error}" if isinstance(error, InputError) else "not ready: an error of its own")
         if not isinstance(error, InputError):

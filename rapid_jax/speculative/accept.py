@@ -83,16 +83,24 @@ def verify(
     `z_BGV` has one row more than `drafts_BG`; only the first `length_B` drafts of a row count. `keys` are for accepting
     [B, G] and for the token [B, G + 1]. After a rejection the token comes from the residual; after a full accept it is
     a bonus from the unmodified p of the next row (there is no q there, so p_hat is undefined). Greedy: a draft is
-    accepted when it is the target's argmax; the token is the target's argmax.
+    accepted when it is the argmax of p_hat, and that is the token after a rejection; the bonus is the target's argmax.
+    With eta = 0 all are the target's. (Ours: the paper has no greedy rule, and its code none that works.)
     """
     accept_keys_BG, token_keys_BG = keys
-    if law.greedy:
-        return _best(drafts_BG, length_B, z_BGV)
+    best_BG = best(z_BGV)
+    if not law.has_q:
+        return _agreed(drafts_BG, length_B, best_BG)
     log_p_hat_BGV = enriched(z_BGV[:, :-1], log_q_BGV, law, knobs)
+    if law.transfer:
+        is_drafted_BG = jnp.arange(drafts_BG.shape[1]) < length_B[:, None]
+        moved_BG = is_drafted_BG & (along(knobs.eta_B, best_BG) > 0)
+        best_BG = best_BG.at[:, :-1].set(jnp.where(moved_BG, best(log_p_hat_BGV), best_BG[:, :-1]))
+    best_n_B, best_B = _agreed(drafts_BG, length_B, best_BG)
+    if law.greedy:
+        return best_n_B, best_B
     above_zero = partial(jax.random.uniform, minval=jnp.finfo(jnp.float32).tiny)
     log_r_BG = jnp.log(jax.vmap(jax.vmap(above_zero))(accept_keys_BG))
     n_B = leading_accepts(at(log_p_hat_BGV, drafts_BG) - at(log_q_BGV, drafts_BG), log_r_BG, length_B)
-    best_n_B, best_B = _best(drafts_BG, length_B, z_BGV)
     n_B = jnp.where(knobs.greedy_B, best_n_B, n_B)
 
     p_BV = jax.nn.softmax(_row(z_BGV, n_B), axis=-1)
@@ -126,8 +134,7 @@ def enriched(z_BGV: jax.Array, log_q_BGV: jax.Array, law: Law, knobs: Knobs) -> 
     return found
 
 
-def _best(drafts_BG: jax.Array, length_B: jax.Array, z_BGV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(drafts that are the target's argmax, up to the first that is not; its argmax after them)."""
-    best_BG = best(z_BGV)
+def _agreed(drafts_BG: jax.Array, length_B: jax.Array, best_BG: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(drafts that are the best token of their place, up to the first that is not; the best one after them)."""
     n_B = leading_agreement(drafts_BG, best_BG, length_B)
     return n_B, jnp.take_along_axis(best_BG, n_B[:, None], axis=1)[:, 0]

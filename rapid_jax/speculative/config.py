@@ -63,7 +63,8 @@ class SpeculationConfig:
     """How tokens are drafted and what is accepted (RAPID, arXiv 2502.20330).
 
     mode
-      rapid      the paper's rule as its released code runs it; with eta > 0 NOT the target's distribution
+      rapid      the paper's rule as its released code runs it; with eta > 0 NOT the target's distribution; at
+                 temperature 0 a drafted position has the argmax of the enriched p-hat (ours: the paper has no rule)
       lossless   eta = 0: exactly the target's distribution, whatever the drafter
       phat       at drafted positions exactly the enriched p-hat (residual max(p_hat - q, 0)), p elsewhere
       target     the target alone on the whole document
@@ -77,6 +78,7 @@ class SpeculationConfig:
     )
     guard: Guard = "code"  # which tokens the drafter may move: released code, Eq. 9, or all
     alpha: float = 0.1  # of the guard
+    transfer_temperature: float | None = 1.0  # of p and q where rapid and phat are greedy; null: the target's greedy
     confidence_stop: float = 0.0  # stop drafting after a token the drafter gave less than this; 0 = off
     lookup: Literal["off", "auto", "on"] = "auto"  # level 0: drafts copied from text already read
     lookup_width: int = 6  # tokens copied at once
@@ -90,6 +92,11 @@ class SpeculationConfig:
             auto or 0 <= int(self.gamma) <= MOST_DRAFTS, f"gamma must be auto or 0 to {MOST_DRAFTS}, got {self.gamma}"
         )
         _require(0 <= self.alpha <= 1, f"alpha must be in [0, 1], got {self.alpha}")
+        transfer = self.transfer_temperature
+        _require(
+            transfer is None or 1e-4 <= transfer <= 1e4,
+            f"transfer_temperature must be null or a number from 1e-4 to 1e4, got {transfer}",
+        )
         _require(0 <= self.confidence_stop < 1, f"confidence_stop must be in [0, 1), got {self.confidence_stop}")
         _require(1 <= self.lookup_width <= 32, f"lookup_width must be 1 to 32, got {self.lookup_width}")
         _require(1 <= self.lookup_match <= 8, f"lookup_match must be 1 to 8, got {self.lookup_match}")
@@ -115,6 +122,11 @@ class SpeculationConfig:
     def retrieves(self) -> bool:
         """Whether anything is retrieved."""
         return self.drafts or self.reads == "retrieved"
+
+    @property
+    def transfers_greedily(self) -> bool:
+        """Whether greedy tokens are the argmax of the enriched p-hat where a token was drafted."""
+        return self.effective_eta > 0 and self.transfer_temperature is not None
 
     @property
     def effective_eta(self) -> float:

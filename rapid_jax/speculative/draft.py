@@ -36,7 +36,7 @@ class Draft:
     """Up to G drafted tokens a row, each drawn from the row of q that stands beside it."""
 
     tokens_BG: jax.Array  # int32
-    log_q_BGV: jax.Array  # float32; V is 1 and the values mean nothing under a greedy law
+    log_q_BGV: jax.Array  # float32; V is 1 and the values mean nothing under a law without q
     origin_BG: jax.Array  # int8
     length_B: jax.Array  # int32
     copied_B: jax.Array  # int32, tokens that level 0 proposed
@@ -50,7 +50,7 @@ class Draft:
         row = jnp.zeros(batch, jnp.int32)
         return cls(
             jnp.zeros((batch, slots), jnp.int32),
-            jnp.zeros((batch, slots, 1 if law.greedy else vocabulary), jnp.float32),
+            jnp.zeros((batch, slots, vocabulary if law.has_q else 1), jnp.float32),
             jnp.full((batch, slots), Origin.DRAFT, jnp.int8),
             row,
             row,
@@ -115,7 +115,7 @@ def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs,
         z_BGV = warped(logits, law, knobs, None if seen_BV is None else seen_BV[:, None])
         token_B1 = draw(position_keys(state.key_B, Draw.DRAFT, state.count_B + index, 1), z_BGV, law, knobs)
         log_q_BGV = draft.log_q_BGV
-        if not law.greedy:
+        if law.has_q:
             log_q_BGV = lax.dynamic_update_slice_in_dim(log_q_BGV, jax.nn.log_softmax(z_BGV, axis=-1), index, axis=1)
         draft = replace(
             draft,
@@ -191,7 +191,7 @@ def draft_with_copies(
         taken_B = jnp.where(ended_B, jnp.argmax(ends_BG, axis=1), n_B) + 1
         taken_B = jnp.where(open_B, jnp.minimum(taken_B, most_B - at_B), 0)
         log_q_BGV = draft.log_q_BGV
-        if not law.greedy:  # a closed row writes past its own drafts, where nothing is read
+        if law.has_q:  # a closed row writes past its own drafts, where nothing is read
             log_q_BGV = put(log_q_BGV, jax.nn.log_softmax(z_BGV, axis=-1), at_B)
         origin_BG = jnp.where(index < n_B[:, None], Origin.LOOKUP, Origin.DRAFT).astype(jnp.int8)
         draft = Draft(

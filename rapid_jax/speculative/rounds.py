@@ -111,7 +111,7 @@ class Rounds:
     @property
     def may_copy(self) -> bool:
         """Whether copies that no drafter reads may be verified against p itself: where that is every row's law."""
-        return self.law.greedy or bool(np.all(self.host_knobs.greedy_B | (self.host_knobs.eta_B == 0)))
+        return bool(np.all(self.host_knobs.eta_B == 0))
 
     def advance(self, plan: Plan, rounds: int) -> Observation:
         """What `rounds` rounds of a plan did; a program new to these rows, and to as many, is first compiled, by rounds

@@ -22,6 +22,7 @@ class Law:
     """
 
     greedy: bool  # every row is
+    transfer: bool  # some greedy rows have eta > 0: the argmax of p-hat
     guard: Guard | Literal["mixed"]
     exact_phat: bool  # some rows have the residual max(p_hat - q, 0): they sample p-hat exactly
     top_k: bool
@@ -38,9 +39,11 @@ class Law:
     ) -> "Law":
         """The law that these settings ask for. What a greedy law ignores is the same in every one."""
         sampled = sampling.temperature > 0
+        transfer = not sampled and speculation.transfers_greedily
         return cls(
             greedy=not sampled,
-            guard=speculation.guard if sampled else "none",
+            transfer=transfer,
+            guard=speculation.guard if sampled or transfer else "none",
             exact_phat=sampled and speculation.mode == "phat",
             top_k=sampled and sampling.top_k > 0,
             nucleus=sampled and sampling.top_p < 1,
@@ -55,10 +58,11 @@ class Law:
         """A law for the rows of both; their stop tokens must be the same."""
         if self.stops != other.stops:
             raise ValueError(f"expected laws with the same stop tokens, got {self.stops} and {other.stops}")
-        sampled = [law for law in (self, other) if not law.greedy] or [self]
-        guard = sampled[0].guard if sampled[0].guard == sampled[-1].guard else "mixed"
+        enriched = [law for law in (self, other) if law.has_q] or [self]
+        guard = enriched[0].guard if enriched[0].guard == enriched[-1].guard else "mixed"
         return Law(
             greedy=self.greedy and other.greedy,
+            transfer=self.transfer or other.transfer,
             guard=guard,
             exact_phat=self.exact_phat or other.exact_phat,
             top_k=self.top_k or other.top_k,
@@ -70,11 +74,17 @@ class Law:
             logprobs=self.logprobs or other.logprobs,
         )
 
+    @property
+    def has_q(self) -> bool:
+        """Whether some row's tokens depend on the drafter's distribution, not on what it drafted alone."""
+        return not self.greedy or self.transfer
+
     def widened(self) -> "Law":
-        """One of three: greedy and no more, or all kinds of sampling at once, without log-probabilities or with."""
+        """One of a few: greedy and no more (without transfer, or with a guard), or all kinds of sampling at once,
+        without log-probabilities or with."""
         if self.greedy and not (self.penalty or self.confidence_stop or self.logprobs):
             return self
-        return Law(False, "mixed", True, True, True, True, True, True, self.stops, self.logprobs)
+        return Law(False, True, "mixed", True, True, True, True, True, True, self.stops, self.logprobs)
 
     def is_stop(self, tokens: jax.Array) -> jax.Array:
         """bool, of the tokens' shape."""
@@ -106,16 +116,17 @@ class Knobs:
 
     @classmethod
     def of(cls, sampling: SamplingConfig, speculation: SpeculationConfig, allowed_V: Any = None) -> "Knobs":
-        """The numbers of these settings, one for all rows; arrays of the host. A greedy row is neither divided by its
-        temperature nor filtered."""
+        """The numbers of these settings, one for all rows; arrays of the host. A greedy row is not filtered; it is
+        divided by the transfer temperature, and has an eta, where the drafter moves it."""
         sampled = sampling.temperature > 0
+        transfer = speculation.transfer_temperature if not sampled and speculation.transfers_greedily else None
         gamma = MOST_DRAFTS if speculation.gamma == "auto" else int(speculation.gamma)
         values = {
-            "temperature_B": sampling.temperature if sampled else 1.0,
+            "temperature_B": sampling.temperature if sampled else transfer or 1.0,
             "outside_B": 1 - sampling.top_p if sampled and sampling.top_p < 1 else -1.0,
             "min_p_B": sampling.min_p if sampled else 0.0,
             "penalty_B": sampling.repetition_penalty,
-            "eta_B": speculation.effective_eta,
+            "eta_B": speculation.effective_eta if sampled or transfer else 0.0,
             "alpha_B": speculation.alpha,
             "confidence_stop_B": speculation.confidence_stop,
         }
@@ -165,12 +176,12 @@ def warped(logits: jax.Array, law: Law, knobs: Knobs, seen: jax.Array | None) ->
     """z / T over the last axis with every filtered token at -inf: softmax of it is the model's distribution.
 
     The first axis is that of the knobs. Order: repetition penalty, temperature, top-k, top-p, min-p. The eta shift of
-    RAPID comes after all of them. Greedy rows only have the penalty.
+    RAPID comes after all of them. Greedy rows only have the penalty, and the temperature of their transfer.
     """
     z = logits.astype(jnp.float32)
     if law.penalty and seen is not None:
         z = penalized(z, seen, along(knobs.penalty_B, z))
-    if law.greedy:
+    if not law.has_q:
         return z
     z = z / along(knobs.temperature_B, z)
     if law.top_k:

@@ -42,6 +42,7 @@ class Case:
     time: int = 1
     head_dim: int = 16
     blind: int = 0
+    window: int | None = None
 
     @property
     def scale(self) -> float:
@@ -88,7 +89,8 @@ def made(case: Case, dtype=jnp.float32) -> Made:
             kv = [jnp.asarray((size * rng.normal(size=shape)).astype(dtype)) for size in (1.5, 1)]
             sides.append(Slots(*kv, jnp.asarray(pos_BS)))
     q_BKRH = (2 * rng.normal(size=(B, K, R, H))).astype(jnp.bfloat16)  # float32 and float16 have it too
-    rows = Rows(jnp.asarray(q_BKRH.astype(dtype)), jnp.asarray(pos_BR), group=case.group)
+    first_BR = None if case.window is None else jnp.asarray(pos_BR - case.window + 1)
+    rows = Rows(jnp.asarray(q_BKRH.astype(dtype)), jnp.asarray(pos_BR), group=case.group, first_BR=first_BR)
     return Made(rows, tuple(sides), tuple(jnp.asarray(np.int32(side.used)) for side in case.sides))
 
 
@@ -106,7 +108,10 @@ def truth(given: Made) -> np.ndarray:
 
     kv = [[of_all(x) for x in numbers(side)] for side in given.sides]
     k_BKSH, v_BKSH = (np.concatenate(x, axis=2) for x in zip(*kv, strict=True))
-    seen = visible(given.rows.pos_BR, np.concatenate([of_all(np.asarray(side.pos_BS)) for side in given.sides], axis=1))
+    pos_BS = np.concatenate([of_all(np.asarray(side.pos_BS)) for side in given.sides], axis=1)
+    first_BR = given.rows.first_BR
+    window = None if first_BR is None else np.max(np.asarray(given.rows.pos_BR - first_BR)) + 1  # of every row
+    seen = visible(given.rows.pos_BR, pos_BS, window=window)
     q_BKRH = np.asarray(given.rows.q_BKRH, np.float64)
     return dense_attention(*(x.swapaxes(1, 2) for x in (q_BKRH, k_BKSH, v_BKSH)), seen).swapaxes(1, 2)
 

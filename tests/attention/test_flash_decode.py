@@ -49,6 +49,11 @@ CASES = {
     "3 prefixes in 8 bits under 2 rows each": Case((Side(70, 70, int8=True, shared=3), Side(8, 3)), batch=6, group=2),
     "one prefix in 8 bits under 4 rows": Case((Side(70, 70, int8=True, shared=1), Side(8, 3)), 4, group=2, time=2),
     "one prefix under 2 rows, empty tails": Case((Side(64, 60, shared=1), Side(8, 0)), batch=2),
+    "window of 1": replace(ROW, window=1),
+    "window of a block": Case((Side(100, 97, (0, 40)), Side(8, 2)), batch=2, group=2, window=32),
+    "window of 45, some see nothing": Case((Side(75, 64), Side(40, 37)), batch=2, time=33, blind=5, window=45),
+    "window of all, 8 bits": Case((Side(70, 70, int8=True), Side(8, 6)), batch=2, group=4, time=3, window=5000),
+    "window of 40, one prefix under 3 rows": Case((Side(100, 90, (60, 70), shared=1), Side(8, 5)), 3, window=40),
     "one prefix, empty, under 2 rows": Case((Side(64, 0, shared=1), Side(8, 2)), batch=2),
 }
 PARTIAL = {
@@ -112,6 +117,15 @@ def test_blocks_beyond_what_is_used_are_not_read():
             for side, start in zip(given.sides, starts, strict=True)
         )
         np.testing.assert_array_equal(kernel(given.rows, sides, given.used, scale=case.scale), want)
+
+
+def test_blocks_before_a_window_are_not_read():
+    given = made(CASES["window of a block"])
+    want = kernel(given.rows, given.sides, given.used, scale=16**-0.5)
+    far = given.sides[0]
+    spoilt = replace(far, k_BKSH=far.k_BKSH.at[:, :, :64].set(jnp.nan), v_BKSH=far.v_BKSH.at[:, :, :64].set(jnp.nan))
+    got = kernel(given.rows, (spoilt, given.sides[1]), given.used, scale=16**-0.5)
+    np.testing.assert_array_equal(got, want)
 
 
 def test_scores_of_thousands():

@@ -30,6 +30,7 @@ class Case:
     rows: tuple[tuple[int, int, int], ...]
     heads: tuple[int, int] = (4, 2)
     H: int = 8
+    window: int | None = None
 
     def places(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(positions, branch tags, reach) in the order of the text."""
@@ -48,7 +49,7 @@ class Case:
 
     def dense(self):
         pos, tags, _ = self.places()
-        seen = visible(pos, pos, tags, tags)
+        seen = visible(pos, pos, tags, tags, window=self.window)
         return lambda q, k, v: dense_attention(q, k, v, seen, xp=jnp)
 
 
@@ -58,6 +59,8 @@ CASES = {
     "rows of every kind": Case(64, 32, ROWS),
     "no places for a second continuation": Case(64, 0, ((40, 24, 0), (20, 11, 0))),
     "every query head its own": Case(32, 16, ((9, 22, 16), (31, 1, 3)), heads=(2, 2)),
+    "a window of 11": Case(64, 32, ROWS, window=11),
+    "a window and no second continuation": Case(64, 0, ((40, 24, 0), (20, 11, 0)), window=8),
 }
 
 
@@ -75,7 +78,7 @@ def ours(case: Case, strategy: Strategy):
     def attention(q, k, v):
         tail = case.tail // strategy.context
         attend = attend_fork(jnp.asarray(pos[:, order]), jnp.asarray(reach), strategy, tail=tail)
-        return attend(q[:, order], k[:, order], v[:, order], None)[0][:, back]
+        return attend(q[:, order], k[:, order], v[:, order], None, case.window)[0][:, back]
 
     return attention
 
@@ -99,6 +102,8 @@ def compare(case: Case, strategy: Strategy, expected) -> None:
         ("no places for a second continuation", 1, "ring"),
         ("no places for a second continuation", 4, "ring"),
         ("every query head its own", 1, "ring"),
+        ("a window of 11", 4, "ring"),
+        ("a window and no second continuation", 4, "ring"),
     ],
 )
 def test_a_fork_is_dense_attention_with_branch_tags(name, devices, over):
@@ -113,11 +118,17 @@ def test_with_rows_and_heads_split_too():
 SPLASH = Case(256, 128, ((150, 90, 128), (31, 225, 77)), heads=(2, 1), H=64)
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_splash(devices):
+@pytest.mark.parametrize("devices, window", [(1, None), (2, None), (1, 100)])
+def test_splash(devices, window):
     """Interpreted. 128 rows of each part a device are the fewest that the kernels take."""
-    case = replace(SPLASH, trunk=256 * devices, tail=128 * devices)
+    case = replace(SPLASH, trunk=256 * devices, tail=128 * devices, window=window)
     compare(case, ring_of(devices, kernel="splash"), gradients_of(case.dense(), case.qkv()))
+
+
+def test_splash_of_a_window_that_neighbours_have():
+    """Of half a device's slots and one, so that what lies before a run is as much as the kernels take."""
+    case = Case(512, 0, ((300, 150, 0),), heads=(2, 1), H=64, window=129)
+    compare(case, ring_of(2, kernel="splash"), gradients_of(case.dense(), case.qkv()))
 
 
 def test_splash_decides_nothing_and_attends_in_no_other_way():

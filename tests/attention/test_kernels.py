@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.tpu import InterpretParams
 
-from rapid_jax.attention import cudnn, splash
+from rapid_jax.attention import cudnn, splash, splash_plan
 from rapid_jax.attention.kernels import Cotangent, Kernel, kernel_of, platform_of
 from rapid_jax.attention.partial import Rows, Slots, finish, fold, log_sum, merge, padded_rows, padded_slots, unfold
 from rapid_jax.runtime.errors import InputError
@@ -35,14 +35,16 @@ class Case:
     q_branch: np.ndarray | None = None
     kv_branch: np.ndarray | None = None
     used: int | None = None
+    window: int | None = None
 
     @property
     def seen_BTS(self) -> np.ndarray:
-        return visible(self.q_pos, self.kv_pos, self.q_branch, self.kv_branch)
+        return visible(self.q_pos, self.kv_pos, self.q_branch, self.kv_branch, window=self.window)
 
     def rows(self, q_BTNH: jax.Array) -> Rows:
         branch = None if self.q_branch is None else jnp.asarray(self.q_branch)
-        return fold(q_BTNH, jnp.asarray(self.q_pos), self.heads[1], branch)
+        first = None if self.window is None else jnp.asarray(self.q_pos - self.window + 1)
+        return fold(q_BTNH, jnp.asarray(self.q_pos), self.heads[1], branch, first, self.window)
 
     def slots(self, k_BSKH: jax.Array, v_BSKH: jax.Array) -> list[Slots]:
         kv = [jnp.split(x.swapaxes(1, 2), self.parts, axis=2) for x in (k_BSKH, v_BSKH)]
@@ -77,12 +79,19 @@ def cases() -> dict[str, Case]:
         "sequences of uneven lengths": Case(uneven, uneven, (2, 2), runs=1),
         "chunk on a prefix": Case(span((300, 450)), span((0, 300), 212), (6, 2), runs=1, used=300),
         "zigzag, own": Case(early, early, runs=2),
-        "zigzag, of an earlier device": Case(late, early, runs=2, parts=2),
+        "zigzag, of an earlier device": Case(late, early, runs=2),
         "zigzag, of a later device": Case(early, late, runs=2),
         "zigzag, of a sequence that ends early": Case(late, span((0, 150), 234), runs=2),
         "nothing seen": Case(span((0, 200)), span((200, 400)), runs=1),
         "branches in blocks of their own": Case(pair, pair, q_branch=pair_tags, kv_branch=pair_tags),
         "branches anywhere": Case(alone, alone, q_branch=alone_tags, kv_branch=alone_tags),
+        "window of xla's block, causal": Case(span((0, 384)), span((0, 384)), (4, 2), runs=1, window=96),
+        "window of 1, lengths uneven": Case(uneven, uneven, (2, 2), runs=1, window=1),
+        "window of 130, chunk on a prefix": Case(span((300, 450)), span((0, 300), 212), runs=1, used=300, window=130),
+        "window of splash's block, zigzag, own": Case(early, early, runs=2, window=128),
+        "window of 100, zigzag, earlier device": Case(late, early, runs=2, window=100),
+        "window of 50, unsorted": Case(queries, shuffled, (3, 3), parts=2, window=50),
+        "window of 60, branches": Case(alone, alone, q_branch=alone_tags, kv_branch=alone_tags, window=60),
     }
 
 
@@ -145,6 +154,42 @@ def test_values_and_gradients_are_dense_attention_s(name, case):
         np.testing.assert_allclose(getattr(got, field), getattr(expected, field), atol=1e-4, rtol=0, err_msg=field)
 
 
+def test_blocks_of_slots_before_every_window_are_not_read():
+    """A block of them would spoil whatever it is multiplied with. The program is that of the case's own test."""
+    case = CASES["window of 130, chunk on a prefix"]
+    q, k, v, d_out = arrays_of(case, jnp.float32)
+    spoilt = [q, *(x.at[:, :BLOCK].set(jnp.nan) for x in (k, v)), d_out]
+    got, expected = attended("xla", case, spoilt), truth(case, [q, k, v, d_out])
+    np.testing.assert_allclose(got.out_BTNH, expected.out_BTNH, atol=1e-5, rtol=0)
+    np.testing.assert_allclose(got.dk_BSKH, expected.dk_BSKH, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("window, visits", [(None, 10), (1, 4), (1024, 7), (1026, 9), (9999, 10)])
+def test_splash_visits_blocks_of_1024_that_a_window_reaches(window, visits):
+    pos = jnp.arange(4096, dtype=jnp.int32)[None]
+    q_BKRH = jnp.zeros((1, 1, 4096, 1))
+    rows = Rows(q_BKRH, pos, first_BR=None if window is None else pos - window + 1)
+    assert splash_plan.promised_plan(rows, Slots(q_BKRH, q_BKRH, pos)).visit_rs.sum() == visits
+
+
+def test_splash_attends_windows_over_more_slots_than_it_can_be_told_of(monkeypatch):
+    for module in (splash, splash_plan):
+        monkeypatch.setattr(module, "WINDOWED", 256)
+    case = replace(CASES["window of 130, chunk on a prefix"], used=None, window=200)
+    arrays = arrays_of(case, jnp.float32)
+    expected, got = truth(case, arrays), attended("splash" if PLATFORM != "gpu" else "xla", case, arrays)
+    for field in ("out_BTNH", "dq_BTNH", "dk_BSKH", "dv_BSKH"):
+        np.testing.assert_allclose(getattr(got, field), getattr(expected, field), atol=1e-4, rtol=0, err_msg=field)
+
+
+def test_a_span_of_slots_is_one_number():
+    first, last, slot = (jnp.asarray(x, jnp.int32)[:, None] for x in ([0, 5, 32767], [32767, 9, 32767], [0, 5, 32767]))
+    span = splash_plan._span(first, last)
+    assert np.all(span != 0) and np.all(splash_plan.seen_span(span, slot))
+    assert np.array_equal(splash_plan.seen_span(span, jnp.arange(8)[None])[:, :6].sum(axis=1), [6, 1, 0])
+    assert not splash_plan.seen_span(jnp.zeros_like(span), slot).any()
+
+
 @pytest.mark.parametrize("case", ROUNDED)
 @pytest.mark.parametrize("name", KERNELS)
 def test_bfloat16_is_nearer_than_dense_bfloat16(name, case):
@@ -194,8 +239,8 @@ def test_splash_knows_which_positions_its_kernels_can_be_told(case, holds):
     case = CASES[case]
     q, k, v, _ = arrays_of(case, jnp.float32)
     rows, slots = case.rows(q), case.slots(k, v)[0]
-    sizes = splash.blocks_of(rows.pos_BR.shape[1], slots.pos_BS.shape[1], tagged=case.q_branch is not None)
-    visits = jax.jit(partial(splash._visits, bq=sizes[0], bkv=sizes[1]))
+    sizes = splash_plan.blocks_of(rows.pos_BR.shape[1], slots.pos_BS.shape[1], tagged=case.q_branch is not None)
+    visits = jax.jit(partial(splash_plan.visits, bq=sizes[0], bkv=sizes[1]))
     assert visits(padded_rows(rows, sizes[0]), padded_slots(slots, sizes[1]))[1] == holds
 
 
@@ -211,6 +256,11 @@ def test_splash_knows_which_positions_its_kernels_can_be_told(case, holds):
         ("zigzag, of a later device", 3, 384),
         ("branches anywhere", 3, 400),
         ("unsorted, rows and slots missing", 3, None),
+        ("window of xla's block, causal", 4, 384),
+        ("window of 1, lengths uneven", 4, 300),
+        ("window of 130, chunk on a prefix", 3, None),
+        ("window of splash's block, zigzag, own", 3, 384),
+        ("window of 60, branches", 3, None),
     ],
 )
 def test_cudnn_knows_its_masks_by_the_positions(case, kind, length):
@@ -218,6 +268,14 @@ def test_cudnn_knows_its_masks_by_the_positions(case, kind, length):
     q, k, v, _ = arrays_of(case, jnp.float32)
     found, length_B = jax.jit(cudnn._kind)(case.rows(q), case.slots(k, v)[0])
     assert found == kind and length in (None, length_B[0])
+
+
+@pytest.mark.parametrize("window, known, kind", [(384, False, 2), (383, False, 3), (383, True, 4), (384, True, 2)])
+def test_cudnn_needs_a_window_that_is_known_where_it_matters(window, known, kind):
+    case = replace(CASES["causal"], window=window)
+    q, k, v, _ = arrays_of(case, jnp.float32)
+    rows = case.rows(q) if known else replace(case.rows(q), window=None)
+    assert jax.jit(cudnn._kind)(rows, case.slots(k, v)[0])[0] == kind
 
 
 def test_cudnn_attends_a_later_device_s_slots_with_the_late_run_alone():

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention over a mesh of 8 fake devices against dense attention: values and gradients, in any order of tokens."""
 
+import re
 from dataclasses import dataclass, replace
 from itertools import product
 
@@ -35,6 +36,7 @@ class Case:
     kv_heads: int = 2
     ends: tuple[int, ...] = (0,)  # 0: no padding
     branch_at: tuple[int, ...] = ()
+    window: int | None = None
 
     def positions(self) -> np.ndarray:
         index = np.arange(self.time)
@@ -88,13 +90,13 @@ def on_mesh(case: Case, strategy: Strategy, order: np.ndarray):
 
     def attention(q, k, v):
         attend = attend_self(jnp.asarray(pos_BT), strategy, branch_BT=tags, runs=runs)
-        return attend(q[:, order], k[:, order], v[:, order], None)[0][:, back]
+        return attend(q[:, order], k[:, order], v[:, order], None, case.window)[0][:, back]
 
     return attention
 
 
 def dense(case: Case, xp=jnp):
-    seen = visible(case.positions(), case.positions(), case.branches(), case.branches())
+    seen = visible(case.positions(), case.positions(), case.branches(), case.branches(), window=case.window)
     return lambda q, k, v: dense_attention(q, k, v, seen, xp=xp)
 
 
@@ -111,6 +113,39 @@ def compare(case: Case, strategy: Strategy, order: np.ndarray) -> None:
 def test_a_zigzag_ring_is_dense_attention(devices, case):
     strategy = Strategy(block=4, mesh=mesh_of(context=devices), kernel="xla")
     compare(case, strategy, zigzag(case.time, devices))
+
+
+WINDOWED = Case(64, ends=(0, 51))
+
+
+@pytest.mark.parametrize(
+    "devices, window, known",
+    [(2, 1, True), (4, 9, True), (4, 9, False), (4, 10, True), (8, 5, True), (8, 200, True)],
+)
+def test_a_window_over_devices_is_dense_attention(devices, window, known):
+    """In zigzag order; of half a device's slots and one, so that neighbours are enough, of less and of more."""
+    strategy = Strategy(block=4, mesh=mesh_of(context=devices), kernel="xla")
+    case = replace(WINDOWED, window=window)
+    ours = on_mesh(case if known else replace(case, window=jnp.int32(window)), strategy, zigzag(case.time, devices))
+    (got, out), (want, truth) = gradients_of(ours, case.qkv()), gradients_of(dense(case), case.qkv())
+    np.testing.assert_allclose(out, truth, atol=1e-5)
+    for name, g, w in zip("qkv", got, want, strict=True):
+        np.testing.assert_allclose(g, w, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize("window, slots", [(5, {4}), (9, {8}), (10, {16})])
+def test_of_a_window_that_neighbours_have_no_more_is_sent(window, slots):
+    strategy = Strategy(block=4, mesh=mesh_of(context=4), kernel="xla")
+    ours = on_mesh(replace(WINDOWED, window=window), strategy, zigzag(64, 4))
+    text = str(jax.make_jaxpr(jax.grad(lambda *qkv: ours(*qkv).sum(), (0, 1, 2)))(*WINDOWED.qkv()))
+    sent = re.findall(r"f32\[([\d,]+)\] = ppermute", text)
+    assert {int(shape.split(",")[-2]) for shape in sent} == slots and len(sent) > 3
+
+
+def test_a_window_in_any_order_and_with_branches():
+    case = replace(CASES["branches and padding"], window=13)
+    places = np.random.default_rng(0).permutation(np.arange(case.time, dtype=np.int32))
+    compare(case, Strategy(block=4, mesh=mesh_of(context=4), kernel="xla", over="all_gather"), places)
 
 
 @pytest.mark.parametrize("over", ["ring", "all_gather"])
@@ -166,9 +201,15 @@ def test_bfloat16_is_as_close_to_the_truth_as_dense_bfloat16():
         assert error <= dense_error, name
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
-@pytest.mark.parametrize("over", ["ring", "all_gather"])
-def test_chunks_into_a_sharded_prefix_then_a_tail(devices, over):
+@pytest.mark.parametrize(
+    "devices, over, window",
+    [
+        *((devices, "ring", None) for devices in (2, 4, 8)),
+        *((2, "all_gather", None), (4, "all_gather", 50), (8, "all_gather", None)),
+        *((2, "ring", 9), (4, "ring", 5), (4, "ring", 6)),
+    ],
+)
+def test_chunks_into_a_sharded_prefix_then_a_tail(devices, over, window):
     """Two rows, one of which ends in the first chunk; then three new tokens over the prefix and the tail."""
     chunk, total, fresh = 32, 64, 3
     case = Case(total + fresh, heads=4, kv_heads=2, ends=(0, 0))
@@ -183,14 +224,14 @@ def test_chunks_into_a_sharded_prefix_then_a_tail(devices, over):
 
     @jax.jit
     def attend(q, k, v, kv, pos_BT, pos_BS, used):
-        return attend_chunk(pos_BT, Prefix((kv,), pos_BS, used), strategy)(q, k, v, kv)
+        return attend_chunk(pos_BT, Prefix((kv,), pos_BS, used), strategy)(q, k, v, kv, window)
 
     for start in range(0, total, chunk):
         part = start + order
         kv = KV(*(jnp.asarray(x.reshape(2, 2, -1, H)) for x in kept))
         here = pos[:, part]
         out, new = attend(q[:, part], k[:, part], v[:, part], kv, here, slot_pos.reshape(2, -1), np.int32(start))
-        truth = dense_attention(q[:, part], k[:, :total], v[:, :total], visible(here, pos))
+        truth = dense_attention(q[:, part], k[:, :total], v[:, :total], visible(here, pos, window=window))
         np.testing.assert_allclose(out, truth, atol=1e-5)
         at = slice(start // devices, start // devices + share)
         for store, fresh_kv in zip(kept, (new.k_BKSH, new.v_BKSH), strict=True):
@@ -203,10 +244,11 @@ def test_chunks_into_a_sharded_prefix_then_a_tail(devices, over):
     near = KV(jnp.zeros((2, 2, 5, H)), jnp.zeros((2, 2, 5, H)))
     tail = replace(tail, layers=(near,))
     new_pos = jnp.asarray(ends[:, None] + np.arange(fresh))
-    call = jax.jit(lambda q, k, v: attend_prefix_tail(prefix, tail, new_pos, strategy)(q, k, v, (far, near)))
+    call = jax.jit(lambda q, k, v: attend_prefix_tail(prefix, tail, new_pos, strategy)(q, k, v, (far, near), window))
     out, kv = call(*(x[:, total:] for x in (q, k, v)))
     every = np.concatenate([pos, np.asarray(new_pos)], axis=1)
-    np.testing.assert_allclose(out, dense_attention(q[:, total:], k, v, visible(new_pos, every)), atol=1e-5)
+    seen = visible(new_pos, every, window=window)
+    np.testing.assert_allclose(out, dense_attention(q[:, total:], k, v, seen), atol=1e-5)
     np.testing.assert_array_equal(kv.k_BKSH[:, :, :fresh], k[:, total:].swapaxes(1, 2))
 
 

@@ -62,6 +62,14 @@ CASES = {  # sides: prefix, tail, and the new tokens unless they are in the tail
     "one prefix under 5 rows of 60, read 5 times": Case(
         (Side(128, 128, shared=1), Side(40, 25), Side(15, 15)), 5, 1, 4, 15, 64, blind=8
     ),
+    "window of 1": replace(ONE, window=1),
+    "window of 200, the prefix shared out": Case(
+        (Side(640, 600), Side(20, 5), Side(3, 3)), 1, 1, group=7, time=3, head_dim=128, window=200
+    ),
+    "window of a block, rows of 2 sequences": Case(
+        (Side(384, 300, (280, 290)), Side(96, 50), Side(2, 2)), 2, 2, 4, 2, 64, blind=4, window=128
+    ),
+    "window of 90, 2 prefixes under 4 rows": Case((Side(384, 300, shared=2), Side(96, 50)), 4, 2, 4, 2, 64, window=90),
 }
 INT8 = {
     name: replace(CASES[name], sides=(replace(CASES[name].sides[0], int8=True), *CASES[name].sides[1:]))

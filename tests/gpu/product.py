@@ -56,7 +56,7 @@ def config_of(folder: Path, name: str) -> RapidConfig:
     base = RapidConfig(
         models=ModelsConfig(target=str(folder / "model"), encoder=str(folder / "encoder"), dtype="float32"),
         retrieval=RetrievalConfig(chunk_tokens=64, min_tokens=128),
-        speculation=SpeculationConfig(gamma=3, lookup="off"),
+        speculation=SpeculationConfig(mode="lossless", gamma=3, lookup="off"),
         sampling=GREEDY,
         compute=ComputeConfig(prefill_chunk=256, attention_block=1024),
         cache=CacheConfig(folder=str(folder / f"cache-{jax.default_backend()}"), prefixes=False, programs=False),

@@ -25,6 +25,7 @@ class Size:
     head_dim: int
     runs: int = 1
     empty: int = 0  # places at the end of the last sequence
+    window: int | None = None
 
     def positions(self) -> np.ndarray:
         pos = np.tile(np.arange(self.tokens, dtype=np.int32), (self.batch, 1))
@@ -40,6 +41,10 @@ SIZES = (
     Size(1, 4096, 8, 1, 32),
     Size(1, 200, 4, 2, 256),  # heads that cuDNN is not given
     Size(2, 63, 4, 2, 64),  # fewer than it is worth
+    Size(1, 4096, 32, 8, 128, window=1024),
+    Size(2, 1500, 9, 3, 64, empty=333, window=100),
+    Size(1, 1024, 4, 2, 64, window=1),
+    Size(1, 1024, 4, 2, 128, window=1023),
 )
 
 
@@ -56,7 +61,7 @@ def test_values_and_gradients(size):
 
         @jax.jit
         def run(q, k, v, d_out):
-            out, pull = jax.vjp(lambda *qkv: attend(*qkv, None)[0], q, k, v)
+            out, pull = jax.vjp(lambda *qkv: attend(*qkv, None, size.window)[0], q, k, v)
             return out, *pull(d_out)
 
         return [np.asarray(x.astype(jnp.float32)) for x in run(*(x.astype(dtype) for x in (q, k, v, d_out)))]

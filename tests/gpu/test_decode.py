@@ -47,6 +47,16 @@ def test_unfinished_it_is_the_algebra_s_partial(shared):
     np.testing.assert_allclose(finish(got, jnp.float32), truth(given), atol=2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("window", [1, 64, 1000, 5000])
+@pytest.mark.parametrize("shared, int8", [(0, False), (1, True)])
+def test_windows(window, shared, int8):
+    case = Case((Side(3000, 2500, (2300, 2400), int8, shared), Side(64, 50)), 4, 2, 4, 3, 64, 2, window)
+    given = made(case, jnp.bfloat16)
+    assert fits(given.rows, given.sides[0])
+    call = jax.jit(lambda rows, sides, used: by_kernel(rows, sides, used, case.scale, None, block=1024))
+    assert error(call(given.rows, given.sides, given.used), truth(given)) <= 7e-3
+
+
 def replace_batch(side, batch: int):
     """The slots with a copy for every row."""
     return jax.tree.map(lambda x: jnp.broadcast_to(x, (batch, *x.shape[1:])), side)

@@ -24,6 +24,7 @@ from rapid_jax.model.placement import abstract
 from rapid_jax.runtime.axes import TRAINED
 
 VOCABULARY = 64
+WINDOW = {"use_sliding_window": True, "sliding_window": 9}
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,12 @@ def pairs() -> list[Pair]:
 
 
 def model(*, tied: bool, family: str = "llama") -> PreTrainedModel:
-    """Two random layers, far from uniform, float64."""
+    """Two random layers, far from uniform, float64; qwen3's second has a window, and so has smollm3's."""
     torch.manual_seed(1)
     kind, special = {
         "llama": (LlamaConfig, {}),
-        "qwen3": (Qwen3Config, {"head_dim": 16}),
-        "smollm3": (SmolLM3Config, {"no_rope_layers": [0, 1], "pad_token_id": None}),
+        "qwen3": (Qwen3Config, {"head_dim": 16, "max_window_layers": 1} | WINDOW),
+        "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0], "pad_token_id": None} | WINDOW),
     }[family]
     config = kind(
         vocab_size=VOCABULARY,

@@ -12,9 +12,10 @@ from flax import nnx
 
 from longpo_jax import plan
 from longpo_jax.config import LongPOConfig
+from longpo_jax.flops import flops_of
 from longpo_jax.optimizer import transform_of
 from longpo_jax.step import Step
-from rapid_jax.model.config import from_hf
+from rapid_jax.model.config import LayerKind, from_hf
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.topologies import GENERATIONS, GIB, Topology
 from rapid_jax.runtime import settings
@@ -153,6 +154,17 @@ def test_what_is_planned_is_what_training_has(objective: str, optimizer: str):
         moments, sums = program.resident["optimizer"]
         assert laid_out(moments) == laid_out(state.moments)
         assert laid_out(sums) == laid_out(sums_of)
+
+
+@pytest.mark.parametrize("window", [1, 5, TRUNK - 3])
+def test_flops_of_a_layer_with_a_window(window: int):
+    shape = tiny().config
+    some = replace(shape, pattern=(LayerKind(window=window), LayerKind()))
+    row = plan._full_row(config_of("objective.name=longpo"))
+    seen = row["pos_BT"][row["pos_BT"] >= 0] + 1
+    fewer = int(np.sum(seen - np.minimum(seen, window)))
+    less = float(flops_of(shape, "full", row)) - float(flops_of(some, "full", row))
+    assert less == pytest.approx(12 * 4 * 8 * fewer, rel=1e-4)
 
 
 # Places whose logits are needed: of all that is chosen, document and all, and of rejected answers; or of answers alone.

@@ -171,7 +171,9 @@ def test_loss_and_gradients_are_those_of_separate_sequences_in_torch(case):
 
 @pytest.mark.parametrize("family, sizes", [("qwen3", {"fsdp": 2, "context": 2, "model": 2}), ("smollm3", {})])
 def test_other_families_are_trained_as_torch_trains_them(family, sizes):
-    """Norms of q and k, whose gradient is a sum over heads on several devices; a layer without rotary embedding."""
+    """Norms of q and k, whose gradient is a sum over heads on several devices; a layer without rotary embedding;
+    windows of one layer of two, which training knows while it runs.
+    """
     mesh = [f"mesh.{axis}={size}" for axis, size in sizes.items()]
     ours = trained(*mesh, family=family, tied=True, updates=1)
     _, gradients = torch_s(ours.config, family=family, tied=True)

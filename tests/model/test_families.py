@@ -182,7 +182,7 @@ def test_greedy_tokens_are_those_of_transformers_with_a_drafter_of_the_family(fa
     found = generate(
         prompted(fused(target), [prompt], chunk=32),
         prompted(quantized(drafter, 8), [prompt[60:]], chunk=32),
-        speculation=SpeculationConfig(gamma=2, lookup="off"),
+        speculation=SpeculationConfig(mode="lossless", gamma=2, lookup="off"),
         sampling=SamplingConfig(temperature=0, max_new_tokens=12),
         stops=(),
     )

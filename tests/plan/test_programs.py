@@ -3,6 +3,7 @@
 
 import threading
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +16,7 @@ from rapid_jax.attention import rounded as rounded_module
 from rapid_jax.attention.rounded import rounded
 from rapid_jax.config import ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.lane import Lane, LaneKey
+from rapid_jax.model.config import LayerKind
 from rapid_jax.model.fused import fused, quantized
 from rapid_jax.model.quantized import BITS
 from rapid_jax.plan import programs
@@ -217,6 +219,18 @@ def test_work_of_a_pass_by_hand():
     assert work.flops == (2 * 2 * layer * 8 + 2 * 32 * VOCABULARY * 8 + 4 * 2 * 32 * 8 * 104 / 2) / 2
     assert work.hbm_bytes == 2 * ((2 * layer + 32 * VOCABULARY) / 2 + 2 * 2 * 1 * 8 * 50)
     assert work_of(config, mesh, Pass(8, 100, 0), 2, split_tokens=True).flops < work.flops
+
+
+@pytest.mark.parametrize("seen, pairs", [(100, 8 * 10), (4, 6 * 4 + 6 * 3 + 2 * 10), (0, 8 * 4)])
+def test_a_layer_with_a_window_sees_no_more(seen, pairs):
+    """Its tokens' own pairs are counted as halves, as in a layer without."""
+    config = replace(config_of(VOCABULARY), pattern=(LayerKind(window=10), LayerKind()))
+    run, mesh = Pass(8, seen, 0), MeshConfig()
+    work = work_of(config, mesh, run, 2, split_tokens=False)
+    whole = work_of(replace(config, pattern=(LayerKind(),)), mesh, run, 2, split_tokens=False)
+    heads, kv_heads = 4 * 32, 2 * 2 * 2 * 8
+    assert whole.flops - work.flops == heads * (8 * (seen + 4) - pairs)
+    assert whole.hbm_bytes - work.hbm_bytes == kv_heads * (seen - min(seen, 10))
 
 
 def test_bytes_are_those_of_whole_tiles():

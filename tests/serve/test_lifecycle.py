@@ -230,6 +230,18 @@ def test_an_engine_that_cannot_get_ready_ends_the_server():
         service.check_taking()
 
 
+def test_a_warm_up_that_fails_because_the_server_ends_is_no_failure_of_it():
+    def fail(report):
+        service.phase = "draining"
+        raise RuntimeError("an array is gone")
+
+    engine, said = Engine(), []
+    engine.warm_up = fail
+    service = Service(engine, RapidConfig(), ServeSettings(port=0))
+    get_ready(service, said.append)
+    assert service.phase == "draining" and not said
+
+
 def test_nothing_is_left_of_an_upload_when_the_process_is_killed(tmp_path: Path):
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}

@@ -269,8 +269,9 @@ def test_residual_is_what_p_has_over_the_smaller_of_q_and_p_hat():
 
 
 def test_greedy_accepts_the_argmax_and_nothing_else():
+    plain = SpeculationConfig(mode="lossless")
     z = np.random.default_rng(4).normal(size=(3, 6))
-    law = Law.of(SamplingConfig(temperature=0), SpeculationConfig(), ())
+    law = Law.of(SamplingConfig(temperature=0), plain, ())
     best = z.argmax(axis=-1)
     drafts = np.array([[best[0], best[1]], [best[0], best[1] ^ 1], [best[0] ^ 1, best[1]]])
     keys = position_keys(jax.random.split(jax.random.key(0), 3), Draw.TOKEN, jnp.zeros(3, jnp.int32), 3)
@@ -282,7 +283,7 @@ def test_greedy_accepts_the_argmax_and_nothing_else():
         jnp.full(3, 2),
         logits,
         law,
-        Knobs.of(SamplingConfig(temperature=0), SpeculationConfig()),
+        Knobs.of(SamplingConfig(temperature=0), plain),
     )
     assert n.tolist() == [2, 1, 0]
     assert token.tolist() == [best[2], best[1], best[0]]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Temperature 0: every way of speculating gives the target's own greedy answer, token for token."""
+"""Temperature 0 without transfer: every way of speculating gives the target's own greedy answer, token for token."""
 
 import importlib
 import time
@@ -29,7 +29,9 @@ def test_every_mode_is_greedy_decoding_of_the_target(questions, answer, gamma, l
     assert len({len(row) for row in questions.until_stop()}) == 3
     modes: list[tuple[Mode, float]] = [("rapid", 10.0), ("rapid", 500.0), ("lossless", 0.0), ("phat", 10.0)]
     for mode, eta in modes:
-        speculation = SpeculationConfig(mode=mode, eta=eta, gamma=gamma, lookup=lookup, guard="paper")
+        speculation = SpeculationConfig(
+            mode=mode, eta=eta, gamma=gamma, lookup=lookup, guard="paper", transfer_temperature=None
+        )
         got = answer(speculation, GREEDY, texts=questions.greedy)
         assert got.tokens == questions.until_stop(), (mode, eta)
         if gamma:
@@ -42,25 +44,25 @@ def test_every_mode_is_greedy_decoding_of_the_target(questions, answer, gamma, l
 @pytest.mark.parametrize(("gamma", "lookup"), [(0, "off"), (3, "on")])
 def test_in_the_stacked_layout_too(questions, answer, gamma, lookup):
     target, drafter = questions.weights.decoder("stacked"), questions.weights.perturbed(0.1).decoder("stacked")
-    got = answer(SpeculationConfig(gamma=gamma, lookup=lookup), GREEDY, target=target, drafter=drafter)
+    got = answer(SpeculationConfig(mode="lossless", gamma=gamma, lookup=lookup), GREEDY, target=target, drafter=drafter)
     assert got.tokens == questions.until_stop()
 
 
 def test_layers_that_are_read_from_stacks_keep_new_tokens_alone(questions, answer, from_stacks):
     """As on TPUs: the tails of all layers are written at once."""
     target, drafter = questions.weights.decoder("stacked"), questions.weights.perturbed(0.1).decoder("stacked")
-    got = answer(SpeculationConfig(gamma=3, lookup="on"), GREEDY, target=target, drafter=drafter)
+    got = answer(SpeculationConfig(mode="lossless", gamma=3, lookup="on"), GREEDY, target=target, drafter=drafter)
     assert got.tokens == questions.until_stop() and from_stacks
 
 
 def test_one_row_alone(questions, answer):
     for row, want in enumerate(questions.until_stop()):
-        assert answer(SpeculationConfig(gamma=3, lookup="on"), GREEDY, rows=[row]).tokens == [want]
+        assert answer(SpeculationConfig(mode="lossless", gamma=3, lookup="on"), GREEDY, rows=[row]).tokens == [want]
 
 
 def test_a_drafter_that_is_nearly_always_wrong(questions, answer):
     other = Weights.lively(VOCABULARY, seed=77).decoder()
-    got = answer(SpeculationConfig(gamma=3, lookup="off"), GREEDY, drafter=other)
+    got = answer(SpeculationConfig(mode="lossless", gamma=3, lookup="off"), GREEDY, drafter=other)
     assert got.tokens == questions.until_stop()
     assert sum(got.accepted) < 0.2 * sum(got.drafted)
 
@@ -69,7 +71,7 @@ def test_a_drafter_that_is_nearly_always_wrong(questions, answer):
 def test_the_target_as_its_own_drafter_is_always_right(questions, answer, lookup):
     """It is so only while its cache lacks nothing, full accepts included."""
     got = answer(
-        SpeculationConfig(gamma=3, lookup=lookup),
+        SpeculationConfig(mode="lossless", gamma=3, lookup=lookup),
         GREEDY,
         drafter=questions.target,
         draft_prompts=questions.prompts,
@@ -110,7 +112,7 @@ def scheduled(monkeypatch):
 
 def test_gamma_may_change_in_the_middle_of_an_answer(questions, answer, scheduled):
     """The drafter reads what it missed, be it one token or many, and rows that end keep their answer."""
-    auto = SpeculationConfig(gamma="auto", lookup="off")
+    auto = SpeculationConfig(mode="lossless", gamma="auto", lookup="off")
     for calls in ([(5, 1), (0, 1)], [(0, 7), (5, 1)], [(0, 2), (5, 2), (0, 5)]):
         script = scheduled(Script(*calls))
         got = answer(auto, GREEDY)
@@ -124,7 +126,7 @@ def test_a_drafter_that_missed_rounds_drafts_as_if_it_had_not(questions, answer,
     """The target as its own drafter is right about everything only if what it missed was read correctly."""
     scheduled(Script((0, 5), (5, 1)))
     got = answer(
-        SpeculationConfig(gamma="auto", lookup="off"),
+        SpeculationConfig(mode="lossless", gamma="auto", lookup="off"),
         GREEDY,
         drafter=questions.target,
         draft_prompts=questions.prompts,
@@ -135,7 +137,7 @@ def test_a_drafter_that_missed_rounds_drafts_as_if_it_had_not(questions, answer,
 
 def test_gamma_chosen_by_the_clock(questions, answer, scheduled):
     scheduled(AutoGamma(rounds_per_read=2, gammas=(0, 5)))
-    got = answer(SpeculationConfig(gamma="auto", lookup="off"), GREEDY)
+    got = answer(SpeculationConfig(mode="lossless", gamma="auto", lookup="off"), GREEDY)
     assert got.tokens == questions.until_stop()
     assert got.gammas.keys() == {0, 5}
 
@@ -151,7 +153,7 @@ def test_what_a_call_takes_beside_its_rounds_is_not_their_time(questions, answer
 
     monkeypatch.setattr(Rounds, "_call", slow)
     script = scheduled(Script((0, 1), (0, 5)))
-    answer(SpeculationConfig(gamma="auto", lookup="off"), GREEDY)
+    answer(SpeculationConfig(mode="lossless", gamma="auto", lookup="off"), GREEDY)
     took = [seen.seconds / seen.rounds for seen in script.seen]
     assert len(took) >= 4 and all(0.02 < each < 0.3 for each in took), took
 
@@ -168,7 +170,7 @@ def test_one_round_a_read_is_one_even_where_the_schedule_runs_several(
         heard.append(len(tokens))
         return False
 
-    speculation = SpeculationConfig(gamma="auto", lookup="off", rounds_per_read=rounds_per_read)
+    speculation = SpeculationConfig(mode="lossless", gamma="auto", lookup="off", rounds_per_read=rounds_per_read)
     got = answer(speculation, GREEDY, on_tokens=listen)
     assert got.tokens == questions.until_stop() and max(heard) == largest
     assert sum(seen.rounds for seen in script.seen) == got.target_steps
@@ -177,14 +179,14 @@ def test_one_round_a_read_is_one_even_where_the_schedule_runs_several(
 @pytest.mark.parametrize("limit", [19, 21, 22])
 def test_a_limit_inside_a_draft_cuts_it(questions, answer, limit):
     sampling = SamplingConfig(temperature=0, max_new_tokens=limit)
-    got = answer(SpeculationConfig(gamma=3, lookup="off"), sampling)
+    got = answer(SpeculationConfig(mode="lossless", gamma=3, lookup="off"), sampling)
     assert got.tokens == questions.until_stop(limit)
     assert all(accepted <= drafted for accepted, drafted in zip(got.accepted, got.drafted, strict=True))
 
 
 def test_one_token(questions, answer):
     sampling = SamplingConfig(temperature=0, max_new_tokens=1)
-    got = answer(SpeculationConfig(gamma=3, lookup="off"), sampling)
+    got = answer(SpeculationConfig(mode="lossless", gamma=3, lookup="off"), sampling)
     assert got.tokens == [row[:1] for row in questions.greedy]
     assert got.rounds == [1, 1, 1] and all(drafted <= 1 for drafted in got.drafted)
     assert [origins[0] == Origin.DRAFT for origins in got.origins] == [n == 1 for n in got.accepted]
@@ -206,7 +208,7 @@ def test_repetition_penalty(questions, answer, penalize, gamma):
         for prompt in questions.prompts
     ]
     assert want != questions.until_stop()
-    got = answer(SpeculationConfig(gamma=gamma, lookup="on"), sampling, texts=want)
+    got = answer(SpeculationConfig(mode="lossless", gamma=gamma, lookup="on"), sampling, texts=want)
     assert got.tokens == want
     assert sum(got.copied_accepted) > 0
 
@@ -222,7 +224,7 @@ def test_models_of_different_padded_vocabulary(questions, target_is_padded):
     got = generate(
         prompted(target, questions.prompts[:1]),
         prompted(drafter, questions.prompts[:1]),
-        speculation=SpeculationConfig(gamma=3, lookup="off"),
+        speculation=SpeculationConfig(mode="lossless", gamma=3, lookup="off"),
         sampling=GREEDY,
         stops=(questions.stop,),
     )
@@ -232,7 +234,7 @@ def test_models_of_different_padded_vocabulary(questions, target_is_padded):
 
 def test_stop_tokens_may_lie_anywhere_in_a_round(questions, answer):
     """As an accepted draft: no bonus after it. As a correction or a bonus: it is the last of its round."""
-    speculation = SpeculationConfig(gamma=3, lookup="off")
+    speculation = SpeculationConfig(mode="lossless", gamma=3, lookup="off")
     stopped = [row for row, tokens in enumerate(questions.until_stop()) if tokens[-1] == questions.stop]
     own = answer(speculation, GREEDY, drafter=questions.target, draft_prompts=questions.prompts)
     places = {(len(questions.until_stop()[row]) - 1) % 4 for row in stopped}

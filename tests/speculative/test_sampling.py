@@ -132,9 +132,11 @@ def test_greedy_penalises_and_filters_nothing():
 
 
 def test_settings_that_greedy_ignores_compile_nothing_anew():
-    plain = Law.of(SamplingConfig(temperature=0), SpeculationConfig(), (3, 1, 3))
+    plain = Law.of(SamplingConfig(temperature=0), SpeculationConfig(transfer_temperature=None), (3, 1, 3))
     other = SamplingConfig(temperature=0, top_k=3, top_p=0.5, min_p=0.3)
-    assert Law.of(other, SpeculationConfig(mode="phat", guard="paper"), (1, 3)) == plain
+    assert Law.of(other, SpeculationConfig(mode="lossless", guard="paper"), (1, 3)) == plain
+    moved = Law.of(other, SpeculationConfig(mode="phat"), (1, 3))
+    assert moved.transfer and moved == Law.of(other, SpeculationConfig(transfer_temperature=0.5), (1, 3))
     assert plain.stops == (1, 3)
     warm = [
         Law.of(SamplingConfig(temperature=1, seed=0), SpeculationConfig(mode="rapid", eta=10), ()),

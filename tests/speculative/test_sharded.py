@@ -72,7 +72,8 @@ def test_layers_that_are_read_from_stacks(questions, drafter_weights, answer, fr
     config = MESHES["context 4, model 2"]
     target = decoder_on(questions.weights, config, "stacked")
     drafter = decoder_on(drafter_weights, config, "stacked", mesh=target.mesh)
-    got = answer(*SPECULATIONS["greedy"], rows=[0, 1], target=target, drafter=drafter)
+    lossless = SpeculationConfig(mode="lossless", gamma=3, lookup="off")
+    got = answer(lossless, SPECULATIONS["greedy"][1], rows=[0, 1], target=target, drafter=drafter)
     assert got.tokens == questions.until_stop()[:2] and from_stacks
 
 
@@ -126,7 +127,7 @@ def test_an_interrupted_row_stays_so_when_another_program_is_compiled(questions,
         told.extend([row] * len(tokens))
         return row == 0 and told.count(0) >= 2
 
-    speculation = SpeculationConfig(gamma="auto", lookup="off", rounds_per_read=1)
+    speculation = SpeculationConfig(mode="lossless", gamma="auto", lookup="off", rounds_per_read=1)
     sampling = SPECULATIONS["greedy"][1]
     got = answer(speculation, sampling, rows=[0, 1], target=target, drafter=drafter, stops=(), on_tokens=stop_the_first)
     assert got.finish_reasons == ["interrupted", "length"]
@@ -147,7 +148,7 @@ def test_a_batch_split_over_data(questions, drafter_weights, answer):
 
 def test_gamma_auto_on_a_mesh_is_greedy_decoding(questions, answer):
     target = decoder_on(questions.weights, MeshConfig(context=4))
-    speculation = SpeculationConfig(gamma="auto", lookup="auto")
+    speculation = SpeculationConfig(mode="lossless", gamma="auto", lookup="auto")
     got = answer(speculation, SPECULATIONS["greedy"][1], rows=[1], target=target, drafter=target)
     assert got.tokens == questions.until_stop()[1:2]
 

@@ -80,7 +80,7 @@ def test_greedy_is_that_of_transformers_under_a_bad_drafter(smollm2, prompts, gr
     made = generate(
         target,
         drafter,
-        speculation=SpeculationConfig(mode="rapid", eta=10, gamma=4, lookup=lookup),
+        speculation=SpeculationConfig(mode="rapid", eta=10, gamma=4, lookup=lookup, transfer_temperature=None),
         sampling=SamplingConfig(temperature=0, max_new_tokens=NEW_TOKENS),
         stops=smollm2.tokenizer.stop_ids,
         texts=prompts,

@@ -40,6 +40,7 @@ class Case:
     head_dim: int = 128
     int8: bool = False
     rows: int = 1  # of one prefix
+    window: int | None = None
 
 
 @cache
@@ -71,9 +72,10 @@ def compiled_text(case: Case) -> str:
     def attend(q_BGNH, k_BGKH, pos_BG, prefix, tail):
         verb, every = attend_prefix_tail(prefix, tail, pos_BG, strategy), layers_of(prefix, tail, strategy)
         if not lead:
-            out, kept = verb(q_BGNH, k_BGKH, k_BGKH, every[0])
+            out, kept = verb(q_BGNH, k_BGKH, k_BGKH, every[0], case.window)
             return out, Tail((kept,), tail.start_B, tail.length_B + NEW)
-        q_BGNH, kept = jax.lax.scan(lambda q_BGNH, layer: verb(q_BGNH, k_BGKH, k_BGKH, layer), q_BGNH, every)
+        windowed = partial(verb, window=case.window)
+        q_BGNH, kept = jax.lax.scan(lambda q_BGNH, layer: windowed(q_BGNH, k_BGKH, k_BGKH, layer), q_BGNH, every)
         return q_BGNH, Tail(with_kept(prefix, tail, kept, strategy), tail.start_B, tail.length_B + NEW)
 
     q_BGNH, k_BGKH = (given("q_BGNH", B, NEW, heads, H) for heads in (K * GROUP, K))
@@ -104,6 +106,8 @@ CASES = {
     "a layer over 4 devices, v6e": Case("v6e:2x2", 524288, layers=None, context=4),
     "one kv head, v5p": Case("v5p:2x2x1", 131072, kv_heads=1),
     "heads of 64, v5p": Case("v5p:2x2x1", 131072, head_dim=64),
+    "heads of 256 and a window, v6e": Case("v6e:2x2", 65536, head_dim=256, window=1024),
+    "4 rows of one prefix and a window over 4 devices, v5p": Case("v5p:2x2x1", 131072, context=4, rows=4, window=1024),
     "heads of 256, v6e": Case("v6e:2x2", 65536, head_dim=256),
     "4 rows of one prefix, v5p": Case("v5p:2x2x1", 131072, rows=4),
     "16 rows of one prefix in 8 bits, v5e": Case("v5e:2x2", 131072, int8=True, rows=16),

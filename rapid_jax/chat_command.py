@@ -187,6 +187,8 @@ class _Chat:
                     told, summary = False, line(event.answer)
         finally:
             self._answering = False
+            if thinks:  # it never came to an answer
+                say("")
             if told:  # what there is of an answer that was ended
                 print(flush=True)
         if not summary:

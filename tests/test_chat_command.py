@@ -18,14 +18,16 @@ import pytest
 
 import rapid_jax.chat_command
 from rapid_jax import Question, Rapid, RapidConfig
+from rapid_jax.chat_command import _Chat
 from rapid_jax.chat_session import Note, Session
 from rapid_jax.cli import main
-from rapid_jax.engine.request import Done
+from rapid_jax.engine.request import Done, Piece
+from rapid_jax.model.chat import ChatTemplate
 from rapid_jax.questions import joined
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError, TooLarge
 from tests.retrieval import encoders
-from tests.tiny_models import save_decoder, words
+from tests.tiny_models import CHATML, save_decoder, words
 
 pytestmark = pytest.mark.usefixtures("own_environment")
 Chat = Callable[..., tuple[int, str, str]]
@@ -268,6 +270,24 @@ def test_an_answer_that_is_ended_is_kept_as_far_as_it_came(facade, folder):
     assert question == FIRST and 0 < len(text) < len(whole) and whole.startswith(text)
     list(session.ask(SECOND, lambda: True))
     assert len(session.turns) == 1  # nothing was said
+
+
+def test_what_is_thought_is_shown_apart_and_is_no_answer(facade, folder, monkeypatch, capsys):
+    """By a template that writes the first marker itself; this model never writes the second."""
+    tokenizer, document = facade.target.tokenizer, (folder / "a.txt").read_text()
+    opening = CHATML.replace("assistant\n", "assistant\n{% if enable_thinking %}<think>\n{% endif %}")
+    monkeypatch.setattr(tokenizer, "_template", ChatTemplate(opening, {}))
+    prompts = replace(facade.config.prompts, enable_thinking=True)
+    events = list(facade.stream(Question(document, FIRST), settings=replace(facade.config, prompts=prompts)))
+    answer = events[-1].answer
+    assert answer.text == "" and answer.to_json()["thoughts"] == tokenizer.decode(answer.token_ids).lstrip() != ""
+    assert "".join(event.thoughts for event in events if isinstance(event, Piece)) == answer.thoughts
+    plain = facade.answer(document, FIRST)
+    assert plain.text and plain.to_json()["thoughts"] is None
+    session = Session(facade, document)
+    session.change("prompts.enable_thinking=true")
+    _Chat(session, [], quiet=True)._answer(FIRST)
+    assert capsys.readouterr() == ("\n", f"thinking: {answer.thoughts}\n") and session.turns == ()
 
 
 def test_a_turn_that_the_template_would_change_is_not_kept(facade, folder, monkeypatch):

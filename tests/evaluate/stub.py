@@ -21,7 +21,7 @@ class Stub:
         self.groups: list[tuple[str, int, list[str]]] = []
         codes = lambda text, **_: [ord(letter) for letter in text]  # noqa: E731
         tokenizer = SimpleNamespace(
-            chat=lambda messages, now=None: messages[-1]["content"],
+            chat=lambda messages, **_: messages[-1]["content"],
             encode_template=codes,
             encode_quoted=codes,
             decode=lambda ids, **_: "".join(map(chr, ids)),

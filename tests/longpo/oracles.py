@@ -12,7 +12,14 @@ import torch
 from flax import nnx
 from jax.sharding import Mesh
 from torch.nn.functional import softplus
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config, SmolLM3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from longpo_jax.dialogue import Branch
 from longpo_jax.rows import packed
@@ -24,6 +31,10 @@ from rapid_jax.model.placement import abstract
 from rapid_jax.runtime.axes import TRAINED
 
 VOCABULARY = 64
+GEMMA3 = {
+    **{"head_dim": 16, "query_pre_attn_scalar": 24, "layer_types": ["sliding_attention", "full_attention"]},
+    "pad_token_id": None,  # whose row of the embedding torch leaves without a gradient
+}
 WINDOW = {"use_sliding_window": True, "sliding_window": 9}
 
 
@@ -79,12 +90,13 @@ def pairs() -> list[Pair]:
 
 
 def model(*, tied: bool, family: str = "llama") -> PreTrainedModel:
-    """Two random layers, far from uniform, float64; qwen3's second has a window, and so has smollm3's."""
+    """Two random layers, far from uniform, float64; qwen3's and smollm3's second has a window, gemma3's first."""
     torch.manual_seed(1)
     kind, special = {
         "llama": (LlamaConfig, {}),
         "qwen3": (Qwen3Config, {"head_dim": 16, "max_window_layers": 1} | WINDOW),
         "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0], "pad_token_id": None} | WINDOW),
+        "gemma3": (Gemma3TextConfig, GEMMA3 | WINDOW),
     }[family]
     config = kind(
         vocab_size=VOCABULARY,

@@ -169,10 +169,13 @@ def test_loss_and_gradients_are_those_of_separate_sequences_in_torch(case):
         np.testing.assert_allclose(ours.metrics[0]["grad_norm"], norm, rtol=1e-5)
 
 
-@pytest.mark.parametrize("family, sizes", [("qwen3", {"fsdp": 2, "context": 2, "model": 2}), ("smollm3", {})])
+@pytest.mark.parametrize(
+    "family, sizes",
+    [("qwen3", {"fsdp": 2, "context": 2, "model": 2}), ("smollm3", {}), ("gemma3", {"fsdp": 2, "model": 2})],
+)
 def test_other_families_are_trained_as_torch_trains_them(family, sizes):
     """Norms of q and k, whose gradient is a sum over heads on several devices; a layer without rotary embedding;
-    windows of one layer of two, which training knows while it runs.
+    windows of one layer of two, which training knows while it runs; Gemma's norms around, gelu and two ropes.
     """
     mesh = [f"mesh.{axis}={size}" for axis, size in sizes.items()]
     ours = trained(*mesh, family=family, tied=True, updates=1)

@@ -3,16 +3,20 @@
 
 import json
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import models
 
-from rapid_jax.model.config import Rope
+from rapid_jax.model.config import LayerKind, Rope
+from rapid_jax.model.gguf_config import gguf_config
 from rapid_jax.model.gguf_io import GgufCheckpoint
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.model.tokenizer import Tokenizer, check_same_vocabulary
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import Fields
 from tests.model import gguf_bytes as g
 from tests.model.gguf_bytes import Value
 
@@ -200,3 +204,16 @@ def test_other_files_are_refused_without_being_opened(tmp_path):
     ):
         with pytest.raises(InputError, match=words):
             open_checkpoint(name if "~" in name else tmp_path / name)
+
+
+@pytest.mark.parametrize(("layers", "scalar"), [(7, 8), (62, 4)])
+def test_gemma_3_s_largest_divides_its_scores_by_another_root(layers: int, scalar: int):
+    """llama.cpp's files do not say so: it knows that model by its 62 layers."""
+    named = {key.replace("llama.", "gemma3.", 1): value.value for key, value in g.metadata().items()}
+    sizes = {"block_count": layers, "attention.key_length": 8, "attention.value_length": 8, "rope.dimension_count": 8}
+    local = {"attention.sliding_window": 16, "rope.freq_base_swa": 3000.0}
+    named |= {"general.architecture": "gemma3", **{f"gemma3.{key}": value for key, value in (sizes | local).items()}}
+    tensors: Any = dict.fromkeys(map(str, range(100))) | {"token_embd.weight": SimpleNamespace(shape=(263, 16))}
+    config = gguf_config(Fields(named, "file"), tensors)
+    assert (config.query_pre_attn_scalar, config.norm_offset, config.family) == (scalar, 1.0, "gemma3_text")
+    assert config.pattern == (*[LayerKind(window=16, rope=Rope(3000.0))] * 5, LayerKind())

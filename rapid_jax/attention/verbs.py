@@ -17,7 +17,7 @@ from jax import lax
 
 from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, write, write_layers
 from rapid_jax.attention.forked import Forked
-from rapid_jax.attention.partial import Slots, finish, fold, merge, unfold
+from rapid_jax.attention.partial import Slots, block_of, finish, fold, merge, unfold
 from rapid_jax.attention.ring import attend_before, attend_visitors, before, fits_neighbours, ring_attention
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.tpu_decode import Stack
@@ -91,11 +91,22 @@ def attend_fork(pos_BT: jax.Array, reach_B: jax.Array, strategy: Strategy, *, ta
     return attend
 
 
+def _reached(far: Slots, used: jax.Array, window: int, chunk: int, devices: int) -> Slots:
+    """Of a device's slots, of which so many are used, those of its parts of the chunks that a window reaches back to.
+
+    `chunk` is a device's part; one device has the slots in order, and needs no whole chunks.
+    """
+    size = window - 1 if devices == 1 else -(-(window - 1) // (chunk * devices)) * chunk
+    size = min(max(size, 1), far.pos_BS.shape[1])
+    return block_of(far, jnp.maximum(used - size, 0), size)
+
+
 def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Attend:
     """A prompt's next chunk over the prefix written so far and over itself; `layer` is the prefix's KV.
 
-    The chunk is in zigzag order over the context axis. Kept: the chunk's own KV, for the caller to write into the
-    prefix.
+    The chunk is in zigzag order over the context axis, and so are those of the prefix, which are as long and lie one
+    behind the other. Of a window that is known while tracing no other slots of the prefix are looked at, or sent, than
+    those of the chunks that it reaches. Kept: the chunk's own KV, for the caller to write into the prefix.
     """
     kernel = strategy.chosen_kernel()
     used = written.used // strategy.context
@@ -108,12 +119,15 @@ def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Atte
         def visit(rows, visitor: tuple[Slots, Slots]):
             far, near = visitor
             return merge(
-                kernel.forward(rows, far, scale=scale, runs=1, used=used),
+                kernel.forward(rows, far, scale=scale, runs=1, used=jnp.minimum(used, far.pos_BS.shape[1])),
                 kernel.forward(rows, near, scale=scale, runs=runs),
             )
 
         rows = fold(q_BTNH, pos_BT, k_BTKH.shape[2], **marks, window=window)
-        home = (Slots(far_k_BKSH, far_v_BKSH, far_pos_BS), near)
+        far = Slots(far_k_BKSH, far_v_BKSH, far_pos_BS)
+        if window is not None:
+            far = _reached(far, used, window, pos_BT.shape[1], strategy.context)
+        home = (far, near)
         if window is not None and fits_neighbours(pos_BT.shape[1], window, runs, strategy.hops):
             # The end of the chunk before this one is where this one begins: on the first device.
             attend = partial(kernel.forward, scale=scale, runs=1)

@@ -126,8 +126,11 @@ def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[A
         spec = NamedSharding(model.mesh, strategy.spec("x_BTD"))
         x_BTD = jax.ShapeDtypeStruct((1, layout.chunk, config.hidden_size), model.dtype, sharding=spec)
         angle = jax.ShapeDtypeStruct((1, layout.chunk, config.rotary_dim // 2), jnp.float32, sharding=spec)
-        arguments = (x_BTD, angle, angle, each_layer(prefix.layers)[0], prefix.pos_BS, used, tokens_BT)
-        return prefill._chunk_layer.lower(model.decoder.blocks[0], *arguments, strategy=strategy)  # type: ignore[index]
+        windows = config.window_of
+        at = windows.index(None) if None in windows else 0  # of two programs the one that needs more
+        arguments = (x_BTD, (angle, angle), each_layer(prefix.layers)[at], prefix.pos_BS, used, tokens_BT)
+        layer: Any = model.decoder.blocks[at]  # type: ignore[index]
+        return prefill._chunk_layer.lower(layer, *arguments, strategy=strategy, window=windows[at])
 
     resident = _by_kind(model.held, prefix, *others, other=(tokens_BT, tokens_BT, used))
     one = Work(works[-1].flops / parts, works[-1].hbm_bytes / parts)

@@ -85,6 +85,10 @@ def wrong() -> dict[str, Callable[[Rows, Slots], tuple[Rows, Slots]]]:
         rows,
         replace(slots, k_scale_BKS=changed(slots.k_BKSH, shape=(B, K, S), dtype=jnp.float32)),
     )
+    found["first positions of other rows"] = lambda rows, slots: (
+        replace(rows, first_BR=changed(rows.pos_BR, shape=(B, R + 1))),
+        slots,
+    )
     found["slots of three sequences under two"] = lambda rows, slots: (rows, rows_and_slots(3, 3)[1])
     return found
 

@@ -206,12 +206,13 @@ def test_bfloat16_is_as_close_to_the_truth_as_dense_bfloat16():
     [
         *((devices, "ring", None) for devices in (2, 4, 8)),
         *((2, "all_gather", None), (4, "all_gather", 50), (8, "all_gather", None)),
-        *((2, "ring", 9), (4, "ring", 5), (4, "ring", 6)),
+        *((2, "ring", 9), (4, "ring", 5), (4, "ring", 6), (2, "ring", 34), (1, "ring", 34)),
     ],
 )
 def test_chunks_into_a_sharded_prefix_then_a_tail(devices, over, window):
     """Two rows, one of which ends in the first chunk; then three new tokens over the prefix and the tail."""
-    chunk, total, fresh = 32, 64, 3
+    chunk, total, fresh = 32, 64 if window is None else 96, 3
+    room = total + chunk  # for a chunk that never comes
     case = Case(total + fresh, heads=4, kv_heads=2, ends=(0, 0))
     q, k, v = case.qkv()
     ends = np.array([total, 21])
@@ -219,8 +220,8 @@ def test_chunks_into_a_sharded_prefix_then_a_tail(devices, over, window):
     pos = np.where(index < ends[:, None], index, -1).astype(np.int32)
     strategy = Strategy(block=8, mesh=mesh_of(context=devices), kernel="xla", over=over, batch=("data",))
     order, share = zigzag(chunk, devices), chunk // devices
-    slots = np.zeros((2, 2, devices, 3 * share, H), np.float32)  # room for a chunk that never comes
-    kept, slot_pos = [slots.copy(), slots.copy()], np.full((2, devices, 3 * share), -1, np.int32)
+    slots = np.zeros((2, 2, devices, room // devices, H), np.float32)
+    kept, slot_pos = [slots.copy(), slots.copy()], np.full((2, devices, room // devices), -1, np.int32)
 
     @jax.jit
     def attend(q, k, v, kv, pos_BT, pos_BS, used):

@@ -16,6 +16,7 @@ from rapid_jax.engine.request import Event, Failed, Piece, Prompt, Question, Req
 from rapid_jax.engine.scoring import compile_scores
 from rapid_jax.engine.sharing import Size, fits
 from rapid_jax.engine.tiers import Handle
+from rapid_jax.runtime.compiling import keep_programs
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.schedule import RoundTimes
 
@@ -95,6 +96,7 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
         compile_scores(engine.models.target, config, ids)
         report(f"log-probabilities of prompts of {length} tokens: {time.perf_counter() - start:.1f} s")
     engine.prefixes.sizes |= sizes
+    keep_programs()
 
 
 def _warm_up(

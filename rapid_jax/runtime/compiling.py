@@ -13,7 +13,8 @@ import jax
 
 _EVENTS = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
 _MAPS = Path("/proc/self/maps")
-_left = [0]  # mappings that were there after programs were last forgotten: forgetting them again at once gains nothing
+_left = [0]  # mappings that are there for good: forgetting at once what brings them gains nothing
+_looked = [-1.0]  # seconds that had been compiled when mappings were last counted, which takes milliseconds
 
 
 @dataclass
@@ -51,20 +52,30 @@ def _heard() -> list[float]:
 
 
 def most_mappings() -> int:
-    """Half of the memory mappings that Linux gives a process."""
+    """Half of the memory mappings that Linux gives a process; more where as many are there for good, at most 9 of 10."""
     limit = Path("/proc/sys/vm/max_map_count")
-    return int(limit.read_text()) // 2 if limit.is_file() else 32_765
+    given = int(limit.read_text()) if limit.is_file() else 65_530
+    return min(max(given // 2, 2 * _left[0]), given * 9 // 10)
+
+
+def keep_programs() -> None:
+    """What has been compiled by now is there for good: others are forgotten only where there are twice as many."""
+    if _MAPS.is_file():
+        _left[0] = _mappings()
 
 
 def forget_programs(most: int | None = None) -> bool:
-    """Forgets all compiled programs if the process has more than `most` memory mappings; whether it did.
+    """Forgets all compiled programs if the process has more than `most` memory mappings; whether it did. Without
+    `most`, `most_mappings`, and nothing is looked at before another program has been compiled.
 
     Every program keeps about ten for good, every new size of document brings some 440, and XLA crashes where Linux
     gives no more. What is needed again is compiled again, or read from the folder of compiled programs. To be called
     while no program runs.
     """
     if most is None:
-        most = max(most_mappings(), 2 * _left[0])
+        if _heard()[0] == _looked[0]:
+            return False
+        most, _looked[0] = most_mappings(), _heard()[0]
     if not _MAPS.is_file() or _mappings() <= most:
         return False
     jax.clear_caches()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from rapid_jax.runtime import compiling
-from rapid_jax.runtime.compiling import forget_programs, most_mappings, timed
+from rapid_jax.runtime.compiling import forget_programs, keep_programs, most_mappings, timed
 
 
 def mappings() -> int:
@@ -42,9 +42,29 @@ def test_programs_are_forgotten_once_they_hold_too_many_mappings():
     assert 1 <= forgot < 40
 
 
-def test_the_bound_is_half_of_what_linux_gives():
+def test_the_bound_is_half_of_what_linux_gives_and_more_where_as_much_is_kept(monkeypatch):
     limit = Path("/proc/sys/vm/max_map_count")
-    assert most_mappings() == (int(limit.read_text()) // 2 if limit.is_file() else 32_765)
+    given = int(limit.read_text()) if limit.is_file() else 65_530
+    for kept, most in ((0, given // 2), (given // 3, given // 3 * 2), (given // 2, given * 9 // 10)):
+        monkeypatch.setattr(compiling, "_mappings", lambda kept=kept: kept)
+        monkeypatch.setattr(compiling, "_left", [0])
+        monkeypatch.setattr(compiling, "_MAPS", Path(__file__))
+        keep_programs()
+        assert most_mappings() == most
+
+
+def test_mappings_are_counted_only_after_something_was_compiled(monkeypatch):
+    counted = []
+    monkeypatch.setattr(compiling, "_mappings", lambda: counted.append(1) or 0)
+    monkeypatch.setattr(compiling, "_MAPS", Path(__file__))
+    forget_programs()
+    before = len(counted)
+    for _ in range(3):
+        assert not forget_programs()
+    assert len(counted) == before
+    compiled(61)
+    forget_programs()
+    assert len(counted) == before + 1
 
 
 def test_a_system_without_such_a_list_forgets_nothing(monkeypatch, tmp_path):

@@ -52,7 +52,7 @@ def _heard() -> list[float]:
 
 
 def most_mappings() -> int:
-    """Half of the memory mappings that Linux gives a process; more where as many are there for good, at most 9 of 10."""
+    """Half of the memory mappings that Linux gives a process; up to 9 of 10 where many are there for good."""
     limit = Path("/proc/sys/vm/max_map_count")
     given = int(limit.read_text()) if limit.is_file() else 65_530
     return min(max(given // 2, 2 * _left[0]), given * 9 // 10)

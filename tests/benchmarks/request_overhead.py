@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a request costs the host: a model of two small layers, with SmolLM2's tokenizer, answers about one document.
 
-python -m tests.benchmarks.request_overhead --tokens 32768
+python -m tests.benchmarks.request_overhead --tokens 32768 [--documents 8 --rows 2]
 
 Questions one by one, then all at once, JSON lines of the seconds that each takes and until its first token. The model
-is so small that on any machine most of the time is the host's. `--profile` also prints where the engine's thread was.
+is so small that on any machine most of the time is the host's. `--profile` also prints where the engine's thread was;
+`--slow SECONDS` every step of the engine that took so long, with the lanes there were, and all that was compiled behind
+the warm-up. `--model` takes another model.
 """
 
 import argparse
 import cProfile
+import functools
 import json
 import pstats
 import statistics
@@ -16,6 +19,8 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+
+import jax
 
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.request import Done, Failed, Piece, Question, Request
@@ -69,12 +74,13 @@ def summary(asked: list[Asked], how: str, seconds: float) -> str:
 
 def measure(engine: RunningEngine, options: argparse.Namespace) -> None:
     """Both ways to ask."""
-    text = document(0, options.tokens * 5 // 7)
-    questions = [Question(text, f"What is said in sentence {number}?") for number in range(options.requests)]
+    texts = [document(seed, options.tokens * 5 // 7) for seed in range(options.documents)]
+    asked_about = (texts[number % len(texts)] for number in range(options.requests))
+    questions = [Question(text, f"What is said in sentence {n}?") for n, text in enumerate(asked_about)]
     requests = [Request.of(question, engine.config) for question in questions]
     for how in ("first", "one by one", "at once"):
         start, asked = time.perf_counter(), []
-        for request in requests[:1] if how == "first" else requests:
+        for request in requests[: len(texts)] if how == "first" else requests:
             asked.append(Asked(engine, request))
             if how != "at once":
                 asked[-1].ended.wait()
@@ -83,20 +89,47 @@ def measure(engine: RunningEngine, options: argparse.Namespace) -> None:
         print(summary(asked, how, time.perf_counter() - start), flush=True)
 
 
+def watch(engine: RunningEngine, seconds: float) -> None:
+    """Prints steps of at least so many seconds, and whatever is compiled from now on."""
+    step = engine.step
+
+    @functools.wraps(step)
+    def timed_step() -> None:
+        start = time.perf_counter()
+        step()
+        took = time.perf_counter() - start
+        if took >= seconds:
+            lanes = [(len(lane.documents), lane.each, len(lane.running)) for lane in engine._lanes.values()]
+            print(f"{took:.3f} s: lanes of (documents, rows, requests) {lanes}, {len(engine._ready)} ready", flush=True)
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if "compile" in event:
+            print(f"{duration_secs:.3f} s: {event}", flush=True)
+
+    engine.step = timed_step  # type: ignore[method-assign]
+    jax.monitoring.register_event_duration_secs_listener(listen)
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=8192, help="of the document, about")
     parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--documents", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=8, help="questions about a document at once that are warmed up for")
+    parser.add_argument("--model", help="in the place of the small one")
+    parser.add_argument("--slow", type=float, metavar="SECONDS")
     parser.add_argument("--profile", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        source = str(small_model(Path(folder) / "model", 2 * options.tokens + 1024))
+        source = options.model or str(small_model(Path(folder) / "model", 2 * options.tokens + 1024))
         given = {"models.target": source, "speculation.mode": "target", "sampling.max_new_tokens": 64}
         given |= {"cache.folder": str(Path(folder) / "cache"), "sampling.temperature": 0.0}
         config = defaults(RapidConfig, [f"{name}={value}" for name, value in given.items()])
-        engine = RunningEngine(config, warm=WarmUp((options.tokens,), 8, 1, ()))
+        engine = RunningEngine(config, warm=WarmUp((options.tokens,), options.rows, options.documents, ()))
         engine.warm_up(lambda line: None)
+        if options.slow is not None:
+            watch(engine, options.slow)
         if options.profile:
             profile, work = cProfile.Profile(), engine._work
             engine._work = lambda: profile.runcall(work)  # type: ignore[method-assign]

@@ -30,7 +30,7 @@ from rapid_jax.runtime.compiling import forget_programs, timed
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import cache_place
 from rapid_jax.speculative.own_sampling import resolve
-from rapid_jax.speculative.schedule import RoundTimes
+from rapid_jax.speculative.round_times import RoundTimes
 
 Result = TypeVar("Result")
 MOST_ROWS = 64  # requests that run at once, of all documents together

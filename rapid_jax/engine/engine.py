@@ -128,11 +128,14 @@ class Engine:
         what cannot be read.
         """
         job = self._job(request, lambda event: None, streams=False)
-        prepared = _result(self._preparer.steps(job), lambda: None)
         try:
-            yield job, prepared
+            prepared = _result(self._preparer.steps(job), lambda: None)
+            try:
+                yield job, prepared
+            finally:
+                self._release(prepared.handle)
         finally:
-            self._release(prepared.handle)
+            job.give_back()
 
     @property
     def drains(self) -> bool:

@@ -130,10 +130,8 @@ class Engine:
         job = self._job(request, lambda event: None, streams=False)
         try:
             prepared = _result(self._preparer.steps(job), lambda: None)
-            try:
-                yield job, prepared
-            finally:
-                self._release(prepared.handle)
+            job.at_end.append(lambda: self._release(prepared.handle))
+            yield job, prepared
         finally:
             job.give_back()
 

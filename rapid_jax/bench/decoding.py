@@ -30,7 +30,7 @@ from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import read
 from rapid_jax.speculative.generate import Generation, Prompted, generate
 from rapid_jax.speculative.prefill import extend, new_tail
-from rapid_jax.speculative.schedule import RoundTimes
+from rapid_jax.speculative.round_times import RoundTimes
 from rapid_jax.speculative.state import Plan, Side
 
 BLOCK = 16384  # slots that plain XLA attends at once

@@ -30,7 +30,7 @@ from rapid_jax.runtime.compiling import forget_programs, timed
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import cache_place
 from rapid_jax.speculative.own_sampling import resolve
-from rapid_jax.speculative.schedule import RoundTimes
+from rapid_jax.speculative.round_times import RoundTimes
 
 Result = TypeVar("Result")
 MOST_ROWS = 64  # requests that run at once, of all documents together
@@ -128,11 +128,12 @@ class Engine:
         what cannot be read.
         """
         job = self._job(request, lambda event: None, streams=False)
-        prepared = _result(self._preparer.steps(job), lambda: None)
         try:
+            prepared = _result(self._preparer.steps(job), lambda: None)
+            job.at_end.append(lambda: self._release(prepared.handle))
             yield job, prepared
         finally:
-            self._release(prepared.handle)
+            job.give_back()
 
     @property
     def drains(self) -> bool:

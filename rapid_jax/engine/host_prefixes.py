@@ -31,15 +31,16 @@ def device_bytes(prefix: Prefix) -> int:
     return sum(map(size, jax.tree.leaves(prefix)))
 
 
-def head_bytes(decoder: Decoder, place: Place) -> int:
-    """As `device_bytes`, of a head in full precision that would lie so."""
+def head_bytes(decoder: Decoder, place: Place, *, everywhere: bool = False) -> int:
+    """As `device_bytes`, of a head in full precision that would lie so; or of `everywhere`, all processes' devices."""
     config, strategy, slots = decoder.config, serving(decoder, block=1), place.layout.slots
 
     def on_devices(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
         parts = 1
         if strategy.mesh is not None:
             sharding = NamedSharding(strategy.mesh, strategy.spec(name))
-            shape, parts = sharding.shard_shape(shape), len(sharding.addressable_devices)
+            devices = sharding.device_set if everywhere else sharding.addressable_devices
+            shape, parts = sharding.shard_shape(shape), len(devices)
         return prod(shape) * parts * jnp.dtype(dtype).itemsize
 
     kv = (1, strategy.kv_heads(config.num_kv_heads), slots, config.head_dim)

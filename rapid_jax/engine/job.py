@@ -4,7 +4,7 @@
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from rapid_jax.answer import Transcript
@@ -46,6 +46,7 @@ class Job:
     )
     submitted_at: float = field(default_factory=time.perf_counter)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    at_end: list[Callable[[], object]] = field(default_factory=list)  # what gives back what the request has taken
 
     @classmethod
     def of(
@@ -64,9 +65,15 @@ class Job:
         return cls(request, config, on_event, sampling, transcript, streams, pieces=pieces)
 
     def end(self, event: Done | Failed) -> None:
-        """Tells the last event."""
+        """Gives back what it has taken, and tells the last event."""
+        self.give_back()
         self.ended = True
         self.tell(event)
+
+    def give_back(self) -> None:
+        """Gives back what it has taken: it is over, in whatever way."""
+        while self.at_end:
+            self.at_end.pop()()
 
     def tell(self, event: Event) -> None:
         """Tells the caller; one that cannot hear it takes its request back by that."""

@@ -4,24 +4,27 @@
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import TypeAlias, TypeVar
 
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.rounded import rounded
 from rapid_jax.config import RapidConfig
+from rapid_jax.engine.drafter_room import DrafterRoom
 from rapid_jax.engine.errors import TooLarge
 from rapid_jax.engine.heads import Name
 from rapid_jax.engine.job import Job
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import Found, PrefixCache, RoomLater
 from rapid_jax.engine.request import Question, Request, Tokens
-from rapid_jax.engine.rooms import room_of_short
+from rapid_jax.engine.rooms import room_of_retrieved, room_of_short
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.compiling import timed
 from rapid_jax.runtime.progress import progress
+from rapid_jax.speculative.chunk_layout import ChunkLayout
 from rapid_jax.speculative.generate import Prompted
-from rapid_jax.speculative.prefill import Prefill, PrefillSettings
+from rapid_jax.speculative.prefill import Prefill, PrefillSettings, serving
 
 # Tokens that a prompt's prefix lacks when its rounds begin: the target feeds the last one, a drafter the last two.
 TARGET_LACKS, DRAFTER_LACKS = 1, 2
@@ -165,7 +168,42 @@ class Prefilling:
         finally:
             self._waits -= 1
 
-    def drafter(self, job: Job, tokens: list[int], *, room: int = 0, waits: bool = True) -> Steps[Prompted]:
+    @property
+    def is_apart(self) -> bool:
+        """Whether the drafter has devices of its own."""
+        return self._models.meshes[0] != self._models.meshes[1]
+
+    @cached_property
+    def drafter_room(self) -> DrafterRoom:
+        """The memory of a drafter's own devices."""
+        return DrafterRoom(self._models.drafter.decoder)
+
+    def room_of_drafter(self, head: Sequence[int], name: Name | None) -> int:
+        """Tokens that there is to be room for with a drafter's prompt about that document, before it is read."""
+        if not self._few_programs:
+            return 0
+        chunk, target = self._config.compute.prefill_chunk, self._models.target.decoder
+        longest = room_of_short(len(head), chunk) if name is None else name.room
+        coarse, devices = name is None, serving(target, block=1).context
+        layout = ChunkLayout.of(max(longest, len(head)), chunk, devices, coarse=coarse)
+        return room_of_retrieved(layout.slots, self._config.retrieval)
+
+    def takes_drafter(self, job: Job, tokens: Sequence[int], room: int) -> bool:
+        """Whether the request has room on a drafter's own devices, from now on until it ends."""
+        return self.drafter_room.take(job, self._drafter_bytes(tokens, room))
+
+    def _drafter_bytes(self, tokens: Sequence[int], room: int) -> int:
+        return self.drafter_room.bytes_for(len(tokens), self._settings(coarse=True, room=room))
+
+    def drafter_apart(self, job: Job, tokens: list[int], *, room: int) -> Steps[Prompted]:
+        """The drafter with its prompt, which is only under way, on devices of its own once they have room for it."""
+        while not self.takes_drafter(job, tokens, room):
+            if not self.drafter_room.taken:
+                raise TooLarge(f"the retrieved text is too large for the drafter's devices: {len(tokens)} tokens")
+            yield from self._until_there_may_be_room()
+        return (yield from self.drafter(job, tokens, room=room, waits=False))
+
+    def drafter(self, job: Job, tokens: list[int], *, room: int, waits: bool = True) -> Steps[Prompted]:
         """The drafter with its prompt; without waiting it is only under way."""
         decoder = self._models.drafter.decoder
         label = "prefill (drafter)" if waits else None
@@ -174,6 +212,10 @@ class Prefilling:
         if is_copy:
             prefix = rounded(prefix)
         return Prompted(decoder, [tokens], prefix, [len(tokens) - DRAFTER_LACKS])
+
+    def _settings(self, *, coarse: bool, room: int) -> PrefillSettings:
+        compute = self._config.compute
+        return PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, coarse, room)
 
     def read(
         self,
@@ -187,8 +229,7 @@ class Prefilling:
         """The prefix of a prompt, a chunk at a time; of one that is kept, from what there is of it. Without a label it
         is only under way, at once.
         """
-        compute, dtype = self._config.compute, decoder.embed_VD[...].dtype
-        settings = PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, begun is None, room)
+        dtype, settings = decoder.embed_VD[...].dtype, self._settings(coarse=begun is None, room=room)
         known = {} if begun is None else {"begun": begun.prefix, "known": begun.tokens}
         work = Prefill(decoder, [tokens], settings, dtype=dtype, **known)
         while label is None and work.left:

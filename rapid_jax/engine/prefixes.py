@@ -13,6 +13,7 @@ from rapid_jax.engine.aside import done_by, seconds_until
 from rapid_jax.engine.heads import Name, StoredHeads, made_by, store_for
 from rapid_jax.engine.host_prefixes import HostMoves, bytes_left, device_bytes, head_bytes
 from rapid_jax.engine.rooms import room_of_document
+from rapid_jax.engine.saving import SavingRate
 from rapid_jax.engine.tiers import Handle, Kept, Tiers
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.runtime.agreement import all_told
@@ -76,6 +77,7 @@ class PrefixCache:
         self._tiers = Tiers(self.moves, most, self._save, self._saved, aside=aside and alone)
         self.sizes: set[int] = set()  # slots of documents that programs have been compiled for
         self.until: float | None = None  # of time.monotonic(): nothing is stored on disk from then on
+        self._rate = SavingRate()
         self._store = store_for(decoder, cache, place, quiet=quiet)
         if self._store is not None:
             self._on_disk = StoredHeads(self._store)
@@ -218,6 +220,11 @@ class PrefixCache:
             self._saved(kept)
         return len(unsaved)
 
+    @property
+    def saving_seconds(self) -> float:
+        """That `save` is reckoned to take now. Of any thread."""
+        return self._rate.seconds([kept.bytes for kept in self._tiers.every() if not kept.stored])
+
     @cached_property
     def _made_by(self) -> str:
         return made_by(self._decoder, self._compute, "" if self._store is None else self._weights_hash())
@@ -279,7 +286,7 @@ class PrefixCache:
         """In whichever thread."""
         if self._store is not None:
             how = {"wanted": lambda: not kept.removed and seconds_until(self.until) != 0.0}
-            self._store.save(kept.handle.key, prefix, kept.marks, **how)
+            self._rate.timed(kept.bytes, partial(self._store.save, kept.handle.key, prefix, kept.marks, **how))
 
     def _saved(self, kept: Kept) -> None:
         if self._store is None:

@@ -92,8 +92,16 @@ class Preparing:
             return None
         if retrieved or (name is None and len(reading.long.head) < self._config.compute.prefill_chunk):
             return self._reads(job, reading, name)
+        if job.config.speculation.drafts and self._prefilling.is_apart:
+            assert reading.short is not None  # who passes waits for no room of the drafter's either
+            room = self._prefilling.room_of_drafter(reading.long.head, name)
+            if not self._prefilling.takes_drafter(job, reading.short.tokens, room):
+                return None
         at_hand = self._prefilling.at_hand(job, name)
-        return None if at_hand is None else self._behind(job, reading, *at_hand, None)
+        if at_hand is None:
+            job.give_back()  # who has the turn may be waiting for it
+            return None
+        return self._behind(job, reading, *at_hand, None)
 
     def _reads(self, job: Job, reading: Reading, name: Name | None) -> Steps[Prepared]:
         """The row of a request whose prompts have been made."""
@@ -105,16 +113,12 @@ class Preparing:
             target = Prompted(model.decoder, [tokens], prefix, [len(tokens) - TARGET_LACKS])
             return self._prepared(job, target, None, tokens, None)
         drafter = None
-        if speculation.drafts and self._is_apart:
+        if speculation.drafts and self._prefilling.is_apart:
             assert reading.short is not None  # on devices of its own the drafter reads while the target does
-            drafter = yield from self._prefilling.drafter(job, reading.short.tokens, waits=False)
+            room = self._prefilling.room_of_drafter(reading.long.head, name)
+            drafter = yield from self._prefilling.drafter_apart(job, reading.short.tokens, room=room)
         prefix, handle = yield from self._prefilling.document(job, reading.long.head, name)
         return (yield from self._behind(job, reading, prefix, handle, drafter))
-
-    @property
-    def _is_apart(self) -> bool:
-        """Whether the drafter has devices of its own."""
-        return self._models.meshes[0] != self._models.meshes[1]
 
     def _read(self, job: Job) -> Named:
         reading = read(self._models, job.config, job.request)
@@ -150,8 +154,8 @@ class Preparing:
             short, slots = reading.short.tokens, prefix.pos_BS.shape[1]
             room = room_of_retrieved(slots, config.retrieval) if self._few_programs else 0
             if drafter is None:
-                apart = self._is_apart
-                drafter = yield from self._prefilling.drafter(job, short, room=0 if apart else room, waits=not apart)
+                reads = self._prefilling.drafter_apart if self._prefilling.is_apart else self._prefilling.drafter
+                drafter = yield from reads(job, short, room=room)
             return self._prepared(job, target, drafter, head + short, handle, room)
         except BaseException:  # closed too, where the request is taken back
             if handle is not None:

@@ -110,16 +110,24 @@ class RunningEngine(Engine):
             self._wake.notify()
         return future
 
-    def drain(self, seconds: float) -> bool:
+    def drain(self, seconds: float, report: Callable[[str], None] = lambda text: None) -> bool:
         """Takes nothing more, waits for what runs, and stores what was prefilled, all in so many seconds; whether all
         requests have ended.
 
-        What there was no time to store is lost, and a warning says of how many documents.
+        Requests have that time less what storing is reckoned to take, which is no more than half of it. `report` is
+        told how it is divided. What there was no time to store is lost, and a warning says of how many documents.
         """
         self.refuse()
         self.prefixes.until = until = time.monotonic() + seconds
-        while self._is_alive and not (self.is_idle and not self._scoring) and time.monotonic() < until:
+
+        def saving() -> float:
+            return min(self.prefixes.saving_seconds, seconds / 2)
+
+        reserve = saving()
+        report(f"requests that run have {seconds - reserve:.3g} s, of {seconds:g}; storing what was read the rest")
+        while self._is_alive and not (self.is_idle and not self._scoring) and time.monotonic() < until - reserve:
             time.sleep(0.02)
+            reserve = saving()
         ended = self.is_idle and not self._scoring
         self.stop()
         self._do_chores()  # what was removed is not saved

@@ -18,7 +18,7 @@ from rapid_jax.engine.sharing import Size, fits
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.runtime.compiling import keep_programs
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.speculative.schedule import RoundTimes
+from rapid_jax.speculative.round_times import RoundTimes
 
 _WORDS = "The harbour of the old town lies open to the north, and its boats leave before the light comes. "
 _PIECES = 2  # an encoder's tokens for one of the target's, at most

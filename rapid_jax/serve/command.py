@@ -43,8 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-host", action="append", default=[], metavar="NAME", help="a name of this machine besides localhost"
     )
     parser.add_argument("--drain", type=float, default=_PLAIN.drain_seconds, metavar="S",
-                        help="seconds after SIGTERM for requests to end and what was read of documents to be stored "
-                        "(default: %(default)g)")  # fmt: skip
+                        help="seconds after SIGTERM for requests to end and what was read of documents to be stored: "
+                        "what that is reckoned to take is kept back for it, half at most (default: %(default)g)",
+                        )  # fmt: skip
     parser.add_argument("--queue", type=int, default=64, metavar="N",
                         help="requests that may wait; more are told to come again (default: %(default)s)")  # fmt: skip
     parser.add_argument("--documents", action=Place, metavar="DIR",

@@ -221,8 +221,9 @@ class Engine(Protocol):
         """Whether the thread has ended without being told to."""
         ...
 
-    def drain(self, seconds: float) -> bool:
-        """Takes nothing new and waits for what runs; True if all of it ended."""
+    def drain(self, seconds: float, report: Callable[[str], None]) -> bool:
+        """Takes nothing new, waits for what runs and stores what was read of documents; True if all that ran ended.
+        `report` is told how the seconds are divided."""
         ...
 
     def stop(self) -> None:

@@ -65,9 +65,9 @@ class Server(uvicorn.Server):
 
     def _drain(self, why: str) -> None:
         seconds = self._service.settings.drain_seconds
-        self._say(f"{why}: no new requests; those that run have {seconds:g} s")
+        self._say(f"{why}: no new requests")
         try:
-            ended = self._service.engine.drain(seconds)
+            ended = self._service.engine.drain(seconds, self._say)
             self._say("all requests have ended" if ended else "out of time: requests that still ran are lost")
         except Exception as error:
             log_fault(error)

@@ -16,7 +16,7 @@ class ServeSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000  # 0: any free one
-    drain_seconds: float = 30.0  # what runs may take to end after SIGTERM
+    drain_seconds: float = 30.0  # after SIGTERM, for what runs to end and what was read to be stored
     body_mib: int = 64  # of a JSON body
     upload_mib: int = 256  # of a file
     upload_files: int = 4  # whose text is read at once; each may need several times its size

@@ -17,9 +17,9 @@ from rapid_jax.runtime.mesh import replicated
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.pace import Pace
 from rapid_jax.speculative.prefill import extend, new_tail
+from rapid_jax.speculative.round_times import RoundTimes
 from rapid_jax.speculative.rounds import Rounds
 from rapid_jax.speculative.sampling import Knobs, Law
-from rapid_jax.speculative.schedule import RoundTimes
 from rapid_jax.speculative.start import EXTEND_WIDTH, RECENT, Room, Sizes, plan_of, start_state, text_slots
 from rapid_jax.speculative.state import Side, State
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 import jax
 
 from rapid_jax.speculative.config import SpeculationConfig
+from rapid_jax.speculative.round_times import RoundTimes
 from rapid_jax.speculative.rounds import Rounds, Schedule
-from rapid_jax.speculative.schedule import AutoGamma, CopyGate, Observation, RoundTimes, gamma_schedule
+from rapid_jax.speculative.schedule import AutoGamma, CopyGate, Observation, gamma_schedule
 from rapid_jax.speculative.state import Plan, Side
 
 
@@ -27,7 +28,7 @@ class Pace:
         self.schedule = gamma_schedule(self.speculation, self.has_drafter)
         self.gate = CopyGate(gain=1.0 if self.speculation.lookup == "auto" else float("inf"))
         if isinstance(self.schedule, AutoGamma):  # a drafter that did badly for others may do well for these rows
-            self.schedule.believe(max(self.schedule.acceptance, self.times.acceptance))
+            self.schedule.believe(self.times.acceptance)
 
     def under(self, speculation: SpeculationConfig, rounds: Rounds) -> "Pace":
         """The pace of the rows that there are from now on: how often drafts are accepted is still known, and how long
@@ -35,11 +36,9 @@ class Pace:
         other = Pace(speculation, self.has_drafter, self.times, self.gammas)
         old, new = self.schedule, other.schedule
         if isinstance(old, AutoGamma) and isinstance(new, AutoGamma):
-            if self.gammas:
-                new.accepted, new.rejected = old.accepted, old.rejected
-            new.costs = self.times.of(rounds.kind)
-            if not new.seconds:
-                new.draft_share = _draft_share(*rounds.sides)
+            costs = self.times.of(rounds.kind)
+            share = None if costs.times else _draft_share(*rounds.sides)
+            other.schedule = replace(old, costs=costs, draft_share=share)
         other.gate = self.gate
         return other
 

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many tokens to draft next, and whether to copy: decided by the host between reads of the device."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from rapid_jax.speculative.config import SpeculationConfig
+from rapid_jax.speculative.round_times import BELIEF, FIRST_WAIT, LONGEST_WAIT, Chance, Costs
 
 GAMMAS = (0, 1, 2, 3, 5, 10)  # what gamma = auto chooses from
 TRIAL = 2  # rounds that a first look takes; after one alone, a single unlucky draft would decide
-BELIEF = 2 / 3  # chance that a draft is accepted, where nothing is known of it,
-BELIEVED = 1.5  # which counts as so many drafts seen
-HOPELESS = 16  # times as long is waited with the next trial where none could pay even if all drafts were accepted
+HOPELESS = 16  # times FIRST_WAIT until the next trial where none could pay even if all drafts were accepted
+_GOOD, _ALL = 0.9, 1 - 1e-6  # chances that a draft of a good drafter, and of the best there is, is accepted
+_LEAST_STEP = 0.02  # of a plain round's time, that a draft more takes
+_TRIED = 1.5  # drafts that the belief counts as where drafts are tried again
 
 
 @dataclass(frozen=True)
@@ -78,173 +80,149 @@ class FixedGamma:
 
 
 @dataclass
-class Costs:
-    """What rounds of one kind of rows take."""
-
-    seconds: dict[int, float] = field(default_factory=dict)  # of one round, by gamma
-    once: set[int] = field(default_factory=set)  # gammas that were timed once: a program's first rounds take longer
-
-
-@dataclass
-class RoundTimes:
-    """What rounds have taken, and how often drafts were accepted: kept for the rows that come after."""
-
-    acceptance: float = BELIEF  # of late
-    _costs: dict[Hashable, Costs] = field(default_factory=dict)
-
-    def of(self, kind: Hashable) -> Costs:
-        """Those of rows of a kind; what is put in stays."""
-        return self._costs.setdefault(kind, Costs())
-
-
-@dataclass
 class AutoGamma:
     """The gamma with the most expected tokens a second, from measured round times and the acceptance seen lately.
 
     With a the chance that a draft is accepted, gamma drafts give (1 - a^(gamma + 1)) / (1 - a) tokens a round. A gamma
-    not yet run is costed from those that were: c(gamma) = c(0) + gamma d; before any was, from what passes must read.
-    While gamma is 0 nothing is learnt of a, so a short draft is tried again: after `first_wait` rounds, and twice as
-    many after every trial that fails. A drafter that is never worth its time so costs four rounds at first (where
-    `costs` knows of none) and then a few of every hundred. A plain round is timed again after as many rounds of
-    drafting.
+    not yet run is costed from those that were, and looked at only beside one of them. While gamma is 0 nothing is
+    learnt of a, so a draft is tried again where one can pay: after `draft_wait` rounds (half of them at the start of
+    an answer, where the drafter has missed nothing), twice as many after every trial that fails, up to LONGEST_WAIT;
+    HOPELESS times FIRST_WAIT where none could pay. A plain round is timed again after `plain_wait` rounds of drafting,
+    likewise.
+
+    Times and waits are in `costs`, which outlive the answer: those that follow know what the first one paid for.
     """
 
     rounds_per_read: int
     gammas: tuple[int, ...] = GAMMAS
-    first_wait: int = 64
     costs: Costs = field(default_factory=Costs)
     draft_share: float | None = None  # bytes that a drafter's pass reads, over those of the target's
-    accepted: float = BELIEVED * BELIEF  # discounted counts, starting from a weak belief
-    rejected: float = BELIEVED * (1 - BELIEF)
+    chance: Chance = field(default_factory=lambda: Chance.believed(BELIEF))
     plain: float = 1.0  # tokens of a plain round lately; more than one where level 0 copies
-    idle: int = 0  # rounds since the last draft
-    drafting: int = 0  # rounds since the last plain one
-    wait: int = field(init=False)
-
-    def __post_init__(self):
-        self.wait = self.first_wait
-
-    @property
-    def seconds(self) -> dict[int, float]:
-        """Of one round, by gamma."""
-        return self.costs.seconds
+    missed: int = 0  # rounds of this answer since its last draft
+    begun: bool = False  # something was drafted for this answer
 
     def believe(self, acceptance: float) -> None:
-        """Starts from that chance, weakly."""
-        self.accepted, self.rejected = BELIEVED * acceptance, BELIEVED * (1 - acceptance)
+        """Starts from what others met, or where that was little from the middle between it and what drafters do."""
+        self.chance = Chance.believed(max(acceptance, (acceptance + BELIEF) / 2))
 
     @property
     def acceptance(self) -> float:
         """The current estimate of a."""
-        return min(self.accepted / (self.accepted + self.rejected), 0.999)
+        return self.chance.mean
 
     def round_seconds(self, gamma: int) -> float | None:
-        """Measured, else extrapolated from gamma = 0 and the measured one nearest to it; None if that cannot be.
+        """Measured, else extrapolated from the measured ones; None if that cannot be.
 
         Of a gamma that was timed once the smaller of both: it is worth a second look before it is given up.
         """
-        measured, once = self.seconds.get(gamma), gamma in self.costs.once
-        if measured is not None and (gamma == 0 or not once):
+        measured = self.costs.seconds(gamma)
+        if measured is not None and (gamma == 0 or self.costs.is_sure(gamma)):
             return measured
         found = self._extrapolated(gamma)
         return found if measured is None else min(measured, found or measured)
 
     def _extrapolated(self, gamma: int) -> float | None:
-        known = [other for other in self.seconds if other > 0 and other != gamma]
-        if 0 not in self.seconds or not known:
+        """On the line through the two drafting gammas nearest to it; of one alone with half its price a draft, since
+        the first draft costs more than the next ones."""
+        plain, costs = self.costs.seconds(0), self.costs
+        timed = {other: seconds for other in self._drafting if other != gamma and (seconds := costs.seconds(other))}
+        timed = {other: timed[other] for other in timed if costs.is_sure(other)} or timed
+        if plain is None or not timed:
             return None
-        nearest = min(known, key=lambda other: abs(other - gamma))
-        step = max((self.seconds[nearest] - self.seconds[0]) / nearest, 0.05 * self.seconds[0])
-        return self.seconds[0] + gamma * step
+        near, *others = sorted(timed, key=lambda other: abs(other - gamma))
+        second = next((other for other in others if (other < gamma) != (near < gamma)), others[0] if others else 0)
+        step = (timed[near] - timed.get(second, plain)) / (near - second)
+        if not others and gamma > near:
+            step /= 2
+        return max(timed[near] + (gamma - near) * max(step, _LEAST_STEP * plain), plain)
 
-    def tokens_per_second(self, gamma: int) -> float:
-        """Expected, at the current acceptance; 0 if the cost is not known."""
+    def tokens_per_second(self, gamma: int, acceptance: float | None = None) -> float:
+        """Expected, at that acceptance or the current one; 0 if the cost is not known."""
         cost = self.round_seconds(gamma)
-        return self._tokens(gamma) / cost if cost else 0.0
+        return self._tokens(gamma, acceptance or self.acceptance) / cost if cost else 0.0
 
-    def _tokens(self, gamma: int) -> float:
+    def _tokens(self, gamma: int, acceptance: float) -> float:
         """Of a round."""
-        a = self.acceptance
-        return (1 - a ** (gamma + 1)) / (1 - a) if gamma else self.plain
+        return (1 - acceptance ** (gamma + 1)) / (1 - acceptance) if gamma else self.plain
 
     def choose(self) -> tuple[int, int]:
         """(gamma, rounds) of the next call."""
-        if not any(self.seconds.get(gamma) for gamma in self._drafting):
+        costs = self.costs
+        if not any(map(costs.seconds, self._drafting)):
             return self._first(), TRIAL
-        if 0 not in self.seconds:
+        if costs.seconds(0) is None:
             return 0, TRIAL
-        best = max(self.gammas, key=self.tokens_per_second)
+        best = max(self._at_hand(), key=self.tokens_per_second)
         if best == 0:
-            unsure = [gamma for gamma in self._drafting if gamma in self.costs.once and not self._extrapolated(gamma)]
-            if unsure:
+            unsure = [gamma for gamma in self._drafting if len(costs.times.get(gamma, ())) == 1]
+            if unsure and len(costs.times) == 2:  # with plain rounds: all that is known hangs on that one time
                 return unsure[0], TRIAL
-            return (self._drafting[0], TRIAL) if self._is_trial else (0, 2 * self.rounds_per_read)
-        if self.drafting >= self.first_wait:
+            return (self._trial(), TRIAL) if self._is_trial else (0, 2 * self.rounds_per_read)
+        if costs.drafting >= costs.plain_wait:
             return 0, TRIAL
-        return best, self.rounds_per_read if best in self.seconds and best not in self.costs.once else TRIAL
+        return best, self.rounds_per_read if costs.is_sure(best) else TRIAL
 
     @property
     def _drafting(self) -> list[int]:
         return sorted(gamma for gamma in self.gammas if gamma > 0)
 
+    def _at_hand(self) -> list[int]:
+        """Plain rounds, and the gammas that were timed or are next to one that was."""
+        timed = [at for at, gamma in enumerate(self._drafting) if self.costs.seconds(gamma)]
+        return [0, *self._drafting[max(timed[0] - 1, 0) : timed[-1] + 2]] if timed else [0]
+
     @property
     def _is_trial(self) -> bool:
         """Whether plain rounds have gone on for long enough to draft again, whatever is expected of it."""
-        return self.idle >= self.wait
+        if not self._paying(_ALL):
+            return self.costs.plain >= HOPELESS * FIRST_WAIT
+        return self.costs.plain >= (self.costs.draft_wait if self.begun else self.costs.draft_wait // 2)
 
-    def _could_pay(self) -> bool:
-        """Whether some gamma would have more tokens a second than plain rounds if all its drafts were accepted."""
-        return any(
-            (gamma + 1) / (self.round_seconds(gamma) or float("inf")) > self.tokens_per_second(0)
-            for gamma in self._drafting
-        )
+    def _paying(self, acceptance: float) -> list[int]:
+        """Gammas at hand with more tokens a second than plain rounds at that acceptance."""
+        plain = self.tokens_per_second(0)
+        return [gamma for gamma in self._at_hand()[1:] if self.tokens_per_second(gamma, acceptance) > plain]
+
+    def _trial(self) -> int:
+        """What is tried: the shortest draft that a good drafter makes worth its time."""
+        return (self._paying(_GOOD) or self._paying(_ALL) or self._drafting)[0]
 
     def _first(self) -> int:
         """What to draft before anything was: the best by what passes read, the shortest where that is not known."""
         share = self.draft_share
         if share is None:
             return self._drafting[0]
-        return max(self._drafting, key=lambda gamma: self._tokens(gamma) / (1 + gamma * share))
+        return max(self._drafting, key=lambda gamma: self._tokens(gamma, self.acceptance) / (1 + gamma * share))
 
     def observe(self, gamma: int, seen: Observation) -> None:
         """Takes in what a call did."""
         if not seen.rounds:
             return
-        self._observe_time(gamma, seen.seconds / seen.rounds)
+        costs, is_trial = self.costs, gamma > 0 and self._is_trial
+        # What plain rounds gave the drafter reads before it drafts.
+        costs.observe(gamma, seen.seconds / seen.rounds, is_bound=gamma > 0 and self.missed > 0)
         if gamma == 0:
-            self.plain = 0.7 * self.plain + 0.3 * seen.emitted / max(seen.row_rounds, 1)
-            self.idle, self.drafting = self.idle + seen.rounds, 0
+            self._observe_plain(seen)
             return
-        is_trial = self._is_trial
         if is_trial:  # it counts for itself, not against old failures
-            self.believe(BELIEF)
-        keep = 0.9**seen.row_rounds
-        self.accepted = self.accepted * keep + seen.accepted
-        self.rejected = self.rejected * keep + seen.rejections
-        self.idle, self.drafting = 0, self.drafting + seen.rounds
+            self.chance = Chance.believed(BELIEF, _TRIED)
+        self.chance.observe(seen.accepted, seen.rejections)
+        costs.plain, costs.drafting = 0, costs.drafting + seen.rounds
+        self.missed, self.begun = 0, True
         if self.tokens_per_second(gamma) > self.tokens_per_second(0):
-            self.wait = self.first_wait
+            costs.draft_wait = FIRST_WAIT
         elif is_trial:
-            self.wait *= 2 if self._could_pay() else HOPELESS
+            costs.draft_wait = min(2 * costs.draft_wait, LONGEST_WAIT)
 
-    def _observe_time(self, gamma: int, now: float) -> None:
-        known, once = self.seconds.get(gamma), self.costs.once
-        missed = gamma > 0 and self.idle > 0  # the drafter first read what it had missed: no more than a bound
-        was_hiccup = known is not None and 1.5 * now < known  # of the machine
-        if known is None:
-            self.seconds[gamma] = now
-            once.add(gamma)
-        elif gamma in once:
-            self.seconds[gamma] = min(known, now)
-            once.remove(gamma)
-        elif missed:
-            self.seconds[gamma] = min(known, now)
-            if was_hiccup:
-                once.add(gamma)  # to be timed again, with nothing missed
-        elif was_hiccup:
-            self.seconds[gamma] = now
-        else:
-            self.seconds[gamma] = 0.7 * known + 0.3 * min(now, 1.5 * known)
+    def _observe_plain(self, seen: Observation) -> None:
+        costs = self.costs
+        self.plain = 0.7 * self.plain + 0.3 * seen.emitted / max(seen.row_rounds, 1)
+        self.missed += seen.rounds
+        costs.plain += seen.rounds
+        if costs.drafting >= costs.plain_wait:
+            costs.plain_wait = min(2 * costs.plain_wait, LONGEST_WAIT)
+        costs.drafting = 0
 
 
 def gamma_schedule(config: SpeculationConfig, has_drafter: bool) -> FixedGamma | AutoGamma:

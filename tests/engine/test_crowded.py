@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
+from rapid_jax.engine.drafter_room import DrafterRoom
 from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.heads import Name
 from rapid_jax.engine.models import Models
@@ -13,7 +14,9 @@ from rapid_jax.engine.reader import read
 from rapid_jax.engine.request import Done, Event, Failed, Piece, Question, Request, Tokens
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.errors import TooLarge
+from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
+from rapid_jax.speculative.rounds import Rounds
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
 
@@ -241,3 +244,60 @@ def test_who_has_waited_for_room_does_not_read_what_lies_on_the_host(models):
     again = asked(engine, 0).of(engine)
     finish(engine, [running, again])
     assert again.answer.prefix_reused
+
+
+@pytest.fixture(scope="module")
+def apart(models: Models, tmp_path_factory) -> Models:
+    """The drafter has a device of its own."""
+    drafter = save_decoder(tmp_path_factory.mktemp("drafter"), seed=1, sizes={"num_hidden_layers": 1})
+    given = replace(models.config.models, drafter=str(drafter))
+    return Models(replace(models.config, models=given, mesh=MeshConfig(), drafter_mesh=MeshConfig()), quiet=True)
+
+
+def with_drafter_room(models: Models, rows: float) -> tuple[Engine, DrafterRoom, list[int]]:
+    """Room for so many prompts of the drafter; and what was taken of it, whenever some was."""
+    engine, most = engine_with(models, 4.5, mode="lossless"), []
+    prefilling = engine._preparer._prefilling
+    with engine.read(asked(engine, 0).request):
+        size = prefilling.drafter_room.taken
+    assert size > 0 and prefilling.drafter_room.taken == 0
+    room = prefilling.drafter_room = DrafterRoom(models.drafter.decoder, int(rows * size))
+    reads = prefilling.drafter
+
+    def noted(*args, **how):
+        assert how["room"] >= engine.config.retrieval.min_tokens, "as large for every document of these slots"
+        most.append(room.taken)
+        return reads(*args, **how)
+
+    prefilling.drafter = noted
+    return engine, room, most
+
+
+def test_a_drafter_on_devices_of_its_own_reads_no_more_than_they_have_room_for(apart: Models):
+    engine, room, most = with_drafter_room(apart, 2.5)
+    together = [asked(engine, number).of(engine) for number in (0, 1, 2, 0, 1)]
+    finish(engine, together)
+    assert all(one.answer.token_ids for one in together) and len(most) == 5
+    assert 2 * max(most) > room.most >= max(most) and room.taken == 0
+
+
+def test_a_drafter_s_room_comes_back_in_whatever_way_a_request_ends(apart: Models, monkeypatch):
+    engine, room, _ = with_drafter_room(apart, 1.5)
+    one, other = asked(engine, 0).of(engine), asked(engine, 1).of(engine)
+    while not one.has_tokens:
+        engine.step()
+    assert room.taken and not other.has_tokens
+    one.ticket.cancel()
+    finish(engine, [one])
+    while not room.taken:  # the other one's, which is being read
+        engine.step()
+    other.ticket.cancel()
+    finish(engine, [other])
+    assert room.taken == 0
+    monkeypatch.setattr(Rounds, "advance", lambda *args: 1 // 0)
+    finish(engine, [failed := asked(engine, 2).of(engine)])
+    assert isinstance(failed.events[-1], Failed) and room.taken == 0
+    room.most = 1
+    finish(engine, [large := asked(engine, 2).of(engine)])
+    assert isinstance(large.events[-1], Failed) and isinstance(large.events[-1].error, TooLarge)
+    assert "too large for the drafter's devices" in str(large.events[-1].error) and engine.is_idle

@@ -16,6 +16,7 @@ from rapid_jax.engine.host_prefixes import HostMoves
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import Found, PrefixCache, RoomLater
 from rapid_jax.engine.request import Done, Event, Piece, Question, Request
+from rapid_jax.engine.saving import SavingRate
 from rapid_jax.engine.service import RunningEngine
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
 from rapid_jax.speculative.prefix_store import PrefixStore
@@ -346,3 +347,26 @@ def test_to_drain_takes_no_longer_than_it_may_and_leaves_no_part(
         time.sleep(0.01)
     folder = Path(config.cache.folder) / "prefixes"
     assert slow_disk.reached.is_set() and not (folder.is_dir() and list(folder.iterdir()))
+
+
+def test_requests_that_use_up_their_time_leave_what_storing_takes(config: RapidConfig, models: Models, monkeypatch):
+    """Storing is reckoned to take longer than there is: half the time is its own, and suffices."""
+    monkeypatch.setattr(PrefixCache, "saving_seconds", 1e6)
+    step = Engine.step
+    monkeypatch.setattr(Engine, "step", lambda engine: (time.sleep(0.15), step(engine)))
+    engine, said = RunningEngine(config, models), []
+    engine.start()
+    heard = Heard(engine, config, 0)
+    while not any(isinstance(event, Piece) for event in heard.events):
+        time.sleep(0.01)
+    assert not engine.drain(4.0, said.append), "the request has ended by itself"
+    assert said == ["requests that run have 2 s, of 4; storing what was read the rest"]
+    assert len(list((Path(config.cache.folder) / "prefixes").glob("*/manifest.json"))) == 1
+
+
+def test_storing_is_reckoned_by_what_was_stored():
+    rate = SavingRate()
+    assert rate.seconds([]) == 0
+    assert rate.seconds([10**9, 10**9]) == pytest.approx(1.5 * (2 * 0.5 + 2e9 / 2.5e8))
+    rate.timed(10**6, lambda: time.sleep(0.02))
+    assert 1.5 * (0.5 + 10 * 0.02) <= rate.seconds([10**7]) < 1.5 * (0.5 + 10 * 2.0)

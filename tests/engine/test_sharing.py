@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which lane a request joins."""
 
+from copy import copy
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from rapid_jax.engine.lane import Lane, LaneKey
+from rapid_jax.config import RapidConfig
+from rapid_jax.engine.engine import Engine
+from rapid_jax.engine.job import Job
+from rapid_jax.engine.lane import Lane, LaneKey, Prepared
 from rapid_jax.engine.sharing import Sharing, fits
 from rapid_jax.speculative.config import SpeculationConfig
 
@@ -134,3 +138,19 @@ def test_rows_are_given_up_without_a_copy_of_documents_that_stay(monkeypatch):
     lane._shrink()
     assert asked == [([1, 2, 4, 7], None)]
     assert lane.documents == ["a", None, "c", "d"] and lane.jobs == ["job a", None, "job c", "job d"]
+
+
+def test_of_two_requests_alike_the_one_that_gets_a_row_waits_no_more(monkeypatch):
+    """There is a row for the second alone, and every field of the two is equal."""
+    asked = cast("Any", "the question")
+    first = Job(asked, RapidConfig(), lambda event: None, *[asked] * 2, streams=False)
+    second, row = copy(first), Prepared(key(SMALL), asked, "a", None)
+    assert first == second
+    engine = Engine(RapidConfig(), asked)
+    engine._ready += [(first, row), (second, row)]
+    places = iter([None, (row.key, None)])
+    monkeypatch.setattr(engine.sharing, "place", lambda *args, **named: next(places))
+    monkeypatch.setattr(Lane, "of", lambda key, job, *rest: job)
+    engine._place()
+    assert [job is first for job, _ in engine._ready] == [True]
+    assert engine._lanes[row.key] is cast("Any", second) and list(engine._held) == [id(second)]

@@ -30,7 +30,7 @@ from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative import apart, generate, prefill
 from rapid_jax.speculative import rounds as rounds_module
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
-from rapid_jax.speculative.schedule import RoundTimes
+from rapid_jax.speculative.round_times import RoundTimes
 from rapid_jax.speculative.state import Plan
 from tests.speculative.models import Weights, config_of
 

@@ -221,7 +221,8 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
-    def drain(self, seconds: float) -> bool:
+    def drain(self, seconds: float, report: Callable[[str], None]) -> bool:
+        report(f"{seconds:g} s")
         self._draining = True
         with self._changed:
             return self._changed.wait_for(lambda: not self._jobs, seconds)

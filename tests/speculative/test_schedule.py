@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from rapid_jax.speculative.config import SpeculationConfig
+from rapid_jax.speculative.round_times import RoundTimes
 from rapid_jax.speculative.schedule import (
     GAMMAS,
     AutoGamma,
     CopyGate,
     FixedGamma,
     Observation,
-    RoundTimes,
     gamma_schedule,
 )
 
@@ -158,7 +158,7 @@ def test_the_first_calls_time_a_short_draft_and_plain_decoding():
     schedule.observe(1, Observation(3.0, 2, 2, 1, 1, 0, 0, 3))
     assert schedule.choose() == (0, 2)
     schedule.observe(0, Observation(2.0, 2, 2, 0, 0, 0, 0, 2))
-    assert schedule.round_seconds(5) == pytest.approx(1 + 5 * 0.5)
+    assert schedule.round_seconds(5) == pytest.approx(1.5 + 4 * 0.25)  # the first draft costs more than those behind it
     assert schedule.round_seconds(1) == 1.5
 
 
@@ -222,17 +222,18 @@ def test_what_others_have_learnt_is_known_from_the_start():
     best = max(GAMMAS, key=lambda gamma: second.rate(gamma, 0.9))
     assert first.gammas[0] == 1 and second.gammas[0] > 1
     assert second.gammas.count(best) / len(second.gammas) > 0.7 and 0 not in second.gammas
-    assert times.of("others").seconds == {}
+    assert times.of("others").times == {}
 
 
-@pytest.mark.parametrize(("draft_step", "extra", "trials"), [(0.9, 0.6, False), (0.3, 0.1, True)])
-def test_where_no_draft_could_pay_none_is_tried_for_long(draft_step, extra, trials):
-    """Sixteen rows over one document: a round of one draft, both accepted, takes longer than two plain rounds."""
+@pytest.mark.parametrize(("draft_step", "extra", "looks", "trials"), [(0.9, 0.6, 6, False), (0.3, 0.1, 8, True)])
+def test_where_no_draft_could_pay_none_is_tried_for_long(draft_step, extra, looks, trials):
+    """Sixteen rows over one document: a round of one draft, both accepted, takes longer than two plain rounds. Where it
+    takes less, two drafts are looked at too."""
     machine = Machine(lambda _: 0.0, draft_step=draft_step, extra_token=extra)
     schedule = drive(machine, 80)  # and the trial after 64 rounds, for the first may have met a hiccup
     learnt = len(machine.gammas)
     drive(machine, 480, schedule)
-    assert sum(gamma > 0 for gamma in machine.gammas[:learnt]) == 6
+    assert sum(gamma > 0 for gamma in machine.gammas[:learnt]) == looks
     assert any(machine.gammas[learnt:]) == trials
 
 

@@ -31,7 +31,7 @@ def write(bucket: str, name: str, data: bytes, *, match: str | None = None) -> O
     Raises Taken if it is not, and InputError for what the store refuses.
     """
     place = f"gs://{bucket}/{name}"
-    asked = {"uploadType": "media", "name": name, "fields": FIELDS}
+    asked: dict[str, Any] = {"uploadType": "media", "name": name, "fields": FIELDS}
     asked |= {} if match is None else {"ifGenerationMatch": match}
     path = system_for(place).base.replace("/storage/v1/", "/upload/storage/v1/") + "b/{}/o"
     head = {"Content-Type": "application/octet-stream"}
@@ -88,7 +88,7 @@ def _may_be_there(error: Exception) -> bool:
 
 def delete(bucket: str, name: str, *, match: str | None = None) -> None:
     """Deletes an object, if it is there and, with `match`, of that generation."""
-    asked = {} if match is None else {"ifGenerationMatch": match}
+    asked: dict[str, Any] = {} if match is None else {"ifGenerationMatch": match}
     with contextlib.suppress(FileNotFoundError, FileExistsError):
         call(f"gs://{bucket}/{name}", "DELETE", "b/{}/o/{}", bucket, name, **asked)
 

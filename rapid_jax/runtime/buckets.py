@@ -68,11 +68,15 @@ class _Traffic:
 TRAFFIC: Final = _Traffic()
 
 
-def object_at(bucket: str, name: str) -> Object | None:
-    """The object of that name; None where there is none, or no such bucket."""
+def object_at(bucket: str, name: str, *, within: float | None = None) -> Object | None:
+    """The object of that name; None where there is none, or no such bucket.
+
+    Raises Unavailable where the store has not answered `within` so many seconds, however often it was asked.
+    """
     place = f"gs://{bucket}/{name}"
+    asked: dict[str, Any] = {"json_out": True, "fields": FIELDS}
     try:
-        return described(call(place, "GET", "b/{}/o/{}", bucket, name, json_out=True, fields=FIELDS), place)
+        return described(call(place, "GET", "b/{}/o/{}", bucket, name, within=within, **asked), place)
     except FileNotFoundError:
         return None
 
@@ -153,15 +157,16 @@ def described(item: dict[str, Any], place: str) -> Object:
         raise InputError(f"{place}: expected an object's name, size and generation from the store") from error
 
 
-def call(place: str, method: str, path: str, *arguments: str, **options: Any) -> Any:
-    """What the store answers.
+def call(place: str, method: str, path: str, *arguments: str, within: float | None = None, **options: Any) -> Any:
+    """What the store answers, within so many seconds if they are given.
 
     Raises FileNotFoundError for 404, FileExistsError for a precondition that does not hold (412), and InputError naming
     `place` for other failures.
     """
     system = system_for(place)
     try:
-        return system.call(method, path, *arguments, **options)
+        sync = importlib.import_module("fsspec.asyn").sync
+        return sync(system.loop, system._call, method, path, *arguments, timeout=within, **options)
     except (FileNotFoundError, FileExistsError):
         raise
     except Exception as error:  # of gcsfs, aiohttp, requests, google.auth, json: whose classes are not at hand here
@@ -179,7 +184,8 @@ def failures() -> tuple[type[Exception], ...]:
 
 def refuse(place: str, error: Exception, *, writes: bool = False) -> NoReturn:
     """Raises the InputError that says in a line why the store did not answer."""
-    code, words = getattr(error, "code", None), legible(str(error)) or type(error).__name__
+    unsaid = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+    code, words = getattr(error, "code", None), legible(str(error)) or unsaid
     kind = InputError
     origin = type(error).__module__
     if words.startswith("Forbidden"):

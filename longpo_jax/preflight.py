@@ -114,9 +114,9 @@ def examine(
     space, reached, ended = 0, True, True
     for number, single in enumerate(rounds or (), 1):
         before = f"round {number}: " if config.rounds else ""
-        done = _done(single, before, found) if reached else []
+        done = _done(single, before, found) if reached else None
         reached, ended = reached and done is not None, ended and STAGES[-1] in (done or ())
-        space += _round(single, before, done or [], architecture, tokenizer, machine, found, shares)
+        space += _round(single, before, done, architecture, tokenizer, machine, found, shares)
     passing = 0 if architecture is None else bytes_of_checkpoint(config, _parameters(architecture.config))
     room = check_places(config, 0 if ended else space, passing, found, reached=reached)
     found.add("memory, exact", "longpo plan --config CONFIG --topology NAME", "of a TPU slice; compiles, for minutes")
@@ -155,20 +155,20 @@ def _model(config: LongPOConfig, found: Findings) -> Any:
 def _round(
     config: LongPOConfig,
     before: str,
-    done: list[str],
+    done: list[str] | None,
     architecture: Architecture | None,
     tokenizer: Any,
     machine: Machine,
     found: Findings,
     shares: Sequence[Share],
 ) -> int:
-    """The lines of one round; the bytes that it writes."""
+    """The lines of one round; the bytes that it writes. `done` is None where its folder cannot be read."""
     from longpo_jax.checks import check_rows
 
     found.try_(f"{before}rows", lambda: check_rows(config))
-    made = stage_in(folder_of(config), "pairs") if "pairs" in done else None
+    made = stage_in(folder_of(config), "pairs") if "pairs" in (done or ()) else None
     text, steps, documents = _pairs(config, before, made, tokenizer, found)
-    if made is None:
+    if made is None and done is not None:
         found.try_(f"{before}shares", lambda: add_shares(config, before, shares, documents, found))
     kept, bound = f"train.keep {config.train.keep}, one more while it is written", "at most"
     if config.train.keep_every is not None:

@@ -19,10 +19,12 @@ def add_shares(
     Raises InputError where the shares that were begun are others, or one run has begun the pairs.
     """
     folder, batch = folder_of(config), config.pairs.batch
-    shares = Shares(folder)
+    shares, is_there = Shares(folder), folder.is_dir()
     if asked:
         count, first = asked[0].count, asked[0]
-        shares.check(inputs_of(config, "pairs") | {"pairs.batch": batch, "shares": count}, stage_in(folder, "pairs"))
+        inputs = inputs_of(config, "pairs") | {"pairs.batch": batch, "shares": count}
+        if is_there:
+            shares.check(inputs, stage_in(folder, "pairs"))
         sizes = None if documents is None else [len(documents_of(share, documents, batch)) for share in asked]
         name = f"share {first.index}/{count}" if len(asked) == 1 else f"shares any/{count}"
         found.add(f"{before}{name}", _size(sizes, count), f"whole groups of pairs.batch {batch}{_empty(sizes)}")
@@ -30,7 +32,7 @@ def add_shares(
             "its own share is done" if len(asked) == 1 else "all shares are done, those of hosts that end meanwhile too"
         )
         found.add(f"{before}this host ends when", end, "who finds all done joins them")
-    if (begun := shares.begun()) is not None:
+    if is_there and (begun := shares.begun()) is not None:
         made = begun.fields("inputs").whole("shares", least=1)
         left = ", ".join(f"{share.index}/{share.count}" for share in shares.missing(made)) or "none: to be joined"
         found.add(f"{before}shares begun", str(made), f"not done: {left}")

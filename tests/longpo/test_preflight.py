@@ -167,14 +167,14 @@ def test_folders_are_shown_by_their_whole_names(check, tmp_path, monkeypatch):
 
 
 def test_a_store_that_cannot_be_reached_is_asked_and_told_once(check, monkeypatch):
-    def unreachable(folder):
+    def unreachable(folder, *_):
         asked.append(folder)
         raise InputError(f"{folder}: the store cannot be reached")
 
     asked: list[object] = []
-    monkeypatch.setattr(preflight, "has_ended", unreachable)
+    monkeypatch.setattr(preflight, "stage_in", unreachable)
     monkeypatch.setattr(room, "_try_out", unreachable)
-    status, _, said = check(run="gs://mine/run", rounds="[train.epochs=1, train.epochs=2]")
+    status, _, said = check("--share", "0/2", run="gs://mine/run", rounds="[train.epochs=1, train.epochs=2]")
     assert status == 2 and len(asked) == 1 and sum("cannot be reached" in line for line in said) == 1
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a bucket of Google Cloud Storage is asked: objects and their bytes, to read; every failure one clear line.
 
-Writing is in bucket_writes.py.
+Writing is in gs_writes.py.
 
 gcsfs sends the requests. It asks again where the service is busy, fails or hangs up (408, 429, 5xx, a connection that
 is cut), with waits of 1, 2, 4, 8 and 16 s, and finds the credentials as Google's tools do. It is imported when a bucket
@@ -26,6 +26,7 @@ _PIECE: Final = 8 << 20  # bytes of one request: a stream of a store gives some 
 _AT_ONCE: Final = 16  # requests of a process; with _PIECE this bounds the memory that they take, too
 _CONNECT_S: Final = 20.0
 _SILENCE_S: Final = 60.0  # between two packets of an answer
+ABSENT: Final = "0"  # the generation of what is not there
 FIELDS: Final = "name,size,generation,crc32c,md5Hash"
 _LOGIN: Final = "credentials: gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS"
 
@@ -48,6 +49,13 @@ class Object:
 
 class Replaced(InputError):
     """The object is no longer the one that was found; the message names it."""
+
+
+class Taken(InputError):
+    """Another has written the object meanwhile; the message names it."""
+
+    def __init__(self, place: str):
+        super().__init__(f"{place}: expected to be the only writer, but another process has written it meanwhile")
 
 
 class _Traffic:

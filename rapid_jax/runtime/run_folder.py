@@ -93,7 +93,7 @@ def written_once(place: AnyPlace, data: bytes) -> bytes:
     """The bytes of a file that several runs may write at once: the data, unless another was first."""
     if not isinstance(place, Path):
         with contextlib.suppress(bucket_writes.Taken):
-            bucket_writes.write(place.bucket, place.key, data, match=bucket_writes.ABSENT)
+            bucket_writes.write(place, data, match=bucket_writes.ABSENT)
         return place.read_bytes()
     if (there := bytes_of(place)) is not None:
         return there

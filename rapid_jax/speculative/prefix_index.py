@@ -100,7 +100,7 @@ class SharedIndex:
                 return
             with contextlib.suppress(bucket_writes.Taken), self.asking():
                 place, data = self._place, index.as_json()
-                written = bucket_writes.write(place.bucket, place.key, data, match=index.generation)
+                written = bucket_writes.write(place, data, match=index.generation)
                 index.generation = written.generation
                 self._note(index)
                 return
@@ -114,12 +114,12 @@ class SharedIndex:
     def _now(self) -> Index:
         place = self._place
         for _ in range(_TRIES):
-            found = buckets.object_at(place.bucket, place.key, within=_ANSWER_S)
+            found = place.store.object_at(place.bucket, place.key, within=_ANSWER_S)
             if found is None:
                 return self._made()
             data = bytearray(found.size)
             try:
-                buckets.read_into(place.bucket, found, 0, memoryview(data))
+                place.store.read_into(place.bucket, found, 0, memoryview(data))
             except buckets.Replaced:
                 continue
             try:
@@ -133,7 +133,7 @@ class SharedIndex:
     def _made(self) -> Index:
         """An index of what is there, used just now; half of what another is about to enter may be in it."""
         index, now = Index(), time.time()
-        _, folders = buckets.listed(self._folder.bucket, self._folder.prefix)
+        _, folders = self._folder.store.listed(self._folder.bucket, self._folder.prefix)
         for key in (name.rstrip("/").rpartition("/")[2] for name in folders):
             if ENTRY.fullmatch(key):
                 try:

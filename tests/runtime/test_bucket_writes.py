@@ -6,10 +6,11 @@ import os
 
 import pytest
 
-from rapid_jax.runtime import bucket_writes, buckets, files
-from rapid_jax.runtime.bucket_writes import ABSENT, Taken, delete, upload, write
+from rapid_jax.runtime import buckets, files, gs_writes
+from rapid_jax.runtime.bucket_writes import ABSENT, Taken
 from rapid_jax.runtime.errors import InputError, Unavailable
 from rapid_jax.runtime.files import LocalFolder, may_replace, new_folder, replace_file
+from rapid_jax.runtime.gs_writes import delete, upload, write
 from rapid_jax.runtime.storage import bytes_of, files_below, working_place
 from tests.bucket_server import BUCKET, Killed, killed_at
 
@@ -110,7 +111,7 @@ def test_a_precondition_keeps_another_generation(folder, bucket):
 
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # of gcsfs
 def test_a_large_file_goes_in_pieces_and_its_last_reply_may_be_lost(folder, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(bucket_writes, "_AT_ONCE", 1 << 20)
+    monkeypatch.setattr(gs_writes, "_AT_ONCE", 1 << 20)
     data = os.urandom(6 << 20)
     (tmp_path / "large").write_bytes(data)
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from rapid_jax.engine.heads import StoredHeads
-from rapid_jax.runtime import agreement, array_store, breaker, bucket_writes, buckets
+from rapid_jax.runtime import agreement, array_store, breaker, buckets, gs_writes
 from rapid_jax.runtime.array_store import Damaged
 from rapid_jax.runtime.distributed import Late
 from rapid_jax.runtime.errors import Again, InputError, Unavailable
@@ -40,7 +40,7 @@ def unreachable(monkeypatch) -> list[str]:
         raise Unavailable(f"{place}: the store cannot be reached")
 
     monkeypatch.setattr(buckets, "call", silent)
-    monkeypatch.setattr(bucket_writes, "call", silent)
+    monkeypatch.setattr(gs_writes, "call", silent)
     return asked
 
 

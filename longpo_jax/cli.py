@@ -57,8 +57,8 @@ def parser() -> argparse.ArgumentParser:
     )
     longpo.add_argument("--version", action="version", version=f"longpo {__version__}")
     commands = longpo.add_subparsers(required=True, metavar="COMMAND")
-    for name, said in _HELP.items():
-        command = commands.add_parser(name, help=said, allow_abbrev=False)
+    for name, task in _HELP.items():
+        command = commands.add_parser(name, help=task, allow_abbrev=False)
         command.set_defaults(run=_run, command=name)
         command.add_argument(
             "--config",
@@ -72,7 +72,8 @@ def parser() -> argparse.ArgumentParser:
             "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
         )
         if name == "pairs":
-            command.add_argument("--share", metavar="I/N", help="only share I of N, from 0/N; any/N: all that are free")
+            said = "only share I of N, from 0/N; any/N: all that no other run makes, until all are done"
+            command.add_argument("--share", metavar="I/N", help=said)
         if name == "export":
             command.add_argument("--push", metavar="USER/NAME", help="then upload it to the Hugging Face hub")
         command.add_argument("--quiet", action="store_true", help="no progress; warnings still show")

@@ -8,9 +8,11 @@ One run makes all of them, or several hosts make a share each (shares.py).
 
 import contextlib
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import zip_longest
+from typing import Final
 
 from longpo_jax.config import LongPOConfig
 from longpo_jax.documents import Corpus, read_corpus
@@ -29,6 +31,8 @@ from rapid_jax.runtime.mesh import agreed
 from rapid_jax.runtime.progress import progress
 from rapid_jax.runtime.share import Share
 from rapid_jax.runtime.storage import AnyPlace
+
+_LOOK_S: Final = 5.0  # between two looks at shares that others make
 
 
 def run_pairs(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
@@ -59,7 +63,7 @@ def run_share(
     config: LongPOConfig, folder: AnyPlace, asked: Sequence[Share], *, leads: bool = True, quiet: bool = False
 ) -> bool:
     """Makes the share that is asked for or, of several, one after the other that no other run makes or has made, until
-    there is none. Whether all shares are now done, to be joined by `run_pairs`.
+    all are done: those of runs that end meanwhile, too. Whether all shares are now done, to be joined by `run_pairs`.
 
     Raises InputError for what cannot be used, and if another run makes the one that is asked for.
     """
@@ -74,8 +78,8 @@ def run_share(
     inputs["documents"] = documents.digest
     if leads:
         shares.begin(inputs, job.corpus.dropped)
-    made = True
-    while made:  # a share whose run has ended since may be taken
+    waiting = ""
+    while True:
         made = False
         for share in (*asked[start:], *asked[:start]):
             with contextlib.ExitStack() as stack:
@@ -87,7 +91,22 @@ def run_share(
                     if writer is not None:
                         writer.finish({"documents": len(writer.finished)})
                     made = True
-    return bool(agreed(leads and (not shares.missing(count) or has_ended(job.folder))))
+        missing = shares.missing(count) if leads else []
+        missing = [] if leads and has_ended(job.folder) else missing  # in this order: what is joined is taken away
+        some = bool(agreed(leads and bool(missing)))
+        if not some or len(asked) == 1:
+            return not some
+        if not made:  # else a share whose run has ended since may be taken
+            waiting = _wait_for(missing, waiting, quiet=quiet or not leads)
+
+
+def _wait_for(missing: Sequence[Share], said: str, *, quiet: bool) -> str:
+    """Waits a while for shares that other runs make. Says which, if that was not `said`; what was."""
+    names = ", ".join(f"{share.index}/{share.count}" for share in missing)
+    if names != said and not quiet:
+        say(f"pairs: waiting for {names}, which other runs make: a share whose run ends is taken over")
+    time.sleep(_LOOK_S)
+    return names
 
 
 class _Job:

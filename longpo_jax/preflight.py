@@ -4,6 +4,7 @@
 import argparse
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +12,14 @@ from longpo_jax.config import LongPOConfig
 from longpo_jax.findings import Findings
 from longpo_jax.room import Room, bytes_of_checkpoint, bytes_on_disk, check_places, most_checkpoints, short_together
 from longpo_jax.round import folder_of, rounds_of
+from longpo_jax.share_findings import add_shares
 from longpo_jax.stages import STAGES, has_ended, stage_in, summary_of
 from rapid_jax.plan.architectures import SHAPES, Architecture, architecture_of
 from rapid_jax.plan.topologies import FRACTION, GENERATIONS, GIB, GPUS, chips_of, generation_of
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.command_line import Place, prepare_jax, say
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.share import Share, shares_of
 from rapid_jax.runtime.storage import AnyPlace
 from rapid_jax.runtime.sweep import markdown
 
@@ -47,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help=f"the slice or GPU meant, {names}, {', '.join(GPUS)}; else this machine",
     )
+    parser.add_argument(
+        "--share", metavar="I/N", help="and what a host does that makes pairs with --share I/N or any/N"
+    )
     parser.add_argument("--shape", metavar="NAME", help=f"architecture where the folder is not: {', '.join(SHAPES)}")
 
 
@@ -54,11 +60,12 @@ def run(options: argparse.Namespace) -> int:
     """Prints a table a run; 0, or 2 with a line for each thing that would fail."""
     status = 0
     configs = [(path, settings.load(LongPOConfig, path, options.set)) for path in options.configs]
+    shares = shares_of(options.share) if options.share is not None else ()
     prepare_jax(programs=False)
     machine, rooms = machine_of(options.topology), []
     for path, config in configs:
         found = Findings(here=options.topology is None)
-        rooms.append(examine(config, machine, found, options.shape))
+        rooms.append(examine(config, machine, found, options.shape, shares))
         if len(configs) > 1:
             print(f"{path}\n")
         print(markdown(_HEAD, found.lines, left=True), flush=True)
@@ -89,8 +96,17 @@ def machine_of(topology: str | None) -> Machine:
     return Machine(topology, chips_of(topology) * generation.devices_per_chip, generation.hbm_bytes)
 
 
-def examine(config: LongPOConfig, machine: Machine, found: Findings, shape: str | None = None) -> Room | None:
-    """Finds all that there is of a run, of each round if it has several; the room that it needs on a disk here."""
+def examine(
+    config: LongPOConfig,
+    machine: Machine,
+    found: Findings,
+    shape: str | None = None,
+    shares: Sequence[Share] = (),
+) -> Room | None:
+    """Finds all that there is of a run, of each round if it has several; the room that it needs on a disk here.
+
+    `shares` are those of the pairs that a host is asked for.
+    """
     rounds = found.try_("rounds", lambda: rounds_of(config)) if config.rounds else [config]
     _packages(config, found)
     tokenizer = _model(config, found)
@@ -98,9 +114,9 @@ def examine(config: LongPOConfig, machine: Machine, found: Findings, shape: str 
     space, reached, ended = 0, True, True
     for number, single in enumerate(rounds or (), 1):
         before = f"round {number}: " if config.rounds else ""
-        done = _done(single, before, found) if reached else []
+        done = _done(single, before, found) if reached else None
         reached, ended = reached and done is not None, ended and STAGES[-1] in (done or ())
-        space += _round(single, before, done or [], architecture, tokenizer, machine, found)
+        space += _round(single, before, done, architecture, tokenizer, machine, found, shares)
     passing = 0 if architecture is None else bytes_of_checkpoint(config, _parameters(architecture.config))
     room = check_places(config, 0 if ended else space, passing, found, reached=reached)
     found.add("memory, exact", "longpo plan --config CONFIG --topology NAME", "of a TPU slice; compiles, for minutes")
@@ -139,18 +155,21 @@ def _model(config: LongPOConfig, found: Findings) -> Any:
 def _round(
     config: LongPOConfig,
     before: str,
-    done: list[str],
+    done: list[str] | None,
     architecture: Architecture | None,
     tokenizer: Any,
     machine: Machine,
     found: Findings,
+    shares: Sequence[Share],
 ) -> int:
-    """The lines of one round; the bytes that it writes."""
+    """The lines of one round; the bytes that it writes. `done` is None where its folder cannot be read."""
     from longpo_jax.checks import check_rows
 
     found.try_(f"{before}rows", lambda: check_rows(config))
-    made = stage_in(folder_of(config), "pairs") if "pairs" in done else None
-    text, steps = _pairs(config, before, made, tokenizer, found)
+    made = stage_in(folder_of(config), "pairs") if "pairs" in (done or ()) else None
+    text, steps, documents = _pairs(config, before, made, tokenizer, found)
+    if made is None and done is not None:
+        found.try_(f"{before}shares", lambda: add_shares(config, before, shares, documents, found))
     kept, bound = f"train.keep {config.train.keep}, one more while it is written", "at most"
     if config.train.keep_every is not None:
         kept += f", train.keep_every {config.train.keep_every}"
@@ -165,10 +184,10 @@ def _round(
 
 def _pairs(
     config: LongPOConfig, before: str, made: AnyPlace | None, tokenizer: Any, found: Findings
-) -> tuple[int, int | None]:
+) -> tuple[int, int | None, int | None]:
     """Documents, pairs (those that were made, if they were), rows, updates and the peak rate.
 
-    (The documents' bytes, how many updates), None where that is not known.
+    (The documents' bytes, how many updates, how many documents at most), None where that is not known.
     """
     from longpo_jax.corpus_estimate import estimate
     from longpo_jax.train import steps_of
@@ -185,7 +204,7 @@ def _pairs(
             count = "not known" if most is None else f"{'' if corpus.exact else 'about '}{most:,}"
             found.add(f"{before}documents", count, corpus.said)
     if most is None:
-        return text, None
+        return text, None, None
     found.add(f"{before}pairs", f"{most:,} with {turns:,} turns", known)
     rows = (turns if config.objective.name == "solopo" else most) * config.train.epochs
     found.add(f"{before}rows", f"{rows:,}", f"{rows // config.train.epochs:,} an epoch")
@@ -193,7 +212,7 @@ def _pairs(
     if steps is not None:
         found.add(f"{before}updates", f"{steps:,}", f"{config.train.rows_per_step} rows each")
         found.add(f"{before}peak learning rate", f"{_peak(config, steps):.3g}", f"{config.optimizer.schedule}")
-    return text, steps
+    return text, steps, most
 
 
 def _peak(config: LongPOConfig, steps: int) -> float:

@@ -7,10 +7,11 @@ what is trained. What is done is skipped, so a chain that was interrupted goes o
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Sequence
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.stages import STAGES, has_ended
+from longpo_jax.stages import STAGES, has_ended, stage_in
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import check_shared
 from rapid_jax.runtime.command_line import say
@@ -20,6 +21,7 @@ from rapid_jax.runtime.run_folder import again_when_a_store_fails, is_entered, w
 from rapid_jax.runtime.share import Share
 from rapid_jax.runtime.storage import AnyPlace, working_place
 
+_LOOK_S = 5.0  # between two looks at a folder that another run works in
 SETTINGS = "settings.yaml"  # in a round's folder: as they were when a stage last ended well
 
 
@@ -77,8 +79,9 @@ def run_share(
 ) -> None:
     """A share of the pairs of the round in `folder` or, of several, all that no other run makes or has made.
 
-    Whoever finds all shares done joins them, as the next `run_stage` does. Raises InputError as that, and if another
-    run makes the one share that is asked for.
+    Whoever finds all shares done joins them, as the next `run_stage` does. Where several are asked for they are all
+    done and joined when this returns: it waits for other runs, and takes over what those that end leave. Raises
+    InputError as `run_stage`, and if another run makes the one share that is asked for.
     """
     from longpo_jax.pairs import run_share as make
     from rapid_jax.runtime.mesh import agreed
@@ -93,11 +96,19 @@ def run_share(
         if not quiet:
             say(f"pairs: not all {asked[0].count} shares are done: this run has no more to do")
         return
-    with contextlib.ExitStack() as stack:
-        if agreed(leads and is_entered(stack, working_in(folder, "pairs"))):
-            _run_alone("pairs", config, folder, leads=leads, quiet=quiet)
-        elif leads and not quiet:
-            say(f"{folder}: another run is at work there: it joins the shares, or the next `longpo pairs` does")
+    said = quiet or not leads
+    while True:
+        with contextlib.ExitStack() as stack:
+            if agreed(leads and is_entered(stack, working_in(folder, "pairs"))):
+                _run_alone("pairs", config, folder, leads=leads, quiet=quiet)
+                return
+        if not said:
+            end = "the next `longpo pairs` does" if len(asked) == 1 else "this run waits for that"
+            say(f"{folder}: another run is at work there: it joins the shares, or {end}")
+        if len(asked) == 1 or agreed(leads and has_ended(stage_in(folder, "pairs"))):
+            return
+        said = True
+        time.sleep(_LOOK_S)
 
 
 def run_round(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:

@@ -88,7 +88,7 @@ class Shares:
         if self._is_made(place, own, stage):
             return False
         place.mkdir(parents=True, exist_ok=True)
-        held = alone_in_logs(place, [_LOCK], LEASE)
+        held = alone_in_logs(place, [_LOCK], LEASE, quiet=not alone)
         if alone:
             stack.enter_context(held)
         elif not is_entered(stack, held):

@@ -43,7 +43,8 @@ def killed_at(moment: int, monkeypatch: pytest.MonkeyPatch, *names: str) -> None
 
 
 # What the proxy does with a request, by its path, of one that writes with the method before it ("POST /upload/..."):
-# a status to answer, "slow", "cut", "short", "flip", "hang up" (before it happens), "lost" (after it); None: nothing.
+# a status to answer, "slow", "cut", "short", "flip", "hang up" (before it happens), "lost" (after it), "silent" (no
+# answer, and the connection stays, until the bucket is healed); None: nothing.
 Fault = Callable[[str], str | None]
 
 
@@ -65,10 +66,13 @@ class BucketServer:
         self.url = f"http://127.0.0.1:{self._proxy.server_address[1]}"
         self.writing = threading.Lock()  # a precondition is looked at and the write done in one
         self.uploaded: dict[str, tuple[http.client.HTTPResponse, bytes]] = {}  # by the path of an upload in pieces
+        self.healed = threading.Event()
         self.heal()
 
     def heal(self) -> None:
         """Nothing fails from now on, and nothing was asked yet."""
+        self.healed.set()
+        self.healed = threading.Event()
         self.fault: Fault = lambda path: None
         self.asked: list[str] = []
 
@@ -171,7 +175,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if fault == "slow":
             time.sleep(0.2)
-        if fault == "hang up":
+        if fault == "silent":
+            owner.healed.wait()
+        if fault in ("silent", "hang up"):
             self.close_connection = True
             return
         # The emulator ignores which generation is asked for, and does not say which one it gives.

@@ -78,6 +78,15 @@ def bucket(bucket_server):
     bucket_server.heal()
 
 
+@pytest.fixture(scope="session")
+def s3_bucket():
+    """The one bucket of S3, "models"; its client."""
+    from tests.s3_server import s3_server
+
+    with s3_server() as client:
+        yield client
+
+
 @pytest.fixture
 def no_waits(monkeypatch):
     """Of gcsfs between two attempts, whose numbers are in `waits`."""

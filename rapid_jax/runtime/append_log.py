@@ -117,7 +117,7 @@ class PartsLog:
         """Puts the data behind it; the size then. Raises InputError if another has, or the store refuses."""
         if data:
             name = f"{self._folder}{self.size:015d}"
-            self._parts.append(bucket_writes.write(self._bucket, name, data, match=bucket_writes.ABSENT))
+            self._parts.append(bucket_writes.write(self._place.at(name), data, match=bucket_writes.ABSENT))
             self.size += len(data)
         if len(self._parts) >= _MOST_PARTS:
             self.join()
@@ -129,16 +129,16 @@ class PartsLog:
             self._remove_joined()
         while self._parts and self.size - self._parts[-1].size >= size and self.size > size:
             last = self._parts.pop()
-            bucket_writes.delete(self._bucket, last.name)
+            bucket_writes.delete(self._place.at(last.name))
             self.size -= last.size
         if size == 0 and self._base:
-            bucket_writes.delete(self._bucket, self._key)
+            bucket_writes.delete(self._place)
             self._base, self.size = None, 0
         elif self.size > size:
             last = self._parts[-1] if self._parts else self._base
             assert last is not None
             kept = self.read()[self.size - last.size : size]
-            found = bucket_writes.write(self._bucket, last.name, kept, match=last.generation)
+            found = bucket_writes.write(self._place.at(last.name), kept, match=last.generation)
             if self._parts:
                 self._parts[-1] = found
             else:
@@ -149,8 +149,8 @@ class PartsLog:
         """Makes it one file, as readers of a stage that is done find it."""
         if self._parts:
             match = self._base.generation if self._base else bucket_writes.ABSENT
-            self._base = bucket_writes.write(self._bucket, self._key, self.read(), match=match)
-        bucket_writes.delete_all(self._bucket, [*self._joined, *(part.name for part in self._parts)])
+            self._base = bucket_writes.write(self._place, self.read(), match=match)
+        bucket_writes.delete_all(self._place, [*self._joined, *(part.name for part in self._parts)])
         self._parts, self._joined = [], []
 
     def remove(self) -> None:
@@ -159,7 +159,7 @@ class PartsLog:
         self.truncate(0)
 
     def _remove_joined(self) -> None:
-        bucket_writes.delete_all(self._bucket, self._joined)
+        bucket_writes.delete_all(self._place, self._joined)
         self._joined = []
 
 

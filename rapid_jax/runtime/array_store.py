@@ -13,6 +13,7 @@ TensorStore is imported when an array is first opened.
 import contextlib
 import importlib
 import math
+import os
 import re
 from collections import deque
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ _RETRIES: Final = {"max_retries": 5, "initial_delay": "1s", "max_delay": "16s"} 
 _DAMAGE: Final = ("DATA_LOSS", "NOT_FOUND")
 # And of a piece that was cut off, by the code of preconditions too: those are no damage.
 _CUT_OFF: Final = "Not enough data"
+_DRIVERS: Final = {"gs": "gcs", "s3": "s3"}
 _MOST_ELEMENTS: Final = 2**48
 
 
@@ -184,7 +186,9 @@ def _spec(place: AnyPlace, array: Array) -> dict[str, Any]:
         kept: dict[str, Any] = {"driver": "file", "path": f"{place.absolute()}/"}
     else:
         prepare_libraries()
-        kept = {"driver": "gcs", "bucket": place.bucket, "path": place.prefix}
+        kept = {"driver": _DRIVERS[place.scheme], "bucket": place.bucket, "path": place.prefix}
+        if place.scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL_S3")):
+            kept |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_DEFAULT_REGION", "us-east-1")}
     grid = {"name": "regular", "configuration": {"chunk_shape": array.piece}}
     codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
     metadata = {"shape": array.shape, "data_type": array.dtype, "chunk_grid": grid, "codecs": codecs}
@@ -199,7 +203,8 @@ def _spec(place: AnyPlace, array: Array) -> dict[str, Any]:
 
 
 def _context(pooled: int) -> Any:
-    return _tensorstore().Context({"cache_pool": {"total_bytes_limit": pooled}, "gcs_request_retries": _RETRIES})
+    retries = {"gcs_request_retries": _RETRIES, "s3_request_retries": _RETRIES}
+    return _tensorstore().Context({"cache_pool": {"total_bytes_limit": pooled}, **retries})
 
 
 def _tensorstore() -> Any:

@@ -19,7 +19,7 @@ _AHEAD: Final = 8 << 20  # bytes that a stream reads at once
 class Store(Protocol):
     """What is asked of buckets of a kind: a module."""
 
-    def object_at(self, bucket: str, name: str) -> buckets.Object | None:
+    def object_at(self, bucket: str, name: str, *, within: float | None = None) -> buckets.Object | None:
         """The object of that name, if there is one."""
         ...
 
@@ -102,6 +102,10 @@ class BucketPlace:
     def __truediv__(self, name: str) -> "BucketPlace":
         return replace(self, key=f"{self.prefix}{name}")
 
+    def at(self, key: str) -> "BucketPlace":
+        """The object of this name in the same bucket."""
+        return replace(self, key=key)
+
     @property
     def store(self) -> Store:
         """What its bucket is asked by."""
@@ -131,7 +135,7 @@ class BucketPlace:
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Deletes the object; none there is no error."""
-        bucket_writes.delete(self.bucket, self.key)
+        bucket_writes.delete(self)
 
     def is_file(self) -> bool:
         """Whether there is an object of this name."""

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a bucket of Google Cloud Storage is asked: objects and their bytes, to read; every failure one clear line.
 
-Writing is in bucket_writes.py.
+Writing is in gs_writes.py.
 
 gcsfs sends the requests. It asks again where the service is busy, fails or hangs up (408, 429, 5xx, a connection that
 is cut), with waits of 1, 2, 4, 8 and 16 s, and finds the credentials as Google's tools do. It is imported when a bucket
@@ -26,6 +26,7 @@ _PIECE: Final = 8 << 20  # bytes of one request: a stream of a store gives some 
 _AT_ONCE: Final = 16  # requests of a process; with _PIECE this bounds the memory that they take, too
 _CONNECT_S: Final = 20.0
 _SILENCE_S: Final = 60.0  # between two packets of an answer
+ABSENT: Final = "0"  # the generation of what is not there
 FIELDS: Final = "name,size,generation,crc32c,md5Hash"
 _LOGIN: Final = "credentials: gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS"
 
@@ -50,6 +51,13 @@ class Replaced(InputError):
     """The object is no longer the one that was found; the message names it."""
 
 
+class Taken(InputError):
+    """Another has written the object meanwhile; the message names it."""
+
+    def __init__(self, place: str):
+        super().__init__(f"{place}: expected to be the only writer, but another process has written it meanwhile")
+
+
 class _Traffic:
     """Bytes that this process has read from buckets."""
 
@@ -68,11 +76,15 @@ class _Traffic:
 TRAFFIC: Final = _Traffic()
 
 
-def object_at(bucket: str, name: str) -> Object | None:
-    """The object of that name; None where there is none, or no such bucket."""
+def object_at(bucket: str, name: str, *, within: float | None = None) -> Object | None:
+    """The object of that name; None where there is none, or no such bucket.
+
+    Raises Unavailable where the store has not answered `within` so many seconds, however often it was asked.
+    """
     place = f"gs://{bucket}/{name}"
+    asked: dict[str, Any] = {"json_out": True, "fields": FIELDS}
     try:
-        return described(call(place, "GET", "b/{}/o/{}", bucket, name, json_out=True, fields=FIELDS), place)
+        return described(call(place, "GET", "b/{}/o/{}", bucket, name, within=within, **asked), place)
     except FileNotFoundError:
         return None
 
@@ -153,15 +165,16 @@ def described(item: dict[str, Any], place: str) -> Object:
         raise InputError(f"{place}: expected an object's name, size and generation from the store") from error
 
 
-def call(place: str, method: str, path: str, *arguments: str, **options: Any) -> Any:
-    """What the store answers.
+def call(place: str, method: str, path: str, *arguments: str, within: float | None = None, **options: Any) -> Any:
+    """What the store answers, within so many seconds if they are given.
 
     Raises FileNotFoundError for 404, FileExistsError for a precondition that does not hold (412), and InputError naming
     `place` for other failures.
     """
     system = system_for(place)
     try:
-        return system.call(method, path, *arguments, **options)
+        sync = importlib.import_module("fsspec.asyn").sync
+        return sync(system.loop, system._call, method, path, *arguments, timeout=within, **options)
     except (FileNotFoundError, FileExistsError):
         raise
     except Exception as error:  # of gcsfs, aiohttp, requests, google.auth, json: whose classes are not at hand here
@@ -179,7 +192,8 @@ def failures() -> tuple[type[Exception], ...]:
 
 def refuse(place: str, error: Exception, *, writes: bool = False) -> NoReturn:
     """Raises the InputError that says in a line why the store did not answer."""
-    code, words = getattr(error, "code", None), legible(str(error)) or type(error).__name__
+    unsaid = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+    code, words = getattr(error, "code", None), legible(str(error)) or unsaid
     kind = InputError
     origin = type(error).__module__
     if words.startswith("Forbidden"):

@@ -38,7 +38,7 @@ def replace_file(path: AnyPlace) -> Iterator[Path]:
     if isinstance(path, BucketPlace):
         with tempfile.TemporaryDirectory(prefix="rapid-") as here:
             yield (written := Path(here, "file"))
-            bucket_writes.upload(path.bucket, path.key, written)
+            bucket_writes.upload(path, written)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent, path.name)
@@ -104,9 +104,9 @@ def new_folder(place: AnyPlace, *, known_by: str) -> Iterator[Callable[[str], co
         return
     with replace_file(place / _UNFINISHED) as mark:
         mark.write_text("this folder is being written")
-    bucket_writes.delete(place.bucket, (place / known_by).key)
+    bucket_writes.delete(place / known_by)
     old = [found.key for found in place.below() if found.name != _UNFINISHED]
-    bucket_writes.delete_all(place.bucket, old)
+    bucket_writes.delete_all(place, old)
     yield lambda name: replace_file(place / name)
     (place / _UNFINISHED).unlink()
 
@@ -116,7 +116,7 @@ def remove_folder(place: AnyPlace) -> None:
     if isinstance(place, Path):
         shutil.rmtree(place, ignore_errors=True)
     else:
-        bucket_writes.delete_all(place.bucket, [found.key for found in place.below()])
+        bucket_writes.delete_all(place, [found.key for found in place.below()])
 
 
 class LocalFolder:
@@ -138,7 +138,7 @@ class LocalFolder:
         for path in [path for path in self.path.rglob("*") if path.is_file()]:
             if self._pushed.get(path) != (size := path.stat().st_size):
                 target = self._place / path.relative_to(self.path).as_posix()
-                bucket_writes.upload(target.bucket, target.key, path)
+                bucket_writes.upload(target, path)
                 self._pushed[path] = size
 
 

@@ -72,12 +72,12 @@ class Lease:
         _HELD.discard(self._nonce)
         self._threads[0].join()  # a renewal that is under way is no longer ours to interrupt
         with contextlib.suppress(InputError):  # then it expires
-            bucket_writes.delete(self._place.bucket, self._place.key, match=self._generation)
+            bucket_writes.delete(self._place, match=self._generation)
 
     def _acquire(self) -> None:
         watched, since, told = "", time.monotonic(), False
         while True:
-            found = buckets.object_at(self._place.bucket, self._place.key)
+            found = self._place.store.object_at(self._place.bucket, self._place.key)
             if found is None:
                 match = bucket_writes.ABSENT
             else:
@@ -107,7 +107,7 @@ class Lease:
     def _holder(self, found: buckets.Object) -> Fields | None:
         data = bytearray(found.size)
         try:
-            buckets.read_into(self._place.bucket, found, 0, memoryview(data))
+            self._place.store.read_into(self._place.bucket, found, 0, memoryview(data))
             holder = parse_object(bytes(data), str(self._place))
             holder.whole("pid", 0)
         except InputError:  # renewed or removed meanwhile, or no lease of ours
@@ -118,7 +118,7 @@ class Lease:
         started, self._count = time.monotonic(), self._count + 1
         content = {**_process(), "nonce": self._nonce, "renewals": self._count}
         data = json.dumps(content).encode()
-        self._generation = bucket_writes.write(self._place.bucket, self._place.key, data, match=match).generation
+        self._generation = bucket_writes.write(self._place, data, match=match).generation
         self._renewed = started
 
     def _renewing(self) -> None:

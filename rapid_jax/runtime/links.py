@@ -50,7 +50,7 @@ def target_of(name: AnyPlace) -> AnyPlace | None:
     leads_up = key == "." or f"{name.key}/".startswith(f"{key}/")  # to a folder that the link is in, or to itself
     if leads_up or key.startswith(("..", "/")) or not key.isprintable():
         raise InputError(f"{place}: expected the name of another folder of this bucket, got {data[:60]!a}")
-    return working_place(f"gs://{name.bucket}/{key}", str(place))
+    return working_place(f"{name.scheme}://{name.bucket}/{key}", str(place))
 
 
 def followed(name: AnyPlace) -> AnyPlace:

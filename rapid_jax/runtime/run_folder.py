@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rapid_jax.runtime import bucket_writes
 from rapid_jax.runtime.append_log import Log, log_at
+from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import Again, Busy, InputError, Unavailable
 from rapid_jax.runtime.files import remove_leftovers, replace_file
 from rapid_jax.runtime.lease import Lease
@@ -55,15 +56,15 @@ def working_in(folder: AnyPlace, part: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def alone_in_logs(folder: AnyPlace, names: Sequence[str], lease: str) -> Iterator[list[Log]]:
+def alone_in_logs(folder: AnyPlace, names: Sequence[str], lease: str, *, quiet: bool = False) -> Iterator[list[Log]]:
     """The logs of these names in a folder that is there; no other run writes to them until the context is left.
 
-    By a lock on each on this machine, which makes the files; in a bucket by one lease of that name, for all of them.
-    Raises Busy if another run writes to them.
+    By a lock on each on this machine, which makes the files; in a bucket by one lease of that name, for all of them:
+    unless `quiet` it is said when that must be watched. Raises Busy if another run writes to them.
     """
     with contextlib.ExitStack() as stack:
         if not isinstance(folder, Path):
-            stack.enter_context(Lease(folder / lease))
+            stack.enter_context(Lease(folder / lease, say=(lambda _: None) if quiet else say))
         else:
             for path in (folder / name for name in names):
                 _lock(stack.enter_context(open(path, "ab")).fileno(), path)
@@ -92,7 +93,7 @@ def written_once(place: AnyPlace, data: bytes) -> bytes:
     """The bytes of a file that several runs may write at once: the data, unless another was first."""
     if not isinstance(place, Path):
         with contextlib.suppress(bucket_writes.Taken):
-            bucket_writes.write(place.bucket, place.key, data, match=bucket_writes.ABSENT)
+            bucket_writes.write(place, data, match=bucket_writes.ABSENT)
         return place.read_bytes()
     if (there := bytes_of(place)) is not None:
         return there

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a bucket of S3 is asked: objects and their bytes, to read alone; as buckets.py asks one of Google's.
+"""What a bucket of S3 is asked: objects and their bytes, to read; as buckets.py asks one of Google's.
+
+Writing is in s3_writes.py.
 
 s3fs sends the requests. botocore below it asks again where the service is busy, fails or hangs up, with waits of up to
 1, 2, 4, 8 and 16 s, and finds the credentials as Amazon's tools do; nobody else asks again, but for a range whose
@@ -26,10 +28,13 @@ _UNKNOWN: Final = (
 )
 
 
-def object_at(bucket: str, name: str) -> Object | None:
-    """The object of that name; None where there is none, or no such bucket."""
+def object_at(bucket: str, name: str, *, within: float | None = None) -> Object | None:
+    """The object of that name; None where there is none, or no such bucket.
+
+    Raises Unavailable where the store has not answered `within` so many seconds, however often it was asked.
+    """
     try:
-        found = _call(f"s3://{bucket}/{name}", "head_object", Bucket=bucket, Key=name)
+        found = call(f"s3://{bucket}/{name}", "head_object", within=within, Bucket=bucket, Key=name)
     except FileNotFoundError:
         return None
     return _described(name, found["ContentLength"], found["ETag"])
@@ -45,7 +50,7 @@ def listed(bucket: str, folder: str, *, deep: bool = False) -> tuple[list[Object
     folders: list[str] = []
     while True:
         try:
-            page = _call(f"s3://{bucket}/{folder}".rstrip("/"), "list_objects_v2", **asked)
+            page = call(f"s3://{bucket}/{folder}".rstrip("/"), "list_objects_v2", **asked)
         except FileNotFoundError:
             raise InputError(f"s3://{bucket}: no such bucket") from None
         for item in page.get("Contents", []):
@@ -69,10 +74,15 @@ def read_into(bucket: str, found: Object, start: int, into: memoryview) -> int:
 
 def _range(bucket: str, found: Object, first: int, last: int) -> bytes:
     place, data = f"s3://{bucket}/{found.name}", b""
-    asked = {"Bucket": bucket, "Key": found.name, "IfMatch": found.generation, "Range": f"bytes={first}-{last - 1}"}
+    asked: dict[str, Any] = {
+        "Bucket": bucket,
+        "Key": found.name,
+        "IfMatch": found.generation,
+        "Range": f"bytes={first}-{last - 1}",
+    }
     for left in reversed(range(_TRIES)):
         try:
-            answer = _call(place, "get_object", **asked)
+            answer = call(place, "get_object", **asked)
         except (FileNotFoundError, FileExistsError):
             raise Replaced(f"{place}: was replaced or removed while it was read") from None
         try:
@@ -91,27 +101,31 @@ def _described(name: str, size: int, tag: str) -> Object:
     return Object(name, size, tag, "", tag.strip('"'))
 
 
-def _call(place: str, method: str, **asked: Any) -> Any:
-    """What the store answers. Raises FileNotFoundError, FileExistsError for another tag, and else InputError."""
+def call(place: str, method: str, *, within: float | None = None, writes: bool = False, **asked: Any) -> Any:
+    """What the store answers, within so many seconds if they are given.
+
+    Raises FileNotFoundError, FileExistsError for another tag, BlockingIOError where another write is under way (409),
+    and else InputError.
+    """
+    system = client_for(place)
     try:
-        return _client(place).call_s3(method, **asked)
-    except InputError:
-        raise
+        sync = importlib.import_module("fsspec.asyn").sync
+        return sync(system.loop, system._call_s3, method, timeout=within, **asked)
     except Exception as error:  # of s3fs, botocore, aiohttp, whose classes are not at hand here
-        _refuse(place, error)
+        refuse(place, error, writes=writes)
 
 
 def _body(place: str, answer: Any) -> bytes:
     body = answer["Body"]
     try:
-        return importlib.import_module("fsspec.asyn").sync(_client(place).loop, body.read)
+        return importlib.import_module("fsspec.asyn").sync(client_for(place).loop, body.read)
     except Exception as error:  # as above
-        _refuse(place, error)
+        refuse(place, error)
     finally:
         body.close()
 
 
-def _refuse(place: str, error: Exception) -> NoReturn:
+def refuse(place: str, error: Exception, *, writes: bool = False) -> NoReturn:
     """Raises what says in a line why the store did not answer."""
     origin = error.__cause__ if hasattr(error.__cause__, "response") else error
     answer = getattr(origin, "response", None) or {}
@@ -122,10 +136,13 @@ def _refuse(place: str, error: Exception) -> NoReturn:
         raise FileNotFoundError(place) from error
     if status == 412:
         raise FileExistsError(place) from error
+    if status == 409:
+        raise BlockingIOError(place) from error
     if code in _UNKNOWN or "Credentials" in type(origin).__name__:
         reason = f"the store does not accept the {_LOGIN} ({words})"
     elif status == 403:
-        reason = "no permission to read it: expected s3:GetObject and s3:ListBucket for these credentials"
+        what = "write there: expected s3:PutObject, s3:DeleteObject," if writes else "read it: expected"
+        reason = f"no permission to {what} s3:GetObject and s3:ListBucket for these credentials"
     elif status in (408, 429) or status >= 500:
         kind, reason = Unavailable, f"the store failed, asked several times: {words}"
     elif not status and (
@@ -137,7 +154,8 @@ def _refuse(place: str, error: Exception) -> NoReturn:
     raise kind(f"{place}: {reason}") from error
 
 
-def _client(place: str) -> Any:
+def client_for(place: str) -> Any:
+    """The client, to ask for `place`. Raises InputError where there is none."""
     try:
         return client()
     except ImportError as error:

@@ -33,13 +33,11 @@ AnyPlace: TypeAlias = Path | BucketPlace
 
 
 def working_place(text: str | AnyPlace, what: str) -> AnyPlace:
-    """As `place_of`, of a file or folder that is written: what is there is looked for each time; none of s3://."""
+    """As `place_of`, of a file or folder that is written: what is there is looked for each time."""
     place = place_of(text, what)
     if isinstance(place, Path):
         return place
-    if place.scheme != "gs":
-        raise InputError(f"{what}: expected a place that can be written, got {str(place)!a}: s3:// is read alone")
-    return BucketPlace(place.bucket, place.key, Now(place.bucket))
+    return BucketPlace(place.bucket, place.key, Now(place.bucket, place.store), place.scheme)
 
 
 def place_of(text: str | AnyPlace, what: str) -> AnyPlace:

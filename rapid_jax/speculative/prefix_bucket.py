@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from rapid_jax.runtime import bucket_writes, buckets
+from rapid_jax.runtime import bucket_writes
 from rapid_jax.runtime.array_store import Damaged
 from rapid_jax.runtime.bucket_place import BucketPlace
 from rapid_jax.runtime.errors import InputError, Unavailable
@@ -149,7 +149,7 @@ class PrefixBucket:
         """
         known, name = self.place / key / MANIFEST, f"{key}/{arrays.name}"
         with self.asking():
-            written = bucket_writes.write(known.bucket, known.key, manifest, match=bucket_writes.ABSENT)
+            written = bucket_writes.write(known, manifest, match=bucket_writes.ABSENT)
         gone = False
 
         def enter(index: Index) -> None:
@@ -161,7 +161,7 @@ class PrefixBucket:
 
         self._index.change(enter)
         if gone:
-            bucket_writes.delete(known.bucket, known.key, match=written.generation)
+            bucket_writes.delete(known, match=written.generation)
             raise InputError(f"{self.place / name}: another process has removed it, as if nobody wrote it")
 
     def remove(self, key: str, inside: str | None = None) -> bool:
@@ -221,7 +221,7 @@ class PrefixBucket:
         A manifest that nobody is about to enter, and whose arrays are gone, goes: it would have each writer fail.
         """
         known = self.place / key / MANIFEST
-        found = buckets.object_at(known.bucket, known.key)
+        found = known.store.object_at(known.bucket, known.key)
         if found is None:
             return key in self._index.read().entries
         with contextlib.suppress(Damaged):
@@ -236,7 +236,7 @@ class PrefixBucket:
             self._index.change(enter)
         if key in self._index.read().entries:
             return True
-        bucket_writes.delete(known.bucket, known.key, match=found.generation)
+        bucket_writes.delete(known, match=found.generation)
         return False
 
     def _delete(self, name: str) -> None:
@@ -250,7 +250,7 @@ class PrefixBucket:
         elif not there:
             written = [f"{self.place.prefix}{other}/" for other in self._index.read().unfinished if other != name]
             gone = [found.key for found in entry.below() if not found.key.startswith(tuple(written))]
-            bucket_writes.delete_all(entry.bucket, gone)
+            bucket_writes.delete_all(entry, gone)
         self._index.change(lambda index: index.unfinished.pop(name, None))
 
 

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """The index of stored prefixes in a bucket: one object, replaced where nobody else has replaced it meanwhile.
 
-A store that does not answer is asked again a minute later: until then it counts as absent, and nobody waits for it.
+A store that does not answer counts as absent, until it is found to answer again: nobody waits for that (breaker.py).
 """
 
 import contextlib
 import json
-import logging
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from rapid_jax.runtime import bucket_writes, buckets
 from rapid_jax.runtime.array_store import Damaged
+from rapid_jax.runtime.breaker import Breaker
 from rapid_jax.runtime.bucket_place import BucketPlace
-from rapid_jax.runtime.errors import InputError, Unavailable
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import parse_object
 from rapid_jax.speculative.prefix_folder import ENTRY
 from rapid_jax.speculative.prefix_manifest import INSIDE, MANIFEST, Manifest
@@ -25,8 +25,7 @@ from rapid_jax.speculative.prefix_manifest import INSIDE, MANIFEST, Manifest
 INDEX: Final = "index.json"
 _TRIES: Final = 20  # to replace the index, which others do too
 _KNOWN_S: Final = 2.0  # what was read counts as what there is
-_ABSENT_S: Final = 60.0  # a store that did not answer is not asked
-_log = logging.getLogger(__name__)
+_ANSWER_S: Final = 5.0  # the store describes the index within that time, or counts as absent
 
 
 @dataclass
@@ -67,26 +66,16 @@ class SharedIndex:
         self._folder, self._place = place, place / INDEX
         self._lock = threading.Lock()  # of what is below
         self._last, self._last_at = Index(), -_KNOWN_S
-        self._absent_until = 0.0
+        self._breaker = Breaker(str(place), self._now, "stored documents are not used")
 
     @property
     def absent(self) -> bool:
-        """Whether the store did not answer a moment ago."""
-        return time.monotonic() < self._absent_until
+        """Whether the store did not answer when it was last asked."""
+        return self._breaker.is_open
 
-    @contextlib.contextmanager
-    def asking(self) -> Iterator[None]:
-        """While the store is asked for something: Unavailable, raised or noticed here, counts for all for a minute."""
-        if self.absent:
-            raise Unavailable(f"{self._folder}: the store did not answer a moment ago")
-        try:
-            yield
-        except Unavailable as error:
-            with self._lock:
-                first, self._absent_until = not self.absent, time.monotonic() + _ABSENT_S
-            if first:
-                _log.warning("stored documents are not used for %.0f s: %s", _ABSENT_S, error)
-            raise
+    def asking(self) -> contextlib.AbstractContextManager[None]:
+        """While the store is asked for something: Unavailable, raised or noticed here, makes it absent for all."""
+        return self._breaker.asking()
 
     def known(self) -> Index:
         """The index as it was at most 2 s ago. Raises InputError."""
@@ -111,7 +100,7 @@ class SharedIndex:
                 return
             with contextlib.suppress(bucket_writes.Taken), self.asking():
                 place, data = self._place, index.as_json()
-                written = bucket_writes.write(place.bucket, place.key, data, match=index.generation)
+                written = bucket_writes.write(place, data, match=index.generation)
                 index.generation = written.generation
                 self._note(index)
                 return
@@ -125,12 +114,12 @@ class SharedIndex:
     def _now(self) -> Index:
         place = self._place
         for _ in range(_TRIES):
-            found = buckets.object_at(place.bucket, place.key)
+            found = place.store.object_at(place.bucket, place.key, within=_ANSWER_S)
             if found is None:
                 return self._made()
             data = bytearray(found.size)
             try:
-                buckets.read_into(place.bucket, found, 0, memoryview(data))
+                place.store.read_into(place.bucket, found, 0, memoryview(data))
             except buckets.Replaced:
                 continue
             try:
@@ -144,7 +133,7 @@ class SharedIndex:
     def _made(self) -> Index:
         """An index of what is there, used just now; half of what another is about to enter may be in it."""
         index, now = Index(), time.time()
-        _, folders = buckets.listed(self._folder.bucket, self._folder.prefix)
+        _, folders = self._folder.store.listed(self._folder.bucket, self._folder.prefix)
         for key in (name.rstrip("/").rpartition("/")[2] for name in folders):
             if ENTRY.fullmatch(key):
                 try:

@@ -187,7 +187,7 @@ def test_sources_in_a_bucket_are_those_on_a_disk(pattern, folder, tmp_path):
     for name in ("a.txt", "b.pdf", ".hidden.txt", "in/b.md", "in/c.jsonl.gz", "in/.x/d.txt", "in/deep/e.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"x")
-        bucket_writes.write(BUCKET, f"{folder.key}/{name}", b"x")
+        bucket_writes.write(folder / name, b"x")
     left: list[Counter[str]] = [Counter(), Counter()]
     here = [file.name for file in files_of([f"book={tmp_path}{pattern}"], left[0])]
     there = [file.name for file in files_of([f"book={folder}{pattern}"], left[1])]

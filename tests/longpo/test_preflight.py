@@ -14,11 +14,13 @@ from longpo_jax.config import LongPOConfig
 from longpo_jax.corpus_estimate import estimate
 from longpo_jax.memory import of_training
 from longpo_jax.room import bytes_on_disk, most_checkpoints
-from longpo_jax.stages import STAGES, mark_done
+from longpo_jax.shares import Shares
+from longpo_jax.stages import STAGES, inputs_of, mark_done
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.plan.architectures import architecture_of
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.share import Share
 from tests.longpo.sweep_program import words
 from tests.tiny_models import save_decoder
 
@@ -102,6 +104,30 @@ def test_what_is_done_is_counted_and_not_made_again(check, tmp_path):
     assert table["done already"] == ["", "pairs"] and "documents" not in table
 
 
+def test_a_share_says_what_it_is_of_and_which_are_done(check, tmp_path):
+    given = {"corpus__max_tokens": 100_000, "pairs__batch": 2}
+    status, table, said = check("--share", "1/2", **given)
+    assert (status, said) == (0, []) and int(table["documents"][0]) == 6
+    assert table["share 1/2"] == ["at most 4 documents", "whole groups of pairs.batch 2"]
+    assert table["this host ends when"][0] == "its own share is done" and "shares begun" not in table
+    _, table, _ = check("--share", "any/4", **given)
+    assert table["shares any/4"][0] == "at most 0 to 2 documents each"
+    assert table["shares any/4"][1].endswith("2; 1 without a document: fewer groups than shares")
+    assert table["this host ends when"][0].startswith("all shares are done")
+    config = settings.load(LongPOConfig, tmp_path / "run.yaml", ["pairs.batch=2"])
+    inputs = inputs_of(config, "pairs") | {"pairs.batch": 2, "shares": 3}
+    (tmp_path / "run" / "pairs-shares").mkdir(parents=True)
+    shares = Shares(tmp_path / "run")
+    shares.begin(inputs, {})
+    mark_done(shares.place(Share(1, 3)), {}, {})
+    _, table, _ = check(pairs__batch=2)
+    assert table["shares begun"] == ["3", "not done: 0/3, 2/3"]
+    status, _, said = check("--share", "0/2", pairs__batch=2)
+    assert status == 2 and "was made with shares = 3, expected shares = 2" in said[0]
+    status, _, said = check("--share", "2/2")
+    assert status == 2 and said == ["longpo: --share: expected I/N with 0 <= I < N, got '2/2'"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -141,14 +167,14 @@ def test_folders_are_shown_by_their_whole_names(check, tmp_path, monkeypatch):
 
 
 def test_a_store_that_cannot_be_reached_is_asked_and_told_once(check, monkeypatch):
-    def unreachable(folder):
+    def unreachable(folder, *_):
         asked.append(folder)
         raise InputError(f"{folder}: the store cannot be reached")
 
     asked: list[object] = []
-    monkeypatch.setattr(preflight, "has_ended", unreachable)
+    monkeypatch.setattr(preflight, "stage_in", unreachable)
     monkeypatch.setattr(room, "_try_out", unreachable)
-    status, _, said = check(run="gs://mine/run", rounds="[train.epochs=1, train.epochs=2]")
+    status, _, said = check("--share", "0/2", run="gs://mine/run", rounds="[train.epochs=1, train.epochs=2]")
     assert status == 2 and len(asked) == 1 and sum("cannot be reached" in line for line in said) == 1
 
 

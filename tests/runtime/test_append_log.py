@@ -144,7 +144,7 @@ def test_of_two_writers_the_second_is_refused(in_bucket):
 def test_a_part_that_is_missing_is_told(in_bucket, bucket):
     filled(in_bucket / "log")
     names = bucket.names(f"{in_bucket.key}/log.parts/")
-    bucket_writes.delete("models", names[2])
+    bucket_writes.delete(in_bucket.at(names[2]))
     with pytest.raises(InputError, match=r"log: expected a part from byte 17 on, got one from byte 27 on"):
         log_at(in_bucket / "log")
 
@@ -157,7 +157,7 @@ def test_what_a_killed_join_left_comes_back_by_no_cut(in_bucket, bucket, left):
     log.join()
     for at in left:
         name, line = parts[at]
-        bucket_writes.write(place.bucket, name, line, match=bucket_writes.ABSENT)
+        bucket_writes.write(place.at(name), line, match=bucket_writes.ABSENT)
     whole = b"".join(LINES[:4])
     assert log_at(place).read() == whole
     kept = whole[: len(LINES[0])]

@@ -6,10 +6,11 @@ import os
 
 import pytest
 
-from rapid_jax.runtime import bucket_writes, files
-from rapid_jax.runtime.bucket_writes import ABSENT, Taken, delete, upload, write
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime import buckets, files, gs_writes
+from rapid_jax.runtime.bucket_writes import ABSENT, Taken
+from rapid_jax.runtime.errors import InputError, Unavailable
 from rapid_jax.runtime.files import LocalFolder, may_replace, new_folder, replace_file
+from rapid_jax.runtime.gs_writes import delete, upload, write
 from rapid_jax.runtime.storage import bytes_of, files_below, working_place
 from tests.bucket_server import BUCKET, Killed, killed_at
 
@@ -64,6 +65,31 @@ def test_what_goes_on_failing_is_one_line(fault, words, folder, bucket, capfd):
     assert bytes_of(folder / "a") is None and capfd.readouterr() == ("", "")
 
 
+def test_a_store_that_says_nothing_is_given_up_and_asked_again(folder, bucket, monkeypatch):
+    """It takes each connection, and never answers."""
+    write(BUCKET, f"{folder.key}/there", b"hello")
+    monkeypatch.setattr(buckets, "_SILENCE_S", 0.1)
+    buckets.client.cache_clear()
+    try:
+        bucket.fault = lambda asked: "silent"
+        for attempt in (lambda: write(BUCKET, f"{folder.key}/a", b"x"), lambda: (folder / "there").read_bytes()):
+            bucket.asked.clear()
+            with pytest.raises(Unavailable, match=r"^gs://.*: the store cannot be reached: ") as error:
+                attempt()
+            assert str(error.value).isprintable() and len(bucket.asked) == 6
+        left = [2]
+
+        def decide(asked: str) -> str | None:
+            left[0] -= 1
+            return "silent" if left[0] >= 0 else None
+
+        bucket.fault = decide
+        write(BUCKET, f"{folder.key}/a", b"hello", match=ABSENT)
+        assert bytes_of(folder / "a") == b"hello"
+    finally:
+        buckets.client.cache_clear()
+
+
 def test_a_bucket_that_is_not_there_is_named(bucket, tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     for attempt in (lambda: write("absent", "a", b"x"), lambda: upload("absent", "a", tmp_path / "a")):
@@ -85,7 +111,7 @@ def test_a_precondition_keeps_another_generation(folder, bucket):
 
 @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # of gcsfs
 def test_a_large_file_goes_in_pieces_and_its_last_reply_may_be_lost(folder, bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(bucket_writes, "_AT_ONCE", 1 << 20)
+    monkeypatch.setattr(gs_writes, "_AT_ONCE", 1 << 20)
     data = os.urandom(6 << 20)
     (tmp_path / "large").write_bytes(data)
 

@@ -11,8 +11,8 @@ import time
 import pytest
 
 from rapid_jax.runtime import lease as module
-from rapid_jax.runtime.bucket_writes import write
 from rapid_jax.runtime.errors import Again, InputError, Unavailable
+from rapid_jax.runtime.gs_writes import write
 from rapid_jax.runtime.lease import Lease
 from rapid_jax.runtime.run_folder import LEASE, working_in
 from rapid_jax.runtime.storage import bytes_of, working_place

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies in a bucket of S3 is read as what lies on a disk, and nothing is written there."""
+"""What lies in a bucket of S3 is read as what lies on a disk."""
 
-import logging
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -16,39 +15,12 @@ from rapid_jax.runtime import buckets, s3
 from rapid_jax.runtime.errors import InputError, Unavailable
 from rapid_jax.runtime.files import digest_file
 from rapid_jax.runtime.settings_file import merged, read_chain
-from rapid_jax.runtime.storage import files_below, place_of, working_place
+from rapid_jax.runtime.storage import files_below, place_of
 from tests.tiny_models import save_decoder, words
 
-KEYS = {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y", "AWS_DEFAULT_REGION": "us-east-1"}
-
 
 @pytest.fixture(scope="module")
-def server():
-    """moto's server of S3 with one bucket; its client."""
-    for package in ("s3fs", "moto.server"):
-        pytest.importorskip(
-            package, reason="the environment is older than the extras: bash launch/setup_environment.sh"
-        )
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
-    emulator = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    emulator.start()
-    host, port = emulator.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in (KEYS | {"AWS_ENDPOINT_URL_S3": f"http://{host}:{port}"}).items():
-            patch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="models")
-        s3.client.cache_clear()
-        yield client
-        s3.client.cache_clear()
-    emulator.stop()
-
-
-@pytest.fixture(scope="module")
-def both(server, tmp_path_factory):
+def both(s3_bucket, tmp_path_factory):
     """(a folder on this machine, the same in the bucket)."""
     folder: Path = tmp_path_factory.mktemp("disk")
     save_decoder(folder / "Llama")
@@ -59,11 +31,11 @@ def both(server, tmp_path_factory):
     (folder / "in" / "run.yaml").write_text("base: ../base.yaml\nb: 3\n")
     for path in folder.rglob("*"):
         if path.is_file():
-            server.put_object(Bucket="models", Key=f"all/{path.relative_to(folder)}", Body=path.read_bytes())
+            s3_bucket.put_object(Bucket="models", Key=f"all/{path.relative_to(folder)}", Body=path.read_bytes())
     return folder, place_of("s3://models/all/", "place")
 
 
-def test_folders_and_files_are_those_on_a_disk(both, server, monkeypatch):
+def test_folders_and_files_are_those_on_a_disk(both, s3_bucket, monkeypatch):
     here, there = both
     assert files_below(there) == files_below(here)
     assert sorted(place.name for place in (there / "in").iterdir()) == ["book.txt", "deep", "run.yaml"]
@@ -75,10 +47,10 @@ def test_folders_and_files_are_those_on_a_disk(both, server, monkeypatch):
     assert place_of("s3://models/all/in/book.txt", "x").read_bytes() == (here / "in" / "book.txt").read_bytes()
     listed, kept = s3.listed, there.store.listed("models", "all/in/", deep=True)
     monkeypatch.setattr(
-        s3, "_call", lambda place, method, call=s3._call, **asked: call(place, method, **asked, MaxKeys=1)
+        s3, "call", lambda place, method, call=s3.call, **asked: call(place, method, **asked, MaxKeys=1)
     )
     assert listed("models", "all/in/", deep=True) == kept  # a page an object
-    server.put_object(Bucket="models", Key="copy", Body=(here / "in" / "book.txt").read_bytes())
+    s3_bucket.put_object(Bucket="models", Key="copy", Body=(here / "in" / "book.txt").read_bytes())
     assert digest_file(place_of("s3://models/copy", "x")) == digest_file(there / "in" / "book.txt")
 
 
@@ -91,16 +63,16 @@ def test_a_model_and_a_document_are_read_in_place(both):
     assert texts[0] == texts[1]
 
 
-def test_an_object_that_was_replaced_is_noticed(both, server):
+def test_an_object_that_was_replaced_is_noticed(both, s3_bucket):
     place = place_of("s3://models/changed", "x")
-    server.put_object(Bucket="models", Key="changed", Body=b"one")
+    s3_bucket.put_object(Bucket="models", Key="changed", Body=b"one")
     with place.open() as file:
-        server.put_object(Bucket="models", Key="changed", Body=b"two")
+        s3_bucket.put_object(Bucket="models", Key="changed", Body=b"two")
         with pytest.raises(buckets.Replaced, match=r"^s3://models/changed: was replaced or removed while it was read$"):
             file.read()
 
 
-def test_what_is_not_there_or_cannot_be_asked_is_one_line(server, monkeypatch):
+def test_what_is_not_there_or_cannot_be_asked_is_one_line(s3_bucket, monkeypatch):
     for name, said in (
         ("s3://models/no.txt", "s3://models/no.txt: cannot be read: no such file"),
         ("s3://no-such-bucket/x", "s3://no-such-bucket: no such bucket"),
@@ -116,7 +88,7 @@ def test_what_is_not_there_or_cannot_be_asked_is_one_line(server, monkeypatch):
 
 
 @pytest.fixture
-def odd_store(server, monkeypatch):
+def odd_store(s3_bucket, monkeypatch):
     """A store that answers GET as `mode` says, with a status or half of what it announces, and counts the requests."""
 
     class Handler(BaseHTTPRequestHandler):
@@ -192,13 +164,5 @@ class Answered(Exception):
 )
 def test_what_the_store_refuses_is_one_line(status, code, kind, said):
     with pytest.raises(InputError, match=f"^s3://b/x: {said}") as error:
-        s3._refuse("s3://b/x", OSError("translated") if status == 0 else Answered(status, code))
+        s3.refuse("s3://b/x", OSError("translated") if status == 0 else Answered(status, code))
     assert type(error.value) is kind
-
-
-@pytest.mark.parametrize("option", ["--out", "run"])
-def test_nothing_is_written_to_s3(option):
-    with pytest.raises(
-        InputError, match=rf"^{option}: expected a place that can be written, got 's3://b1b/x': s3:// is"
-    ):
-        working_place("s3://b1b/x", option)

@@ -114,12 +114,12 @@ def test_an_index_that_is_lost_or_replaced_meanwhile_is_made_again(bucket, place
         assert store.keys() == [key_of()] and loaded_from(store) is not None
     write, waits, others = bucket_writes.write, [], iter([1, 2])
 
-    def overtaken(bucket_name: str, name: str, data: bytes, **asked):
-        if name.endswith("index.json") and (number := next(others, None)):
+    def overtaken(at, data: bytes, **asked):
+        if at.name == "index.json" and (number := next(others, None)):
             monkeypatch.setattr(bucket_writes, "write", write)
             store_at(place).save(key_of(number), prefix_of("unrolled"))
             monkeypatch.setattr(bucket_writes, "write", overtaken)
-        return write(bucket_name, name, data, **asked)
+        return write(at, data, **asked)
 
     monkeypatch.setattr(bucket_writes, "write", overtaken)
     patched = SimpleNamespace(time=time.time, sleep=waits.append, monotonic=time.monotonic)

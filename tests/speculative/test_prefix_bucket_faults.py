@@ -4,13 +4,14 @@
 import contextlib
 import json
 import os
+import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 
 from rapid_jax.engine.heads import StoredHeads
-from rapid_jax.runtime import agreement, array_store, bucket_writes, buckets
+from rapid_jax.runtime import agreement, array_store, breaker, buckets, gs_writes
 from rapid_jax.runtime.array_store import Damaged
 from rapid_jax.runtime.distributed import Late
 from rapid_jax.runtime.errors import Again, InputError, Unavailable
@@ -39,7 +40,7 @@ def unreachable(monkeypatch) -> list[str]:
         raise Unavailable(f"{place}: the store cannot be reached")
 
     monkeypatch.setattr(buckets, "call", silent)
-    monkeypatch.setattr(bucket_writes, "call", silent)
+    monkeypatch.setattr(gs_writes, "call", silent)
     return asked
 
 
@@ -83,15 +84,46 @@ def test_a_process_that_waits_for_a_store_is_waited_for_and_then_the_run_starts_
     assert given == [agreement.READING_S] * 2
 
 
-def test_a_store_that_cannot_be_reached_is_asked_once_a_minute(place, unreachable, caplog, monkeypatch):
-    store = store_at(place)
+def test_a_store_that_cannot_be_reached_is_probed_aside_at_growing_intervals(place, unreachable, caplog, monkeypatch):
+    store, now = store_at(place), [0.0]
+    monkeypatch.setattr(breaker, "time", SimpleNamespace(monotonic=lambda: now[0]))
     assert not store.has(key_of()) and len(unreachable) == 1
-    assert "not used for 60 s" in said(caplog)
+    assert "not used until the store answers again" in said(caplog)
     store.save(key_of(), PREFIX)
     assert loaded_from(store) is None and not store.has(key_of()) and store.bytes() == 0 and store.version() is None
     assert len(unreachable) == 1 and not caplog.records
-    monkeypatch.setattr(prefix_index, "time", SimpleNamespace(monotonic=lambda: time.monotonic() + 61))
-    assert not store.has(key_of()) and len(unreachable) == 2
+    for count, later in enumerate((15.1, 30.1, 60.1, 120.1, 240.1, 240.1), start=2):
+        now[0] += later - 0.2
+        assert not store.has(key_of()) and len(unreachable) == count - 1
+        now[0] += 0.2
+        assert not store.has(key_of())
+        probed()
+        assert len(unreachable) == count and not caplog.records
+    monkeypatch.undo()  # it can be reached again
+    monkeypatch.setattr(breaker, "time", SimpleNamespace(monotonic=lambda: now[0] + 241))
+    assert not store.has(key_of())
+    probed()
+    assert not store._entries.absent and "answers again" in said(caplog)
+    store.save(key_of(), PREFIX)
+    assert store.has(key_of())
+
+
+def probed() -> None:
+    for thread in threading.enumerate():
+        if thread.name == "probe":
+            thread.join()
+
+
+def test_a_store_that_takes_connections_and_says_nothing_holds_nobody(bucket, place, caplog, monkeypatch):
+    monkeypatch.setattr(prefix_index, "_ANSWER_S", 0.2)
+    bucket.fault = lambda asked: "silent"
+    store, began = store_at(place), time.monotonic()
+    assert not store.has(key_of())
+    waited, began = time.monotonic() - began, time.monotonic()
+    store.save(key_of(), PREFIX)
+    assert loaded_from(store) is None
+    assert waited < 2 and time.monotonic() - began < 0.1
+    assert said(caplog).endswith("/index.json: the store cannot be reached: no answer in time")
 
 
 def test_a_document_on_the_devices_is_found_without_the_store(bucket, place):

@@ -72,7 +72,9 @@ def test_a_file_is_complete_and_reads_back(path: Path, tmp_path: Path):
         ("train.lengths=[0, 8]", "train: lengths: expected to rise from at least 1, got [0, 8]"),
         ("train.lengths=[]", "train: lengths: expected to rise from at least 1, got []"),
         ("train.keep_every=0", "train: keep_every: expected at least 1, or null, got 0"),
-        ("objective.name=ppo", "objective.name: expected one of 'longpo', 'dpo', 'sft', 'solopo', got 'ppo'"),
+        ("objective.name=ppo", "objective.name: expected one of 'longpo', 'dpo', 'sft', 'solopo', 'opsd', got 'ppo'"),
+        ("objective.top_k=0", "objective: top_k: expected 1 to 1024, got 0"),
+        ("objective.distillation_weight=-1", "distillation_weight: expected a number >= 0, got -1.0"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_with_what_was_expected_and_got(setting: str, message: str):

@@ -83,6 +83,19 @@ def test_a_value_that_cannot_be_used_is_refused_with_what_was_expected_and_got(s
     assert str(raised.value).endswith(message)
 
 
+@pytest.mark.parametrize(
+    ("name", "off", "said"),
+    [
+        ("sft", "alpha", "sft something, nll_weight above 0, got nll_weight 0.0, preference_weight 0.01, beta 0.1"),
+        ("longpo", "beta", "preference_weight and beta, got nll_weight 0.0, preference_weight 0.01, beta 0.0"),
+        ("opsd", "distillation_weight", "or distillation_weight, got nll_weight 0.0, distillation_weight 0.0"),
+    ],
+)
+def test_an_objective_that_teaches_nothing_is_refused(name: str, off: str, said: str):
+    with pytest.raises(InputError, match=f"expected a loss that teaches .*{said}$"):
+        settings.defaults(LongPOConfig, [f"objective.name={name}", "objective.nll_weight=0", f"objective.{off}=0"])
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_the_head_says_command_hardware_time_and_result(path: Path, monkeypatch):
     head = head_of(path)

@@ -31,6 +31,8 @@ _METHODS = {
     "dpo": "DPO (arXiv:2305.18290) on the pairs of LongPO (arXiv:2502.13922)",
     "sft": "supervised training on the chosen answers of LongPO's pairs (arXiv:2502.13922)",
     "solopo": "SoLoPO (arXiv:2505.11166) on the pairs of LongPO (arXiv:2502.13922)",
+    "opsd": "on-policy self-distillation (arXiv:2604.17535): the model on short excerpts teaches its own answers from "
+    "whole documents, token by token",
 }
 
 

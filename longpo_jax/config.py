@@ -5,28 +5,13 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from longpo_jax.limits import require, require_above, require_sampling, require_window
 from rapid_jax.attention.config import KernelName, Over
-from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.runtime.storage import place_of
 
-Objective = Literal["longpo", "dpo", "sft", "solopo"]
+Objective = Literal["longpo", "dpo", "sft", "solopo", "opsd"]
 Remat = Literal["none", "layer", "attention"]
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise InputError(message)
-
-
-def _require_window(least: int, most: int) -> None:
-    _require(1 <= least <= most, f"expected 1 <= min_tokens <= max_tokens, got {least} and {most}")
-
-
-def _require_above(least: float, section: object, *names: str, most: float = 1e300) -> None:
-    for name in names:
-        value, limit = getattr(section, name), "" if most == 1e300 else f" and <= {most:g}"
-        _require(value is None or least < value <= most, f"{name}: expected a number > {least}{limit}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -42,7 +27,7 @@ class PolicyConfig:
 
     def __post_init__(self):
         place_of(self.source, "source")
-        _require_above(1, self, "rope_theta", "reference_rope_theta", "generation_rope_theta", most=1e15)
+        require_above(1, self, "rope_theta", "reference_rope_theta", "generation_rope_theta", most=1e15)
 
 
 @dataclass(frozen=True)
@@ -66,26 +51,20 @@ class CorpusConfig:
         return dict(zip(domains, self.weights, strict=False))
 
     def __post_init__(self):
-        _require_window(self.min_tokens, self.max_tokens)
+        require_window(self.min_tokens, self.max_tokens)
         for source in self.sources:
             domain, equals, place = source.partition("=")
             named = bool(domain and equals and place)
-            _require(named, f"sources: expected DOMAIN=FOLDER or DOMAIN=GLOB, got {source!r}")
+            require(named, f"sources: expected DOMAIN=FOLDER or DOMAIN=GLOB, got {source!r}")
             place_of(place, "sources")
         domains = {source.partition("=")[0] for source in self.sources}
-        _require(len(self.weights) in (0, len(domains)), f"weights: expected {len(domains)}, got {len(self.weights)}")
-        _require(
+        require(len(self.weights) in (0, len(domains)), f"weights: expected {len(domains)}, got {len(self.weights)}")
+        require(
             all(math.isfinite(weight) and weight > 0 for weight in self.weights),
             f"weights: expected numbers > 0, got {self.weights}",
         )
-        _require(1 <= self.max_mib <= 1024, f"max_mib: expected 1 to 1024, got {self.max_mib}")
-        _require(self.documents is None or self.documents >= 1, f"documents: expected at least 1, got {self.documents}")
-
-
-def _require_sampling(temperature: float, top_p: float) -> None:
-    good = temperature == 0 or 1e-4 <= temperature <= 1e4
-    _require(good, f"temperature: expected a number >= 0, 0 or 1e-4 to 1e4, got {temperature}")
-    _require(0 < top_p <= 1, f"top_p: expected above 0 and at most 1, got {top_p}")
+        require(1 <= self.max_mib <= 1024, f"max_mib: expected 1 to 1024, got {self.max_mib}")
+        require(self.documents is None or self.documents >= 1, f"documents: expected at least 1, got {self.documents}")
 
 
 @dataclass(frozen=True)
@@ -98,8 +77,8 @@ class ExcerptsConfig:
     per_document: int = 4  # excerpts, one turn each, drawn at random and kept in the document's order
 
     def __post_init__(self):
-        _require_window(self.min_tokens, self.max_tokens)
-        _require(self.per_document >= 1, f"per_document: expected at least 1, got {self.per_document}")
+        require_window(self.min_tokens, self.max_tokens)
+        require(self.per_document >= 1, f"per_document: expected at least 1, got {self.per_document}")
 
 
 @dataclass(frozen=True)
@@ -114,9 +93,9 @@ class InstructConfig:
 
     def __post_init__(self):
         asked = self.at_least, self.questions
-        _require(1 <= asked[0] <= asked[1] <= 16, f"expected 1 <= at_least <= questions <= 16, got {asked}")
-        _require(self.max_new_tokens >= 1, f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
-        _require_sampling(self.temperature, self.top_p)
+        require(1 <= asked[0] <= asked[1] <= 16, f"expected 1 <= at_least <= questions <= 16, got {asked}")
+        require(self.max_new_tokens >= 1, f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
+        require_sampling(self.temperature, self.top_p)
 
 
 @dataclass(frozen=True)
@@ -139,21 +118,21 @@ class PairsConfig:
 
     def __post_init__(self):
         for name in ("max_new_tokens", "max_context", "batch", "documents", "shard_pairs"):
-            _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
-        _require(1 <= self.gamma <= 64, f"gamma: expected 1 to 64, got {self.gamma}")
-        _require_sampling(self.temperature, self.top_p)
+            require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
+        require(1 <= self.gamma <= 64, f"gamma: expected 1 to 64, got {self.gamma}")
+        require_sampling(self.temperature, self.top_p)
         penalty = self.repetition_penalty
-        _require(1e-3 <= penalty <= 1e3, f"repetition_penalty: expected a number > 0, 1e-3 to 1e3, got {penalty}")
+        require(1e-3 <= penalty <= 1e3, f"repetition_penalty: expected a number > 0, 1e-3 to 1e3, got {penalty}")
         for name in ("repeats_chosen", "repeats_rejected"):
-            _require(0 <= getattr(self, name) <= 1, f"{name}: expected 0 to 1, got {getattr(self, name)}")
-        _require(self.min_words >= 0, f"min_words: expected at least 0, got {self.min_words}")
+            require(0 <= getattr(self, name) <= 1, f"{name}: expected 0 to 1, got {getattr(self, name)}")
+        require(self.min_words >= 0, f"min_words: expected at least 0, got {self.min_words}")
         most, new = self.max_context, self.max_new_tokens
-        _require(most > new, f"max_context: expected more than max_new_tokens, got {most} and {new}")
+        require(most > new, f"max_context: expected more than max_new_tokens, got {most} and {new}")
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is minimised (arXiv 2502.13922, Eq. 12 and 14): nll_weight * NLL + preference_weight * preference loss."""
+    """What is minimised (loss.py): nll_weight * NLL + preference_weight * preference loss; opsd: + a reverse KL."""
 
     name: Objective = "longpo"
     beta: float = 0.1
@@ -161,16 +140,21 @@ class ObjectiveConfig:
     nll_weight: float = 1.0
     nll: Literal["full", "response"] = "full"  # full: the whole chosen sequence, the document included
     alpha: float = 3.0  # solopo: weight of the short-to-long reward alignment
+    distillation_weight: float = 1.0  # opsd: of the reverse KL divergence, a mean over the answers' tokens
+    top_k: int = 32  # opsd: the teacher's most probable tokens that are told apart; all others are one
 
     def __post_init__(self):
-        for name in ("beta", "preference_weight", "nll_weight", "alpha"):
+        for name in ("beta", "preference_weight", "nll_weight", "alpha", "distillation_weight"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, f"{name}: expected a number >= 0, got {value}")
-        prefers = self.name != "sft" and self.preference_weight > 0 and self.beta > 0
-        more = "" if self.name == "sft" else " or preference_weight and beta"
+            require(math.isfinite(value) and value >= 0, f"{name}: expected a number >= 0, got {value}")
+        require(1 <= self.top_k <= 1024, f"top_k: expected 1 to 1024, got {self.top_k}")
+        needed = {"sft": (), "opsd": ("distillation_weight",)}.get(self.name, ("preference_weight", "beta"))
+        teaches = bool(needed) and all(getattr(self, name) > 0 for name in needed)
+        more = f" or {' and '.join(needed)}" if needed else ""
         expected = f"a loss that teaches {self.name} something, nll_weight above 0{more}"
-        got = f"nll_weight {self.nll_weight}, preference_weight {self.preference_weight}, beta {self.beta}"
-        _require(self.nll_weight > 0 or prefers, f"expected {expected}, got {got}")
+        shown = needed or ("preference_weight", "beta")
+        got = ", ".join(f"{name} {getattr(self, name)}" for name in ("nll_weight", *shown))
+        require(self.nll_weight > 0 or teaches, f"expected {expected}, got {got}")
 
 
 @dataclass(frozen=True)
@@ -190,13 +174,13 @@ class OptimizerConfig:
     moments_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self):
-        _require_above(0, self, "learning_rate", "eps", "clip_norm")
+        require_above(0, self, "learning_rate", "eps", "clip_norm")
         usable = 1e-20 <= self.learning_rate <= 1e20  # in float32 every update's rate is then above 0, and finite
-        _require(usable, f"learning_rate: expected 1e-20 to 1e20, got {self.learning_rate}")
-        _require(0 <= self.warmup_ratio <= 1, f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")
+        require(usable, f"learning_rate: expected 1e-20 to 1e20, got {self.learning_rate}")
+        require(0 <= self.warmup_ratio <= 1, f"warmup_ratio: expected 0 to 1, got {self.warmup_ratio}")
         for name in ("b1", "b2", "decay"):
-            _require(0 <= getattr(self, name) < 1, f"{name}: expected 0 to below 1, got {getattr(self, name)}")
-        _require(0 <= self.weight_decay < math.inf, f"weight_decay: expected a number >= 0, got {self.weight_decay}")
+            require(0 <= getattr(self, name) < 1, f"{name}: expected 0 to below 1, got {getattr(self, name)}")
+        require(0 <= self.weight_decay < math.inf, f"weight_decay: expected a number >= 0, got {self.weight_decay}")
 
 
 @dataclass(frozen=True)
@@ -221,17 +205,17 @@ class TrainConfig:
 
     def __post_init__(self):
         rise = len(self.lengths) > 0 and list(self.lengths) == sorted(set(self.lengths)) and self.lengths[0] >= 1
-        _require(rise, f"lengths: expected to rise from at least 1, got {list(self.lengths)}")
+        require(rise, f"lengths: expected to rise from at least 1, got {list(self.lengths)}")
         sizes = "tail rows_per_step epochs logits_chunk attention_block log_every save_every keep"
         for name in sizes.split():
-            _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
         for name in ("max_steps", "keep_every"):
-            _require(
+            require(
                 (value := getattr(self, name)) is None or value >= 1,
                 f"{name}: expected at least 1, or null, got {value}",
             )
         both = self.offload and self.remat == "none"
-        _require(not both, "offload: expected remat layer or attention, got remat none")
+        require(not both, "offload: expected remat layer or attention, got remat none")
 
 
 @dataclass(frozen=True)
@@ -241,7 +225,7 @@ class ExportConfig:
     step: int | None = None  # the update after which; null = the last. Its checkpoint is to be there: train.keep
 
     def __post_init__(self):
-        _require(self.step is None or self.step >= 1, f"step: expected at least 1, or null, got {self.step}")
+        require(self.step is None or self.step >= 1, f"step: expected at least 1, or null, got {self.step}")
 
 
 @dataclass(frozen=True)
@@ -255,7 +239,7 @@ class GenerationConfig:
 
     def __post_init__(self):
         for name in ("prefill_chunk", "attention_block"):
-            _require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
+            require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -291,10 +275,10 @@ class LongPOConfig:
         place_of(self.run, "run")
         mesh, train = self.mesh, self.train
         rows, pieces = mesh.data * mesh.fsdp, 2 * mesh.context if mesh.context > 1 else 1
-        _require(
+        require(
             train.rows_per_step % rows == 0,
             f"train.rows_per_step: expected a multiple of {rows} (mesh data x fsdp), got {train.rows_per_step}",
         )
         for name, size in (*(("lengths", length) for length in train.lengths), ("tail", train.tail)):
-            _require(size % pieces == 0, f"train.{name}: expected multiples of {pieces} (2 x mesh.context), got {size}")
-        _require(0 <= self.seed < 2**32, f"seed must be in [0, 2^32), got {self.seed}")
+            require(size % pieces == 0, f"train.{name}: expected multiples of {pieces} (2 x mesh.context), got {size}")
+        require(0 <= self.seed < 2**32, f"seed must be in [0, 2^32), got {self.seed}")

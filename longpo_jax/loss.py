@@ -14,6 +14,16 @@ preference_weight (lambda) 0.01 and nll_weight 1, the NLL over the whole chosen 
 dpo       the same with both references on the LONG context
 sft       the NLL alone
 solopo    preference on the short context, the chosen answer's reward drawn to be the same on the long one
+opsd      on-policy self-distillation (arXiv 2604.17535): no preference; the model's own answers from the long context,
+          which are the rejected ones, with the reference on the SHORT context as the teacher of every token:
+
+              L = nll_weight * NLL + distillation_weight * mean over the answers' tokens of KL(policy || teacher)
+
+          The rule is the abstract's (a reverse KL divergence at each token of answers from the long context, the
+          teacher on the short one). Ours: the teacher is frozen, and known by its top_k tokens and one bucket for all
+          others (`top_logprobs.reverse_kl`; arXiv 2608.14728 argues for the bucket); the mean is over a document; the
+          NLL of the chosen sequence may be added, nll_weight 0 leaves it out. Answers are those of the model before
+          training: on-policy at the first update, renewed by every round.
 """
 
 from collections.abc import Mapping
@@ -23,6 +33,7 @@ import jax
 import jax.numpy as jnp
 
 LogProbs: TypeAlias = Mapping[str, jax.Array]
+WEIGHTS = ("beta", "preference_weight", "nll_weight", "alpha", "distillation_weight")  # settings of `objective`
 
 
 def preference(rewards_chosen_B: jax.Array, rewards_rejected_B: jax.Array) -> jax.Array:
@@ -39,18 +50,23 @@ def objective(
     preference_weight: float,
     nll_weight: float,
     alpha: float,
+    distillation_weight: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """(loss [B], metrics [B] by name).
 
-    policy     nll_B, and unless sft: chosen_B, rejected_B; solopo: of the short context, and long_chosen_B
-    reference  chosen_B, rejected_B; solopo: and long_chosen_B. No gradient reaches them.
+    policy     nll_B, and unless sft: chosen_B, rejected_B; solopo: of the short context, and long_chosen_B; opsd: kl_B
+               instead, the mean divergence to the teacher, and teacher_rest_B, what it gives to no token of its own
+    reference  chosen_B, rejected_B; solopo: and long_chosen_B; sft and opsd: nothing. No gradient reaches them.
     """
-    if name not in ("longpo", "dpo", "sft", "solopo"):
+    if name not in ("longpo", "dpo", "sft", "solopo", "opsd"):
         raise ValueError(f"unknown objective {name!r}")
     nll_B = policy["nll_B"]
     metrics = {"nll": nll_B}
     loss_B = nll_weight * nll_B
-    if name != "sft":
+    if name == "opsd":
+        metrics |= {"kl": policy["kl_B"], "teacher_rest": policy["teacher_rest_B"]}
+        loss_B += distillation_weight * policy["kl_B"]
+    elif name != "sft":
         reference = {key: jax.lax.stop_gradient(value) for key, value in reference.items()}
         chosen_B = beta * (policy["chosen_B"] - reference["chosen_B"])
         rejected_B = beta * (policy["rejected_B"] - reference["rejected_B"])

@@ -10,6 +10,7 @@ A line of metrics.jsonl is about one update:
     seconds_left                       as the updates since the start went
     learning_rate                      that this update used
     loss, nll, preference, rewards/*   means over its rows (loss.py), before the update
+    kl, teacher_rest                   of opsd: nats a token; the share of the teacher's mass that its top_k leave
     grad_norm                          before clipping
 """
 

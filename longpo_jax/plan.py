@@ -129,11 +129,15 @@ def _full_row(config: LongPOConfig) -> dict[str, Any]:
         row = packed(shared, branch, branch if forked else None, trunk=trunk, tail=tail)
         return dict(batched([row], trunk=trunk, devices=devices))
 
-    row = arrays(train.lengths[-1], forked=name in ("longpo", "dpo"))
+    row = arrays(train.lengths[-1], forked=name in ("longpo", "dpo", "opsd"))
     if name == "solopo":
         short = bucket(config.excerpts.max_tokens + train.tail, 128 * devices)
         row |= {f"short_{key}": array for key, array in arrays(short, forked=True).items()}
-    sums = {"sft": (), "solopo": ("chosen", "rejected", "long_chosen")}.get(name, ("chosen", "rejected"))
+    if name == "opsd":
+        top = np.zeros((1, train.tail, config.objective.top_k), np.int32)
+        row |= {"reference_ids_BTJ": top, "reference_log_probs_BTJ": top.astype(np.float32)}
+        row["reference_rest_BT"] = np.zeros((1, train.tail), np.float32)
+    sums = {"sft": (), "opsd": (), "solopo": ("chosen", "rejected", "long_chosen")}.get(name, ("chosen", "rejected"))
     return row | {f"reference_{kind}_B": np.zeros(1, np.float32) for kind in sums}
 
 

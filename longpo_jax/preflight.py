@@ -167,9 +167,10 @@ def _round(
 
     found.try_(f"{before}rows", lambda: check_rows(config))
     made = stage_in(folder_of(config), "pairs") if "pairs" in (done or ()) else None
-    text, steps, documents = _pairs(config, before, made, tokenizer, found)
+    text, turns, steps, documents = _pairs(config, before, made, tokenizer, found)
     if made is None and done is not None:
         found.try_(f"{before}shares", lambda: add_shares(config, before, shares, documents, found))
+    text += _reference(config, before, turns, architecture, found)
     kept, bound = f"train.keep {config.train.keep}, one more while it is written", "at most"
     if config.train.keep_every is not None:
         kept += f", train.keep_every {config.train.keep_every}"
@@ -184,10 +185,10 @@ def _round(
 
 def _pairs(
     config: LongPOConfig, before: str, made: AnyPlace | None, tokenizer: Any, found: Findings
-) -> tuple[int, int | None, int | None]:
+) -> tuple[int, int, int | None, int | None]:
     """Documents, pairs (those that were made, if they were), rows, updates and the peak rate.
 
-    (The documents' bytes, how many updates, how many documents at most), None where that is not known.
+    (The documents' bytes, turns, updates, documents at most): 0 turns and None where that is not known.
     """
     from longpo_jax.corpus_estimate import estimate
     from longpo_jax.train import steps_of
@@ -204,7 +205,7 @@ def _pairs(
             count = "not known" if most is None else f"{'' if corpus.exact else 'about '}{most:,}"
             found.add(f"{before}documents", count, corpus.said)
     if most is None:
-        return text, None, None
+        return text, 0, None, None
     found.add(f"{before}pairs", f"{most:,} with {turns:,} turns", known)
     rows = (turns if config.objective.name == "solopo" else most) * config.train.epochs
     found.add(f"{before}rows", f"{rows:,}", f"{rows // config.train.epochs:,} an epoch")
@@ -212,7 +213,24 @@ def _pairs(
     if steps is not None:
         found.add(f"{before}updates", f"{steps:,}", f"{config.train.rows_per_step} rows each")
         found.add(f"{before}peak learning rate", f"{_peak(config, steps):.3g}", f"{config.optimizer.schedule}")
-    return text, steps, most
+    return text, turns, steps, most
+
+
+def _reference(
+    config: LongPOConfig, before: str, turns: int, architecture: Architecture | None, found: Findings
+) -> int:
+    """What the teacher of opsd takes on disk, in bytes; 0 for other objectives, whose few sums are not counted."""
+    from longpo_jax.teacher import bytes_per_token, check_top_k
+
+    if config.objective.name != "opsd":
+        return 0
+    if architecture is not None:
+        found.try_(f"{before}reference", lambda: check_top_k(config.objective.top_k, architecture.config.vocab_size))
+    size, longest = bytes_per_token(config.objective.top_k), config.pairs.max_new_tokens + 1  # and the end token
+    space = round(turns * longest * size)
+    each = f"{size:.0f} bytes an answer token (objective.top_k {config.objective.top_k}), {longest:,} a turn at most"
+    found.add(f"{before}reference", f"at most {space / GIB:.2f} GiB" if turns else "not known", each)
+    return space
 
 
 def _peak(config: LongPOConfig, steps: int) -> float:

@@ -153,17 +153,21 @@ class Line:
     size: int
     seal: str
 
-    def record(self) -> Record:
-        """Read from the file. Raises InputError if it is not the one that was there."""
+    def fields(self) -> Fields:
+        """Read from the file. Raises InputError if it is not what was there."""
         path, line = working_place(self.file, "run"), bytearray(self.size)
         try:
             got = read_into(path, self.offset, memoryview(line))
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-        record = record_of(line := bytes(line[:got]), path, self.number)
+        values = unsealed(line := bytes(line[:got]), place_of(path, self.number), f"{path}:{self.number}")
         if stated_seal(line) != self.seal:
             raise InputError(f"{path}:{self.number}: expected the record that was there at first, got another")
-        return record
+        return values
+
+    def record(self) -> Record:
+        """The record that is there. Raises InputError as `fields` does."""
+        return Record.from_json(self.fields())
 
 
 def read_records(folder: AnyPlace) -> Iterator[Record]:

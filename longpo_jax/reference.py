@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The stage that scores answers with the frozen reference: sums of log-probabilities, computed once and kept.
+"""The stage that scores answers with the frozen reference: what training needs of it, computed once and kept.
 
 LongPO conditions the reference of both answers on the SHORT context (arXiv 2502.13922, Eq. 12): each turn by itself
 behind its excerpt, with the reference's own rope theta. So no second model is in memory while training.
@@ -7,26 +7,22 @@ behind its excerpt, with the reference's own rope theta. So no second model is i
     longpo    chosen, rejected    of each turn behind its excerpt
     dpo       chosen, rejected    of all turns behind the document
     solopo    chosen, rejected    of each turn behind its excerpt; long_chosen of each turn behind the document
+    opsd      the teacher of each turn's rejected answer behind its excerpt, a distribution a token (teacher.py)
     sft       nothing
 
     RUN/reference/scores-00000.jsonl    {"id": ..., "chosen": [...], ...}, a line a record of pairs-00000.jsonl
 """
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from typing import Any, TypeAlias
 
-import jax
 import numpy as np
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.records import Record, digest_of, read_records
-from longpo_jax.remat import wrapping
-from longpo_jax.rows import batched
-from longpo_jax.samples import Parts, all_turns, one_turn
+from longpo_jax.records import digest_of, read_records
+from longpo_jax.scorer import Scorer
 from longpo_jax.stages import (
     check_same_model,
     inputs_of,
@@ -37,30 +33,26 @@ from longpo_jax.stages import (
     stage_in,
     summary_of,
 )
-from longpo_jax.step import row_log_probs
-from rapid_jax.attention.strategy import Strategy
+from longpo_jax.teacher import Teachers
 from rapid_jax.model.identity import identity_of
-from rapid_jax.model.load import LoadedModel, load_model
-from rapid_jax.model.tokenizer import Tokenizer
-from rapid_jax.runtime.axes import TRAINED
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, replace_file, sha256_of
-from rapid_jax.runtime.mesh import agreed, make_meshes, placed, whole
+from rapid_jax.runtime.mesh import agreed
 from rapid_jax.runtime.progress import progress
 from rapid_jax.runtime.sealed import place_of, sealed, unsealed
 from rapid_jax.runtime.storage import AnyPlace, bytes_of
-from rapid_jax.speculative.chunk_layout import bucket
 
 References: TypeAlias = Mapping[str, Sequence[float]]  # by name, an item a turn (dpo: one item)
+OfRecords: TypeAlias = Mapping[str, References] | Teachers  # by the record's id
 
-# Of each record, by objective.
+# Sums of each record, by objective.
 NAMES: Mapping[str, tuple[str, ...]] = {
     "longpo": ("chosen", "rejected"),
     "dpo": ("chosen", "rejected"),
     "solopo": ("chosen", "rejected", "long_chosen"),
     "sft": (),
+    "opsd": (),
 }
-_LEAST = 64  # places that a device's half of a zigzag part is padded to multiples of
 _OWNER = "inputs.txt"  # beside the scores: a digest of the inputs that they are of
 _TOGETHER = 32  # records between two writes
 
@@ -102,7 +94,7 @@ def reference_inputs(config: LongPOConfig, folder: AnyPlace) -> dict[str, Any]:
     return inputs if config.objective.name == "sft" else inputs | model
 
 
-def read_references(place: AnyPlace, inputs: Mapping[str, Any]) -> dict[str, References]:
+def read_references(place: AnyPlace, inputs: Mapping[str, Any]) -> OfRecords:
     """The scores of each record by its id. Raises InputError if there are none, or they are of other inputs."""
     if not is_done(place, inputs):
         raise InputError(f"{place}: expected the reference's log-probabilities, got none: run `longpo reference` first")
@@ -111,11 +103,16 @@ def read_references(place: AnyPlace, inputs: Mapping[str, Any]) -> dict[str, Ref
             f"{place}: expected the files that were written, got others: delete {place} to make them again"
         )
     names = NAMES[inputs["objective.name"]]
+    if inputs["objective.name"] == "opsd":
+        return Teachers(_files(place), inputs["objective.top_k"])
     return {id: scores for path in _files(place) for id, scores in _scores_in(path, names)}
 
 
-def check_references(references: Mapping[str, References], turns: Mapping[str, int], objective: str) -> None:
+def check_references(references: OfRecords, turns: Mapping[str, int], objective: str) -> None:
     """Raises InputError if a record, given with how many turns it has, lacks a score."""
+    if isinstance(references, Teachers):
+        references.check(turns)
+        return
     for id, count in turns.items() if NAMES[objective] else ():
         if id not in references:
             raise InputError(f"reference: expected log-probabilities of every record, got none of {id!r}")
@@ -194,81 +191,3 @@ class _Scores:
                 lines = (sealed(score, place_of(path, number)) for number, score in enumerate(scores, start=1))
                 temporary.write_bytes(b"".join(lines))
         self._files += 1
-
-
-class Scorer:
-    """The reference on its devices."""
-
-    def __init__(self, config: LongPOConfig, *, quiet: bool = False):
-        model = self._model = self._loaded(config, quiet)
-        mesh = model.decoder.mesh
-        train, compute = config.train, config.compute
-        self._objective, self._tokenizer = config.objective.name, model.tokenizer
-        self._strategy = Strategy(train.attention_block, mesh, compute.kernel, compute.context)
-        self._rows = config.mesh.data * config.mesh.fsdp
-        call = partial(row_log_probs, strategy=self._strategy, logits_chunk=train.logits_chunk)
-        call = partial(call, wrap=wrapping("none", offload=False, mesh=mesh))
-        # Sums come whole to every device: each process reads all of them.
-        self._call = jax.jit(lambda *given, **how: whole(mesh, call(*given, **how)), static_argnames="tail")
-
-    @staticmethod
-    def _loaded(config: LongPOConfig, quiet: bool) -> LoadedModel:
-        return load_model(
-            config.model.source,
-            layout="stacked",
-            dtype=config.model.dtype,
-            mesh=make_meshes(config.mesh, None)[0],
-            table=TRAINED,
-            replicate_kv=config.mesh.replicate_kv,
-            rope_theta=config.model.reference_rope_theta,
-            quiet=quiet,
-        )
-
-    def scores(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Of each record its id and its sums by name. Raises InputError for one that is not finite."""
-        asked = [(index, *item) for index, record in enumerate(records) for item in self._asked(record)]
-        sums = self.sums([parts for *_, parts in asked])
-        found: list[dict[str, Any]] = [{"id": record.id} for record in records]
-        for (index, names, _), values in zip(asked, sums, strict=True):
-            for name, value in zip(names, values, strict=False):
-                if not math.isfinite(value):
-                    raise InputError(
-                        f"reference: expected a finite log-probability of the {name} answer of document "
-                        f"{records[index].id}, got {value}"
-                    )
-                found[index].setdefault(name, []).append(value)
-        return found
-
-    def _asked(self, record: Record) -> Iterator[tuple[tuple[str, ...], Parts]]:
-        """(names of the sums of the chosen and the rejected branch, tokens)."""
-        tokenizer: Tokenizer = self._tokenizer
-        if self._objective == "dpo":
-            yield ("chosen", "rejected"), all_turns(tokenizer, record, record.context, rejected=True)
-            return
-        for turn in record.turns:
-            yield ("chosen", "rejected"), one_turn(tokenizer, turn, record.excerpt_of(turn), rejected=True)
-        if self._objective == "solopo":
-            for turn in record.turns:
-                yield ("long_chosen",), one_turn(tokenizer, turn, record.context, rejected=False)
-
-    def sums(self, parts: Sequence[Parts]) -> list[tuple[float, float]]:
-        """(chosen, rejected) of each, rows of about equal length together."""
-        by_size = sorted(range(len(parts)), key=lambda index: parts[index].size)
-        found: dict[int, tuple[float, float]] = {}
-        for start in range(0, len(by_size), self._rows):
-            group = by_size[start : start + self._rows]
-            rows = [*group, *[group[-1]] * (self._rows - len(group))]
-            chosen_B, rejected_B = self._scored([parts[index] for index in rows])
-            found |= {index: (float(c), float(r)) for index, c, r in zip(group, chosen_B, rejected_B, strict=False)}
-        return [found[index] for index in range(len(parts))]
-
-    def _scored(self, parts: Sequence[Parts]) -> tuple[np.ndarray, np.ndarray]:
-        devices = self._strategy.context
-        least = _LEAST * (2 * devices if devices > 1 else 1)
-        trunk, tail = (max(part.size[axis] for part in parts) for axis in (0, 1))
-        trunk, tail = bucket(trunk, least), bucket(tail, least) if tail else 0
-        arrays = batched([part.packed(trunk, tail) for part in parts], trunk=trunk, devices=devices)
-        spec, mesh = self._strategy.spec, self._strategy.mesh
-        batch = {name: placed(mesh, spec(name), array) for name, array in arrays.items()}
-        out = self._call(self._model.decoder, batch, tail=tail)
-        return np.asarray(out["chosen_B"]), np.asarray(out["rejected_B"])

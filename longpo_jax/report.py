@@ -18,6 +18,7 @@ _PANELS: Mapping[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "NLL": ("nll",),
     "preference loss": ("preference",),
+    "reverse KL": ("kl",),
     "rewards": ("rewards/chosen", "rewards/rejected"),
     "margins": ("rewards/margins",),
     "accuracies": ("rewards/accuracies",),
@@ -26,7 +27,7 @@ _PANELS: Mapping[str, tuple[str, ...]] = {
     "tokens/s": ("tokens_per_second",),
 }
 _SMOOTHED = 20  # a line's mean is over a twentieth of it
-_TABLE = ("loss", "nll", "rewards/margins", "rewards/accuracies", "grad_norm", "tokens_per_second", "mfu")
+_TABLE = ("loss", "nll", "kl", "rewards/margins", "rewards/accuracies", "grad_norm", "tokens_per_second", "mfu")
 
 
 def report(runs: Sequence[AnyPlace], out: AnyPlace | None = None) -> None:

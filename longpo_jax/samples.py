@@ -48,6 +48,12 @@ def one_turn(tokenizer: Tokenizer, turn: Turn, context: str, *, rejected: bool) 
     return Parts(dialogue.shared(context), dialogue.branch([turn.chosen]), other)
 
 
+def taught_turn(tokenizer: Tokenizer, turn: Turn, context: str) -> Parts:
+    """The rejected answer of one turn alone behind `context`, all of it in the tail."""
+    dialogue = Dialogue(tokenizer, [turn.instruction])
+    return Parts(dialogue.shared(context), Branch([], []), dialogue.branch([turn.rejected]))
+
+
 def policy_parts(tokenizer: Tokenizer, record: Record, objective: Objective, turn: int) -> Parts:
     """The long row that the policy is trained on: of solopo one turn and its chosen answer, else all turns."""
     if objective == "solopo":

@@ -24,7 +24,7 @@ _FILE = "done.json"
 # what is told on the way (meshes, kernels, chunk sizes, log_every ...) is not among them.
 _MATTERS = {
     "pairs": ("seed", "model.*", "corpus.*", "excerpts.*", "instruct.*", "pairs.*"),
-    "reference": ("model.dtype", "model.reference_rope_theta", "objective.name"),
+    "reference": ("model.dtype", "model.reference_rope_theta", "objective.name", "objective.top_k"),
     "train": (
         "seed",
         "model.dtype",
@@ -42,6 +42,7 @@ _MATTERS = {
 }
 # The source is known by what is in it, which each stage adds.
 _EXCEPT = {"pairs": ("model.source", "model.reference_rope_theta", "corpus.weights", "pairs.batch")}
+_OF_OPSD = ("objective.top_k", "objective.distillation_weight")  # which decide nothing of another objective
 
 
 def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
@@ -53,7 +54,8 @@ def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
     flat = settings.flat(config)
     flat["corpus.weights"] = sorted(config.corpus.weight_of.items())
     matters = {key for key in flat if key in _MATTERS[stage] or f"{key.partition('.')[0]}.*" in _MATTERS[stage]}
-    return {key: value for key, value in flat.items() if key in matters and key not in _EXCEPT.get(stage, ())}
+    without = (*_EXCEPT.get(stage, ()), *(() if config.objective.name == "opsd" else _OF_OPSD))
+    return {key: value for key, value in flat.items() if key in matters and key not in without}
 
 
 def stage_in(folder: AnyPlace, stage: str) -> AnyPlace:

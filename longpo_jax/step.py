@@ -22,20 +22,20 @@ from jax.sharding import NamedSharding
 
 from longpo_jax.config import LongPOConfig, ObjectiveConfig
 from longpo_jax.flops import flops_of, tokens_of
-from longpo_jax.loss import objective
+from longpo_jax.loss import WEIGHTS, LogProbs, objective
 from longpo_jax.remat import wrapping
-from longpo_jax.rows import REJECTED, Row, batched
+from longpo_jax.rows import Row, batched
+from longpo_jax.scores import Batch, row_divergences, row_log_probs
 from longpo_jax.soundness import all_finite
+from longpo_jax.teacher import TEACHER, Teacher, batched_teachers
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_fork
-from rapid_jax.model.decoder import Decoder, Wrap
+from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import arithmetic
-from rapid_jax.model.logprobs import token_log_probs
+from rapid_jax.model.top_logprobs import TopLogProbs
 from rapid_jax.runtime.axes import PARAM, spec_of
 from rapid_jax.runtime.mesh import placed
 
 TOLD = ("finite", "weights_finite")  # of an update, besides its metrics; truth values
-Batch = Mapping[str, Any]  # PLACES and reach_B; reference_*_B; of solopo also short_PLACES and short_reach_B
 
 
 @jax.tree_util.register_dataclass
@@ -56,56 +56,24 @@ class Sample:
     row: Row
     short: Row | None  # of solopo: the same answers behind the excerpt
     references: Mapping[str, float]  # log-probability sums: chosen, rejected; of solopo also long_chosen
-
-
-def row_log_probs(
-    decoder: Decoder,
-    batch: Batch,
-    *,
-    strategy: Strategy,
-    tail: int,
-    logits_chunk: int,
-    nll: str | None = None,
-    wrap: Wrap | None = None,
-) -> dict[str, jax.Array]:
-    """chosen_B and rejected_B, float32: sums of log p(answer tokens) over all turns of a packed row.
-
-    With `nll` also nll_B, the mean of -log p over the chosen sequence: "full" over all of it, the document included,
-    "response" over its answer tokens. Places without a token never count. `tail` places of the row are its tail.
-    """
-    devices = strategy.context
-    attend = attend_fork(batch["pos_BT"], batch["reach_B"], strategy, tail=tail // devices)
-    hidden_BTD, _ = decoder.hidden(batch["tokens_BT"], batch["pos_BT"], attend, wrap=wrap)
-    answers_BT = (batch["turn_BT"] > 0) & (batch["pos_BT"] >= 0)
-    trunk_BT = (batch["branch_BT"] != REJECTED) & (batch["pos_BT"] >= 0)
-    nll_BT = trunk_BT & (batch["turn_BT"] >= 0) if nll == "full" else trunk_BT & answers_BT
-    counts_BT = answers_BT if nll is None else answers_BT | nll_BT
-    weight, axes = decoder.head
-    log_prob_BT: jax.Array = token_log_probs(  # type: ignore[assignment]
-        hidden_BTD, weight, batch["targets_BT"], counts_BT, axes, logits_chunk, strategy.mesh
-    )
-
-    def total(where_BT: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(where_BT, log_prob_BT, 0.0), axis=1)
-
-    found = {"chosen_B": total(answers_BT & trunk_BT), "rejected_B": total(answers_BT & ~trunk_BT)}
-    if nll is not None:
-        found["nll_B"] = -total(nll_BT) / jnp.maximum(jnp.sum(nll_BT, axis=1), 1)
-    return found
+    teacher: Teacher | None = None  # of opsd: its distributions at the rejected answers' tokens
 
 
 def losses(decoder: Decoder, batch: Batch, config: ObjectiveConfig, **how: Any) -> tuple[jax.Array, dict]:
     """(mean loss of the rows, mean metrics by name); `how` is as in `row_log_probs`, and `short_tail` of short rows."""
     tail, short_tail = how.pop("tail"), how.pop("short_tail")
-    policy = row_log_probs(decoder, batch, tail=tail, nll=config.nll, **how)
+    given = {key.removeprefix("reference_"): x for key, x in batch.items() if key.startswith("reference_")}
+    if config.name == "opsd":
+        teacher = TopLogProbs(*(given[name] for name in TEACHER))
+        policy, given = row_divergences(decoder, batch, teacher, tail=tail, nll=config.nll, **how), {}
+    else:
+        policy = row_log_probs(decoder, batch, tail=tail, nll=config.nll, **how)
     if config.name == "solopo":
         long = policy
         short = {key.removeprefix("short_"): value for key, value in batch.items() if key.startswith("short_")}
         policy = row_log_probs(decoder, short, tail=short_tail, **how)
         policy |= {"long_chosen_B": long["chosen_B"], "nll_B": long["nll_B"]}
-    reference = {key.removeprefix("reference_"): x for key, x in batch.items() if key.startswith("reference_")}
-    weights = {name: getattr(config, name) for name in ("beta", "preference_weight", "nll_weight", "alpha")}
-    loss_B, metrics = objective(config.name, policy, reference, **weights)
+    loss_B, metrics = objective(config.name, policy, given, **{name: getattr(config, name) for name in WEIGHTS})
     return jnp.mean(loss_B), {name: jnp.mean(value) for name, value in metrics.items()}
 
 
@@ -183,6 +151,10 @@ class Step:
         for name in full[0].references:
             values = np.asarray([sample.references[name] for sample in full], np.float32)
             arrays[f"reference_{name}_B"] = values
+        taught = [(sample.teacher, sample.row) for sample in full if sample.teacher is not None]
+        if taught:
+            of_teacher = batched_teachers(*zip(*taught, strict=True), devices=devices)
+            arrays |= {f"reference_{name}": array for name, array in of_teacher.items()}
         return {name: placed(self.mesh, self.strategy.spec(name), array) for name, array in arrays.items()}
 
     def accumulate(self, state: TrainState, total: Any, batch: Batch) -> Any:
@@ -243,13 +215,9 @@ class Step:
 
 
 def _metrics(name: str) -> tuple[str, ...]:
-    scores = {
-        "nll_B": jnp.zeros(1),
-        "chosen_B": jnp.zeros(1),
-        "rejected_B": jnp.zeros(1),
-        "long_chosen_B": jnp.zeros(1),
-    }
-    weights = {"beta": 1.0, "preference_weight": 1.0, "nll_weight": 1.0, "alpha": 1.0}
+    names = ("nll_B", "chosen_B", "rejected_B", "long_chosen_B", "kl_B", "teacher_rest_B")
+    scores: LogProbs = dict.fromkeys(names, jnp.zeros(1))
+    weights = dict.fromkeys(WEIGHTS, 1.0)
     return tuple(jax.eval_shape(lambda: objective(name, scores, scores, **weights)[1]))
 
 

@@ -24,7 +24,7 @@ from rapid_jax.runtime.sweep import Row, Task, perform, write_settings, write_ta
 from rapid_jax.runtime.sweep_file import SweepFile, read_sweep, settings_of
 
 _SHARED = ("pairs", "reference")  # stages, in their order
-_COLUMNS = ("loss", "nll", "preference", "rewards/margins", "rewards/accuracies", "grad_norm")
+_COLUMNS = ("loss", "nll", "kl", "preference", "rewards/margins", "rewards/accuracies", "grad_norm")
 
 
 def run(options: argparse.Namespace) -> int:

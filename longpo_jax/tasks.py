@@ -19,10 +19,11 @@ import seqio
 import tensorflow as tf
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.reference import References, check_references, sums_of
+from longpo_jax.reference import OfRecords, check_references, sums_of
 from longpo_jax.rows import Row
 from longpo_jax.samples import Place, Rows
 from longpo_jax.step import Sample
+from longpo_jax.teacher import Teachers
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.storage import AnyPlace
@@ -232,7 +233,7 @@ class Reader:
         self,
         config: LongPOConfig,
         pairs: AnyPlace,
-        references: Mapping[str, References],
+        references: OfRecords,
         tokenizer: Tokenizer,
         *,
         start: int = 0,
@@ -278,8 +279,10 @@ class Reader:
         name = item["id"].decode()
         row, short = (self._row(item, key, index) for index, key in enumerate(("row", "short")))
         assert row is not None
-        objective = self._config.objective.name
-        scores = {} if objective == "sft" else sums_of(self._references[name], objective, int(item["turn"]))
+        objective, references = self._config.objective.name, self._references
+        if isinstance(references, Teachers):
+            return Sample(name, row, short, {}, references[name])
+        scores = {} if objective == "sft" else sums_of(references[name], objective, int(item["turn"]))
         return Sample(name, row, short, scores)
 
     def _row(self, item: Mapping[str, Any], key: str, index: int) -> Row | None:

@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -24,7 +24,7 @@ from longpo_jax.config import LongPOConfig
 from longpo_jax.metrics import Metrics, check_installed, peak_flops, read_metrics
 from longpo_jax.optimizer import schedule_of, transform_of
 from longpo_jax.pace import Clock
-from longpo_jax.reference import References, read_references, reference_inputs
+from longpo_jax.reference import OfRecords, read_references, reference_inputs
 from longpo_jax.shortfall import lost, warning
 from longpo_jax.signals import Signals
 from longpo_jax.soundness import checksum, finite_each
@@ -98,7 +98,7 @@ def _too_few(config: LongPOConfig, rows: int) -> str:
     return f"train.rows_per_step: expected at most the {rows} rows there are, got {config.train.rows_per_step}"
 
 
-def _reader(config: LongPOConfig, pairs: AnyPlace, references: Mapping[str, References]) -> Any:
+def _reader(config: LongPOConfig, pairs: AnyPlace, references: OfRecords) -> Any:
     """The rows, in the data's order. Raises InputError where seqio or TensorFlow cannot be imported."""
     if os.environ.get("TF_CPP_MIN_LOG_LEVEL", "2") == "2":  # as the command sets it
         os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"  # TensorFlow, imported by tasks, reports that it finds no GPU

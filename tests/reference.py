@@ -60,6 +60,22 @@ def softmax(z: np.ndarray) -> np.ndarray:
     return weight / weight.sum(axis=-1, keepdims=True)
 
 
+def coarse_reverse_kl(z_TV: np.ndarray, teacher_z_TV: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(KL(P || Q) [T], its gradient at z [T, V]) of softmaxes on the teacher's k first tokens and one bucket of others.
+
+    With p the softmax of z and M[v, j] = 1 where token v is in bucket j: P = p M, dP/dz = (diag(p) - p p^T) M.
+    """
+    found, gradients = [], []
+    for z, teacher_z in zip(z_TV, teacher_z_TV, strict=True):
+        bucket = np.full(z.size, k)
+        bucket[np.argsort(-teacher_z, kind="stable")[:k]] = np.arange(k)
+        member_VJ, p = np.eye(k + 1)[bucket], softmax(z)
+        log_ratio = np.log(p @ member_VJ) - np.log(softmax(teacher_z) @ member_VJ)
+        found.append(p @ member_VJ @ log_ratio)
+        gradients.append((np.diag(p) - np.outer(p, p)) @ member_VJ @ (log_ratio + 1))
+    return np.array(found), np.array(gradients)
+
+
 @dataclass(frozen=True)
 class OneStep:
     """What happens to one drafted position, in float64."""

@@ -6,7 +6,9 @@ take half a GiB. The backward pass makes each chunk's logits again from the hidd
 the weights in float32.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,82 @@ def token_log_probs(
     return _forward(hidden_BTD, weight, targets_BT, counts_BT, axes, chunk, mesh)[0]
 
 
+def by_chunks(
+    of_logits: Callable[..., Any],
+    hidden_BTD: jax.Array,
+    weight: jax.Array,
+    counts_BT: jax.Array,
+    items: Sequence[jax.Array],
+    axes: str,
+    chunk: int,
+    mesh: Mesh | None,
+) -> Any:
+    """What `of_logits` makes of each chunk's logits [B, parts, chunk, V] and of the same places of the items.
+
+    Each array of it is [B, T, ...] in the end, 0 in the chunks in which nothing counts. `items` are [B, T, ...].
+    """
+    parts = _parts(mesh)
+    chunk = min(chunk, counts_BT.shape[1] // parts)
+
+    def made(hidden, *given):
+        return of_logits(_logits(hidden, weight, axes), *given)
+
+    def of_chunk(_, item):
+        counts, *given = item
+        shapes = jax.eval_shape(made, *given)
+        none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return None, lax.cond(jnp.any(counts), lambda: made(*given), lambda: none)
+
+    chunks = tuple(_chunked(x, chunk, parts) for x in (counts_BT, hidden_BTD, *items))
+    _, found = lax.scan(of_chunk, None, chunks)
+    return jax.tree.map(lambda x: _whole(x, counts_BT.shape[1]), found)
+
+
+def gradients_by_chunks(
+    d_logits_of: Callable[..., jax.Array],
+    hidden_BTD: jax.Array,
+    weight: jax.Array,
+    counts_BT: jax.Array,
+    items: Sequence[jax.Array],
+    axes: str,
+    chunk: int,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, jax.Array]:
+    """(gradient of hidden, gradient of weight), of what has the gradient `d_logits_of(logits, *items)` at the logits.
+
+    Of a place that does not count it is 0, whatever `d_logits_of` says. Arguments are those of `by_chunks`.
+    """
+    parts = _parts(mesh)
+    chunk = min(chunk, counts_BT.shape[1] // parts)
+    precision = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+
+    def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+    def own(d_weight: jax.Array) -> jax.Array:
+        if mesh is None:
+            return d_weight
+        letters = PartitionSpec(ACT["B"], "context", *(ACT[letter] for letter in axes))
+        return lax.with_sharding_constraint(d_weight, NamedSharding(mesh, letters))
+
+    def of_chunk(d_weight, item):
+        counts, hidden, *given = item
+
+        def made():
+            d_logits = d_logits_of(_logits(hidden, weight, axes), *given)
+            d_logits = jnp.where(counts[..., None], d_logits, 0.0).astype(hidden.dtype)
+            more = product(f"BPCD,BPCV->BP{axes}", hidden, d_logits)
+            return own(d_weight + more), product(f"BPCV,{axes}->BPCD", d_logits, weight).astype(hidden.dtype)
+
+        return lax.cond(jnp.any(counts), made, lambda: (d_weight, jnp.zeros_like(hidden)))
+
+    chunks = tuple(_chunked(x, chunk, parts) for x in (counts_BT, hidden_BTD, *items))
+    # Every device adds to a sum of its own: one sum over devices after the loop, not one a chunk.
+    d_weight = own(jnp.zeros((counts_BT.shape[0], parts, *weight.shape), jnp.float32))
+    d_weight, d_hidden = lax.scan(of_chunk, d_weight, chunks)
+    return _whole(d_hidden, counts_BT.shape[1]), jnp.sum(d_weight, (0, 1)).astype(weight.dtype)
+
+
 def _parts(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape["context"]
 
@@ -62,64 +140,26 @@ def _whole(x: jax.Array, time: int) -> jax.Array:
 
 
 def _forward(hidden_BTD, weight, targets_BT, counts_BT, axes: str, chunk: int, mesh: Mesh | None):
-    parts = _parts(mesh)
-    chunk = min(chunk, targets_BT.shape[1] // parts)
+    def of_logits(logits, targets):
+        log_sum = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_sum, log_sum
 
-    def of_chunk(_, item):
-        hidden, targets, counts = item
-
-        def made():
-            logits = _logits(hidden, weight, axes)
-            log_sum = jax.nn.logsumexp(logits, axis=-1)
-            log_prob = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - log_sum
-            return jnp.where(counts, log_prob, 0.0), log_sum
-
-        def none():
-            zero = jnp.zeros(targets.shape, jnp.float32)
-            return zero, zero
-
-        return None, lax.cond(jnp.any(counts), made, none)
-
-    items = tuple(_chunked(x, chunk, parts) for x in (hidden_BTD, targets_BT, counts_BT))
-    _, (log_prob, log_sum) = lax.scan(of_chunk, None, items)
-    time = targets_BT.shape[1]
-    return _whole(log_prob, time), (hidden_BTD, weight, targets_BT, counts_BT, log_sum)
+    how = axes, chunk, mesh
+    log_prob_BT, log_sum_BT = by_chunks(of_logits, hidden_BTD, weight, counts_BT, (targets_BT,), *how)
+    return jnp.where(counts_BT, log_prob_BT, 0.0), (hidden_BTD, weight, targets_BT, counts_BT, log_sum_BT)
 
 
 def _backward(axes: str, chunk: int, mesh: Mesh | None, residuals, d_log_prob_BT: jax.Array):
-    parts = _parts(mesh)
-    hidden_BTD, weight, targets_BT, counts_BT, log_sum = residuals
-    chunk = min(chunk, targets_BT.shape[1] // parts)
-    precision = lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
+    hidden_BTD, weight, targets_BT, counts_BT, log_sum_BT = residuals
 
-    def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=jnp.float32)
+    def d_logits_of(logits, targets, log_sum, d_log_prob):
+        share = jnp.exp(logits - log_sum[..., None])
+        hit = targets[..., None] == jnp.arange(share.shape[-1])
+        return (hit - share) * d_log_prob[..., None]
 
-    def own(d_weight: jax.Array) -> jax.Array:
-        if mesh is None:
-            return d_weight
-        letters = PartitionSpec(ACT["B"], "context", *(ACT[letter] for letter in axes))
-        return lax.with_sharding_constraint(d_weight, NamedSharding(mesh, letters))
-
-    def of_chunk(d_weight, item):
-        hidden, targets, counts, log_sum, d_log_prob = item
-
-        def made():
-            share = jnp.exp(_logits(hidden, weight, axes) - log_sum[..., None])
-            hit = targets[..., None] == jnp.arange(share.shape[-1])
-            d_logits = (hit - share) * jnp.where(counts, d_log_prob, 0.0)[..., None]
-            d_logits = d_logits.astype(hidden.dtype)
-            more = product(f"BPCD,BPCV->BP{axes}", hidden, d_logits)
-            return own(d_weight + more), product(f"BPCV,{axes}->BPCD", d_logits, weight).astype(hidden.dtype)
-
-        return lax.cond(jnp.any(counts), made, lambda: (d_weight, jnp.zeros_like(hidden)))
-
-    items = tuple(_chunked(x, chunk, parts) for x in (hidden_BTD, targets_BT, counts_BT))
-    items = (*items, log_sum, _chunked(d_log_prob_BT, chunk, parts))
-    # Every device adds to a sum of its own: one sum over devices after the loop, not one a chunk.
-    d_weight = own(jnp.zeros((targets_BT.shape[0], parts, *weight.shape), jnp.float32))
-    d_weight, d_hidden = lax.scan(of_chunk, d_weight, items)
-    return _whole(d_hidden, targets_BT.shape[1]), jnp.sum(d_weight, (0, 1)).astype(weight.dtype), None, None
+    items = targets_BT, log_sum_BT, d_log_prob_BT
+    d_hidden, d_weight = gradients_by_chunks(d_logits_of, hidden_BTD, weight, counts_BT, items, axes, chunk, mesh)
+    return d_hidden, d_weight, None, None
 
 
 token_log_probs.defvjp(_forward, _backward)

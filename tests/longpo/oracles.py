@@ -24,6 +24,7 @@ from transformers import (
 from longpo_jax.dialogue import Branch
 from longpo_jax.rows import packed
 from longpo_jax.step import Sample
+from longpo_jax.teacher import Teacher
 from rapid_jax.model.config import from_hf
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.hf_names import weights
@@ -36,6 +37,7 @@ GEMMA3 = {
     "pad_token_id": None,  # whose row of the embedding torch leaves without a gradient
 }
 WINDOW = {"use_sliding_window": True, "sliding_window": 9}
+TOP_K = 6  # of a teacher
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ class Pair:
 
     def sample(self, *, trunk: int, tail: int, objective: str = "longpo", excerpt_trunk: int = 32) -> Sample:
         """What training reads of it, for this objective."""
+        if objective == "opsd":
+            row = packed(self.shared, self.chosen, self.rejected, trunk=trunk, tail=tail)
+            return Sample("", row, None, {}, self.teacher)
         sft, solopo = objective == "sft", objective == "solopo"
         if sft or solopo:
             row = packed(self.shared, self.chosen, None, trunk=trunk, tail=0)
@@ -58,6 +63,24 @@ class Pair:
         short = packed(self.excerpt, self.chosen, self.rejected, trunk=excerpt_trunk, tail=tail) if solopo else None
         names = () if sft else ("chosen", "rejected", *(("long_chosen",) if solopo else ()))
         return Sample("", row, short, {name: self.references[name] for name in names})
+
+    @property
+    def teacher_log_probs(self) -> np.ndarray:
+        """[tokens, vocabulary] of the rejected answers, random: what a teacher knows."""
+        answers = sum(turn > 0 for turn in self.rejected.turns)
+        z_TV = np.random.default_rng(len(self.shared)).normal(size=(answers, VOCABULARY)) * 2
+        return z_TV - np.log(np.sum(np.exp(z_TV), axis=-1, keepdims=True))
+
+    @property
+    def teacher(self) -> Teacher:
+        """Of that the first tokens and the rest."""
+        log_probs = self.teacher_log_probs
+        order = np.argsort(-log_probs, axis=-1)
+        log_probs = np.take_along_axis(log_probs, order, axis=-1)
+        rest = np.log(np.sum(np.exp(log_probs[:, TOP_K:]), axis=-1)).astype(np.float32)
+        tokens = tuple(self.rejected.turns.count(turn) for turn in range(1, max(self.rejected.turns) + 1))
+        top = order[:, :TOP_K].astype(np.int32), log_probs[:, :TOP_K].astype(np.float32)
+        return Teacher(*top, rest, tokens)
 
 
 def pair(shared: int, chosen: Sequence[int], rejected: Sequence[int], margin: float = 0.0) -> Pair:
@@ -149,11 +172,27 @@ def scores(model: PreTrainedModel, shared: list[int], branch: Branch) -> dict[st
     return {"sum": log_prob[answer].sum(), "full": -log_prob.mean(), "response": -log_prob[answer].mean()}
 
 
+def divergence(model: PreTrainedModel, pair: Pair) -> torch.Tensor:
+    """Mean over the tokens of the rejected answers: KL to the teacher, on its first tokens and one bucket of others."""
+    ids = torch.tensor(pair.shared + pair.rejected.tokens)
+    answer = torch.tensor([0] * len(pair.shared) + pair.rejected.turns)[1:] > 0
+    p_TV = torch.softmax(model(ids[None]).logits[0].double(), dim=-1)[:-1][answer]
+    q_TV = torch.from_numpy(np.exp(pair.teacher_log_probs))
+    order = torch.argsort(-q_TV, dim=-1)
+    p, q = (x.gather(1, order) for x in (p_TV, q_TV))
+    p, q = (torch.cat([x[:, :TOP_K], x[:, TOP_K:].sum(1, keepdim=True)], dim=1) for x in (p, q))
+    return (p * (p.log() - q.log())).sum(1).mean()
+
+
 def loss_of(model: PreTrainedModel, pair: Pair, objective: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """Loss, NLL and the rewards of a document."""
     name, beta = objective["name"], objective["beta"]
     chosen = scores(model, pair.shared, pair.chosen)
     found = {"nll": chosen[objective["nll"]]}
+    if name == "opsd":
+        found["kl"] = divergence(model, pair)
+        found["loss"] = objective["nll_weight"] * found["nll"] + objective["distillation_weight"] * found["kl"]
+        return found
     preferred = torch.zeros(())
     if name != "sft":
         before = pair.excerpt if name == "solopo" else pair.shared

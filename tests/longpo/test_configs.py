@@ -72,13 +72,28 @@ def test_a_file_is_complete_and_reads_back(path: Path, tmp_path: Path):
         ("train.lengths=[0, 8]", "train: lengths: expected to rise from at least 1, got [0, 8]"),
         ("train.lengths=[]", "train: lengths: expected to rise from at least 1, got []"),
         ("train.keep_every=0", "train: keep_every: expected at least 1, or null, got 0"),
-        ("objective.name=ppo", "objective.name: expected one of 'longpo', 'dpo', 'sft', 'solopo', got 'ppo'"),
+        ("objective.name=ppo", "objective.name: expected one of 'longpo', 'dpo', 'sft', 'solopo', 'opsd', got 'ppo'"),
+        ("objective.top_k=0", "objective: top_k: expected 1 to 1024, got 0"),
+        ("objective.distillation_weight=-1", "distillation_weight: expected a number >= 0, got -1.0"),
     ],
 )
 def test_a_value_that_cannot_be_used_is_refused_with_what_was_expected_and_got(setting: str, message: str):
     with pytest.raises(InputError) as raised:
         settings.defaults(LongPOConfig, [setting])
     assert str(raised.value).endswith(message)
+
+
+@pytest.mark.parametrize(
+    ("name", "off", "said"),
+    [
+        ("sft", "alpha", "sft something, nll_weight above 0, got nll_weight 0.0, preference_weight 0.01, beta 0.1"),
+        ("longpo", "beta", "preference_weight and beta, got nll_weight 0.0, preference_weight 0.01, beta 0.0"),
+        ("opsd", "distillation_weight", "or distillation_weight, got nll_weight 0.0, distillation_weight 0.0"),
+    ],
+)
+def test_an_objective_that_teaches_nothing_is_refused(name: str, off: str, said: str):
+    with pytest.raises(InputError, match=f"expected a loss that teaches .*{said}$"):
+        settings.defaults(LongPOConfig, [f"objective.name={name}", "objective.nll_weight=0", f"objective.{off}=0"])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -21,6 +21,7 @@ CHOSEN_ANSWERS, REJECTED_ANSWERS = (6, 7, 8, 11, 12, 13), (6, 7, 10, 11, 12, 13)
 # Of each turn's sequence on the short context: the answer's tokens by place.
 SHORT_CHOSEN = ({3: 4, 4: 5, 5: 2}, {2: 5, 3: 4, 4: 2})
 SHORT_REJECTED = ({3: 5, 4: 2}, {2: 4, 3: 6, 4: 3, 5: 2})
+WEIGHTS = {"beta": 0.1, "preference_weight": 1.0, "nll_weight": 1.0, "alpha": 3.0, "distillation_weight": 1.0}
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +34,7 @@ def one(
     name: str = "longpo", policy=(-120.0, -100.0), reference=(-80.0, -140.0), *, nll: Any = 0.0, long=None, **settings
 ):
     """(loss, metrics) of one document, numbers."""
-    settings = {"beta": 0.1, "preference_weight": 1.0, "nll_weight": 1.0, "alpha": 3.0} | settings
+    settings = WEIGHTS | settings
     scores = [{"chosen_B": jnp.array([c]), "rejected_B": jnp.array([r])} for c, r in (policy, reference)]
     for score, value in zip(scores, long or (), strict=False):
         score["long_chosen_B"] = jnp.array([value])
@@ -158,8 +159,7 @@ def test_at_the_start_the_expected_margin_is_negative():
         for p in (long, short)
     )
     policy["nll_B"] = jnp.zeros(16)
-    settings = {"beta": 0.1, "preference_weight": 1.0, "nll_weight": 1.0, "alpha": 0.0}
-    _, metrics = objective("longpo", policy, reference, **settings)
+    _, metrics = objective("longpo", policy, reference, **WEIGHTS)
     expected = {name: float(chance @ value) for name, value in metrics.items()}
     np.testing.assert_allclose(expected["rewards/chosen"], 0.1 * -0.7184143344815157, rtol=1e-12)
     np.testing.assert_allclose(expected["rewards/rejected"], 0.1 * 0.797683957974875, rtol=1e-12)
@@ -223,9 +223,7 @@ def test_dpo_is_the_same_formula_of_references_on_the_long_context():
 
 
 def test_sft_is_the_nll_alone():
-    loss_B, metrics = objective(
-        "sft", {"nll_B": jnp.array([1.5, 2.0])}, {}, beta=0.1, preference_weight=1.0, nll_weight=2.0, alpha=3.0
-    )
+    loss_B, metrics = objective("sft", {"nll_B": jnp.array([1.5, 2.0])}, {}, **WEIGHTS | {"nll_weight": 2.0})
     np.testing.assert_array_equal(loss_B, [3.0, 4.0])
     assert set(metrics) == {"nll", "loss"}
 
@@ -242,6 +240,14 @@ def test_solopo_adds_the_distance_of_the_chosen_rewards(long):
     np.testing.assert_allclose(metrics["alignment"], aligned, rtol=1e-12)
     expected = 2 + 0.5 * (math.log(1 + math.exp(rejected - chosen)) + 3 * aligned)
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
+
+
+def test_opsd_is_the_mean_divergence_beside_the_nll_and_has_no_preference():
+    policy = {"nll_B": [1.5, 2.0], "kl_B": [0.25, 1.0], "teacher_rest_B": [0.0, 0.1]}
+    policy = {name: jnp.array(values) for name, values in policy.items()}
+    loss_B, metrics = objective("opsd", policy, {}, **WEIGHTS | {"nll_weight": 0.5, "distillation_weight": 2.0})
+    np.testing.assert_array_equal(loss_B, [1.25, 3.0])
+    assert set(metrics) == {"nll", "kl", "teacher_rest", "loss"}
 
 
 def test_an_unknown_objective_is_refused():

@@ -41,6 +41,7 @@ TINY = {
 SETTINGS = (f"train.lengths=[32, {TRUNK}]", f"train.tail={TAIL}", "train.rows_per_step=8", "train.logits_chunk=8")
 SETTINGS += ("train.attention_block=16", "mesh.data=2", "mesh.fsdp=2", "mesh.context=2", "compute.kernel=xla")
 SETTINGS += ("excerpts.min_tokens=1", f"excerpts.max_tokens={TRUNK}")
+TOP_K = f"objective.top_k={oracles.TOP_K}"
 KEYS = {"program", "topology", "chips", "hbm_bytes", "bytes_per_chip", "flops_per_chip", "collectives"}
 KEYS |= {"roofline_seconds", "roofline", "calls", "total_seconds", "compile_seconds", "fits"}
 
@@ -132,11 +133,13 @@ def laid_out(tree) -> list:
     return [(x.shape, x.dtype, x.sharding) for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("objective", ["longpo", "dpo", "sft", "solopo"])
+@pytest.mark.parametrize("objective", ["longpo", "dpo", "sft", "solopo", "opsd"])
 @pytest.mark.parametrize("optimizer", ["adamw", "rmsprop"])
 def test_what_is_planned_is_what_training_has(objective: str, optimizer: str):
     """Shapes, types and places of the weights, of what the optimizer keeps, of the sums and of a microbatch."""
-    config = config_of(f"objective.name={objective}", f"optimizer.name={optimizer}", "optimizer.moments_dtype=bfloat16")
+    config = config_of(
+        f"objective.name={objective}", f"optimizer.name={optimizer}", "optimizer.moments_dtype=bfloat16", TOP_K
+    )
     gradients, update = plan.programs_of(config, slice_of(), tiny())
     decoder = oracles.decoder_of(oracles.model(tied=False), make_mesh(config.mesh, jax.devices()))
     step = Step(config, decoder, transform_of(config.optimizer, 10))

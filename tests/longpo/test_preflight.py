@@ -76,6 +76,26 @@ def test_pairs_rows_updates_and_rates_are_those_of_the_run(check, model, tmp_pat
     assert table["rows"][0] == str(4 * count) and table["updates"][0] == "1"
 
 
+def test_the_teacher_s_room_is_counted_and_more_tokens_than_there_are_refused(check):
+    given = {
+        "corpus__max_tokens": 600,
+        "corpus__longer": "drop",
+        "objective__name": "opsd",
+        "pairs__max_new_tokens": 99,
+    }
+    _, plain, _ = check(**given | {"objective__name": "longpo"})
+    status, table, said = check(**given)
+    turns = int(table["pairs"][0].split()[-2])
+    assert (status, said) == (0, []) and "reference" not in plain
+    each = math.ceil((32 * 4 + 32 * 4 + 4) * 4 / 3)  # ids, log-probabilities and the rest, in base 64
+    assert table["reference"][1] == f"{each} bytes an answer token (objective.top_k 32), 100 a turn at most"
+    assert table["reference"][0] == f"at most {turns * 100 * each / 2**30:.2f} GiB"
+    many = {"pairs__max_new_tokens": 10**6 - 1, "pairs__max_context": 10**6}
+    status, table, said = check(**given | many | {"objective__top_k": 1000})
+    assert status == 2 and any("objective.top_k: expected less than the model's vocabulary of" in line for line in said)
+    assert float(table["reference"][0].split()[2]) > 1 and float(table["disk"][0].split()[0]) > 1
+
+
 def test_a_large_corpus_is_estimated_from_a_part(model, tmp_path, monkeypatch):
     corpus = tmp_path / "many"
     corpus.mkdir()

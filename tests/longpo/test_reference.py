@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import cache
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -17,12 +18,22 @@ from longpo_jax.config import LongPOConfig
 from longpo_jax.dialogue import Dialogue
 from longpo_jax.journal import Writer
 from longpo_jax.records import Answer, Record, Turn
-from longpo_jax.reference import Scorer, read_references, reference_inputs, run_reference
+from longpo_jax.reference import read_references, reference_inputs, run_reference
+from longpo_jax.rows import batched
+from longpo_jax.samples import policy_parts
+from longpo_jax.scorer import Scorer
+from longpo_jax.scores import row_divergences
+from longpo_jax.teacher import TEACHER, Teacher, batched_teachers, bytes_per_token
+from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model import chat
 from rapid_jax.model.load import open_checkpoint
+from rapid_jax.model.top_logprobs import TopLogProbs
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.json_input import Fields
 from tests.tiny_models import CHATML, save_decoder, words
+
+OPSD = ("objective.name=opsd", "objective.top_k=5")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +69,12 @@ def scores(model, made, *overrides: str):
 
 def plain(model, context: str, turns: list[Turn], kind: str, theta: float | None = None) -> float:
     """log p of the answers, by transformers in float64 on one whole sequence."""
+    log_probs, targets = plain_log_softmax(model, context, turns, kind, theta)
+    return float(log_probs.gather(1, targets[:, None]).sum())
+
+
+def plain_log_softmax(model, context: str, turns: list[Turn], kind: str, theta: float | None = None):
+    """(the whole distributions at the answers' tokens, those tokens)."""
     _, tokenizer = open_checkpoint(model)
     dialogue = Dialogue(tokenizer, [turn.instruction for turn in turns])
     branch = dialogue.branch([getattr(turn, kind) for turn in turns])
@@ -68,9 +85,8 @@ def plain(model, context: str, turns: list[Turn], kind: str, theta: float | None
     ids = torch.tensor([shared + branch.tokens])
     with torch.no_grad():
         logits = LlamaForCausalLM.from_pretrained(model, config=settings).double()(ids).logits[0]
-    log_probs = torch.log_softmax(logits, -1)
-    places = [len(shared) + place for place, turn in enumerate(branch.turns) if turn > 0]
-    return float(sum(log_probs[place - 1, ids[0, place]] for place in places))
+    places = torch.tensor([len(shared) + place for place, turn in enumerate(branch.turns) if turn > 0])
+    return torch.log_softmax(logits, -1)[places - 1], ids[0, places]
 
 
 @pytest.mark.parametrize("mesh", [(), ("mesh.fsdp=2", "mesh.context=4")])
@@ -80,6 +96,41 @@ def test_each_turn_is_scored_by_itself_behind_its_excerpt(model, mesh):
         for kind in ("chosen", "rejected"):
             expected = [plain(model, record.excerpt_of(turn), [turn], kind) for turn in record.turns]
             np.testing.assert_allclose(found[kind], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", [(), ("mesh.fsdp=2", "mesh.context=2", "mesh.model=2")])
+def test_the_teacher_of_an_answer_from_the_document_reads_the_excerpt(model, mesh):
+    """Each token's most probable tokens and the rest, of answers that ended and of one that was cut short."""
+    made = records(2)
+    for record, found in zip(made, scores(model, made, *OPSD, *mesh), strict=True):
+        teacher = Teacher.from_json(Fields(found, "here"), 5)
+        each = [plain_log_softmax(model, record.excerpt_of(turn), [turn], "rejected")[0] for turn in record.turns]
+        assert teacher.tokens == tuple(map(len, each)) and sum(teacher.tokens) > 4
+        expected, ids = torch.cat(each).sort(descending=True)
+        np.testing.assert_array_equal(teacher.ids_TJ, ids[:, :5])
+        np.testing.assert_allclose(teacher.log_probs_TJ, expected[:, :5], atol=2e-5)
+        np.testing.assert_allclose(teacher.rest_T, expected[:, 5:].logsumexp(1), atol=2e-5)
+
+
+def test_where_the_document_is_the_excerpt_the_teacher_teaches_nothing(model):
+    (record,) = records(1)
+    turn = replace(record.turns[0], excerpt=(0, len(record.document)))
+    same = replace(record, turns=(turn,))
+    taught = scorer(model, *OPSD)
+    teacher = Teacher.from_json(Fields(taught.scores([same])[0], "here"), 5)
+    tokenizer, decoder = taught._model.tokenizer, taught._model.decoder
+
+    @jax.jit
+    def of(batch):
+        how = {"strategy": Strategy(block=32), "tail": 64, "logits_chunk": 32}
+        return row_divergences(decoder, batch, TopLogProbs(*(batch[name] for name in TEACHER)), **how)
+
+    found = []
+    for read in (same, replace(same, document="w9 " + same.document)):
+        row = policy_parts(tokenizer, read, "opsd", 0).packed(512, 64)
+        batch = {**batched([row], trunk=512, devices=1)} | {**batched_teachers([teacher], [row], devices=1)}
+        found.append(float(of(batch)["kl_B"][0]))
+    assert abs(found[0]) < 1e-5 < 1e-3 < found[1]
 
 
 def test_an_answer_that_was_cut_short_has_no_end_token_to_score(model):
@@ -155,6 +206,40 @@ def test_scores_are_kept_and_a_stale_cache_is_refused(model, run):
     path.write_text(path.read_text().replace("-", "", 1))
     with pytest.raises(InputError, match="expected the files that were written"):
         kept(config(model), run)
+
+
+def test_teachers_are_kept_bit_for_bit_and_bound_to_what_made_them(model, run):
+    run_reference(config(model, *OPSD), run, quiet=True)
+    found = kept(config(model, *OPSD), run)
+    assert list(found) == ["d0", "d1", "d2"]
+    found.check(dict.fromkeys(found, 2))
+    made = scores(model, records(), *OPSD)
+    for record in made:
+        assert found[record["id"]].to_json() == {key: value for key, value in record.items() if key != "id"}
+    path = run / "reference" / "scores-00000.jsonl"
+    tokens = sum(sum(record["tokens"]) for record in made)
+    assert 0 < path.stat().st_size - tokens * bytes_per_token(5) < 250 * len(made)  # ids, checksums, ends in base 64
+    with pytest.raises(InputError, match=r"objective\.top_k = 5, expected objective\.top_k = 6"):
+        kept(config(model, "objective.name=opsd", "objective.top_k=6"), run)
+    with pytest.raises(InputError, match=r"expected a teacher of 3 answers of 'd0', got 2"):
+        found.check(dict.fromkeys(found, 3))
+    row = policy_parts(open_checkpoint(model)[1], replace(records(1)[0], turns=records(1)[0].turns[:1]), "opsd", 0)
+    with pytest.raises(InputError, match=r"expected a teacher of answers of \(5, 0\) tokens, got \(5, 5\)"):
+        batched_teachers([found["d0"]], [row.packed(512, 64)], devices=1)
+    data = bytearray(path.read_bytes())
+    data[data.index(b'"ids": "') + 9] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"scores-00000.jsonl:1: expected what was written there, got other bytes"):
+        _ = found["d0"]
+    for text, said in ((made[0]["ids"][:-8], "ids must be "), ("?", "ids must be ")):
+        with pytest.raises(InputError, match=said):
+            Teacher.from_json(Fields(made[0] | {"ids": text}, "here"), 5)
+
+
+def test_more_tokens_than_the_vocabulary_has_are_refused(model):
+    said = r"^objective.top_k: expected less than the model's vocabulary of \d+, got 1024$"
+    with pytest.raises(InputError, match=said):
+        scorer(model, "objective.name=opsd", "objective.top_k=1024")
 
 
 def test_other_records_or_weights_make_it_stale(model, run, tmp_path_factory):

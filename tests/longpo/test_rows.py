@@ -13,7 +13,8 @@ from flax import nnx
 from longpo_jax.config import ObjectiveConfig
 from longpo_jax.dialogue import Branch
 from longpo_jax.rows import CHOSEN, PLACES, REJECTED, SHARED, Row, arrangement, batched, needed, packed
-from longpo_jax.step import losses, row_log_probs
+from longpo_jax.scores import row_log_probs
+from longpo_jax.step import losses
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.verbs import attend_fork, attend_self
 from rapid_jax.runtime.errors import InputError

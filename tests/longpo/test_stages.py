@@ -48,6 +48,15 @@ def test_other_inputs_are_refused_by_the_first_that_differs(tmp_path: Path, othe
     assert f"or delete {folder} to make it again" in str(raised.value)
 
 
+def test_settings_of_self_distillation_decide_nothing_of_other_objectives():
+    for stage, keys in (
+        ("reference", {"objective.top_k"}),
+        ("train", {"objective.top_k", "objective.distillation_weight"}),
+    ):
+        plain, distilled = (inputs_of(defaults(LongPOConfig, [f"objective.name={n}"]), stage) for n in ("dpo", "opsd"))
+        assert distilled.keys() - plain.keys() == keys and not plain.keys() - distilled.keys()
+
+
 def test_a_file_that_is_no_note_of_ours_is_refused(tmp_path: Path):
     (tmp_path / "done.json").write_text('{"schema": 1')
     with pytest.raises(InputError, match=r"done.json: expected a whole line, got one that is cut off: delete it"):

@@ -152,6 +152,7 @@ CASES = {
     "longpo, untied, NLL of the answers": (ANSWERS_ALONE, False),
     "sft": (("objective.name=sft", "objective.nll_weight=0.5", "train.remat=none"), False),
     "solopo": (("objective.name=solopo", "objective.alpha=0.7"), True),
+    "opsd": (("objective.name=opsd", "objective.distillation_weight=0.7", "objective.nll=response"), False),
 }
 
 
@@ -209,6 +210,17 @@ def test_eight_devices_are_one(sizes, case):
     assert np.abs(alone.weights["model.norm.weight"] - 1).mean() > 1e-3
     for run in (ours, alone):  # once for all microbatches and updates
         assert run.compiled.count("_gradients") == run.compiled.count("_updated") == 1
+
+
+def test_a_teacher_s_distributions_are_those_of_one_device_on_eight():
+    """A tail of two turns over four devices, a vocabulary over two: each token meets its own teacher."""
+    overrides, tied = CASES["opsd"]
+    sizes = ("mesh.context=4", "mesh.model=2")
+    ours, alone = (trained(*overrides, *mesh, tied=tied, updates=0) for mesh in (sizes, ()))
+    compare(ours.gradients, alone.gradients)
+    for name, value in ours.means.items():
+        np.testing.assert_allclose(value, alone.means[name], rtol=2e-5, err_msg=name)
+    assert alone.means["kl"] > 0.5 and 0.01 < alone.means["teacher_rest"] < 0.9
 
 
 @pytest.mark.parametrize("where", ["a weight", "a gradient"])

@@ -16,9 +16,11 @@ from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.rows import CHOSEN, REJECTED
 from longpo_jax.samples import Rows, places_of, policy_parts
 from longpo_jax.tasks import Reader, Vocabulary
+from longpo_jax.teacher import TEACHER, Teacher, Teachers, batched_teachers
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.sealed import place_of, sealed
 
 COUNT = 8
 WEIGHTED = ("corpus.weights=[3.0, 1.0]",)
@@ -153,6 +155,37 @@ def test_solopo_has_a_row_a_turn_and_the_same_answers_behind_the_excerpt(pairs, 
         answers = [row.targets_T[(row.turn_T > 0) & (row.branch_T == CHOSEN)] for row in (sample.row, sample.short)]
         np.testing.assert_array_equal(*answers)
         assert sample.references["long_chosen"] in (-4.0, -5.0)
+
+
+def test_opsd_has_the_rows_of_longpo_each_with_its_teacher(pairs, tokenizer, tmp_path):
+    """Of answers "No" with no end; a restart reads the very distributions, from the files of a finished stage."""
+    drawn = np.random.default_rng(3).normal(size=(COUNT, 2, 4)).astype(np.float32)
+    for file in (0, 1):
+        path, lines = tmp_path / f"scores-{file:05d}.jsonl", []
+        for index in range(file * 5, min(file * 5 + 5, COUNT)):
+            top = np.full((2, 4), index, np.int32), drawn[index], -drawn[index, :, 0]
+            line = {"id": str(index)} | Teacher(*top, tokens=(1, 1)).to_json()
+            lines.append(sealed(line, place_of(path, len(lines) + 1)))
+        path.write_bytes(b"".join(lines))
+    teachers = Teachers(sorted(tmp_path.glob("*.jsonl")), 4)
+    asked = config("objective.name=opsd", "objective.top_k=4")
+    whole = list(Reader(asked, pairs, teachers, tokenizer))
+    assert ids(whole) == ids(read(config(), pairs, tokenizer))
+    for start in (0, 7):
+        for sample in Reader(asked, pairs, teachers, tokenizer, start=start):
+            index = int(sample.id)
+            parts = policy_parts(tokenizer, record(index, tokenizer), "longpo", 0)
+            np.testing.assert_array_equal(sample.row.tokens_T, parts.packed(sample.row.trunk, 64).tokens_T)
+            batch = batched_teachers([sample.teacher] * 2, [sample.row] * 2, devices=1)
+            at = np.flatnonzero(sample.row.turn_T[sample.row.trunk :] > 0)
+            assert {name: x.shape for name, x in batch.items()} == dict(
+                zip(TEACHER, [*[(2, 64, 4)] * 2, (2, 64)], strict=True)
+            )
+            for values, want in zip(batch.values(), (index, drawn[index], -drawn[index, :, 0]), strict=True):
+                np.testing.assert_array_equal(values[1, at], np.broadcast_to(want, values[1, at].shape))
+                assert not np.delete(values[1], at, axis=0).any()
+    with pytest.raises(InputError, match="expected a teacher of 2 answers of '0', got 0"):
+        Reader(asked, pairs, Teachers([], 4), tokenizer)
 
 
 def test_rows_that_fit_no_length_are_counted_and_left_out(pairs, tokenizer):

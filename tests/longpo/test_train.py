@@ -219,6 +219,26 @@ def test_two_processes_train_as_one_and_another_mesh_goes_on(begun, whole, tmp_p
         np.testing.assert_allclose(got[name], array, atol=2e-4, err_msg=name)
 
 
+def test_self_distillation_goes_on_bit_for_bit(begun, tmp_path):
+    """Teachers of the frozen model, two updates; what goes on behind the first of them makes the same second one."""
+    config = copied(begun, tmp_path, save_every=1, keep=2, keep_every=None, max_steps=2)
+    objective = dataclasses.replace(config.objective, name="opsd", top_k=8, nll="response", distillation_weight=2.0)
+    config, folder = dataclasses.replace(config, objective=objective), Path(config.run)
+    shutil.rmtree(folder / "reference")
+    run_reference(config, folder, quiet=True)
+    run_train(config, folder, quiet=True)
+    lines, weights = lines_of(config), weights_of(config, 2)
+    for line in lines:
+        assert line["loss"] == pytest.approx(line["nll"] + 2 * line["kl"], rel=1e-5) and line["kl"] > 1e-4
+        assert 0 < line["teacher_rest"] < 1 and "rewards/margins" not in line
+    (folder / "train" / "done.json").unlink()
+    shutil.rmtree(folder / "train" / "checkpoints" / "2")
+    run_train(config, folder, quiet=True)
+    assert lines_of(config) == lines
+    for name, array in weights_of(config, 2).items():
+        assert np.array_equal(array, weights[name]), name
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -13,7 +13,6 @@ GREEDY = SamplingConfig(temperature=0, max_new_tokens=LIMIT)
 CASES: list[tuple[Mode, Guard, float, float, int]] = [
     ("rapid", "code", 10.0, 1.0, 3),
     ("rapid", "none", 4.0, 0.5, 2),
-    ("phat", "code", 10.0, 1.0, 3),
     ("phat", "paper", 20.0, 2.0, 4),
 ]
 
@@ -54,8 +53,7 @@ def test_seeds_change_nothing(questions, answer):
     assert found[0].tokens == found[1].tokens
 
 
-@pytest.mark.parametrize("temperature", [1.0, 7.0])
-def test_without_eta_or_in_lossless_the_target_alone_decides(questions, answer, temperature):
+def test_without_eta_or_in_lossless_the_target_alone_decides(questions, answer):
     for mode, eta in (("rapid", 0.0), ("lossless", 10.0)):
-        speculation = SpeculationConfig(mode=mode, eta=eta, gamma=3, lookup="off", transfer_temperature=temperature)
+        speculation = SpeculationConfig(mode=mode, eta=eta, gamma=3, lookup="off", transfer_temperature=7.0)
         assert answer(speculation, GREEDY).tokens == questions.until_stop()

@@ -205,16 +205,33 @@ with meet() as run:
     heads._LOOKING_S = 0.3
     decoder, head = decoder_on(MeshConfig(context=2, model=2)), tokens(35)
     want = prefix_of(decoder, head)
+
+    def check(found):
+        for one, other in zip(*map(jax.tree.leaves, (found, want)), strict=found is not None):
+            assert one.sharding == other.sharding
+            for mine, its in zip(one.addressable_shards, other.addressable_shards, strict=True):
+                np.testing.assert_array_equal(mine.data, its.data)
+
+    place = working_place(sys.argv[1], "cache.folder")
+    each = cache_of(decoder, place).bytes_for(35)
+    cache = cache_of(decoder, place, device_gib=1.9 * each / 2**30, host_gib=2.5 * each / 2**30)
+    first = cache.put(cache.name(head), prefix_of(decoder, head))
+    cache.put(cache.name(other := tokens(35, 1)), prefix_of(decoder, other))
+    there = cache.bytes()
+    print(cache.tier(first.key), there["device"] == each, 0 < there["host"] <= each, end=" ")
+    found = cache.find(cache.name(head))
+    check(found.prefix)
+    print(found.tier, cache.tier(cache.name(other).key), cache.bytes() == there, end=" ")
+    cache.remove(first.key)
+    longer = cache.find(cache.name([*other[:20], *tokens(10, 2)]))
+    print(longer.tier, longer.tokens, cache.bytes()["host"])
     for place in (working_place(text, "cache.folder") for text in sys.argv[1:]):
         cache = cache_of(decoder, place, disk_gib=1.0)
         cache.put(cache.name(head), prefix_of(decoder, head))
         cache.save()
         found = cache_of(decoder, place, disk_gib=1.0).find(cache.name(head))
         print(found.tier, cache_of(decoder, place, disk_gib=1.0).find(cache.name([*head[:20], *tokens(30)])).tokens)
-        for one, other in zip(*map(jax.tree.leaves, (found.prefix, want)), strict=found.prefix is not None):
-            assert one.sharding == other.sharding
-            for mine, its in zip(one.addressable_shards, other.addressable_shards, strict=True):
-                np.testing.assert_array_equal(mine.data, its.data)
+        check(found.prefix)
 """
 
 
@@ -226,7 +243,8 @@ def test_each_of_two_processes_stores_and_reads_what_its_devices_hold_where_both
         for index in (0, 1)
     ]
     for index, (code, out, err) in enumerate(map(finished, pair)):
-        assert (code, out) == (0, "disk 16\ndisk 16\nNone 0\n"), err[-3000:]
+        in_memory = "host True True host host True host 16 0\n"
+        assert (code, out) == (0, in_memory + "disk 16\ndisk 16\nNone 0\n"), err[-3000:]
         assert ("keys and values of documents are not stored: cache.folder: expected one folder" in err) == (not index)
     for place in shared:
         cache = cache_of(decoder, working_place(place, "cache.folder"), disk_gib=1.0)

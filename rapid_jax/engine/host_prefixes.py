@@ -2,7 +2,7 @@
 """Prefixes on the host: what the devices have no room for, a copy away from them."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -61,10 +61,35 @@ def bytes_left(decoder: Decoder) -> int:
 
 
 @dataclass(frozen=True)
-class HostPrefix:
-    """A prefix's arrays in the host's memory."""
+class Parts:
+    """What this process's devices had of an array that lies over several processes, each piece once."""
 
-    prefix: Prefix  # of NumPy's arrays
+    shape: tuple[int, ...]
+    pieces: Mapping[Hashable, np.ndarray]  # by where they begin and end
+
+    @classmethod
+    def of(cls, array: jax.Array) -> "Parts":
+        """A copy of them."""
+        return cls(array.shape, {_span(shard.index): np.array(shard.data) for shard in array.addressable_shards})
+
+    def __getitem__(self, index: tuple[slice, ...] | None) -> np.ndarray:
+        return self.pieces[_span(index)]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the pieces."""
+        return sum(piece.nbytes for piece in self.pieces.values())
+
+
+def _span(index: tuple[slice, ...] | None) -> Hashable:
+    return tuple((part.start, part.stop) for part in index or ())
+
+
+@dataclass(frozen=True)
+class HostPrefix:
+    """A prefix's arrays in the host's memory; over several processes each has its own `Parts` of them."""
+
+    prefix: Prefix  # of NumPy's arrays, or of Parts
     shardings: Prefix  # how each lay on the devices
     bytes: int
 
@@ -81,6 +106,23 @@ class HostMoves:
         self.seconds = 0.0
 
     @property
+    def is_parted(self) -> bool:
+        """Whether several processes hold the prefixes, each its own parts."""
+        mesh = self._decoder.mesh
+        return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
+
+    def host_bytes(self, prefix: Prefix) -> int:
+        """Of this host's memory that a prefix on the devices takes there."""
+
+        def size(array: jax.Array) -> int:
+            if not self.is_parted:
+                return array.nbytes
+            spans = {_span(shard.index) for shard in array.addressable_shards}
+            return len(spans) * prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+
+        return sum(map(size, jax.tree.leaves(prefix)))
+
+    @property
     def on_one_device(self) -> bool:
         """Whether prefixes lie on one device, not parted over several."""
         return self._decoder.mesh is None
@@ -94,15 +136,16 @@ class HostMoves:
         """A copy of the prefix; the given one stays."""
         for array in jax.tree.leaves(prefix):
             array.copy_to_host_async()
-        kept = jax.tree.map(lambda array: np.array(array) if self._copied else np.asarray(array), prefix)
+        take = Parts.of if self.is_parted else np.array if self._copied else np.asarray
+        kept = jax.tree.map(take, prefix)
         shardings = jax.tree.map(lambda array: array.sharding, prefix)
         return HostPrefix(kept, shardings, sum(array.nbytes for array in jax.tree.leaves(kept)))
 
     def to_devices(self, kept: HostPrefix) -> Prefix:
         """The prefix as it was: the same bits, lying as they lay."""
 
-        def put(array: np.ndarray, sharding: Sharding) -> jax.Array:
-            if self._decoder.mesh is None:  # uncommitted, as what prefill makes
+        def put(array: np.ndarray | Parts, sharding: Sharding) -> jax.Array:
+            if isinstance(array, np.ndarray) and self._decoder.mesh is None:  # uncommitted, as what prefill makes
                 return jax.device_put(array)
             return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 

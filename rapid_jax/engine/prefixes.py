@@ -69,11 +69,11 @@ class PrefixCache:
         """
         self._decoder, self._compute, self._weights_hash = decoder, compute, weights_hash
         self.moves = HostMoves(decoder)
-        alone = jax.process_count() == 1  # what lies on devices of several is on no host
+        alone = jax.process_count() == 1  # several do all in the same order
         given = cache.device_gib
         left = bytes_left(decoder)
         device = min(all_told(left - min(reserve, left // 2) if given is None else int(given * _GIB)))
-        most = {"device": device, "host": int(cache.host_gib * _GIB) if alone else 0}
+        most = {"device": device, "host": min(all_told(int(cache.host_gib * _GIB)))}
         self._tiers = Tiers(self.moves, most, self._save, self._saved, aside=aside and alone)
         self.sizes: set[int] = set()  # slots of documents that programs have been compiled for
         self.until: float | None = None  # of time.monotonic(): nothing is stored on disk from then on
@@ -270,6 +270,8 @@ class PrefixCache:
 
     def _copied(self, kept: Kept, place: Place) -> Prefix | None:
         self._tiers.used(kept)
+        if self.moves.is_parted and not self._now(self._tiers.to_devices(kept)):  # no host has all of it
+            return None
         if not self._now(self._tiers.make_room(head_bytes(self._decoder, place), kept)):
             return None
         if kept.host is not None:

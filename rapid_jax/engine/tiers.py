@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 
-import jax
-
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.engine.aside import begun
 from rapid_jax.engine.heads import Name
@@ -223,7 +221,11 @@ class Tiers:
         """To the host, or away where that has no room; what is pinned then stays where it is."""
         prefix = kept.device
         assert prefix is not None
-        size = sum(array.nbytes for array in jax.tree.leaves(prefix))
+        size = self._moves.host_bytes(prefix)
+        if self._moves.is_parted and not kept.stored:  # from the devices all processes write it, from hosts none could
+            self._save(kept, prefix)
+            kept.stored = True
+            self._saved(kept)
         if not self._room_on_host(size, but):
             if kept.handle.key not in self._pinned:
                 self._drop(kept)

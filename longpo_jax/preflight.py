@@ -163,9 +163,11 @@ def _round(
     shares: Sequence[Share],
 ) -> int:
     """The lines of one round; the bytes that it writes. `done` is None where its folder cannot be read."""
+    from longpo_jax.checkpoint_files import check_place
     from longpo_jax.checks import check_rows
 
     found.try_(f"{before}rows", lambda: check_rows(config))
+    found.try_(f"{before}checkpoints", lambda: check_place(folder_of(config)))
     made = stage_in(folder_of(config), "pairs") if "pairs" in (done or ()) else None
     text, turns, steps, documents = _pairs(config, before, made, tokenizer, found)
     if made is None and done is not None:

@@ -140,8 +140,10 @@ def _check_link(place: AnyPlace) -> None:
 def _check(config: LongPOConfig, folder: AnyPlace, source: str) -> None:
     """Of a round that is not done."""
     if not has_ended(folder / STAGES[-1]):
+        from longpo_jax.checkpoint_files import check_place
         from longpo_jax.checks import check_round
 
+        check_place(folder)
         check_round(config, source)
 
 

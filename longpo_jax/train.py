@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from longpo_jax.checkpoint_files import Found, newest
+from longpo_jax.checkpoint_files import Found, check_place, newest
 from longpo_jax.checkpoints import Checkpoints, restore
 from longpo_jax.config import LongPOConfig
 from longpo_jax.metrics import Metrics, check_installed, peak_flops, read_metrics
@@ -49,6 +49,7 @@ def run_train(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, qui
     place = folder / "train"
     if not has_ended(place):
         check_installed(config.train)
+        check_place(folder)
     reference = reference_inputs(config, folder)
     inputs = inputs_of(config, "train") | identity_of(config.model.source, config.model.dtype)
     inputs |= {"pairs": reference["pairs"], "reference": digest(repr(sorted(reference.items())))}

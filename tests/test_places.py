@@ -74,17 +74,14 @@ def test_longpo_refuses_a_place_with_a_scheme(arguments, named, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [("RAPID_JAX_CACHE", "a place that can be written"), ("XDG_CACHE_HOME", "a path on this machine")],
-)
-def test_the_cache_of_the_environment_is_a_place_too(name, said, tmp_path, monkeypatch, capfd):
+@pytest.mark.parametrize(("name", "place"), [("RAPID_JAX_CACHE", HDFS), ("XDG_CACHE_HOME", "s3://bucket/x")])
+def test_the_cache_of_the_environment_is_a_place_too(name, place, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAPID_JAX_CACHE", raising=False)
-    monkeypatch.setenv(name, "s3://bucket/x")
+    monkeypatch.setenv(name, place)
     (tmp_path / "d.txt").write_text("text")
     assert rapid_jax.cli.main([*ANSWER, "--set", "cache.folder=null"]) == 2
-    assert f"${name}: expected {said}, got 's3://bucket/x'" in capfd.readouterr().err
+    assert f"${name}: expected a path on this machine, got '{place}'" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("place", [GS, "s3://bucket/x"])

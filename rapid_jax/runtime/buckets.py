@@ -20,7 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
-from rapid_jax.runtime.errors import InputError, Unavailable, extra, legible
+from rapid_jax.runtime.errors import InputError, extra
+from rapid_jax.runtime.store_failures import Cause, Terms, failure
 
 _PIECE: Final = 8 << 20  # bytes of one request: a stream of a store gives some 50 MB/s, so a tensor takes several
 _AT_ONCE: Final = 16  # requests of a process; with _PIECE this bounds the memory that they take, too
@@ -28,7 +29,11 @@ _CONNECT_S: Final = 20.0
 _SILENCE_S: Final = 60.0  # between two packets of an answer
 ABSENT: Final = "0"  # the generation of what is not there
 FIELDS: Final = "name,size,generation,crc32c,md5Hash"
-_LOGIN: Final = "credentials: gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS"
+_TERMS: Final = Terms(
+    "gcloud auth application-default login, or GOOGLE_APPLICATION_CREDENTIALS",
+    "the role Storage Object Viewer",
+    "the role Storage Object User",
+)
 
 
 @dataclass(frozen=True)
@@ -192,23 +197,16 @@ def failures() -> tuple[type[Exception], ...]:
 
 def refuse(place: str, error: Exception, *, writes: bool = False) -> NoReturn:
     """Raises the InputError that says in a line why the store did not answer."""
-    unsaid = "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
-    code, words = getattr(error, "code", None), legible(str(error)) or unsaid
-    kind = InputError
-    origin = type(error).__module__
-    if words.startswith("Forbidden"):
-        what, role = ("write there", "User") if writes else ("read it", "Viewer")
-        reason = f"no permission to {what}: expected the role Storage Object {role} for these credentials"
-    elif str(code) == "401" or origin.startswith("google.auth"):
-        reason = f"the store does not accept the {_LOGIN} ({words})"
-    elif code is not None:
-        kind = Unavailable if str(code) in ("408", "429") or str(code).startswith("5") else InputError
-        reason = f"the store failed, asked several times: {words}"
-    elif isinstance(error, OSError | TimeoutError) or origin.startswith(("aiohttp", "requests")):
-        kind, reason = Unavailable, f"the store cannot be reached: {words}"
-    else:
-        reason = f"the store's answer makes no sense: {words}"
-    raise kind(f"{place}: {reason}") from error
+    code, origin = str(getattr(error, "code", None) or ""), type(error).__module__
+    network = isinstance(error, OSError | TimeoutError) or origin.startswith(("aiohttp", "requests"))
+    cause = Cause(
+        error,
+        status=int(code) if code.isdigit() else 0,
+        unknown=code == "401" or origin.startswith("google.auth"),
+        forbidden=str(error).startswith("Forbidden"),
+        unreached=network and not code,
+    )
+    raise failure(place, cause, _TERMS, writes=writes) from error
 
 
 def system_for(place: str) -> Any:

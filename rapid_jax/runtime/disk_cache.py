@@ -12,7 +12,6 @@ program as far as the file system keeps that.
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from rapid_jax.runtime.locked_folders import aside, bytes_in, lock, remove_locked
+from rapid_jax.runtime.locked_folders import aside, bytes_in, remove_unread
 
 _FOLDERS = ("prefixes", "indices")
 _NAMES = {
@@ -64,9 +63,7 @@ def entries(root: Path, kinds: Iterable[str] = KINDS) -> list[Entry]:
 def remove(entry: Entry) -> bool:
     """Takes an entry away, whole; False if somebody reads it or the folder may only be read."""
     if entry.kind == "prefixes":
-        with lock(entry.path, fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
-            if held is not None:
-                remove_locked(entry.path)
+        remove_unread(entry.path)
     elif entry.kind == "indices":
         away = aside(entry.path)
         with contextlib.suppress(OSError):

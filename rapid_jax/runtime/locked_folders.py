@@ -9,7 +9,7 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 
@@ -18,8 +18,18 @@ def aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.{secrets.token_hex(8)}")
 
 
-def remove_locked(folder: Path) -> None:
-    """Takes an entry, whose lock is held exclusively, away at once, then deletes it."""
+def remove_unread(folder: Path, still: Callable[[], bool] = lambda: True) -> bool:
+    """Takes an entry away, whole, unless somebody reads it or it is no longer what is meant; whether there is none now.
+
+    `still` says whether it is, and is asked when nobody else can change the entry.
+    """
+    with lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
+        if held is not None and still():
+            _remove_locked(folder)
+    return not folder.exists()
+
+
+def _remove_locked(folder: Path) -> None:
     away = aside(folder)
     with contextlib.suppress(OSError):  # a folder that may only be read, or another process was faster
         folder.rename(away)

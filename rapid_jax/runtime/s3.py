@@ -14,11 +14,16 @@ import logging
 from typing import Any, Final, NoReturn
 
 from rapid_jax.runtime.buckets import TRAFFIC, Object, Replaced, fill
-from rapid_jax.runtime.errors import InputError, Unavailable, extra, legible
+from rapid_jax.runtime.errors import InputError, Unavailable, extra
+from rapid_jax.runtime.store_failures import Cause, Terms, failure
 
 _TRIES: Final = 3  # of a range whose answer breaks off
 _REQUESTS: Final = 6  # at most for one call
-_LOGIN: Final = "credentials: aws configure, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_TERMS: Final = Terms(
+    "aws configure, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    "s3:GetObject and s3:ListBucket",
+    "s3:PutObject, s3:DeleteObject, s3:GetObject and s3:ListBucket",
+)
 _UNKNOWN: Final = (
     "InvalidAccessKeyId",
     "SignatureDoesNotMatch",
@@ -26,6 +31,10 @@ _UNKNOWN: Final = (
     "InvalidToken",
     "TokenRefreshRequired",
 )
+
+
+class Conflict(Unavailable):
+    """Another writes the object at the same time (409); the message names it."""
 
 
 def object_at(bucket: str, name: str, *, within: float | None = None) -> Object | None:
@@ -104,8 +113,7 @@ def _described(name: str, size: int, tag: str) -> Object:
 def call(place: str, method: str, *, within: float | None = None, writes: bool = False, **asked: Any) -> Any:
     """What the store answers, within so many seconds if they are given.
 
-    Raises FileNotFoundError, FileExistsError for another tag, BlockingIOError where another write is under way (409),
-    and else InputError.
+    Raises FileNotFoundError, FileExistsError for another tag, Conflict, and else InputError.
     """
     system = client_for(place)
     try:
@@ -127,31 +135,21 @@ def _body(place: str, answer: Any) -> bytes:
 
 def refuse(place: str, error: Exception, *, writes: bool = False) -> NoReturn:
     """Raises what says in a line why the store did not answer."""
-    origin = error.__cause__ if hasattr(error.__cause__, "response") else error
+    below = error.__cause__
+    origin = below if isinstance(below, Exception) and hasattr(below, "response") else error
     answer = getattr(origin, "response", None) or {}
     code = str(answer.get("Error", {}).get("Code", ""))
     status = int(answer.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    words, kind = legible(str(origin)) or type(origin).__name__, InputError
     if status == 404 or isinstance(error, FileNotFoundError):
         raise FileNotFoundError(place) from error
     if status == 412:
         raise FileExistsError(place) from error
     if status == 409:
-        raise BlockingIOError(place) from error
-    if code in _UNKNOWN or "Credentials" in type(origin).__name__:
-        reason = f"the store does not accept the {_LOGIN} ({words})"
-    elif status == 403:
-        what = "write there: expected s3:PutObject, s3:DeleteObject," if writes else "read it: expected"
-        reason = f"no permission to {what} s3:GetObject and s3:ListBucket for these credentials"
-    elif status in (408, 429) or status >= 500:
-        kind, reason = Unavailable, f"the store failed, asked several times: {words}"
-    elif not status and (
-        isinstance(origin, OSError | TimeoutError) or type(origin).__module__.startswith(("aiohttp", "botocore"))
-    ):
-        kind, reason = Unavailable, f"the store cannot be reached: {words}"
-    else:
-        reason = f"the store's answer makes no sense: {words}"
-    raise kind(f"{place}: {reason}") from error
+        raise Conflict(f"{place}: another is writing it at the same time") from error
+    network = isinstance(origin, OSError | TimeoutError) or type(origin).__module__.startswith(("aiohttp", "botocore"))
+    unknown = code in _UNKNOWN or "Credentials" in type(origin).__name__
+    cause = Cause(origin, status, unknown, forbidden=status == 403, unreached=network and not status)
+    raise failure(place, cause, _TERMS, writes=writes) from error
 
 
 def client_for(place: str) -> Any:

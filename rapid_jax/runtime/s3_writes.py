@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from rapid_jax.runtime.buckets import ABSENT, Object, Taken
 from rapid_jax.runtime.errors import InputError, Unavailable
-from rapid_jax.runtime.s3 import call, client_for, object_at, read_into, refuse
+from rapid_jax.runtime.s3 import Conflict, call, client_for, object_at, read_into, refuse
 
 _AT_ONCE: Final = 32 << 20  # bytes of a file that go in one request; more go as an upload of several parts
 _TRIED: Final[set[tuple[str | None, str]]] = set()  # (endpoint, bucket) that keep conditions
@@ -76,7 +76,7 @@ def _write(bucket: str, name: str, data: bytes, match: str | None) -> Object:
             if found is not None and found.generation != match and _has(bucket, found, data):
                 return found
             raise Taken(place) from None
-        except BlockingIOError:
+        except Conflict:
             continue
     raise Unavailable(f"{place}: others wrote it each time that it was to be written")
 

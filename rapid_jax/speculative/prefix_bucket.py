@@ -122,7 +122,11 @@ class PrefixBucket:
             del self._renewed[name]
             with contextlib.suppress(InputError):
                 index = self._index.read()
-                if name in index.unfinished or key not in index.entries or self._inside(key) != inside:
+                if (
+                    name in index.unfinished
+                    or key not in index.entries
+                    or Manifest.inside_of(self.place / key, key) != inside
+                ):
                     self._delete(name)
 
     def renew(self, key: str, arrays: AnyPlace) -> None:
@@ -171,7 +175,7 @@ class PrefixBucket:
         another process may have removed that one and written another.
         """
         with contextlib.suppress(InputError), self.asking():
-            found = self._inside(key)
+            found = Manifest.inside_of(self.place / key, key)
             if inside is not None and found != inside:
                 return False
             leaving = f"{key}/{found or MANIFEST}"  # without a manifest all of the entry goes
@@ -209,12 +213,6 @@ class PrefixBucket:
                 if time.time() - since > _ABANDONED_S:
                     self._delete(name)
 
-    def _inside(self, key: str) -> str:
-        """The folder in the entry that its arrays are in; empty without a manifest that is whole."""
-        with contextlib.suppress(Damaged):
-            return Manifest.read(self.place / key, key).inside
-        return ""
-
     def _finished(self, key: str) -> bool:
         """Whether there is an entry; one whose writer was killed before the index had it is entered.
 
@@ -242,7 +240,7 @@ class PrefixBucket:
     def _delete(self, name: str) -> None:
         """Deletes what is unfinished, and takes it out of the index."""
         key, _, inside = name.partition("/")
-        entry, there = self.place / key, self._inside(key)
+        entry, there = self.place / key, Manifest.inside_of(self.place / key, key)
         if there == inside:
             (entry / MANIFEST).unlink()
         if inside != MANIFEST:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stored prefixes in a folder that this machine sees: which there are, who goes first, and that each is whole.
 
-    folder/<key>/manifest.json, arrays/    one prefix
+    folder/<key>/manifest.json, <random>/  one prefix, its arrays in the folder
     folder/<key>/lock                      held shared by who reads, exclusively by who writes or removes
     folder/.<key>.<random>/                being written or removed
 
@@ -13,6 +13,7 @@ import contextlib
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Hashable, Iterator
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Final
 
 from rapid_jax.runtime.disk_cache import BOUNDED, Entry, entries, entries_of, make_room
-from rapid_jax.runtime.locked_folders import aside, lock, remove_locked
+from rapid_jax.runtime.locked_folders import aside, lock, remove_unread
 from rapid_jax.runtime.storage import AnyPlace, bytes_free
-from rapid_jax.speculative.prefix_manifest import MANIFEST
+from rapid_jax.speculative.prefix_manifest import MANIFEST, Manifest
 
 ENTRY: Final = re.compile(r"[0-9a-f]{64}")  # nothing else is ever removed, whatever folder a user has chosen
 _ASIDE: Final = re.compile(r"\.[0-9a-f]{64}\.[0-9a-f]{16}")
@@ -85,10 +86,11 @@ class PrefixFolder:
         if size > (free := bytes_free(self.place)):
             raise OSError(f"it needs {size} bytes of disk, {free:.0f} are free")
         temporary = aside(self.place / key)
-        (temporary / "arrays").mkdir(parents=True)
+        arrays = temporary / secrets.token_hex(8)
+        arrays.mkdir(parents=True)
         try:
             with lock(temporary, fcntl.LOCK_EX):
-                yield temporary / "arrays"
+                yield arrays
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
@@ -104,12 +106,13 @@ class PrefixFolder:
         """Nothing: who writes holds a lock."""
 
     def remove(self, key: str, inside: str | None = None) -> bool:
-        """Takes the entry away, if nobody reads it; whether there is none now. `inside` tells those of a bucket."""
-        del inside
-        with lock(self.place / key, fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
-            if held is not None:
-                remove_locked(self.place / key)
-        return not self.has(key)
+        """Takes the entry away, if nobody reads it; whether there is none now.
+
+        With `inside` only if its arrays are in the folder of this name, "" for one without a manifest that is whole:
+        another process may have removed that one and written another.
+        """
+        place = self.place / key
+        return remove_unread(place, lambda: inside is None or Manifest.inside_of(place, key) == inside)
 
     def make_room(self, room: int, newest: str | None = None) -> list[Entry]:
         """Removes entries, the least recently used first and `newest` last, until `room` more bytes may be stored.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a stored prefix is: written last, sealed for its key, and all that is needed to open its arrays."""
 
+import contextlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rapid_jax.runtime.sealed import sealed, unsealed
 from rapid_jax.runtime.storage import AnyPlace, bytes_of
 
 MANIFEST: Final = "manifest.json"
-INSIDE: Final = re.compile(r"arrays|[0-9a-f]{16}")  # what a folder of arrays is called
+INSIDE: Final = re.compile(r"arrays|[0-9a-f]{16}")  # a folder of arrays; arrays: of earlier versions
 _FORMAT: Final = 2
 _FIELDS: Final = (["k_BKSH", "v_BKSH"], ["k_BKSH", "v_BKSH", "k_scale_BKS", "v_scale_BKS"])
 _MOST_LAYERS, _MOST_TOKENS = 2**12, 2**31 - 1
@@ -36,6 +37,13 @@ class Manifest:
         arrays = {name: array.as_json() for name, array in self.arrays.items()}
         said = {"format": _FORMAT, "tokens": self.tokens, "inside": self.inside, "bytes": self.size()}
         return sealed({**said, "arrays": arrays, "marks": list(self.marks)}, key)
+
+    @classmethod
+    def inside_of(cls, entry: AnyPlace, key: str) -> str:
+        """The folder in the entry that its arrays are in; empty without a manifest that is whole."""
+        with contextlib.suppress(Damaged):
+            return cls.read(entry, key).inside
+        return ""
 
     @classmethod
     def read(cls, entry: AnyPlace, key: str) -> "Manifest":

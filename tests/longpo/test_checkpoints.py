@@ -22,16 +22,20 @@ from flax import nnx
 
 from longpo_jax.checkpoint_files import newest, of_step, write_list
 from longpo_jax.checkpoints import Checkpoints, restore, restore_weights
-from longpo_jax.config import OptimizerConfig
+from longpo_jax.config import LongPOConfig, OptimizerConfig
 from longpo_jax.optimizer import transform_of
+from longpo_jax.round import run_round
 from longpo_jax.step import TrainState
+from longpo_jax.train import run_train
 from rapid_jax.model.config import ModelConfig, Rope
 from rapid_jax.model.hf_names import weights
 from rapid_jax.model.placement import abstract, build
+from rapid_jax.runtime import settings
 from rapid_jax.runtime.axes import TRAINED
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
+from rapid_jax.runtime.storage import working_place
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTE = {"position": 12, "inputs": {"seed": 3, "lengths": [8, 16]}}
@@ -137,6 +141,16 @@ def test_the_newest_are_kept_and_those_of_a_period(tmp_path):
     assert steps_in(tmp_path / "a") == ["4", "5"]
     saved(tmp_path / "b", 1, 2, 3, 4, 5, 6, 7, keep=1, keep_every=3)
     assert steps_in(tmp_path / "b") == ["3", "6", "7"]
+
+
+def test_training_in_s3_is_refused_before_anything_is_made(s3_bucket):
+    config = settings.defaults(LongPOConfig, ["model.source=nowhere"])
+    for refused in (run_round, lambda config, folder: run_train(config, folder)):
+        with pytest.raises(
+            InputError, match=r"^run: expected a folder here or in gs:// to train in, got s3://models/run"
+        ):
+            refused(config, working_place("s3://models/run", "run"))
+    assert s3_bucket.list_objects_v2(Bucket="models", Prefix="run/")["KeyCount"] == 0
 
 
 def test_nothing_saved_is_none(tmp_path):

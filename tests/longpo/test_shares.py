@@ -84,13 +84,13 @@ def one(config, engine, tmp_path) -> dict[str, bytes]:
     return found
 
 
-@pytest.fixture(params=["disk", "bucket"])
+@pytest.fixture(params=["disk", "gs", "s3"])
 def folder(request, tmp_path) -> AnyPlace:
-    """That of a run on a disk and of one in a bucket."""
+    """That of a run on a disk and of one in a bucket of each kind."""
     if request.param == "disk":
         return tmp_path / "run"
-    request.getfixturevalue("bucket")
-    return working_place(f"gs://{BUCKET}/shares {next(_COUNT)}", "run")
+    request.getfixturevalue({"gs": "bucket", "s3": "s3_bucket"}[request.param])
+    return working_place(f"{request.param}://{BUCKET}/shares {next(_COUNT)}", "run")
 
 
 def files_in(folder: AnyPlace) -> dict[str, bytes]:
@@ -203,7 +203,7 @@ def test_shares_and_their_join_go_on_wherever_they_were_killed_in_a_bucket(seed,
     while not (folder / SETTINGS).exists():
         starts += 1
         with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            killed_at(draw.randrange(3, 16), patch, "write", "delete", "upload")
+            killed_at(draw.randrange(3, 12), patch, "write", "delete", "upload")
             share(config, folder, "any/2")
     assert files_in(folder) == files_in(tmp_path / "one") and not (folder / "pairs-shares").exists()
     assert starts >= 4

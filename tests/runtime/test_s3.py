@@ -159,7 +159,8 @@ class Answered(Exception):
         (403, "InvalidAccessKeyId", InputError, "the store does not accept the credentials: aws configure"),
         (400, "ExpiredToken", InputError, "the store does not accept the credentials: aws configure"),
         (503, "SlowDown", Unavailable, "the store failed, asked several times: An error"),
-        (400, "Odd", InputError, "the store's answer makes no sense: An error"),
+        (400, "Odd", InputError, "the store refused it: An error"),
+        (409, "Other", s3.Conflict, "another is writing it at the same time"),
     ],
 )
 def test_what_the_store_refuses_is_one_line(status, code, kind, said):

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from rapid_jax.runtime import bucket_writes, s3_writes
+from rapid_jax.runtime import bucket_writes, s3, s3_writes
 from rapid_jax.runtime.append_log import log_at, open_log
 from rapid_jax.runtime.bucket_place import BucketPlace
 from rapid_jax.runtime.bucket_writes import ABSENT, Taken, write
@@ -63,7 +63,7 @@ def test_a_write_whose_reply_was_lost_is_ours_if_its_bytes_are_there(folder, mon
     made = write(folder / "a", b"hello", match=ABSENT)
     assert made == (folder / "a").found() and len(times) == 1
     assert write(folder / "a", b"hello again", match=made.generation) == (folder / "a").found()
-    monkeypatch.setattr(s3_writes, "call", lambda *_, **__: (_ for _ in ()).throw(BlockingIOError))
+    monkeypatch.setattr(s3_writes, "call", lambda *_, **__: (_ for _ in ()).throw(s3.Conflict("x")))
     with pytest.raises(Unavailable, match="others wrote it each time"):
         write(folder / "b", b"", match=ABSENT)
 

@@ -4,7 +4,6 @@
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -83,8 +82,7 @@ def test_long_lists_come_in_pages(bucket, folder, monkeypatch):
         {"items": [{"name": "f/", "size": "0", "generation": "1"}], "nextPageToken": "more"},
         {"items": [{"name": "f/a", "size": "3", "generation": "1"}], "prefixes": ["f/b/"]},
     ]
-    client = types.SimpleNamespace(call=lambda *_, **asked: pages["pageToken" in asked])
-    monkeypatch.setattr(buckets, "client", lambda: client)
+    monkeypatch.setattr(buckets, "call", lambda *_, **asked: pages["pageToken" in asked])
     assert sorted(path.name for path in in_bucket("gs://models/f").iterdir()) == ["a", "b"]
 
 
@@ -117,7 +115,7 @@ def test_what_fails_for_a_while_is_asked_again(fault, bucket, folder, no_waits):
         ("cut", 6, "the store cannot be reached"),
         ("401", 1, "the store does not accept the credentials"),
         ("403", 1, "no permission to read it: expected the role Storage Object Viewer"),
-        ("418", 1, "the store failed"),
+        ("418", 1, "the store refused it: told to say 418"),
         ("short", 1, "expected 5 bytes from byte 0 on, got 4"),
         ("flip", 1, "damaged on its way"),
     ],

@@ -18,6 +18,7 @@ from rapid_jax.runtime.errors import Again, InputError, Unavailable
 from rapid_jax.runtime.sealed import sealed
 from rapid_jax.speculative import prefix_bucket, prefix_index
 from rapid_jax.speculative.prefix_bucket import PrefixBucket
+from rapid_jax.speculative.prefix_folder import PrefixFolder
 from rapid_jax.speculative.prefix_manifest import Manifest
 from rapid_jax.speculative.prefix_store import PrefixStore
 from tests.bucket_server import Killed, killed_at
@@ -163,6 +164,22 @@ def test_only_damage_of_the_very_entry_is_removed(bucket, place, monkeypatch, ca
     monkeypatch.setattr(PrefixStore, "_read", read)
     assert loaded_from(store) is not None, "what another has written meanwhile stays"
     assert not PrefixBucket(place / "prefixes", LARGE).remove(key_of(), "0" * 16) and store_at(place).has(key_of())
+
+
+def test_an_entry_on_a_disk_that_another_has_written_meanwhile_stays(tmp_path):
+    store, entries = PrefixStore(tmp_path, LARGE, quiet=True), PrefixFolder(tmp_path, LARGE)
+    store.save(key_of(), PREFIX)
+    before = Manifest.inside_of(tmp_path / key_of(), key_of())
+    store.remove(key_of())
+    store.save(key_of(), PREFIX)
+    for inside in (before, ""):
+        assert not entries.remove(key_of(), inside) and store.has(key_of())
+    with entries.reading(key_of()) as there:
+        assert there and not entries.remove(key_of()) and store.has(key_of())
+    assert entries.remove(key_of(), Manifest.inside_of(tmp_path / key_of(), key_of())) and not store.has(key_of())
+    store.save(key_of(), PREFIX)
+    (tmp_path / key_of() / "manifest.json").write_text("{")
+    assert not entries.remove(key_of(), before) and entries.remove(key_of(), "") and store.keys() == []
 
 
 def test_what_was_written_to_its_end_is_entered_by_who_comes_next(bucket, place, monkeypatch):

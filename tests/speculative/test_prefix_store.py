@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from rapid_jax.attention.cache import KV, Prefix
 from rapid_jax.model.decoder import Layout
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
-from rapid_jax.speculative import prefix_arrays, prefix_store
+from rapid_jax.speculative import prefix_arrays, prefix_folder, prefix_store
 from rapid_jax.speculative.prefix_heads import Place
 from rapid_jax.speculative.prefix_store import PrefixStore
 
@@ -86,6 +87,7 @@ def test_what_is_loaded_is_what_was_saved_in_the_layout_asked_for(tmp_path: Path
 
 def test_both_layouts_write_the_same_files_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(prefix_arrays, "_PIECE_BYTES", HEAD_DIM * 4 * 5)
+    monkeypatch.setattr(prefix_folder, "secrets", SimpleNamespace(token_hex=lambda count: "0" * 2 * count))
 
     def files(layout) -> dict[str, bytes]:
         store = PrefixStore(tmp_path / layout, LARGE)
@@ -125,7 +127,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "missing": lambda entry: piece_of(entry).unlink(),
     "edited manifest": lambda entry: edit(entry / "manifest.json"),
     "no manifest": lambda entry: (entry / "manifest.json").unlink(),
-    "no arrays": lambda entry: shutil.rmtree(entry / "arrays"),
+    "no arrays": lambda entry: shutil.rmtree(next(path for path in entry.iterdir() if path.is_dir())),
 }
 
 

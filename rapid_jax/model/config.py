@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from rapid_jax.model.experts_config import KEYS as EXPERT_KEYS
+from rapid_jax.model.experts_config import Experts
 from rapid_jax.model.families import TRAITS, Family, Traits, lacking
 from rapid_jax.model.rope_config import MOST_POSITIONS, Rope, read_rope, rope_scaling
 from rapid_jax.runtime.errors import InputError
@@ -20,6 +22,7 @@ _STATED = frozenset(
         *("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor", "attention_bias", "mlp_bias"),
         *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers"),
         *("torch_dtype", "dtype", "transformers_version", "_name_or_path"),
+        *EXPERT_KEYS,
     )
 )
 # Of each size, several times that of the largest model there is: what is larger is damage, and is said before anything
@@ -55,6 +58,7 @@ class LayerKind:
     """What a layer may have otherwise than its neighbours."""
 
     rotated: bool = True  # q and k are turned by their positions; else attention sees their order alone
+    experts: bool = False  # in the place of its MLP
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = False  # each head of q and k is normalised before it is rotated
     joined: bool = False  # of a checkpoint, q, k and v are one array, gate and up are another
+    experts: Experts | None = None  # of the layers whose kind says so
     pattern: tuple[LayerKind, ...] = (LayerKind(),)  # of the first layers; the others repeat it
     # The keys of config.json that change no number here (token ids, initializer_range, ...): a JSON object with sorted
     # keys, as text, so that a config stays hashable. An export writes them back.
@@ -150,6 +155,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         qkv_bias=traits.qkv_bias,
         qk_norm=traits.qk_norm,
         joined=traits.joined,
+        experts=None if traits.mixture is None else traits.mixture.experts(fields),
         pattern=_pattern(fields, traits, layers),
         carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
@@ -193,6 +199,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         stated["partial_rotary_factor"] = config.rope.fraction
     if traits.original is not None:
         stated["original_max_position_embeddings"] = config.rope.original_max_positions or traits.original
+    if traits.mixture is not None and config.experts is not None:
+        stated |= traits.mixture.to_hf(config.experts, [config.kinds[kind].experts for kind in config.kind_of])
     return config.carried_keys() | stated
 
 
@@ -220,17 +228,22 @@ def _refuse_unsupported(traits: Traits, config: Fields) -> None:
 
 def _pattern(config: Fields, traits: Traits, layers: int) -> tuple[LayerKind, ...]:
     """The shortest pattern that the layers repeat."""
-    if not traits.unrotated:
-        return (LayerKind(),)
+    sparse = (False,) * layers if traits.mixture is None else traits.mixture.layers(config, layers)
+    rotated = _rotated(config, layers) if traits.unrotated else [1] * layers
+    kinds = [LayerKind(bool(turned), experts) for turned, experts in zip(rotated, sparse, strict=True)]
+    size = next(size for size in range(1, layers + 1) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False)))
+    return tuple(kinds[:size])
+
+
+def _rotated(config: Fields, layers: int) -> list[int]:
+    """1 for each layer with rotary embedding, 0 for one without."""
     rotated = config.wholes("no_rope_layers", None, most=1)
     if rotated is None:
         every = config.whole("no_rope_layer_interval", 4, least=1)
         rotated = [int((layer + 1) % every != 0) for layer in range(layers)]
     if len(rotated) < layers:
         raise config.error("no_rope_layers", f"a list of as many as num_hidden_layers, {layers}")
-    kinds = [LayerKind(rotated=bool(one)) for one in rotated[:layers]]
-    size = next(size for size in range(1, layers + 1) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False)))
-    return tuple(kinds[:size])
+    return rotated[:layers]
 
 
 def _check_token_ids(config: Fields) -> None:

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Literal
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3"]
+from rapid_jax.model.experts_config import Mixture
+
+Family = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "phi3"]
 # Which layers a sliding window is of: of none, of every one, of those behind the first max_window_layers, of those
 # without rotary embedding.
 Windows = Literal["none", "all", "last", "unrotated"]
@@ -32,15 +34,34 @@ class Traits:
     joined: bool = False  # q, k and v are one array of the checkpoint, gate and up are another
     tied: bool = False  # tie_word_embeddings where it is left out
     implied_kv: bool = False  # num_key_value_heads may be left out: one a query head
+    mixture: Mixture | None = None  # its layers have experts in the place of an MLP
 
 
 TRAITS: Final[Mapping[Family, Traits]] = MappingProxyType(
     {
         "llama": Traits("LlamaForCausalLM", biases=("attention_bias", "mlp_bias"), whole_heads=True, implied_kv=True),
         "mistral": Traits("MistralForCausalLM", windows="all", window=4096),
+        "mixtral": Traits(
+            "MixtralForCausalLM",
+            windows="all",
+            implied_kv=True,
+            mixture=Mixture(
+                "block_sparse_moe", "w1", "w3", "w2", "num_local_experts", "intermediate_size", normalized=True
+            ),
+        ),
         "qwen2": Traits("Qwen2ForCausalLM", qkv_bias=True, windows="last", window=4096),
         "qwen3": Traits(
             "Qwen3ForCausalLM", qk_norm=True, biases=("attention_bias",), windows="last", window=4096, head_dim=128
+        ),
+        "qwen3_moe": Traits(
+            "Qwen3MoeForCausalLM",
+            qk_norm=True,
+            biases=("attention_bias",),
+            windows="last",
+            window=4096,
+            mixture=Mixture(
+                *("mlp", "gate_proj", "up_proj", "down_proj", "num_experts", "moe_intermediate_size"), mixed=True
+            ),
         ),
         "smollm3": Traits(
             "SmolLM3ForCausalLM",
@@ -68,10 +89,8 @@ _LACKING: Final = {
     "qwen3_next": "linear attention",
     "qwen3_5": "linear attention",
     "gemma3": "sliding-window attention",
-    "mixtral": "a mixture of experts",
     "phimoe": "a mixture of experts",
     "qwen2_moe": "a mixture of experts",
-    "qwen3_moe": "a mixture of experts",
 }
 
 

@@ -64,9 +64,11 @@ def quantized(decoder: Decoder, bits: WeightBits) -> FusedDecoder:
 
 def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
     mesh, config, stack = decoder.mesh, decoder.config, (None,) * (block.mlp_norm_D.get_value().ndim - 1)
+    mlp: Any = (block.gate_DF, block.up_DF, block.down_FD)
+    if block.experts is not None:
+        mlp = (block.gate_XDF, block.up_XDF, block.down_XFD)
     q, k, v, o, gate, up, down = (
-        weight.get_value()
-        for weight in (block.q_DNH, block.k_DKH, block.v_DKH, block.o_NHD, block.gate_DF, block.up_DF, block.down_FD)
+        weight.get_value() for weight in (block.q_DNH, block.k_DKH, block.v_DKH, block.o_NHD, *mlp)
     )
     columns, depth = Place(mesh, "columns", _split(gate, -2)), Place(mesh, "depth", _split(down, -1))
     parts = columns.parts
@@ -76,9 +78,14 @@ def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
     beside = columns.sharding(*stack, *columns.spec)
     join = partial(_side_by_side, lead=len(stack) + 1, place=columns)
     lanes = 1 if mesh is None else LANES
-    if down.shape[-2] // parts % lanes:
-        deepened = partial(_deepened, lanes=lanes, place=depth)
-        down = _made(deepened, depth.sharding(*stack, *depth.spec), down, spent=spent)
+    if block.experts is None:
+        if down.shape[-2] // parts % lanes:
+            deepened = partial(_deepened, lanes=lanes, place=depth)
+            down = _made(deepened, depth.sharding(*stack, *depth.spec), down, spent=spent)
+        gate_up = _made(partial(join, lanes=lanes), beside, gate, up, spent=spent)
+        mlp = Matrix(gate_up, place=columns), Matrix(down, place=depth)
+    else:  # as they lie: an expert's gate and up are read one behind the other
+        mlp = Matrix(gate, place=columns), Matrix(up, place=columns), Matrix(down, place=depth)
     bias = None
     if block.q_bias_NH is not None:
         assert block.k_bias_KH is not None and block.v_bias_KH is not None
@@ -90,8 +97,7 @@ def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
         Matrix(_made(partial(join, copied=copied), beside, q, k, v, spent=spent), place=columns),
         bias,
         Matrix(_made(_flat, depth.sharding(*stack, *depth.spec), o, spent=spent), place=depth),
-        Matrix(_made(partial(join, lanes=lanes), beside, gate, up, spent=spent), place=columns),
-        Matrix(down, place=depth),
+        mlp,
         how,
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from rapid_jax.model import gguf_file
 from rapid_jax.model.config import ModelConfig, Rope, from_hf
-from rapid_jax.model.families import TRAITS
+from rapid_jax.model.families import TRAITS, Family
 from rapid_jax.model.gguf_names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_name
 from rapid_jax.model.gguf_tokenizer import token_ids
 from rapid_jax.model.hf_names import EMBEDDING, HEAD
@@ -17,17 +17,23 @@ from rapid_jax.model.rope import inverse_frequencies
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields, shown
 
-# llama.cpp's names, which are model_type's -> whether its files hold rotary pairs (2i, 2i + 1) of q and k.
+# llama.cpp's names -> whether its files hold rotary pairs (2i, 2i + 1) of q and k.
 ARCHITECTURES: Final[Mapping[str, bool]] = {
     "llama": True,
     "qwen2": False,
     "qwen3": False,
+    "qwen3moe": False,
     "smollm3": True,
     "phi3": False,
 }
 # Metadata that changes a number where it has another value than these, and that the decoder has no part for.
 _WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...]]] = {
-    "expert_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0, 1),
+    "expert_weights_norm": (True,),
+    "expert_gating_func": (0, 1),  # softmax
+    "leading_dense_block_count": (0,),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
@@ -74,6 +80,7 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
     def whole(key: str, *default: int, least: int = 1, **limits: int) -> int:
         return metadata.whole(f"{architecture}.{key}", *default, least=least, **limits)
 
+    family, experts = _experts(metadata, architecture)
     heads, hidden, context = whole("attention.head_count"), whole("embedding_length"), whole("context_length")
     kv_heads = whole("attention.head_count_kv", heads)
     if heads % kv_heads:
@@ -82,13 +89,13 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
         raise metadata.error(f"{architecture}.embedding_length", f"a multiple of the {heads} of attention.head_count")
     head_dim = whole("attention.key_length", hidden // heads)
     sizes = ("attention.value_length", "attention.key_length")
-    for key in sizes if TRAITS[architecture].partial else ("rope.dimension_count", *sizes):
+    for key in sizes if TRAITS[family].partial else ("rope.dimension_count", *sizes):
         if head_dim % 2 or whole(key, head_dim) != head_dim:
             raise metadata.error(f"{architecture}.{key}", f"{head_dim}, as the size of a head, which must be even")
     if 0 < whole("attention.sliding_window", context, least=0) < context:
         raise metadata.error(f"{architecture}.attention.sliding_window", f"at least context_length, {context}")
     config = {
-        "model_type": architecture,
+        "model_type": family,
         "vocab_size": rows,
         "hidden_size": hidden,
         "intermediate_size": whole("feed_forward_length"),
@@ -103,8 +110,28 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
         "tie_word_embeddings": gguf_name(HEAD) not in tensors,
         **_rope(metadata, tensors, architecture, head_dim, context),
         **token_ids(metadata),
+        **experts,
     }
     return from_hf(Fields(config, metadata.source))
+
+
+def _experts(metadata: Fields, architecture: Any) -> tuple[Family, dict[str, Any]]:
+    """(model_type, what a config.json says of experts): llama with experts is Mixtral."""
+    key = f"{architecture}.expert_count"
+    mixture: Family | None = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}.get(architecture)
+    count = metadata.whole(key, most=4096) if key in metadata or mixture == "qwen3_moe" else 0
+    if mixture is None and count > 0:
+        raise metadata.error(key, f"0: experts of {architecture} are not supported")
+    if mixture is None or (architecture == "llama" and count == 0):
+        return architecture, {}
+    found = {
+        "num_experts_per_tok": metadata.whole(f"{architecture}.expert_used_count", least=1),
+        "num_local_experts": count,
+        "norm_topk_prob": True,
+    }
+    if mixture == "qwen3_moe":
+        found["moe_intermediate_size"] = metadata.whole(f"{architecture}.expert_feed_forward_length", least=1)
+    return mixture, found
 
 
 def _refuse_unsupported(metadata: Fields, prefix: str, *, longrope: bool) -> None:

@@ -28,6 +28,7 @@ MISTRAL = LLAMA | {"architectures": ["MistralForCausalLM"], "model_type": "mistr
 QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "num_key_value_heads": 2}
 SMOLLM3 = QWEN3 | {"architectures": ["SmolLM3ForCausalLM"], "model_type": "smollm3", "num_hidden_layers": 6}
 PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": None}
+MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
 
 
@@ -119,7 +120,9 @@ def test_an_override_of_the_rope_base_is_exported():
     ("given", "word"),
     [
         (LLAMA | {"model_type": "gemma3_text"}, "sliding-window attention is not supported, got 'gemma3_text'"),
-        (LLAMA | {"model_type": "qwen3_moe"}, "a mixture of experts is not supported, got 'qwen3_moe'"),
+        (LLAMA | {"model_type": "qwen2_moe"}, "a mixture of experts is not supported, got 'qwen2_moe'"),
+        (QWEN3 | {"model_type": "qwen3_moe", "architectures": []}, "num_experts must be"),
+        (MIXTRAL | {"num_experts_per_tok": 5}, "num_experts_per_tok must be"),
         (LLAMA | {"model_type": "gpt_oss"}, "attention sinks and a mixture of experts is not .*'gpt_oss'"),
         (LLAMA | {"model_type": "llama4_text"}, "attention in chunks .*'llama4_text'"),
         (LLAMA | {"model_type": "qwen3_next"}, "linear attention is not supported, got 'qwen3_next'"),

@@ -25,8 +25,11 @@ from tests.speculative.models import prompted
 DRAWS = 20
 # (hidden size, query heads, kv heads, size of a head): few, so that draws share what is compiled
 HEADS = ((32, 4, 2, 16), (48, 6, 6, 8))
+EXPERTS = ((6, 2), (4, 4), (5, 1))  # how many there are, a token's
 CONFIGS = {"qwen3": "Qwen3Config", "smollm3": "SmolLM3Config", "phi3": "Phi3Config"}
-MESHES = {"qwen3": MeshConfig(context=2, model=2)}  # for greedy tokens
+CONFIGS |= {"qwen3_moe": "Qwen3MoeConfig", "mixtral": "MixtralConfig"}
+MESHES = {"qwen3": MeshConfig(context=2, model=2), "qwen3_moe": MeshConfig(context=2, model=2)}  # for greedy tokens
+ALIKE = {"qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []}}  # layers that can be stacked
 LAYOUTS: tuple[Layout, ...] = ("stacked", "unrolled")
 
 
@@ -39,7 +42,8 @@ def drawn(family: str, draw: int) -> dict[str, Any]:
     found |= {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
     found |= {"max_position_embeddings": 40960, "rope_theta": rng.choice((1e4, 1e6, 5e6))}
     found |= {"dtype": rng.choice(("float32", "bfloat16", "float16"))}  # of the file
-    return found | {"qwen3": _qwen3, "smollm3": _smollm3, "phi3": _phi3}[family](rng, head_dim)
+    own = {"qwen3": _qwen3, "smollm3": _smollm3, "phi3": _phi3, "qwen3_moe": _qwen3_moe, "mixtral": _mixtral}
+    return found | own[family](rng, head_dim)
 
 
 def _qwen3(rng: random.Random, head_dim: int) -> dict[str, Any]:
@@ -64,6 +68,20 @@ def _phi3(rng: random.Random, head_dim: int) -> dict[str, Any]:
     found = {"partial_rotary_factor": fraction, "sliding_window": rng.choice((None, 262144))}
     found |= {"original_max_position_embeddings": rng.choice((16, 16, 40960))}
     return found | {"rope_scaling": rng.choice((None, longrope, longrope))}
+
+
+def _qwen3_moe(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    """Some with an MLP in one of the two layers."""
+    count, chosen = rng.choice(EXPERTS)
+    found = {"num_experts": count, "num_experts_per_tok": chosen, "moe_intermediate_size": 24, "head_dim": head_dim}
+    found |= rng.choice(({}, {}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}))
+    return found | {"norm_topk_prob": rng.random() < 0.5, "rope_scaling": _scaling(rng)}
+
+
+def _mixtral(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    count, chosen = rng.choice(EXPERTS)
+    found = {"num_local_experts": count, "num_experts_per_tok": chosen, "head_dim": head_dim}
+    return found | {"intermediate_size": 24, "sliding_window": None, "rope_scaling": _scaling(rng)}
 
 
 def _scaling(rng: random.Random) -> dict[str, Any] | None:
@@ -125,7 +143,7 @@ def test_a_random_config_is_read_as_transformers_reads_it_and_exported_so(family
 @pytest.mark.parametrize("family", CONFIGS)
 def test_greedy_tokens_are_those_of_transformers_with_a_drafter_of_the_family(family: str, tmp_path: Path):
     """Prefilled by chunks, on a mesh where there is one; drafted by a copy in 8 bits, in the other layout."""
-    given = drawn(family, 0) | {"dtype": "float32", "vocab_size": 104}
+    given = drawn(family, 0) | {"dtype": "float32", "vocab_size": 104} | ALIKE.get(family, {})
     model = saved(family, given, tmp_path)
     sizes = MESHES.get(family)
     mesh = None if sizes is None else make_mesh(sizes, jax.devices()[: sizes.devices])

@@ -78,14 +78,19 @@ def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
     beside = columns.sharding(*stack, *columns.spec)
     join = partial(_side_by_side, lead=len(stack) + 1, place=columns)
     lanes = 1 if mesh is None else LANES
+    lead = stack if block.experts is None else (*stack, None)
+    narrow = down.shape[-2] // parts % lanes
+    if narrow:
+        deepened = partial(_deepened, lanes=lanes, place=depth)
+        down = _made(deepened, depth.sharding(*lead, *depth.spec), down, spent=spent)
     if block.experts is None:
-        if down.shape[-2] // parts % lanes:
-            deepened = partial(_deepened, lanes=lanes, place=depth)
-            down = _made(deepened, depth.sharding(*stack, *depth.spec), down, spent=spent)
-        gate_up = _made(partial(join, lanes=lanes), beside, gate, up, spent=spent)
-        mlp = Matrix(gate_up, place=columns), Matrix(down, place=depth)
-    else:  # as they lie: an expert's gate and up are read one behind the other
-        mlp = Matrix(gate, place=columns), Matrix(up, place=columns), Matrix(down, place=depth)
+        mlp = (Matrix(_made(partial(join, lanes=lanes), beside, gate, up, spent=spent), place=columns),)
+    else:  # an expert's gate and up are read one behind the other
+        if narrow:
+            wide = partial(_side_by_side, lead=len(lead) + 1, place=columns, lanes=lanes)
+            where = columns.sharding(*lead, *columns.spec)
+            gate, up = (_made(wide, where, one, spent=spent) for one in (gate, up))
+        mlp = Matrix(gate, place=columns), Matrix(up, place=columns)
     bias = None
     if block.q_bias_NH is not None:
         assert block.k_bias_KH is not None and block.v_bias_KH is not None
@@ -97,7 +102,7 @@ def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
         Matrix(_made(partial(join, copied=copied), beside, q, k, v, spent=spent), place=columns),
         bias,
         Matrix(_made(_flat, depth.sharding(*stack, *depth.spec), o, spent=spent), place=depth),
-        mlp,
+        (*mlp, Matrix(down, place=depth)),
         how,
     )
 

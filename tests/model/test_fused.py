@@ -16,6 +16,7 @@ from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model import fused_decoder
 from rapid_jax.model.config import LayerKind, ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder, Layout
+from rapid_jax.model.experts_config import Experts
 from rapid_jax.model.fused import FusedDecoder, fused, quantized
 from rapid_jax.model.fused_decoder import FusedBlock
 from rapid_jax.model.hf_names import weights
@@ -48,6 +49,11 @@ OTHER = replace(
     replace(QWEN, family="qwen3", qkv_bias=False, qk_norm=True, num_layers=3),
     pattern=(LayerKind(), LayerKind(rotated=False)),
     rope=Rope(10000.0, fraction=0.5),
+)
+EXPERTS = replace(
+    replace(QWEN, family="qwen3_moe", qkv_bias=False, qk_norm=True, intermediate_size=0),
+    experts=Experts(count=5, per_token=2, ffn=192, normalized=True),
+    pattern=(LayerKind(experts=True),),
 )
 MESHES = {
     "model 2": MeshConfig(model=2),
@@ -103,7 +109,9 @@ def same(got: np.ndarray, want: np.ndarray) -> None:
     assert np.all(got[:, 104:] == -np.inf)
 
 
-@pytest.mark.parametrize("config", [QWEN, LLAMA, OTHER], ids=["biases, untied", "tied", "norms, not all rotated"])
+@pytest.mark.parametrize(
+    "config", [QWEN, LLAMA, OTHER, EXPERTS], ids=["biases, untied", "tied", "norms, not all rotated", "experts"]
+)
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 def test_on_one_device(config: ModelConfig, layout: Layout):
     decoder = decoder_of(config, layout)
@@ -123,6 +131,12 @@ def test_on_a_mesh(name: str, config: ModelConfig, layout: Layout):
 def test_norms_of_q_and_k_and_layers_without_rope_on_a_mesh(name: str):
     """Each head is normalised where it lies."""
     lies_as_on_one_device(name, OTHER, "stacked")
+
+
+@pytest.mark.parametrize("name", ["fsdp 2, model 2", "context 2, model 2, copied"])
+def test_experts_on_a_mesh(name: str):
+    """Each device has a part of every expert."""
+    lies_as_on_one_device(name, EXPERTS, "unrolled")
 
 
 def test_norms_of_q_and_k_where_a_few_rows_run_in_kernels(monkeypatch):

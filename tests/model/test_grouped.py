@@ -174,6 +174,19 @@ def test_only_the_experts_that_rows_touch_are_read():
     assert bool(jnp.all(jnp.isfinite(out)))
 
 
+def test_the_loop_copies_one_expert_at_a_time():
+    """Of eight wide experts no second copy lies anywhere, nor a part of them."""
+    shapes = {"h": (1, 2, 128), "router": (128, 8), "gate": (8, 128, 256), "up": (8, 128, 256), "down": (8, 256, 128)}
+    h, *w = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes.values())
+    experts = Experts(count=8, per_token=2, ffn=256, normalized=True)
+
+    def mixed(h_BTD, router_DX, *matrices):
+        return mixture(h_BTD, router_DX, *map(Grouped, matrices), experts=experts)
+
+    memory = jax.jit(mixed).lower(h, *w).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2 * 4 * 128 * 256
+
+
 def test_shapes_are_checked_while_tracing():
     good: dict[str, Any] = {"x_PD": drawn(80, D), "sizes_X": jnp.zeros(X, jnp.int32), "values": drawn(X, D, F)}
     how: dict[str, Any] = {"how": Grouping("cpu", 16), "dtype": jnp.float32}

@@ -80,14 +80,14 @@ class Block(nnx.Module):
         self.mlp_norm_D = nnx.Param(jnp.ones((*stack, D), dtype))
         self.experts = config.experts if kind.experts else None
         mlp = self.experts is None
-        self.gate_DF = _parameter(rngs, (*stack, D, F), D, dtype) if mlp else None
-        self.up_DF = _parameter(rngs, (*stack, D, F), D, dtype) if mlp else None
-        self.down_FD = _parameter(rngs, (*stack, F, D), F, dtype) if mlp else None
+        self.gate_DF: Any = _parameter(rngs, (*stack, D, F), D, dtype) if mlp else None
+        self.up_DF: Any = _parameter(rngs, (*stack, D, F), D, dtype) if mlp else None
+        self.down_FD: Any = _parameter(rngs, (*stack, F, D), F, dtype) if mlp else None
         X, F = (0, 0) if self.experts is None else (self.experts.count, self.experts.ffn)
         self.router_DX = None if mlp else _parameter(rngs, (*stack, D, X), D, dtype)
-        self.gate_XDF = None if mlp else _parameter(rngs, (*stack, X, D, F), D, dtype)
-        self.up_XDF = None if mlp else _parameter(rngs, (*stack, X, D, F), D, dtype)
-        self.down_XFD = None if mlp else _parameter(rngs, (*stack, X, F, D), F, dtype)
+        self.gate_XDF: Any = None if mlp else _parameter(rngs, (*stack, X, D, F), D, dtype)
+        self.up_XDF: Any = None if mlp else _parameter(rngs, (*stack, X, D, F), D, dtype)
+        self.down_XFD: Any = None if mlp else _parameter(rngs, (*stack, X, F, D), F, dtype)
 
     def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):
         """(x after this layer, what `attend` kept)."""

@@ -118,7 +118,7 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
 def _experts(metadata: Fields, architecture: Any) -> tuple[Family, dict[str, Any]]:
     """(model_type, what a config.json says of experts): llama with experts is Mixtral."""
     key = f"{architecture}.expert_count"
-    mixture: Family | None = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}.get(architecture)
+    mixture: Any = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}.get(architecture)
     count = metadata.whole(key, most=4096) if key in metadata or mixture == "qwen3_moe" else 0
     if mixture is None and count > 0:
         raise metadata.error(key, f"0: experts of {architecture} are not supported")

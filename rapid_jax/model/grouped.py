@@ -114,10 +114,10 @@ def _full_backward(how, dtype, kept, gradient_PF):
         dx_PD = grouped_kernel.product(gradient_PF, tiles, values_XDF, turned=True, dtype=x_PD.dtype)
         return dx_PD, None, grouped_kernel.outer(x_PD, gradient_PF, sizes_X, tile=how.tile, dtype=values_XDF.dtype)
 
-    def back(gradient_TF: jax.Array, expert: jax.Array) -> jax.Array:
+    def one(gradient_TF: jax.Array, expert: jax.Array) -> jax.Array:
         return einsum32("TF,DF->TD", gradient_TF, values_XDF[expert])
 
-    dx_PD = _looped(gradient_PF, tiles, back, x_PD.dtype)
+    dx_PD = _looped(gradient_PF, tiles, one, x_PD.dtype)
     return dx_PD, None, _summed_outer(x_PD, gradient_PF, tiles, values_XDF.shape).astype(values_XDF.dtype)
 
 

@@ -17,6 +17,7 @@ from rapid_jax.model import fused_decoder
 from rapid_jax.model.config import LayerKind, ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.experts_config import Experts
+from rapid_jax.model.finite import why_not_finite
 from rapid_jax.model.fused import FusedDecoder, fused, quantized
 from rapid_jax.model.fused_decoder import FusedBlock
 from rapid_jax.model.hf_names import weights
@@ -137,6 +138,15 @@ def test_norms_of_q_and_k_and_layers_without_rope_on_a_mesh(name: str):
 def test_experts_on_a_mesh(name: str):
     """Each device has a part of every expert."""
     lies_as_on_one_device(name, EXPERTS, "unrolled")
+
+
+@pytest.mark.parametrize("layout", ["stacked", "unrolled"])
+def test_an_expert_that_is_not_finite_is_named(layout: Layout):
+    decoder: Any = decoder_of(EXPERTS, layout)
+    block, place = (decoder.blocks, (1, 3)) if layout == "stacked" else (decoder.blocks[1], (3,))
+    block.up_XDF[...] = block.up_XDF[...].at[place].set(jnp.inf)
+    for one in (decoder, fused(decoder)):
+        assert why_not_finite(one).startswith("model.layers.1.mlp.experts.3.up_proj.weight holds")
 
 
 def test_norms_of_q_and_k_where_a_few_rows_run_in_kernels(monkeypatch):

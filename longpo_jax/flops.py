@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The arithmetic that rows need, whatever a program recomputes: what model FLOPs utilisation is measured by.
 
-Of a matrix product 2 FLOPs a weight and token forward, twice that backward. Of attention 4 H FLOPs a query head and
-seen pair forward, twice that backward.
+Of a matrix product 2 FLOPs a weight and token forward, twice that backward; of experts, the weights of those that a
+token goes to. Of attention 4 H FLOPs a query head and seen pair forward, twice that backward.
 """
 
 from collections import Counter
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from longpo_jax.rows import REJECTED
 from rapid_jax.model.config import ModelConfig
+from rapid_jax.plan.cost import matrices
 
 
 def tokens_of(batch: Mapping[str, Any]) -> jax.Array:
@@ -35,9 +36,8 @@ def logits_of(batch: Mapping[str, Any], nll: str) -> jax.Array:
 
 def flops_of(config: ModelConfig, nll: str, batch: Mapping[str, Any]) -> jax.Array:
     """FLOPs of forward and backward over all rows, float32."""
-    D, F, V, H = config.hidden_size, config.intermediate_size, config.vocab_size, config.head_dim
-    heads = 2 * config.num_heads + 2 * config.num_kv_heads
-    weights = config.num_layers * (D * H * heads + 3 * D * F)
+    D, V, H = config.hidden_size, config.vocab_size, config.head_dim
+    weights = matrices(config)
     windows = Counter(config.window_of)  # of how many layers each
     pairs = jnp.float32(0)
     for name in _positions(batch):

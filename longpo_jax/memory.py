@@ -42,7 +42,10 @@ def of_training(config: LongPOConfig, model: ModelConfig) -> Mapping[str, int]:
     if config.train.offload:
         width -= model.hidden_size
     if config.train.remat == "none":
-        width += 3 * model.intermediate_size + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+        mlp = 3 * model.intermediate_size
+        if (experts := model.experts) is not None:
+            mlp = experts.per_token * (3 * experts.ffn + 2 * model.hidden_size)
+        width += mlp + (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     logits = 2 * 4 * min(config.train.logits_chunk, tokens) * model.vocab_size // mesh.model
     return {
         "weights": own_bytes(decoder),

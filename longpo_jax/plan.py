@@ -71,7 +71,7 @@ def programs_of(config: LongPOConfig, topology: Topology, model: Architecture) -
     from longpo_jax.optimizer import transform_of
     from longpo_jax.step import Step, TrainState
     from rapid_jax.model.placement import abstract
-    from rapid_jax.plan.cost import Work, matrices
+    from rapid_jax.plan.cost import Work, matrices_read
     from rapid_jax.plan.programs import Program
     from rapid_jax.runtime.axes import TRAINED, with_copied_kv
     from rapid_jax.runtime.mesh import make_mesh
@@ -88,7 +88,8 @@ def programs_of(config: LongPOConfig, topology: Topology, model: Architecture) -
     rows, row = config.mesh.data * config.mesh.fsdp, _full_row(config)
     batch = {name: _lying(step, name, array, rows) for name, array in row.items()}
     passes = 2 if config.train.remat == "none" else 3  # that read a layer's weights
-    read = passes * step.dtype.itemsize * matrices(model.config) / config.mesh.model
+    tokens = config.train.lengths[-1] / config.mesh.context
+    read = passes * step.dtype.itemsize * matrices_read(model.config, tokens) / config.mesh.model
     gradients = Work(_flops(config, model, row)[1] * rows / config.mesh.devices, read)
     held = jax.tree.leaves((decoder, moments, total[0]))
     update = Work(0, sum(x.size * x.dtype.itemsize for x in held) / config.mesh.devices)
@@ -152,8 +153,8 @@ def _lying(step: Any, name: str, array: Any, rows: int) -> Any:
 def _flops(config: LongPOConfig, model: Architecture, row: dict[str, Any]) -> tuple[float, float]:
     """(FLOPs that the model needs for a row, FLOPs that are computed).
 
-    Computed again are the logits; by remat all of a layer but its last product and, unless it is kept, attention; and
-    the scores of attention, by its backward kernels: 7 products of queries and keys where the model needs 4.
+    Computed again are the logits; by remat all of a layer but an MLP's last product and, unless it is kept, attention;
+    and the scores of attention, by its backward kernels: 7 products of queries and keys where the model needs 4.
     """
     from longpo_jax.flops import flops_of, logits_of, tokens_of
     from rapid_jax.plan.cost import matrices
@@ -165,7 +166,10 @@ def _flops(config: LongPOConfig, model: Architecture, row: dict[str, Any]) -> tu
     attention = needed - 6 * (layers * tokens + head * logits)
     again = 2 * head * logits + attention * 3 / 6
     if remat != "none":
-        again += 2 * (layers - shape.num_layers * shape.intermediate_size * shape.hidden_size) * tokens
+        dense = sum(
+            not shape.kinds[kind].experts for kind in shape.kind_of
+        )  # the router's gradient needs experts' last
+        again += 2 * (layers - dense * shape.intermediate_size * shape.hidden_size) * tokens
     if remat == "layer":
         again += attention * 2 / 6
     return needed, needed + again

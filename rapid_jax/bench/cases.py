@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias
 
 from rapid_jax.model.config import ModelConfig
-from rapid_jax.plan.cost import matrices, slots_seen
+from rapid_jax.plan.cost import matrices_read, slots_seen
 from rapid_jax.runtime.mesh_config import MeshConfig
 
 Drafter: TypeAlias = Literal["none", "full", "int8", "int4"]  # none: plain decoding
@@ -87,10 +87,12 @@ class Measured:
 def plain_bytes(config: ModelConfig, case: Case, itemsize: int, mesh: MeshConfig | None = None) -> float:
     """What a plain step must read: every matrix once, and the keys and values of all documents.
 
+    Of experts those that the rows of the batch are expected to touch.
+
     On a mesh what a device must read: its part of the matrices, which `context` does not split, and of the slots.
     """
     mesh = mesh or MeshConfig()
-    weights = (matrices(config) + config.hidden_size * config.vocab_size) / mesh.model
+    weights = (matrices_read(config, case.batch) + config.hidden_size * config.vocab_size) / mesh.model
     slots = 2 * slots_seen(config, case.context) * config.num_kv_heads / mesh.model / mesh.context * case.prefixes
     stored = config.head_dim * itemsize if case.kv == "full" else config.head_dim + 4
     return itemsize * weights + slots * stored

@@ -81,7 +81,8 @@ def first_hour(config: ModelConfig, dtype: Any, repeats: int, add: Callable[[str
     for weights in ("full", "int8"):
         decoder = decoder if weights == "full" else quantized(decoder, 8)
         blocks: Any = decoder.blocks
-        product = _product([block.gate_up for block in blocks], config, dtype, weights, repeats)
+        wide = [block.gate_up if block.experts is None else block.qkv for block in blocks]
+        product = _product(wide, config, dtype, weights, repeats)
         tell(product)
         tell(_layer(decoder, weights, product.bytes_per_second, repeats))
 
@@ -144,6 +145,9 @@ def _layer(decoder: Decoder, weights: str, rate: float, repeats: int) -> Layer:
     each = max(whole - ends, 0.0) / STEPS / config.num_layers
     blocks: Any = decoder.blocks
     size = sum(x.nbytes for x in jax.tree.leaves(blocks[0]))
+    if (experts := config.experts) is not None:  # the token reads its own
+        every = sum(x.nbytes for x in jax.tree.leaves(blocks[0].matrices[2:]))
+        size -= every * (1 - experts.per_token / experts.count)
     return Layer(weights, 1e6 * each, 1e6 * max(each - size / rate, 0.0))
 
 

@@ -59,7 +59,8 @@ def random_decoder(config: ModelConfig, dtype: jnp.dtype, seed: int = 0, mesh: M
             return _normal(votes, leaf, vote)
         if "head_DV" in name:
             return _head(votes, shape, dtype, leaf.sharding)
-        return _normal(next(keys), leaf, (shape[0] * shape[1] if "o_NHD" in name else shape[0]) ** -0.5)
+        inputs = shape[0] * shape[1] if "o_NHD" in name else shape[1] if "_X" in name else shape[0]
+        return _normal(next(keys), leaf, inputs**-0.5)
 
     return nnx.merge(graph, jax.tree_util.tree_map_with_path(fill, state))
 

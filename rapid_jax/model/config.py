@@ -7,6 +7,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from rapid_jax.model.config_checks import check_token_ids, family_of, refuse_unsupported, text_part
+from rapid_jax.model.experts_config import KEYS as EXPERT_KEYS
+from rapid_jax.model.experts_config import Experts
 from rapid_jax.model.families import TRAITS, Activation, Family
 from rapid_jax.model.layer_kinds import LayerKind, layer_keys, read_pattern
 from rapid_jax.model.rope_config import MOST_POSITIONS, Rope, read_rope, rope_scaling
@@ -24,6 +26,7 @@ _STATED = frozenset(
         *("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "no_rope_layers"),
         *("sliding_window_pattern", "_sliding_window_pattern"),
         *("torch_dtype", "dtype", "transformers_version", "_name_or_path"),
+        *EXPERT_KEYS,
     )
 )
 # Of each size, several times that of the largest model there is: what is larger is damage, and is said before anything
@@ -65,6 +68,7 @@ class ModelConfig:
     norm_offset: float = 0.0  # not 0: norms multiply by their weight and this, in float32
     embedding_scale: float = 1.0  # of the first layer's input, rounded to its dtype
     query_pre_attn_scalar: int | None = None  # scores are divided by its root; None: by that of head_dim
+    experts: Experts | None = None  # of the layers whose kind says so
     pattern: tuple[LayerKind, ...] = (LayerKind(),)  # of the first layers; the others repeat it
     # The keys of config.json that change no number here (token ids, initializer_range, ...): a JSON object with sorted
     # keys, as text, so that a config stays hashable. An export writes them back.
@@ -156,6 +160,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         norm_offset=traits.norm_offset,
         embedding_scale=hidden**0.5 if traits.scaled_embedding else 1.0,
         query_pre_attn_scalar=fields.whole("query_pre_attn_scalar", least=1, most=2**20) if traits.defaults else None,
+        experts=None if traits.mixture is None else traits.mixture.experts(fields),
         carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
     return replace(read, pattern=read_pattern(fields, traits, layers, read.context_size))
@@ -192,6 +197,8 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
         stated["partial_rotary_factor"] = config.rope.fraction
     if traits.original is not None:
         stated["original_max_position_embeddings"] = config.rope.original_max_positions or traits.original
+    if traits.mixture is not None and config.experts is not None:
+        stated |= traits.mixture.to_hf(config.experts, [config.kinds[kind].experts for kind in config.kind_of])
     return config.carried_keys() | stated
 
 

@@ -17,9 +17,14 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from rapid_jax.model.config import ModelConfig
+from rapid_jax.model.einsum32 import einsum32
+from rapid_jax.model.experts import Grouped, mixture
 from rapid_jax.model.families import Activation
+from rapid_jax.model.layer_kinds import LayerKind
+from rapid_jax.model.quantized import WeightBits
 from rapid_jax.model.rope import Rotation, chosen, inverse_frequencies, rotate, rotation, standstill
 from rapid_jax.model.rope_config import Rope
+from rapid_jax.runtime.errors import InputError
 
 Layout: TypeAlias = Literal["stacked", "unrolled"]
 # (q_BTNH, k_BTKH, v_BTKH, layer) -> (out_BTNH, kept): `layer` is this layer's slice of what the caller passed, `kept`
@@ -63,12 +68,6 @@ def activated(gate: jax.Array, activation: Activation) -> jax.Array:
     return jax.nn.gelu(gate.astype(jnp.float32), approximate=True).astype(gate.dtype)
 
 
-def einsum32(spec: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """einsum accumulated in float32, float32; float32 weights are multiplied in full float32 on every backend."""
-    precision = jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None
-    return jnp.einsum(spec, x, weight, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _project(spec: str, x: jax.Array, weight: jax.Array, bias: nnx.Param | None = None) -> jax.Array:
     out = einsum32(spec, x, weight).astype(x.dtype)
     return out if bias is None else out + bias[...]
@@ -77,10 +76,19 @@ def _project(spec: str, x: jax.Array, weight: jax.Array, bias: nnx.Param | None 
 class Block(nnx.Module):
     """One layer, or with `stack=(L,)` all L of them, each array with a leading layer axis."""
 
-    def __init__(self, config: ModelConfig, *, stack: tuple[int, ...], dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        kind: LayerKind,
+        *,
+        stack: tuple[int, ...],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+        mesh: Mesh | None = None,
+    ):
         D, F, H = config.hidden_size, config.intermediate_size, config.head_dim
         N, K = config.num_heads, config.num_kv_heads
-        self.norm_eps, self.norm_offset = config.norm_eps, config.norm_offset
+        self.norm_eps, self.norm_offset, self.mesh = config.norm_eps, config.norm_offset, mesh
         self.activation: Activation = config.activation
         self.query_scale = config.query_scale
 
@@ -99,9 +107,16 @@ class Block(nnx.Module):
         self.k_norm_H = norm(H) if config.qk_norm else None
         self.attention_post_norm_D = norm(D) if config.post_norms else None
         self.mlp_norm_D = norm(D)
-        self.gate_DF = _parameter(rngs, (*stack, D, F), D, dtype)
-        self.up_DF = _parameter(rngs, (*stack, D, F), D, dtype)
-        self.down_FD = _parameter(rngs, (*stack, F, D), F, dtype)
+        self.experts = config.experts if kind.experts else None
+        mlp = self.experts is None
+        self.gate_DF: Any = _parameter(rngs, (*stack, D, F), D, dtype) if mlp else None
+        self.up_DF: Any = _parameter(rngs, (*stack, D, F), D, dtype) if mlp else None
+        self.down_FD: Any = _parameter(rngs, (*stack, F, D), F, dtype) if mlp else None
+        X, F = (0, 0) if self.experts is None else (self.experts.count, self.experts.ffn)
+        self.router_DX = None if mlp else _parameter(rngs, (*stack, D, X), D, dtype)
+        self.gate_XDF: Any = None if mlp else _parameter(rngs, (*stack, X, D, F), D, dtype)
+        self.up_XDF: Any = None if mlp else _parameter(rngs, (*stack, X, D, F), D, dtype)
+        self.down_XFD: Any = None if mlp else _parameter(rngs, (*stack, X, F, D), F, dtype)
         self.mlp_post_norm_D = norm(D) if config.post_norms else None
 
     def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):
@@ -137,9 +152,17 @@ class Block(nnx.Module):
 
     def mlp(self, h_BTD: jax.Array) -> jax.Array:
         """[B, T, D]."""
+        if self.experts is not None:
+            return self.routed(h_BTD, *(Grouped(w[...]) for w in (self.gate_XDF, self.up_XDF, self.down_XFD)))
         gated = _project("BTD,DF->BTF", h_BTD, self.gate_DF[...])
         gated = activated(gated, self.activation) * _project("BTD,DF->BTF", h_BTD, self.up_DF[...])
         return _project("BTF,FD->BTD", gated, self.down_FD[...])
+
+    def routed(self, h_BTD: jax.Array, *matrices: Grouped, bits: WeightBits | None = None) -> jax.Array:
+        """[B, T, D] of the experts, whose gates, ups and downs are these."""
+        assert self.experts is not None and self.router_DX is not None
+        how = {"experts": self.experts, "bits": bits, "mesh": self.mesh}
+        return mixture(h_BTD, self.router_DX[...], *matrices, **how)
 
 
 def _rows(embed_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
@@ -172,10 +195,17 @@ class Decoder(nnx.Module):
         self.mesh = mesh  # that the parameters lie on; None: one device
         V, D = config.vocab_size, config.hidden_size
         self.embed_VD = nnx.Param(jax.random.normal(rngs.params(), (V, D), jnp.float32).astype(dtype) * 0.02)
+        kinds = [config.kinds[kind] for kind in config.kind_of]
+        make = partial(Block, config, dtype=dtype, rngs=rngs, mesh=mesh)
         if layout == "stacked":
-            self.blocks: Block | nnx.List[Block] = Block(config, stack=(config.num_layers,), dtype=dtype, rngs=rngs)
+            if len({kind.experts for kind in kinds}) > 1:
+                raise InputError(
+                    "layout stacked: expected layers that all have experts, or none, got some with and some without; "
+                    "the layout unrolled takes them"
+                )
+            self.blocks: Block | nnx.List[Block] = make(kinds[0], stack=(config.num_layers,))
         else:
-            self.blocks = nnx.List([Block(config, stack=(), dtype=dtype, rngs=rngs) for _ in range(config.num_layers)])
+            self.blocks = nnx.List([make(kind, stack=()) for kind in kinds])
         self.norm_D = nnx.Param(jnp.full((D,), 1 - config.norm_offset, dtype))
         self.head_DV = None if config.tie_embeddings else _parameter(rngs, (D, V), D, dtype)
 

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Final, Literal
 
-Family = Literal["llama", "mistral", "qwen2", "qwen3", "smollm3", "phi3", "gemma3_text"]
+from rapid_jax.model.experts_config import Mixture
+
+Family = Literal["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "smollm3", "phi3", "gemma3_text"]
 # Which layers a sliding window is of: of none, of every one, of those behind the first max_window_layers, of those
-# without rotary embedding, of all but one in sliding_window_pattern.
-Windows = Literal["none", "all", "last", "unrotated", "local"]
+# without rotary embedding, of all but one in sliding_window_pattern, of every one where use_sliding_window says so.
+Windows = Literal["none", "all", "last", "unrotated", "local", "switched"]
 Activation = Literal["silu", "gelu_pytorch_tanh"]  # of the MLP's gate
 
 
@@ -40,6 +42,7 @@ class Traits:
     local_theta: float | None = None  # rope_local_base_freq where it is left out; None: all layers have one base
     refused: tuple[str, ...] = ()  # keys that change a number wherever they are neither null nor false
     defaults: Mapping[str, int | float] = field(default_factory=dict)  # of sizes that such a config.json may leave out
+    mixture: Mixture | None = None  # its layers have experts in the place of an MLP
 
 
 # transformers' own: the first checkpoints with a vision tower state what differs from its 4B.
@@ -63,9 +66,27 @@ TRAITS: Final[Mapping[Family, Traits]] = MappingProxyType(
     {
         "llama": Traits("LlamaForCausalLM", biases=("attention_bias", "mlp_bias"), whole_heads=True, implied_kv=True),
         "mistral": Traits("MistralForCausalLM", windows="all", window=4096),
+        "mixtral": Traits(
+            "MixtralForCausalLM",
+            windows="all",
+            implied_kv=True,
+            mixture=Mixture(
+                "block_sparse_moe", "w1", "w3", "w2", "num_local_experts", "intermediate_size", normalized=True
+            ),
+        ),
         "qwen2": Traits("Qwen2ForCausalLM", qkv_bias=True, windows="last", window=4096),
         "qwen3": Traits(
             "Qwen3ForCausalLM", qk_norm=True, biases=("attention_bias",), windows="last", window=4096, head_dim=128
+        ),
+        "qwen3_moe": Traits(
+            "Qwen3MoeForCausalLM",
+            qk_norm=True,
+            biases=("attention_bias",),
+            windows="switched",
+            window=4096,
+            mixture=Mixture(
+                *("mlp", "gate_proj", "up_proj", "down_proj", "num_experts", "moe_intermediate_size"), mixed=True
+            ),
         ),
         "smollm3": Traits(
             "SmolLM3ForCausalLM",
@@ -121,10 +142,8 @@ _LACKING: Final = {
     "granitemoehybrid": "a state-space layer",
     "nemotron_h": "a state-space layer",
     "lfm2": "a convolution in the place of attention",
-    "mixtral": "a mixture of experts",
     "phimoe": "a mixture of experts",
     "qwen2_moe": "a mixture of experts",
-    "qwen3_moe": "a mixture of experts",
 }
 
 

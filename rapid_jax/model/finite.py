@@ -16,12 +16,15 @@ from rapid_jax.runtime.mesh import whole
 
 def why_not_finite(decoder: Decoder) -> str:
     """The first weight that holds NaN or infinity, by the checkpoint's name for it; else what else it can be."""
-    named = {(weight.name, weight.layer): weight.part_of or weight.key for weight in weights(decoder.config)}
+    named = {
+        (weight.name, weight.layer, weight.expert): weight.part_of or weight.key for weight in weights(decoder.config)
+    }
     for name, layer, array in _arrays(decoder):
         if not bool(_all_finite(array, decoder)):
             if isinstance(decoder, FusedDecoder):
                 name = decoder.part_at(name.split(".")[0], int(_first_column(array, decoder)))
-            return f"{named.get((name, layer), _spelt(name, layer))} holds NaN or infinite values"
+            expert = int(_first_row(array, decoder)) if (name, layer, 0) in named else None
+            return f"{named.get((name, layer, expert), _spelt(name, layer))} holds NaN or infinite values"
     angles = [x for pair in decoder.rotations(jnp.arange(2)[None]) for x in pair]
     if not bool(jnp.all(jnp.isfinite(jnp.stack(angles)))):
         return f"the angles of {decoder.config.rope} are not finite"
@@ -54,8 +57,17 @@ def _all_finite(array: jax.Array, decoder: Decoder) -> jax.Array:
 def _first_column(array: jax.Array, decoder: Decoder) -> jax.Array:
     """Of the last axis, the first place with something that is not finite."""
 
+    return _first(array, decoder, -1)
+
+
+def _first_row(array: jax.Array, decoder: Decoder) -> jax.Array:
+    """Of the first axis, the first place with something that is not finite."""
+    return _first(array, decoder, 0)
+
+
+def _first(array: jax.Array, decoder: Decoder, axis: int) -> jax.Array:
     def first(x: jax.Array) -> jax.Array:
-        return jnp.argmax(jnp.any(~jnp.isfinite(x), axis=tuple(range(x.ndim - 1))))
+        return jnp.argmax(jnp.any(~jnp.isfinite(jnp.moveaxis(x, axis, -1)), axis=tuple(range(x.ndim - 1))))
 
     return jax.jit(lambda x: whole(decoder.mesh, first(x)))(array)
 

@@ -64,9 +64,11 @@ def quantized(decoder: Decoder, bits: WeightBits) -> FusedDecoder:
 
 def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
     mesh, config, stack = decoder.mesh, decoder.config, (None,) * (block.mlp_norm_D.get_value().ndim - 1)
+    mlp: Any = (block.gate_DF, block.up_DF, block.down_FD)
+    if block.experts is not None:
+        mlp = (block.gate_XDF, block.up_XDF, block.down_XFD)
     q, k, v, o, gate, up, down = (
-        weight.get_value()
-        for weight in (block.q_DNH, block.k_DKH, block.v_DKH, block.o_NHD, block.gate_DF, block.up_DF, block.down_FD)
+        weight.get_value() for weight in (block.q_DNH, block.k_DKH, block.v_DKH, block.o_NHD, *mlp)
     )
     columns, depth = Place(mesh, "columns", _split(gate, -2)), Place(mesh, "depth", _split(down, -1))
     parts = columns.parts
@@ -76,9 +78,19 @@ def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
     beside = columns.sharding(*stack, *columns.spec)
     join = partial(_side_by_side, lead=len(stack) + 1, place=columns)
     lanes = 1 if mesh is None else LANES
-    if down.shape[-2] // parts % lanes:
+    lead = stack if block.experts is None else (*stack, None)
+    narrow = down.shape[-2] // parts % lanes
+    if narrow:
         deepened = partial(_deepened, lanes=lanes, place=depth)
-        down = _made(deepened, depth.sharding(*stack, *depth.spec), down, spent=spent)
+        down = _made(deepened, depth.sharding(*lead, *depth.spec), down, spent=spent)
+    if block.experts is None:
+        mlp = (Matrix(_made(partial(join, lanes=lanes), beside, gate, up, spent=spent), place=columns),)
+    else:  # an expert's gate and up are read one behind the other
+        if narrow:
+            wide = partial(_side_by_side, lead=len(lead) + 1, place=columns, lanes=lanes)
+            where = columns.sharding(*lead, *columns.spec)
+            gate, up = (_made(wide, where, one, spent=spent) for one in (gate, up))
+        mlp = Matrix(gate, place=columns), Matrix(up, place=columns)
     bias = None
     if block.q_bias_NH is not None:
         assert block.k_bias_KH is not None and block.v_bias_KH is not None
@@ -90,8 +102,7 @@ def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
         Matrix(_made(partial(join, copied=copied), beside, q, k, v, spent=spent), place=columns),
         bias,
         Matrix(_made(_flat, depth.sharding(*stack, *depth.spec), o, spent=spent), place=depth),
-        Matrix(_made(partial(join, lanes=lanes), beside, gate, up, spent=spent), place=columns),
-        Matrix(down, place=depth),
+        (*mlp, Matrix(down, place=depth)),
         how,
     )
 

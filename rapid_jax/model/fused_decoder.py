@@ -3,7 +3,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from rapid_jax.model.decoder import Attend, Block, Decoder, activated
+from rapid_jax.model.experts import Grouped
 from rapid_jax.model.matrix import MODEL, Matrix, Place, summed_over_model, times
 from rapid_jax.model.quantized import WeightBits, kernels_fit, restored
 from rapid_jax.model.skinny import FixedPoint, fixed_point, skinny_matmul
@@ -58,14 +59,25 @@ class FusedBlock(Block):
     """One layer, or all of a stack."""
 
     def __init__(
-        self, block: Block, qkv: Matrix, qkv_bias: Any, out: Matrix, gate_up: Matrix, down: Matrix, how: Heads
+        self,
+        block: Block,
+        qkv: Matrix,
+        qkv_bias: Any,
+        out: Matrix,
+        mlp: tuple[Matrix, Matrix] | tuple[Matrix, Matrix, Matrix],
+        how: Heads,
     ):
-        self.norm_eps, self.norm_offset, self.how = block.norm_eps, block.norm_offset, how
-        self.activation, self.query_scale = block.activation, block.query_scale
+        self.norm_eps, self.norm_offset, self.mesh, self.how = block.norm_eps, block.norm_offset, block.mesh, how
+        self.activation, self.query_scale, self.experts = block.activation, block.query_scale, block.experts
         self.attention_norm_D, self.mlp_norm_D = block.attention_norm_D, block.mlp_norm_D
         self.attention_post_norm_D, self.mlp_post_norm_D = block.attention_post_norm_D, block.mlp_post_norm_D
         self.q_norm_H, self.k_norm_H = block.q_norm_H, block.k_norm_H
-        self.qkv, self.out, self.gate_up, self.down = qkv, out, gate_up, down
+        self.qkv, self.out = qkv, out
+        self.router_DX: Any = block.router_DX
+        if len(mlp) == 2:
+            self.gate_up, self.down = mlp
+        else:
+            self.gate_XDF, self.up_XDF, self.down_XFD = mlp
         self.qkv_bias_J = None if qkv_bias is None else nnx.Param(qkv_bias)
 
     def __call__(self, x: jax.Array | Pending, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):  # type: ignore[override]
@@ -101,12 +113,23 @@ class FusedBlock(Block):
     def _runs_in_kernels(self, rows: int, depth: int) -> bool:
         if jax.default_backend() != "gpu" or self.qkv.bits is None or self.how.place.mesh is not None:
             return False
+        if self.experts is not None:
+            return False
         heads, ffn = self.how.query * self.how.dim, self.gate_up.columns // 2
         deep = (self.qkv, depth), (self.out, heads), (self.gate_up, depth), (self.down, ffn)
         return all(kernels_fit(rows, depth, matrix.values[...]) for matrix, depth in deep)
 
     def _heads(self, qkv_BTJ: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return self.how.split(qkv_BTJ if self.qkv_bias_J is None else qkv_BTJ + self.qkv_bias_J[...])
+
+    @property
+    def _mlp(self) -> tuple[Any, ...]:
+        return (self.gate_up, self.down) if self.experts is None else (self.gate_XDF, self.up_XDF, self.down_XFD)
+
+    @property
+    def matrices(self) -> tuple[Matrix, ...]:
+        """All of them; of a mixture the last three are of every expert."""
+        return self.qkv, self.out, *self._mlp
 
     def projected(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(q_BTNH, k_BTKH, v_BTKH), neither normalised nor rotated."""
@@ -118,6 +141,9 @@ class FusedBlock(Block):
 
     def mlp(self, h_BTD: jax.Array) -> jax.Array:
         """[B, T, D]."""
+        if self.experts is not None:
+            three = (Grouped(w.values[...], None if w.scale is None else w.scale[...]) for w in self._mlp)
+            return self.routed(h_BTD, *three, bits=self._mlp[0].bits)
 
         def gated(both_BTJ: jax.Array) -> jax.Array:
             gate_BTF, up_BTF = jnp.split(both_BTJ, 2, axis=-1)
@@ -140,9 +166,9 @@ class FusedBlock(Block):
 
     def in_bits(self, bits: WeightBits) -> "FusedBlock":
         """Its copy in so many bits; norms and biases are its own arrays."""
-        qkv, out, gate_up, down = (matrix.in_bits(bits) for matrix in (self.qkv, self.out, self.gate_up, self.down))
+        qkv, out, *mlp = (matrix.in_bits(bits) for matrix in self.matrices)
         bias = None if self.qkv_bias_J is None else self.qkv_bias_J.get_value()
-        return FusedBlock(self, qkv, bias, out, gate_up, down, self.how)
+        return FusedBlock(self, qkv, bias, out, cast(Any, tuple(mlp)), self.how)
 
 
 def _times(matrix: Matrix, x: FixedPoint, **how: Any) -> jax.Array:
@@ -177,7 +203,7 @@ class FusedDecoder(Decoder):
     @property
     def matrices(self) -> list[Matrix]:
         """Those of the layers, and the head where it is not the embedding."""
-        found = [x for block in self._every for x in (block.qkv, block.out, block.gate_up, block.down)]
+        found = [x for block in self._every for x in block.matrices]
         return found if self.lm_head is None else [*found, self.lm_head]
 
     @property

@@ -22,6 +22,7 @@ ARCHITECTURES: Final[Mapping[str, bool]] = {
     "llama": True,
     "qwen2": False,
     "qwen3": False,
+    "qwen3moe": False,
     "smollm3": True,
     "phi3": False,
     "gemma3": False,
@@ -30,7 +31,12 @@ _RENAMED: Final[Mapping[str, Family]] = {"gemma3": "gemma3_text"}  # whose model
 _LARGEST: Final = 62  # layers of Gemma 3 27B
 # Metadata that changes a number where it has another value than these, and that the decoder has no part for.
 _WITHOUT_EFFECT: Final[Mapping[str, tuple[Any, ...]]] = {
-    "expert_count": (0,),
+    "expert_shared_count": (0,),
+    "expert_group_count": (0, 1),
+    "expert_weights_scale": (0, 1),
+    "expert_weights_norm": (True,),
+    "expert_gating_func": (0, 1),  # softmax
+    "leading_dense_block_count": (0,),
     "attention.causal": (True,),
     "attention.clamp_kqv": (0,),
     "attention.max_alibi_bias": (0,),
@@ -72,7 +78,7 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
             f"{metadata.source}: tokenizer.ggml.tokens must have {rows} tokens, one for each row of "
             f"{gguf_name(EMBEDDING)}, got {tokens}"
         )
-    family: Any = _RENAMED.get(architecture, architecture)
+    family, experts = _experts(metadata, architecture)
     local = TRAITS[family].local_theta is not None
     _refuse_unsupported(metadata, f"{architecture}.", longrope=LONG_FACTORS in tensors, local=local)
 
@@ -109,6 +115,7 @@ def gguf_config(metadata: Fields, tensors: Mapping[str, gguf_file.Tensor]) -> Mo
         **_rope(metadata, tensors, architecture, head_dim, context),
         **token_ids(metadata),
         **(_local(metadata, architecture, window, head_dim) if local else {}),
+        **experts,
     }
     return from_hf(Fields(config, metadata.source))
 
@@ -130,6 +137,25 @@ def _local(metadata: Fields, architecture: str, window: int, head_dim: int) -> d
         heads = metadata[f"{architecture}.attention.head_count"]
         found["query_pre_attn_scalar"] = metadata[f"{architecture}.embedding_length"] // heads
     return found
+
+
+def _experts(metadata: Fields, architecture: Any) -> tuple[Family, dict[str, Any]]:
+    """(model_type, what a config.json says of experts): llama with experts is Mixtral."""
+    key = f"{architecture}.expert_count"
+    mixture: Any = {"llama": "mixtral", "qwen3moe": "qwen3_moe"}.get(architecture)
+    count = metadata.whole(key, most=4096) if key in metadata or mixture == "qwen3_moe" else 0
+    if mixture is None and count > 0:
+        raise metadata.error(key, f"0: experts of {architecture} are not supported")
+    if mixture is None or (architecture == "llama" and count == 0):
+        return _RENAMED.get(architecture, architecture), {}
+    found = {
+        "num_experts_per_tok": metadata.whole(f"{architecture}.expert_used_count", least=1),
+        "num_local_experts": count,
+        "norm_topk_prob": True,
+    }
+    if mixture == "qwen3_moe":
+        found["moe_intermediate_size"] = metadata.whole(f"{architecture}.expert_feed_forward_length", least=1)
+    return mixture, found
 
 
 def _refuse_unsupported(metadata: Fields, prefix: str, *, longrope: bool, local: bool) -> None:

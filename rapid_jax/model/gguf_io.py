@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF checkpoints: the architecture, weights and tokenizer that llama.cpp's files hold, under Hugging Face's names."""
 
+from dataclasses import replace
+
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -10,7 +12,7 @@ from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.gguf_config import ARCHITECTURES, gguf_config
 from rapid_jax.model.gguf_names import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, gguf_name
 from rapid_jax.model.gguf_tokenizer import tokenizer_files
-from rapid_jax.model.hf_names import stored
+from rapid_jax.model.hf_names import Stored, stored
 from rapid_jax.model.placement import build
 from rapid_jax.runtime.axes import PARAM, Table
 from rapid_jax.runtime.errors import InputError
@@ -43,7 +45,7 @@ class GgufCheckpoint:
 
     def read(self, key: str) -> np.ndarray:
         """One weight by its Hugging Face key, dense float32 in the Hugging Face order of rows."""
-        array = gguf_file.read(self._tensors[self._name(key)])
+        array = gguf_file.read(self._parts[key])
         if key.endswith("norm.weight"):
             return array - np.float32(self.config.norm_offset)  # llama.cpp's files have the factors themselves
         turned = ("self_attn.q_proj", "self_attn.k_proj")
@@ -52,8 +54,13 @@ class GgufCheckpoint:
         return array
 
     def _check_complete(self) -> None:
-        arrays = stored(self.config)
-        expected = {self._name(array.key): array.shape for array in arrays}
+        groups: dict[str, list[Stored]] = {}  # all experts of a layer are one tensor
+        for array in stored(self.config):
+            groups.setdefault(gguf_name(array.key, post_norms=self.config.post_norms), []).append(array)
+        expected = {
+            name: group[0].shape if group[0].weights[0].expert is None else (len(group), *group[0].shape)
+            for name, group in groups.items()
+        }
         for name, shape in expected.items():
             if name not in self._tensors:
                 raise InputError(f"{self.path}: tensor {name} is missing")
@@ -64,11 +71,13 @@ class GgufCheckpoint:
         for name in self._tensors:
             if name not in expected and name not in (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS):
                 raise InputError(f"{self.path}: tensor {name} is not part of a {self.config.family} decoder")
-        parts = [part for array in arrays for part in array.split(self._tensors[self._name(array.key)])]
-        self._tensors = {self._name(weight.key): part for weight, part in parts}
-
-    def _name(self, key: str) -> str:
-        return gguf_name(key, post_norms=self.config.post_norms)
+        self._parts: dict[str, gguf_file.Tensor] = {}
+        for name, group in groups.items():
+            whole = self._tensors[name]
+            size = whole.size // len(group)
+            for at, array in enumerate(group):
+                own = replace(whole, shape=array.shape, start=whole.start + at * size, size=size)
+                self._parts |= {weight.key: part for weight, part in array.split(own)}
 
 
 def load_gguf(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What llama.cpp's files call the weights that Hugging Face's name otherwise."""
 
+import re
 from typing import Final
 
 from rapid_jax.model.hf_names import EMBEDDING, HEAD
@@ -21,6 +22,14 @@ _PARTS: Final = {
     "mlp.up_proj": "ffn_up",
     "mlp.gate_up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.w3": "ffn_up_exps",
+    "block_sparse_moe.experts.w2": "ffn_down_exps",
 }
 _POST_NORMS: Final = _PARTS | {
     "post_attention_layernorm": "post_attention_norm",
@@ -33,10 +42,11 @@ _OUTSIDE: Final = {EMBEDDING: "token_embd.weight", "model.norm.weight": "output_
 def gguf_name(key: str, *, post_norms: bool = False) -> str:
     """The GGUF name of a Hugging Face key: model.layers.3.mlp.up_proj.weight -> blk.3.ffn_up.weight.
 
+    A matrix of all experts is one tensor: model.layers.3.mlp.experts.7.up_proj.weight -> blk.3.ffn_up_exps.weight.
     `post_norms`: of a model that normalises after attention and the MLP, too.
     """
     if key in _OUTSIDE:
         return _OUTSIDE[key]
     layer, part = key.removeprefix("model.layers.").split(".", 1)
-    stem, _, kind = part.rpartition(".")
+    stem, _, kind = re.sub(r"\.experts\.\d+\.", ".experts.", part).rpartition(".")
     return f"blk.{layer}.{(_POST_NORMS if post_norms else _PARTS)[stem]}.{kind}"

@@ -13,6 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from rapid_jax.model.config import ModelConfig
+from rapid_jax.model.families import TRAITS
 
 Path = tuple[str | int, ...]
 
@@ -52,16 +53,23 @@ class Weight:
     layer: int | None  # None outside the layers
     sizes: tuple[tuple[str, int], ...]  # letter -> size
     part_of: str | None = None  # the key of the array that holds it behind others, where it has none of its own
+    expert: int | None = None  # of a mixture; the parameter holds every expert's, this one as row `expert`
 
     @property
     def axes(self) -> str:
-        """The letters of our parameter, without the layer axis."""
-        return self.name.rsplit("_", 1)[1]
+        """The letters of our parameter, without the axes of layers and experts."""
+        letters = self.name.rsplit("_", 1)[1]
+        return letters if self.expert is None else letters.removeprefix("X")
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of our parameter, without the layer axis."""
+        """Of our parameter, without the axes of layers and experts."""
         return tuple(dict(self.sizes)[letter] for letter in self.axes)
+
+    def place(self, layout: str) -> tuple[int, ...]:
+        """Which row of the parameter it is, by layer and expert as far as the parameter holds several."""
+        layer = () if layout != "stacked" or self.layer is None else (self.layer,)
+        return layer if self.expert is None else (*layer, self.expert)
 
     @property
     def unflattened_shape(self) -> tuple[int, ...]:
@@ -103,6 +111,8 @@ _BLOCK = (
     ("self_attn.v_proj.weight", "v_DKH", "KHD"),
     ("self_attn.o_proj.weight", "o_NHD", "DNH"),
     ("post_attention_layernorm.weight", "mlp_norm_D", "D"),
+)
+_MLP = (
     ("mlp.gate_proj.weight", "gate_DF", "FD"),
     ("mlp.up_proj.weight", "up_DF", "FD"),
     ("mlp.down_proj.weight", "down_FD", "DF"),
@@ -150,13 +160,32 @@ def weights(config: ModelConfig) -> tuple[Weight, ...]:
     joined = _JOINED if config.joined else {}
     for layer in range(config.num_layers):
         place = f"model.layers.{layer}."
-        for key, name, axes in block:
+        sparse = config.kinds[config.kind_of[layer]].experts
+        for key, name, axes in block if sparse else block + _MLP:
             part_of = place + joined[name] if name in joined else None
             found.append(Weight(place + key, name, axes, layer, sizes, part_of))
+        if sparse:
+            found += _experts(config, layer, sizes)
     found.append(Weight("model.norm.weight", "norm_D", "D", None, sizes))
     if not config.tie_embeddings:
         found.append(Weight(HEAD, "head_DV", "VD", None, sizes))
     return tuple(found)
+
+
+def _experts(config: ModelConfig, layer: int, sizes: tuple[tuple[str, int], ...]) -> Iterator[Weight]:
+    """The router and every expert's matrices, one kind of them behind the other."""
+    mixture, experts = TRAITS[config.family].mixture, config.experts
+    assert mixture is not None and experts is not None
+    place = f"model.layers.{layer}.{mixture.module}."
+    sizes = tuple((dict(sizes) | {"X": experts.count, "F": experts.ffn}).items())
+    yield Weight(f"{place}gate.weight", "router_DX", "XD", layer, sizes)
+    for part, name, axes in (
+        (mixture.gate, "gate_XDF", "FD"),
+        (mixture.up, "up_XDF", "FD"),
+        (mixture.down, "down_XFD", "DF"),
+    ):
+        for expert in range(experts.count):
+            yield Weight(f"{place}experts.{expert}.{part}.weight", name, axes, layer, sizes, expert=expert)
 
 
 def stored(config: ModelConfig) -> tuple[Stored, ...]:

@@ -19,6 +19,7 @@ class LayerKind:
     rotated: bool = True  # q and k are turned by their positions; else attention sees their order alone
     window: int | None = None  # a query at position p sees p - window + 1 to p; None: 0 to p
     rope: Rope | None = None  # how q and k are turned; None: as the config says
+    experts: bool = False  # in the place of its MLP
 
 
 def read_pattern(config: Fields, traits: Traits, layers: int, context: int) -> tuple[LayerKind, ...]:
@@ -29,9 +30,10 @@ def read_pattern(config: Fields, traits: Traits, layers: int, context: int) -> t
     window = traits.window if "sliding_window" not in config else config.whole("sliding_window", None, least=1)
     local = window if window is not None and window < context else None
     rope = read_local_rope(config, traits)
+    sparse = (False,) * layers if traits.mixture is None else traits.mixture.layers(config, layers)
     kinds = [
-        LayerKind(turned, local, rope) if slides else LayerKind(turned)
-        for turned, slides in zip(rotated, sliding, strict=True)
+        LayerKind(turned, local, rope, experts) if slides else LayerKind(turned, experts=experts)
+        for turned, slides, experts in zip(rotated, sliding, sparse, strict=True)
     ]
     size = next(size for size in range(1, layers + 1) if all(a == b for a, b in zip(kinds, kinds[size:], strict=False)))
     return tuple(kinds[:size])
@@ -56,7 +58,7 @@ def layer_keys(kinds: Sequence[LayerKind], traits: Traits, context: int) -> dict
     if traits.windows == "last":
         first = next((layer for layer, window in enumerate(windows) if window is not None), len(windows))
         stated["max_window_layers"] = first
-    if traits.windows != "all" and some is not None:
+    if traits.windows in ("last", "unrotated") and some is not None:
         stated["layer_types"] = ["full_attention" if window is None else SLIDING for window in windows]
     return stated
 
@@ -87,10 +89,11 @@ def _sliding(config: Fields, traits: Traits, rotated: list[bool]) -> list[bool]:
         "all": [True] * layers,
         "last": [layer >= last for layer in range(layers)],
         "unrotated": [not one for one in rotated],
+        "switched": [True] * layers,
         "local": [(layer + 1) % every != 0 for layer in range(layers)],
     }[traits.windows]
     if types is not None and traits.windows in ("last", "unrotated", "local"):
         implied = [kind == SLIDING for kind in types]
-    if traits.windows in ("last", "unrotated") and not config.truth("use_sliding_window", False):
+    if traits.windows in ("last", "unrotated", "switched") and not config.truth("use_sliding_window", False):
         return [False] * layers
     return implied

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rapid_jax.attention.kernels import platform_of
-from rapid_jax.model.decoder import einsum32
+from rapid_jax.model.einsum32 import einsum32
 from rapid_jax.model.quantized import WeightBits, product, rounded
 from rapid_jax.runtime.axes import MeshAxes
 
@@ -146,7 +146,10 @@ def rounded_matrix(weight: jax.Array, axes: str, bits: WeightBits, place: Place)
         def one(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
             return rounded(matrix if axes == "DJ" else matrix.T, bits, over)
 
-        return one(weight) if weight.ndim == 2 else lax.map(one, weight)  # one layer at a time in float32
+        def each(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return one(weight) if weight.ndim == 2 else lax.map(each, weight)  # a layer or expert at a time in float32
+
+        return each(weight)
 
     stack = (None,) * (weight.ndim - 2)
     own = replace(place, other=None).spec  # of `model` alone

@@ -64,12 +64,12 @@ def build(
     with progress("loading weights", len(every), "arrays", quiet=quiet) as report:
         for weight in every:
             path, source = weight.path(layout), _Source(weight, read, read_rows)
-            if layout == "stacked" and weight.layer is not None:
+            if weight.place(layout):
                 shape, sharding = _lying(config, weight, layout, mesh, table)
                 if path not in filled:
                     filled[path] = _zeros(shape, dtype, sharding)
                 placed = _placed(weight, source, mesh, table)
-                filled[path] = _with_row(filled[path], placed, weight.layer, weight.to_ours, sharding)
+                filled[path] = _with_row(filled[path], placed, weight.place(layout), weight.to_ours, sharding)
             elif mesh is None and jax.default_backend() == "cpu":
                 # The device's memory is the host's: one copy does it all, and nothing is compiled.
                 filled[path] = jax.device_put(source.whole().transpose(weight.to_ours).astype(dtype, copy=False))
@@ -120,8 +120,8 @@ def stored_arrays(decoder: Decoder, dtype: np.dtype) -> Iterator[tuple[Weight, n
     leaves: dict[Any, Any] = dict(nnx.to_flat_state(state))
     for weight in weights(decoder.config):
         parameter = leaves[weight.path(decoder.layout)][...]
-        if decoder.layout == "stacked" and weight.layer is not None:
-            array = _stored_row(parameter, weight.layer, weight.to_stored, dtype)
+        if place := weight.place(decoder.layout):
+            array = _stored_row(parameter, place, weight.to_stored, dtype)
         else:
             array = _turned(parameter, weight.to_stored, dtype, None)
         if array.is_fully_addressable:
@@ -174,14 +174,10 @@ def _placed(weight: Weight, source: _Source, mesh: Mesh | None, table: Table) ->
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _sharding(
-    mesh: Mesh | None, name: str, axes: str, shape: tuple[int, ...], table: Table, stacked: int | None = None
-) -> NamedSharding | None:
+def _sharding(mesh: Mesh | None, name: str, axes: str, shape: tuple[int, ...], table: Table) -> NamedSharding | None:
     if mesh is None:
         return None
     stem = name.rpartition("_")[0]
-    if stacked is not None:
-        axes, shape = f"L{axes}", (stacked, *shape)
     return sharding_of(mesh, f"{stem}_{axes}", shape, table)
 
 
@@ -189,9 +185,12 @@ def _lying(
     config: ModelConfig, weight: Weight, layout: Layout, mesh: Mesh | None, table: Table
 ) -> tuple[tuple[int, ...], NamedSharding | None]:
     """(shape of the parameter that holds the weight, where it lies)."""
-    stacked = config.num_layers if layout == "stacked" and weight.layer is not None else None
-    shape = weight.shape if stacked is None else (stacked, *weight.shape)
-    return shape, _sharding(mesh, weight.name, weight.axes, weight.shape, table, stacked=stacked)
+    axes, shape = weight.axes, weight.shape
+    if weight.expert is not None:
+        axes, shape = f"X{axes}", (dict(weight.sizes)["X"], *shape)
+    if layout == "stacked" and weight.layer is not None:
+        axes, shape = f"L{axes}", (config.num_layers, *shape)
+    return shape, _sharding(mesh, weight.name, axes, shape, table)
 
 
 def _laid(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
@@ -212,12 +211,16 @@ def _turned(
 
 @partial(jax.jit, static_argnums=(3, 4), donate_argnums=0)
 def _with_row(
-    stack: jax.Array, array: jax.Array, row: int, permutation: tuple[int, ...], sharding: NamedSharding | None
+    stack: jax.Array,
+    array: jax.Array,
+    place: tuple[int, ...],
+    permutation: tuple[int, ...],
+    sharding: NamedSharding | None,
 ) -> jax.Array:
     turned = jnp.transpose(array, permutation).astype(stack.dtype)
-    return _laid(jax.lax.dynamic_update_index_in_dim(stack, turned, row, axis=0), sharding)
+    return _laid(stack.at[place].set(turned), sharding)
 
 
 @partial(jax.jit, static_argnums=(2, 3))
-def _stored_row(stack: jax.Array, row: int, permutation: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    return jnp.transpose(jax.lax.dynamic_index_in_dim(stack, row, keepdims=False), permutation).astype(dtype)
+def _stored_row(stack: jax.Array, place: tuple[int, ...], permutation: tuple[int, ...], dtype: np.dtype) -> jax.Array:
+    return jnp.transpose(stack[place], permutation).astype(dtype)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rapid_jax.model import skinny
-from rapid_jax.model.decoder import einsum32
+from rapid_jax.model.einsum32 import einsum32
 from rapid_jax.model.skinny import GROUP, MOST_ROWS, STEPS, fixed_point, skinny_matmul
 
 WeightBits: TypeAlias = Literal[8, 4]

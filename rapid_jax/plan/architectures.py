@@ -48,6 +48,25 @@ _QWEN3: dict[str, Any] = {
     "max_position_embeddings": 40960,
     "rope_scaling": _YARN,
 }
+_QWEN3_MOE: dict[str, Any] = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "num_key_value_heads": 4,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+_MIXTRAL: dict[str, Any] = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+    "sliding_window": None,
+}
 _MISTRAL: dict[str, Any] = {
     "model_type": "mistral",
     "vocab_size": 32000,
@@ -115,6 +134,9 @@ SHAPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "gemma-3-27b": _GEMMA3
         | {"head_dim": 128, "query_pre_attn_scalar": 168}
         | _sizes(5376, 21504, 62, 32, num_key_value_heads=16),
+        "qwen3-30b-a3b": _QWEN3_MOE | _sizes(2048, 6144, 48, 32, moe_intermediate_size=768),
+        "qwen3-235b-a22b": _QWEN3_MOE | _sizes(4096, 12288, 94, 64, moe_intermediate_size=1536),
+        "mixtral-8x7b": _MIXTRAL | _sizes(4096, 14336, 32, 32),
         "phi-4-mini": _PHI4_MINI,
         "smollm3-3b": _SMOLLM3,
         "mistral-7b": _MISTRAL | _sizes(4096, 14336, 32, 32),

@@ -35,9 +35,27 @@ class Pass:
 
 
 def matrices(config: ModelConfig) -> int:
-    """Weights of all layers that are multiplied with every token."""
+    """Weights of all layers that every token is multiplied with: of experts, those it goes to, and the router."""
+    return round(_matrices(config, 0 if config.experts is None else config.experts.per_token))
+
+
+def matrices_read(config: ModelConfig, tokens: float) -> float:
+    """Weights of all layers that are read for so many tokens.
+
+    Of experts those that the tokens are expected to touch, if each goes to any of them alike: the least that is read
+    where each is read once. Tokens of one text touch fewer.
+    """
+    return _matrices(config, 0 if config.experts is None else config.experts.touched(tokens))
+
+
+def _matrices(config: ModelConfig, experts: float) -> float:
+    """Weights of all layers, with so many experts in each layer that has some."""
     heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    return config.num_layers * config.hidden_size * (heads + 3 * config.intermediate_size)
+    sparse = sum(config.kinds[kind].experts for kind in config.kind_of)
+    width = (config.num_layers - sparse) * 3 * config.intermediate_size
+    if config.experts is not None:
+        width += sparse * (experts * 3 * config.experts.ffn + config.experts.count)
+    return config.hidden_size * (config.num_layers * heads + width)
 
 
 def slots_seen(config: ModelConfig, slots: int) -> int:
@@ -71,7 +89,7 @@ def work_of(
     pairs = sum(_pairs(run, window) for window in config.window_of) / mesh.context
     width = config.num_heads * config.head_dim
     flops = (2 * matrices(config) * share + 2 * head * run.rows + 4 * width * pairs) / mesh.model
-    weights = (matrices(config) + head * (run.rows > 0)) / (mesh.model * mesh.fsdp)
+    weights = (matrices_read(config, share) + head * (run.rows > 0)) / (mesh.model * mesh.fsdp)
     kv_heads = max(config.num_kv_heads, mesh.model) / mesh.model
     slots = slots_seen(config, run.seen) / (1 if split_tokens else mesh.context)
     cache = 2 * kv_heads * config.head_dim * slots

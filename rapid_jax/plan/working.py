@@ -17,7 +17,8 @@ FLOAT32 = 4
 def of_prefill(model: PlannedModel) -> int:
     """Of one chunk of T tokens in one layer: x and its norm, the new keys and values, and the larger of
 
-    the MLP's gate and up in float32, and attention's: q, k, v before and after their rotation, two outputs in float32
+    the MLP's gate and up in float32 (or, of experts, what goes in and out of every one that a token goes to, and
+    between), and attention's: q, k, v before and after their rotation, two outputs in float32
     (over the prefix, over the chunk), and scores and weights of one tile. cuDNN holds none, but the program has room
     for the plain XLA that takes what cuDNN cannot. A rounded matrix is restored before it meets so many rows.
     """
@@ -27,7 +28,10 @@ def of_prefill(model: PlannedModel) -> int:
     tile = 2 * FLOAT32 * config.num_heads * min(tokens, LARGEST_BLOCK) ** 2
     attention = tokens * (2 * item * heads + 2 * FLOAT32 * config.num_heads * config.head_dim) + tile
     restored = 0 if model.bits is None else 2 * FLOAT32 * config.hidden_size * config.intermediate_size
-    return tokens * kept + max(attention, tokens * 2 * FLOAT32 * config.intermediate_size) + restored
+    mlp = 2 * FLOAT32 * config.intermediate_size
+    if (experts := config.experts) is not None:
+        mlp = experts.per_token * ((item + FLOAT32) * config.hidden_size + 3 * item * experts.ffn)
+    return tokens * kept + max(attention, tokens * mlp) + restored
 
 
 def of_round(plan: Plan) -> int:

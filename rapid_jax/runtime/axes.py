@@ -3,7 +3,7 @@
 
     B batch          T query time     S key time        G the few tokens of a decode step, or of a tail
     L layer          D embed          N query heads     K kv heads         H head dim
-    F ffn            V vocab          E encoder embedding              J a teacher's most probable tokens
+    F ffn            V vocab          E encoder embedding              J a teacher's most probable tokens    X experts
 
 `q_BTNH` is [batch, query time, query heads, head dim]; `gate_DF` is [embed, ffn]. These letters are the only sharding
 rule: PARAM for parameters (TRAINED while they are trained), ACT for everything that flows between them.
@@ -26,6 +26,7 @@ PARAM: Table = {
     "H": None,
     "L": None,
     "E": None,  # encoders are small: whole on every device
+    "X": None,  # each device has a part of every expert
 }
 # While training, weights and what the optimizer keeps of them are also split over the devices that share a sequence.
 TRAINED: Table = {**PARAM, "D": ("fsdp", "context")}

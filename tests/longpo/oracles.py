@@ -18,6 +18,7 @@ from transformers import (
     LlamaConfig,
     PreTrainedModel,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 
@@ -30,6 +31,7 @@ from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.hf_names import weights
 from rapid_jax.model.placement import abstract
 from rapid_jax.runtime.axes import TRAINED
+from tests.expert_names import apart
 
 VOCABULARY = 64
 GEMMA3 = {
@@ -118,6 +120,10 @@ def model(*, tied: bool, family: str = "llama") -> PreTrainedModel:
     kind, special = {
         "llama": (LlamaConfig, {}),
         "qwen3": (Qwen3Config, {"head_dim": 16, "max_window_layers": 1} | WINDOW),
+        "qwen3_moe": (
+            Qwen3MoeConfig,
+            {"head_dim": 16, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        ),
         "smollm3": (SmolLM3Config, {"no_rope_layers": [1, 0], "pad_token_id": None} | WINDOW),
         "gemma3": (Gemma3TextConfig, GEMMA3 | WINDOW),
     }[family]
@@ -133,13 +139,14 @@ def model(*, tied: bool, family: str = "llama") -> PreTrainedModel:
         tie_word_embeddings=tied,
         **special,
     )
-    return AutoModelForCausalLM.from_config(config).double().eval()
+    # transformers' own choice of grouped products is for float32 at the most
+    return AutoModelForCausalLM.from_config(config, experts_implementation="eager").double().eval()
 
 
 def decoder_of(model: PreTrainedModel, mesh: Mesh | None = None) -> Decoder:
     """The same weights in float32 as training has them, put in place without a program."""
     config = from_hf(model.config.to_dict() | {"architectures": [type(model).__name__]})
-    stored = {key: value.detach().numpy().astype(np.float32) for key, value in model.state_dict().items()}
+    stored = apart({key: value.detach().numpy().astype(np.float32) for key, value in model.state_dict().items()})
     found: dict[Any, Any] = {}
     for weight in weights(config):
         array = stored[weight.key].reshape(weight.unflattened_shape).transpose(weight.to_ours)
@@ -147,7 +154,7 @@ def decoder_of(model: PreTrainedModel, mesh: Mesh | None = None) -> Decoder:
     graph, empty = nnx.split(abstract(config, layout="stacked", dtype=jnp.float32, mesh=mesh, table=TRAINED))
     filled = []
     for path, leaf in dict(nnx.to_flat_state(empty)).items():
-        array = np.stack(found[path]) if path[0] == "blocks" else found[path][0]
+        array = np.stack(found[path]).reshape(leaf.get_value().shape)  # in order of layers, of experts in a layer
         filled.append((path, leaf.replace(jax.device_put(array, leaf.get_value().sharding))))
     return nnx.merge(graph, nnx.from_flat_state(filled))
 
@@ -158,7 +165,7 @@ def named(decoder: Decoder, leaves: nnx.State) -> dict[str, np.ndarray]:
     found = {}
     for weight in weights(decoder.config):
         array = np.asarray(flat[weight.path("stacked")][...])
-        array = array if weight.layer is None else array[weight.layer]
+        array = array[weight.place("stacked")]
         found[weight.key] = array.transpose(weight.to_stored).reshape(weight.stored_shape)
     return found
 
@@ -216,4 +223,4 @@ def metrics_and_gradients(
     torch.stack([one["loss"] for one in every]).mean().backward()
     means = {name: float(np.mean([one[name].item() for one in every])) for name in every[0]}
     gradients = {key: x.grad.double().numpy().copy() for key, x in model.named_parameters() if x.grad is not None}
-    return means, gradients
+    return means, apart(gradients)

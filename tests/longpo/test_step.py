@@ -172,16 +172,23 @@ def test_loss_and_gradients_are_those_of_separate_sequences_in_torch(case):
 
 @pytest.mark.parametrize(
     "family, sizes",
-    [("qwen3", {"fsdp": 2, "context": 2, "model": 2}), ("smollm3", {}), ("gemma3", {"fsdp": 2, "model": 2})],
+    [
+        ("qwen3", {"fsdp": 2, "context": 2, "model": 2}),
+        ("smollm3", {}),
+        ("gemma3", {"fsdp": 2, "model": 2}),
+        ("qwen3_moe", {"fsdp": 2, "context": 2, "model": 2}),
+    ],
 )
 def test_other_families_are_trained_as_torch_trains_them(family, sizes):
     """Norms of q and k, whose gradient is a sum over heads on several devices; a layer without rotary embedding;
-    windows of one layer of two, which training knows while it runs; Gemma's norms around, gelu and two ropes.
+    windows of one layer of two, which training knows while it runs; Gemma's norms around, gelu and two ropes; experts,
+    without an auxiliary loss.
     """
     mesh = [f"mesh.{axis}={size}" for axis, size in sizes.items()]
     ours = trained(*mesh, family=family, tied=True, updates=1)
-    _, gradients = torch_s(ours.config, family=family, tied=True)
+    means, gradients = torch_s(ours.config, family=family, tied=True)
     compare(ours.gradients, gradients)
+    np.testing.assert_allclose(ours.means["loss"], means["loss"], rtol=1e-5)
     if family == "qwen3":
         for key in ("model.layers.0.self_attn.q_norm.weight", "model.layers.1.self_attn.k_norm.weight"):
             assert ours.weights[key].shape == (16,) and np.abs(ours.weights[key] - 1).mean() > 1e-4

@@ -95,6 +95,22 @@ FAMILIES = {
             "max_position_embeddings": 32768,
         },
     ),
+    "qwen3_moe": (
+        "Qwen3MoeConfig",
+        {
+            "rope_theta": 1e6,
+            "head_dim": 16,
+            "max_position_embeddings": 32768,
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
+    "mixtral": (
+        "MixtralConfig",
+        {"rope_theta": 1e6, "head_dim": 16, "max_position_embeddings": 32768, "num_local_experts": 4},
+    ),
     "qwen2-tied": ("Qwen2Config", {"rope_theta": 1e6, "max_position_embeddings": 32768, "tie_word_embeddings": True}),
 }
 

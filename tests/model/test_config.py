@@ -44,6 +44,7 @@ WITH_IMAGES = {
     "vision_config": {"hidden_size": 1152},
 }
 PHI3 = LLAMA | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "sliding_window": None}
+MIXTRAL = LLAMA | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 4}
 QWEN2 = LLAMA | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "num_key_value_heads": 2}
 
 
@@ -176,7 +177,9 @@ def test_an_override_of_the_rope_base_is_exported():
         ),
         (WITH_IMAGES | {"quantization_config": {"bits": 4}}, "quantization_config"),
         (WITH_IMAGES | {"text_config": {"num_hidden_layers": "4"}}, "text_config.num_hidden_layers"),
-        (LLAMA | {"model_type": "qwen3_moe"}, "a mixture of experts is not supported, got 'qwen3_moe'"),
+        (LLAMA | {"model_type": "qwen2_moe"}, "a mixture of experts is not supported, got 'qwen2_moe'"),
+        (QWEN3 | {"model_type": "qwen3_moe", "architectures": []}, "num_experts must be"),
+        (MIXTRAL | {"num_experts_per_tok": 5}, "num_experts_per_tok must be"),
         (LLAMA | {"model_type": "gpt_oss"}, "attention sinks and a mixture of experts is not .*'gpt_oss'"),
         (LLAMA | {"model_type": "llama4_text"}, "attention in chunks .*'llama4_text'"),
         (LLAMA | {"model_type": "qwen3_next"}, "linear attention is not supported, got 'qwen3_next'"),

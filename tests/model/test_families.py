@@ -25,6 +25,7 @@ from tests.speculative.models import prompted
 DRAWS = 20
 # (hidden size, query heads, kv heads, size of a head): few, so that draws share what is compiled
 HEADS = ((32, 4, 2, 16), (48, 6, 6, 8))
+EXPERTS = ((6, 2), (4, 4), (5, 1))  # how many there are, a token's
 CONFIGS = {
     "mistral": "MistralConfig",
     "qwen2": "Qwen2Config",
@@ -32,9 +33,16 @@ CONFIGS = {
     "smollm3": "SmolLM3Config",
     "phi3": "Phi3Config",
     "gemma3_text": "Gemma3TextConfig",
+    "qwen3_moe": "Qwen3MoeConfig",
+    "mixtral": "MixtralConfig",
 }
 WINDOWS = (1, 7, 16, 17, 64)  # the tests' prompts are of 24 and, for greedy tokens, 120
-MESHES = {"qwen3": MeshConfig(context=2, model=2), "gemma3_text": MeshConfig(model=2)}  # for greedy tokens
+MESHES = {  # for greedy tokens
+    "qwen3": MeshConfig(context=2, model=2),
+    "gemma3_text": MeshConfig(model=2),
+    "qwen3_moe": MeshConfig(context=2, model=2),
+}
+ALIKE = {"qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []}}  # layers that can be stacked
 LAYOUTS: tuple[Layout, ...] = ("stacked", "unrolled")
 
 
@@ -98,6 +106,25 @@ def _gemma3(rng: random.Random, head_dim: int) -> dict[str, Any]:
     return found | layers | {"rope_scaling": scaling}
 
 
+def _qwen3_moe(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    """Some with an MLP in one of the two layers."""
+    count, chosen = rng.choice(EXPERTS)
+    found = {"num_experts": count, "num_experts_per_tok": chosen, "moe_intermediate_size": 24, "head_dim": head_dim}
+    found |= rng.choice(({}, {}, {"decoder_sparse_step": 2}, {"mlp_only_layers": [1]}))
+    found |= {"use_sliding_window": rng.random() < 0.3, "sliding_window": rng.choice(WINDOWS)}
+    return found | {"norm_topk_prob": rng.random() < 0.5, "rope_scaling": _scaling(rng)}
+
+
+def _mixtral(rng: random.Random, head_dim: int) -> dict[str, Any]:
+    count, chosen = rng.choice(EXPERTS)
+    found = {"num_local_experts": count, "num_experts_per_tok": chosen, "head_dim": head_dim}
+    return found | {
+        "intermediate_size": 24,
+        "sliding_window": rng.choice((None, *WINDOWS)),
+        "rope_scaling": _scaling(rng),
+    }
+
+
 def _scaling(rng: random.Random) -> dict[str, Any] | None:
     factor = rng.choice((2.0, 4.0))
     yarn = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": 8192}
@@ -111,6 +138,8 @@ OF_FAMILY = {
     "smollm3": _smollm3,
     "phi3": _phi3,
     "gemma3_text": _gemma3,
+    "qwen3_moe": _qwen3_moe,
+    "mixtral": _mixtral,
 }
 
 
@@ -168,7 +197,7 @@ def test_a_random_config_is_read_as_transformers_reads_it_and_exported_so(family
 @pytest.mark.parametrize("family", CONFIGS)
 def test_greedy_tokens_are_those_of_transformers_with_a_drafter_of_the_family(family: str, tmp_path: Path):
     """Prefilled by chunks, on a mesh where there is one; drafted by a copy in 8 bits, in the other layout."""
-    given = drawn(family, 0) | {"dtype": "float32", "vocab_size": 104}
+    given = drawn(family, 0) | {"dtype": "float32", "vocab_size": 104} | ALIKE.get(family, {})
     model = saved(family, given, tmp_path)
     sizes = MESHES.get(family)
     mesh = None if sizes is None else make_mesh(sizes, jax.devices()[: sizes.devices])

@@ -16,6 +16,8 @@ from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model import fused_decoder
 from rapid_jax.model.config import LayerKind, ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder, Layout
+from rapid_jax.model.experts_config import Experts
+from rapid_jax.model.finite import why_not_finite
 from rapid_jax.model.fused import FusedDecoder, fused, quantized
 from rapid_jax.model.fused_decoder import FusedBlock
 from rapid_jax.model.hf_names import weights
@@ -58,6 +60,11 @@ GEMMA = replace(
     norm_offset=1.0,
     embedding_scale=8.0,
     query_pre_attn_scalar=24,
+)
+EXPERTS = replace(
+    replace(QWEN, family="qwen3_moe", qkv_bias=False, qk_norm=True, intermediate_size=0),
+    experts=Experts(count=5, per_token=2, ffn=192, normalized=True),
+    pattern=(LayerKind(experts=True),),
 )
 MESHES = {
     "model 2": MeshConfig(model=2),
@@ -114,7 +121,9 @@ def same(got: np.ndarray, want: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [QWEN, LLAMA, OTHER, GEMMA], ids=["biases, untied", "tied", "norms, not all rotated", "norms around"]
+    "config",
+    [QWEN, LLAMA, OTHER, GEMMA, EXPERTS],
+    ids=["biases, untied", "tied", "norms, not all rotated", "norms around", "experts"],
 )
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 def test_on_one_device(config: ModelConfig, layout: Layout):
@@ -135,6 +144,20 @@ def test_on_a_mesh(name: str, config: ModelConfig, layout: Layout):
 def test_norms_and_kinds_of_layers_on_a_mesh(name: str, config: ModelConfig):
     """Each head is normalised where it lies."""
     lies_as_on_one_device(name, config, "stacked")
+
+
+def test_experts_on_a_mesh():
+    """Each device has a part of every expert, filled up to whole tiles."""
+    lies_as_on_one_device("fsdp 2, model 2", EXPERTS, "unrolled")
+
+
+@pytest.mark.parametrize("layout", ["stacked", "unrolled"])
+def test_an_expert_that_is_not_finite_is_named(layout: Layout):
+    decoder: Any = decoder_of(EXPERTS, layout)
+    block, place = (decoder.blocks, (1, 3)) if layout == "stacked" else (decoder.blocks[1], (3,))
+    block.up_XDF[...] = block.up_XDF[...].at[place].set(jnp.inf)
+    for one in (decoder, fused(decoder)):
+        assert why_not_finite(one).startswith("model.layers.1.mlp.experts.3.up_proj.weight holds")
 
 
 @pytest.mark.parametrize("config", [OTHER, GEMMA], ids=["of q and k", "around"])

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF files written by the gguf package from a tiny transformers model, and the real SmolLM2 file."""
 
+import re
+
 import gguf
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +25,37 @@ def interleaved(array: np.ndarray, heads: int) -> np.ndarray:
     return array.reshape(heads, 2, array.shape[0] // heads // 2, -1).swapaxes(1, 2).reshape(array.shape)
 
 
+def each_weight(model):
+    """(key, values) as files have them: all experts of a layer are one, gate and up apart."""
+    for key, value in model.state_dict().items():
+        key = key.replace("block_sparse_moe", "mlp")
+        place, experts, name = key.partition(".experts.")
+        if not experts:
+            yield key, value
+            continue
+        parts = value.chunk(2, dim=1) if name == "gate_up_proj" else [value]
+        for part, of in zip(parts, ["gate", "up"] if len(parts) == 2 else ["down"], strict=True):
+            yield f"{place}.experts.0.{of}_proj.weight", part
+
+
+def add_experts(writer, config):
+    if getattr(config, "num_local_experts", None):
+        writer.add_expert_count(config.num_local_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if getattr(config, "moe_intermediate_size", None):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+
+
 def write_gguf(
-    path, model, *, architecture="llama", quantised=None, extra=(), omit=(), pre="llama-bpe", rope_factors=None
+    path,
+    model,
+    *,
+    architecture="llama",
+    quantised=None,
+    extra=(),
+    omit=(),
+    pre="llama-bpe",
+    rope_factors=None,
 ):
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -61,10 +92,12 @@ def write_gguf(
         for kind in ("long", "short"):
             writer.add_tensor(f"rope_factors_{kind}.weight", np.asarray(rope[f"{kind}_factor"], np.float32))
     for key, value in extra:
-        writer.add_string(key, value) if isinstance(value, str) else writer.add_float32(key, value)
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(key, value)
+    add_experts(writer, config)
     if rope_factors is not None:
         writer.add_tensor("rope_freqs.weight", rope_factors)
-    for key, value in model.state_dict().items():
+    for key, value in each_weight(model):
         if key in omit or (key == "lm_head.weight" and config.tie_word_embeddings):
             continue
         array = value.numpy()
@@ -92,6 +125,8 @@ def write_gguf(
         ("smollm3", "smollm3"),
         ("phi3", "phi3"),
         ("gemma3", "gemma3"),
+        ("qwen3_moe", "qwen3moe"),
+        ("mixtral", "llama"),
     ],
 )
 def test_logits_of_a_gguf_file_equal_the_model_it_was_made_from(name, architecture, checkpoint, tmp_path):
@@ -120,12 +155,13 @@ def test_quantised_rows_of_joined_matrices_are_those_of_the_whole(checkpoint, tm
         np.testing.assert_array_equal(found, dequantize(quantize(array, kind), kind))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3", "phi3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "smollm3", "phi3", "gemma3", "qwen3_moe", "mixtral"])
 def test_weights_are_named_as_the_package_names_them(name, checkpoint):
     config = HfCheckpoint(checkpoint(name)[1]).config
-    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, name.upper()), config.num_layers)
+    architecture = {"qwen3_moe": "QWEN3MOE", "mixtral": "LLAMA"}.get(name, name.upper())
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, architecture), config.num_layers)
     for array in stored(config):
-        stem, _, kind = array.key.rpartition(".")
+        stem, _, kind = re.sub(r"experts\.\d+", "experts", array.key).rpartition(".")
         assert f"{names.get_name(stem)}.{kind}" == gguf_name(array.key, post_norms=config.post_norms)
 
 
@@ -165,7 +201,11 @@ def test_yarn_metadata_is_read(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"architecture": "qwen3moe"}, "architecture 'qwen3moe'"),
+        ({"architecture": "qwen2moe"}, "architecture 'qwen2moe'"),
+        ({"architecture": "qwen3moe"}, "qwen3moe.expert_count must be"),
+        ({"extra": [("llama.expert_count", 4)]}, "llama.expert_used_count must be"),
+        ({"extra": [("llama.expert_shared_count", 1)]}, "llama.expert_shared_count"),
+        ({"architecture": "qwen2", "extra": [("qwen2.expert_count", 4)]}, "experts of qwen2 are not supported"),
         ({"extra": [("llama.rope.scaling.type", "longrope")]}, "longrope"),
         ({"extra": [("llama.rope.scaling.attn_factor", 2.0)]}, "attn_factor"),
         ({"omit": ["model.layers.0.mlp.up_proj.weight"]}, "blk.0.ffn_up.weight is missing"),

@@ -79,7 +79,7 @@ def test_names_are_a_bijection_with_the_checkpoint(name, checkpoint):
     every = weights(config)
     assert {array.key for array in stored(config)} == raw_tensors(folder).keys()
     assert [weight for array in stored(config) for weight in array.weights] == list(every)
-    assert len({weight.path("unrolled") for weight in every}) == len(every)
+    assert len({(weight.path("unrolled"), weight.expert) for weight in every}) == len(every)
     for weight in every:
         array = np.random.default_rng(0).normal(size=weight.stored_shape)
         ours = array.reshape(weight.unflattened_shape).transpose(weight.to_ours)

@@ -9,20 +9,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 import transformers
 from flax import nnx
 
-from rapid_jax.model.hf_io import HfCheckpoint
+from rapid_jax.model.hf_io import HfCheckpoint, load_hf
 from rapid_jax.model.hf_names import Weight, weights
 from rapid_jax.model.placement import build
 from rapid_jax.runtime.axes import PARAM, TRAINED
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import MeshConfig, make_mesh
 from tests.model.conftest import SIZES
 
 # What the letters of a stored array's first axis are split over, on the mesh of the test.
-WITHIN = {"V": "model", "N": "model", "K": "model", "F": "model", "D": "fsdp"}
+WITHIN = {"V": "model", "N": "model", "K": "model", "F": "model", "D": "fsdp", "X": None, "H": None}
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,16 @@ def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("even")
     sizes: dict[str, Any] = SIZES | {"vocab_size": 104, "num_attention_heads": 4, "num_key_value_heads": 4}
     transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**sizes)).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """Experts in the first layer, an MLP in the second."""
+    path = tmp_path_factory.mktemp("mixed")
+    sizes: dict[str, Any] = SIZES | {"vocab_size": 104, "head_dim": 16, "num_experts": 3, "num_experts_per_tok": 2}
+    config = transformers.Qwen3MoeConfig(**sizes, moe_intermediate_size=24, mlp_only_layers=[1])
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(path)
     return path
 
 
@@ -54,7 +66,7 @@ def leaves(decoder) -> dict:
 
 def expected_parts(weight: Weight, mesh: dict[str, int], trained: bool) -> int:
     axis = WITHIN[weight.stored_axes[0]]
-    return mesh.get(axis, 1) * (mesh.get("context", 1) if trained and axis == "fsdp" else 1)
+    return mesh.get(str(axis), 1) * (mesh.get("context", 1) if trained and axis == "fsdp" else 1)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +85,7 @@ def test_each_row_is_read_once_and_in_the_parts_that_devices_hold(layout, mesh, 
         config,
         recorder.read,
         read_rows=recorder.read,
-        mesh=make_mesh(MeshConfig(**mesh)),
+        mesh=make_mesh(MeshConfig(**mesh), jax.devices()[: MeshConfig(**mesh).devices]),
         table=TRAINED if trained else PARAM,
         **options,
     )
@@ -83,6 +95,15 @@ def test_each_row_is_read_once_and_in_the_parts_that_devices_hold(layout, mesh, 
         assert [row for rows in parts for row in rows] == list(range(weight.stored_shape[0])), weight.key
     alone = leaves(build(config, recorder.checkpoint.read, **options))
     assert all((leaf[...] == alone[path][...]).all() for path, leaf in leaves(on_mesh).items())
+
+
+def test_of_each_expert_a_device_is_given_its_part(mixed):
+    test_each_row_is_read_once_and_in_the_parts_that_devices_hold("unrolled", {"fsdp": 2, "model": 2}, False, mixed)
+
+
+def test_layers_of_both_kinds_are_not_stacked(mixed):
+    with pytest.raises(InputError, match="layout stacked: expected layers that all have experts, or none"):
+        load_hf(mixed, layout="stacked", dtype=jnp.dtype("float32"), quiet=True)
 
 
 def test_an_array_that_is_only_read_whole_is_read_once(folder):
@@ -98,6 +119,7 @@ import json, sys
 from pathlib import Path
 import jax
 jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]), initialization_timeout=60)
+import jax
 import jax.numpy as jnp
 from rapid_jax.model import safetensors_file
 from rapid_jax.model.hf_io import load_hf

@@ -17,6 +17,7 @@ from rapid_jax.attention.rounded import rounded
 from rapid_jax.config import ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.lane import Lane, LaneKey
 from rapid_jax.model.config import LayerKind
+from rapid_jax.model.experts_config import Experts
 from rapid_jax.model.fused import fused, quantized
 from rapid_jax.model.quantized import BITS
 from rapid_jax.plan import programs
@@ -231,6 +232,17 @@ def test_a_layer_with_a_window_sees_no_more(seen, pairs):
     heads, kv_heads = 4 * 32, 2 * 2 * 2 * 8
     assert whole.flops - work.flops == heads * (8 * (seen + 4) - pairs)
     assert whole.hbm_bytes - work.hbm_bytes == kv_heads * (seen - min(seen, 10))
+
+
+def test_work_with_experts_by_hand():
+    """A token is multiplied with its own; what is read are those that all are expected to touch."""
+    experts = Experts(count=5, per_token=2, ffn=24, normalized=True)
+    config = replace(config_of(VOCABULARY), experts=experts, pattern=(LayerKind(experts=True), LayerKind()))
+    heads, mlp, head = 32 * (2 * 32 + 2 * 16), 3 * 32 * 48, 32 * VOCABULARY
+    work = work_of(config, MeshConfig(), Pass(2, 0, 1), 2, split_tokens=False)
+    own = 2 * heads + mlp + 32 * 5 + 2 * 3 * 32 * 24
+    assert work.flops == 2 * own * 2 + 2 * head + 4 * 2 * 32 * 2
+    assert work.hbm_bytes == pytest.approx(2 * (own + 1.2 * 3 * 32 * 24 + head))  # 3.2 of 5 experts
 
 
 def test_bytes_are_those_of_whole_tiles():

@@ -14,7 +14,7 @@ from rapid_jax.engine.job import Job
 from rapid_jax.engine.lane import LaneKey, Prepared
 from rapid_jax.engine.prefilling import PAUSE_S, TARGET_LACKS, Prefilling, Steps
 from rapid_jax.engine.reader import read
-from rapid_jax.engine.request import Request, Retrieved, Tokens
+from rapid_jax.engine.request import Retrieved, Tokens
 from rapid_jax.engine.rooms import QUESTION_TOKENS, room_of_retrieved
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.identity import check_same_prompts

@@ -89,7 +89,13 @@ def finished(process: subprocess.Popen) -> tuple[int, str, str]:
         # gamma goes by the clock, which two processes must agree on; only greedy answers are the same again
         (
             ["mesh.context=4", "mesh.model=2"],
-            ["speculation.gamma=auto", "sampling.temperature=0.0", "compute.kv=int8", "models.drafter_weights=int8"],
+            [
+                "speculation.gamma=auto",
+                "speculation.mode=lossless",
+                "sampling.temperature=0.0",
+                "compute.kv=int8",
+                "models.drafter_weights=int8",
+            ],
         ),
         # the drafter's devices are others of both processes
         (

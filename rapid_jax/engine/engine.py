@@ -17,7 +17,7 @@ from rapid_jax.engine.errors import Draining, QueueFull
 from rapid_jax.engine.job import Job, Ticket
 from rapid_jax.engine.lane import ROW_BUCKETS, Lane, LaneKey, Prepared
 from rapid_jax.engine.models import Models
-from rapid_jax.engine.prefilling import Steps
+from rapid_jax.engine.prefilling import Prefilling, Steps
 from rapid_jax.engine.prefixes import PrefixCache
 from rapid_jax.engine.prepare import Preparing
 from rapid_jax.engine.request import Cancelled, Done, Failed, OnEvent, Request
@@ -78,16 +78,9 @@ class Engine:
     @cached_property
     def _preparer(self) -> Preparing:
         others = self._lanes, self._ready
-        return Preparing(
-            self.config,
-            self.models,
-            self.prefixes,
-            is_alone=lambda: not any(others),
-            few_programs=not self._prefill_first,
-            aside=None if self._prefill_first else ThreadPoolExecutor(1, "retrieval"),
-            on_read=self.on_read,
-            quiet=self._quiet,
-        )
+        how = {"is_alone": lambda: not any(others), "few_programs": not self._prefill_first, "quiet": self._quiet}
+        prefilling = Prefilling(self.config, self.models, self.prefixes, on_read=self.on_read, **how)
+        return Preparing(prefilling, None if self._prefill_first else ThreadPoolExecutor(1, "retrieval"))
 
     def on_read(self, request: Request, key: str) -> None:
         """The keys and values of a request's document, of that key, are about to be looked for, or made."""

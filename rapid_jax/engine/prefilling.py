@@ -52,8 +52,8 @@ class Prefilling:
         """`is_alone`: whether no request has been read and not ended. `few_programs`: requests that ask for different
         things share theirs. `on_read` is told the key of a document's keys and values.
         """
-        self._config, self._models, self._prefixes, self._quiet = config, models, prefixes, quiet
-        self._is_alone, self._few_programs, self._on_read = is_alone, few_programs, on_read
+        self.config, self.models, self.prefixes, self._quiet = config, models, prefixes, quiet
+        self.is_alone, self.few_programs, self._on_read = is_alone, few_programs, on_read
         self.under_way = 0  # requests whose prompts are being read
         self._waits = 0  # requests that can go on only when others have given back memory
 
@@ -67,49 +67,49 @@ class Prefilling:
 
         It is made once a request: that takes milliseconds for a long document.
         """
-        prompt, is_short = request.prompt, len(head) < self._config.compute.prefill_chunk
+        prompt, is_short = request.prompt, len(head) < self.config.compute.prefill_chunk
         if not isinstance(prompt, Question) and (is_short or (isinstance(prompt, Tokens) and not prompt.kept)):
             return None
-        return self._prefixes.name(head, request.owner, request.public, spares=isinstance(prompt, Question))
+        return self.prefixes.name(head, request.owner, request.public, spares=isinstance(prompt, Question))
 
     def at_hand(self, job: Job, name: Name | None) -> tuple[Prefix, Handle] | None:
         """The document, held, where it lies on the devices and nobody waits for what it takes there."""
-        if name is None or self.waits_for_room or not self._prefixes.on_devices(name.key):
+        if name is None or self.waits_for_room or not self.prefixes.on_devices(name.key):
             return None
         try:
-            found = self._prefixes.find(name)
+            found = self.prefixes.find(name)
         except RoomLater:
             return None
         if found.handle is None or found.prefix is None:
             return None
         self._on_read(job.request, name.key)
         job.reused = True
-        self._prefixes.hold(found.handle)
+        self.prefixes.hold(found.handle)
         return found.prefix, found.handle
 
     def document(self, job: Job, head: list[int], name: Name | None) -> Steps[tuple[Prefix, Handle | None]]:
         """The target's prefix of the prompt up to the end of the document, kept for others under the name; held where
         it is kept.
         """
-        decoder = self._models.target.decoder
+        decoder = self.models.target.decoder
         if name is None:
-            room = room_of_short(len(head), self._config.compute.prefill_chunk) if self._few_programs else 0
+            room = room_of_short(len(head), self.config.compute.prefill_chunk) if self.few_programs else 0
             return (yield from self.read(job, decoder, head, "prefill", room=room)), None
         self._on_read(job.request, name.key)
         found, name = yield from self._begun(job, name)
         if found.handle is not None and found.prefix is not None:
             job.reused = True
-            self._prefixes.hold(found.handle)
+            self.prefixes.hold(found.handle)
             return found.prefix, found.handle
-        size = self._prefixes.bytes_for(name.room)
+        size = self.prefixes.bytes_for(name.room)
         try:
             prefix = yield from self.read(job, decoder, head, "prefill", found, name.room)
-            if self._config.compute.kv != "full":
+            if self.config.compute.kv != "full":
                 prefix = rounded(prefix)
         finally:
-            self._prefixes.give_back(size)
-        handle = self._prefixes.put(name, prefix)
-        self._prefixes.hold(handle)
+            self.prefixes.give_back(size)
+        handle = self.prefixes.put(name, prefix)
+        self.prefixes.hold(handle)
         return prefix, handle
 
     @contextmanager
@@ -125,21 +125,21 @@ class Prefilling:
         """What there is of a document, and the name with the room that it has; unless all is there that is reserved."""
         while True:
             found = yield from self._find(job, name)
-            if found.handle is not None or self._prefixes.reserve(self._prefixes.bytes_for(name.room)):
+            if found.handle is not None or self.prefixes.reserve(self.prefixes.bytes_for(name.room)):
                 return found, name
             del found  # by the time that there is room there may be more
             name = yield from self._roomy(name)
 
     def _roomy(self, name: Name) -> Steps[Name]:
         """Waits until there is room; the name with the document's own where there will be no more."""
-        while not self._prefixes.reserve(size := self._prefixes.bytes_for(name.room)):
-            if self._prefixes.fits(name.room) and self._may_be_room_later():
+        while not self.prefixes.reserve(size := self.prefixes.bytes_for(name.room)):
+            if self.prefixes.fits(name.room) and self._may_be_room_later():
                 yield from self._until_there_may_be_room()
             elif name.room > name.tokens:
                 name = replace(name, room=name.tokens)
             else:
                 raise TooLarge(f"the document is too large for the memory: {name.tokens} tokens of keys and values")
-        self._prefixes.give_back(size)
+        self.prefixes.give_back(size)
         return name
 
     def _find(self, job: Job, name: Name) -> Steps[Found]:
@@ -147,7 +147,7 @@ class Prefilling:
         while True:
             try:
                 with timed() as work:
-                    found = self._prefixes.find(name)
+                    found = self.prefixes.find(name)
             except RoomLater:
                 yield from self._until_there_may_be_room()
                 continue
@@ -156,12 +156,12 @@ class Prefilling:
 
     def _may_be_room_later(self) -> bool:
         """Whether some will be given back: by another request, or at the end of a move."""
-        others = self.under_way > 1 or not self._is_alone()
-        return self._prefixes.moving or (others and self._prefixes.occupied)
+        others = self.under_way > 1 or not self.is_alone()
+        return self.prefixes.moving or (others and self.prefixes.occupied)
 
     def _until_there_may_be_room(self) -> Steps[None]:
-        if self._is_alone():
-            self._prefixes.wait(PAUSE_S)
+        if self.is_alone():
+            self.prefixes.wait(PAUSE_S)
         self._waits += 1
         try:
             yield False
@@ -171,22 +171,22 @@ class Prefilling:
     @property
     def is_apart(self) -> bool:
         """Whether the drafter has devices of its own."""
-        return self._models.meshes[0] != self._models.meshes[1]
+        return self.models.meshes[0] != self.models.meshes[1]
 
     @cached_property
     def drafter_room(self) -> DrafterRoom:
         """The memory of a drafter's own devices."""
-        return DrafterRoom(self._models.drafter.decoder)
+        return DrafterRoom(self.models.drafter.decoder)
 
     def room_of_drafter(self, head: Sequence[int], name: Name | None) -> int:
         """Tokens that there is to be room for with a drafter's prompt about that document, before it is read."""
-        if not self._few_programs:
+        if not self.few_programs:
             return 0
-        chunk, target = self._config.compute.prefill_chunk, self._models.target.decoder
+        chunk, target = self.config.compute.prefill_chunk, self.models.target.decoder
         longest = room_of_short(len(head), chunk) if name is None else name.room
         coarse, devices = name is None, serving(target, block=1).context
         layout = ChunkLayout.of(max(longest, len(head)), chunk, devices, coarse=coarse)
-        return room_of_retrieved(layout.slots, self._config.retrieval)
+        return room_of_retrieved(layout.slots, self.config.retrieval)
 
     def takes_drafter(self, job: Job, tokens: Sequence[int], room: int) -> bool:
         """Whether the request has room on a drafter's own devices, from now on until it ends."""
@@ -205,16 +205,16 @@ class Prefilling:
 
     def drafter(self, job: Job, tokens: list[int], *, room: int, waits: bool = True) -> Steps[Prompted]:
         """The drafter with its prompt; without waiting it is only under way."""
-        decoder = self._models.drafter.decoder
+        decoder = self.models.drafter.decoder
         label = "prefill (drafter)" if waits else None
         prefix = yield from self.read(job, decoder, tokens[:-DRAFTER_LACKS], label, room=room)
-        is_copy = decoder.bits is not None and decoder is not self._models.target.decoder
+        is_copy = decoder.bits is not None and decoder is not self.models.target.decoder
         if is_copy:
             prefix = rounded(prefix)
         return Prompted(decoder, [tokens], prefix, [len(tokens) - DRAFTER_LACKS])
 
     def _settings(self, *, coarse: bool, room: int) -> PrefillSettings:
-        compute = self._config.compute
+        compute = self.config.compute
         return PrefillSettings(compute.prefill_chunk, compute.kernel, compute.context, coarse, room)
 
     def read(

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a request to a row: its prompts are made and read, a piece at a time."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, wait
 from dataclasses import replace
 from typing import TypeAlias
@@ -9,15 +9,12 @@ from typing import TypeAlias
 import jax
 
 from rapid_jax.attention.cache import Prefix
-from rapid_jax.config import RapidConfig
 from rapid_jax.engine.heads import Name
 from rapid_jax.engine.job import Job
 from rapid_jax.engine.lane import LaneKey, Prepared
-from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefilling import PAUSE_S, TARGET_LACKS, Prefilling, Steps
-from rapid_jax.engine.prefixes import PrefixCache
 from rapid_jax.engine.reader import read
-from rapid_jax.engine.request import Request, Retrieved, Tokens
+from rapid_jax.engine.request import Retrieved, Tokens
 from rapid_jax.engine.rooms import QUESTION_TOKENS, room_of_retrieved
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.identity import check_same_prompts
@@ -33,26 +30,11 @@ Named: TypeAlias = tuple[Reading, Name | None]  # what the models read, and the 
 class Preparing:
     """Makes prompts and reads them; what is read of documents is kept."""
 
-    def __init__(
-        self,
-        config: RapidConfig,
-        models: Models,
-        prefixes: PrefixCache,
-        *,
-        is_alone: Callable[[], bool],
-        few_programs: bool,
-        aside: Executor | None,
-        on_read: Callable[[Request, str], None],
-        quiet: bool,
-    ):
-        """`is_alone`: whether no request has been read and not ended. `few_programs`: requests that ask
-        for different things share theirs. `aside`: where prompts are made, None: here. `on_read` is told the key of a
-        document's keys and values.
-        """
-        self._config, self._models, self._prefixes = config, models, prefixes
-        self._is_alone, self._few_programs, self._aside = is_alone, few_programs, aside
-        how = {"is_alone": is_alone, "few_programs": few_programs, "on_read": on_read, "quiet": quiet}
-        self._prefilling = Prefilling(config, models, prefixes, **how)
+    def __init__(self, prefilling: Prefilling, aside: Executor | None):
+        """`prefilling` reads the prompts; `aside` is where they are made, None: here."""
+        self._prefilling, self._aside = prefilling, aside
+        self._config, self._models, self._prefixes = prefilling.config, prefilling.models, prefilling.prefixes
+        self._few_programs = prefilling.few_programs
 
     @property
     def waits_for_room(self) -> bool:
@@ -132,7 +114,7 @@ class Preparing:
         work = self._aside.submit(self._read, job)
         try:
             while not work.done():
-                if self._is_alone() and not self._prefilling.under_way:
+                if self._prefilling.is_alone() and not self._prefilling.under_way:
                     wait([work], PAUSE_S)
                 yield False
         finally:

@@ -57,7 +57,8 @@ class Tokenizer:
         self.files, self._rows, place = dict(files), rows, f"{place}/" if place else ""
         if not {"tokenizer.json", "tokenizer.model"} & self.files.keys():
             raise InputError(
-                f"{place}tokenizer.json: no such file; transformers' save_pretrained writes it from other formats"
+                f"{place}tokenizer.json: no such file, nor a tokenizer.model; "
+                "transformers' save_pretrained writes it from other formats"
             )
         read = self.files if "tokenizer.json" in self.files else self.files | sentencepiece_files(self.files, place)
         config = TokenizerConfig(read, place)

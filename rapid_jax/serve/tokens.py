@@ -7,7 +7,7 @@ from typing import Any
 
 from rapid_jax.engine.request import Piece, TokenLogprobs
 from rapid_jax.model.detokenize import REPLACEMENT
-from rapid_jax.model.thinking import START, Thinking
+from rapid_jax.model.thinking import END, START, Thinking
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.speculative.state import Origin
 
@@ -88,9 +88,12 @@ class OriginSpans:
             name = Origin(origin).name.lower()
             if text := self._stream.push([token_id]):
                 self._wait(text, name)
-        if piece.thoughts and self._thinking is None:
+        known = "".join(text for text, _ in self._waiting)
+        # Nothing may have been thought between the marks; an answer that spells them has them in its text.
+        is_parted = piece.thoughts or (piece.text and END in known and not known.startswith(piece.text))
+        if is_parted and self._thinking is None:
             given, self._waiting = self._waiting, deque()
-            self._thinking = Thinking(opened=START not in "".join(text for text, _ in given))
+            self._thinking = Thinking(opened=START not in known)
             for text, name in given:
                 self._wait(text, name)
         spans, rest = [], piece.text

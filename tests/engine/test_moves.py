@@ -309,13 +309,19 @@ def test_a_slow_disk_keeps_nobody_else_waiting(config: RapidConfig, models: Mode
     assert again.answer.token_ids == first.answer.token_ids
 
 
-def test_to_drain_waits_for_what_is_being_saved(config: RapidConfig, models: Models, slow_disk: Gate):
+def started(config: RapidConfig, models: Models) -> RunningEngine:
+    """An engine that has answered about two documents, and works."""
     engine = RunningEngine(config, models)
     engine.start()
     for seed in range(2):
         heard = Heard(engine, config, seed)
         while not heard.ticket.job.ended:
             time.sleep(0.01)
+    return engine
+
+
+def test_to_drain_waits_for_what_is_being_saved(config: RapidConfig, models: Models, slow_disk: Gate):
+    engine = started(config, models)
     coming = Heard(engine, config, 2)
     assert slow_disk.reached.wait(60)
     drained: list[bool] = []
@@ -333,12 +339,7 @@ def test_to_drain_waits_for_what_is_being_saved(config: RapidConfig, models: Mod
 def test_to_drain_takes_no_longer_than_it_may_and_leaves_no_part(
     config: RapidConfig, models: Models, slow_disk, caplog
 ):
-    engine = RunningEngine(config, models)
-    engine.start()
-    for seed in range(2):
-        heard = Heard(engine, config, seed)
-        while not heard.ticket.job.ended:
-            time.sleep(0.01)
+    engine = started(config, models)
     start = time.monotonic()
     assert engine.drain(0.5) and time.monotonic() - start < 5
     assert [line for line in caplog.messages if "2 prefixes" in line] == caplog.messages

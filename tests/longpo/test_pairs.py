@@ -33,25 +33,28 @@ from tests.tiny_models import save_decoder, words
 DOCUMENTS = 7  # long enough; one more is not, and one has no excerpt
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> LongPOConfig:
-    root = tmp_path_factory.mktemp("pairs")
+def tiny_corpus(root: Path, long: int, *, batch: int, temperature: float) -> LongPOConfig:
+    """So many documents long enough, one that is not, and one without an excerpt; and a model for them."""
     save_decoder(root / "model")
     (root / "books").mkdir()
-    for index in range(DOCUMENTS):
+    for index in range(long):
         (root / "books" / f"{index}.txt").write_text(words(50, seed=index))
     (root / "books" / "short.txt").write_text(words(20))
     (root / "books" / "flat.txt").write_text("\n\n".join(("w1" * 20, "w2" * 22, "w3" * 20)))
+    pairs = {"max_context": 1024, "batch": batch, "min_words": 0, "repeats_chosen": 1.0, "shard_pairs": 2}
     return LongPOConfig(
         model=PolicyConfig(source=str(root / "model"), dtype="float32"),
         corpus=CorpusConfig(sources=(f"book={root / 'books'}",), min_tokens=100, max_tokens=400),
         excerpts=ExcerptsConfig(min_tokens=48, max_tokens=80, per_document=2),
         instruct=InstructConfig(temperature=1.0, top_p=1.0, max_new_tokens=12),
-        pairs=PairsConfig(
-            temperature=1.0, max_new_tokens=12, max_context=1024, batch=3, min_words=0, repeats_chosen=1, shard_pairs=2
-        ),
+        pairs=PairsConfig(temperature=temperature, max_new_tokens=12, **pairs),
         generation=GenerationConfig(prefill_chunk=64, attention_block=512),
     )
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> LongPOConfig:
+    return tiny_corpus(tmp_path_factory.mktemp("pairs"), DOCUMENTS, batch=3, temperature=1.0)
 
 
 @pytest.fixture(scope="module")

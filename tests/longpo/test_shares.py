@@ -13,15 +13,7 @@ from pathlib import Path
 import pytest
 
 from longpo_jax.cli import main
-from longpo_jax.config import (
-    CorpusConfig,
-    ExcerptsConfig,
-    GenerationConfig,
-    InstructConfig,
-    LongPOConfig,
-    PairsConfig,
-    PolicyConfig,
-)
+from longpo_jax.config import LongPOConfig
 from longpo_jax.journal import Writer
 from longpo_jax.round import SETTINGS, run_share, run_stage
 from longpo_jax.shares import documents_of
@@ -32,8 +24,8 @@ from rapid_jax.runtime.run_folder import LEASE, alone_in_logs
 from rapid_jax.runtime.share import Share, shares_of
 from rapid_jax.runtime.storage import AnyPlace, files_below, working_place
 from tests.bucket_server import BUCKET, Killed, killed_at
-from tests.longpo.test_pairs import Engine
-from tests.tiny_models import save_decoder, words
+from tests.longpo.test_pairs import Engine, tiny_corpus
+from tests.tiny_models import words
 
 pytestmark = pytest.mark.usefixtures("no_waits")
 _COUNT = itertools.count()
@@ -43,23 +35,7 @@ BATCH = 2
 @pytest.fixture(scope="module")
 def config(tmp_path_factory) -> LongPOConfig:
     """Seven documents in four groups, of which one gives no excerpt; one more is too short."""
-    root = tmp_path_factory.mktemp("shares")
-    save_decoder(root / "model")
-    (root / "books").mkdir()
-    for index in range(6):
-        (root / "books" / f"{index}.txt").write_text(words(50, seed=index))
-    (root / "books" / "short.txt").write_text(words(20))
-    (root / "books" / "flat.txt").write_text("\n\n".join(("w1" * 20, "w2" * 22, "w3" * 20)))
-    return LongPOConfig(
-        model=PolicyConfig(source=str(root / "model"), dtype="float32"),
-        corpus=CorpusConfig(sources=(f"book={root / 'books'}",), min_tokens=100, max_tokens=400),
-        excerpts=ExcerptsConfig(min_tokens=48, max_tokens=80, per_document=2),
-        instruct=InstructConfig(temperature=1.0, top_p=1.0, max_new_tokens=12),
-        pairs=PairsConfig(
-            max_new_tokens=12, max_context=1024, batch=BATCH, min_words=0, repeats_chosen=1.0, shard_pairs=2
-        ),
-        generation=GenerationConfig(prefill_chunk=64, attention_block=512),
-    )
+    return tiny_corpus(tmp_path_factory.mktemp("shares"), 6, batch=BATCH, temperature=0.0)
 
 
 @pytest.fixture(autouse=True)

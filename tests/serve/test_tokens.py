@@ -45,6 +45,17 @@ def test_a_span_has_the_origin_of_the_token_that_completed_it():
     assert parts[-1] == {"text": "\u732b", "origin": Origin(ids[-1] % 4).name.lower()}
 
 
+@pytest.mark.parametrize("marks", ["<think>\n\n</think>\n\n", "\n\n</think>\n\n"])
+def test_spans_where_nothing_was_thought(marks: str):
+    """The marks are no part of the answer, though no piece has thoughts."""
+    thought, answer = tokenizer().encode_quoted(marks), tokenizer().encode_quoted("the end")
+    spans = OriginSpans(tokenizer())
+    quiet = spans.of(Piece("", thought, [int(Origin.BONUS)] * len(thought)))
+    found = spans.of(Piece("the end", answer, [int(Origin.DRAFT)] * len(answer)))
+    assert not quiet and {span["origin"] for span in found} == {"draft"}
+    assert "".join(span["text"] for span in found) == "the end"
+
+
 def test_spans_of_broken_bytes_and_of_texts_that_a_stop_held_back():
     generator = random.Random(0)
     for stops in ((), ("a", "the"), ("the document is over",)):

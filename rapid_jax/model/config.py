@@ -9,7 +9,7 @@ from typing import Any, Final
 from rapid_jax.model.config_checks import check_token_ids, family_of, refuse_unsupported, text_part
 from rapid_jax.model.experts_config import KEYS as EXPERT_KEYS
 from rapid_jax.model.experts_config import Experts
-from rapid_jax.model.families import TRAITS, Activation, Family
+from rapid_jax.model.families import TRAITS, Activation, Family, Traits
 from rapid_jax.model.layer_kinds import LayerKind, layer_keys, read_pattern
 from rapid_jax.model.rope_config import MOST_POSITIONS, Rope, read_rope, rope_scaling
 from rapid_jax.runtime.errors import InputError
@@ -159,7 +159,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         post_norms=traits.post_norms,
         norm_offset=traits.norm_offset,
         embedding_scale=hidden**0.5 if traits.scaled_embedding else 1.0,
-        query_pre_attn_scalar=fields.whole("query_pre_attn_scalar", least=1, most=2**20) if traits.defaults else None,
+        query_pre_attn_scalar=_query_scalar(fields, traits),
         experts=None if traits.mixture is None else traits.mixture.experts(fields),
         carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
@@ -200,6 +200,11 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     if traits.mixture is not None and config.experts is not None:
         stated |= traits.mixture.to_hf(config.experts, [config.kinds[kind].experts for kind in config.kind_of])
     return config.carried_keys() | stated
+
+
+def _query_scalar(config: Fields, traits: Traits) -> int | None:
+    key = "query_pre_attn_scalar"
+    return config.whole(key, least=1, most=2**20) if key in traits.defaults else None
 
 
 def _size(config: Fields, key: str) -> int:

@@ -2,7 +2,7 @@
 """Rows that are sorted by expert, each times the matrix of its expert; experts without rows are not read.
 
 On a TPU by JAX's own megablox kernel, on a GPU by `grouped_kernel.py`, elsewhere by a loop over tiles of rows.
-`jax.lax.ragged_dot` says the same, but is lowered to products with every expert where there is no TPU.
+`jax.lax.ragged_dot` says the same; by jax 0.10's rules it is lowered to products with every expert elsewhere.
 """
 
 import math

@@ -27,10 +27,12 @@ def of_prefill(model: PlannedModel) -> int:
     kept = 2 * item * (config.hidden_size + config.num_kv_heads * config.head_dim)
     tile = 2 * FLOAT32 * config.num_heads * min(tokens, LARGEST_BLOCK) ** 2
     attention = tokens * (2 * item * heads + 2 * FLOAT32 * config.num_heads * config.head_dim) + tile
-    restored = 0 if model.bits is None else 2 * FLOAT32 * config.hidden_size * config.intermediate_size
+    widths = [config.intermediate_size] if not all(kind.experts for kind in config.kinds) else []
     mlp = 2 * FLOAT32 * config.intermediate_size
     if (experts := config.experts) is not None:
+        widths.append(experts.ffn)  # restored one at a time
         mlp = experts.per_token * ((item + FLOAT32) * config.hidden_size + 3 * item * experts.ffn)
+    restored = 0 if model.bits is None else 2 * FLOAT32 * config.hidden_size * max(widths)
     return tokens * kept + max(attention, tokens * mlp) + restored
 
 

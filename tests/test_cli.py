@@ -87,6 +87,7 @@ def test_json_is_one_object_with_every_key(rapid, folder):
     given = result(rapid)
     assert given.keys() == {
         "answer",
+        "thoughts",
         "lossy",
         "token_ids",
         "finish_reason",

@@ -151,9 +151,15 @@ def _prepared(
     checks.check_samples(samples, options.suite)
     checks.check_prompts(samples, modes, explicit)
     checks.check_fits(samples, modes, tokenizer, positions, config)
-    greedy = [mode.label for mode in modes if resolve(mode.config.sampling, own).config.temperature == 0]
-    if not quiet and len(set(greedy) - {"retrieval"}) > 1:
-        say("evaluate: at temperature 0 every mode but retrieval gives the target's answer: set sampling.temperature")
+    alike = [
+        mode.label
+        for mode in modes
+        if mode.config.speculation.reads == "document"
+        and not mode.config.speculation.transfers_greedily
+        and resolve(mode.config.sampling, own).config.temperature == 0
+    ]
+    if not quiet and len(set(alike)) > 1:
+        say(f"evaluate: at temperature 0 {', '.join(alike)} give one answer, the target's: set sampling.temperature")
     limits = checks.limits_of(samples)
     if not quiet:
         ends = sorted({end for both in limits.values() for end in both})

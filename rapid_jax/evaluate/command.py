@@ -155,7 +155,7 @@ def _prepared(
         mode.label
         for mode in modes
         if mode.config.speculation.reads == "document"
-        and not mode.config.speculation.transfers_greedily
+        and not (mode.config.speculation.transfers_greedily and mode.config.speculation.effective_eta > 0)
         and resolve(mode.config.sampling, own).config.temperature == 0
     ]
     if not quiet and len(set(alike)) > 1:

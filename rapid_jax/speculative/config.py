@@ -125,8 +125,8 @@ class SpeculationConfig:
 
     @property
     def transfers_greedily(self) -> bool:
-        """Whether greedy tokens are the argmax of the enriched p-hat where a token was drafted."""
-        return self.effective_eta > 0 and self.transfer_temperature is not None
+        """Whether greedy tokens are the argmax of p-hat where a token was drafted; at eta 0 that is the target's."""
+        return self.mode in ("rapid", "phat") and self.transfer_temperature is not None
 
     @property
     def effective_eta(self) -> float:

@@ -2,7 +2,7 @@
 """From logits to a distribution, and from a distribution to tokens. Float32 throughout."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any, Literal, TypeAlias
 
@@ -22,7 +22,7 @@ class Law:
     """
 
     greedy: bool  # every row is
-    transfer: bool  # some greedy rows have eta > 0: the argmax of p-hat
+    transfer: bool  # greedy rows may have eta > 0: the argmax of p-hat
     guard: Guard | Literal["mixed"]
     exact_phat: bool  # some rows have the residual max(p_hat - q, 0): they sample p-hat exactly
     top_k: bool
@@ -80,10 +80,10 @@ class Law:
         return not self.greedy or self.transfer
 
     def widened(self) -> "Law":
-        """One of a few: greedy and no more (without transfer, or with a guard), or all kinds of sampling at once,
+        """One of a few: greedy and no more (without transfer, or with it), or all kinds of sampling at once,
         without log-probabilities or with."""
         if self.greedy and not (self.penalty or self.confidence_stop or self.logprobs):
-            return self
+            return replace(self, guard="mixed") if self.transfer else self
         return Law(False, True, "mixed", True, True, True, True, True, True, self.stops, self.logprobs)
 
     def is_stop(self, tokens: jax.Array) -> jax.Array:
@@ -119,7 +119,8 @@ class Knobs:
         """The numbers of these settings, one for all rows; arrays of the host. A greedy row is not filtered; it is
         divided by the transfer temperature, and has an eta, where the drafter moves it."""
         sampled = sampling.temperature > 0
-        transfer = speculation.transfer_temperature if not sampled and speculation.transfers_greedily else None
+        moved = not sampled and speculation.transfers_greedily and speculation.effective_eta > 0
+        transfer = speculation.transfer_temperature if moved else None
         gamma = MOST_DRAFTS if speculation.gamma == "auto" else int(speculation.gamma)
         values = {
             "temperature_B": sampling.temperature if sampled else transfer or 1.0,

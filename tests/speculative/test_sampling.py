@@ -138,6 +138,8 @@ def test_settings_that_greedy_ignores_compile_nothing_anew():
     moved = Law.of(other, SpeculationConfig(mode="phat"), (1, 3))
     assert moved.transfer and moved == Law.of(other, SpeculationConfig(transfer_temperature=0.5), (1, 3))
     assert plain.stops == (1, 3)
+    rows = [SpeculationConfig(eta=0.0), SpeculationConfig(mode="phat"), SpeculationConfig(eta=3.0, guard="paper")]
+    assert len({Law.of(other, row, (1, 3)).widened() for row in rows}) == 1
     warm = [
         Law.of(SamplingConfig(temperature=1, seed=0), SpeculationConfig(mode="rapid", eta=10), ()),
         Law.of(SamplingConfig(temperature=0.1, seed=7), SpeculationConfig(mode="lossless", eta=0), ()),

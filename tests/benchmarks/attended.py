@@ -84,10 +84,10 @@ def attended(q_BUNH: jax.Array, k_KSH: jax.Array, v_KSH: jax.Array, seen_KUS: ja
     """(attention output [1, U, N, H], softmax weights [K, U, S] summed over the query heads of a kv head)."""
     _, U, N, H = q_BUNH.shape
     q_UKGH = q_BUNH[0].reshape(U, k_KSH.shape[0], -1, H).astype(jnp.float32)
-    precise = {"precision": jax.lax.Precision.HIGHEST}
-    scores = jnp.einsum("UKGH,KSH->KGUS", q_UKGH, k_KSH.astype(jnp.float32), **precise) * H**-0.5
+    einsum = partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    scores = einsum("UKGH,KSH->KGUS", q_UKGH, k_KSH.astype(jnp.float32)) * H**-0.5
     weights = jax.nn.softmax(jnp.where(seen_KUS[:, None], scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("KGUS,KSH->UKGH", weights, v_KSH.astype(jnp.float32), **precise)
+    out = einsum("KGUS,KSH->UKGH", weights, v_KSH.astype(jnp.float32))
     return out.reshape(1, U, N, H).astype(q_BUNH.dtype), weights.sum(axis=1)
 
 
@@ -169,9 +169,9 @@ def choose(choice: Choice, mass_LUKM: np.ndarray, used: int, gamma: int) -> np.n
 def record(choice: Choice, answer: Answered, log_q_TV: jax.Array, gamma: int) -> dict[str, Any]:
     """What is said of a drafter on an answer."""
     accepted_T, agreed_T = (np.asarray(x, np.float64)[: answer.size] for x in compared(answer.log_p_TV, log_q_TV))
-    rounds = max(answer.size // gamma, 1)
+    rounds = max(answer.size // gamma, 1)  # whole ones, or all of an answer shorter than one
     of_gamma = {
-        name: float(np.cumprod(rate_T[: rounds * gamma].reshape(rounds, -1), axis=1).sum(axis=1).mean() / gamma)
+        name: float(np.cumprod(rate_T[: rounds * gamma].reshape(rounds, -1), axis=1).mean(axis=1).mean())
         for name, rate_T in (("of_gamma", accepted_T), ("of_gamma_greedy", agreed_T))
     }
     means = {"accepted": float(accepted_T.mean()), "agreed": float(agreed_T.mean())}

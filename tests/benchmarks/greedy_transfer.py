@@ -27,7 +27,9 @@ from rapid_jax.evaluate.results import ANSWERS, SUITE, Outcome, named, read
 from rapid_jax.evaluate.summary import Row, acceptances, difference, estimate, overall, shown, shown_difference
 
 SAMPLED = "temperature=0.3"  # behind a mode's name: drawn, not greedy
-GREEDY = "rapid:eta=10,rapid:eta=20,phat:eta=10,phat:eta=20"
+GREEDY = "rapid:eta=10,rapid:eta=20"  # phat's greedy answers are the same to the letter
+# In logits the transfer reaches eta at its temperature 1, and 0.3 eta where answers are drawn at 0.3.
+WEAKER = "rapid:eta=2,rapid:eta=5,rapid:eta=20:transfer_temperature=0.3"
 # Modes by suite; those of one text share programs, and run one after the other.
 MODES = {
     "qa": (
@@ -35,8 +37,9 @@ MODES = {
         GREEDY,
         f"rapid:eta=10:{SAMPLED},rapid:eta=20:{SAMPLED}",
         f"phat:eta=10:{SAMPLED},phat:eta=20:{SAMPLED}",
+        WEAKER,
     ),
-    "ruler": ("target,retrieval", GREEDY, f"rapid:eta=20:{SAMPLED},phat:eta=20:{SAMPLED}"),
+    "ruler": ("target,retrieval", GREEDY, f"rapid:eta=20:{SAMPLED},phat:eta=20:{SAMPLED}", WEAKER),
 }
 SETTINGS = {
     "models.layout": "stacked",

@@ -18,25 +18,23 @@ import argparse
 import gzip
 import json
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from rapid_jax.evaluate.results import Outcome, named, read
 from rapid_jax.evaluate.scoring import ruler_all
 from rapid_jax.evaluate.summary import Row, estimate, percent, shown
 
-# Our name of a task -> the harness's. Running text (essays) would have to be downloaded.
-TASKS = {
-    "niah_single_1": "niah_single_1",
-    "niah_multikey_2": "niah_multikey_2",
-    "niah_multikey_3": "niah_multikey_3",
-    "vt": "ruler_vt",
-    "cwe": "ruler_cwe",
-    "fwe": "ruler_fwe",
-}
+# Of the harness's tasks those without running text, which would have to be downloaded.
+TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
 KEPT = ("input", "outputs", "gen_prefix", "max_length")
+SEED = 42
 CONFIG = Path(__file__).parents[2] / "configs/rapid/quickstart.yaml"
 SETTINGS = {"models.layout": "stacked", "compute.prefill_chunk": 4096, "sampling.temperature": 0}
 
@@ -46,25 +44,45 @@ def main() -> None:
     {"write": write, "harness": ask_harness, "score": score}[options.what](options)
 
 
-def harness_tasks(tokenizer: Path, lengths: list[int]) -> dict:
-    """Our name -> the harness's task, its prompts made."""
-    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    from lm_eval.tasks import TaskManager  # type: ignore[reportMissingImports]
-
-    metadata = {"tokenizer": str(tokenizer), "max_seq_lengths": lengths}
-    made = TaskManager(metadata=metadata).load(list(TASKS.values()))["tasks"]
-    return {name: made[theirs] for name, theirs in TASKS.items()}
-
-
 def write(options: argparse.Namespace) -> None:
-    """A file a task, with the first prompts of each length."""
+    """A file a task, with the prompts of each length."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    from transformers import AutoTokenizer
+
+    random.seed(SEED)  # the harness draws from the global generators
+    np.random.seed(SEED)
+    tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
     options.prompts.mkdir(parents=True, exist_ok=True)
     lengths = [int(length) for length in options.lengths.split(",")]
-    for name, task in harness_tasks(options.tokenizer, lengths).items():
-        kept, every = [], list(task.test_docs())
-        for length in lengths:
-            kept += [doc for doc in every if doc["max_length"] == length][: options.samples]
-        write_prompts(options.prompts, name, [{key: doc[key] for key in KEPT} for doc in kept])
+    for name in TASKS:
+        made = [doc for length in lengths for doc in published(name, tokenizer, length, options.samples)]
+        write_prompts(options.prompts, name, [{key: doc[key] for key in KEPT} for doc in made])
+
+
+def published(name: str, tokenizer: Any, length: int, count: int) -> list[dict]:
+    """The harness's prompts of a task, as its own `custom_dataset` of the task makes 500 of them."""
+    from lm_eval.tasks.ruler import (  # type: ignore[reportMissingImports]
+        cwe_utils,
+        fwe_utils,
+        niah_utils,
+        prepare_niah,
+        vt_utils,
+    )
+
+    how = {"num_samples": count, "max_seq_length": length}
+    if name == "vt":
+        example = vt_utils.sys_vartrack_w_noise_random(tokenizer, 1, max_seq_length=500, incremental=5)[0]
+        return vt_utils.sys_vartrack_w_noise_random(tokenizer, icl_example=example, **how)
+    if name in ("cwe", "fwe"):
+        return (cwe_utils.sys_word_pair_random if name == "cwe" else fwe_utils.sys_kwext)(tokenizer=tokenizer, **how)
+    haystack, key, value = {
+        "niah_single_1": ("repeat", "words", "numbers"),
+        "niah_multikey_2": ("needle", "words", "numbers"),
+        "niah_multikey_3": ("needle", "uuids", "uuids"),
+    }[name]
+    kinds = {"type_haystack": haystack, "type_needle_k": key, "type_needle_v": value}
+    filler = prepare_niah.get_haystack(type_haystack=haystack)
+    return prepare_niah.generate_samples(filler, TOKENIZER=tokenizer, template=niah_utils.TEMPLATE, **kinds, **how)
 
 
 def ask_harness(options: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from longpo_jax.checkpoint_files import Found, check_place, newest
-from longpo_jax.checkpoints import Checkpoints, restore
+from longpo_jax.checkpoints import Checkpoints, named, restore
 from longpo_jax.config import LongPOConfig
 from longpo_jax.metrics import Metrics, check_installed, peak_flops, read_metrics
 from longpo_jax.optimizer import schedule_of, transform_of
@@ -27,7 +27,7 @@ from longpo_jax.pace import Clock
 from longpo_jax.reference import OfRecords, read_references, reference_inputs
 from longpo_jax.shortfall import lost, warning
 from longpo_jax.signals import Signals
-from longpo_jax.soundness import checksum, finite_each
+from longpo_jax.soundness import finite_each
 from longpo_jax.stages import has_ended, inputs_of, is_to_skip, mark_done, stage_in, summary_of
 from longpo_jax.step import TOLD, Sample, Step, TrainState
 from rapid_jax.model.identity import identity_of
@@ -38,6 +38,7 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.runtime.storage import AnyPlace
+from rapid_jax.runtime.value_sums import array_sums
 
 
 def run_train(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
@@ -285,7 +286,7 @@ class _Loop:
 
 
 def _sum(state: TrainState) -> int:
-    return int(checksum(nnx.state(state.weights, nnx.Param)))
+    return sum(map(int, array_sums(named(nnx.state(state.weights, nnx.Param))).values()))
 
 
 def _of_all(ids: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Literal
 from longpo_jax.limits import require, require_above, require_sampling, require_window
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.runtime.mesh_config import MeshConfig
-from rapid_jax.runtime.storage import place_of
+from rapid_jax.runtime.storage import local_path, place_of
 
 Objective = Literal["longpo", "dpo", "sft", "solopo", "opsd"]
 Remat = Literal["none", "layer", "attention"]
@@ -200,6 +200,8 @@ class TrainConfig:
     save_every: int = 50
     keep: int = 2  # newest checkpoints
     keep_every: int | None = None  # and those of steps that are multiples of this
+    emergency_every: int | None = None  # updates between two copies on each process's own disk; null: none
+    emergency_folder: str | None = None  # where they are, on this machine
     tensorboard: bool = False
     wandb: str | None = None  # project name; needs the package wandb
 
@@ -209,11 +211,15 @@ class TrainConfig:
         sizes = "tail rows_per_step epochs logits_chunk attention_block log_every save_every keep"
         for name in sizes.split():
             require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("max_steps", "keep_every"):
+        for name in ("max_steps", "keep_every", "emergency_every"):
             require(
                 (value := getattr(self, name)) is None or value >= 1,
                 f"{name}: expected at least 1, or null, got {value}",
             )
+        given = (self.emergency_every is not None, self.emergency_folder is not None)
+        require(given[0] == given[1], "emergency_every: expected with emergency_folder, got one of them alone")
+        if self.emergency_folder is not None:
+            local_path(self.emergency_folder, "emergency_folder")
         both = self.offload and self.remat == "none"
         require(not both, "offload: expected remat layer or attention, got remat none")
 

@@ -53,9 +53,14 @@ def meanings(cls: type) -> dict[str, str]:
             first = node.lineno
             while lines[first - 2].lstrip().startswith("#"):
                 first -= 1
-            lines_of_it = range(first, (node.end_lineno or node.lineno) + 1)
-            found[node.target.id] = " ".join(comments[line] for line in lines_of_it if line in comments)
+            its_lines = range(first, (node.end_lineno or node.lineno) + 1)
+            found[node.target.id] = _phrase(" ".join(comments[line] for line in its_lines if line in comments))
     return found
+
+
+def _phrase(text: str) -> str:
+    """A comment above a field is a sentence, one beside it a phrase: both as a phrase."""
+    return (text[:1].lower() + text[1:] if text[1:2].islower() else text).rstrip(".")
 
 
 def section_of(hint: Any) -> type | None:

@@ -71,8 +71,24 @@ class Generator:
         """What besides settings decides an answer."""
         return identity_of(self.config.model.source, self.config.model.dtype)
 
-    def answers(self, prompts: Sequence[list[int]], sampling: SamplingConfig, seeds: Sequence[int]) -> list[Answer]:
-        """An answer to each short prompt of two tokens or more, `pairs.batch` of about equal length at once."""
+    def compile_short(self, sampling: SamplingConfig, prompts: int) -> None:
+        """Compiles what `answers` runs for so many prompts: prompts of two tokens are answered by one."""
+        one, new = replace(sampling, max_new_tokens=1), sampling.max_new_tokens
+        self.answers([[0, 0]] * prompts, one, [0] * prompts, new=new)
+
+    def compile_long(self, sampling: SamplingConfig, documents: int, tokens: int, *, drafted: bool) -> None:
+        """Compiles what `answers_about` runs for so many documents, the longest of about so many tokens."""
+        one, new = replace(sampling, max_new_tokens=1), sampling.max_new_tokens
+        about = About([0, 0], [[0, 0]], [[0, 0, 0]] if drafted else None)
+        self.answers_about([about] * documents, one, [[0]] * documents, head=tokens, new=new)
+
+    def answers(
+        self, prompts: Sequence[list[int]], sampling: SamplingConfig, seeds: Sequence[int], *, new: int = 0
+    ) -> list[Answer]:
+        """An answer to each short prompt of two tokens or more, `pairs.batch` of about equal length at once.
+
+        There is room for `new` tokens of an answer at least.
+        """
         by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
         found: dict[int, Answer] = {}
         most = self.config.pairs.batch
@@ -82,18 +98,25 @@ class Generator:
             prefix = self._prefilled(self.short, [prompts[row][:-1] for row in rows], self._room)
             cached = [len(prompts[row]) - 1 for row in rows]
             prompted = Prompted(self.short, [prompts[row] for row in rows], prefix, cached)
-            said = self._generated(prompted, None, sampling, [seeds[row] for row in rows])
+            said = self._generated(prompted, None, sampling, [seeds[row] for row in rows], Room(new=new))
             found |= dict(zip(batch, said, strict=False))
         return [found[index] for index in range(len(prompts))]
 
     def answers_about(
-        self, asked: Sequence["About"], sampling: SamplingConfig, seeds: Sequence[Sequence[int]]
+        self,
+        asked: Sequence["About"],
+        sampling: SamplingConfig,
+        seeds: Sequence[Sequence[int]],
+        *,
+        head: int = 0,
+        new: int = 0,
     ) -> list[list[Answer]]:
         """The answers to the questions about each document, all at once. A document is computed and kept once, and the
         rows of all its questions read that one copy.
 
         With drafts, RAPID's drafter reads those, and `pairs.gamma` drafts are verified a round. That is lossless: the
-        law is exactly the target's, and greedy answers are the same.
+        law is exactly the target's, and greedy answers are the same. There is room for `head` tokens of a document and
+        `new` of an answer at least.
         """
         if not any(about.tails for about in asked):
             return [[] for _ in asked]
@@ -103,7 +126,7 @@ class Generator:
         each = 1 << (most - 1).bit_length()  # rows of a document, whatever it has: they are nearly free
         rows = [(at, min(row, len(asked[at].tails) - 1)) for at in documents for row in range(each)]
         decoder, heads = self.model.decoder, [asked[at].head for at in documents]
-        prefix = self._prefilled(decoder, heads)
+        prefix = self._prefilled(decoder, heads, head)
         prompts = [asked[at].head + asked[at].tails[row] for at, row in rows]
         target, drafter = Prompted(decoder, prompts, prefix, [len(asked[at].head) for at, _ in rows]), None
         if asked[places[0]].drafts is not None:
@@ -111,7 +134,8 @@ class Generator:
             lacking = [prompt[:-2] for prompt in short]
             prefix = self._prefilled(self.short, lacking, self._room)
             drafter = Prompted(self.short, short, prefix, list(map(len, lacking)))
-        said = self._generated(target, drafter, sampling, [seeds[at][row] for at, row in rows], suffix=AROUND)
+        room, own = Room(new=new, suffix=AROUND), [seeds[at][row] for at, row in rows]
+        said = self._generated(target, drafter, sampling, own, room)
         found = dict(zip(places, (said[start : start + each] for start in range(0, len(said), each)), strict=False))
         return [found[at][: len(about.tails)] if at in found else [] for at, about in enumerate(asked)]
 
@@ -149,7 +173,7 @@ class Generator:
         drafter: Prompted | None,
         sampling: SamplingConfig,
         seeds: Sequence[int],
-        suffix: int = 0,
+        room: Room,
     ) -> list[Answer]:
         # Level 0 is off: a second program for every shape would have to be compiled. Nobody waits for first tokens.
         mode = "target" if drafter is None else "lossless"
@@ -164,7 +188,7 @@ class Generator:
             seeds=seeds,
             block=self.config.generation.attention_block,
             token_ids=self.model.token_ids,
-            room=Room(suffix=suffix),
+            room=room,
         )
         ended = [reason == "stop" for reason in generation.finish_reasons]
         said = [tokens[:-1] if stop else tokens for tokens, stop in zip(generation.tokens, ended, strict=True)]

@@ -57,6 +57,21 @@ class PairMaker:
             repetition_penalty=pairs.repetition_penalty,
             max_new_tokens=pairs.max_new_tokens,
         )
+        self._drafted = pairs.speculation == "lossless"
+
+    def compiling(self) -> Iterator[None]:
+        """Loads the model and compiles, a program or a few a step, what documents need if there are enough of them for
+        whole batches and the longest of a batch has about `corpus.max_tokens` tokens. What has other sizes is compiled
+        when it comes.
+        """
+        pairs, corpus = self._config.pairs, self._config.corpus
+        count = min(pairs.batch, corpus.documents or pairs.batch)
+        for sampling in dict.fromkeys((self._asking, self._answering)):
+            self._generator.compile_short(sampling, min(pairs.batch, count * self._config.excerpts.per_document))
+            yield
+        tokens, drafted = min(corpus.max_tokens, pairs.max_context - pairs.max_new_tokens), self._drafted
+        self._generator.compile_long(self._answering, min(pairs.documents, count), tokens, drafted=drafted)
+        yield
 
     def made(
         self, documents: Sequence[Document], start: int = 0
@@ -204,9 +219,8 @@ class PairMaker:
 
     def _rejected(self, group: Sequence[_Work], heads: Sequence[list[int]]) -> list[list[Answer]]:
         asked, seeds = [], []
-        drafted = self._config.pairs.speculation == "lossless"
         for work, head in zip(group, heads, strict=True):
-            drafts = [self._short(question) for question in work.questions] if drafted else None
+            drafts = [self._short(question) for question in work.questions] if self._drafted else None
             asked.append(About(head, [question.dialogue.first for question in work.questions], drafts))
             seeds.append([_seed(question.seed, "rejected") for question in work.questions])
         return self._generator.answers_about(asked, self._answering, seeds)

@@ -14,6 +14,9 @@ from functools import cached_property
 from itertools import zip_longest
 from typing import Final
 
+import jax
+
+from longpo_jax.beside import beside
 from longpo_jax.config import LongPOConfig
 from longpo_jax.documents import Corpus, read_corpus
 from longpo_jax.generator import Generator
@@ -123,18 +126,24 @@ class _Job:
         return is_to_skip(self.folder, self.inputs, leads=self._leads)
 
     @cached_property
+    def _maker(self) -> PairMaker:
+        return PairMaker(self._config, self._generator, digest(repr(sorted(self.inputs.items()))))
+
+    @cached_property
     def corpus(self) -> Corpus:
-        """The documents, the same for all processes."""
+        """The documents, the same for all processes. An accelerator gets its model and programs meanwhile."""
         config = self._config
-        corpus = read_corpus(config.corpus, self._generator.tokenizer, config.seed, quiet=self._quiet)
+        # On a CPU the reading needs the cores; several processes must do the same in one order.
+        ahead = jax.default_backend() != "cpu" and jax.process_count() == 1
+        with beside(self._maker.compiling() if ahead else ()):
+            corpus = read_corpus(config.corpus, self._generator.tokenizer, config.seed, quiet=self._quiet)
         check_agreed({"documents": corpus.documents.digest})
         return corpus
 
     def make(self, writer: Writer | None, folder: AnyPlace, part: range) -> None:
         """Adds to the writer, if there is one, those of a part of the documents, whole groups, that it has not yet."""
-        documents = self.corpus.documents[: part.stop]
+        documents, maker = self.corpus.documents[: part.stop], self._maker
         finished = int(agreed(0 if writer is None else _resumed(writer, documents.ids[part.start :], folder)))
-        maker = PairMaker(self._config, self._generator, digest(repr(sorted(self.inputs.items()))))
         quiet = self._quiet or not self._leads
         with progress("pairs", len(part) - finished, "documents", quiet=quiet) as report:
             for document, record, counts in maker.made(documents, part.start + finished):

@@ -16,6 +16,7 @@ from longpo_jax.records import Answer
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig
+from tests.compiled import compiled
 from tests.tiny_models import save_decoder, words
 
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=12)
@@ -115,7 +116,7 @@ def test_questions_about_one_document_share_its_one_copy(folder, generator, ques
     head, tails, _ = questions
     read = []
     prefilled = generator._prefilled
-    monkeypatch.setattr(generator, "_prefilled", lambda decoder, given: read.append(given) or prefilled(decoder, given))
+    monkeypatch.setattr(generator, "_prefilled", lambda *given: read.append(given[1]) or prefilled(*given))
     answers = about(generator, head, tails, GREEDY, SEEDS)
     assert read == [[head]]
     expected = [plain_greedy(folder, generator, head + tail) for tail in tails]
@@ -204,3 +205,19 @@ def test_several_documents_at_once_are_answered_as_each_alone(generator, questio
     alone = [generator.answers_about([one], drawn, [own])[0] for one, own in zip(asked, seeds, strict=True)]
     assert together == alone and [len(answers) for answers in together] == [1, 0, 3]
     assert together[0][0] != together[2][0]
+
+
+@pytest.mark.parametrize("drafted", [False, True])
+def test_what_was_compiled_ahead_is_what_answers_run(folder, questions, prompts, drafted):
+    generator = Generator(config_for(folder, pairs=PairsConfig(batch=4, gamma=2)), quiet=True)
+    generator.compile_short(SAMPLED, 4)
+    generator.compile_long(GREEDY, 2, len(questions[0]), drafted=drafted)
+    head, tails, drafts = questions
+    asked = [
+        About(head, tails, drafts if drafted else None),
+        About(head[:-9], tails[:1], drafts[:1] if drafted else None),
+    ]
+    with compiled() as programs:
+        generator.answers([*prompts, prompts[0]], SAMPLED, [1, 2, 3, 4])
+        generator.answers_about(asked, GREEDY, [SEEDS, SEEDS[:1]])
+    assert not programs

@@ -25,6 +25,7 @@ from rapid_jax.runtime.storage import AnyPlace
 
 SUITES = {
     "ruler": "rapid_jax.evaluate.ruler",
+    "ruler-files": "rapid_jax.evaluate.ruler_files",
     "needle": "rapid_jax.evaluate.needle",
     "longbench-v2": "rapid_jax.evaluate.longbench",
     "infinitebench": "rapid_jax.evaluate.infinitebench",
@@ -33,6 +34,7 @@ SUITES = {
 
 _USED = {  # options that a suite uses
     "ruler": ("lengths", "text", "data"),
+    "ruler-files": ("data",),
     "needle": ("lengths", "depths", "text"),
     "longbench-v2": ("data",),
     "infinitebench": ("data",),

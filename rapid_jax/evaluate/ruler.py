@@ -24,7 +24,7 @@ AGGREGATION = ("cwe", "fwe")
 
 LENGTHS = (4096, 8192)
 SAMPLES = 25  # a task and length; RULER takes 500
-_NEW_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32} | dict.fromkeys(NIAH, 128)
+NEW_TOKENS = {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32} | dict.fromkeys(NIAH, 128)
 
 
 def samples(options: SuiteOptions, measure: Measure) -> Iterator[Sample]:
@@ -52,6 +52,11 @@ def samples(options: SuiteOptions, measure: Measure) -> Iterator[Sample]:
     tasks = options.tasks or tuple(task for task in TASKS if task not in QA or task in known)
     text = haystack.running_text(options.text)
     return _made(tasks, lengths, count, options.seed, text, known, measure)
+
+
+def metric_of(task: str) -> str:
+    """The name in scoring.METRICS of what the benchmark counts."""
+    return "ruler_part" if task in QA else "ruler_all"
 
 
 def _made(
@@ -99,7 +104,7 @@ def _blank(task: str, length: int, number: int) -> Sample:
         document="",
         question="",
         answers=(),
-        metric="ruler_part" if task in QA else "ruler_all",
-        max_new_tokens=_NEW_TOKENS[task],
+        metric=metric_of(task),
+        max_new_tokens=NEW_TOKENS[task],
         length=length,
     )

@@ -18,7 +18,11 @@ from rapid_jax.runtime.storage import is_local
 # Option -> the setting that it stands for, its value's name, its help. `_TEXTS` are never numbers.
 _OPTIONS = {
     "model": ("models.target", "DIR|FILE.gguf|smollm2", "the long-context target"),
-    "drafter": ("models.drafter", "same|DIR|FILE.gguf", "reads the retrieved text; same: the target"),
+    "drafter": (
+        "models.drafter",
+        "same|attended|DIR|FILE.gguf",
+        "reads the retrieved text; same: the target; attended: the target, on what it attends to",
+    ),
     "mode": ("speculation.mode", "rapid|lossless|phat|target|retrieval", "how the answer is made"),
     "temperature": ("sampling.temperature", "T", "0 is greedy"),
     "eta": ("speculation.eta", "E", "how strongly the drafter's distribution pulls the target's"),

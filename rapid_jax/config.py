@@ -12,6 +12,8 @@ from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.runtime.storage import place_of
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
 
+ATTENDED = "attended"
+
 
 @dataclass(frozen=True)
 class ModelsConfig:
@@ -19,7 +21,9 @@ class ModelsConfig:
 
     target: str = "smollm2"  # reads the whole document: a Hugging Face folder, a .gguf file, or the name smollm2
     target_weights: Literal["full", "int8"] = "full"  # int8: half the bytes to read; lossy: the quantised copy's answer
-    drafter: str = "same"  # reads the retrieved text; same: the target's own weights, no second copy; else as target
+    # Reads the retrieved text. same: the target's own weights, no second copy; attended: those too, over what
+    # the target attends to instead of retrieved text; else as target.
+    drafter: str = "same"
     drafter_weights: Literal["full", "int8", "int4"] = "full"  # int8, int4: a quantised copy of the weights drafts
     encoder: str = "minilm"  # embeds chunks: a Hugging Face folder, or the name minilm
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, else bfloat16
@@ -32,10 +36,19 @@ class ModelsConfig:
     def __post_init__(self):
         for name in ("target", "drafter", "encoder"):
             place_of(getattr(self, name), f"models.{name}")
-        if self.target_weights != "full" and self.drafter == "same" and self.drafter_weights == "int4":
+        if self.target_weights != "full" and self.has_one_checkpoint and self.drafter_weights == "int4":
             raise InputError("models.drafter_weights int4 needs models.target_weights full, got int8")
         if self.max_context is not None and self.max_context < 1:
             raise InputError(f"models.max_context: expected at least 1, got {self.max_context}")
+
+    @property
+    def has_one_checkpoint(self) -> bool:
+        """Whether the drafter is the target itself, or a copy of it."""
+        return self.drafter in ("same", ATTENDED)
+
+    def retrieves(self, speculation: SpeculationConfig) -> bool:
+        """Whether anything is retrieved for answers of this kind."""
+        return speculation.reads == "retrieved" or (speculation.drafts and self.drafter != ATTENDED)
 
     def loads_as(self, other: "ModelsConfig") -> bool:
         """Whether what is loaded is the same; how much of a document is read may differ."""
@@ -125,8 +138,11 @@ class RapidConfig:
         return [f"{name} {kind}" for name, kind in given.items() if kind != "full"]
 
     def __post_init__(self):
-        if self.drafter_mesh is not None and self.models.drafter == "same":
-            raise InputError("drafter_mesh is for a drafter with weights of its own, got models.drafter = same")
+        if self.drafter_mesh is not None and self.models.has_one_checkpoint:
+            drafter = self.models.drafter
+            raise InputError(f"drafter_mesh is for a drafter with weights of its own, got models.drafter = {drafter}")
+        if self.models.drafter == ATTENDED:
+            self._check_attended()
         for name, mesh in (("mesh", self.mesh), ("drafter_mesh", self.drafter_mesh)):
             if mesh is None:
                 continue
@@ -141,3 +157,15 @@ class RapidConfig:
                     f"compute.prefill_chunk: expected a multiple of {2 * mesh.context} (2 x {name}.context), "
                     f"got {self.compute.prefill_chunk}"
                 )
+
+    def _check_attended(self) -> None:
+        speculation = self.speculation
+        if speculation.effective_eta:
+            raise InputError(
+                "models.drafter attended knows no more than the target, whose distribution it cannot move: expected "
+                f"speculation.mode lossless, or eta 0, got {speculation.mode} with eta {speculation.eta:g}"
+            )
+        if self.mesh.context > 1:
+            raise InputError(
+                f"models.drafter attended: expected mesh.context 1, a document on one device, got {self.mesh.context}"
+            )

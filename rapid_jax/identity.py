@@ -53,7 +53,7 @@ def check_same_models(config: RapidConfig) -> None:
         return
     models, mode, cache = config.models, config.speculation.mode, cache_dir(config.cache.folder)
     fields = backend_fields() | deciding(config) | identity_of(models.target, models.dtype, name="target", cache=cache)
-    if mode not in ("target", "retrieval") and models.drafter != "same":
+    if mode not in ("target", "retrieval") and not models.has_one_checkpoint:
         fields |= identity_of(models.drafter, models.dtype, name="drafter", cache=cache)
     if mode != "target":
         fields |= _of_encoder(encoder_folder(models.encoder), cache)

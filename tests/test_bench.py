@@ -32,14 +32,14 @@ def bench():
 
 def test_the_command_measures_every_part_and_draws(tmp_path, capsys):
     rows, figure = tmp_path / "rows.jsonl", tmp_path / "a" / "cost.png"
-    cases = "plain,plain/int8,quoting,prose,full:3,int8:3,int4:3"
+    cases = "plain,plain/int8,quoting,prose,full:3,int8:3,int4:3,attended:3"
     others = ["--with", str(Path(__file__).parent / "benchmarks" / "h200.jsonl")]
     assert main([*SMALL, "--cases", cases, "--json", str(rows), "--plot", str(figure), *others]) == 0
     made = [json.loads(line) for line in rows.read_text().splitlines()]
     assert [row["part"] for row in made].count("attention") == 3
     decoded = [row for row in made if row["part"] == "decoding"]
     by_name = {row["name"]: row for row in decoded}
-    assert len(by_name) == 7
+    assert len(by_name) == 8
     out = capsys.readouterr().out
     lines = out.splitlines()
     for row in decoded:
@@ -179,6 +179,7 @@ def test_random_models_say_the_next_id_and_the_dial_touches_attention_alone():
         (["--mesh", "data=2,context=2"], "--mesh: expected context and model alone, got data 2 x fsdp 1 x context 2"),
         (["--mesh", "context=4", "--short", "30"], "--short: expected a multiple of context = 4, got 30"),
         (["--mesh", "context=4", "--contexts", "64,66"], "--contexts: expected a multiple of context = 4, got 66"),
+        (["--mesh", "context=2", "--cases", "attended:3"], "attended is for documents on one device, got data 1"),
         (["--mesh", "context=2", "--tpu-hour"], "--tpu-hour: expected one device, got data 1 x fsdp 1 x context 2"),
         (["--mesh", "model=2", "--parts", "attention"], "--parts: expected of prefill, decoding, got 'attention'"),
         (["--parts", "drawing"], "--parts: expected of attention, prefill, decoding, got 'drawing'"),

@@ -10,7 +10,8 @@ from rapid_jax.model.config import ModelConfig
 from rapid_jax.plan.cost import matrices_read, slots_seen
 from rapid_jax.runtime.mesh_config import MeshConfig
 
-Drafter: TypeAlias = Literal["none", "full", "int8", "int4"]  # none: plain decoding
+# none: plain decoding; attended: over what the target attends to, in the place of a prompt of its own
+Drafter: TypeAlias = Literal["none", "full", "int8", "int4", "attended", "attended-int8", "attended-int4"]
 KvBits: TypeAlias = Literal["full", "int8"]
 FIRST_DIAL = 8.0  # at which drafts are first tried
 
@@ -31,6 +32,16 @@ class Case:
     def baseline(self) -> "Case":
         """Plain decoding of the same prompts, keys and values in full."""
         return Case(self.context, batch=self.batch, documents=self.documents)
+
+    @property
+    def attends(self) -> bool:
+        """Whether the drafter reads a part of the target's keys and values."""
+        return self.drafter.startswith("attended")
+
+    @property
+    def weights(self) -> str:
+        """How the drafter's are stored: full, int8, int4."""
+        return self.drafter.removeprefix("attended").removeprefix("-") or "full"
 
     @property
     def prefixes(self) -> int:

@@ -34,6 +34,7 @@ PARTS = ("attention", "prefill", "decoding")
 CASES = "plain,full:4,int8:5"
 GRAMMAR = (
     "plain, or a drafter's weights (full, int8, int4) and how many tokens it drafts a round, as int8:6 or int8:auto; "
+    "attended, attended-int8, attended-int4: over --short tokens of the target's own cache; "
     "quoting, prose: plain decoding that copies from a text with the answer in it, or from one without; "
     "/int8 behind any of them rounds the target's keys and values"
 )
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contexts", type=_counts, metavar="LIST", help="tokens of the target's prompt, as 32768,131072"
     )
-    parser.add_argument("--short", help="tokens of the drafter's prompt", **number)
+    parser.add_argument("--short", help="tokens that the drafter reads", **number)
     parser.add_argument("--batch", type=_counts, default=(1,), metavar="LIST", help="prompts at once, as 1,4,8")
     parser.add_argument(
         "--documents", help="that the prompts are about, equally many about each; by default one each", **number
@@ -94,6 +95,8 @@ def run(options: argparse.Namespace) -> int:
     allowed = PARTS if options.mesh is None else PARTS[1:]
     parts = [_known(part, allowed, "--parts") for part in (options.parts or ",".join(allowed)).split(",")]
     kinds = [_kind(text) for text in options.cases.split(",")]
+    if options.mesh is not None and options.mesh.context > 1 and any(kind.attends for kind in kinds):
+        raise InputError(f"--cases: attended is for documents on one device, got {options.mesh}")
     if not 0 < options.acceptance < 1:
         raise InputError(f"--acceptance: expected a share between 0 and 1, got {options.acceptance}")
     if not 0 < options.dial < 1e4:

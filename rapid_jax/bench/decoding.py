@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from rapid_jax.attention.attended import BLOCK as BLOCK_OF_CHOICE
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.rounded import rounded
-from rapid_jax.bench.cases import FIRST_DIAL, Case, Drafter, Measured, Timing, plain_bytes
+from rapid_jax.bench.cases import FIRST_DIAL, Case, Measured, Timing, plain_bytes
 from rapid_jax.bench.models import dialled, random_decoder, random_prefix
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
@@ -145,6 +146,7 @@ class Decoding:
             gamma=case.gamma,
             lookup="off" if case.quoting is None else "auto",
             rounds_per_read=8,
+            attended_tokens=max(self.short, 2 * BLOCK_OF_CHOICE),
         )
         return generate(
             target,
@@ -199,17 +201,19 @@ class Decoding:
         prefix = self._prefix("long", case, case.context, self.seed + 1)
         return Prompted(self._decoder(), self._prompts(case), prefix, [case.context] * case.batch)
 
-    def _drafter(self, case: Case) -> Prompted:
+    def _drafter(self, case: Case) -> Prompted | Decoder:
+        if case.attends:
+            return self._weights(case.weights)
         short = min(self.short, case.context)
         prefix = self._prefix("short", case, short, self.seed + 2)
         prompts = [prompt[-short - 2 :] for prompt in self._prompts(case)]
-        return Prompted(self._weights(case.drafter), prompts, prefix, [len(prompts[0]) - 2] * case.batch)
+        return Prompted(self._weights(case.weights), prompts, prefix, [len(prompts[0]) - 2] * case.batch)
 
-    def _weights(self, drafter: Drafter) -> Decoder:
+    def _weights(self, kind: str) -> Decoder:
         decoder = self._decoder()
-        if drafter == "full":
+        if kind == "full":
             return decoder
-        return self._hold("copy", (drafter, self.dial), lambda: quantized(decoder, BITS[drafter]))
+        return self._hold("copy", (kind, self.dial), lambda: quantized(decoder, BITS[kind]))
 
     def _worst(self, case: Case, wanted: list[list[int]], found: list[list[list[int]]]) -> str:
         """What `_compared` says of the run that is least like plain decoding."""

@@ -27,6 +27,7 @@ class LaneKey:
     auto: bool  # the gamma goes by the clock
     lookup: tuple[str, int, int]
     rounds_per_read: int
+    attended: tuple[int, int]  # tokens that a drafter of that kind reads, and rounds between two choices of them
     slots: Slots | None = None  # that each row has room for; None: what its rows ask for
 
     @classmethod
@@ -35,7 +36,8 @@ class LaneKey:
         drafts = draft_room(speculation) if speculation.drafts and speculation.gamma != 0 else 0
         auto = drafts > 0 and speculation.gamma == "auto"
         lookup = speculation.lookup, speculation.lookup_width, speculation.lookup_match
-        return cls(document, drafts, auto, lookup, speculation.rounds_per_read, slots)
+        attended = speculation.attended_tokens, speculation.attended_rounds
+        return cls(document, drafts, auto, lookup, speculation.rounds_per_read, attended, slots)
 
 
 @dataclass(frozen=True)

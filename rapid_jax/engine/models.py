@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jax.sharding import Mesh
 
-from rapid_jax.config import RapidConfig
+from rapid_jax.config import ATTENDED, RapidConfig
 from rapid_jax.engine.encoded import EncodedTexts
 from rapid_jax.identity import check_same_models
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint, own_settings
@@ -20,6 +20,7 @@ from rapid_jax.retrieval.retriever import Retriever
 from rapid_jax.runtime.files import cache_dir
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
+from rapid_jax.speculative.attended import check_attended
 from rapid_jax.speculative.config import SpeculationConfig
 from rapid_jax.speculative.own_sampling import resolve
 
@@ -56,9 +57,9 @@ class Models:
 
     @cached_property
     def drafter(self) -> LoadedModel:
-        """The model that reads the retrieved text: another where one is configured, maybe in rounded weights."""
+        """The model that drafts: another where one is configured, maybe in rounded weights."""
         models, drafter, config = self.config.models, self.target, self.config
-        if models.drafter != "same":
+        if not models.has_one_checkpoint:
             drafter = self._load(models.drafter, self.meshes[1], config.drafter_mesh or config.mesh)
             check_same_vocabulary(self.target.tokenizer, drafter.tokenizer, models.drafter)
         is_copy = drafter is self.target and models.target_weights != "full"
@@ -100,15 +101,18 @@ class Models:
         """
         if "target" not in self.__dict__:
             self._check(speculation)
-        _ = self.target, speculation.drafts and self.drafter, speculation.retrieves and self.embedder
+        retrieves = self.config.models.retrieves(speculation)
+        _ = self.target, speculation.drafts and self.drafter, retrieves and self.embedder
 
     def _check(self, speculation: SpeculationConfig) -> None:
         models = self.config.models
-        if speculation.retrieves:
+        if models.retrieves(speculation):
             read_config(encoder_folder(models.encoder), None)
-        target = open_checkpoint(models.target)[1]
+        checkpoint, target = open_checkpoint(models.target)
+        if models.drafter == ATTENDED:
+            check_attended(checkpoint.config)
         resolve(self.config.sampling, own_settings(target, models.target))
-        if speculation.drafts and models.drafter != "same":
+        if speculation.drafts and not models.has_one_checkpoint:
             check_same_vocabulary(target, open_checkpoint(models.drafter)[1], models.drafter)
         check_same_models(self.config)
 

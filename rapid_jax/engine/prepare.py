@@ -9,6 +9,7 @@ from typing import TypeAlias
 import jax
 
 from rapid_jax.attention.cache import Prefix
+from rapid_jax.config import ATTENDED
 from rapid_jax.engine.heads import Name
 from rapid_jax.engine.job import Job
 from rapid_jax.engine.lane import LaneKey, Prepared
@@ -18,6 +19,7 @@ from rapid_jax.engine.request import Retrieved, Tokens
 from rapid_jax.engine.rooms import QUESTION_TOKENS, room_of_retrieved
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.identity import check_same_prompts
+from rapid_jax.model.decoder import Decoder
 from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import timed
 from rapid_jax.speculative.generate import Prompted, start
@@ -55,7 +57,9 @@ class Preparing:
         job.took("retrieval", retrieval)
         if job.streams and reading.selection is not None:
             job.tell(Retrieved(reading.selection))
-        if reading.short is None and config.speculation.retrieves:  # nothing to retrieve from: the target alone
+        if reading.short is None and config.models.retrieves(
+            config.speculation
+        ):  # nothing to retrieve from: the target alone
             config = job.config = replace(config, speculation=replace(config.speculation, mode="target"))
         check_same_prompts(config, [reading], [job.sampling.config.seed], streamed=job.streams)
         if (rest := self._passes(job, reading, name)) is None:
@@ -132,6 +136,8 @@ class Preparing:
             target = Prompted(self._models.target.decoder, [reading.long.tokens], prefix, [len(head)])
             if not config.speculation.drafts:
                 return self._prepared(job, target, None, head, handle)
+            if config.models.drafter == ATTENDED:
+                return self._prepared(job, target, self._models.drafter.decoder, head, handle)
             assert reading.short is not None
             short, slots = reading.short.tokens, prefix.pos_BS.shape[1]
             room = room_of_retrieved(slots, config.retrieval) if self._few_programs else 0
@@ -160,7 +166,7 @@ class Preparing:
         self,
         job: Job,
         target: Prompted,
-        drafter: Prompted | None,
+        drafter: Prompted | Decoder | None,
         text: Sequence[int],
         handle: Handle | None,
         retrieved: int = 0,

@@ -78,7 +78,7 @@ def _about(
     long_frame = replace(framed(target, config.prompts.target), tokenizer=encoder)
     text, document_tokens = visible(config, target, document, long_frame.size, encoder)
     long, short, selection = long_frame.around(text), None, None
-    if speculation.retrieves:
+    if config.models.retrieves(speculation):
         retriever = models.retriever(config.retrieval)
         about = retrieve_from or text, question, models.token_spans, len(long.tokens)
         selection = retriever.retrieve(*about, request.whose)

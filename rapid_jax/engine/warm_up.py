@@ -73,7 +73,7 @@ def warm_up(engine: Engine, what: WarmUp, report: Callable[[str], None]) -> None
     config = engine.config
     engine.models.load(config.speculation)
     texts = {length: _document(engine, length) for length in (*what.lengths, *what.chats)}  # refused before any work
-    if config.speculation.retrieves:
+    if config.models.retrieves(config.speculation):
         start = time.perf_counter()
         engine.models.embedder.warm_up(_PIECES * config.retrieval.chunk_tokens)
         report(f"chunks and questions: {time.perf_counter() - start:.1f} s")

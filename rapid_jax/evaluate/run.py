@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from rapid_jax.answer import Answer
-from rapid_jax.config import RapidConfig
+from rapid_jax.config import ATTENDED, RapidConfig
 from rapid_jax.engine.request import Question, Tokens
 from rapid_jax.evaluate.folder import open_answers
 from rapid_jax.evaluate.modes import LabelledMode
@@ -52,6 +52,8 @@ def decides(config: RapidConfig, limit: int | None = None) -> dict[str, Any]:
     plain = dataclasses.asdict(config)
     found = {name: plain[name] for name in ("models", "retrieval", "speculation", "sampling", "prompts", "stop")}
     del found["sampling"]["max_new_tokens"]
+    if config.models.drafter != ATTENDED:  # they change nothing; folders from before them go on
+        del found["speculation"]["attended_tokens"], found["speculation"]["attended_rounds"]
     if not config.prompts.enable_thinking:  # left out where it changes nothing: folders from before it go on
         del found["prompts"]["enable_thinking"]
     if config.compute.kv != "full":  # likewise

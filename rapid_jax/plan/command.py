@@ -107,9 +107,10 @@ def _advice(result: Any, config: RapidConfig, topology: Topology) -> str:
 
 def _architectures(config: RapidConfig, options: argparse.Namespace) -> tuple[Architecture, Architecture | None]:
     target = architecture_of(config.models.target, options.shape).cut_to(options.layers)
-    if config.models.drafter == "same":
+    if config.models.has_one_checkpoint:
         if options.drafter_shape is not None:
-            raise InputError("--drafter-shape: models.drafter is same: the drafter has the target's architecture")
+            drafter = config.models.drafter
+            raise InputError(f"--drafter-shape: models.drafter is {drafter}: it has the target's architecture")
         return target, None
     return target, architecture_of(config.models.drafter, options.drafter_shape).cut_to(options.layers)
 

@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from rapid_jax.attention.cache import KV, Prefix, Tail, each_layer
 from rapid_jax.attention.kernels import kernel_of
 from rapid_jax.attention.rounded import rounded_array
-from rapid_jax.config import RapidConfig
+from rapid_jax.config import ATTENDED, RapidConfig
 from rapid_jax.model.decoder import Block
 from rapid_jax.model.matrix import rounded_matrix
 from rapid_jax.model.quantized import BITS
@@ -22,6 +22,7 @@ from rapid_jax.plan.cost import Pass, Work
 from rapid_jax.plan.models import PlannedModel, layout_of, own_bytes, planned
 from rapid_jax.plan.working import of_prefill, of_round, of_rounded_keys, of_rounded_matrix
 from rapid_jax.retrieval.config import retrieved_tokens
+from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_mesh, make_meshes
 from rapid_jax.speculative import apart, prefill
 from rapid_jax.speculative.draft import Draft
@@ -81,6 +82,8 @@ def models_of(
     config: RapidConfig, devices: tuple[Any, ...], target: Architecture, drafter: Architecture | None, context: int
 ) -> tuple[PlannedModel, PlannedModel | None]:
     """(The target, the drafter or None where none drafts), each with the longest prompt that it may get."""
+    if config.models.drafter == ATTENDED:
+        raise InputError("rapid plan: models.drafter attended cannot be planned, expected same or a model")
     mode, bits = config.speculation.mode, BITS.get(config.models.drafter_weights)
     first, second = make_meshes(config.mesh, config.drafter_mesh, devices)
     if devices[0].platform == "gpu":

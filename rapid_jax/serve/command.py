@@ -31,8 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
     )
     parser.add_argument("--model", **TEXT, metavar="DIR|FILE.gguf|smollm2", help="the long-context target")
-    parser.add_argument("--drafter", **TEXT, metavar="same|DIR|FILE.gguf",
-                        help="reads the retrieved text; same: the target")  # fmt: skip
+    parser.add_argument("--drafter", **TEXT, metavar="same|attended|DIR|FILE.gguf",
+                        help="drafts; same: the target; attended: the target, over what it attends to")  # fmt: skip
     parser.add_argument("--mode", metavar="rapid|lossless|phat|target|retrieval", help="of requests that name none")
     parser.add_argument("--host", default=_PLAIN.host, help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=_PLAIN.port, help="0: any free one (default: %(default)s)")

@@ -80,6 +80,8 @@ class SpeculationConfig:
     alpha: float = 0.1  # the guard's threshold, as a share of the largest probability
     transfer_temperature: float | None = 1.0  # of p and q where rapid and phat are greedy; null: the target's greedy
     confidence_stop: float = 0.0  # stop drafting after a token the drafter gave less than this; 0 = off
+    attended_tokens: int = 8192  # of the document, that models.drafter attended reads in each layer and kv head
+    attended_rounds: int = 4  # in which it drafts, from one choice of them to the next
     # Prompt-lookup drafting (n-grams copied from text already read). It changes no token.
     lookup: Literal["off", "auto", "on"] = "auto"
     lookup_width: int = 6  # tokens copied at once
@@ -99,6 +101,9 @@ class SpeculationConfig:
             f"transfer_temperature must be null or a number from 1e-4 to 1e4, got {transfer}",
         )
         _require(0 <= self.confidence_stop < 1, f"confidence_stop must be in [0, 1), got {self.confidence_stop}")
+        tokens, rounds = self.attended_tokens, self.attended_rounds
+        _require(tokens >= 128, f"attended_tokens must be at least 128, got {tokens}")
+        _require(rounds >= 1, f"attended_rounds must be at least 1, got {rounds}")
         _require(1 <= self.lookup_width <= 32, f"lookup_width must be 1 to 32, got {self.lookup_width}")
         _require(1 <= self.lookup_match <= 8, f"lookup_match must be 1 to 8, got {self.lookup_match}")
         rounds = self.rounds_per_read
@@ -116,13 +121,8 @@ class SpeculationConfig:
 
     @property
     def drafts(self) -> bool:
-        """Whether a drafter reads retrieved text."""
+        """Whether there is a drafter."""
         return self.rule != "target"
-
-    @property
-    def retrieves(self) -> bool:
-        """Whether anything is retrieved."""
-        return self.drafts or self.reads == "retrieved"
 
     @property
     def transfers_greedily(self) -> bool:

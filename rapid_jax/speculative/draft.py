@@ -2,12 +2,13 @@
 """Draft tokens from the drafter's distribution q, one at a time or several where level 0 guessed them."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rapid_jax.attention.cache import Tail
+from rapid_jax.attention.cache import KV, Tail
 from rapid_jax.attention.verbs import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.speculative.accept import leading_agreement
 from rapid_jax.speculative.lookup import framed, propose
@@ -65,14 +66,38 @@ def read(side: Side, tail: Tail, tokens_BT: jax.Array, plan: Plan, *, rows: int)
 
     V are the rows of the model's own vocabulary: `limited` makes them those of the plan.
     """
+    return _read(side, tail, tokens_BT, plan, rows, keeps_queries=False)[:2]
+
+
+def read_with_queries(
+    side: Side, tail: Tail, tokens_BT: jax.Array, plan: Plan, *, rows: int
+) -> tuple[jax.Array, Tail, jax.Array]:
+    """As `read`, and the tokens' rotated queries of every layer, [B, T, L, N, H]."""
+    logits, tail, queries = _read(side, tail, tokens_BT, plan, rows, keeps_queries=True)
+    return logits, tail, jnp.stack(queries, axis=2) if isinstance(queries, tuple) else jnp.moveaxis(queries, 0, 2)
+
+
+def _read(
+    side: Side, tail: Tail, tokens_BT: jax.Array, plan: Plan, rows: int, *, keeps_queries: bool
+) -> tuple[jax.Array, Tail, Any]:
+    """(logits, tail, where they are kept the queries of each layer, in the layout of the layers)."""
     T = tokens_BT.shape[1]
     pos_BT = (tail.start_B + tail.length_B)[:, None] + jnp.arange(T, dtype=jnp.int32)
     strategy = serving(side.decoder, plan.block)
     attend = attend_prefix_tail(side.prefix, tail, pos_BT, strategy)
-    layers = layers_of(side.prefix, tail, strategy)
-    hidden_BTD, kept = side.decoder.hidden(tokens_BT, pos_BT, attend, layers)
+
+    def attend_and_keep(q_BTNH, k_BTKH, v_BTKH, layer, **window):
+        out_BTNH, kept = attend(q_BTNH, k_BTKH, v_BTKH, layer, **window)
+        return out_BTNH, (kept, q_BTNH)
+
+    layers, queries = layers_of(side.prefix, tail, strategy), None
+    hidden_BTD, kept = side.decoder.hidden(tokens_BT, pos_BT, attend_and_keep if keeps_queries else attend, layers)
+    if keeps_queries:
+        stacked = isinstance(tail.layers, KV)
+        kept, queries = kept if stacked else tuple(zip(*kept, strict=True))
     logits = side.decoder.logits(hidden_BTD[:, T - rows :])
-    return logits, Tail(with_kept(side.prefix, tail, kept, strategy), tail.start_B, tail.length_B + T)
+    tail = Tail(with_kept(side.prefix, tail, kept, strategy), tail.start_B, tail.length_B + T)
+    return logits, tail, queries
 
 
 def caught_up(side: Side, state: State, tail: Tail, plan: Plan) -> Tail:
@@ -101,10 +126,16 @@ def _unsure(z_BGV: jax.Array, tokens_BG: jax.Array, law: Law, knobs: Knobs) -> j
     return q_BG < along(knobs.confidence_stop_B, q_BG)
 
 
+def lacking(state: State) -> int:
+    """Tokens at the sequence's end that a drafter feeds first: after a full accept its own tail lacks two, the target's
+    lacks one."""
+    return 2 if state.queries_BGLNH is None else 1
+
+
 def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs, plan: Plan) -> tuple[Draft, Tail]:
     """Drafts and the drafter's tail: gamma steps, or fewer once every row drew a stop token or an unsure one.
 
-    The first step feeds the last two tokens of the sequence: after a full accept the cache lacks both.
+    The first step feeds the last tokens of the sequence, those that the tail lacks.
     """
     batch = state.count_B.shape[0]
 
@@ -130,9 +161,10 @@ def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs,
         return draft, tail, seen_after(seen_BV, token_B1, jnp.ones(batch, jnp.int32)), open_B
 
     draft = Draft.empty(batch, plan.gamma, law, plan.vocabulary)
-    last_two = window(known_tokens(side, state), side.recent_BR.shape[1] + state.count_B - 2, 2)
+    lacks = lacking(state)
+    last = window(known_tokens(side, state), side.recent_BR.shape[1] + state.count_B - lacks, lacks)
     is_open_B = ~state.done_B & (knobs.drafts_B > 0)
-    carry = step(jnp.int32(0), (draft, tail, state.draft_seen_BV, is_open_B), last_two)
+    carry = step(jnp.int32(0), (draft, tail, state.draft_seen_BV, is_open_B), last)
 
     def more(item):
         index, (_, _, _, open_B) = item
@@ -166,7 +198,7 @@ def draft_with_copies(
     """Drafts and the drafter's tail: each step also reads copied tokens and keeps those that it would have drawn.
 
     The drafts are those of `draft_stepwise`, from the same random numbers; only the passes are fewer. Every pass feeds
-    the last two tokens of the sequence, then the copies.
+    the last tokens of the sequence, those that the tail lacks, then the copies.
     """
     batch, width = state.count_B.shape[0], plan.copies
     reach = side.recent_BR.shape[1]
@@ -179,7 +211,7 @@ def draft_with_copies(
         at_B = draft.length_B
         sequence = put(known, draft.tokens_BG, reach + state.count_B)
         copied_BW, count_B, recent_BR = copies_for(sequence, reach + state.count_B + at_B, reach, framed_BM, plan)
-        fed_BT = jnp.concatenate([recent_BR[:, -2:], copied_BW], axis=1)
+        fed_BT = jnp.concatenate([recent_BR[:, -lacking(state) :], copied_BW], axis=1)
         logits, longer = read(side, tail, fed_BT, plan, rows=width + 1)
         logits, finite_B = limited(logits, knobs, plan.vocabulary, side.decoder.config.vocab_size)
         z_BGV = warped(logits, law, knobs, seen_before_each(seen_BV, copied_BW))
@@ -205,7 +237,7 @@ def draft_with_copies(
             draft.faults_B + (open_B & ~finite_B),
         )
         still_B = open_B & ~ended_B & (draft.length_B < most_B)
-        # A row that goes on reads its last two drafts again. One that is finished keeps the last but one: after a full
+        # A row that goes on reads its last drafts again. One that is finished keeps the last but one: after a full
         # accept it is no longer among the last two of the sequence.
         tail = longer.rolled_back(tail.length_B + taken_B + (open_B & ~still_B))
         return draft, tail, seen_after(seen_BV, drawn_BG, taken_B), still_B

@@ -14,6 +14,7 @@ from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.compiling import forget_programs, timed
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import replicated
+from rapid_jax.speculative.attended import Choices, attended_side
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.pace import Pace
 from rapid_jax.speculative.prefill import extend, new_tail
@@ -136,7 +137,7 @@ def generation_of(rounds: Rounds, gammas: dict[int, int], seconds: dict[str, flo
 
 def start(
     target: Prompted,
-    drafter: Prompted | None,
+    drafter: Prompted | Decoder | None,
     *,
     speculation: SpeculationConfig,
     sampling: SamplingConfig,
@@ -151,29 +152,33 @@ def start(
 
     `texts` is what prompt lookup may copy from, as token ids: document, then retrieved text. Answers are made of
     `token_ids`, those that the tokenizer has (default: those that both models have), whatever rows the models were
-    padded to; a drafter may lack some of them. `room` is what arrays hold beside what is needed.
+    padded to; a drafter may lack some of them. `room` is what arrays hold beside what is needed. A drafter
+    without a prompt, the target's weights or a copy of them, reads what the target attends to (`attended.py`).
     """
     batch, room = len(target.prompts), room or Room()
     sizes = Sizes.of(speculation, sampling, room)
     vocabulary = target.decoder.vocabulary
     if token_ids is None:
-        models = [target] if drafter is None else [target, drafter]
-        token_ids = range(min(model.decoder.config.vocab_size for model in models))
+        decoders = [target.decoder, *([drafter.decoder] if isinstance(drafter, Prompted) else [])]
+        token_ids = range(min(decoder.config.vocab_size for decoder in decoders))
     target_side, target_tail = _side(target, uncached=1, sizes=sizes, block=block)
     drafter_side, draft_tail = None, None
-    if drafter is not None:
+    plan, queries, choices = plan_of(speculation, block=block, vocabulary=vocabulary), None, None
+    if isinstance(drafter, Decoder):
+        drafter_side, queries = attended_side(target_side, target_tail, drafter, speculation.attended_tokens, plan)
+        drafter, choices = target, Choices(speculation.attended_rounds, batch)
+    elif drafter is not None:
         drafter_side, draft_tail = _side(drafter, uncached=2, sizes=sizes, block=block)
     seen = _seen(target, vocabulary, sampling), _seen(drafter, vocabulary, sampling)
     seeds = seeds or [sampling.seed] * batch
     host_state = start_state(seeds, sizes, sampling.max_new_tokens, seen, logprobs=room.logprobs)
     placed_state = replicated(target.decoder.mesh, host_state)
-    state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state)
-    plan = plan_of(speculation, block=block, vocabulary=vocabulary)
+    state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state, queries_BGLNH=queries)
     text_BM = _text(texts or [[]] * batch, speculation.lookup_match, room.text)
     law = Law.of(sampling, speculation, stops, logprobs=room.logprobs)
     knobs = Knobs.of(sampling, speculation, allowed_rows(token_ids, vocabulary))
     sides = target_side, drafter_side
-    rounds = Rounds(sides, text_BM, state, law, knobs, plan)
+    rounds = Rounds(sides, text_BM, state, law, knobs, plan, choices)
     jax.block_until_ready((target_tail, draft_tail))
     return rounds
 
@@ -184,7 +189,7 @@ OnTokens: TypeAlias = Callable[[int, list[int], list[int]], bool]
 
 def generate(
     target: Prompted,
-    drafter: Prompted | None,
+    drafter: Prompted | Decoder | None,
     *,
     speculation: SpeculationConfig,
     on_tokens: OnTokens | None = None,
@@ -203,7 +208,7 @@ def generate(
     with timed() as prepared:
         rounds = start(target, drafter, speculation=speculation, **how)
     clock = time.perf_counter()
-    pace = Pace(speculation, drafter is not None, times or RoundTimes()).under(speculation, rounds)
+    pace = Pace(speculation, rounds.sides[1] is not None, times or RoundTimes()).under(speculation, rounds)
     told = [0] * len(target.prompts)
 
     def tell() -> None:

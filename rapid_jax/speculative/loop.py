@@ -17,7 +17,16 @@ from jax import lax
 from rapid_jax.attention.cache import Tail
 from rapid_jax.runtime.mesh import whole
 from rapid_jax.speculative.accept import leading_agreement, verify
-from rapid_jax.speculative.draft import Draft, caught_up, copies_for, draft_stepwise, draft_with_copies, read
+from rapid_jax.speculative.attended import latest
+from rapid_jax.speculative.draft import (
+    Draft,
+    caught_up,
+    copies_for,
+    draft_stepwise,
+    draft_with_copies,
+    read,
+    read_with_queries,
+)
 from rapid_jax.speculative.lookup import framed
 from rapid_jax.speculative.sampling import (
     Draw,
@@ -76,8 +85,10 @@ def one_round(
     """The state after one round; each row that is not done has 1 to (drafts + 1) tokens more."""
     if plan.gamma == 0:
         draft, draft_tail = copies_alone(target, state, framed_BM, law, plan), state.draft_tail
-    elif drafter is None or state.draft_tail is None:
+    elif drafter is None:
         raise ValueError(f"gamma {plan.gamma} needs a drafter")
+    elif state.draft_tail is None:  # what it writes beside the target's keys and values is dropped
+        (draft, _), draft_tail = drafted(drafter, state, state.target_tail, framed_BM, knobs, law, plan), None
     else:
         draft, draft_tail = drafted(drafter, state, state.draft_tail, framed_BM, knobs, law, plan)
     return replace(verified(target, state, draft, knobs, law, plan), draft_tail=draft_tail)
@@ -87,7 +98,8 @@ def drafted(
     drafter: Side, state: State, tail: Tail, framed_BM: jax.Array, knobs: Knobs, law: Law, plan: Plan
 ) -> tuple[Draft, Tail]:
     """The drafter's half of a round: (drafts, its tail)."""
-    tail = caught_up(drafter, state, tail, plan)
+    if state.queries_BGLNH is None:
+        tail = caught_up(drafter, state, tail, plan)
     if plan.copies:
         return draft_with_copies(drafter, state, tail, framed_BM, law, knobs, plan)
     return draft_stepwise(drafter, state, tail, law, knobs, plan)
@@ -98,7 +110,11 @@ def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, p
     last_B1 = window(known_tokens(target, state), target.recent_BR.shape[1] + state.count_B - 1, 1)
     fed_BT = jnp.concatenate([last_B1, draft.tokens_BG], axis=1)
     T = fed_BT.shape[1]
-    logits, target_tail = read(target, state.target_tail, fed_BT, plan, rows=T)
+    fed_queries = None
+    if state.queries_BGLNH is None:
+        logits, target_tail = read(target, state.target_tail, fed_BT, plan, rows=T)
+    else:
+        logits, target_tail, fed_queries = read_with_queries(target, state.target_tail, fed_BT, plan, rows=T)
     logits, finite_B = limited(logits, knobs, plan.vocabulary, target.decoder.config.vocab_size)
     z_BGV = warped(logits, law, knobs, seen_before_each(state.target_seen_BV, draft.tokens_BG))
     token_keys_BG = position_keys(state.key_B, Draw.TOKEN, state.count_B, T)
@@ -112,7 +128,10 @@ def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, p
         token_B = jnp.take_along_axis(drawn_BG, n_B[:, None], axis=1)[:, 0]
     outline = replace(state, target_tail=replace(state.target_tail, layers=()), draft_tail=None)
     # Whole on every device: the host reads it, and of several hosts each reads its own copy.
+    before_B = state.count_B
     state = _committed(outline, draft, n_B, token_B, ~finite_B, logits, law, plan)
+    if fed_queries is not None and state.queries_BGLNH is not None:
+        state = replace(state, queries_BGLNH=latest(state.queries_BGLNH, fed_queries, state.count_B - before_B))
     state = whole(target.decoder.mesh, state)
     return replace(state, target_tail=replace(state.target_tail, layers=target_tail.layers))
 

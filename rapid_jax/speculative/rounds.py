@@ -17,8 +17,9 @@ from rapid_jax.model.finite import why_not_finite
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import agreed, replicated
 from rapid_jax.speculative.apart import run_rounds_apart
+from rapid_jax.speculative.attended import Choices, choose
 from rapid_jax.speculative.loop import run_rounds, run_rounds_on_tpu
-from rapid_jax.speculative.rows import fitted, outline, taken, with_room, written
+from rapid_jax.speculative.rows import fitted, knobs_of_rows, knobs_with_row, outline, taken, with_room, written
 from rapid_jax.speculative.sampling import Knobs, Law
 from rapid_jax.speculative.schedule import AutoGamma, FixedGamma, Observation
 from rapid_jax.speculative.state import Counts, Logprobs, Plan, Side, State
@@ -54,9 +55,10 @@ class Rounds:
         law: Law,
         knobs: Knobs,
         plan: Plan,
+        choices: Choices | None = None,
     ):
-        """`knobs` are arrays of the host."""
-        self.sides, self.state, self.law, self.plan = sides, state, law, plan
+        """`knobs` are arrays of the host; `choices`: when the drafter chooses anew what it reads of the target's."""
+        self.sides, self.state, self.law, self.plan, self.choices = sides, state, law, plan, choices
         self.meshes = [side.decoder.mesh for side in sides if side is not None]
         self.texts = [replicated(mesh, text_BM) for mesh in self.meshes]
         self.compile_seconds = 0.0
@@ -81,6 +83,20 @@ class Rounds:
             sides, texts, knobs = (target, drafter), tuple(self.texts), tuple(self.knobs)
             self.state = run_rounds_apart(sides, texts, self.state, knobs, rounds, law=self.law, plan=plan)
             return
+        if self.choices is None or drafter is None or not plan.gamma:
+            self._run(plan, rounds)
+            return
+        for due_B, part in self.choices.calls(rounds) or [(np.zeros(len(self.interrupted), bool), 0)]:
+            if due_B.any() or not rounds:
+                due_B = replicated(self.meshes[0], due_B)
+                prefix = choose(target, drafter.prefix, self.state.queries_BGLNH, due_B, block=plan.block)
+                drafter = replace(drafter, prefix=prefix)
+                self.sides = target, drafter
+            self._run(plan, part)
+
+    def _run(self, plan: Plan, rounds: int) -> None:
+        """So many rounds on devices that both sides share."""
+        target, drafter = self.sides
         count = replicated(self.meshes[0], np.int32(rounds))
         program = run_rounds_on_tpu if platform_of(self.meshes[0]) == "tpu" else run_rounds
         beside = None if drafter is None else drafter.beside(target)
@@ -187,7 +203,9 @@ class Rounds:
             self.sides = replace(target, prefix=prefix), drafter
         self.interrupted = [*self.interrupted, *[True] * (rows - len(self.interrupted))]
         self.interrupted[row] = False
-        self.set_knobs(_with_row(self.host_knobs, other.host_knobs, row, rows))
+        if self.choices is not None and other.choices is not None:
+            self.choices = self.choices.with_row(other.choices, row, rows)
+        self.set_knobs(knobs_with_row(self.host_knobs, other.host_knobs, row, rows))
         self.host = self._read()
 
     @property
@@ -205,9 +223,10 @@ class Rounds:
         target, drafter = self.sides
         own = capacity(target.prefix.layers), capacity(self.state.target_tail.layers)
         own += self.texts[0].shape[1], self.state.emitted_BO.shape[1]
-        if drafter is None or self.state.draft_tail is None:
+        if drafter is None:
             return own
-        return *own, capacity(drafter.prefix.layers), capacity(self.state.draft_tail.layers)
+        tail = self.state.draft_tail
+        return *own, capacity(drafter.prefix.layers), 0 if tail is None else capacity(tail.layers)
 
     def outline(self) -> list[Any]:
         """The shapes of all that the rows have."""
@@ -232,7 +251,8 @@ class Rounds:
             target, drafter = self.sides
             self.sides = replace(target, prefix=taken(target.prefix, documents)), drafter
         self.interrupted = [self.interrupted[row] or row in rows[:at] for at, row in enumerate(rows)]
-        self.set_knobs(_of_rows(self.host_knobs, list(rows)))
+        self.choices = None if self.choices is None else self.choices.of_rows(rows)
+        self.set_knobs(knobs_of_rows(self.host_knobs, list(rows)))
         self.host = self._read()
         self._set_done(self.ended())
 
@@ -276,21 +296,3 @@ class Rounds:
 
 def _context(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape["context"]
-
-
-def _with_row(knobs: Knobs, new: Knobs, row: int, rows: int) -> Knobs:
-    """The numbers of so many rows, those of one replaced by the first of `new`."""
-
-    def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-        found = np.repeat(new[:1], rows)
-        found[: len(old)] = old
-        found[row] = new[0]
-        return found
-
-    numbers = jax.tree.map(put, replace(knobs, allowed_V=None), replace(new, allowed_V=None))
-    return replace(numbers, allowed_V=knobs.allowed_V)
-
-
-def _of_rows(knobs: Knobs, rows: list[int]) -> Knobs:
-    numbers = jax.tree.map(lambda numbers: numbers[rows], replace(knobs, allowed_V=None))
-    return replace(numbers, allowed_V=knobs.allowed_V)

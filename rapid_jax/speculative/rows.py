@@ -5,6 +5,7 @@ A part is a pytree whose arrays have a row a sequence: on its first axis, or on 
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ from jax import lax
 from jax.sharding import Sharding
 
 from rapid_jax.attention.cache import KV, Prefix, Tail, with_slots
+from rapid_jax.speculative.sampling import Knobs
 
 T = TypeVar("T")
 # What stands where no row has anything yet: an empty slot, no token, an answer that is complete. Else 0.
@@ -144,3 +146,22 @@ def _taken(part, rows: jax.Array):
 def taken(part: T, rows: Sequence[int]) -> T:
     """Those rows alone, in that order."""
     return _taken(part, np.asarray(rows, np.int32))
+
+
+def knobs_with_row(knobs: Knobs, new: Knobs, row: int, rows: int) -> Knobs:
+    """The numbers of so many rows, those of one replaced by the first of `new`."""
+
+    def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+        found = np.repeat(new[:1], rows)
+        found[: len(old)] = old
+        found[row] = new[0]
+        return found
+
+    numbers = jax.tree.map(put, replace(knobs, allowed_V=None), replace(new, allowed_V=None))
+    return replace(numbers, allowed_V=knobs.allowed_V)
+
+
+def knobs_of_rows(knobs: Knobs, rows: list[int]) -> Knobs:
+    """The numbers of those rows alone."""
+    numbers = jax.tree.map(lambda numbers: numbers[rows], replace(knobs, allowed_V=None))
+    return replace(numbers, allowed_V=knobs.allowed_V)

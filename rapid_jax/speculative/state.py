@@ -105,7 +105,9 @@ class State:
     """Everything that a round changes. Rows that are done stay as they are."""
 
     target_tail: Tail  # its length: every token of the sequence but the last
-    draft_tail: Tail | None  # at least every token but the last two, unless rounds went by without the drafter
+    # At least every token but the last two, unless rounds went by without the drafter. None: there is no drafter, or it
+    # goes on from the target's.
+    draft_tail: Tail | None
     emitted_BO: jax.Array  # int32, tokens so far, then junk
     origin_BO: jax.Array  # int8, an Origin for each
     count_B: jax.Array  # int32, how many are emitted
@@ -116,6 +118,8 @@ class State:
     draft_seen_BV: jax.Array | None
     counts: Counts
     logprobs: Logprobs | None = None
+    # The target's latest queries, of every layer, where what they attend to is drafted from.
+    queries_BGLNH: jax.Array | None = None
 
 
 def known_tokens(side: Side, state: State) -> jax.Array:

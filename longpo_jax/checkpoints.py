@@ -6,7 +6,7 @@
     FOLDER/<step>/files.json         size of every file (checkpoint_files.py)
 
 Orbax writes beside the training and gives the folder its name last; the list is written just before. Arrays whose sum
-(soundness.py) is another when they are read again are refused.
+(runtime/value_sums.py) is another when they are read again are refused by name.
 """
 
 import contextlib
@@ -22,7 +22,6 @@ import numpy as np
 from flax import nnx
 
 from longpo_jax.checkpoint_files import SCHEMA, Found, one_line, unfinished, write_list
-from longpo_jax.soundness import checksum
 from longpo_jax.step import TrainState
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.buckets import failures, prepare_libraries
@@ -30,6 +29,7 @@ from rapid_jax.runtime.errors import InputError, Unavailable
 from rapid_jax.runtime.files import remove_folder
 from rapid_jax.runtime.mesh import agreed, placed
 from rapid_jax.runtime.storage import AnyPlace, bytes_free, library_path
+from rapid_jax.runtime.value_sums import array_sums
 
 _NONE = -1
 
@@ -118,9 +118,9 @@ class Checkpoints:
         """
         self.wait()
         step, args = int(state.step), self._ocp.args
-        trees = {"weights": _named(nnx.state(state.weights, nnx.Param)), "moments": _named(state.moments)}
+        trees = {"weights": named(nnx.state(state.weights, nnx.Param)), "moments": named(state.moments)}
         shapes = {item: _kinds(tree) for item, tree in trees.items()}
-        sums = {item: int(checksum(list(tree.values()))) for item, tree in trees.items()}
+        sums = {item: _sums(item, tree) for item, tree in trees.items()}
         self._check_room(step, sum(x.nbytes for tree in trees.values() for x in tree.values()))
         with self._refusals(_unsaved(step)):
             self._saving = step
@@ -176,7 +176,7 @@ def _restored(found: Found, trees: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _restored_item(found: Found, item: str, tree: Any) -> Any:
-    stored, wanted = found.note.fields("arrays").fields(item), _named(tree)
+    stored, wanted = found.note.fields("arrays").fields(item), named(tree)
     kinds = _kinds(wanted)
     for name in (*wanted, *stored):
         ours, theirs = kinds.get(name, "no such array"), stored.get(name, "no such array")
@@ -192,10 +192,12 @@ def _restored_item(found: Found, item: str, tree: Any) -> Any:
             arrays = checkpointer.restore(
                 library_path(found.folder / item), args=ocp.args.PyTreeRestore(restore_args=how)
             )
-        read = [arrays[name] for name in wanted]
-        if int(checksum(read)) == found.note.fields("sums").whole(item):
-            return jax.tree.unflatten(jax.tree.structure(tree), read)
-        failure = "it has other values than were written"
+        read = {name: arrays[name] for name in wanted}
+        sums, written = _sums(item, read), found.note.fields("sums").fields(item)
+        other = [name for name, total in sums.items() if total != written.get(name)]
+        if not other:
+            return jax.tree.unflatten(jax.tree.structure(tree), list(read.values()))
+        failure = f"{other[0]} has other values than were written"
     except failures() as error:
         raise Unavailable(f"{found.folder}: {item} cannot be read now: {one_line(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:  # Orbax takes its metadata as they come
@@ -203,10 +205,16 @@ def _restored_item(found: Found, item: str, tree: Any) -> Any:
     raise InputError(f"{found.folder}: {item} cannot be read: {failure}: delete it to go on from the one before")
 
 
-def _named(tree: Any) -> dict[str, Any]:
+def named(tree: Any) -> dict[str, Any]:
     """The leaves of a tree by their path, in the order in which JAX flattens it."""
     leaves = jax.tree.leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _sums(item: str, arrays: Mapping[str, Any]) -> dict[str, int]:
+    """By array; of the values of another, in either item, it is another."""
+    sums = jax.device_get(array_sums({f"{item}.{name}": x for name, x in arrays.items()}))
+    return {name: int(sums[f"{item}.{name}"]) for name in arrays}
 
 
 def _kinds(arrays: Mapping[str, Any]) -> dict[str, str]:

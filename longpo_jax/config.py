@@ -8,7 +8,7 @@ from typing import Literal
 from longpo_jax.limits import require, require_above, require_sampling, require_window
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.runtime.mesh_config import MeshConfig
-from rapid_jax.runtime.storage import place_of
+from rapid_jax.runtime.storage import local_path, place_of
 
 Objective = Literal["longpo", "dpo", "sft", "solopo", "opsd"]
 Remat = Literal["none", "layer", "attention"]
@@ -18,7 +18,7 @@ Remat = Literal["none", "layer", "attention"]
 class PolicyConfig:
     """The model that is taught, and that generates its own data."""
 
-    source: str = "smollm2"  # a Hugging Face folder, a .gguf file, or the name smollm2
+    source: str = "smollm2"  # the model that is taught: a Hugging Face folder, a .gguf file, or the name smollm2
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto: float32 on a CPU, else bfloat16
     rope_theta: float | None = None  # of the policy: trained and exported with it; null = the checkpoint's own
     reference_rope_theta: float | None = None  # of the frozen reference, on short contexts; null = the checkpoint's own
@@ -40,8 +40,8 @@ class CorpusConfig:
     max_mib: int = 16  # of a document as it is read (a file, or a JSONL line); larger ones are dropped and counted
     follow_links: bool = False  # links that lead out of a source's folder; they are left out and counted otherwise
     min_tokens: int = 65536  # of a document
-    max_tokens: int = 131072
-    longer: Literal["drop", "split"] = "drop"  # split: into consecutive documents of at most max_tokens, at paragraphs
+    max_tokens: int = 131072  # of a document; with its turns it must fit the longest of train.lengths
+    longer: Literal["drop", "split"] = "drop"  # split: into consecutive documents of max_tokens or less, at paragraphs
     documents: int | None = None  # at most so many, after shuffling; null = all
 
     @property
@@ -71,9 +71,9 @@ class CorpusConfig:
 class ExcerptsConfig:
     """The short contexts that are cut out of a document."""
 
-    min_tokens: int = 16384
-    max_tokens: int = 30000
-    split: Literal["auto", "paragraphs", "sections"] = "auto"  # auto: LaTeX sections where there are any
+    min_tokens: int = 16384  # of an excerpt
+    max_tokens: int = 30000  # of an excerpt
+    split: Literal["auto", "paragraphs", "sections"] = "auto"  # auto: at LaTeX sections if any, else paragraphs
     per_document: int = 4  # excerpts, one turn each, drawn at random and kept in the document's order
 
     def __post_init__(self):
@@ -87,9 +87,9 @@ class InstructConfig:
 
     questions: int = 4  # asked for; one of them is drawn
     at_least: int = 4  # found in the model's words, else the excerpt is dropped
-    temperature: float = 0.7
-    top_p: float = 0.9
-    max_new_tokens: int = 1024
+    temperature: float = 0.7  # of the questions; 0 = greedy
+    top_p: float = 0.9  # 1 = off
+    max_new_tokens: int = 1024  # of all questions about an excerpt
 
     def __post_init__(self):
         asked = self.at_least, self.questions
@@ -103,8 +103,8 @@ class PairsConfig:
     """The answers: chosen from the excerpt, rejected from the whole document."""
 
     temperature: float = 0.0  # 0 = greedy, as the paper says; its code has 1
-    top_p: float = 1.0
-    max_new_tokens: int = 1024
+    top_p: float = 1.0  # 1 = off
+    max_new_tokens: int = 1024  # of an answer; one that is cut off teaches no end token
     max_context: int = 131072  # tokens of a prompt on a whole document and its answer; longer ones lose their middle
     repetition_penalty: float = 1.0  # 1 = off; greedy small models loop without one
     speculation: Literal["off", "lossless"] = "off"  # lossless: RAPID drafts the long answer from the excerpt
@@ -112,9 +112,9 @@ class PairsConfig:
     batch: int = 4  # prompts of about equal length generated at once; a document's questions always are
     documents: int = 1  # whose long answers are generated at once, as many as their keys and values fit in memory
     repeats_chosen: float = 0.90  # share of words that occur more than once, above which an answer is dropped
-    repeats_rejected: float = 0.95
+    repeats_rejected: float = 0.95  # the same, of the rejected answer
     min_words: int = 2  # words of 3 letters or more that an answer has at least
-    shard_pairs: int = 64  # documents a file
+    shard_pairs: int = 64  # documents a file of pairs
 
     def __post_init__(self):
         for name in ("max_new_tokens", "max_context", "batch", "documents", "shard_pairs"):
@@ -134,14 +134,14 @@ class PairsConfig:
 class ObjectiveConfig:
     """What is minimised (loss.py): nll_weight * NLL + preference_weight * preference loss; opsd: + a reverse KL."""
 
-    name: Objective = "longpo"
-    beta: float = 0.1
+    name: Objective = "longpo"  # what is minimised (longpo_jax/README.md has the sums)
+    beta: float = 0.1  # of the rewards, Eq. 12
     preference_weight: float = 0.01  # the paper's lambda
-    nll_weight: float = 1.0
-    nll: Literal["full", "response"] = "full"  # full: the whole chosen sequence, the document included
+    nll_weight: float = 1.0  # of the NLL of the chosen sequence
+    nll: Literal["full", "response"] = "full"  # of the whole chosen sequence with the document, or of its answers
     alpha: float = 3.0  # solopo: weight of the short-to-long reward alignment
     distillation_weight: float = 1.0  # opsd: of the reverse KL divergence, a mean over the answers' tokens
-    top_k: int = 32  # opsd: the teacher's most probable tokens that are told apart; all others are one
+    top_k: int = 32  # opsd: the teacher's most probable tokens, one by one; all others are one bucket
 
     def __post_init__(self):
         for name in ("beta", "preference_weight", "nll_weight", "alpha", "distillation_weight"):
@@ -161,17 +161,17 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """Optax's adamw, or rmsprop as torch computes it."""
 
-    name: Literal["adamw", "rmsprop"] = "adamw"
-    learning_rate: float = 5e-7
+    name: Literal["adamw", "rmsprop"] = "adamw"  # the paper's is Adam, its code has rmsprop
+    learning_rate: float = 5e-7  # at its peak; the paper's, over thousands of updates
     warmup_ratio: float = 0.1  # of all steps, linear: update k of W has k / W of learning_rate
     schedule: Literal["cosine", "constant"] = "cosine"  # after the warmup; cosine: to 0
     b1: float = 0.9  # adamw
     b2: float = 0.99  # adamw
-    eps: float = 1e-8
+    eps: float = 1e-8  # of both
     decay: float = 0.99  # rmsprop
     weight_decay: float = 0.0  # adamw
     clip_norm: float | None = 1.0  # of the gradient of all weights; null = off
-    moments_dtype: Literal["float32", "bfloat16"] = "float32"
+    moments_dtype: Literal["float32", "bfloat16"] = "float32"  # of the optimizer's state
 
     def __post_init__(self):
         require_above(0, self, "learning_rate", "eps", "clip_norm")
@@ -190,17 +190,20 @@ class TrainConfig:
     lengths: tuple[int, ...] = (65536, 98304, 133120)  # rows are padded to the first of these that holds them
     tail: int = 4096  # further slots of a row, for its rejected turns
     rows_per_step: int = 8  # rows (documents) an update; over data * fsdp devices, the rest accumulated
-    epochs: int = 1
+    epochs: int = 1  # passes over the pairs
     max_steps: int | None = None  # stop earlier; the schedule is that of all steps of this run
-    remat: Remat = "attention"  # kept of a layer: none: all; layer: its input; attention: that and attention's output
+    # What the forward pass keeps of a layer. none: all; layer: its input; attention: that and attention's output.
+    remat: Remat = "attention"
     offload: bool = False  # the layers' inputs wait in the host's memory (GPUs and TPUs)
     logits_chunk: int = 1024  # tokens of a device whose logits exist at once
     attention_block: int = 512  # slots attended at once by plain XLA
-    log_every: int = 1
-    save_every: int = 50
-    keep: int = 2  # newest checkpoints
+    log_every: int = 1  # updates between two lines of metrics.jsonl
+    save_every: int = 50  # updates between two checkpoints; one is also written at the end and at SIGTERM
+    keep: int = 2  # how many of the newest checkpoints stay
     keep_every: int | None = None  # and those of steps that are multiples of this
-    tensorboard: bool = False
+    emergency_every: int | None = None  # updates between two copies on each process's own disk; null: none
+    emergency_folder: str | None = None  # where they are, on this machine
+    tensorboard: bool = False  # write events for TensorBoard, too
     wandb: str | None = None  # project name; needs the package wandb
 
     def __post_init__(self):
@@ -209,11 +212,15 @@ class TrainConfig:
         sizes = "tail rows_per_step epochs logits_chunk attention_block log_every save_every keep"
         for name in sizes.split():
             require(getattr(self, name) >= 1, f"{name}: expected at least 1, got {getattr(self, name)}")
-        for name in ("max_steps", "keep_every"):
+        for name in ("max_steps", "keep_every", "emergency_every"):
             require(
                 (value := getattr(self, name)) is None or value >= 1,
                 f"{name}: expected at least 1, or null, got {value}",
             )
+        given = (self.emergency_every is not None, self.emergency_folder is not None)
+        require(given[0] == given[1], "emergency_every: expected with emergency_folder, got one of them alone")
+        if self.emergency_folder is not None:
+            local_path(self.emergency_folder, "emergency_folder")
         both = self.offload and self.remat == "none"
         require(not both, "offload: expected remat layer or attention, got remat none")
 
@@ -222,7 +229,7 @@ class TrainConfig:
 class ExportConfig:
     """What is written in the end."""
 
-    step: int | None = None  # the update after which; null = the last. Its checkpoint is to be there: train.keep
+    step: int | None = None  # the update whose weights are exported; null = the last. train.keep must have kept it
 
     def __post_init__(self):
         require(self.step is None or self.step >= 1, f"step: expected at least 1, or null, got {self.step}")
@@ -232,10 +239,11 @@ class ExportConfig:
 class GenerationConfig:
     """How the model's own answers are computed."""
 
-    layout: Literal["unrolled", "stacked"] = "unrolled"  # unrolled decodes faster on CPU and GPU
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    prefill_chunk: int = 512
-    attention_block: int = 16384
+    # Of the layers: unrolled, one array each, decodes faster on CPUs and GPUs; stacked, all in one, compiles faster.
+    layout: Literal["unrolled", "stacked"] = "unrolled"
+    mesh: MeshConfig = field(default_factory=MeshConfig)  # of the devices that answer
+    prefill_chunk: int = 512  # prompt tokens computed at once
+    attention_block: int = 16384  # cache slots attended at once while decoding
 
     def __post_init__(self):
         for name in ("prefill_chunk", "attention_block"):
@@ -246,7 +254,7 @@ class GenerationConfig:
 class ComputeConfig:
     """How attention is computed."""
 
-    kernel: KernelName = "auto"  # splash on TPUs, cudnn on GPUs, else xla
+    kernel: KernelName = "auto"  # auto: splash on TPUs, cudnn on GPUs, else xla
     context: Over = "ring"  # how keys and values reach the queries of other devices
     programs: bool = True  # keep compiled programs in $RAPID_JAX_CACHE, else ~/.cache/rapid_jax
 
@@ -255,8 +263,8 @@ class ComputeConfig:
 class LongPOConfig:
     """One run: all of its stages, in one folder."""
 
-    run: str = "runs/longpo"  # folder that everything is written to
-    seed: int = 42
+    run: str = "runs/longpo"  # folder that everything is written to, here or in a bucket
+    seed: int = 42  # of the order of documents and rows, of excerpts, questions and sampled answers
     model: PolicyConfig = field(default_factory=PolicyConfig)
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
     excerpts: ExcerptsConfig = field(default_factory=ExcerptsConfig)

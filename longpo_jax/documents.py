@@ -24,6 +24,7 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 
 _TOGETHER = 4_000_000  # characters that are tokenised at once, at least
+_APIECE = 128_000  # characters of a text that one processor tokenises
 _CHARACTERS = 16  # a token hardly ever has as many in the mean over a text
 _MARGIN = 64  # tokens by which a text's beginning alone may differ from the same in the whole text
 
@@ -182,7 +183,7 @@ def _documents(
 ) -> Iterator[tuple[Document, str]]:
     """Texts as documents or, where one is split, parts of it; which of the two. All processors look where to split."""
     split = [config.longer == "split" and (tokens > config.max_tokens or id in parts) for id, *_, tokens in group]
-    spans = iter(tokenizer.spans_of([text for (_, _, text, _), is_split in zip(group, split, strict=True) if is_split]))
+    spans = _spans([text for (_, _, text, _), is_split in zip(group, split, strict=True) if is_split], tokenizer)
     for (id, domain, text, tokens), is_split in zip(group, split, strict=True):
         if not is_split:
             yield Document(id, domain, text, tokens), "document"
@@ -191,6 +192,19 @@ def _documents(
             part = parts.get(id, 0)
             parts[id] = part + 1
             yield Document(f"{id}.{part}", domain, piece, count), "part"
+
+
+def _spans(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[list[tuple[int, int]]]:
+    """Of each text, the characters of each token, but for tokens over the ends of the pieces that processors share."""
+    cut = [list(_pieces(text, _APIECE)) for text in texts]
+    found = iter(tokenizer.spans_of([piece for pieces in cut for piece in pieces]))
+    for pieces in cut:
+        spans: list[tuple[int, int]] = []
+        at = 0
+        for piece in pieces:
+            spans += [(at + start, at + end) for start, end in next(found)]
+            at += len(piece)
+        yield spans
 
 
 def _pieces(text: str, limit: int) -> Iterator[str]:

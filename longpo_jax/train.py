@@ -16,28 +16,31 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 
 from longpo_jax.checkpoint_files import Found, check_place, newest
-from longpo_jax.checkpoints import Checkpoints, restore
+from longpo_jax.checkpoints import Checkpoints, named, restore
 from longpo_jax.config import LongPOConfig
+from longpo_jax.emergency import EmergencyCopies
 from longpo_jax.metrics import Metrics, check_installed, peak_flops, read_metrics
 from longpo_jax.optimizer import schedule_of, transform_of
 from longpo_jax.pace import Clock
 from longpo_jax.reference import OfRecords, read_references, reference_inputs
 from longpo_jax.shortfall import lost, warning
 from longpo_jax.signals import Signals
-from longpo_jax.soundness import checksum, finite_each
+from longpo_jax.soundness import finite_each
 from longpo_jax.stages import has_ended, inputs_of, is_to_skip, mark_done, stage_in, summary_of
 from longpo_jax.step import TOLD, Sample, Step, TrainState
 from rapid_jax.model.identity import identity_of
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
+from rapid_jax.runtime.agreement import all_told
 from rapid_jax.runtime.axes import TRAINED
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
+from rapid_jax.runtime.json_input import Fields
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.runtime.storage import AnyPlace
+from rapid_jax.runtime.value_sums import array_sums
 
 
 def run_train(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
@@ -135,7 +138,7 @@ class _Loop:
         self, config: LongPOConfig, place: AnyPlace, model: LoadedModel, inputs: dict[str, Any], signals: Signals
     ):
         self._config, self._place, self._inputs, self._signals = config, place, inputs, signals
-        self._model = model
+        self._model, self._copies = model, EmergencyCopies(config.train, place, inputs)
         self._microbatch = config.mesh.data * config.mesh.fsdp
         self._devices = jax.devices()[:1] if model.decoder.mesh is None else list(model.decoder.mesh.devices.flat)
 
@@ -160,19 +163,12 @@ class _Loop:
             say(f"train: {longer} of {longer + len(reader)} rows are longer than train.lengths or train.tail: left out")
         step = Step(config, self._model.decoder, transform_of(config.optimizer, steps))
         state = step.start(self._model.decoder)
-        self._begin(state, found)
-        state = state if found is None else restore(found, state)
+        state, note = self._resumed(state, found)
+        self._begin(state, note)
         first = int(state.step)
-        reader.start_at(0 if found is None else found.note.whole("position"), self.held)
-        metrics = Metrics(
-            self._place,
-            steps=steps,
-            resumed=first,
-            tensorboard=train.tensorboard,
-            wandb=train.wandb,
-            leads=leads,
-            quiet=quiet,
-        )
+        reader.start_at(0 if note is None else note.whole("position"), self.held)
+        given = {"steps": steps, "resumed": first, "leads": leads, "quiet": quiet}
+        metrics = Metrics(self._place, tensorboard=train.tensorboard, wandb=train.wandb, **given)
         folder = self._place / "checkpoints"
         with Checkpoints(folder, start=first, keep=train.keep, keep_every=train.keep_every) as checkpoints:
             try:
@@ -182,6 +178,7 @@ class _Loop:
                     metrics.close()
                 raise
             metrics.close()
+        self._copies.close()
         if _sum(state) == self._started:
             raise InputError(
                 f"{self._place}: expected training to change a weight, got none changed by {steps} updates: "
@@ -190,10 +187,17 @@ class _Loop:
         made = {"steps": steps, "rows": steps * train.rows_per_step, "too_long": dict(reader.rows.too_long)}
         return made | {"last": read_metrics(self._place)[-1] if leads else {}}
 
-    def _begin(self, state: TrainState, found: Found | None) -> None:
+    def _resumed(self, state: TrainState, found: Found | None) -> tuple[TrainState, Fields | None]:
+        """(the state to go on from, the note beside it): of the newest checkpoint, or of copies that are newer."""
+        after = 0 if found is None else found.step
+        if (copied := self._copies.restore(state, after=after)) is not None:
+            return copied
+        return (state, None) if found is None else (restore(found, state), found.note)
+
+    def _begin(self, state: TrainState, note: Fields | None) -> None:
         """Notes what the run starts from. Raises InputError if a weight of the model is NaN or infinite."""
-        if found is not None:
-            self._started = found.note.whole("started")
+        if note is not None:
+            self._started = note.whole("started")
             return
         finite = jax.tree.leaves_with_path(jax.device_get(finite_each(nnx.state(state.weights, nnx.Param))))
         wrong = [jax.tree_util.keystr(path, simple=True, separator=".") for path, sound in finite if not sound]
@@ -228,11 +232,8 @@ class _Loop:
             if not found["weights_finite"]:
                 checkpoints.wait()
                 raise InputError(self._overflowed(found, index, saved, float(np.asarray(rate(index)))))
-            line = {
-                "step": index + 1,
-                "rows": (index + 1) * train.rows_per_step,
-                "learning_rate": float(np.asarray(rate(index))),
-            }
+            line = {"step": index + 1, "rows": (index + 1) * train.rows_per_step}
+            line |= {"learning_rate": float(np.asarray(rate(index)))}
             line |= {name: value for name, value in found.items() if name not in TOLD} | clock.read(index + 1)
             ending = self._signals.agreed()
             last = index + 1 == steps
@@ -241,7 +242,12 @@ class _Loop:
             if last or ending is not None or (index + 1) % train.save_every == 0:
                 checkpoints.save(state, self._note(index + 1))
                 metrics.keep()
+                if saved > first:  # it is whole: the new one is begun after it
+                    self._copies.drop(saved)
                 saved = index + 1
+                clock.skip()
+            elif self._copies.are_due(index + 1):
+                self._copies.save(state, self._note(index + 1))
                 clock.skip()
             if ending is not None and not last:
                 checkpoints.wait()
@@ -285,15 +291,9 @@ class _Loop:
 
 
 def _sum(state: TrainState) -> int:
-    return int(checksum(nnx.state(state.weights, nnx.Param)))
+    return sum(map(int, array_sums(named(nnx.state(state.weights, nnx.Param))).values()))
 
 
 def _of_all(ids: list[str]) -> list[str]:
     """The ids that any process has, each once."""
-    if jax.process_count() > 1:
-        mine = np.frombuffer(json.dumps(ids).encode(), np.uint8)
-        longest = int(np.max(multihost_utils.process_allgather(np.int32(mine.size))))
-        padded = np.pad(mine, (0, longest - mine.size), constant_values=ord(" "))
-        every = multihost_utils.process_allgather(padded)
-        ids = [name for theirs in every for name in json.loads(theirs.tobytes())]
-    return list(dict.fromkeys(ids))
+    return list(dict.fromkeys(name for theirs in all_told(ids) for name in theirs))

@@ -171,7 +171,7 @@ def _fault(cache: _Cache, entry: AnyEntry) -> str:
 
 def _prefix_fault(cache: _Cache, entry: AnyEntry) -> str:
     from rapid_jax.runtime.array_store import Damaged
-    from rapid_jax.speculative.prefix_manifest import check_entry
+    from rapid_jax.speculative.prefix_check import check_entry
 
     try:
         with cache.prefixes.reading(entry.path.name):

@@ -17,15 +17,17 @@ from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
 class ModelsConfig:
     """Which models, and how they are laid out."""
 
-    target: str = "smollm2"  # a Hugging Face folder, a .gguf file, or the name smollm2
-    target_weights: Literal["full", "int8"] = "full"  # int8: half the bytes to read, but another model's answer
-    drafter: str = "same"  # same = the target's own weights, no second copy; else as target
-    drafter_weights: Literal["full", "int8", "int4"] = "full"  # int8, int4: a rounded copy drafts
+    target: str = "smollm2"  # reads the whole document: a Hugging Face folder, a .gguf file, or the name smollm2
+    target_weights: Literal["full", "int8"] = "full"  # int8: half the bytes to read; lossy: the quantised copy's answer
+    drafter: str = "same"  # reads the retrieved text; same: the target's own weights, no second copy; else as target
+    drafter_weights: Literal["full", "int8", "int4"] = "full"  # int8, int4: a quantised copy of the weights drafts
     encoder: str = "minilm"  # embeds chunks: a Hugging Face folder, or the name minilm
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, else bfloat16
-    layout: Literal["unrolled", "stacked"] = "unrolled"  # unrolled decodes faster on CPU and GPU
+    # Of the layers: unrolled, one array each, decodes faster on CPUs and GPUs; stacked, all in one, compiles faster.
+    layout: Literal["unrolled", "stacked"] = "unrolled"
     max_context: int | None = None  # tokens of prompt and answer; null = what the checkpoint was trained for
-    too_long: Literal["error", "middle", "head"] = "error"  # middle: the middle is cut out, as in the paper
+    # Of a document beyond max_context. head: its beginning is read; middle: its middle is cut out, as in the paper.
+    too_long: Literal["error", "middle", "head"] = "error"
 
     def __post_init__(self):
         for name in ("target", "drafter", "encoder"):
@@ -44,9 +46,11 @@ class ModelsConfig:
 class PromptsConfig:
     """What the models are asked, as one user message; {document} and {question} are filled in."""
 
+    # What the target is asked; {document} before {question}, each once.
     target: str = (
         "Please read the following text and answer the question below.\n\n<text>\n{document}\n</text>\n\n{question}"
     )
+    # What the drafter is asked, {document} being the retrieved text; in mode retrieval the target is asked this.
     drafter: str = (
         "Please read the following retrieved text chunks and answer the question below.\n\n"
         "<text>\n{document}\n</text>\n\n{question}"
@@ -67,10 +71,10 @@ class PromptsConfig:
 class ComputeConfig:
     """How the work is cut up. Changes speed and memory; the answer by rounding alone."""
 
-    prefill_chunk: int = 512  # prompt tokens computed at once
+    prefill_chunk: int = 512  # prompt tokens computed at once; a multiple of twice mesh.context
     attention_block: int = 16384  # cache slots attended at once while decoding
-    kernel: KernelName = "auto"  # of prefill: splash on TPUs, cudnn on GPUs, else xla
-    kv: Literal["full", "int8"] = "full"  # of the target's document; int8: half the bytes, rounded after prefill
+    kernel: KernelName = "auto"  # of prefill; auto: splash on TPUs, cudnn on GPUs, else xla
+    kv: Literal["full", "int8"] = "full"  # of the document; int8: half the bytes, quantised after prefill; lossy
     context: Over = "ring"  # how keys and values reach the queries of other devices during prefill
 
     def __post_init__(self):
@@ -83,13 +87,13 @@ class ComputeConfig:
 class CacheConfig:
     """What is kept: keys and values of documents on devices, host and disk, and what else saves time there."""
 
-    folder: str | None = None  # or gs://, for documents; null = $RAPID_JAX_CACHE, else ~/.cache/rapid_jax
-    device_gib: float | None = None  # keys and values of documents; null = what the devices have left beside weights
-    host_gib: float = 16.0  # keys and values that the devices have no room for
-    disk_gib: float = field(default=20.0, metadata={"was": "prefix_gib"})  # of all kinds; least recently used go first
-    prefixes: bool = True  # keys and values of documents on disk
-    embeddings: bool = True  # of chunks, and indices over them
-    programs: bool = True  # compiled ones
+    folder: str | None = None  # or gs://, s3://, for documents; null = $RAPID_JAX_CACHE, else ~/.cache/rapid_jax
+    device_gib: float | None = None  # at most, of documents' keys and values; null = what weights leave free
+    host_gib: float = 16.0  # at most, of keys and values that the devices have no room for
+    disk_gib: float = field(default=20.0, metadata={"was": "prefix_gib"})  # at most; least recently used go first
+    prefixes: bool = True  # keep keys and values of documents on disk, or in cache.folder's bucket
+    embeddings: bool = True  # keep embeddings of chunks, and indices over them
+    programs: bool = True  # keep compiled programs
 
     def __post_init__(self):
         cache_dir(self.folder)

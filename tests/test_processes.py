@@ -148,8 +148,8 @@ def test_two_processes_evaluate_as_one_does(question, tmp_path):
     assert len(one) == 3 and one == two
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_takes_the_other_with_it(question, killed):
+def test_a_killed_process_takes_the_other_with_it(question):
+    """The one that all others have reached; of another one: below."""
     port = free_port()
     command = meshed(question, "mesh.context=8", "sampling.max_new_tokens=500")
     pair = [spawn(command, environment(4, (port, 2, index))) for index in (0, 1)]
@@ -157,12 +157,7 @@ def test_a_killed_process_takes_the_other_with_it(question, killed):
     for line in pair[0].stderr:  # models are loaded, and the run is in its prefill or beyond
         if "retrieved" in line:
             break
-    pair[killed].send_signal(signal.SIGKILL)
-    start = time.monotonic()
-    code, _, err = finished(pair[1 - killed])
-    assert time.monotonic() - start < 60
-    assert code == LOST_PEER and f"rapid: process {killed} of 2 has ended without a word" in err
-    finished(pair[killed])
+    ends_with_its_peer(pair, 0)
 
 
 def test_processes_that_read_different_documents_say_so(question, tmp_path):
@@ -287,6 +282,22 @@ def meeting(port: int, *seats: tuple[int, str], count: int, patience: float = 60
     for name in names:
         name["JAX_COORDINATOR_ADDRESS"] = f"{host}:{port}"
     return [spawn(["-c", MEETING, str(patience), what], name) for name, (_, what) in zip(names, seats, strict=True)]
+
+
+def ends_with_its_peer(pair: list[subprocess.Popen], killed: int) -> None:
+    pair[killed].send_signal(signal.SIGKILL)
+    start = time.monotonic()
+    code, _, err = finished(pair[1 - killed])
+    assert time.monotonic() - start < 60
+    assert code == LOST_PEER and f"rapid: process {killed} of 2 has ended without a word" in err
+    finished(pair[killed])
+
+
+def test_a_killed_process_that_leads_nobody_takes_the_other_with_it():
+    pair = meeting(free_port(), (0, "jax waits"), (1, "jax waits"), count=2)
+    for process in pair:  # what is said once JAX has met, too
+        assert process.stdout and [process.stdout.readline() for _ in range(2)] == ["met\n", "2 4\n"]
+    ends_with_its_peer(pair, 1)
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ NEVER = 2**31 - 1  # a position that no row sees
 
 @dataclass(frozen=True)
 class Shape:
-    """How the kernel is cut; by measurement (WORKSPACE.md)."""
+    """How the kernel is cut; by measurement (tests/benchmarks/NOTES.md)."""
 
     rows: int  # of a program: more are several programs', which run side by side and read the same slots
     block: int  # slots at a time

@@ -13,7 +13,7 @@ from rapid_jax.speculative.generate import generation_of
 from rapid_jax.speculative.pace import Pace
 from rapid_jax.speculative.round_times import RoundTimes
 from rapid_jax.speculative.rounds import Rounds, Slots
-from rapid_jax.speculative.start import gamma_bucket
+from rapid_jax.speculative.start import draft_room, gamma_bucket
 
 ROW_BUCKETS = (1, 2, 4, 8, 16)  # rows, of documents or of one, that programs are compiled for
 
@@ -23,7 +23,7 @@ class LaneKey:
     """What requests have in common that can be rows of the same rounds."""
 
     document: Hashable  # the one that all rows are about, whose keys and values are not copied; None: several
-    drafts: bool
+    drafts: int  # of a round that each row has room for; 0: nothing is drafted
     auto: bool  # the gamma goes by the clock
     lookup: tuple[str, int, int]
     rounds_per_read: int
@@ -32,8 +32,8 @@ class LaneKey:
     @classmethod
     def of(cls, speculation: SpeculationConfig, document: Hashable, slots: Slots | None = None) -> "LaneKey":
         """Of a request with these settings about that document, in a lane whose rows have so many slots."""
-        drafts = speculation.drafts and speculation.gamma != 0
-        auto = drafts and speculation.gamma == "auto"
+        drafts = draft_room(speculation) if speculation.drafts and speculation.gamma != 0 else 0
+        auto = drafts > 0 and speculation.gamma == "auto"
         lookup = speculation.lookup, speculation.lookup_width, speculation.lookup_match
         return cls(document, drafts, auto, lookup, speculation.rounds_per_read, slots)
 
@@ -65,7 +65,7 @@ class Lane:
     @classmethod
     def of(cls, key: LaneKey, job: Job, rounds: Rounds, document: Hashable, times: RoundTimes) -> "Lane":
         """A lane of one request; `times` is what lanes of the same models have learnt."""
-        lane = cls(key, rounds, [document], [job], Pace(job.config.speculation, key.drafts, times))
+        lane = cls(key, rounds, [document], [job], Pace(job.config.speculation, key.drafts > 0, times))
         lane._repace()
         return lane
 

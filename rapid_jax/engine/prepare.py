@@ -185,7 +185,8 @@ class Preparing:
                 room=room,
             )
             if self._few_programs:
-                rounds.widen()
+                # Greedy rows have the engine's own law: that is what a warm-up compiles.
+                rounds.widen(transfers=drafter is not None and self._config.speculation.transfers_greedily)
         job.took("prefill", work)
         slots = rounds.slots if self._few_programs else None
         key = LaneKey.of(config.speculation, None if size <= COPIED_BYTES else document, slots)

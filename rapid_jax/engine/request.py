@@ -56,7 +56,8 @@ class Request:
     """One answer that is wanted, with settings of its own: none of them concerns another request.
 
     The answer depends on the request and the models alone, not on what runs beside it (up to rounding, which can turn
-    a near tie; and with gamma auto, which goes by the clock, where the temperature is above 0).
+    a near tie; and with gamma auto, which goes by the clock: above temperature 0, and at 0 where the drafter moves the
+    tokens).
     """
 
     prompt: Prompt

@@ -30,13 +30,13 @@ Outlines: TypeAlias = dict[str, dict[LaneKey, list[Any]]]  # by kind of request,
 class WarmUp:
     """Sizes of requests that compile nothing once the engine is ready.
 
-    That holds for questions about documents under the engine's own mode, gamma and lookup, and for chats and texts
-    without one, with answers of at most the engine's own limit (or of the same bucket) and questions of at most
-    `rooms.QUESTION_TOKENS`, whatever else they ask for, of one of the sizes or of several at once; and for the
-    log-probabilities of prompts of these lengths. A document shorter than one of the lengths, down to about a quarter
-    of it, gets as much room where the devices have it. Requests that name others bring programs of their own, and so do
-    more at once. (In mode target questions about a document may share a lane with chats that need as many slots; then
-    each of those counts as a document.)
+    That holds for questions about documents under the engine's own mode, gamma and lookup (with a fixed gamma: under
+    any mode that drafts, if its own does), and for chats and texts without one, with answers of at most the engine's
+    own limit (or of the same bucket) and questions of at most `rooms.QUESTION_TOKENS`, whatever else they ask for, of
+    one of the sizes or of several at once; and for the log-probabilities of prompts of these lengths. A document
+    shorter than one of the lengths, down to about a quarter of it, gets as much room where the devices have it.
+    Requests that name others bring programs of their own, and so do more at once. (In mode target questions about a
+    document may share a lane with chats that need as many slots; then each of those counts as a document.)
 
     Requests of several sizes run side by side in the lane of the largest (engine/sharing.py): that takes one program
     for each pair of sizes, where lanes that grew would take one for each pair and number of rows.

@@ -74,7 +74,7 @@ def tokenizer_files(metadata: Mapping[str, Any], source: str = "GGUF metadata") 
     if (template := fields.text("tokenizer.chat_template", None)) is not None:
         config["chat_template"] = template
     if kind == "llama":
-        settings = tokenizer_json(_pieces(fields, tokens), source)
+        settings = tokenizer_json(_pieces(fields, tokens, ids), source)
     else:
         settings = json.loads(_backend(fields, tokens, _CUTS[pre], ids).to_str())
     if add_bos and "bos" in ids:
@@ -106,14 +106,21 @@ def _named_ids(fields: Fields) -> dict[str, int]:
     return found
 
 
-def _pieces(fields: Fields, tokens: list[str]) -> Pieces:
-    """A SentencePiece vocabulary, and whether a text begins with a space."""
+def _pieces(fields: Fields, tokens: list[str], ids: Mapping[str, int]) -> Pieces:
+    """A SentencePiece vocabulary, and whether a text begins with a space.
+
+    A checkpoint has unused pieces of its own: of those at the end only what is spelt as llama.cpp fills up is left out.
+    """
     for key in ("precompiled_charsmap", "remove_extra_whitespaces"):
         if fields.get(f"tokenizer.ggml.{key}"):
             raise fields.error(f"tokenizer.ggml.{key}", "false or empty: others are not supported")
-    scores = fields.numbers("tokenizer.ggml.scores")
+    scores, kinds = fields.numbers("tokenizer.ggml.scores"), fields.wholes("tokenizer.ggml.token_type", most=6)
     spaced = fields.truth("tokenizer.ggml.add_space_prefix", True)
-    return Pieces(tokens, scores, fields.wholes("tokenizer.ggml.token_type", most=6), spaced=spaced)
+    end, named = len(tokens), set(ids.values())
+    while kinds[end - 1 : end] == [UNUSED] and tokens[end - 1] == f"[PAD{end - 1}]" and end - 1 not in named:
+        end -= 1
+    cut = len(tokens) - end
+    return Pieces(tokens[:end], scores[: len(scores) - cut], kinds[: len(kinds) - cut], spaced=spaced)
 
 
 def _backend(fields: Fields, tokens: list[str], cut: _Cut, ids: Mapping[str, int]) -> Tokenizer:

@@ -37,7 +37,7 @@ class FixedPoint:
 
 @dataclass(frozen=True)
 class Tile:
-    """How the matrix is cut; by measurement (WORKSPACE.md)."""
+    """How the matrix is cut; by measurement (tests/benchmarks/NOTES.md)."""
 
     deep: int  # weights of a column at a time
     wide: int  # columns of a program

@@ -23,19 +23,19 @@ class RetrievalConfig:
     Policy `fill`: all of a document that fits the budget; else chunks by their best windows until it is filled.
     """
 
-    policy: Policy = "fill"
-
+    policy: Policy = "fill"  # which chunks are taken, above
     chunk_tokens: int = 512  # tokens of the target's tokenizer in a chunk, at most
     compression: int = 24  # lambda: the retrieved text is 1/lambda of the input, once that exceeds min_tokens
     min_tokens: int = 4096  # the retrieved text is not cut below this many tokens while the document has them
-    window_tokens: int | None = 64  # fill: of the encoder's, special ones included, at most; None = its whole input
-    threshold: float | None = None  # cosine that a chunk must reach (inclusive); None = fill: the encoder's, paper: 0.3
-    max_chunks: int | None = None  # upper limit on the number of chunks whatever the length; None = no limit
-    index: IndexKind = "auto"  # "exact" compares with every window, "tree" with the nearest leaves of a ScaNN tree
-    exact_below: int = 32768  # "auto" is exact for fewer windows than this
-    leaves: int | None = None  # tree: number of leaves; None = sqrt(number of windows)
-    leaves_to_search: int | None = None  # tree: leaves that a query looks into; None = half of them
-    reorder: int | None = None  # tree: candidates compared again exactly; None = 10 per result, at least 200
+    # fill: a chunk is scored by its best window of so many of the encoder's tokens, at most; null = its whole input.
+    window_tokens: int | None = 64
+    threshold: float | None = None  # cosine that a chunk must reach (inclusive); null = fill: the encoder's, paper: 0.3
+    max_chunks: int | None = None  # upper limit on the number of chunks whatever the length; null = no limit
+    index: IndexKind = "auto"  # exact: compares with every window; tree: with the nearest leaves of a ScaNN tree
+    exact_below: int = 32768  # index auto is exact for fewer windows than this
+    leaves: int | None = None  # tree: number of leaves; null = sqrt(number of windows)
+    leaves_to_search: int | None = None  # tree: leaves that a query looks into; null = half of them
+    reorder: int | None = None  # tree: candidates compared again exactly; null = 10 per result, at least 200
     batch_size: int = 32  # texts that the encoder takes at once
     join: str = "\n\n"  # stands between two chunks in the retrieved text
 

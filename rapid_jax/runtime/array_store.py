@@ -2,10 +2,10 @@
 """Arrays in a folder or a bucket, through TensorStore: each process writes and reads those parts that it needs.
 
     PLACE/zarr.json        Zarr 3: kind, shape and the size of a piece, for whoever else reads it
-    PLACE/c/0/0/1/0        a piece, as it lies in memory, and its CRC-32C
+    PLACE/c/0/0/1/0        a piece, as it lies in memory
 
-Every piece that is read is checked against its checksum, by whichever process reads it; one that is missing is damage,
-never zeros. A checksum is of the bytes alone: that a whole piece was put in the place of another is not noticed.
+A piece that is missing or too short is damage, never zeros. Whether values are those that were written is for who
+writes them to know, by sums of theirs (value_sums.py): a checksum of a piece would not say whose it is.
 Nothing is compressed: keys, values and weights do not compress (7 % measured with zstd, at a third of the speed).
 TensorStore is imported when an array is first opened.
 """
@@ -29,7 +29,6 @@ from rapid_jax.runtime.errors import InputError, Unavailable, legible
 from rapid_jax.runtime.json_input import Fields
 from rapid_jax.runtime.storage import AnyPlace
 
-_CHECKSUM_BYTES: Final = 4
 _MOST_BYTES: Final = 1 << 29  # under way at once
 _POOLED_BYTES: Final = 1 << 28  # of pieces that several parts need
 _RETRIES: Final = {"max_retries": 5, "initial_delay": "1s", "max_delay": "16s"}  # as gcsfs waits
@@ -57,7 +56,7 @@ class Array:
     def bytes(self) -> int:
         """Of its files, whose last pieces are whole, too."""
         pieces = math.prod(-(-size // part) for size, part in zip(self.shape, self.piece, strict=True))
-        return pieces * (math.prod(self.piece) * np.dtype(self.dtype).itemsize + _CHECKSUM_BYTES)
+        return pieces * math.prod(self.piece) * np.dtype(self.dtype).itemsize
 
     def as_json(self) -> list[Any]:
         """What `of_json` reads."""
@@ -145,18 +144,6 @@ class Moves:
         self.await_(future)
 
 
-def check(place: AnyPlace, array: Array) -> None:
-    """Reads all of it, a piece at a time. Raises Damaged, and what `refusals` raises."""
-    source, shape = opened(place, array), array.shape
-    with Moves(place) as moves:
-        for at in np.ndindex(*(-(-size // part) for size, part in zip(shape, array.piece, strict=True))):
-            starts = [index * part for index, part in zip(at, array.piece, strict=True)]
-            ends = [min(start + part, size) for start, part, size in zip(starts, array.piece, shape, strict=True)]
-            part = tuple(slice(start, end) for start, end in zip(starts, ends, strict=True))
-            into = np.empty([end - start for start, end in zip(starts, ends, strict=True)], np.dtype(array.dtype))
-            moves.read(source[part], into)
-
-
 @contextlib.contextmanager
 def refusals(place: AnyPlace) -> Iterator[None]:
     """Makes Damaged, OSError or, of a bucket, InputError of one line of what TensorStore raises for everything."""
@@ -190,7 +177,7 @@ def _spec(place: AnyPlace, array: Array) -> dict[str, Any]:
         if place.scheme == "s3" and (endpoint := os.environ.get("AWS_ENDPOINT_URL_S3")):
             kept |= {"endpoint": endpoint, "aws_region": os.environ.get("AWS_DEFAULT_REGION", "us-east-1")}
     grid = {"name": "regular", "configuration": {"chunk_shape": array.piece}}
-    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+    codecs = [{"name": "bytes", "configuration": {"endian": "little"}}]
     metadata = {"shape": array.shape, "data_type": array.dtype, "chunk_grid": grid, "codecs": codecs}
     return {
         "driver": "zarr3",

@@ -22,14 +22,14 @@ def _require(holds: bool, message: str) -> None:
 class SamplingSettings:
     """What is asked for of sampling; null is what the checkpoint asks for (`speculative/own_sampling.py`)."""
 
-    temperature: float | None = None  # 0 = greedy
-    top_k: int | None = None  # 0 = off
-    top_p: float | None = None  # 1 = off
-    min_p: float | None = None  # 0 = off
-    repetition_penalty: float | None = None  # 1 = off
-    penalize: Literal["generated", "all"] | None = None  # all = each model's own prompt too, as transformers does
-    max_new_tokens: int = 256
-    seed: int = 0
+    temperature: float | None = None  # 0 = greedy; null, here and below = as generation_config.json has it
+    top_k: int | None = None  # only the k most probable tokens; 0 = off
+    top_p: float | None = None  # only the most probable tokens of this mass; 1 = off
+    min_p: float | None = None  # only tokens of this share of the largest probability; 0 = off
+    repetition_penalty: float | None = None  # of tokens that were seen; 1 = off
+    penalize: Literal["generated", "all"] | None = None  # what is penalised; all: each model's own prompt too
+    max_new_tokens: int = 256  # of an answer, at most
+    seed: int = 0  # the same seed gives the same tokens, on any mesh
 
     def __post_init__(self):
         def check(name: str, wanted: str, holds: Callable[[float], bool]) -> None:
@@ -62,25 +62,26 @@ class SamplingConfig(SamplingSettings):
 class SpeculationConfig:
     """How tokens are drafted and what is accepted (RAPID, arXiv 2502.20330).
 
-    mode
-      rapid      the paper's rule as its released code runs it; with eta > 0 NOT the target's distribution; at
-                 temperature 0 a drafted position has the argmax of the enriched p-hat (ours: the paper has no rule)
-      lossless   eta = 0: exactly the target's distribution, whatever the drafter
-      phat       at drafted positions exactly the enriched p-hat (residual max(p_hat - q, 0)), p elsewhere
-      target     the target alone on the whole document
-      retrieval  the drafter's prompt alone, answered by the target
+    Modes:
+
+    - rapid: the paper's rule as its released code runs it; with eta > 0 NOT the target's distribution; at temperature 0
+      a drafted position has the argmax of the enriched p-hat (ours: the paper has no rule)
+    - lossless: eta = 0, exactly the target's distribution, whatever the drafter
+    - phat: at drafted positions exactly the enriched p-hat (residual max(p_hat - q, 0)), p elsewhere
+    - target: the target alone on the whole document
+    - retrieval: the drafter's prompt alone, answered by the target
     """
 
-    mode: Mode = "rapid"
-    eta: float = 10.0  # transfer strength, Eq. 6
-    gamma: int | Literal["auto"] = (
-        10  # drafted tokens a round; auto: by the clock, its rounds of 0 are the target's own
-    )
-    guard: Guard = "code"  # which tokens the drafter may move: released code, Eq. 9, or all
-    alpha: float = 0.1  # of the guard
+    mode: Mode = "rapid"  # the distribution that tokens are sampled from, above
+    eta: float = 10.0  # how far the drafter moves the target, Eq. 6; 0: not at all; the paper has 10
+    # Drafted tokens a round; auto: by measured times and acceptance, and its rounds of 0 are the target's own.
+    gamma: int | Literal["auto"] = 10
+    guard: Guard = "code"  # which tokens the drafter may move: as the released code, as Eq. 9 (paper), all (none)
+    alpha: float = 0.1  # the guard's threshold, as a share of the largest probability
     transfer_temperature: float | None = 1.0  # of p and q where rapid and phat are greedy; null: the target's greedy
     confidence_stop: float = 0.0  # stop drafting after a token the drafter gave less than this; 0 = off
-    lookup: Literal["off", "auto", "on"] = "auto"  # level 0: drafts copied from text already read
+    # Prompt-lookup drafting (n-grams copied from text already read). It changes no token.
+    lookup: Literal["off", "auto", "on"] = "auto"
     lookup_width: int = 6  # tokens copied at once
     lookup_match: int = 3  # tokens that must agree before a copy is proposed
     rounds_per_read: int = 4  # rounds on the device between two looks of the host

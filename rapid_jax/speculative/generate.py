@@ -195,8 +195,8 @@ def generate(
 
     With a fixed gamma, row b's tokens depend on its own prompts and `seeds[b]` (default: the seed of the settings for
     every row), not on the rest of the batch. gamma = auto goes by the clock: the tokens need not be the same again
-    except at temperature 0, and its rounds without drafts are the target's own law whatever eta is. It starts from what
-    is known of `times`, of calls with the same models.
+    except at temperature 0 where they are the target's, and its rounds without drafts are the target's own law whatever
+    eta is. It starts from what is known of `times`, of calls with the same models.
 
     Raises InputError where a model gives logits that are not numbers.
     """

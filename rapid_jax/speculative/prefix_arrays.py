@@ -2,8 +2,8 @@
 """A prefix's arrays between its devices and a store: in order of position, with the checkpoint's own kv heads.
 
 What is stored does not depend on the mesh that made it, but for the size of its pieces: no two devices write into one.
-Each process writes what its own devices hold, a layer after another; of copies of kv heads one is written.
-prefix_reader.py reads it.
+Each process writes what its own devices hold, a layer after another; of copies of kv heads one is written. Beside them
+lie the sums that they are known by (prefix_sums.py). prefix_reader.py reads it.
 """
 
 import math
@@ -19,6 +19,7 @@ from rapid_jax.attention.cache import KV, Layers, Prefix
 from rapid_jax.runtime.array_store import Array, Moves
 from rapid_jax.runtime.axes import letters_of
 from rapid_jax.speculative.prefix_heads import layer_names
+from rapid_jax.speculative.prefix_sums import SUMS, Slots, slot_sums
 
 _PIECE_BYTES: Final = 8 << 20  # larger ones are slower: each is memory that the system maps anew
 
@@ -50,6 +51,8 @@ class Part:
     own: slice
     heads: slice
     runs: tuple[Run, ...]
+    stored: np.ndarray  # which stored head each of its heads is
+    positions: np.ndarray  # of its slots
 
 
 def runs_of(pos_S: np.ndarray) -> tuple[Run, ...]:
@@ -79,7 +82,10 @@ def steps_of(prefix: Prefix, copies: int) -> tuple[int, int]:
 
 
 def stored_arrays(prefix: Prefix, copies: int, steps: Sequence[int]) -> dict[str, Array]:
-    """How a prefix of one row is stored: fields [layers, kv heads, positions, ...]; `steps` is of all processes."""
+    """How a prefix of one row is stored: fields [layers, kv heads, positions, ...], and their sums.
+
+    `steps` is of all processes.
+    """
     kv, used, count = first_layer(prefix.layers), int(prefix.used), layer_count(prefix.layers)
     stacked = isinstance(prefix.layers, KV)
     heads, positions = steps[0], steps[1] or used
@@ -96,37 +102,39 @@ def stored_arrays(prefix: Prefix, copies: int, steps: Sequence[int]) -> dict[str
         shape[s_axis], piece[s_axis] = used, positions
         skipped = 2 if stacked else 1  # layers, of which there is one a piece, and the row
         found[name] = Array(array.dtype.name, (count, *shape[skipped:]), (1, *piece[skipped:]))
-    return found
+    stored = found["k_BKSH"]
+    return found | {SUMS: Array("uint32", stored.shape[:3], stored.piece[:3])}
 
 
 def write(
-    prefix: Prefix, copies: int, targets: Mapping[str, Any], moves: Moves, step: Callable[[], bool] = lambda: True
+    prefix: Prefix,
+    copies: int,
+    key: str,
+    targets: Mapping[str, Any],
+    moves: Moves,
+    step: Callable[[], bool] = lambda: True,
 ) -> None:
     """Begins to write what this process's devices hold, a layer at a time, for as long as `step` says before each.
 
-    The next layer is on its way to the host meanwhile.
+    The next layer is on its way to the host meanwhile. `key` is the prefix's, which its sums depend on.
     """
     kv, count = first_layer(prefix.layers), layer_count(prefix.layers)
     before_heads = 2 if isinstance(prefix.layers, KV) else 1  # the layers of a stack, and the row
-    axes = {name: axes_of(kv, name) for name in targets}
-    parts = {name: _parts(getattr(kv, name), *axes[name], prefix, copies) for name in targets}
+    axes = {name: axes_of(kv, name) for name in layer_names(kv)}
+    parts = {name: _parts(getattr(kv, name), *axes[name], prefix, copies) for name in axes}
 
-    def held(layer: int) -> dict[str, list[Any]]:
-        if layer == count:
-            return {}
-        of_layer = prefix.layers if isinstance(prefix.layers, KV) else prefix.layers[layer]
-        shards = {name: _shards(getattr(of_layer, name)) for name in targets}
-        index = layer if isinstance(prefix.layers, KV) else None
-        return {name: [_leaving(shards[name][part.shard][1], index) for part in parts[name]] for name in targets}
+    def leaving(layer: int) -> dict[str, list[Any]]:
+        return _leaving(prefix.layers, layer, parts, key) if layer < count else {}
 
-    coming = held(0)
+    coming = leaving(0)
+    axes[SUMS], parts[SUMS] = (before_heads, before_heads + 1), parts["k_BKSH"]
     for layer in range(count):
         if not step():
             return
-        leaving, coming = coming, held(layer + 1)
+        held, coming = coming, leaving(layer + 1)
         for name, target in targets.items():
             k_axis, s_axis = (axis - before_heads for axis in axes[name])
-            for part, data in zip(parts[name], leaving[name], strict=True):
+            for part, data in zip(parts[name], held[name], strict=True):
                 block = np.asarray(data)[0]
                 for run in part.runs:
                     own, at = [slice(None)] * block.ndim, [slice(None)] * block.ndim
@@ -164,9 +172,10 @@ def _parts(array: jax.Array | np.ndarray, k_axis: int, s_axis: int, prefix: Pref
         bounds = bounds_of(index, array.shape)
         first, last = bounds[k_axis]
         heads = slice(-(-first // copies), -(-last // copies))
-        runs = runs_of(_positions(prefix.pos_BS, *bounds[s_axis]))
+        positions = _positions(prefix.pos_BS, *bounds[s_axis])
+        runs, own = runs_of(positions), slice(heads.start * copies - first, None, copies)
         if heads.stop > heads.start and runs:
-            found.append(Part(number, slice(heads.start * copies - first, None, copies), heads, runs))
+            found.append(Part(number, own, heads, runs, np.arange(first, last) // copies, positions))
     return found
 
 
@@ -181,16 +190,29 @@ def _positions(pos_BS: jax.Array | np.ndarray, first: int, last: int) -> np.ndar
     raise ValueError(f"expected positions of slots {first} to {last} where their keys are, got none")
 
 
-def _leaving(data: jax.Array | np.ndarray, layer: int | None) -> Any:
-    """What a device holds of a layer, on its way to the host: an array that forgets its copy there when it goes."""
+def _leaving(layers: Layers, layer: int, parts: Mapping[str, Sequence[Part]], key: str) -> dict[str, list[Any]]:
+    """What this process's devices hold of a layer's fields and their sums, by part, on its way to the host."""
+    kv, index = (layers, layer) if isinstance(layers, KV) else (layers[layer], None)
+    shards = {name: _shards(getattr(kv, name)) for name in layer_names(kv)}
+    found = {name: [_cut(each[part.shard][1], index) for part in parts[name]] for name, each in shards.items()}
+    sums = []
+    for at, part in enumerate(parts["k_BKSH"]):
+        fields = {name: each[at] for name, each in found.items()}
+        sums.append(slot_sums(fields, Slots(key, layer, part.stored, part.positions)))
+    found[SUMS] = sums
+    for data in (data for each in found.values() for data in each):
+        if isinstance(data, jax.Array):
+            data.copy_to_host_async()
+    return found
+
+
+def _cut(data: jax.Array | np.ndarray, layer: int | None) -> Any:
+    """What a device holds of a layer: an array that forgets its copy on the host when it goes."""
     if isinstance(data, np.ndarray):
         return data if layer is None else data[layer]
-    if layer is None:
-        leaving = jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
-    else:
-        leaving = _layer_of(data, layer)
-    leaving.copy_to_host_async()
-    return leaving
+    if layer is not None:
+        return _layer_of(data, layer)
+    return jax.make_array_from_single_device_arrays(data.shape, data.sharding, [data])
 
 
 @jax.jit

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A stored prefix onto a mesh, in the order of prefill's chunks: each process reads what its own devices hold."""
+"""A stored prefix onto a mesh, in the order of prefill's chunks: each process reads what its own devices hold.
+
+What has come is compared with its sums (prefix_sums.py) where it lies then: on the devices.
+"""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rapid_jax.attention.cache import KV, Layers
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.decoder import Layout
-from rapid_jax.runtime.array_store import Array, Moves
+from rapid_jax.runtime.array_store import Array, Damaged, Moves
 from rapid_jax.speculative.prefix_arrays import Run, axes_of, bounds_of, runs_of
 from rapid_jax.speculative.prefix_heads import Place, layer_names
+from rapid_jax.speculative.prefix_sums import SUMS, Slots, are_same
 
 _AHEAD_BYTES: Final = 1 << 28  # of layers that are read before they are on their devices
 
@@ -30,14 +34,17 @@ def read(
     layout: Layout,
     mesh: Mesh | None,
     moves: Moves,
+    key: str,
     step: Callable[[], object],
 ) -> Layers:
     """The layers on the mesh, in their place; empty slots are zeros. `step` is called after each layer.
 
+    Raises Damaged if what this process has read is not what was written under `key`.
+
     Without a mesh they are uncommitted, as what `prefill` makes: a committed array would have every program of decoding
     compiled again.
     """
-    reader = _Reader(sources, arrays, place, mesh, moves)
+    reader = _Reader(sources, arrays, place, mesh, moves, key)
     layers: list[KV] = []
     stack: KV | None = None
     count = next(iter(arrays.values())).shape[0]
@@ -47,6 +54,7 @@ def read(
         else:
             stack = _with_layer(_empty_stack(count, kv) if stack is None else stack, kv, layer)
         step()
+    reader.check()
     return tuple(layers) if stack is None else stack
 
 
@@ -63,21 +71,24 @@ class _Wanted:
 class _Reader:
     """Reads layers ahead of those that are asked for."""
 
-    def __init__(self, sources, arrays, place: Place, mesh: Mesh | None, moves: Moves):
-        self._sources, self._mesh, self._moves = sources, mesh, moves
+    def __init__(self, sources, arrays, place: Place, mesh: Mesh | None, moves: Moves, key: str):
+        self._sources, self._moves, self._key = sources, moves, key
         structs = {name: jax.ShapeDtypeStruct((1, *array.shape[1:]), array.dtype) for name, array in arrays.items()}
+        sums = structs.pop(SUMS)
         kv = KV(**structs)  # type: ignore[arg-type]  # shapes
-        self._axes = {name: axes_of(kv, name) for name in arrays}
+        self._axes = {name: axes_of(kv, name) for name in structs} | {SUMS: (1, 2)}
         self._dtypes = {name: jnp.dtype(array.dtype) for name, array in arrays.items()}
         strategy = Strategy(block=1, mesh=mesh, batch=("data",))
         self._copies = strategy.kv_heads(kv.k_BKSH.shape[1]) // kv.k_BKSH.shape[1]
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._shardings: dict[str, NamedSharding | None] = {}
         self._wanted: dict[str, dict[tuple, _Wanted]] = {}
-        pos_S = place.positions()[0]
-        for name, (letters, _) in layer_names(kv).items():
+        self._compared: list[tuple[int, jax.Array]] = []  # (layer, whether it is what was written)
+        self._pos_S = pos_S = place.positions()[0]
+        letters_of_each = {name: letters for name, (letters, _) in layer_names(kv).items()} | {SUMS: SUMS}
+        for name, letters in letters_of_each.items():
             k_axis, s_axis = self._axes[name]
-            shape = list(getattr(kv, name).shape)
+            shape = list((structs | {SUMS: sums})[name].shape)
             shape[k_axis], shape[s_axis] = shape[k_axis] * self._copies, pos_S.size
             self._shapes[name] = tuple(shape)
             sharding = None if mesh is None else NamedSharding(mesh, strategy.spec(letters))
@@ -103,9 +114,15 @@ class _Reader:
             ahead.append(self._begun(layer))
             size = sum(array.nbytes for begun in ahead[-1][0].values() for array in begun.values())
             while len(ahead) * size > _AHEAD_BYTES:
-                yield self._ended(*ahead.popleft())
+                yield self._ended(layer + 1 - len(ahead), *ahead.popleft())
         while ahead:
-            yield self._ended(*ahead.popleft())
+            yield self._ended(count - len(ahead), *ahead.popleft())
+
+    def check(self) -> None:
+        """Raises Damaged if a layer is not what was written."""
+        for (layer, _), same in zip(self._compared, jax.device_get([same for _, same in self._compared]), strict=True):
+            if not same:
+                raise Damaged(f"layer {layer}: expected the keys and values that were written, got others")
 
     def _begun(self, layer: int) -> tuple[dict[str, dict[tuple, np.ndarray]], list[Any]]:
         """(what each device is to hold of each field, what is waited for)."""
@@ -124,10 +141,23 @@ class _Reader:
                     futures.append(self._moves.read(source[tuple(at)], into[tuple(own)]))
         return found, futures
 
-    def _ended(self, found: Mapping[str, Mapping[tuple, np.ndarray]], futures: Sequence[Any]) -> KV:
+    def _ended(self, layer: int, found: Mapping[str, Mapping[tuple, np.ndarray]], futures: Sequence[Any]) -> KV:
         for future in futures:
             self._moves.await_(future)
-        return KV(**{name: self._placed(name, parts) for name, parts in found.items()})
+        fields = {name: self._placed(name, parts) for name, parts in found.items()}
+        self._compare(layer, fields)
+        del fields[SUMS]
+        return KV(**fields)
+
+    def _compare(self, layer: int, fields: Mapping[str, jax.Array]) -> None:
+        """Begins to compare what each device holds with its sums, once for each part that several hold."""
+        shards = {name: array.addressable_shards for name, array in fields.items()}
+        parts = {bounds_of(shard.index, fields[SUMS].shape): at for at, shard in enumerate(shards[SUMS])}
+        for (_, (first, last), slots), at in parts.items():
+            held = {name: every[at].data for name, every in shards.items()}
+            heads, positions = np.arange(first, last) // self._copies, self._pos_S[slice(*slots)]
+            same = are_same(held, held.pop(SUMS), Slots(self._key, layer, heads, positions))
+            self._compared.append((layer, same))
 
     def _placed(self, name: str, parts: Mapping[tuple, np.ndarray]) -> jax.Array:
         shape, sharding = self._shapes[name], self._shardings[name]

@@ -35,11 +35,10 @@ _log = logging.getLogger(__name__)
 class PrefixStore:
     """Prefixes of one row at a place, within `max_bytes`: the least recently used go first.
 
-    A stored prefix is read back exactly (its empty slots as zeros), on whatever mesh; one with bytes that are not those
-    written, or a piece missing, not at all. A piece does not say whose it is: files that somebody exchanges for others
-    of the same shape are not noticed. Neither damage nor a full disk stops an answer: both are one warning. Any number
-    of runs may share a place. All processes of a run, which must see the place, call everything in the same order but
-    for `sees`.
+    A stored prefix is read back exactly (its empty slots as zeros), on whatever mesh; one whose values are not those
+    written there for this document, or with a piece missing, not at all. Neither damage nor a full disk stops an
+    answer: both are one warning. Any number of runs may share a place. All processes of a run, which must see the
+    place, call everything in the same order but for `sees`.
     """
 
     def __init__(
@@ -212,7 +211,7 @@ class PrefixStore:
                     return wanted()
 
                 targets = {name: opened(folder / name, array) for name, array in arrays.items()}
-                write(prefix, copies, targets, moves, step)
+                write(prefix, copies, key, targets, moves, step)
         except (Damaged, OSError, InputError) as error:
             return legible(str(error))
         except RuntimeError as error:
@@ -233,7 +232,7 @@ class PrefixStore:
         ):
             shares = self._mesh is not None  # another mesh, with larger parts, may have written it
             sources = {name: opened(folder / name, array, shares=shares) for name, array in arrays.items()}
-            layers = read(sources, arrays, place, layout, self._mesh, moves, lambda: report.advance(1))
+            layers = read(sources, arrays, place, layout, self._mesh, moves, key, lambda: report.advance(1))
         return place.prefix(layers, self._mesh)
 
     def _copies(self, prefix: Prefix) -> int:

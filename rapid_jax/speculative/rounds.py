@@ -157,9 +157,9 @@ class Rounds:
 
     # Rows that come and go.
 
-    def widen(self) -> None:
-        """From now on the rows have one of few programs, whatever they ask for."""
-        self.law = self.law.widened()
+    def widen(self, *, transfers: bool) -> None:
+        """From now on the rows have one of few programs, whatever they ask for; `transfers` as in `Law.widened`."""
+        self.law = self.law.widened(transfers=transfers)
         if self.law.penalty:
             self.state = self._with_seen(self.state)
 

@@ -79,11 +79,15 @@ class Law:
         """Whether some row's tokens depend on the drafter's distribution, not on what it drafted alone."""
         return not self.greedy or self.transfer
 
-    def widened(self) -> "Law":
-        """One of a few: greedy and no more (without transfer, or with it), or all kinds of sampling at once,
-        without log-probabilities or with."""
-        if self.greedy and not (self.penalty or self.confidence_stop or self.logprobs):
-            return replace(self, guard="mixed") if self.transfer else self
+    def widened(self, *, transfers: bool) -> "Law":
+        """One of a few: greedy and no more, or all kinds of sampling at once, without log-probabilities or with.
+
+        Of greedy laws there is one alone, with transfer or without, as `transfers` says: rows without eta are right
+        under either, and rows that the one without is too little for have all kinds.
+        """
+        is_plain = self.greedy and not (self.penalty or self.confidence_stop or self.logprobs)
+        if is_plain and (transfers or not self.transfer):
+            return replace(self, transfer=transfers, guard="mixed" if transfers else "none")
         return Law(False, True, "mixed", True, True, True, True, True, True, self.stops, self.logprobs)
 
     def is_stop(self, tokens: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rapid_jax.speculative.chunk_layout import coarse_bucket
-from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.config import MOST_DRAFTS, SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import CATCH_UP
 from rapid_jax.speculative.schedule import GAMMAS
 from rapid_jax.speculative.state import Counts, Logprobs, Plan
@@ -41,7 +41,7 @@ class Sizes:
     @classmethod
     def of(cls, speculation: SpeculationConfig, sampling: SamplingConfig, room: Room = Room()) -> "Sizes":
         """What these settings may need at most."""
-        widest = max(*map(gamma_bucket, gammas_of(speculation)), speculation.lookup_width) + 1
+        widest = max(draft_room(speculation), speculation.lookup_width) + 1
         new = max(sampling.max_new_tokens, room.new)
         return cls(new + 2 * widest + CATCH_UP, coarse_bucket(new + widest, 32), room.suffix)
 
@@ -61,6 +61,13 @@ def gamma_bucket(gamma: int) -> int:
 def gammas_of(speculation: SpeculationConfig) -> tuple[int, ...]:
     """The gammas that rounds may have."""
     return GAMMAS if speculation.gamma == "auto" else (int(speculation.gamma),)
+
+
+def draft_room(speculation: SpeculationConfig) -> int:
+    """Drafts of a round that arrays have room for: of few sizes. Rows that have the same run side by side, in rounds of
+    as many drafts as any of them asks for."""
+    most = max(map(gamma_bucket, gammas_of(speculation)))
+    return next(size for size in (speculation.lookup_width, max(GAMMAS), MOST_DRAFTS) if size >= most)
 
 
 def text_slots(longest: int, match: int) -> int:

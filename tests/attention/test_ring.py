@@ -108,10 +108,12 @@ def compare(case: Case, strategy: Strategy, order: np.ndarray) -> None:
         np.testing.assert_allclose(g, w, atol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-@pytest.mark.parametrize("devices", [2, 4, 8])
-def test_a_zigzag_ring_is_dense_attention(devices, case):
-    strategy = Strategy(block=4, mesh=mesh_of(context=devices), kernel="xla")
+RINGS = [*((8, name) for name in CASES), (2, "padding, a row that ends early"), (4, "branches and padding")]
+
+
+@pytest.mark.parametrize(("devices", "name"), RINGS)
+def test_a_zigzag_ring_is_dense_attention(devices, name):
+    case, strategy = CASES[name], Strategy(block=4, mesh=mesh_of(context=devices), kernel="xla")
     compare(case, strategy, zigzag(case.time, devices))
 
 
@@ -148,9 +150,16 @@ def test_a_window_in_any_order_and_with_branches():
     compare(case, Strategy(block=4, mesh=mesh_of(context=4), kernel="xla", over="all_gather"), places)
 
 
-@pytest.mark.parametrize("over", ["ring", "all_gather"])
-@pytest.mark.parametrize("sizes", [(1, 8), (2, 4), (4, 2)])
-@pytest.mark.parametrize("axis", ["fsdp", "model"])
+@pytest.mark.parametrize(
+    ("axis", "sizes", "over"),
+    [
+        ("fsdp", (2, 4), "ring"),
+        ("fsdp", (4, 2), "all_gather"),
+        ("model", (4, 2), "ring"),
+        ("model", (2, 4), "all_gather"),
+        ("model", (1, 8), "all_gather"),
+    ],
+)
 def test_meshes_of_two_axes(axis, sizes, over):
     other, context = sizes
     case = Case(32, heads=8, kv_heads=4, ends=(0, 27, 9, 30))
@@ -167,9 +176,9 @@ def test_any_order_of_tokens_is_right(order):
     compare(case, Strategy(block=4, mesh=mesh_of(context=4), kernel="xla"), places)
 
 
-@pytest.mark.parametrize("time", [24, 40, 72])
+@pytest.mark.parametrize("time", [24, 40])
 def test_shards_that_are_no_multiple_of_the_block(time):
-    """3, 5 and 9 tokens a device in blocks of 4: in sequence, since zigzag needs an even number."""
+    """3 and 5 tokens a device in blocks of 4: in sequence, since zigzag needs an even number."""
     case = Case(time, ends=(0, time - 2))
     compare(case, Strategy(block=4, mesh=mesh_of(context=8), kernel="xla"), np.arange(time, dtype=np.int32))
 
@@ -204,8 +213,7 @@ def test_bfloat16_is_as_close_to_the_truth_as_dense_bfloat16():
 @pytest.mark.parametrize(
     "devices, over, window",
     [
-        *((devices, "ring", None) for devices in (2, 4, 8)),
-        *((2, "all_gather", None), (4, "all_gather", 50), (8, "all_gather", None)),
+        *((2, "ring", None), (8, "ring", None), (4, "all_gather", 50), (8, "all_gather", None)),
         *((2, "ring", 9), (4, "ring", 5), (4, "ring", 6), (2, "ring", 34), (1, "ring", 34)),
     ],
 )

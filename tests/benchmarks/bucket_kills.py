@@ -3,7 +3,8 @@
 
     python -m tests.benchmarks.bucket_kills [KILLS] [PROCESSES] [SEED]
 
-The bucket is the tests' emulator with the proxy before it. A moment is a request, which happens or does not, and whose
+PROCESSES is 2 or 4, each with a working folder and one device of its own; without kills one round is made. The bucket
+is the tests' emulator with the proxy before it. A moment is a request, which happens or does not, and whose
 reply nobody hears; killed (SIGKILL, every fifth time SIGTERM) are all processes or one of them. What a round leaves in
 the end must be what one process made on a local folder that was never killed, byte for byte; of the metrics the losses.
 """
@@ -20,6 +21,7 @@ import tests.conftest  # noqa: F401  # programs are compiled once for all proces
 from tests.bucket_server import BucketServer
 from tests.longpo.tiny_round import KillAt, ended, in_bucket, on_disk, prepared, started
 
+MESHES = {2: (), 4: ("mesh.context=2", "generation.mesh.data=2")}  # of so many devices; the local run has the same
 MOST = 900  # requests of a start that is not killed are some 1,700 of two processes, most of them while training
 
 
@@ -31,16 +33,16 @@ def main(kills: int, count: int, seed: int) -> int:
         folder = Path(name)
         source = server.put_folder(prepared(folder), "in")
         clock = time.monotonic()
-        codes, said = ended(started(1, source, str(folder / "run"), folder))
+        codes, said = ended(started(1, source, str(folder / "run"), folder, *MESHES[count]))
         print(f"1 process, local folder: {codes}, {time.monotonic() - clock:.0f} s", flush=True)
         assert codes == [0], said
         expected = on_disk(folder / "run")
-        while done < kills:
+        while done < kills or not number:
             number += 1
             run, codes = f"run-{number}", [1]
             while codes != [0] * len(codes):
                 clock = time.monotonic()
-                processes = started(count, source, f"gs://models/{run}", folder)
+                processes = started(count, source, f"gs://models/{run}", folder, *MESHES[count])
                 kind = signal.SIGTERM if done % 5 == 4 else signal.SIGKILL
                 some = processes if chance.random() < 0.5 else [chance.choice(processes)]
                 what = chance.choice(["hang up", "lost"]) if kind == signal.SIGKILL else None

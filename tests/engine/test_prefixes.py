@@ -80,9 +80,13 @@ def test_bytes_are_known_before(tmp_path: Path, mesh, layout):
         cache.remove(cache.name(head).key)
 
 
-@pytest.mark.parametrize("tier", ["device", "host", "disk"])
-@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
-@pytest.mark.parametrize("mesh", MESHES)
+TIERS, LAYOUTS = ("device", "host", "disk"), ("unrolled", "stacked")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "layout", "tier"),  # each pair of them
+    [(mesh, LAYOUTS[(at + to) % 2], tier) for at, mesh in enumerate(MESHES) for to, tier in enumerate(TIERS)],
+)
 def test_a_common_head_is_copied_into_slots_for_the_whole(tmp_path: Path, mesh, layout, tier):
     decoder, kept = decoder_on(MESHES[mesh], layout), tokens(LENGTH)
     cache = cache_of(decoder, tmp_path, disk_gib=1.0 if tier == "disk" else 0.0)

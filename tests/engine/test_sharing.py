@@ -12,7 +12,8 @@ from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.job import Job
 from rapid_jax.engine.lane import Lane, LaneKey, Prepared
 from rapid_jax.engine.sharing import Sharing, fits
-from rapid_jax.speculative.config import SpeculationConfig
+from rapid_jax.speculative.config import MOST_DRAFTS, SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.start import Sizes, gamma_bucket
 
 SMALL, MIDDLE, LARGE, WIDE = (64, 16, 64, 32), (128, 16, 128, 32), (256, 16, 256, 32), (64, 16, 64, 64)
 
@@ -46,6 +47,19 @@ def test_a_row_fits_into_what_is_larger_in_everything():
     assert not fits(key(LARGE), key(SMALL)) and not fits(key(LARGE), key(WIDE)) and not fits(key(WIDE), key(LARGE))
     assert not fits(key(SMALL), key((*LARGE, 64, 16))), "that one has a drafter"
     assert not fits(key(SMALL), key(LARGE, rounds_per_read=7)) and not fits(key(None), key(LARGE))
+
+
+def test_rows_of_a_lane_have_room_for_the_rounds_of_the_others():
+    """A round has as many drafts as any row asks for, and is written behind each, also behind one at its limit."""
+    for width in (1, 6, 15, 32):
+        some = [SpeculationConfig(gamma=gamma, lookup_width=width) for gamma in range(1, MOST_DRAFTS + 1)]
+        keys = [LaneKey.of(one, None) for one in some]
+        for new in (1, 121, 256):
+            room = [Sizes.of(one, SamplingConfig(max_new_tokens=new)) for one in some]
+            for at, sizes in enumerate(room):
+                written = max(gamma_bucket(int(one.gamma)) for one, k in zip(some, keys, strict=True) if k == keys[at])
+                assert new + written + 1 <= sizes.output and new + 2 * (written + 1) <= sizes.reserve
+        assert len(set(keys)) <= 3
 
 
 def test_one_of_no_declared_size_joins_the_largest_unless_it_has_a_lane():

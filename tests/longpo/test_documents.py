@@ -190,7 +190,7 @@ def test_what_is_left_out_is_counted_by_reason(tmp_path, words):
     }
 
 
-def test_a_document_that_is_too_long_is_split_at_paragraphs(tmp_path, words):
+def test_a_document_that_is_too_long_is_split_at_paragraphs(tmp_path, words, monkeypatch):
     text = "a b c\n\nd e\nf\n\n\ng h i j\n\nk\n\nl m n o p q r s\n\nt u"
     write(tmp_path / "x.txt", text)
     write(tmp_path / "y.txt", "1 2 3 4 5 6")
@@ -203,6 +203,8 @@ def test_a_document_that_is_too_long_is_split_at_paragraphs(tmp_path, words):
         "x/y.txt#0": ("1 2 3 4 5 6", 6),
     }
     assert corpus.dropped == {"part too short": 2}
+    monkeypatch.setattr("longpo_jax.documents._APIECE", 7)  # characters: processors share a text
+    assert list(read_corpus(settings, words, 0, quiet=True).documents) == list(corpus.documents)
     few = read_corpus(
         config(f"x={tmp_path}", min_tokens=3, max_tokens=6, longer="split", documents=3), words, 0, quiet=True
     )

@@ -175,20 +175,22 @@ def test_a_run_undisturbed(whole):
 
 
 def test_killed_and_told_to_end_and_started_again_is_one_run(begun, whole, tmp_path):
-    """SIGKILL at a random update, then SIGTERM; then to the end. Bit for bit the undisturbed run."""
-    config = copied(begun, tmp_path, save_every=2, keep_every=None, keep=2)  # what is saved when changes nothing
+    """SIGKILL between two checkpoints, then SIGTERM; then to the end. Bit for bit the undisturbed run."""
+    spare = tmp_path / "spare"  # what is saved when changes nothing
+    copies = {"emergency_every": 1, "emergency_folder": str(spare)}
+    config = copied(begun, tmp_path, save_every=6, keep_every=None, keep=2, **copies)
     names, place = environment(), Path(config.run) / "train"
     draw = random.Random(os.getpid())
-    code, err = told(config, started(config, names), draw.randint(1, 2), signal.SIGKILL)
-    assert code == -signal.SIGKILL, err
-    code, err = told(config, started(config, names), draw.randint(3, 4), signal.SIGTERM)
-    assert code == LOST_PEER, err
+    code, err = told(config, started(config, names), 3, signal.SIGKILL)
+    assert code == -signal.SIGKILL and newest(place / "checkpoints") is None, err
+    code, err = told(config, started(config, names), draw.randint(4, 5), signal.SIGTERM)
+    assert code == LOST_PEER and "train: going on from the copies of update" in err, err
     found = newest(place / "checkpoints")
     assert found is not None and found.step == lines_of(config)[-1]["step"]
     assert err.endswith(f"longpo: told to end: saved after update {found.step} of {STEPS}\n")
     assert not (place / "done.json").exists()
     code, err = ended(started(config, names))
-    assert code == 0, err
+    assert code == 0 and "copies" not in err and not any(spare.iterdir()), err
     assert lines_of(config) == lines_of(whole)
     expected, got = weights_of(whole), weights_of(config)
     assert got.keys() == expected.keys() and len(got) > 30

@@ -40,12 +40,17 @@ def exported_smollm2(smollm2_path, tmp_path_factory):
     return folder
 
 
-def test_smollm2_exported_gives_the_same_logits_in_transformers(exported_smollm2, smollm2_path):
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_model("smollm2", layout="stacked", dtype="float32", quiet=True)
+
+
+def test_smollm2_exported_gives_the_same_logits_in_transformers(exported_smollm2, smollm2, smollm2_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(exported_smollm2)
     assert theirs.dtype == torch.float32
     theirs = theirs.double()
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported_smollm2)
-    ours = load_model("smollm2", layout="stacked", dtype="float32", quiet=True)
+    ours = smollm2
     messages = [{"role": "user", "content": "Name 3 primary colours, and the year 1984 in Roman numerals."}]
     text = ours.tokenizer.chat(messages)
     assert text == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -61,9 +66,8 @@ def test_smollm2_exported_gives_the_same_logits_in_transformers(exported_smollm2
     assert ours.source == smollm2_path
 
 
-def test_a_converted_folder_loads_equal_to_its_source(exported_smollm2, smollm2_path):
-    one = load_model(exported_smollm2, layout="unrolled", dtype="float32", quiet=True)
-    other = load_model(smollm2_path, layout="unrolled", dtype="float32", quiet=True)
+def test_a_converted_folder_loads_equal_to_its_source(exported_smollm2, smollm2):
+    one, other = load_model(exported_smollm2, layout="stacked", dtype="float32", quiet=True), smollm2
     assert one.config == other.config
     assert one.tokenizer.fingerprint == other.tokenizer.fingerprint
     assert one.tokenizer.stop_ids == other.tokenizer.stop_ids == (2,)

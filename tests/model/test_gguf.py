@@ -259,7 +259,7 @@ def test_smollm2_header_and_weights_equal_the_gguf_package(smollm2_path):
 
 
 def test_smollm2_says_paris(smollm2_path):
-    loaded = load_model(smollm2_path, layout="unrolled", dtype="float32", quiet=True)
+    loaded = load_model(smollm2_path, layout="stacked", dtype="float32", quiet=True)
     prompt = loaded.tokenizer.encode("The capital of France is")
     logits = our_logits(loaded.decoder, np.array([prompt]), np.arange(len(prompt))[None])
     assert loaded.tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"

@@ -158,6 +158,19 @@ def test_a_gguf_file_s_ids_are_the_folder_s(kind: str, trained):
         assert ours.encode_quoted(text) == folder.encode_quoted(text), text
 
 
+def test_what_fills_a_gguf_vocabulary_up_is_no_token(trained):
+    """A piece that the checkpoint itself leaves unused is one, and so is a filler that is the padding's."""
+    plain = metadata(own(trained, "llama"))
+    tokens, scores, kinds = (plain[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type"))
+    size = len(tokens)
+    more = {"scores": [*scores, *[-1e4] * 3], "token_type": [*kinds, 5, 5, 5]}
+    more["tokens"] = [*tokens, "<unused>", f"[PAD{size + 1}]", f"[PAD{size + 2}]"]
+    for named, end in ({}, size + 1), ({"padding_token_id": size + 1}, size + 2):
+        found = Tokenizer(tokenizer_files(plain | {f"tokenizer.ggml.{k}": v for k, v in (more | named).items()}))
+        assert found.ids == set(range(end))
+        assert found.encode(" ".join(TEXTS)) == Tokenizer(tokenizer_files(plain)).encode(" ".join(TEXTS))
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [

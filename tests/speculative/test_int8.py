@@ -23,11 +23,9 @@ PLAIN = SpeculationConfig(mode="target", gamma=0, lookup="off")
 COPIED = MeshConfig(context=2, model=4, replicate_kv=True)
 PLACES = {
     "one device, stacked": (MeshConfig(), "stacked"),
-    "context 2, stacked": (MeshConfig(context=2), "stacked"),
     "model 2": (MeshConfig(model=2), "unrolled"),
     "data 2, context 2, model 2, stacked": (MeshConfig(data=2, context=2, model=2), "stacked"),
     "context 2, model 4, kv heads copied": (COPIED, "unrolled"),
-    "context 2, model 4, kv heads copied, stacked": (COPIED, "stacked"),
 }
 
 
@@ -65,9 +63,9 @@ def test_a_drafter_on_devices_of_its_own(questions, answer, on_one_device):
     assert got.tokens == want.tokens and (got.drafted, got.accepted) == (want.drafted, want.accepted)
 
 
-@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
-def test_a_stored_prefix_is_read_onto_another_mesh(questions, on_one_device, tmp_path: Path, layout):
+def test_a_stored_prefix_is_read_onto_another_mesh(questions, on_one_device, tmp_path: Path):
     """Written by context 2, model 4 with copied kv heads, which are stored once; read by others."""
+    layout = "stacked"  # in full both are stored and read: test_sharded.py
     writer = decoder_on(questions.weights, COPIED, layout)
     made = prompted(writer, questions.prompts[:1], int8=True)
     PrefixStore(tmp_path, 1 << 30, mesh=writer.mesh, kv_heads=2, quiet=True).save("0" * 64, made.prefix)

@@ -139,7 +139,10 @@ def test_settings_that_greedy_ignores_compile_nothing_anew():
     assert moved.transfer and moved == Law.of(other, SpeculationConfig(transfer_temperature=0.5), (1, 3))
     assert plain.stops == (1, 3)
     rows = [SpeculationConfig(eta=0.0), SpeculationConfig(mode="phat"), SpeculationConfig(eta=3.0, guard="paper")]
-    assert len({Law.of(other, row, (1, 3)).widened() for row in rows}) == 1
+    laws = [Law.of(other, row, (1, 3)) for row in (*rows, SpeculationConfig(mode="lossless"))]
+    assert len({law.widened(transfers=True) for law in laws}) == 1
+    every = Law.of(SamplingConfig(), SpeculationConfig(), (1, 3)).widened(transfers=False)
+    assert {law.widened(transfers=False) for law in laws} == {plain, every}, "those that the drafter moves sample"
     warm = [
         Law.of(SamplingConfig(temperature=1, seed=0), SpeculationConfig(mode="rapid", eta=10), ()),
         Law.of(SamplingConfig(temperature=0.1, seed=7), SpeculationConfig(mode="lossless", eta=0), ()),

@@ -4,10 +4,10 @@
 python -m tests.benchmarks.pair_questions --config configs/longpo/smollm2_cpu.yaml --excerpts 60 --out said.jsonl
 python -m tests.benchmarks.pair_questions --config configs/longpo/smollm2_cpu.yaml --said said.jsonl
 
-The first asks as `longpo round` does, with the config's model, corpus and sampling (`--set` changes them; `--plain`:
-without the beginning that the model's words are given there), and keeps what was said, a line an excerpt. The second
-reads a kept file again, without a model: before and after a change of what is read as a question. `--show` prints, of
-excerpts without a question (--all: of each), the words and what was read from them.
+The first asks as `longpo round` does, with the config's model, corpus and sampling (`--set` changes them), and keeps
+what was said, a line an excerpt; with `--begins TEXT` the model's words are made to begin so, which `longpo round` does
+not do. The second reads a kept file again, without a model: before and after a change of what is read as a question.
+`--show` prints, of excerpts without a question (--all: of each), the words and what was read from them.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     if options.said:
         said = [json.loads(line) for line in options.said.read_text(encoding="utf-8").splitlines()]
     else:
-        said = asked(config, options.excerpts, "" if options.plain else instruct.BEGINS)
+        said = asked(config, options.excerpts, options.begins)
     if options.out:
         options.out.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in said), encoding="utf-8")
     read = [instruct.parsed(one["text"], config.instruct) for one in said]
@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--excerpts", type=int, default=60, metavar="N")
     parser.add_argument("--said", type=Path, metavar="FILE", help="of an earlier --out: no model is asked")
     parser.add_argument("--out", type=Path, metavar="FILE")
-    parser.add_argument("--plain", action="store_true")
+    parser.add_argument("--begins", default="", metavar="TEXT")
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--all", action="store_true")
     return parser.parse_args()

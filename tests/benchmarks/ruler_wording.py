@@ -3,15 +3,12 @@
 
 rapid convert smollm2 OUT
 python -m tests.benchmarks.ruler_wording write --tokenizer OUT --prompts PROMPTS --samples 50
-python -m tests.benchmarks.ruler_wording harness --checkpoint OUT --prompts PROMPTS --samples 5
 python -m tests.benchmarks.ruler_wording score --prompts PROMPTS --out RUNS
 
 `write` has lm-evaluation-harness make the prompts of the tasks that need no download, a file a task (the suite
-ruler-files reads them); it needs an environment with lm_eval, wonderwords and nltk, and no model. `harness` adds to
-each of the first prompts what the harness's own transformers model answers (greedy, with the chat template; torch,
-accelerate), as `resps`, and its score. `score` runs `rapid evaluate` on these prompts and on ours of the same tasks and
-lengths, greedily, and prints both side by side with 95 % intervals, their difference, and on the prompts that the
-harness has answered its score and how many answers are the same to the letter.
+ruler-files reads them); it needs an environment with lm_eval, wonderwords and nltk, and no model. `score` runs `rapid
+evaluate` on these prompts and on ours of the same tasks and lengths, greedily, and prints both side by side with 95 %
+intervals.
 """
 
 import argparse
@@ -21,15 +18,14 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rapid_jax.evaluate.results import Outcome, named, read
-from rapid_jax.evaluate.scoring import ruler_all
-from rapid_jax.evaluate.summary import Row, estimate, percent, shown
+from rapid_jax.evaluate.results import named, read
+from rapid_jax.evaluate.summary import Row, estimate, shown
 
 # Of the harness's tasks those without running text, which would have to be downloaded.
 TASKS = ("niah_single_1", "niah_multikey_2", "niah_multikey_3", "vt", "cwe", "fwe")
@@ -41,7 +37,7 @@ SETTINGS = {"models.layout": "stacked", "compute.prefill_chunk": 4096, "sampling
 
 def main() -> None:
     options = parse()
-    {"write": write, "harness": ask_harness, "score": score}[options.what](options)
+    {"write": write, "score": score}[options.what](options)
 
 
 def write(options: argparse.Namespace) -> None:
@@ -85,30 +81,6 @@ def published(name: str, tokenizer: Any, length: int, count: int) -> list[dict]:
     return prepare_niah.generate_samples(filler, TOKENIZER=tokenizer, template=niah_utils.TEMPLATE, **kinds, **how)
 
 
-def ask_harness(options: argparse.Namespace) -> None:
-    """Answers by the harness's transformers model to the first prompts of each task and length."""
-    from lm_eval.api.instance import Instance  # type: ignore[reportMissingImports]
-    from lm_eval.models.huggingface import HFLM  # type: ignore[reportMissingImports]
-
-    from rapid_jax.evaluate.ruler import NEW_TOKENS
-
-    model = HFLM(pretrained=str(options.checkpoint), dtype="float32", batch_size=1, device="cpu")
-    for name in TASKS:
-        rows, counts = prompts_of(options.prompts, name), dict[int, int]()
-        for row in rows:
-            counts[row["max_length"]] = counts.get(row["max_length"], 0) + 1
-            if counts[row["max_length"]] <= options.samples:
-                turns = [{"role": "user", "content": row["input"]}]
-                turns.append({"role": "assistant", "content": row["gen_prefix"]})
-                text = model.apply_chat_template(turns, add_generation_prompt=False)
-                arguments = (text, {"do_sample": False, "until": [], "max_gen_toks": NEW_TOKENS[name]})
-                asked = Instance("generate_until", row, arguments, 0)
-                row["resps"] = model.generate_until([asked], disable_tqdm=True)[0]
-                row["score"] = ruler_all(row["resps"], row["outputs"])
-                print(name, row["max_length"], row["score"], repr(row["resps"][:80]), file=sys.stderr)
-        write_prompts(options.prompts, name, rows)
-
-
 def score(options: argparse.Namespace) -> None:
     """Both suites answered, and the table."""
     settings = [word for key, value in SETTINGS.items() for word in ("--set", f"{key}={value}")]
@@ -129,32 +101,10 @@ def score(options: argparse.Namespace) -> None:
     if any([process.wait() for process in running]):
         raise SystemExit("an evaluation failed")
     theirs, ours = (read(options.out / suite).by_label["target"] for suite in own)
-    print("| task | length | published wording | ours | the harness's model | answers alike |")
-    print("|---|---|---|---|---|---|")
-    for line in lines(theirs, ours, options.prompts):
-        print(f"| {' | '.join(line)} |")
-
-
-def lines(theirs: tuple[Outcome, ...], ours: tuple[Outcome, ...], prompts: Path) -> Iterator[list[str]]:
-    """Of each task and length."""
-    for name in TASKS:
-        rows = prompts_of(prompts, name)
-        for length in sorted({outcome.length or 0 for outcome in theirs}):
-            cell = Row(name, {(name, length): 1.0})
-            by_id = {outcome.id: outcome for outcome in theirs}
-            numbered = enumerate(row for row in rows if row["max_length"] == length)
-            both = [(row, by_id.get(f"{name}/{length}/{at}")) for at, row in numbered if "resps" in row]
-            pairs = [(row, outcome) for row, outcome in both if outcome is not None]
-            same = sum(row["resps"].strip() == outcome.answer.strip() for row, outcome in pairs)
-            mean = [sum(values) / len(pairs) for values in zip(*((r["score"], o.score) for r, o in pairs), strict=True)]
-            harness = f"{percent(mean[0])}, ours on these {percent(mean[1])}" if pairs else ""
-            alike = f"{same} of {len(pairs)}" if pairs else ""
-            yield [name, named(length), shown(estimate(cell, theirs)), shown(estimate(cell, ours)), harness, alike]
-
-
-def prompts_of(folder: Path, name: str) -> list[dict]:
-    with gzip.open(folder / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+    print("| task | length | published wording | ours |\n|---|---|---|---|")
+    for name, length in product(TASKS, sorted({outcome.length or 0 for outcome in theirs})):
+        cell = Row(name, {(name, length): 1.0})
+        print(f"| {name} | {named(length)} | {shown(estimate(cell, theirs))} | {shown(estimate(cell, ours))} |")
 
 
 def write_prompts(folder: Path, name: str, rows: list[dict]) -> None:
@@ -164,10 +114,9 @@ def write_prompts(folder: Path, name: str, rows: list[dict]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("what", choices=("write", "harness", "score"))
+    parser.add_argument("what", choices=("write", "score"))
     parser.add_argument("--prompts", type=Path, required=True, metavar="DIR")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="of write: a Hugging Face folder")
-    parser.add_argument("--checkpoint", type=Path, metavar="DIR", help="of harness: the same, with weights")
     parser.add_argument("--lengths", default="2048,4096", metavar="LIST")
     parser.add_argument("--samples", type=int, default=50, metavar="N", help="a task and length")
     parser.add_argument("--target", metavar="PATH", help="of score; by default the config's")

@@ -40,13 +40,16 @@ def files_in(place) -> dict[str, bytes]:
     return {name: (place / name).read_bytes() for name in files_below(place)}
 
 
-def test_what_lies_in_a_bucket_has_the_bytes_of_what_lies_on_a_disk(folder, tmp_path):
-    for place in (tmp_path, folder):
+def test_what_lies_in_a_bucket_has_the_bytes_of_what_lies_on_a_disk(folder, s3_bucket, tmp_path):
+    in_s3 = working_place("s3://models/an evaluation", "--out")
+    for place in (tmp_path, folder, in_s3):
         run(place)
         _, scores = report(place)
         assert "Samples finished of 10: target (10), rapid-eta=5 (10)." in scores
     here = files_in(tmp_path)
-    assert files_in(folder) == here and {"answers-target.jsonl", "report.html", "suite.json"} < set(here)
+    assert files_in(folder) == files_in(in_s3) == here and {"answers-target.jsonl", "report.html", "suite.json"} < set(
+        here
+    )
 
 
 @pytest.mark.parametrize("moment", [1, 2, 3, 9, 10, 11, 14, 17])

@@ -38,7 +38,7 @@ def test_the_prompt_is_the_file_s_to_the_letter(tmp_path):
     found = {sample.id: sample for sample in made(tmp_path)}
     assert list(found) == ["vt/64/0", "vt/64/1", "qa_1/64/0"]
     for sample in found.values():
-        before, between, after = sample.template.replace("{question}", "{document}").split("{document}")
+        before, between, after = (sample.template or "").replace("{question}", "{document}").split("{document}")
         text = before + sample.document + between + sample.question + after
         assert text.removeprefix(sample.id[-1]) == f" {FIRST}"
         assert sample.question == "Question: What is the word? " and sample.length == 64

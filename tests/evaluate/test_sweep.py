@@ -75,9 +75,13 @@ def test_points_are_evaluated_once_and_make_one_table(file, commands, tmp_path, 
     assert "run was begun with evaluate --suite qa" in capfd.readouterr().err and not commands
 
 
-def test_a_sweep_in_a_bucket_goes_on_where_its_points_have_ended(file, commands, tmp_path, bucket, monkeypatch, capfd):
+@pytest.mark.parametrize("scheme", ["gs", "s3"])
+def test_a_sweep_in_a_bucket_goes_on_where_its_points_have_ended(
+    file, commands, tmp_path, request, monkeypatch, capfd, scheme
+):
+    request.getfixturevalue({"gs": "bucket", "s3": "s3_bucket"}[scheme])
     monkeypatch.setenv("RAPID_JAX_CACHE", str(tmp_path / "cache"))
-    run = working_place("gs://models/swept evaluations", "run")
+    run = working_place(f"{scheme}://models/swept evaluations", "run")
     written = file("lists: {speculation.eta: [10.0]}", "modes: [target]", run)
     assert main(["sweep", written, "--quiet"]) == 0
     assert json.loads((run / "sweep.json").read_bytes())["points"][0]["point"] == "eta=10"

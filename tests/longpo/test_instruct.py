@@ -125,6 +125,20 @@ def test_no_more_than_asked_for_and_fewer_as_found():
 
 
 @pytest.mark.parametrize(
+    "said",
+    [  # of SmolLM2-135M, asked for four questions about excerpts of a manual
+        "Based on the above response, I will use your answer to generate a list of questions that can be asked to a "
+        "reader to identify what they are reading.",
+        "This is a list of 15-25. This list contains 15-25. A list contains 15-25 elements.\n\n#[derive(Debug)]\n"
+        "enum List {\n    Cons(i32, RefCell<Rc<List>>),\n    Nil,\n}\n",
+        "[Dockerfile]\n```\n[Dockerfile]\n# 1.2.1\n#\n# \n# \n#\n",
+    ],
+)
+def test_remarks_and_code_in_the_place_of_questions_are_none(said):
+    assert parsed(said, CONFIG) == []
+
+
+@pytest.mark.parametrize(
     "run", ["-", "*", " ", "\n", "1. ", "1", "Q", "a ", ":", "> ", "#", "? ", "1 \n", "a" + " " * 50]
 )
 def test_a_model_that_loops_is_read_in_no_time(run):

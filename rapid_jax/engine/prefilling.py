@@ -16,7 +16,7 @@ from rapid_jax.engine.heads import Name
 from rapid_jax.engine.job import Job
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.prefixes import Found, PrefixCache, RoomLater
-from rapid_jax.engine.request import Question, Request, Tokens
+from rapid_jax.engine.request import Chat, Question, Request, Tokens
 from rapid_jax.engine.rooms import room_of_retrieved, room_of_short
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.model.decoder import Decoder
@@ -68,9 +68,10 @@ class Prefilling:
         It is made once a request: that takes milliseconds for a long document.
         """
         prompt, is_short = request.prompt, len(head) < self.config.compute.prefill_chunk
-        if not isinstance(prompt, Question) and (is_short or (isinstance(prompt, Tokens) and not prompt.kept)):
+        about_document = isinstance(prompt, Question) or (isinstance(prompt, Chat) and prompt.document is not None)
+        if not about_document and (is_short or (isinstance(prompt, Tokens) and not prompt.kept)):
             return None
-        return self.prefixes.name(head, request.owner, request.public, spares=isinstance(prompt, Question))
+        return self.prefixes.name(head, request.owner, request.public, spares=about_document)
 
     def at_hand(self, job: Job, name: Name | None) -> tuple[Prefix, Handle] | None:
         """The document, held, where it lies on the devices and nobody waits for what it takes there."""

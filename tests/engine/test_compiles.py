@@ -172,6 +172,17 @@ def test_nor_do_shorter_documents(engine: RunningEngine, plain: RunningEngine):
             assert found == [], f"{count} words"
 
 
+def test_a_chat_about_a_document_is_kept_and_has_room_as_a_question_about_it(plain: RunningEngine):
+    """As the server asks: else its requests would have programs of their own, and rows beyond the declared ones."""
+    for count in (75, 46, 18):
+        messages, found = [{"role": "user", "content": "w12 w34?"}], []
+        for prompt in (Question(words(count, seed=11), "w12 w34?"), Chat(messages, document=words(count, seed=12))):
+            with plain.read(Request.of(prompt, plain.config)) as (_, prepared):
+                assert prepared.handle is not None, f"{count} words"
+                found.append(prepared.key.slots)
+        assert found[0] == found[1] and found[0] in plain.sharing.declared, f"{count} words"
+
+
 def test_what_is_shorter_yet_or_has_no_room_for_more_takes_its_own():
     assert room_of_document(100, {400, 401}) == 400 and room_of_document(100, {401, 99}) == 100
     assert room_of_document(100, set()) == 100 and room_of_document(100, {100, 128}) == 100

@@ -200,7 +200,7 @@ def test_merge_is_associative_and_commutative_with_an_identity():
     for merged in (add(add(x, y), z), add(x, add(y, z)), add(add(z, x), y), add(nothing, whole)):
         np.testing.assert_allclose(finish(merged, jnp.float32), out, atol=1e-6)
         np.testing.assert_allclose(merged.sum_BKR, whole.sum_BKR, rtol=1e-6)
-        np.testing.assert_array_equal(merged.max_BKR, whole.max_BKR)
+        np.testing.assert_allclose(merged.max_BKR, whole.max_BKR, rtol=1e-6)  # products of other widths
     np.testing.assert_array_equal(finish(add(nothing, nothing), jnp.float32), 0.0)
 
 

@@ -57,6 +57,7 @@ class Costs:
     """What rounds of one kind of rows take by gamma, and what there is of looks at the gammas that are not run."""
 
     times: dict[int, deque[float]] = field(default_factory=dict)  # seconds a round, of the latest calls
+    since_look: int = 0  # rounds since a gamma was timed for the first time
     drafting: int = 0  # rounds since the last plain one
     plain: int = 0  # rounds since the last draft
     plain_wait: int = FIRST_WAIT  # rounds of drafting until a plain one is timed

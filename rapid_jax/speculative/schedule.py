@@ -8,6 +8,7 @@ from rapid_jax.speculative.config import SpeculationConfig
 from rapid_jax.speculative.round_times import BELIEF, FIRST_WAIT, LONGEST_WAIT, Chance, Costs
 
 GAMMAS = (0, 1, 2, 3, 5, 10)  # what gamma = auto chooses from
+LOOK_WAIT = 96  # rounds from one look at a gamma that nothing speaks for to the next
 TRIAL = 2  # rounds that a first look takes; after one alone, a single unlucky draft would decide
 HOPELESS = 16  # times FIRST_WAIT until the next trial where none could pay even if all drafts were accepted
 _GOOD, _ALL = 0.9, 1 - 1e-6  # chances that a draft of a good drafter, and of the best there is, is accepted
@@ -84,7 +85,8 @@ class AutoGamma:
     """The gamma with the most expected tokens a second, from measured round times and the acceptance seen lately.
 
     With a the chance that a draft is accepted, gamma drafts give (1 - a^(gamma + 1)) / (1 - a) tokens a round. A gamma
-    not yet run is costed from those that were, and looked at only beside one of them. While gamma is 0 nothing is
+    not yet run is costed from those that were, and chosen only beside one of them. Times jump, so every LOOK_WAIT
+    rounds one is run once that would be the best if its rounds took the least they can. While gamma is 0 nothing is
     learnt of a, so a draft is tried again where one can pay: after `draft_wait` rounds (half of them at the start of
     an answer, where the drafter has missed nothing), twice as many after every trial that fails, up to LONGEST_WAIT;
     HOPELESS times FIRST_WAIT where none could pay. A plain round is timed again after `plain_wait` rounds of drafting,
@@ -153,6 +155,8 @@ class AutoGamma:
             return self._first(), TRIAL
         if costs.seconds(0) is None:
             return 0, TRIAL
+        if costs.since_look >= LOOK_WAIT and (unknown := self._unknown()):
+            return unknown[0], 1
         best = max(self._at_hand(), key=self.tokens_per_second)
         if best == 0:
             unsure = [gamma for gamma in self._drafting if len(costs.times.get(gamma, ())) == 1]
@@ -162,6 +166,25 @@ class AutoGamma:
         if costs.drafting >= costs.plain_wait:
             return 0, TRIAL
         return best, self.rounds_per_read if costs.is_sure(best) else TRIAL
+
+    def _unknown(self) -> list[int]:
+        """Gammas never timed that would be the best if drafts cost the least they can.
+
+        Kernels read at the memory's rate up to some width, so what a round takes jumps, and no line through the gammas
+        that were timed shows whether one beside a jump pays.
+        """
+        costs, plain = self.costs, self.costs.seconds(0)
+        if plain is None:
+            return []
+        known = max(map(self.tokens_per_second, (0, *self._drafting)))
+        timed = [(gamma, seconds) for gamma in (0, *self._drafting) if (seconds := costs.seconds(gamma))]
+        found = []
+        for gamma in self._drafting:
+            if costs.seconds(gamma) is None:
+                below, seconds = max(pair for pair in timed if pair[0] < gamma)
+                least = seconds + (gamma - below) * _LEAST_STEP * plain
+                found += [gamma] if self._tokens(gamma, self.acceptance) / least > known else []
+        return found
 
     @property
     def _drafting(self) -> list[int]:
@@ -200,6 +223,7 @@ class AutoGamma:
         if not seen.rounds:
             return
         costs, is_trial = self.costs, gamma > 0 and self._is_trial
+        costs.since_look = 0 if costs.seconds(gamma) is None else costs.since_look + seen.rounds
         # What plain rounds gave the drafter reads before it drafts.
         costs.observe(gamma, seen.seconds / seen.rounds, is_bound=gamma > 0 and self.missed > 0)
         if gamma == 0:

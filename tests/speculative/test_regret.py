@@ -17,7 +17,9 @@ ROUNDS = {  # what a round with 0, 1, 2, 3, 5, 10 drafts takes
     "a drafter of half the target": (1.0, 1.5, 1.95, 2.4, 3.3, 5.5),
     "sixteen rows": (1.0, 2.2, 2.8, 3.4, 4.6, 7.6),
     "the third draft costs more": (1.0, 1.15, 1.3, 1.7, 2.6, 4.5),
+    "drafts hardly pay": (1.0, 1.75, 2.5, 3.24, 4.7, 8.4),
 }
+JUMPS = (1.0, 2.5, 2.8, 3.24, 6.2, 8.6)  # the first draft is dear, the next two are cheap, as a kernel's widths make it
 
 
 def shares(rounds: Sequence[float], acceptances: Sequence[float], rows: int, seed: int) -> list[float]:
@@ -58,6 +60,14 @@ def test_answers_lose_less_than_three_percent_to_the_search(machine, rows):
     for chance in (0.1, 0.3, 0.6, 0.8, 0.9, 0.95):
         each = np.array([shares(ROUNDS[machine], [chance] * 12, rows, seed) for seed in range(3)])
         assert each.mean() >= 0.97 and each[:, 1:].mean() >= 0.97 and each[:, 0].mean() > 0.85, (chance, each.mean(0))
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_gamma_that_no_line_through_the_others_shows_is_found(rows):
+    """Nothing that is known says so before it is looked at, so it takes a few answers."""
+    for chance in (0.85, 0.9, 0.95):
+        each = np.array([shares(JUMPS, [chance] * 12, rows, seed) for seed in range(6)])
+        assert each.mean() >= 0.95 and each[:, 6:].mean() >= 0.955, (chance, each.mean(0))
 
 
 def test_answers_whose_drafts_do_better_or_worse_than_those_before_are_met():

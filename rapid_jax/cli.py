@@ -15,6 +15,7 @@ from typing import Any
 
 from rapid_jax import __version__, answer_command, cache_command, chat_command
 from rapid_jax.bench import command as benchmark
+from rapid_jax.bench import options as bench_options
 from rapid_jax.evaluate import command as evaluation
 from rapid_jax.plan import command
 from rapid_jax.runtime.command_line import Place, prepare_jax, say, status_of
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_arguments(plan)
     bench = commands.add_parser("bench", help="how fast this machine decodes", allow_abbrev=False)
     bench.set_defaults(run=benchmark.run)
-    benchmark.add_arguments(bench)
+    bench_options.add_arguments(bench)
     evaluate = commands.add_parser("evaluate", help="score answers on a benchmark", allow_abbrev=False)
     evaluate.set_defaults(run=evaluation.evaluate)
     evaluation.add_evaluate(evaluate)

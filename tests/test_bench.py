@@ -12,10 +12,10 @@ import pytest
 
 from rapid_jax.bench import command, decoding
 from rapid_jax.bench.cases import Case, plain_bytes
-from rapid_jax.bench.command import _config, _kind
 from rapid_jax.bench.decoding import Decoding
 from rapid_jax.bench.figure import draw, rows_of
 from rapid_jax.bench.models import dialled, random_decoder, random_prefix
+from rapid_jax.bench.options import case_of, shape_of
 from rapid_jax.cli import main
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh_config import MeshConfig
@@ -26,7 +26,7 @@ SMALL = ["bench", "--layers", "1", "--contexts", "64", "--short", "32", "--token
 @pytest.fixture(scope="module")
 def bench():
     return Decoding(
-        _config("small", 1), jnp.dtype("float32"), short=32, tokens=24, memory_rate=1e10, tell=lambda _: None
+        shape_of("small", 1), jnp.dtype("float32"), short=32, tokens=24, memory_rate=1e10, tell=lambda _: None
     )
 
 
@@ -65,6 +65,37 @@ def test_the_command_measures_every_part_and_draws(tmp_path, capsys):
     assert 1 < by_name["rapid, drafter full"]["tokens_per_round"] <= 4
     assert by_name["rapid, drafter full"]["draft_steps"] == 3 * by_name["rapid, drafter full"]["rounds"]
     assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_another_shape_drafts(tmp_path):
+    """Of other weights and as many layers as it has, over a short prompt of its own."""
+    rows = tmp_path / "rows.jsonl"
+    asked = ["--parts", "decoding", "--drafter", "small", "--cases", "plain,full:3,int8:3", "--json", str(rows)]
+    assert main([*SMALL, *asked]) == 0
+    made = [row for line in rows.read_text().splitlines() if (row := json.loads(line))["part"] == "decoding"]
+    drafted = [row for row in made if row["case"]["drafter"] != "none"]
+    assert [row["name"] for row in drafted] == ["rapid, drafter small full", "rapid, drafter small int8"]
+    for row in drafted:
+        assert row["same"] == "yes" and row["ratio"] > 0 and 0.5 < row["acceptance"] <= 1
+        assert row["draft_steps"] == 3 * row["rounds"]
+    other = Decoding(
+        shape_of("small", 1), jnp.dtype("float32"), 32, 24, small=shape_of("small", 2), tell=lambda _: None
+    )
+    assert (other._weights("full").config.num_layers, other._decoder().config.num_layers) == (2, 1)
+    assert len(other._prefix("short", Case(64, drafter="full"), 32, 0).layers) == 2
+
+
+@pytest.mark.parametrize(
+    ("asked", "fault"),
+    [
+        (["--drafter", "qwen9"], "unknown shape 'qwen9'"),
+        (["--drafter", "small", "--cases", "attended:3"], "attended drafts by the target's own weights"),
+    ],
+)
+def test_a_drafter_that_cannot_be_is_said_before_anything_is_measured(asked, fault, capsys):
+    assert main([*SMALL, *asked]) == 2
+    said = capsys.readouterr()
+    assert fault in said.err and said.out == ""
 
 
 def test_the_dial_turns_acceptance(bench):
@@ -126,7 +157,7 @@ def test_the_median_and_the_ends_are_of_the_timings(bench, monkeypatch):
 
 
 def test_a_plain_step_reads_weights_and_cache_once():
-    config = _config("llama-3.1-8b", None)
+    config = shape_of("llama-3.1-8b", None)
     gib = 2**30
     assert plain_bytes(config, Case(131072), 2) / gib == pytest.approx(13.98 + 16, abs=0.05)  # all but the embedding
     assert plain_bytes(config, Case(131072, kv="int8"), 2) / gib == pytest.approx(13.98 + 8.25, abs=0.05)
@@ -145,7 +176,7 @@ def test_over_a_mesh_the_command_decodes_what_plain_decoding_does(capsys):
 
 
 def test_random_models_say_the_next_id_and_the_dial_touches_attention_alone():
-    config = _config("small", 1)
+    config = shape_of("small", 1)
     decoder = random_decoder(config, jnp.dtype("float32"))
     silent = dialled(decoder, 0.0)
     assert not np.any(np.asarray(silent.blocks[0].o_NHD[...]))
@@ -196,9 +227,9 @@ def test_bad_options_are_told_in_one_line(wrong, said, capsys):
 
 
 def test_cases_by_name():
-    assert _kind("int8:auto/int8") == Case(0, drafter="int8", kv="int8", gamma="auto")
-    assert _kind("quoting") == Case(0, quoting=True) and _kind("prose") == Case(0, quoting=False)
-    assert str(_kind("int4:6/int8")) == "rapid, drafter int4, kv int8"
+    assert case_of("int8:auto/int8") == Case(0, drafter="int8", kv="int8", gamma="auto")
+    assert case_of("quoting") == Case(0, quoting=True) and case_of("prose") == Case(0, quoting=False)
+    assert str(case_of("int4:6/int8")) == "rapid, drafter int4, kv int8"
 
 
 def test_a_figure_needs_rows(tmp_path):

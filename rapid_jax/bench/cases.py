@@ -26,6 +26,7 @@ class Case:
     batch: int = 1
     gamma: int | Literal["auto"] = 0
     documents: int | None = None  # that the prompts are about, equally many about each; None: one each
+    shape: str | None = None  # of a drafter that is another model; None: the target's own weights draft
     quoting: bool | None = None  # level 0 copies: from a text that holds the answer, from one that does not; None: off
 
     @property
@@ -49,7 +50,8 @@ class Case:
         return self.documents or self.batch
 
     def __str__(self):
-        name = "plain" if self.drafter == "none" else f"rapid, drafter {self.drafter}"
+        drafter = self.drafter if self.shape is None else f"{self.shape} {self.drafter}"
+        name = "plain" if self.drafter == "none" else f"rapid, drafter {drafter}"
         copies = {None: "", True: ", copies, quoting", False: ", copies, not quoting"}[self.quoting]
         about = "" if self.documents is None else f", {self.documents} document{'s' * (self.documents > 1)}"
         return f"{name}{copies}{', kv int8' if self.kv == 'int8' else ''}{about}"

@@ -43,7 +43,11 @@ CALIBRATED = 0.02  # how near the measured acceptance has to come to the one ask
 
 @dataclass
 class Decoding:
-    """A target with random weights and prompts of random keys and values; drafters are its copies, over short ones."""
+    """A target with random weights and prompts of random keys and values; drafters are its copies, over short ones.
+
+    With `small` they are copies of another model, with weights of its own and the target's vocabulary and tying: both
+    then vote for the same token, and the dial scales the attention of both.
+    """
 
     config: ModelConfig
     dtype: jnp.dtype
@@ -54,6 +58,7 @@ class Decoding:
     over: MeshConfig | None = None  # the devices; None: one
     seed: int = 0
     dial: float = 0.0
+    small: ModelConfig | None = None
     first_dial: float = FIRST_DIAL  # that `calibrate` tries first
     tell: Callable[[str], None] = print
     _held: dict[Any, Any] = field(default_factory=dict)  # one of each kind: models and prompts are large
@@ -122,7 +127,7 @@ class Decoding:
 
     def release(self) -> None:
         """Frees prompts and rounded copies."""
-        for key in [key for key in self._held if key != "weights"]:
+        for key in [key for key in self._held if not key.endswith("weights")]:
             del self._held[key]
         self._plain.clear()
 
@@ -179,12 +184,19 @@ class Decoding:
             self._held[name] = (what, make())
         return self._held[name][1]
 
-    def _base(self) -> Decoder:
-        return fused(random_decoder(self.config, self.dtype, self.seed, self._mesh), spent=True)
+    def _base(self, config: ModelConfig) -> Decoder:
+        return fused(random_decoder(config, self.dtype, self.seed, self._mesh), spent=True)
 
     def _decoder(self) -> Decoder:
-        base = self._hold("weights", None, self._base)
+        base = self._hold("weights", None, lambda: self._base(self.config))
         return self._hold("dialled", self.dial, lambda: dialled(base, self.dial))
+
+    def _drafting(self) -> Decoder:
+        """What drafts, in full."""
+        if (small := self.small) is None:
+            return self._decoder()
+        base = self._hold("small weights", None, lambda: self._base(small))
+        return self._hold("small dialled", self.dial, lambda: dialled(base, self.dial))
 
     def _prefix(self, name: str, case: Case, tokens: int, seed: int) -> Prefix:
         is_rounded = case.kv == "int8" if name == "long" else case.drafter != "full"
@@ -192,7 +204,8 @@ class Decoding:
 
         def make() -> Prefix:
             how: Any = {"dtype": self.dtype, "seed": seed, "mesh": self._mesh}
-            made = random_prefix(self.config, batch=batch, tokens=tokens, **how)
+            config = self.config if name == "long" else self.small or self.config
+            made = random_prefix(config, batch=batch, tokens=tokens, **how)
             return rounded(made) if is_rounded else made
 
         return self._hold(name, (batch, tokens, is_rounded), make)
@@ -210,7 +223,7 @@ class Decoding:
         return Prompted(self._weights(case.weights), prompts, prefix, [len(prompts[0]) - 2] * case.batch)
 
     def _weights(self, kind: str) -> Decoder:
-        decoder = self._decoder()
+        decoder = self._drafting()
         if kind == "full":
             return decoder
         return self._hold("copy", (kind, self.dial), lambda: quantized(decoder, BITS[kind]))

@@ -16,8 +16,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from rapid_jax.bench.command import _config, _kind
 from rapid_jax.bench.decoding import Decoding
+from rapid_jax.bench.options import case_of, shape_of
 from rapid_jax.runtime.command_line import prepare_jax
 from rapid_jax.runtime.mesh_config import MeshConfig
 
@@ -35,9 +35,9 @@ def main() -> None:
     options = parser.parse_args()
     prepare_jax(programs=True, cache=None)
     over = None if options.mesh is None else MeshConfig.named(options.mesh)
-    config = _config("llama-3.1-8b", options.layers)
+    config = shape_of("llama-3.1-8b", options.layers)
     bench = Decoding(config, jnp.dtype("bfloat16"), 8192, options.tokens, 1, dial=options.dial, over=over)
-    case = replace(_kind(options.case), context=options.context)
+    case = replace(case_of(options.case), context=options.context)
     bench._decoded(case)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):

@@ -183,6 +183,9 @@ class OptimizerConfig:
         require(0 <= self.weight_decay < math.inf, f"weight_decay: expected a number >= 0, got {self.weight_decay}")
 
 
+EMERGENCY_KEPT = 2  # copies on a process's disk: the newest may be there on some processes alone
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The loop."""

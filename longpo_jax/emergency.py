@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from longpo_jax.checkpoint_files import one_line
 from longpo_jax.checkpoints import named
-from longpo_jax.config import TrainConfig
+from longpo_jax.config import EMERGENCY_KEPT, TrainConfig
 from longpo_jax.metrics import FILE
 from longpo_jax.step import TrainState
 from rapid_jax.runtime.agreement import READING_S, all_told, leads, told
@@ -42,7 +42,6 @@ from rapid_jax.runtime.value_sums import host_sum
 
 _VALUES: Final = "values.safetensors"
 _NOTE: Final = "note.json"
-_KEPT: Final = 2  # the newest may be there on some processes alone
 
 
 class EmergencyCopies:
@@ -127,7 +126,7 @@ class EmergencyCopies:
             with replace_folder(self._folder / str(step)) as temporary:
                 save_file({key: _bytes(x) for key, x in values.items()}, temporary / _VALUES)
                 (temporary / _NOTE).write_bytes(sealed(said, self._place(step)))
-            newest = {str(step) for step in self._steps()[-_KEPT:]}
+            newest = {str(step) for step in self._steps()[-EMERGENCY_KEPT:]}
             for path in list(self._folder.iterdir()):
                 if path.name not in newest:  # half written by a process that was killed, too
                     remove_folder(path)

@@ -10,7 +10,16 @@ from typing import Any
 
 from longpo_jax.config import LongPOConfig
 from longpo_jax.findings import Findings
-from longpo_jax.room import Room, bytes_of_checkpoint, bytes_on_disk, check_places, most_checkpoints, short_together
+from longpo_jax.room import (
+    Room,
+    bytes_of_checkpoint,
+    bytes_of_copies,
+    bytes_on_disk,
+    check_copies,
+    check_places,
+    most_checkpoints,
+    short_together,
+)
 from longpo_jax.round import folder_of, rounds_of
 from longpo_jax.share_findings import add_shares
 from longpo_jax.stages import STAGES, has_ended, stage_in, summary_of
@@ -119,6 +128,9 @@ def examine(
         space += _round(single, before, done, architecture, tokenizer, machine, found, shares)
     passing = 0 if architecture is None else bytes_of_checkpoint(config, _parameters(architecture.config))
     room = check_places(config, 0 if ended else space, passing, found, reached=reached)
+    if config.train.emergency_folder is not None and architecture is not None and not ended:
+        copies = bytes_of_copies(config, _parameters(architecture.config), machine.devices)
+        check_copies(config, copies, room, found)
     found.add("memory, exact", "longpo plan --config CONFIG --topology NAME", "of a TPU slice; compiles, for minutes")
     return room
 

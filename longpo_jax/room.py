@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from longpo_jax.config import LongPOConfig, TrainConfig
+from longpo_jax.config import EMERGENCY_KEPT, LongPOConfig, TrainConfig
 from longpo_jax.findings import Findings
 from longpo_jax.round import folder_of
 from rapid_jax.plan.topologies import GIB
 from rapid_jax.runtime.files import default_cache_dir, replace_file
-from rapid_jax.runtime.storage import AnyPlace
+from rapid_jax.runtime.storage import AnyPlace, local_path
 
 _TRIED = "check.tmp"
 
@@ -44,6 +44,37 @@ def bytes_of_checkpoint(config: LongPOConfig, parameters: int) -> int:
     optimizer = config.optimizer
     moments = (2 if optimizer.name == "adamw" else 1) * (4 if optimizer.moments_dtype == "float32" else 2)
     return parameters * (4 + moments)
+
+
+def bytes_of_copies(config: LongPOConfig, parameters: int, devices: int) -> int:
+    """Of the emergency copies on the disk of a process that has so many of the devices, at most, one being written."""
+    if config.train.emergency_folder is None:
+        return 0
+    mesh = config.mesh  # whose data axis has as many copies of the state
+    held = min(devices * mesh.data, mesh.devices) * bytes_of_checkpoint(config, parameters) // mesh.devices
+    return (EMERGENCY_KEPT + 1) * held
+
+
+def check_copies(config: LongPOConfig, needed: int, room: Room | None, found: Findings) -> None:
+    """Whether the folder of emergency copies can be written to and has room for `needed` bytes of them.
+
+    `room` is what the run needs of a disk, which may be the same one.
+    """
+    assert config.train.emergency_folder is not None
+    place = local_path(config.train.emergency_folder, "train.emergency_folder").absolute()
+    there = _existing(place)
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        kind = "one without the permission" if there.is_dir() else "a file"
+        fault = f"train.emergency_folder: expected a folder to write to, got {kind}: {there}"
+        found.add_of_here("emergency copies", str(place), kind, fault)
+        return
+    free = shutil.disk_usage(there).free
+    if room is not None and room.there.stat().st_dev == there.stat().st_dev:
+        free = max(0, free - room.needed)
+    sizes = f"{needed / GIB:.2f} GiB", f"{free / GIB:.2f} GiB"
+    fault = f"train.emergency_folder: expected {sizes[0]} of room in {there}, got {sizes[1]}" if needed > free else ""
+    kept = f"{EMERGENCY_KEPT} of them, one more while it is written"
+    found.add_of_here("emergency copies", f"{sizes[0]} a process: {kept}", f"{sizes[1]} free for them", fault)
 
 
 def most_checkpoints(train: TrainConfig, steps: int | None) -> int:

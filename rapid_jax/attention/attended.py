@@ -52,7 +52,7 @@ def attended_prefix(prefix: Prefix, chosen: Prefix, q_BGLNH: jax.Array, due_B: j
     if isinstance(prefix.layers, KV) and isinstance(chosen.layers, KV):
         layers = of(q_BGLNH, prefix.layers, chosen.layers)
     else:
-        pairs = zip(each_layer(prefix.layers), each_layer(chosen.layers), strict=True)
+        pairs = zip(each_layer(prefix), each_layer(chosen), strict=True)
         layers = tuple(of(q_BGLNH[:, :, at : at + 1], *pair) for at, pair in enumerate(pairs))
     # All but the last block are full, and the last is among the chosen, behind the others.
     filled_D = jnp.minimum(lengths_D, count * BLOCK - -lengths_D % BLOCK)

@@ -5,7 +5,8 @@ Keys and values of one layer are stored head-major, [B, K, S, H]: a decoding ste
 `layers` holds one `KV` a layer: a tuple of them (unrolled layout) or one with a leading layer axis (stacked).
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TypeAlias
 
@@ -37,12 +38,42 @@ Layers: TypeAlias = tuple[KV, ...] | KV
 class Prefix:
     """Keys and values of a prompt, written once by chunked prefill, then only read.
 
-    Slots past a row's prompt are empty (position -1). `used` bounds the slots any row uses.
+    Slots past a row's prompt are empty (position -1). `used` bounds the slots any row uses. Layers with a window are in
+    `near`, with no more slots than what comes after the prompt can see.
     """
 
     layers: Layers
     pos_BS: jax.Array  # int32, position of each slot, -1 = empty
     used: jax.Array  # int32 scalar
+    near: "Near | None" = None
+
+    @property
+    def slots(self) -> int:
+        """Of a row, in layers without a window."""
+        return self.pos_BS.shape[1]
+
+    @property
+    def groups(self) -> "tuple[Prefix, ...]":
+        """Layers that keep the same slots, each group that has any as a prefix of its own."""
+        every = (self,) if self.near is None else (replace(self, near=None), self.near.prefix)
+        return tuple(group for group in every if isinstance(group.layers, KV) or group.layers)
+
+    def with_groups(self, groups: "Sequence[Prefix]") -> "Prefix":
+        """The inverse of `groups`."""
+        if self.near is None:
+            return groups[0]
+        first = groups[0] if len(groups) > 1 else replace(self, near=None)
+        return replace(first, near=replace(self.near, prefix=groups[-1]))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Near:
+    """The layers of a model that have a window."""
+
+    prefix: Prefix
+    at: tuple[int, ...] = field(metadata={"static": True})  # which layers of the model they are
+    window: int = field(metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -70,11 +101,15 @@ class Tail:
         return jnp.where(inside, self.start_B[:, None] + slots[None], -1)
 
 
-def each_layer(layers: Layers) -> tuple[KV, ...]:
-    """The layers one by one; only the unrolled layout has them so."""
-    if isinstance(layers, KV):
+def each_layer(cache: Prefix | Tail) -> tuple[KV, ...]:
+    """The layers one by one, in the model's order; only the unrolled layout has them so."""
+    if isinstance(cache.layers, KV):
         raise ValueError("expected one KV a layer, got a stack of them")
-    return layers
+    if isinstance(cache, Tail) or cache.near is None:
+        return cache.layers
+    near = dict(zip(cache.near.at, each_layer(cache.near.prefix), strict=True))
+    full = iter(cache.layers)
+    return tuple(near[at] if at in near else next(full) for at in range(len(near) + len(cache.layers)))
 
 
 def capacity(layers: Layers) -> int:
@@ -135,7 +170,10 @@ def write_layers(stack: KV, k_LBKTH: jax.Array, v_LBKTH: jax.Array, slot_B: jax.
 
 @partial(jax.jit, static_argnames=("slots", "devices"))
 def with_slots(prefix: Prefix, slots: int, devices: int) -> Prefix:
-    """A copy with so many slots, at least those there are; each of `devices` context devices keeps its own share."""
+    """A copy with so many slots, at least those there are; each of `devices` context devices keeps its own share.
+
+    Of one group of layers.
+    """
 
     def padded(x: jax.Array, axis: int, empty: int = 0) -> jax.Array:
         axis %= x.ndim

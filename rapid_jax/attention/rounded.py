@@ -26,6 +26,8 @@ def rounded(prefix: Prefix) -> Prefix:
     The given one's are deleted, those of a layer (stacked: of all layers) at a time, keys before values: there is never
     more than a quarter of a layer, or of the stack, beside what there was.
     """
+    if prefix.near is not None:
+        return prefix.with_groups(list(map(rounded, prefix.groups)))
     if jax.tree.leaves(prefix.layers)[0].dtype == jnp.int8:
         return prefix
     if isinstance(prefix.layers, KV):

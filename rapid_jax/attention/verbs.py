@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, write, write_layers
+from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, each_layer, write, write_layers
 from rapid_jax.attention.forked import Forked
+from rapid_jax.attention.groups import by_group, grouped, layer_at
 from rapid_jax.attention.partial import Slots, block_of, finish, fold, merge, unfold
 from rapid_jax.attention.ring import attend_before, attend_visitors, before, fits_neighbours, ring_attention
 from rapid_jax.attention.strategy import Strategy
@@ -148,32 +149,28 @@ def attend_chunk(pos_BT: jax.Array, written: Prefix, strategy: Strategy) -> Atte
     return attend
 
 
-def _from_stack(prefix: Prefix, strategy: Strategy) -> bool:
-    return isinstance(prefix.layers, KV) and strategy.decodes_from_stack
-
-
 def layers_of(prefix: Prefix, tail: Tail, strategy: Strategy) -> Any:
     """What `attend_prefix_tail` wants of every layer, for `Decoder.hidden`: (the prefix's KV, the tail's KV).
 
     In the stacked layout the layer's number may stand for both: what is scanned over would be copied for a kernel.
     """
-    if isinstance(prefix.layers, tuple) and isinstance(tail.layers, tuple):
-        return tuple(zip(prefix.layers, tail.layers, strict=True))
-    if _from_stack(prefix, strategy):
-        assert isinstance(prefix.layers, KV)
-        return jnp.arange(prefix.layers.k_BKSH.shape[0], dtype=jnp.int32)
-    return prefix.layers, tail.layers
+    if isinstance(tail.layers, tuple):
+        return tuple(zip(each_layer(prefix), each_layer(tail), strict=True))
+    numbers, groups = jnp.arange(tail.layers.k_BKSH.shape[0], dtype=jnp.int32), prefix.groups
+    if len(groups) > 1:
+        assert prefix.near is not None
+        return grouped(prefix.near.at, numbers if strategy.decodes_from_stack else tail.layers)
+    return numbers if strategy.decodes_from_stack else (*(group.layers for group in groups), tail.layers)
 
 
-def with_kept(prefix: Prefix, tail: Tail, kept: Any, strategy: Strategy) -> Layers:
+def with_kept(tail: Tail, kept: Any, strategy: Strategy) -> Layers:
     """The tail's layers with the new tokens: of what `attend_prefix_tail` kept of every layer.
 
     Where that read from stacks it kept the new tokens alone, and all layers are written at once, in place.
     """
-    if not _from_stack(prefix, strategy):
-        return kept
     stack = tail.layers
-    assert isinstance(stack, KV)
+    if not isinstance(stack, KV) or not strategy.decodes_from_stack:
+        return kept
 
     def local(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
         new = write_layers(KV(*arrays[:2]), *arrays[2:])
@@ -203,7 +200,15 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
     `with_kept`: the tail's KV with the new tokens written from slot `length_B` on, or beside stacks the new tokens'
     alone. The tail's length is the caller's to move.
     """
-    stacked = _from_stack(prefix, strategy)
+    if prefix.near is None:
+        return _attend_group(prefix, tail, pos_BG, strategy)
+    attends = [_attend_group(group, tail, pos_BG, strategy) for group in prefix.groups]
+    return attends[0] if len(attends) == 1 else by_group(prefix.near.window, *attends)
+
+
+def _attend_group(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: Strategy) -> Attend:
+    """`attend_prefix_tail` of layers that keep the same slots."""
+    stacked = isinstance(prefix.layers, KV) and strategy.decodes_from_stack
     extra = 0 if stacked else pos_BG.shape[1]
     tail_pos_BG = tail.slot_positions(extra=extra)
     used_name, far_used = _far_used(prefix, strategy)
@@ -213,14 +218,14 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
     over_both = strategy.chosen_decode()
 
     def local(q_BGNH, new, pos_BG, marks, near, near_pos_BG, slot_B, far_used, scalars, far_pos_BS, *far):
-        near_used, layer = scalars
+        near_used, layer, far_layer = scalars
         rows = fold(q_BGNH, pos_BG, new[0].shape[2], **marks)
         near, new = KV(*near), KV(*(x_BGKH.swapaxes(1, 2).astype(near[0].dtype) for x_BGKH in new))
         k_BKSH, v_BKSH, *scales = far
         prefix_slots = Slots(k_BKSH, v_BKSH, far_pos_BS, None, *scales)
         if stacked:
             kept, tail_slots = new, Slots(near.k_BKSH, near.v_BKSH, near_pos_BG)
-            sides = Stack(prefix_slots, layer), Stack(tail_slots, layer), Slots(new.k_BKSH, new.v_BKSH, pos_BG)
+            sides = Stack(prefix_slots, far_layer), Stack(tail_slots, layer), Slots(new.k_BKSH, new.v_BKSH, pos_BG)
             used = far_used, near_used, jnp.int32(pos_BG.shape[1])
         else:
             kept = write(near, new.k_BKSH, new.v_BKSH, slot_B)
@@ -229,12 +234,15 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
         out_BKRH = over_both(rows, sides, used, q_BGNH.shape[-1] ** -0.5, strategy.hops.axis)
         return unfold(out_BKRH, q_BGNH.shape[1]), kept.k_BKSH, kept.v_BKSH
 
-    def attend(q_BGNH, k_BGKH, v_BGKH, layer: tuple[KV, KV] | jax.Array, window: Window = None):
-        index, letter = jnp.int32(0), ""
+    def attend(q_BGNH, k_BGKH, v_BGKH, layer: tuple[Any, Any] | jax.Array, window: Window = None):
+        # Of a stack in groups: (the layer's number in its group, its number or the tail's KV).
+        far, near = layer if isinstance(layer, tuple) else (layer, layer)
+        index, far_index, letter = jnp.int32(0), jnp.int32(0), ""
         if stacked:
-            assert isinstance(prefix.layers, KV) and isinstance(tail.layers, KV)
-            index, letter, layer = layer, "L", (prefix.layers, tail.layers)
-        far, near = layer
+            far_index, index, letter, far, near = far, near, "L", prefix.layers, tail.layers
+        elif not isinstance(far, KV):
+            far = layer_at(prefix.layers, far)
+        assert isinstance(far, KV) and isinstance(near, KV)
         given = [
             ("q_BGNH", q_BGNH),
             ("new_BGKH", (strategy.with_copies(k_BGKH), strategy.with_copies(v_BGKH))),
@@ -244,7 +252,7 @@ def attend_prefix_tail(prefix: Prefix, tail: Tail, pos_BG: jax.Array, strategy: 
             ("near_pos_BG", tail_pos_BG),
             ("slot_B", tail.length_B),
             (used_name, far_used),
-            ("", (near_used, index)),
+            ("", (near_used, index, far_index)),
             ("far_pos_BS", prefix.pos_BS),
             (f"far_k_{letter}BKSH", far.k_BKSH),
             (f"far_v_{letter}{'BKSH' if far.v_scale_BKS is None else 'BKHS'}", far.v_BKSH),

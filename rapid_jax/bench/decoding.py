@@ -29,8 +29,9 @@ from rapid_jax.runtime.mesh import make_meshes, replicated
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import read
+from rapid_jax.speculative.extend import extend
 from rapid_jax.speculative.generate import Generation, Prompted, generate
-from rapid_jax.speculative.prefill import extend, new_tail
+from rapid_jax.speculative.prefill import new_tail
 from rapid_jax.speculative.round_times import RoundTimes
 from rapid_jax.speculative.state import Plan, Side
 

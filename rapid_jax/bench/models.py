@@ -8,6 +8,8 @@ every layer's attention output: at 0 they agree but for rounding; the larger, th
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -16,13 +18,16 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, Sharding
 
-from rapid_jax.attention.cache import KV, Prefix
+from rapid_jax.attention.cache import KV, Near, Prefix
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.placement import abstract
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import placed, replicated
+from rapid_jax.speculative.chunk_layout import ChunkLayout
+from rapid_jax.speculative.prefill import windows_of
+from rapid_jax.speculative.window_layout import WindowLayout
 
 SIGNAL = 1.35  # the vote for the next id, in units of the largest of as many random logits as there are ids
 
@@ -95,10 +100,20 @@ def random_prefix(
     strategy = Strategy(block=1, mesh=mesh, batch=("data",))
     if tokens % strategy.context:
         raise InputError(f"prompts of {tokens} tokens: expected a multiple of context = {strategy.context}")
-    shape = (batch, strategy.kv_heads(config.num_kv_heads), tokens, config.head_dim)
     sharding = None if mesh is None else NamedSharding(mesh, strategy.spec("kv_BKSH"))
-    like = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
     keys = jax.random.split(jax.random.key(seed), (config.num_layers, 2))
-    layers = tuple(KV(_normal(k, like, 1.0), _normal(v, like, 1.0)) for k, v in keys)
-    pos_BS = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
-    return Prefix(layers, placed(mesh, strategy.spec("pos_BS"), pos_BS), replicated(mesh, np.int32(tokens)))
+
+    def of(layers: Sequence[int], pos_BS: np.ndarray, used: int) -> Prefix:
+        shape = (batch, strategy.kv_heads(config.num_kv_heads), pos_BS.shape[1], config.head_dim)
+        like = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        made = tuple(KV(*(_normal(key, like, 1.0) for key in keys[layer])) for layer in layers)
+        return Prefix(made, placed(mesh, strategy.spec("pos_BS"), pos_BS), replicated(mesh, np.int32(used)))
+
+    window, near_at = windows_of(config)
+    full = [layer for layer in range(config.num_layers) if layer not in near_at]
+    found = of(full, np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens)), tokens)
+    if window is None:
+        return found
+    layout = WindowLayout(window, ChunkLayout(tokens, 1, tokens, strategy.context))
+    near = of(near_at, layout.positions([tokens] * batch), tokens - layout.first_kept(tokens))
+    return replace(found, near=Near(near, near_at, window))

@@ -5,7 +5,7 @@ from rapid_jax.engine.host_prefixes import bytes_left, head_bytes
 from rapid_jax.engine.job import Job
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.agreement import all_told
-from rapid_jax.speculative.prefill import PrefillSettings
+from rapid_jax.speculative.prefill import PrefillSettings, windows_of
 from rapid_jax.speculative.prefix_heads import Place
 
 _GROWN = 2  # times what was read: a row is copied while its lane gets others
@@ -26,9 +26,8 @@ class DrafterRoom:
 
     def bytes_for(self, tokens: int, settings: PrefillSettings) -> int:
         """That a request takes whose prompt for the drafter has so many tokens."""
-        return _GROWN * head_bytes(
-            self._decoder, Place(tokens, settings.layout(self._decoder, tokens)), everywhere=True
-        )
+        place = Place(tokens, settings.layout(self._decoder, tokens), *windows_of(self._decoder.config))
+        return _GROWN * head_bytes(self._decoder, place, everywhere=True)
 
     def take(self, job: Job, size: int) -> bool:
         """Whether the request has its room from now on until it ends; one that has some asks for no more."""

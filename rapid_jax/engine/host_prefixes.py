@@ -33,7 +33,7 @@ def device_bytes(prefix: Prefix) -> int:
 
 def head_bytes(decoder: Decoder, place: Place, *, everywhere: bool = False) -> int:
     """As `device_bytes`, of a head in full precision that would lie so; or of `everywhere`, all processes' devices."""
-    config, strategy, slots = decoder.config, serving(decoder, block=1), place.layout.slots
+    config, strategy = decoder.config, serving(decoder, block=1)
 
     def on_devices(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
         parts = 1
@@ -43,9 +43,14 @@ def head_bytes(decoder: Decoder, place: Place, *, everywhere: bool = False) -> i
             shape, parts = sharding.shard_shape(shape), len(devices)
         return prod(shape) * parts * jnp.dtype(dtype).itemsize
 
-    kv = (1, strategy.kv_heads(config.num_kv_heads), slots, config.head_dim)
-    layers = 2 * config.num_layers * on_devices("kv_BKSH", kv, decoder.embed_VD[...].dtype)
-    return layers + on_devices("pos_BS", (1, slots), jnp.dtype("int32")) + on_devices("", (), jnp.dtype("int32"))
+    near, total = len(place.near_at), 0
+    for layers, part in ((config.num_layers - near, place), (near, place.near)):
+        if part is not None:
+            slots, int32 = part.layout.slots, jnp.dtype("int32")
+            kv = (1, strategy.kv_heads(config.num_kv_heads), slots, config.head_dim)
+            total += 2 * layers * on_devices("kv_BKSH", kv, decoder.embed_VD[...].dtype)
+            total += on_devices("pos_BS", (1, slots), int32) + on_devices("", (), int32)
+    return total
 
 
 def bytes_left(decoder: Decoder) -> int:

@@ -19,7 +19,7 @@ from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.runtime.agreement import all_told
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.storage import AnyPlace
-from rapid_jax.speculative.prefill import serving
+from rapid_jax.speculative.prefill import serving, windows_of
 from rapid_jax.speculative.prefix_heads import Place, head_of
 
 _GIB = 2**30
@@ -98,7 +98,7 @@ class PrefixCache:
     def slots(self, handle: Handle) -> int:
         """Of the prefix, on the devices or on the host."""
         kept = self._tiers.get(handle.key)
-        return 0 if kept is None else kept.prefix.pos_BS.shape[1]
+        return 0 if kept is None else kept.prefix.slots
 
     def name(self, head: Sequence[int], owner: str = "", public: bool = False, *, spares: bool = False) -> Name:
         """What the cache knows a head by; `key` is that of its handle. Of any thread.
@@ -230,8 +230,8 @@ class PrefixCache:
         return made_by(self._decoder, self._compute, "" if self._store is None else self._weights_hash())
 
     def _place(self, tokens: int, longest: int) -> Place:
-        devices = serving(self._decoder, block=1).context
-        return Place.of(tokens, longest, self._compute.prefill_chunk, devices)
+        devices, windows = serving(self._decoder, block=1).context, windows_of(self._decoder.config)
+        return Place.of(tokens, longest, self._compute.prefill_chunk, devices, *windows)
 
     def _keep(self, name: Name, prefix: Prefix) -> Handle:
         stored = self._store is None or self._store.has(name.key)
@@ -250,7 +250,8 @@ class PrefixCache:
 
     def _common(self, name: Name) -> Found:
         """The longest head that another document has in common, copied; from disk only if that is longer."""
-        if self._compute.kv != "full":  # nothing can be prefilled behind what was rounded
+        # Nothing can be prefilled behind what was rounded, or where a window has left out what came before.
+        if self._compute.kv != "full" or any(self._decoder.config.window_of):
             return Found()
         chunk, found, tier = self._compute.prefill_chunk, None, None
         count, kept = self._tiers.longest_common(name.marks)

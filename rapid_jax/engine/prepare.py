@@ -139,7 +139,7 @@ class Preparing:
             if config.models.drafter == ATTENDED:
                 return self._prepared(job, target, self._models.drafter.decoder, head, handle)
             assert reading.short is not None
-            short, slots = reading.short.tokens, prefix.pos_BS.shape[1]
+            short, slots = reading.short.tokens, prefix.slots
             room = room_of_retrieved(slots, config.retrieval) if self._few_programs else 0
             if drafter is None:
                 reads = self._prefilling.drafter_apart if self._prefilling.is_apart else self._prefilling.drafter
@@ -173,11 +173,11 @@ class Preparing:
     ) -> Prepared:
         config, room = job.config, Room(logprobs=job.request.logprobs is not None)
         if self._few_programs:
-            slots = target.prefix.pos_BS.shape[1]
+            slots = target.prefix.slots
             new = self._config.sampling.max_new_tokens
             room = replace(room, new=new, suffix=QUESTION_TOKENS, text=slots + retrieved)
         document = object() if handle is None else handle
-        size = sum(x.nbytes for x in jax.tree.leaves(target.prefix.layers))
+        size = sum(x.nbytes for x in jax.tree.leaves(target.prefix))
         with timed() as work:
             rounds = start(
                 target,

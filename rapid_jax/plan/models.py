@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rapid_jax.attention.cache import KV, Layers, Prefix, Tail
+from rapid_jax.attention.cache import KV, Layers, Near, Prefix, Tail
 from rapid_jax.attention.rounded import rounded_array
 from rapid_jax.config import RapidConfig
 from rapid_jax.model.fused import FusedDecoder, fused, quantized
@@ -24,6 +24,7 @@ from rapid_jax.speculative import prefill
 from rapid_jax.speculative.prefix_heads import layer_names
 from rapid_jax.speculative.start import RECENT, Sizes
 from rapid_jax.speculative.state import Side
+from rapid_jax.speculative.window_layout import WindowLayout
 
 
 @dataclass(frozen=True)
@@ -58,25 +59,40 @@ class PlannedModel:
         sharding = None if self.mesh is None else NamedSharding(self.mesh, spec)
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
-    def cache(self, slots: int, letter: str) -> Layers:
-        """Keys and values."""
-        made = jax.eval_shape(lambda: prefill.empty_cache(self.decoder, 1, slots, self.dtype, letter=letter))
+    def cache(self, slots: int, letter: str, layers: int | None = None) -> Layers:
+        """Keys and values, of all layers or so many."""
+        if layers == 0:
+            return ()
+        how: Any = {"letter": letter, "layers": layers}
+        made = jax.eval_shape(lambda: prefill.empty_cache(self.decoder, 1, slots, self.dtype, **how))
         sharding = prefill.cache_sharding(self.decoder, letter)
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), made)
 
-    def prefix(self) -> Prefix:
-        """The prompt's keys and values as they are prefilled."""
-        slots = self.layout.slots
-        return Prefix(self.cache(slots, "S"), self.int32(1, slots, name="pos_BS"), self.int32())
+    def prefix(self, *, filling: bool = False) -> Prefix:
+        """The prompt's keys and values as prefill leaves them; `filling`: while its last chunk is computed."""
+        window, near_at = prefill.windows_of(self.decoder.config)
+
+        def of(layers: int, slots: int) -> Prefix:
+            return Prefix(self.cache(slots, "S", layers), self.int32(1, slots, name="pos_BS"), self.int32())
+
+        full = of(self.decoder.config.num_layers - len(near_at), self.layout.slots)
+        if window is None:
+            return full
+        kept = WindowLayout(window, self.layout)
+        near = of(len(near_at), (kept.before if filling else kept.kept).slots)
+        return replace(full, near=Near(near, near_at, window))
 
     def read_prefix(self) -> Prefix:
         """The prompt's keys and values as rounds read them."""
         prefix = self.prefix()
+        return prefix.with_groups(list(map(self._read, prefix.groups)))
+
+    def _read(self, group: Prefix) -> Prefix:
         if not self.rounds_prefix:
-            return prefix
-        if isinstance(prefix.layers, tuple):
-            return replace(prefix, layers=tuple(map(self._rounded, prefix.layers)))
-        return replace(prefix, layers=self._rounded(prefix.layers))
+            return group
+        if isinstance(group.layers, tuple):
+            return replace(group, layers=tuple(map(self._rounded, group.layers)))
+        return replace(group, layers=self._rounded(group.layers))
 
     def _rounded(self, kv: KV) -> KV:
         """Shapes of one layer, or of the stack, as `rounded` leaves them."""

@@ -113,7 +113,7 @@ def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[A
     layout, compute = model.layout, config.compute
     block = min(layout.chunk, prefill.LARGEST_BLOCK)
     strategy = prefill.serving(model.decoder, block, compute.kernel, compute.context)
-    prefix = model.prefix()
+    prefix, near = model.prefix(filling=True), model.prefix().near
     tokens_BT, used = model.int32(1, layout.chunk, name="tokens_BT"), model.int32()
     passes = [Pass(layout.chunk, index * layout.chunk, 0) for index in range(layout.chunks)]
     works = [model.work(run, split_tokens=True) for run in passes]
@@ -122,8 +122,12 @@ def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[A
 
     def lower():
         if stacked:
-            arguments = (model.decoder, tokens_BT, prefix.layers, prefix.pos_BS, used, tokens_BT)
-            return prefill._chunk_stacked.lower(*arguments, strategy=strategy)
+            groups = prefix.groups
+            stacks, fars = (group.layers for group in groups), ((group.pos_BS, used) for group in groups)
+            window, at = prefill.windows_of(model.decoder.config)
+            how = {"at": at, "window": window if len(groups) > 1 else None}
+            arguments = (model.decoder, tokens_BT, tuple(stacks), tuple(fars), tokens_BT)
+            return prefill._chunk_stacked.lower(*arguments, strategy=strategy, **how)
         config = model.decoder.config
         assert model.mesh is not None, "nothing is compiled for a GPU"
         spec = NamedSharding(model.mesh, strategy.spec("x_BTD"))
@@ -131,11 +135,13 @@ def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[A
         angle = jax.ShapeDtypeStruct((1, layout.chunk, config.rotary_dim // 2), jnp.float32, sharding=spec)
         windows = config.window_of
         at = windows.index(None) if None in windows else 0  # of two programs the one that needs more
-        arguments = (x_BTD, (angle, angle), each_layer(prefix.layers)[at], prefix.pos_BS, used, tokens_BT)
+        group = prefix.groups[0]  # without a window, where there are such layers
+        arguments = (x_BTD, (angle, angle), each_layer(prefix)[at], group.pos_BS, used, tokens_BT)
         layer: Any = model.decoder.blocks[at]  # type: ignore[index]
         return prefill._chunk_layer.lower(layer, *arguments, strategy=strategy, window=windows[at])
 
-    resident = _by_kind(model.held, prefix, *others, other=(tokens_BT, tokens_BT, used))
+    kept = [] if near is None or near == prefix.near else [near.prefix]  # there already while a prompt is read
+    resident = _by_kind(model.held, prefix, *kept, *others, other=(tokens_BT, tokens_BT, used))
     one = Work(works[-1].flops / parts, works[-1].hbm_bytes / parts)
     total = Work(math.fsum(work.flops for work in works), math.fsum(work.hbm_bytes for work in works))
     return Program(name, lower, resident, one, total, layout.chunks * parts, working=of_prefill(model))
@@ -164,7 +170,8 @@ def _rounded_prefix(model: PlannedModel, others: list[Any]) -> Program:
     The first call, when all else is in full. On one device; a mesh's each round their own part.
     """
     prefix = model.prefix()
-    layers = [prefix.layers] if isinstance(prefix.layers, KV) else list(prefix.layers)
+    groups = [group.layers for group in prefix.groups]
+    layers = [kv for each in groups for kv in ([each] if isinstance(each, KV) else each)]
     arrays, keys = jax.tree.leaves(layers), layers[0].k_BKSH
     every = Work(0.0, own_bytes(arrays))
     one = Work(0.0, every.hbm_bytes / len(arrays))

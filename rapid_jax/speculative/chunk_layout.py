@@ -61,7 +61,7 @@ class ChunkLayout:
     def slotted(self, chunked: np.ndarray, fill: int) -> np.ndarray:
         """int32 [B, slots]: what `chunked` gave, where the prefix has it."""
         batch = chunked.shape[1]
-        shares = chunked.reshape(self.chunks, batch, self.devices, -1).transpose(1, 2, 0, 3)
+        shares = chunked.reshape(self.chunks, batch, self.devices, self.chunk // self.devices).transpose(1, 2, 0, 3)
         slots = np.full((batch, self.devices, self.slots // self.devices), fill, np.int32)
         slots[:, :, : shares.shape[2] * shares.shape[3]] = shares.reshape(batch, self.devices, -1)
         return slots.reshape(batch, self.slots)

@@ -96,7 +96,7 @@ def _read(
         stacked = isinstance(tail.layers, KV)
         kept, queries = kept if stacked else tuple(zip(*kept, strict=True))
     logits = side.decoder.logits(hidden_BTD[:, T - rows :])
-    tail = Tail(with_kept(side.prefix, tail, kept, strategy), tail.start_B, tail.length_B + T)
+    tail = Tail(with_kept(tail, kept, strategy), tail.start_B, tail.length_B + T)
     return logits, tail, queries
 
 

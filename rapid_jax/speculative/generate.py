@@ -16,8 +16,9 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import replicated
 from rapid_jax.speculative.attended import Choices, attended_side
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.extend import extend
 from rapid_jax.speculative.pace import Pace
-from rapid_jax.speculative.prefill import extend, new_tail
+from rapid_jax.speculative.prefill import new_tail
 from rapid_jax.speculative.round_times import RoundTimes
 from rapid_jax.speculative.rounds import Rounds
 from rapid_jax.speculative.sampling import Knobs, Law

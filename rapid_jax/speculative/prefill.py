@@ -8,22 +8,27 @@ program scans over the layers. Either way the compile time does not grow with de
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, each_layer, empty_layers
+from rapid_jax.attention.cache import KV, Layers, Near, Prefix, Tail, empty_layers
 from rapid_jax.attention.config import KernelName, Over
+from rapid_jax.attention.groups import by_group, grouped, layer_at
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_chunk, attend_prefix_tail, layers_of, with_kept
+from rapid_jax.attention.verbs import attend_chunk
+from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Block, Decoder, windowed
 from rapid_jax.model.rope import Rotation
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import placed, replicated
 from rapid_jax.runtime.progress import Progress
 from rapid_jax.speculative.chunk_layout import ChunkLayout
+from rapid_jax.speculative.prefill_groups import Group
+from rapid_jax.speculative.window_layout import WindowLayout
 
 LARGEST_BLOCK = 1024  # slots attended at once, however large a chunk is
 
@@ -33,11 +38,16 @@ def serving(decoder: Decoder, block: int, kernel: KernelName = "auto", over: Ove
     return Strategy(block=block, mesh=decoder.mesh, kernel=kernel, over=over, batch=("data",))
 
 
-def empty_cache(decoder: Decoder, batch: int, slots: int, dtype: jnp.dtype, *, letter: str) -> Layers:
-    """Zeroed keys and values on the decoder's devices; `letter` is S for a prefix, G for a tail."""
+def empty_cache(
+    decoder: Decoder, batch: int, slots: int, dtype: jnp.dtype, *, letter: str, layers: int | None = None
+) -> Layers:
+    """Zeroed keys and values on the decoder's devices, of all its layers or so many.
+
+    `letter` is S for a prefix, G for a tail.
+    """
     config, strategy = decoder.config, serving(decoder, block=1)
     return empty_layers(
-        num_layers=config.num_layers,
+        num_layers=config.num_layers if layers is None else layers,
         batch=batch,
         kv_heads=strategy.kv_heads(config.num_kv_heads),
         slots=slots,
@@ -76,29 +86,29 @@ def _chunk_layer(block: Block, x_BTD, turn: Rotation, kv: KV, pos_BS, used, pos_
     return block(x_BTD, *turn, windowed(attend, window), kv)
 
 
-@partial(jax.jit, static_argnames="strategy")
-def _chunk_stacked(decoder: Decoder, tokens_BT, layers: KV, pos_BS, used, pos_BT, *, strategy: Strategy):
-    attend = attend_chunk(pos_BT, _so_far(pos_BS, used, strategy), strategy)
-    return decoder.hidden(tokens_BT, pos_BT, attend, layers)
+@partial(jax.jit, static_argnames=("strategy", "at", "window"))
+def _chunk_stacked(
+    decoder: Decoder, tokens_BT, stacks, fars, pos_BT, *, strategy: Strategy, at: tuple[int, ...], window: int | None
+):
+    """(hidden states, the chunk's keys and values by group); a window is given where only the layers `at` have it."""
+    attends = [attend_chunk(pos_BT, _so_far(pos_BS, used, strategy), strategy) for pos_BS, used in fars]
+    if window is None:
+        hidden_BTD, kept = decoder.hidden(tokens_BT, pos_BT, attends[0], stacks[0])
+        return hidden_BTD, (kept,)
 
+    def of_stack(attend, stack: KV):
+        return lambda q, k, v, layer, **how: attend(q, k, v, layer_at(stack, layer[0]), **how)
 
-# A program of its own: on a CPU the layer's program takes a third longer when its cache is donated to it.
-@partial(jax.jit, donate_argnames="kv", static_argnames="strategy")
-def _written(kv: KV, chunk: KV, used: jax.Array, *, strategy: Strategy) -> KV:
-    """The prefix with the chunk: each device writes its own part behind what it has used."""
-
-    def put(old_BKSH, new_BKSH, used):
-        new_BKSH = new_BKSH.astype(old_BKSH.dtype)
-        at = used // strategy.context
-        return (jax.lax.dynamic_update_slice_in_dim(old_BKSH, new_BKSH, at, axis=old_BKSH.ndim - 2),)
-
-    name = f"kv_{'L' * (kv.k_BKSH.ndim - 4)}BKSH"
-    put = strategy.per_device(put, (name, name, ""), (name,))
-    return KV(put(kv.k_BKSH, chunk.k_BKSH, used)[0], put(kv.v_BKSH, chunk.v_BKSH, used)[0])
+    attend = by_group(window, *map(of_stack, attends, stacks))
+    numbers = jnp.arange(decoder.config.num_layers)
+    hidden_BTD, kept = decoder.hidden(tokens_BT, pos_BT, attend, grouped(at, numbers))
+    others = [layer for layer in range(decoder.config.num_layers) if layer not in at]
+    return hidden_BTD, tuple(jax.tree.map(itemgetter(jnp.asarray(group)), kept) for group in (others, at))
 
 
 @jax.jit
-def _embedded(decoder: Decoder, tokens_BT, pos_BT):
+def embedded(decoder: Decoder, tokens_BT: jax.Array, pos_BT: jax.Array) -> tuple[jax.Array, tuple[Rotation, ...]]:
+    """(the first layer's input, what queries and keys of each kind of layers are turned by)."""
     return decoder.embed(tokens_BT), decoder.rotations(pos_BT)
 
 
@@ -121,6 +131,12 @@ class PrefillSettings:
         """Where the tokens of prompts of up to `longest` go, or of as many as there is to be room for."""
         devices = 1 if decoder.mesh is None else decoder.mesh.shape["context"]
         return ChunkLayout.of(max(longest, self.room), self.chunk, devices, coarse=self.coarse)
+
+
+def windows_of(config: ModelConfig) -> tuple[int | None, tuple[int, ...]]:
+    """(the window of the layers that have one, which layers those are)."""
+    at = tuple(layer for layer, window in enumerate(config.window_of) if window is not None)
+    return (config.window_of[at[0]] if at else None), at
 
 
 class Prefill:
@@ -150,13 +166,29 @@ class Prefill:
         self._strategy = serving(decoder, min(layout.chunk, LARGEST_BLOCK), settings.kernel, settings.over)
         self._tokens = layout.chunked(prompts, 0)
         self._positions = layout.chunked([range(len(prompt)) for prompt in prompts], -1)
-        if begun is None:
-            self._layers = empty_cache(decoder, len(prompts), layout.slots, dtype, letter="S")
-        else:
-            self._layers = begun.layers
-        positions = layout.slotted(self._positions, -1)
-        self._pos_BS = placed(decoder.mesh, self._strategy.spec("pos_BS"), positions)
+        self._window, self._near_at = windows_of(decoder.config)
+        if begun is not None and self._window is not None:
+            raise ValueError("expected a prompt from its beginning where layers have a window, got one that is begun")
+        self._groups = self._made([len(prompt) for prompt in prompts], dtype, begun)
         self._index = known // layout.chunk
+
+    def _made(self, lengths: list[int], dtype: jnp.dtype, begun: Prefix | None) -> list[Group]:
+        """Layers without a window, of which there may be none, then those with one where there are any."""
+        decoder, batch = self._decoder, len(lengths)
+
+        def empty(layers: int, slots: int) -> list[KV]:
+            made = empty_cache(decoder, batch, slots, dtype, letter="S", layers=layers)
+            return [made] if isinstance(made, KV) else list(made)
+
+        near = len(self._near_at)
+        full = decoder.config.num_layers - near
+        held = (empty(full, self._layout.slots) if full else []) if begun is None else begun.layers
+        groups = [Group([held] if isinstance(held, KV) else held, self._layout, lengths, self._strategy)]
+        if self._window is not None:
+            window = WindowLayout(self._window, self._layout)
+            kept = [] if window.is_whole else empty(near, window.kept.slots)
+            groups.append(Group(empty(near, window.before.slots), window, lengths, self._strategy, kept))
+        return groups
 
     @property
     def left(self) -> int:
@@ -169,36 +201,47 @@ class Prefill:
         What `Decoder.logits` takes of its tokens, and their positions, -1 where there is none: on a mesh not in order.
         """
         decoder, strategy, index = self._decoder, self._strategy, self._index
-        used = replicated(decoder.mesh, np.int32(index * self._layout.chunk))
         new = self._tokens[index], self._positions[index]
         tokens_BT, pos_BT = placed(decoder.mesh, strategy.spec("tokens_BT"), new)
-        layers, pos_BS = self._layers, self._pos_BS
+        fars = [group.begin(index) for group in self._groups]
         if isinstance(decoder.blocks, Block):
-            hidden_BTD, chunk = _chunk_stacked(decoder, tokens_BT, layers, pos_BS, used, pos_BT, strategy=strategy)
-            self._layers = _written(layers, chunk, used, strategy=strategy)
+            groups = [group for group in self._groups if group.layers]
+            stacks = tuple(group.layers[0] for group in groups)
+            fars = tuple(far for group, far in zip(self._groups, fars, strict=True) if group.layers)
+            how = {"at": self._near_at, "window": self._window if len(groups) > 1 else None}
+            hidden_BTD, chunks = _chunk_stacked(decoder, tokens_BT, stacks, fars, pos_BT, strategy=strategy, **how)
+            for group, chunk in zip(groups, chunks, strict=True):
+                group.add(0, chunk)
         else:
-            x_BTD, rotations = _embedded(decoder, tokens_BT, pos_BT)
-            done = []
-            kinds, kind_of = decoder.config.kinds, decoder.config.kind_of
-            for layer, kv, kind in zip(decoder.blocks, each_layer(layers), kind_of, strict=True):
-                given = x_BTD, rotations[kind], kv, pos_BS, used, pos_BT
-                x_BTD, chunk = _chunk_layer(layer, *given, strategy=strategy, window=kinds[kind].window)
-                done.append(_written(kv, chunk, used, strategy=strategy))
-            self._layers = tuple(done)
+            x_BTD, rotations = embedded(decoder, tokens_BT, pos_BT)
+            kinds, added = decoder.config.kinds, [0] * len(self._groups)
+            for layer, kind in zip(decoder.blocks, decoder.config.kind_of, strict=True):
+                window = kinds[kind].window
+                which = 0 if window is None else 1
+                group, place = self._groups[which], added[which]
+                given = x_BTD, rotations[kind], group.layers[place], *fars[which], pos_BT
+                x_BTD, chunk = _chunk_layer(layer, *given, strategy=strategy, window=window)
+                group.add(place, chunk)
+                added[which] += 1
             hidden_BTD = _normed(decoder, x_BTD)
         self._index += 1
         return hidden_BTD, self._positions[index]
 
     def wait(self) -> None:
         """Until what is under way is done."""
-        jax.block_until_ready(self._layers)
+        jax.block_until_ready([group.layers for group in self._groups])
 
     @property
     def prefix(self) -> Prefix:
         """Everything, once nothing is left."""
         if self.left:
             raise ValueError(f"expected a finished prefill, got one with {self.left} tokens to go")
-        return Prefix(self._layers, self._pos_BS, replicated(self._decoder.mesh, np.int32(self.longest)))
+        stacked = isinstance(self._decoder.blocks, Block)
+        first, *others = (group.prefix(stacked=stacked) for group in self._groups)
+        if not others:
+            return first
+        assert self._window is not None
+        return replace(first, near=Near(others[0], self._near_at, self._window))
 
 
 def prefill(
@@ -223,54 +266,3 @@ def prefill(
             work.wait()
             progress.advance(before - work.left)
     return work.prefix
-
-
-@partial(jax.jit, donate_argnames=("x_BTD", "near"), static_argnames=("strategy", "window"))
-def _tail_layer(
-    block: Block, x_BTD, turn: Rotation, far: KV, near: KV, prefix: Prefix, tail: Tail, pos_BG, *, strategy, window
-):
-    attend = attend_prefix_tail(prefix, replace(tail, layers=(near,)), pos_BG, strategy)
-    return block(x_BTD, *turn, windowed(attend, window), (far, near))
-
-
-@partial(jax.jit, donate_argnames="layers", static_argnames="strategy")
-def _tail_stacked(decoder: Decoder, tokens_BG, prefix: Prefix, tail: Tail, layers: KV, pos_BG, *, strategy):
-    tail = replace(tail, layers=layers)
-    attend = attend_prefix_tail(prefix, tail, pos_BG, strategy)
-    kept = decoder.hidden(tokens_BG, pos_BG, attend, layers_of(prefix, tail, strategy))[1]
-    return with_kept(prefix, tail, kept, strategy)
-
-
-def extend(
-    decoder: Decoder, prefix: Prefix, tail: Tail, suffixes: Sequence[Sequence[int]], *, width: int, block_size: int
-) -> Tail:
-    """The tail after each row's further prompt tokens, `width` at a time; the given tail is used up.
-
-    The tail must have room for the longest suffix rounded up to a multiple of `width`.
-    """
-    strategy = serving(decoder, block_size)
-    longest = max(len(suffix) for suffix in suffixes)
-    tokens = np.zeros((len(suffixes), -(-longest // width) * width), np.int32)
-    for row, suffix in enumerate(suffixes):
-        tokens[row, : len(suffix)] = suffix
-    lengths_B = np.asarray([len(suffix) for suffix in suffixes], np.int32)
-    start_B, first_B = (np.asarray(rows) for rows in (tail.start_B, tail.length_B))
-    for start in range(0, tokens.shape[1], width):
-        pos_BG = (start_B + first_B + np.minimum(lengths_B, start))[:, None] + np.arange(width, dtype=np.int32)
-        tokens_BG, pos_BG = replicated(decoder.mesh, (tokens[:, start : start + width], pos_BG))
-        if isinstance(decoder.blocks, Block):
-            outline = replace(tail, layers=())
-            layers = _tail_stacked(decoder, tokens_BG, prefix, outline, tail.layers, pos_BG, strategy=strategy)
-        else:
-            x_BTD, rotations = _embedded(decoder, tokens_BG, pos_BG)
-            outline, done = (replace(prefix, layers=()), replace(tail, layers=())), []
-            caches = zip(each_layer(prefix.layers), each_layer(tail.layers), strict=True)
-            kinds, kind_of = decoder.config.kinds, decoder.config.kind_of
-            for block, (far, near), kind in zip(decoder.blocks, caches, kind_of, strict=True):
-                given = x_BTD, rotations[kind], far, near, *outline, pos_BG
-                x_BTD, near = _tail_layer(block, *given, strategy=strategy, window=kinds[kind].window)
-                done.append(near)
-            layers = tuple(done)
-        length_B = first_B + np.minimum(lengths_B, start + width)
-        tail = Tail(layers, tail.start_B, replicated(decoder.mesh, length_B.astype(np.int32)))
-    return tail

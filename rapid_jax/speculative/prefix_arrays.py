@@ -8,10 +8,11 @@ lie the sums that they are known by (prefix_sums.py). prefix_reader.py reads it.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -19,6 +20,7 @@ from rapid_jax.attention.cache import KV, Layers, Prefix
 from rapid_jax.runtime.array_store import Array, Moves
 from rapid_jax.runtime.axes import letters_of
 from rapid_jax.speculative.prefix_heads import layer_names
+from rapid_jax.speculative.prefix_manifest import NEAR
 from rapid_jax.speculative.prefix_sums import SUMS, Slots, slot_sums
 
 _PIECE_BYTES: Final = 8 << 20  # larger ones are slower: each is memory that the system maps anew
@@ -64,6 +66,27 @@ def runs_of(pos_S: np.ndarray) -> tuple[Run, ...]:
     return tuple(Run(int(slots[0]), int(pos_S[slots[0]]), slots.size) for slots in np.split(filled, ends))
 
 
+def stored_groups(prefix: Prefix) -> dict[str, Prefix]:
+    """Layers that keep the same slots, by what stands before their arrays' names, each as a prefix whose positions are
+    counted from the first that it keeps."""
+    near = None if prefix.near is None else prefix.near.prefix
+    every = {"": replace(prefix, near=None)}
+    if near is not None:
+        every[NEAR] = replace(near, pos_BS=_from_first(near.pos_BS, int(prefix.used) - int(near.used)))
+    return {before: group for before, group in every.items() if layer_count(group.layers)}
+
+
+def _from_first(pos_BS: jax.Array | np.ndarray, first: int) -> Any:
+    if isinstance(pos_BS, np.ndarray):
+        return np.where(pos_BS < 0, -1, pos_BS - first)
+    return _shifted(pos_BS, first)
+
+
+@jax.jit
+def _shifted(pos_BS: jax.Array, first: int) -> jax.Array:
+    return jnp.where(pos_BS < 0, -1, pos_BS - first)
+
+
 def layer_count(layers: Layers) -> int:
     """How many layers there are, in either layout."""
     return len(layers) if isinstance(layers, tuple) else layers.k_BKSH.shape[0]
@@ -82,7 +105,7 @@ def steps_of(prefix: Prefix, copies: int) -> tuple[int, int]:
 
 
 def stored_arrays(prefix: Prefix, copies: int, steps: Sequence[int]) -> dict[str, Array]:
-    """How a prefix of one row is stored: fields [layers, kv heads, positions, ...], and their sums.
+    """How a group of a prefix of one row is stored: fields [layers, kv heads, positions, ...], and their sums.
 
     `steps` is of all processes.
     """

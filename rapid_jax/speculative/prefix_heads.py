@@ -5,7 +5,7 @@ Prefill lays chunks one behind the other on each context device (`ChunkLayout`),
 the first slots of every device, in a prefix of any capacity: nothing moves between devices.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -13,25 +13,47 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from rapid_jax.attention.cache import KV, Layers, Prefix
+from rapid_jax.attention.cache import KV, Layers, Near, Prefix
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.mesh import placed, replicated
 from rapid_jax.speculative.chunk_layout import ChunkLayout
 from rapid_jax.speculative.prefill import empty_cache, serving
+from rapid_jax.speculative.window_layout import WindowLayout
 
 
 @dataclass(frozen=True)
 class Place:
-    """The first `tokens` of one prompt in the slots of a layout, which may have room for more."""
+    """The first `tokens` of one prompt in the slots of a layout, which may have room for more.
+
+    `window` is of the layers `near_at`, which keep the last of them.
+    """
 
     tokens: int
     layout: ChunkLayout
+    window: int | None = None
+    near_at: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tokens: int, longest: int, chunk: int, devices: int) -> "Place":
+    def of(
+        cls,
+        tokens: int,
+        longest: int,
+        chunk: int,
+        devices: int,
+        window: int | None = None,
+        near_at: tuple[int, ...] = (),
+    ) -> "Place":
         """In the slots that `prefill` has for a prompt of `longest` tokens."""
-        return cls(tokens, ChunkLayout.of(longest, chunk, devices))
+        return cls(tokens, ChunkLayout.of(longest, chunk, devices), window, near_at)
+
+    @property
+    def near(self) -> "Place | None":
+        """Of the layers with a window: what they keep, counted from the first token of it on."""
+        if self.window is None:
+            return None
+        kept = WindowLayout(self.window, self.layout)
+        return Place(self.tokens - kept.first_kept(self.tokens), kept.kept)
 
     def positions(self) -> np.ndarray:
         """int32 [1, slots]: the position of each slot, -1 for an empty one."""
@@ -54,10 +76,19 @@ class Place:
             raise ValueError(f"a head ends with a chunk of {self.layout.chunk} tokens, got {self.tokens}")
         return self.tokens // self.layout.devices
 
-    def prefix(self, layers: Layers, mesh: Mesh | None) -> Prefix:
-        """The prefix of layers that have their keys and values so."""
+    def prefix(self, layers: Layers, mesh: Mesh | None, near: Layers = ()) -> Prefix:
+        """The prefix of layers that have their keys and values so, those with a window apart."""
         spec = Strategy(block=1, mesh=mesh, batch=("data",)).spec("pos_BS")
-        return Prefix(layers, placed(mesh, spec, self.positions()), replicated(mesh, np.int32(self.tokens)))
+
+        def of(layers: Layers, place: Place, first: int) -> Prefix:
+            slots = place.positions()
+            pos_BS = np.where(slots < 0, -1, slots + first).astype(np.int32)
+            return Prefix(layers, placed(mesh, spec, pos_BS), replicated(mesh, np.int32(place.tokens)))
+
+        found, kept = of(layers, self, 0), self.near
+        if kept is None or self.window is None:
+            return found
+        return replace(found, near=Near(of(near, kept, self.tokens - kept.tokens), self.near_at, self.window))
 
 
 def head_of(decoder: Decoder, prefix: Prefix, place: Place) -> Prefix:

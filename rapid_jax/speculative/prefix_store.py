@@ -10,23 +10,23 @@ is reported, removed and made again.
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
-from rapid_jax.attention.cache import Prefix, capacity
+from rapid_jax.attention.cache import Layers, Prefix
 from rapid_jax.model.decoder import Layout
 from rapid_jax.runtime.agreement import READING_S, all_told, leads, told
 from rapid_jax.runtime.array_store import Array, Damaged, Moves, create, opened
 from rapid_jax.runtime.errors import InputError, Unavailable, legible
 from rapid_jax.runtime.progress import progress
 from rapid_jax.runtime.storage import AnyPlace
-from rapid_jax.speculative.prefix_arrays import layer_count, steps_of, stored_arrays, write
+from rapid_jax.speculative.prefix_arrays import layer_count, steps_of, stored_arrays, stored_groups, write
 from rapid_jax.speculative.prefix_bucket import entries_at
 from rapid_jax.speculative.prefix_heads import Place
-from rapid_jax.speculative.prefix_manifest import Manifest
+from rapid_jax.speculative.prefix_manifest import NEAR, Manifest, key_of
 from rapid_jax.speculative.prefix_reader import read
 
 _log = logging.getLogger(__name__)
@@ -153,8 +153,11 @@ class PrefixStore:
     def _write(self, key: str, prefix: Prefix, marks: Sequence[str], size: int, wanted: Callable[[], bool]) -> str:
         """Stores a prefix that is wanted to its end; why it could not be stored, on every process the same."""
         copies = self._copies(prefix)
-        heads, positions = zip(*all_told(steps_of(prefix, copies), patience=READING_S), strict=True)
-        arrays = stored_arrays(prefix, copies, (math.gcd(*heads), math.gcd(*positions)))
+        groups, arrays = stored_groups(prefix), {}
+        for before, group in groups.items():
+            heads, positions = zip(*all_told(steps_of(group, copies), patience=READING_S), strict=True)
+            stored = stored_arrays(group, copies, (math.gcd(*heads), math.gcd(*positions)))
+            arrays |= {f"{before}{name}": array for name, array in stored.items()}
         with contextlib.ExitStack() as stack:
             folder, fault = None, ""
             if leads():
@@ -170,13 +173,14 @@ class PrefixStore:
             fault, inside = told([fault, None if folder is None else self._below(folder)], patience=READING_S)
             if fault:
                 return fault
-            fault = self._write_own(key, self.place / inside, prefix, copies, arrays, wanted)
+            fault = self._write_own(key, self.place / inside, groups, copies, arrays, wanted)
             faults, wants = zip(*all_told([fault, wanted()], patience=READING_S), strict=True)
             if fault := next(filter(None, faults), ""):
                 return fault
             if leads() and all(wants):
                 assert folder is not None
-                manifest = Manifest(int(prefix.used), folder.name, arrays, marks)
+                near_tokens = int(groups[NEAR].used) if NEAR in groups else 0
+                manifest = Manifest(int(prefix.used), folder.name, arrays, marks, near_tokens)
                 try:
                     self._entries.commit(key, folder, manifest.sealed(key), manifest.size())  # pyright: ignore
                 except (InputError, OSError) as error:
@@ -190,13 +194,13 @@ class PrefixStore:
         self,
         key: str,
         folder: AnyPlace,
-        prefix: Prefix,
+        groups: Mapping[str, Prefix],
         copies: int,
-        arrays: dict[str, Array],
+        arrays: Mapping[str, Array],
         wanted: Callable[[], bool],
     ) -> str:
         """Writes what this process's devices hold; why that failed, if it did."""
-        count = layer_count(prefix.layers)
+        count = sum(layer_count(group.layers) for group in groups.values())
         try:
             with (
                 self._entries.asking(),
@@ -210,8 +214,10 @@ class PrefixStore:
                         self._entries.renew(key, folder)
                     return wanted()
 
-                targets = {name: opened(folder / name, array) for name, array in arrays.items()}
-                write(prefix, copies, key, targets, moves, step)
+                for before, group in groups.items():
+                    own = {name.removeprefix(before): opened(folder / name, array)
+                           for name, array in arrays.items() if name.startswith(NEAR) == (before == NEAR)}  # fmt: skip
+                    write(group, copies, key_of(key, before), own, moves, step)
         except (Damaged, OSError, InputError) as error:
             return legible(str(error))
         except RuntimeError as error:
@@ -224,21 +230,32 @@ class PrefixStore:
         entry = self.place / key
         if place.tokens > manifest.tokens:
             raise Damaged(f"{entry}: expected at least {place.tokens} tokens, got {manifest.tokens}")
-        folder, arrays = entry / manifest.inside, manifest.arrays
-        count, quiet = arrays["k_BKSH"].shape[0], self._quiet or not leads()
+        folder, groups = entry / manifest.inside, manifest.groups
+        places = {before: at for before, at in (("", place), (NEAR, place.near)) if before in groups}
+        near = places.get(NEAR, place)
+        if near is None or (near is not place and near.tokens != manifest.near_tokens):
+            raise Damaged(f"{entry}: expected other tokens of layers with a window, got {manifest.near_tokens}")
+        count, quiet = sum(arrays["k_BKSH"].shape[0] for _, arrays in groups.values()), self._quiet or not leads()
         with (
             progress("reading the document's cache", count, "layers", quiet=quiet) as report,
             Moves(folder) as moves,
         ):
             shares = self._mesh is not None  # another mesh, with larger parts, may have written it
-            sources = {name: opened(folder / name, array, shares=shares) for name, array in arrays.items()}
-            layers = read(sources, arrays, place, layout, self._mesh, moves, key, lambda: report.advance(1))
-        return place.prefix(layers, self._mesh)
+            found: dict[str, Layers] = {}
+            for before, (_, arrays) in groups.items():
+                at, own = places[before], key_of(key, before)
+                assert at is not None
+                sources = {name: opened(folder / f"{before}{name}", array, shares=shares)
+                           for name, array in arrays.items()}  # fmt: skip
+                found[before] = read(sources, arrays, at, layout, self._mesh, moves, own, lambda: report.advance(1))
+        return place.prefix(found.get("", ()), self._mesh, found.get(NEAR, ()))
 
     def _copies(self, prefix: Prefix) -> int:
-        held = jax.tree.leaves(prefix.layers)[0].shape[-3]
+        held = jax.tree.leaves(prefix.groups[0].layers)[0].shape[-3]
         return held // (self._kv_heads or held)
 
     def _used_bytes(self, prefix: Prefix) -> int:
-        every = sum(leaf.nbytes for leaf in jax.tree.leaves(prefix.layers))
-        return every // self._copies(prefix) // capacity(prefix.layers) * int(prefix.used)
+        def of(group: Prefix) -> int:
+            return sum(leaf.nbytes for leaf in jax.tree.leaves(group.layers)) // group.slots * int(group.used)
+
+        return sum(map(of, prefix.groups)) // self._copies(prefix)

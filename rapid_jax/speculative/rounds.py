@@ -213,7 +213,7 @@ class Rounds:
         """What rows have in common whose rounds take about as long: how many they are, of how many documents, how many
         copies they may read, and the half octaves of what they have read."""
         target, drafter = self.sides
-        read = [capacity(side.prefix.layers) for side in (target, drafter) if side is not None]
+        read = [side.prefix.slots for side in (target, drafter) if side is not None]
         rows = len(self.interrupted), len(target.prefix.pos_BS), self.plan.copies
         return *rows, *(round(2 * math.log2(slots + 1)) for slots in read)
 
@@ -221,12 +221,12 @@ class Rounds:
     def slots(self) -> Slots:
         """Of a row: in the target's prefix and tail, the text, the output, and the drafter's prefix and tail."""
         target, drafter = self.sides
-        own = capacity(target.prefix.layers), capacity(self.state.target_tail.layers)
+        own = target.prefix.slots, capacity(self.state.target_tail.layers)
         own += self.texts[0].shape[1], self.state.emitted_BO.shape[1]
         if drafter is None:
             return own
         tail = self.state.draft_tail
-        return *own, capacity(drafter.prefix.layers), 0 if tail is None else capacity(tail.layers)
+        return *own, drafter.prefix.slots, 0 if tail is None else capacity(tail.layers)
 
     def outline(self) -> list[Any]:
         """The shapes of all that the rows have."""

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Sharding
 
-from rapid_jax.attention.cache import KV, Prefix, Tail, with_slots
+from rapid_jax.attention.cache import KV, Near, Prefix, Tail, with_slots
 from rapid_jax.speculative.sampling import Knobs
 
 T = TypeVar("T")
@@ -32,9 +32,13 @@ def _each(visit: Callable[..., Any], first: Any, *others: Any, name: str = "") -
         rest = {
             field: visit(field, 0 if getattr(first, field).ndim else -1, *(getattr(x, field) for x in (first, *others)))
             for field in vars(first)
-            if field != "layers"
+            if field not in ("layers", "near")
         }
+        if isinstance(first, Prefix):
+            rest["near"] = _each(visit, first.near, *(x.near for x in others))
         return type(first)(found, **rest)
+    if isinstance(first, Near):
+        return replace(first, prefix=_each(visit, first.prefix, *(x.prefix for x in others)))
     if isinstance(first, dict):
         return {key: _each(visit, first[key], *(x[key] for x in others), name=key) for key in first}
     if hasattr(first, "__dataclass_fields__"):
@@ -91,11 +95,18 @@ def with_same_slots(first: dict[str, Any], second: dict[str, Any], devices: int)
     them."""
     if "prefix" not in first:
         return first, second
-    slots = max(part["prefix"].pos_BS.shape[1] for part in (first, second))
+    groups = [part["prefix"].groups for part in (first, second)]
+    slots = [max(group.slots for group in both) for both in zip(*groups, strict=True)]
 
     def fitted(part: dict[str, Any]) -> dict[str, Any]:
         prefix = part["prefix"]
-        return part if prefix.pos_BS.shape[1] == slots else part | {"prefix": with_slots(prefix, slots, devices)}
+        if [group.slots for group in prefix.groups] == slots:
+            return part
+        grown = [
+            group if group.slots == size else with_slots(group, size, devices)
+            for group, size in zip(prefix.groups, slots, strict=True)
+        ]
+        return part | {"prefix": prefix.with_groups(grown)}
 
     return fitted(first), fitted(second)
 

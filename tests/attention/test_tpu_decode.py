@@ -296,7 +296,7 @@ def test_new_tokens_over_prefix_and_tail(monkeypatch, why):
 
         def all_layers() -> tuple[jax.Array, KV]:
             out, kept = jax.lax.scan(lambda _, layer: (None, verb(*qkv, layer)), None, layers)[1]
-            return out, with_kept(prefix, tail, kept, strategy)
+            return out, with_kept(tail, kept, strategy)
 
         return jax.jit(all_layers)()
 

@@ -20,6 +20,7 @@ from rapid_jax.model.load import open_checkpoint
 from rapid_jax.plan.architectures import architecture_of
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.runtime.share import Share
 from tests.longpo.sweep_program import words
 from tests.tiny_models import save_decoder
@@ -216,6 +217,34 @@ def test_the_checkpoints_of_a_run_are_told(check):
     assert table["checkpoints"] == ["at most 7", "train.keep 1, one more while it is written, train.keep_every 2"]
     _, table, _ = check(train__keep=2, train__keep_every=2, model__source="nowhere")
     assert table["checkpoints"][0] == "at least 3" and "not counted" in table["checkpoints"][1]
+
+
+def test_emergency_copies_have_room_on_their_own_disk(check, tmp_path, monkeypatch):
+    """Two and one being written, of what one process holds; on one disk with the run what that needs is not free."""
+    copies = {"train__emergency_every": 1, "train__emergency_folder": tmp_path / "copies"}
+    assert "emergency copies" not in check()[1]
+    found = []
+
+    def noted(config, needed, of_run, *more):
+        found.append((config, needed, of_run))
+        room.check_copies(config, needed, of_run, *more)
+
+    monkeypatch.setattr(preflight, "check_copies", noted)
+    status, table, _ = check(**copies)
+    assert status == 0 and "2 of them, one more while it is written" in table["emergency copies"][0]
+    ((config, needed, of_run),) = found
+    assert needed == room.bytes_of_copies(config, needed // 36, 8) == 3 * room.bytes_of_checkpoint(config, needed // 36)
+    assert (
+        room.bytes_of_copies(dataclasses.replace(config, mesh=MeshConfig(fsdp=2, context=4)), 100, 4) == 3 * 1200 // 2
+    )
+    for free, expected in ((needed + of_run.needed, 0), (needed + of_run.needed - 1, 2)):
+        monkeypatch.setattr(room.shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        status, _, said = check(**copies)
+        assert status == expected
+        assert ["train.emergency_folder: expected" in line for line in said] == [True] * (expected // 2)
+    (tmp_path / "file").write_text("")
+    status, _, said = check(**copies | {"train__emergency_folder": tmp_path / "file"})
+    assert status == 2 and any("train.emergency_folder: expected a folder to write to, got a file" in x for x in said)
 
 
 def test_runs_on_one_disk_are_counted_together(check, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -21,8 +22,9 @@ from rapid_jax.model.experts_config import Experts
 from rapid_jax.model.fused import fused, quantized
 from rapid_jax.model.quantized import BITS
 from rapid_jax.plan import programs
-from rapid_jax.plan.architectures import Architecture
+from rapid_jax.plan.architectures import Architecture, architecture_of
 from rapid_jax.plan.cost import Pass, work_of
+from rapid_jax.plan.models import own_bytes
 from rapid_jax.plan.programs import QUESTION, programs_of
 from rapid_jax.plan.report import tiled_bytes
 from rapid_jax.retrieval.config import RetrievalConfig
@@ -44,6 +46,9 @@ SETTINGS = {
     ),
     "greedy": (SpeculationConfig(gamma=2, lookup="off"), SamplingConfig(temperature=0.0, max_new_tokens=NEW)),
 }
+
+
+WINDOWED = (LayerKind(window=100), LayerKind())
 
 
 class Spy:
@@ -85,10 +90,10 @@ def config_for(
     )
 
 
-def run(config: RapidConfig) -> None:
+def run(config: RapidConfig, pattern: Sequence[LayerKind] = (LayerKind(),)) -> None:
     """The prompts that a plan assumes, answered as a lane of the engine does."""
     rng = np.random.default_rng(0)
-    weights, meshes = Weights.lively(VOCABULARY), make_meshes(config.mesh, config.drafter_mesh)
+    weights, meshes = Weights.lively(VOCABULARY, pattern=pattern), make_meshes(config.mesh, config.drafter_mesh)
     target = fused(weights.decoder(config.models.layout, mesh=meshes[0]))
     drafter = target if config.drafter_mesh is None else fused(weights.decoder(config.models.layout, mesh=meshes[1]))
     if config.models.drafter_weights != "full":
@@ -129,8 +134,8 @@ def run(config: RapidConfig) -> None:
         lane.advance()
 
 
-def planned(config: RapidConfig) -> list[programs.Program]:
-    architecture = Architecture(config_of(VOCABULARY), "the test")
+def planned(config: RapidConfig, pattern: Sequence[LayerKind] = (LayerKind(),)) -> list[programs.Program]:
+    architecture = Architecture(Weights.lively(VOCABULARY, pattern=pattern).config, "the test")
     drafter = None if config.drafter_mesh is None else architecture
     found = programs_of(config, tuple(jax.devices()), architecture, drafter, CONTEXT)
     for program in found:
@@ -152,15 +157,17 @@ def check(spy: Spy) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "layout", "bits", "kv"),
+    ("settings", "layout", "bits", "kv", "pattern"),
     [
-        ("sampled", "stacked", "full", "full"),
-        ("greedy", "unrolled", "full", "int8"),
-        ("greedy", "stacked", "int8", "full"),
-        ("greedy", "stacked", "int8", "int8"),
+        ("sampled", "stacked", "full", "full", (LayerKind(),)),
+        ("greedy", "unrolled", "full", "int8", (LayerKind(),)),
+        ("greedy", "stacked", "int8", "full", WINDOWED),
+        ("greedy", "unrolled", "full", "full", WINDOWED),
+        ("greedy", "stacked", "int8", "int8", (LayerKind(window=100),)),
     ],
+    ids=["sampled", "int8 cache", "int8 drafter, windows", "windows", "int8, a window in all layers"],
 )
-def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str, bits: str, kv: str):
+def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str, bits: str, kv: str, pattern):
     rounds, stacked, layers = Spy(rounds_module.run_rounds), Spy(prefill._chunk_stacked), Spy(prefill._chunk_layer)
     monkeypatch.setattr(rounds_module, "run_rounds", rounds)
     monkeypatch.setattr(programs, "run_rounds_on_tpu", rounds)
@@ -170,11 +177,11 @@ def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str, b
     monkeypatch.setattr(rounded_module, "rounded_array", rounding)
     monkeypatch.setattr(programs, "rounded_array", rounding)
     config = config_for(settings, MeshConfig(context=2, model=2), layout, bits=bits, kv=kv)
-    run(config)
+    run(config, pattern)
     names = ["prefill", "round"] if bits == "full" else ["drafter rounding", "prefill", "drafter prefill", "round"]
     if kv != "full":
         names.insert(names.index("prefill") + 1, "prefix rounding")
-    assert [program.name for program in planned(config)] == names
+    assert [program.name for program in planned(config, pattern)] == names
     prefills = stacked if layout == "stacked" else layers
     assert (len(rounds.planned), len(prefills.planned)) == (1, sum("prefill" in name for name in names))
     assert len(rounding.planned) == (kv != "full")
@@ -211,6 +218,16 @@ def test_modes_without_a_drafter(mode, names):
     found = programs_of(config, tuple(jax.devices()), Architecture(config_of(VOCABULARY), "the test"), None, CONTEXT)
     assert [program.name for program in found] == names
     assert found[-1].lower().as_text()
+
+
+def test_layers_with_a_window_keep_their_window():
+    """Gemma-3-27B at 131,072 tokens: 10 layers of 62 keep all of them, 52 keep 1,024."""
+    config = RapidConfig(models=ModelsConfig(target="none", dtype="bfloat16"), compute=ComputeConfig(kernel="xla"))
+    gemma = architecture_of("", "gemma-3-27b")
+    whole = replace(gemma, config=replace(gemma.config, pattern=(LayerKind(),)))
+    models = [programs.models_of(config, tuple(jax.devices()), each, None, 131072)[0] for each in (gemma, whole)]
+    kept, full = (sum(own_bytes(group.layers) for group in model.prefix().groups) for model in models)
+    assert kept / full == pytest.approx((10 + 52 * 1024 / models[0].layout.slots) / 62) and kept / full < 0.17
 
 
 def test_work_of_a_pass_by_hand():

@@ -15,6 +15,7 @@ from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.config import ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.hf_names import EMBEDDING, HEAD, weights
+from rapid_jax.model.layer_kinds import LayerKind
 from rapid_jax.model.placement import build
 from rapid_jax.runtime.axes import PARAM, Table
 from rapid_jax.speculative.generate import Prompted
@@ -49,13 +50,16 @@ class Weights:
     arrays: Mapping[str, np.ndarray]
 
     @classmethod
-    def lively(cls, vocabulary: int, *, seed: int = 1, sharpness: float = 3.0) -> "Weights":
+    def lively(
+        cls, vocabulary: int, *, seed: int = 1, sharpness: float = 3.0, pattern: Sequence[LayerKind] = (LayerKind(),)
+    ) -> "Weights":
         """Random weights whose logits have about this standard deviation.
 
         Small embeddings and sharp attention make the next token depend on more than the last one, so that greedy
         answers do not settle on one token or a short cycle at once.
         """
         rng, config = np.random.default_rng(seed), config_of(vocabulary)
+        config = replace(config, num_layers=max(config.num_layers, len(pattern)), pattern=tuple(pattern))
         arrays = {}
         for weight in weights(config):
             shape = weight.stored_shape

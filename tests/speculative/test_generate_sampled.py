@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.speculative import extend as extend_module
 from rapid_jax.speculative import prefill as prefill_module
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Generation, generate
@@ -146,8 +147,8 @@ def test_a_second_question_compiles_nothing(questions, answer):
     functions: list[Any] = [
         run_rounds,
         prefill_module._chunk_layer,
-        prefill_module._tail_layer,
-        prefill_module._embedded,
+        extend_module._tail_layer,
+        prefill_module.embedded,
     ]
     before = [function._cache_size() for function in functions]
     with compiled() as programs:

@@ -12,7 +12,8 @@ from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.chunk_layout import bucket
-from rapid_jax.speculative.prefill import extend, new_tail, prefill
+from rapid_jax.speculative.extend import extend
+from rapid_jax.speculative.prefill import new_tail, prefill
 from tests.speculative.models import Weights
 
 VOCABULARY = 16

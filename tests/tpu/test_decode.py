@@ -76,7 +76,7 @@ def compiled_text(case: Case) -> str:
             return out, Tail((kept,), tail.start_B, tail.length_B + NEW)
         windowed = partial(verb, window=case.window)
         q_BGNH, kept = jax.lax.scan(lambda q_BGNH, layer: windowed(q_BGNH, k_BGKH, k_BGKH, layer), q_BGNH, every)
-        return q_BGNH, Tail(with_kept(prefix, tail, kept, strategy), tail.start_B, tail.length_B + NEW)
+        return q_BGNH, Tail(with_kept(tail, kept, strategy), tail.start_B, tail.length_B + NEW)
 
     q_BGNH, k_BGKH = (given("q_BGNH", B, NEW, heads, H) for heads in (K * GROUP, K))
     lowered = attend.lower(q_BGNH, k_BGKH, given("pos_BG", B, NEW, dtype=int32), prefix, tail)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`longpo report`: the curves of one or more training runs, as a picture and as a page that needs nothing else."""
 
-import base64
-import html
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,6 +10,7 @@ from rapid_jax.runtime.append_log import has_log
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file
 from rapid_jax.runtime.storage import AnyPlace, working_place
+from rapid_jax.runtime.templates import data_uri, render
 
 # Panel -> the metrics in it.
 _PANELS: Mapping[str, tuple[str, ...]] = {
@@ -117,22 +116,12 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def _page(runs: Mapping[str, list[dict[str, Any]]], picture: bytes) -> str:
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in ("run", "updates", *_TABLE))
-    rows = "".join(
-        f"<tr><td>{html.escape(run)}</td><td>{lines[-1]['step']}</td>"
-        + "".join(f"<td>{_cell(lines, key)}</td>" for key in _TABLE)
-        + "</tr>"
+    rows = [
+        {"name": run, "updates": lines[-1]["step"], "cells": [_cell(lines, key) for key in _TABLE]}
         for run, lines in runs.items()
-    )
-    encoded = base64.b64encode(picture).decode()
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>LongPO training</title>'
-        "<style>body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}"
-        "td,th{border:1px solid #ccc;padding:.3em .6em;text-align:right}img{max-width:100%}</style>"
-        "<h1>LongPO training</h1><p>First and last logged value of each metric.</p>"
-        f"<table><tr>{heads}</tr>{rows}</table>"
-        f'<p><img alt="curves" src="data:image/png;base64,{encoded}"></p></html>\n'
-    )
+    ]
+    values = {"title": "LongPO training", "keys": _TABLE, "runs": rows, "curves": data_uri(picture)}
+    return render("longpo_jax", "report.html", **values)
 
 
 def _cell(lines: Sequence[Mapping[str, Any]], key: str) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rapid_jax.runtime.errors import printable
-from rapid_jax.runtime.templates import data_uri, render
+from rapid_jax.runtime.templates import render
 
 # Characters that Markdown may take for more than themselves; not a lone bracket, nor _ inside a word.
 _MEANING = re.compile(r"([\\`*<>|~$&]|(?<!\w)_|_(?!\w)|\](?=[\[(:]))")
@@ -54,7 +54,7 @@ class Verbatim:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG beside the page: in HTML it is part of it."""
+    """A PNG beside the page; HTML has it inside."""
 
     file: str
     caption: str
@@ -73,15 +73,15 @@ def markdown(blocks: Sequence[Block]) -> str:
     return "\n\n".join(_markdown(block) for block in blocks) + "\n"
 
 
-def page(blocks: Sequence[Block], pictures: Mapping[str, bytes]) -> str:
-    """The blocks as a whole HTML page with the pictures, by file name, inside."""
+def page(blocks: Sequence[Block], pictures: Mapping[str, str]) -> str:
+    """The blocks as a whole HTML page; `pictures` has an address for each file name, which may hold the picture."""
     title = next(block.text for block in blocks if isinstance(block, Heading))
     return render(
         "rapid_jax",
         "report.html",
         title=title,
         blocks=[(type(block).__name__, block) for block in blocks],
-        pictures={name: data_uri(picture) for name, picture in pictures.items()},
+        pictures=pictures,
     )
 
 

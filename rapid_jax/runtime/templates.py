@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """HTML pages from the Jinja2 templates that lie in a package's folder `templates`. Every value is escaped."""
 
-import base64
 from functools import cache
 from importlib import resources
 from typing import TYPE_CHECKING, Any
@@ -24,11 +23,6 @@ def render(package: str, name: str, **values: Any) -> str:
 def style(package: str, *names: str) -> str:
     """Style sheets of `package`, joined: a server sends what pages have inside."""
     return "".join((resources.files(package) / "templates" / name).read_text(encoding="utf-8") for name in names)
-
-
-def data_uri(png: bytes) -> str:
-    """A PNG as an address that holds it: the page needs no other file."""
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 @cache

@@ -66,7 +66,7 @@ def test_the_page_needs_nothing_else_and_says_the_numbers(tmp_path):
     assert not re.search(r"(src|href)=\"(?!data:)|https?://|<script|@import", page)
     assert "a&lt;b&gt;" in page and "<b>" not in page
     assert "<td>40</td><td>2 to 0.05</td>" in page and "<td>0.4 to 0.4</td>" in page
-    assert 'src="data:image/png;base64,iVBOR' in page
+    assert 'src="data:image/svg+xml;base64,' in page
 
 
 def test_several_runs_and_all_rounds_are_in_one_picture(tmp_path, drawn):
@@ -77,7 +77,9 @@ def test_several_runs_and_all_rounds_are_in_one_picture(tmp_path, drawn):
     lines = [{k: v for k, v in json.loads(line).items() if "rewards" not in k} for line in text.splitlines()]
     (sft / "train" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report([tmp_path / "rounds", sft / "train"], tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"report.{kind}" for kind in ("csv", "html", "png", "svg")
+    ]
     names = [str(tmp_path / "rounds" / f"round-{number}") for number in (1, 2, 10)]
     assert [label for label, *_ in drawn["loss"]][1::2] == [*names, str(sft / "train")]
     assert [label for label, *_ in drawn["margins"]][1::2] == names

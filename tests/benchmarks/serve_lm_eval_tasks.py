@@ -114,8 +114,9 @@ def main() -> int:
     data, wrong = items(options.characters), 0
     for item, (prompt, answer) in zip(data, through_harness(options, data), strict=True):
         reply = directly(options, prompt)
-        same = reply["choices"][0]["message"]["content"] == answer
-        chunks = reply["rapid"]["citations"] or []
+        choice = reply["choices"][0]
+        same = choice["message"]["content"] == answer
+        chunks = choice["rapid"]["citations"]
         found = all(chunk["text"] in prompt for chunk in chunks) and bool(chunks) == (options.mode in RETRIEVING)
         wrong += not (same and found)
         line = {"question": item["question"], "answer": answer, "right": item["answer"] in answer, "same": same}

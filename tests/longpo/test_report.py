@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of one run or several: what is drawn, where it is written, and that it needs nothing else."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -56,6 +57,11 @@ def test_every_metric_has_its_curve(tmp_path, drawn, capsys):
     assert [label for label, *_ in drawn["rewards"]][1::2] == [f"{run} chosen", f"{run} rejected"]
     assert drawn["tokens/s"][0][1] == list(range(2, 41))  # the first update has no rate
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (run / "report.svg").read_bytes()
+    with open(run / "report.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["step"], row["loss"]) for row in rows[:2]] == [(str(run), "1", "2"), (str(run), "2", "1")]
+    assert len(rows) == 40 and rows[0]["tokens_per_second"] == "" and rows[-1]["rewards/chosen"] == "0.8"
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
 
 

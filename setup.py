@@ -107,7 +107,11 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["rapid_jax", "rapid_jax.*", "longpo_jax", "longpo_jax.*"]),
-    package_data={"rapid_jax": ["py.typed"], "rapid_jax.serve": ["static/*"]},
+    package_data={
+        "rapid_jax": ["py.typed", "templates/*"],
+        "rapid_jax.serve": ["static/*"],
+        "longpo_jax": ["templates/*"],
+    },
     python_requires=">=3.11,<3.14",
     install_requires=CORE,
     extras_require=EXTRAS,

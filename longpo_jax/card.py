@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from longpo_jax.config import LongPOConfig
+from longpo_jax.objectives import objective_of
 from longpo_jax.stages import STAGES, has_ended, inputs_of, made_with, stage_in, summary_of
 from rapid_jax.model.gguf_io import GgufCheckpoint
 from rapid_jax.model.hf_io import HfCheckpoint
@@ -25,15 +26,6 @@ CARD: Final = "README.md"
 _LICENCE: Final = ("license", "license_name", "license_link")  # keys of a card's head
 _HEAD = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 _MARK = re.compile(r"<!-- longpo export ([0-9a-f]{16}) -->\n\Z")
-_METHODS = {
-    "longpo": "LongPO (arXiv:2502.13922): the model's own answers from short excerpts are preferred to its own answers "
-    "from whole documents",
-    "dpo": "DPO (arXiv:2305.18290) on the pairs of LongPO (arXiv:2502.13922)",
-    "sft": "supervised training on the chosen answers of LongPO's pairs (arXiv:2502.13922)",
-    "solopo": "SoLoPO (arXiv:2505.11166) on the pairs of LongPO (arXiv:2502.13922)",
-    "opsd": "on-policy self-distillation (arXiv:2604.17535): the model on short excerpts teaches its own answers from "
-    "whole documents, token by token",
-}
 
 
 def card_of(config: LongPOConfig, folder: AnyPlace, checkpoint: HfCheckpoint | GgufCheckpoint, step: int) -> str:
@@ -46,7 +38,7 @@ def card_of(config: LongPOConfig, folder: AnyPlace, checkpoint: HfCheckpoint | G
         f"# {base}, taught long context by itself\n",
         f"- Base model: {base}" + (f", in {rounds} rounds" if rounds > 1 else ""),
         f"- Licence of the base: {licence.get('license_name') or licence.get('license') or 'not stated'}",
-        f"- Method: {_METHODS[config.objective.name]}; {step} updates",
+        f"- Method: {objective_of(config.objective.name).card}; {step} updates",
         f"- Context: rows of up to {config.train.lengths[-1]:,} tokens\n",
         *_data(config, folder),
         *_scores(folder),

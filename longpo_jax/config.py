@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from longpo_jax.limits import require, require_above, require_sampling, require_window
+from longpo_jax.objectives import Name, objective_of
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.runtime.storage import local_path, place_of
 
-Objective = Literal["longpo", "dpo", "sft", "solopo", "opsd"]
 Remat = Literal["none", "layer", "attention"]
 
 
@@ -134,7 +134,7 @@ class PairsConfig:
 class ObjectiveConfig:
     """What is minimised (loss.py): nll_weight * NLL + preference_weight * preference loss; opsd: + a reverse KL."""
 
-    name: Objective = "longpo"  # what is minimised (longpo_jax/README.md has the sums)
+    name: Name = "longpo"  # what is minimised (longpo_jax/README.md has the sums)
     beta: float = 0.1  # of the rewards, Eq. 12
     preference_weight: float = 0.01  # the paper's lambda
     nll_weight: float = 1.0  # of the NLL of the chosen sequence
@@ -148,7 +148,7 @@ class ObjectiveConfig:
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, f"{name}: expected a number >= 0, got {value}")
         require(1 <= self.top_k <= 1024, f"top_k: expected 1 to 1024, got {self.top_k}")
-        needed = {"sft": (), "opsd": ("distillation_weight",)}.get(self.name, ("preference_weight", "beta"))
+        needed = objective_of(self.name).weights
         teaches = bool(needed) and all(getattr(self, name) > 0 for name in needed)
         more = f" or {' and '.join(needed)}" if needed else ""
         expected = f"a loss that teaches {self.name} something, nll_weight above 0{more}"

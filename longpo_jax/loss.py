@@ -32,7 +32,9 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 
-LogProbs: TypeAlias = Mapping[str, jax.Array]
+from longpo_jax.objectives import LogProbs, objective_of
+
+Metrics: TypeAlias = dict[str, jax.Array]
 WEIGHTS = ("beta", "preference_weight", "nll_weight", "alpha", "distillation_weight")  # settings of `objective`
 
 
@@ -58,29 +60,48 @@ def objective(
                instead, the mean divergence to the teacher, and teacher_rest_B, what it gives to no token of its own
     reference  chosen_B, rejected_B; solopo: and long_chosen_B; sft and opsd: nothing. No gradient reaches them.
     """
-    if name not in ("longpo", "dpo", "sft", "solopo", "opsd"):
-        raise ValueError(f"unknown objective {name!r}")
+    record = objective_of(name)
+    weights = {"beta": beta, "preference_weight": preference_weight, "alpha": alpha}
+    weights["distillation_weight"] = distillation_weight
     nll_B = policy["nll_B"]
     metrics = {"nll": nll_B}
     loss_B = nll_weight * nll_B
-    if name == "opsd":
-        metrics |= {"kl": policy["kl_B"], "teacher_rest": policy["teacher_rest_B"]}
-        loss_B += distillation_weight * policy["kl_B"]
-    elif name != "sft":
+    if record.loss is not None:
         reference = {key: jax.lax.stop_gradient(value) for key, value in reference.items()}
-        chosen_B = beta * (policy["chosen_B"] - reference["chosen_B"])
-        rejected_B = beta * (policy["rejected_B"] - reference["rejected_B"])
-        preference_B = preference(chosen_B, rejected_B)
-        if name == "solopo":
-            long_B = beta * (policy["long_chosen_B"] - reference["long_chosen_B"])
-            metrics["alignment"] = jnp.abs(chosen_B - long_B)
-            preference_B += alpha * metrics["alignment"]
-        loss_B += preference_weight * preference_B
-        metrics |= {
-            "preference": preference_B,
-            "rewards/chosen": chosen_B,
-            "rewards/rejected": rejected_B,
-            "rewards/margins": chosen_B - rejected_B,
-            "rewards/accuracies": (chosen_B > rejected_B).astype(jnp.float32),
-        }
+        more_B, found = record.loss(policy, reference, weights)
+        loss_B += more_B
+        metrics |= found
     return loss_B, metrics | {"loss": loss_B}
+
+
+def preferred(policy: LogProbs, reference: LogProbs, weights: Mapping[str, float]) -> tuple[jax.Array, Metrics]:
+    """longpo and dpo: (preference_weight * preference loss [B], metrics)."""
+    chosen_B, rejected_B = rewards(policy, reference, weights)
+    preference_B = preference(chosen_B, rejected_B)
+    return weights["preference_weight"] * preference_B, _metrics(preference_B, chosen_B, rejected_B)
+
+
+def aligned(policy: LogProbs, reference: LogProbs, weights: Mapping[str, float]) -> tuple[jax.Array, Metrics]:
+    """solopo: as `preferred`, with alpha times the distance of the chosen answer's two rewards in the loss."""
+    chosen_B, rejected_B = rewards(policy, reference, weights)
+    long_B = weights["beta"] * (policy["long_chosen_B"] - reference["long_chosen_B"])
+    alignment_B = jnp.abs(chosen_B - long_B)
+    preference_B = preference(chosen_B, rejected_B) + weights["alpha"] * alignment_B
+    metrics = {"alignment": alignment_B} | _metrics(preference_B, chosen_B, rejected_B)
+    return weights["preference_weight"] * preference_B, metrics
+
+
+def rewards(policy: LogProbs, reference: LogProbs, weights: Mapping[str, float]) -> tuple[jax.Array, jax.Array]:
+    """[B] each: of the chosen and of the rejected answers, Eq. 12."""
+    beta = weights["beta"]
+    return beta * (policy["chosen_B"] - reference["chosen_B"]), beta * (policy["rejected_B"] - reference["rejected_B"])
+
+
+def _metrics(preference_B: jax.Array, chosen_B: jax.Array, rejected_B: jax.Array) -> Metrics:
+    return {
+        "preference": preference_B,
+        "rewards/chosen": chosen_B,
+        "rewards/rejected": rejected_B,
+        "rewards/margins": chosen_B - rejected_B,
+        "rewards/accuracies": (chosen_B > rejected_B).astype(jnp.float32),
+    }

@@ -21,6 +21,7 @@ from longpo_jax.config import LongPOConfig
 from longpo_jax.documents import Corpus, read_corpus
 from longpo_jax.generator import Generator
 from longpo_jax.journal import Writer
+from longpo_jax.objectives import objective_of
 from longpo_jax.pair_counts import summary_line, summary_of
 from longpo_jax.pair_maker import PairMaker
 from longpo_jax.shares import Shares, documents_of
@@ -160,7 +161,7 @@ class _Job:
         if not self._quiet:
             say(f"pairs: {summary_line(summary)}")
         config = self._config
-        rows = summary["turns" if config.objective.name == "solopo" else "pairs"] * config.train.epochs
+        rows = summary["turns" if objective_of(config.objective.name).row == "turn" else "pairs"] * config.train.epochs
         if (few := warning(config, rows, summary)) is not None:
             say(f"longpo: {few}")
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from longpo_jax.config import LongPOConfig
+from longpo_jax.objectives import objective_of
 from rapid_jax.plan.architectures import SHAPES, Architecture, architecture_of
 from rapid_jax.plan.command import DOES_NOT_FIT
 from rapid_jax.plan.topologies import GENERATIONS, GIB, Topology, topology_of
@@ -121,7 +122,7 @@ def _full_row(config: LongPOConfig) -> dict[str, Any]:
     from longpo_jax.rows import batched, packed
     from rapid_jax.speculative.chunk_layout import bucket
 
-    train, name, devices = config.train, config.objective.name, config.mesh.context
+    train, wanted, devices = config.train, objective_of(config.objective.name), config.mesh.context
 
     def arrays(trunk: int, *, forked: bool) -> dict[str, Any]:
         answers = min(train.tail, trunk // 2)
@@ -130,16 +131,15 @@ def _full_row(config: LongPOConfig) -> dict[str, Any]:
         row = packed(shared, branch, branch if forked else None, trunk=trunk, tail=tail)
         return dict(batched([row], trunk=trunk, devices=devices))
 
-    row = arrays(train.lengths[-1], forked=name in ("longpo", "dpo", "opsd"))
-    if name == "solopo":
+    row = arrays(train.lengths[-1], forked=wanted.forked)
+    if wanted.short:
         short = bucket(config.excerpts.max_tokens + train.tail, 128 * devices)
         row |= {f"short_{key}": array for key, array in arrays(short, forked=True).items()}
-    if name == "opsd":
+    if wanted.teacher:
         top = np.zeros((1, train.tail, config.objective.top_k), np.int32)
         row |= {"reference_ids_BTJ": top, "reference_log_probs_BTJ": top.astype(np.float32)}
         row["reference_rest_BT"] = np.zeros((1, train.tail), np.float32)
-    sums = {"sft": (), "opsd": (), "solopo": ("chosen", "rejected", "long_chosen")}.get(name, ("chosen", "rejected"))
-    return row | {f"reference_{kind}_B": np.zeros(1, np.float32) for kind in sums}
+    return row | {f"reference_{kind}_B": np.zeros(1, np.float32) for kind in wanted.of_reference}
 
 
 def _lying(step: Any, name: str, array: Any, rows: int) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 from longpo_jax.config import LongPOConfig
 from longpo_jax.findings import Findings
+from longpo_jax.objectives import objective_of
 from longpo_jax.room import (
     Room,
     bytes_of_checkpoint,
@@ -221,7 +222,7 @@ def _pairs(
     if most is None:
         return text, 0, None, None
     found.add(f"{before}pairs", f"{most:,} with {turns:,} turns", known)
-    rows = (turns if config.objective.name == "solopo" else most) * config.train.epochs
+    rows = (turns if objective_of(config.objective.name).row == "turn" else most) * config.train.epochs
     found.add(f"{before}rows", f"{rows:,}", f"{rows // config.train.epochs:,} an epoch")
     steps = found.try_(f"{before}updates", lambda: steps_of(config, rows))
     if steps is not None:
@@ -233,10 +234,10 @@ def _pairs(
 def _reference(
     config: LongPOConfig, before: str, turns: int, architecture: Architecture | None, found: Findings
 ) -> int:
-    """What the teacher of opsd takes on disk, in bytes; 0 for other objectives, whose few sums are not counted."""
+    """What the teacher takes on disk, in bytes; 0 for objectives without one, whose few sums are not counted."""
     from longpo_jax.teacher import bytes_per_token, check_top_k
 
-    if config.objective.name != "opsd":
+    if not objective_of(config.objective.name).teacher:
         return 0
     if architecture is not None:
         found.try_(f"{before}reference", lambda: check_top_k(config.objective.top_k, architecture.config.vocab_size))

@@ -4,11 +4,7 @@
 LongPO conditions the reference of both answers on the SHORT context (arXiv 2502.13922, Eq. 12): each turn by itself
 behind its excerpt, with the reference's own rope theta. So no second model is in memory while training.
 
-    longpo    chosen, rejected    of each turn behind its excerpt
-    dpo       chosen, rejected    of all turns behind the document
-    solopo    chosen, rejected    of each turn behind its excerpt; long_chosen of each turn behind the document
-    opsd      the teacher of each turn's rejected answer behind its excerpt, a distribution a token (teacher.py)
-    sft       nothing
+Which answers are scored, behind what, is in an objective's record (objectives.py): sums, or a teacher (teacher.py).
 
     RUN/reference/scores-00000.jsonl    {"id": ..., "chosen": [...], ...}, a line a record of pairs-00000.jsonl
 """
@@ -21,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from longpo_jax.config import LongPOConfig
+from longpo_jax.objectives import objective_of
 from longpo_jax.records import digest_of, read_records
 from longpo_jax.scorer import Scorer
 from longpo_jax.stages import (
@@ -45,14 +42,6 @@ from rapid_jax.runtime.storage import AnyPlace, bytes_of
 References: TypeAlias = Mapping[str, Sequence[float]]  # by name, an item a turn (dpo: one item)
 OfRecords: TypeAlias = Mapping[str, References] | Teachers  # by the record's id
 
-# Sums of each record, by objective.
-NAMES: Mapping[str, tuple[str, ...]] = {
-    "longpo": ("chosen", "rejected"),
-    "dpo": ("chosen", "rejected"),
-    "solopo": ("chosen", "rejected", "long_chosen"),
-    "sft": (),
-    "opsd": (),
-}
 _OWNER = "inputs.txt"  # beside the scores: a digest of the inputs that they are of
 _TOGETHER = 32  # records between two writes
 
@@ -68,9 +57,10 @@ def run_reference(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True,
         return
     ids = [record.id for record in read_records(pairs)]  # a damaged one is told before the first is scored
     count = len(ids)
-    if config.objective.name != "sft":
+    objective = objective_of(config.objective.name)
+    if objective.needs_reference:
         key = digest(json.dumps(inputs, sort_keys=True))
-        done = _Scores(place, key, ids, NAMES[config.objective.name], leads=leads)
+        done = _Scores(place, key, ids, objective.of_reference, leads=leads)
         first = int(agreed(done.count))
         scorer = Scorer(config, quiet=quiet) if first < count else None
         records = islice(read_records(pairs), first, None)
@@ -91,7 +81,7 @@ def reference_inputs(config: LongPOConfig, folder: AnyPlace) -> dict[str, Any]:
     inputs = inputs_of(config, "reference") | {"pairs": digest_of(pairs)}
     model = identity_of(config.model.source, config.model.dtype)
     check_same_model(pairs, made_with(pairs), model, config.model.source)
-    return inputs if config.objective.name == "sft" else inputs | model
+    return inputs | model if objective_of(config.objective.name).needs_reference else inputs
 
 
 def read_references(place: AnyPlace, inputs: Mapping[str, Any]) -> OfRecords:
@@ -102,10 +92,10 @@ def read_references(place: AnyPlace, inputs: Mapping[str, Any]) -> OfRecords:
         raise InputError(
             f"{place}: expected the files that were written, got others: delete {place} to make them again"
         )
-    names = NAMES[inputs["objective.name"]]
-    if inputs["objective.name"] == "opsd":
+    objective = objective_of(inputs["objective.name"])
+    if objective.teacher:
         return Teachers(_files(place), inputs["objective.top_k"])
-    return {id: scores for path in _files(place) for id, scores in _scores_in(path, names)}
+    return {id: scores for path in _files(place) for id, scores in _scores_in(path, objective.of_reference)}
 
 
 def check_references(references: OfRecords, turns: Mapping[str, int], objective: str) -> None:
@@ -113,11 +103,11 @@ def check_references(references: OfRecords, turns: Mapping[str, int], objective:
     if isinstance(references, Teachers):
         references.check(turns)
         return
-    for id, count in turns.items() if NAMES[objective] else ():
+    needed = objective_of(objective).sums
+    for id, count in turns.items() if needed else ():
         if id not in references:
             raise InputError(f"reference: expected log-probabilities of every record, got none of {id!r}")
-        expected = 1 if objective == "dpo" else count
-        for name in NAMES[objective]:
+        for name, expected in ((name, 1 if sums.together else count) for sums in needed for name in sums.names):
             if len(references[id][name]) != expected:
                 raise InputError(
                     f"reference: expected {expected} log-probabilities of the {name} answers of {id!r}, "
@@ -126,8 +116,8 @@ def check_references(references: OfRecords, turns: Mapping[str, int], objective:
 
 
 def sums_of(scores: References, objective: str, turn: int) -> dict[str, float]:
-    """What the reference says of a row: of solopo of one turn, else of all together."""
-    if objective == "solopo":
+    """What the reference says of a row: of one turn, or of all together."""
+    if objective_of(objective).row == "turn":
         return {name: values[turn] for name, values in scores.items()}
     return {name: float(np.sum(np.asarray(values, np.float64))) for name, values in scores.items()}
 

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`longpo report`: the curves of one or more training runs, as a picture and as a page that needs nothing else."""
 
-import base64
-import html
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from longpo_jax.metrics import FILE, read_metrics
 from rapid_jax.runtime.append_log import has_log
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.figure_files import FigureFiles, figure_files
 from rapid_jax.runtime.files import replace_file
 from rapid_jax.runtime.storage import AnyPlace, working_place
+from rapid_jax.runtime.templates import render
 
 # Panel -> the metrics in it.
 _PANELS: Mapping[str, tuple[str, ...]] = {
@@ -31,7 +30,7 @@ _TABLE = ("loss", "nll", "kl", "rewards/margins", "rewards/accuracies", "grad_no
 
 
 def report(runs: Sequence[AnyPlace], out: AnyPlace | None = None) -> None:
-    """Writes report.png and report.html into `out`, by default the first of the runs.
+    """Writes report.html and its figure (report.png, .svg, .csv) into `out`, by default the first of the runs.
 
     A run is the folder of a run, of a round or of its training; of a run of several rounds all are drawn. Raises
     InputError where there are no metrics.
@@ -43,8 +42,9 @@ def report(runs: Sequence[AnyPlace], out: AnyPlace | None = None) -> None:
     if place.is_file():
         raise InputError(f"{place}: expected a folder to write to, got a file")
     picture = drawn(found)
-    with replace_file(place / "report.png") as temporary:
-        temporary.write_bytes(picture)
+    for name, content in picture.named("report").items():
+        with replace_file(place / name) as temporary:
+            temporary.write_bytes(content)
     with replace_file(place / "report.html") as temporary:
         temporary.write_text(_page(found, picture), encoding="utf-8")
     print(place / "report.html")
@@ -63,8 +63,8 @@ def _trainings(run: AnyPlace) -> list[tuple[str, AnyPlace]]:
     return [(str(folder.parent), folder) for folder in with_metrics]
 
 
-def drawn(runs: Mapping[str, list[dict[str, Any]]]) -> bytes:
-    """A PNG of all panels that some run has."""
+def drawn(runs: Mapping[str, list[dict[str, Any]]]) -> FigureFiles:
+    """All panels that some run has."""
     try:
         import matplotlib
 
@@ -97,12 +97,20 @@ def drawn(runs: Mapping[str, list[dict[str, Any]]]) -> bytes:
                 dot, size, alpha = ("o", 7, 1.0) if len(points) == 1 else (".", 3, 0.3)  # one has no line to it
                 panel.plot(steps, values, dot, color=f"C{index}", alpha=alpha, markersize=size)
                 panel.plot(steps, _smoothed(values), style, color=f"C{index}", label=label)
-        panel.legend(fontsize=7)
+        panel.set_facecolor("none")  # a page may be dark
+        panel.legend(fontsize=7, facecolor="none")
     figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    files = figure_files(figure, _numbers(runs), dpi=110)
     pyplot.close(figure)
-    return buffer.getvalue()
+    return files
+
+
+def _numbers(runs: Mapping[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """What the dots show, a row an update."""
+    keys = [key for some in _PANELS.values() for key in some]
+    for run, lines in runs.items():
+        for line in lines:
+            yield {"run": run, "step": line["step"], **{key: line.get(key) for key in keys}}
 
 
 def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
@@ -116,23 +124,13 @@ def _smoothed(values: Sequence[float]) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def _page(runs: Mapping[str, list[dict[str, Any]]], picture: bytes) -> str:
-    heads = "".join(f"<th>{html.escape(name)}</th>" for name in ("run", "updates", *_TABLE))
-    rows = "".join(
-        f"<tr><td>{html.escape(run)}</td><td>{lines[-1]['step']}</td>"
-        + "".join(f"<td>{_cell(lines, key)}</td>" for key in _TABLE)
-        + "</tr>"
+def _page(runs: Mapping[str, list[dict[str, Any]]], picture: FigureFiles) -> str:
+    rows = [
+        {"name": run, "updates": lines[-1]["step"], "cells": [_cell(lines, key) for key in _TABLE]}
         for run, lines in runs.items()
-    )
-    encoded = base64.b64encode(picture).decode()
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>LongPO training</title>'
-        "<style>body{font-family:sans-serif;margin:2em}table{border-collapse:collapse}"
-        "td,th{border:1px solid #ccc;padding:.3em .6em;text-align:right}img{max-width:100%}</style>"
-        "<h1>LongPO training</h1><p>First and last logged value of each metric.</p>"
-        f"<table><tr>{heads}</tr>{rows}</table>"
-        f'<p><img alt="curves" src="data:image/png;base64,{encoded}"></p></html>\n'
-    )
+    ]
+    values = {"title": "LongPO training", "keys": _TABLE, "runs": rows, "curves": picture.uri}
+    return render("longpo_jax", "report.html", **values)
 
 
 def _cell(lines: Sequence[Mapping[str, Any]], key: str) -> str:

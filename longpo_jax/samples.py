@@ -5,8 +5,9 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from longpo_jax.config import LongPOConfig, Objective
+from longpo_jax.config import LongPOConfig
 from longpo_jax.dialogue import Branch, Dialogue
+from longpo_jax.objectives import Name, objective_of
 from longpo_jax.records import Line, Record, Turn, located
 from longpo_jax.rows import Row, needed, packed
 from rapid_jax.model.tokenizer import Tokenizer
@@ -54,20 +55,21 @@ def taught_turn(tokenizer: Tokenizer, turn: Turn, context: str) -> Parts:
     return Parts(dialogue.shared(context), Branch([], []), dialogue.branch([turn.rejected]))
 
 
-def policy_parts(tokenizer: Tokenizer, record: Record, objective: Objective, turn: int) -> Parts:
-    """The long row that the policy is trained on: of solopo one turn and its chosen answer, else all turns."""
-    if objective == "solopo":
-        return one_turn(tokenizer, record.turns[turn], record.context, rejected=False)
-    return all_turns(tokenizer, record, record.context, rejected=objective != "sft")
+def policy_parts(tokenizer: Tokenizer, record: Record, objective: Name, turn: int) -> Parts:
+    """The long row that the policy is trained on: of one turn or of all, as the objective has it."""
+    wanted = objective_of(objective)
+    if wanted.row == "turn":
+        return one_turn(tokenizer, record.turns[turn], record.context, rejected=wanted.forked)
+    return all_turns(tokenizer, record, record.context, rejected=wanted.forked)
 
 
-def rows_of(record: Record, objective: Objective) -> Iterator[int]:
-    """The turns that rows of a record are about: of solopo each has one, else the record is one row (turn 0)."""
-    yield from range(len(record.turns) if objective == "solopo" else 1)
+def rows_of(record: Record, objective: Name) -> Iterator[int]:
+    """The turns that rows of a record are about: each has one, or the record is one row (turn 0)."""
+    yield from range(len(record.turns) if objective_of(objective).row == "turn" else 1)
 
 
-def places_of(tokenizer: Tokenizer, record: Record, objective: Objective, turn: int) -> tuple[int, int]:
-    """(places of the trunk, places of the tail) of `policy_parts`, of solopo with the tail of its short row.
+def places_of(tokenizer: Tokenizer, record: Record, objective: Name, turn: int) -> tuple[int, int]:
+    """(places of the trunk, places of the tail) of `policy_parts`, with the tail of the short row if there is one.
 
     A document that is whole is not tokenised again.
     """
@@ -77,7 +79,7 @@ def places_of(tokenizer: Tokenizer, record: Record, objective: Objective, turn: 
         empty = replace(record, document="")
         trunk, tail = policy_parts(tokenizer, empty, objective, turn).size
         trunk += record.tokens
-    if objective == "solopo":
+    if objective_of(objective).short:
         tail = one_turn(tokenizer, record.turns[turn], "", rejected=True).size[1]
     return trunk, tail
 
@@ -121,7 +123,7 @@ class Rows:
     @property
     def tail(self) -> int:
         """Places of a row's tail: none where a row has no rejected branch."""
-        return 0 if self.config.objective.name in ("sft", "solopo") else self.config.train.tail
+        return self.config.train.tail if objective_of(self.config.objective.name).forked else 0
 
     def row(self, place: Place) -> tuple[Record, Row, Row | None]:
         """(record, its long row, its short row) at a place.
@@ -136,7 +138,7 @@ class Rows:
                 f"{parts.size[0]} from {record.id}: another model's tokenizer counted them"
             )
         row = parts.packed(next(length for length in lengths if length >= parts.size[0]), self.tail)
-        if objective != "solopo":
+        if not objective_of(objective).short:
             return record, row, None
         turn = record.turns[place.turn]
         return record, row, self._short(one_turn(self._tokenizer, turn, record.excerpt_of(turn), rejected=True))

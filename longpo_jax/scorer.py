@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from longpo_jax.config import LongPOConfig
+from longpo_jax.objectives import objective_of
 from longpo_jax.records import Record
 from longpo_jax.remat import wrapping
 from longpo_jax.rows import Row, batched
@@ -36,13 +37,13 @@ class Scorer:
         model = self._model = self._loaded(config, quiet)
         mesh = model.decoder.mesh
         train, compute = config.train, config.compute
-        self._objective, self._tokenizer = config.objective.name, model.tokenizer
+        self._objective, self._tokenizer = objective_of(config.objective.name), model.tokenizer
         self._strategy = Strategy(train.attention_block, mesh, compute.kernel, compute.context)
         self._rows = config.mesh.data * config.mesh.fsdp
         how: dict[str, Any] = {"strategy": self._strategy, "logits_chunk": train.logits_chunk}
         how["wrap"] = wrapping("none", offload=False, mesh=mesh)
         call = partial(row_log_probs, **how)
-        if self._objective == "opsd":
+        if self._objective.teacher:
             check_top_k(config.objective.top_k, model.decoder.config.vocab_size)
             call = partial(row_top, k=config.objective.top_k, **how)
         # What is found comes whole to every device: each process reads all of it.
@@ -62,11 +63,11 @@ class Scorer:
         )
 
     def scores(self, records: Sequence[Record]) -> list[dict[str, Any]]:
-        """Of each record its id, and its sums by name or, of opsd, its teacher.
+        """Of each record its id, and its sums by name or its teacher.
 
         Raises InputError for a log-probability that is not finite.
         """
-        if self._objective == "opsd":
+        if self._objective.teacher:
             return self._taught(records)
         asked = [(index, *item) for index, record in enumerate(records) for item in self._asked(record)]
         sums = self.sums([parts for *_, parts in asked])
@@ -92,14 +93,14 @@ class Scorer:
     def _asked(self, record: Record) -> Iterator[tuple[tuple[str, ...], Parts]]:
         """(names of the sums of the chosen and the rejected branch, tokens)."""
         tokenizer: Tokenizer = self._tokenizer
-        if self._objective == "dpo":
-            yield ("chosen", "rejected"), all_turns(tokenizer, record, record.context, rejected=True)
-            return
-        for turn in record.turns:
-            yield ("chosen", "rejected"), one_turn(tokenizer, turn, record.excerpt_of(turn), rejected=True)
-        if self._objective == "solopo":
+        for sums in self._objective.sums:
+            both = len(sums.names) > 1
+            if sums.together:
+                yield sums.names, all_turns(tokenizer, record, record.context, rejected=both)
+                continue
             for turn in record.turns:
-                yield ("long_chosen",), one_turn(tokenizer, turn, record.context, rejected=False)
+                context = record.excerpt_of(turn) if sums.behind == "excerpt" else record.context
+                yield sums.names, one_turn(tokenizer, turn, context, rejected=both)
 
     def _taught(self, records: Sequence[Record]) -> list[dict[str, Any]]:
         asked = [(record, turn) for record in records for turn in record.turns]

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from longpo_jax.config import LongPOConfig
+from longpo_jax.objectives import OBJECTIVES, objective_of
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import READING_S, check_agreed, left_out
 from rapid_jax.runtime.errors import InputError
@@ -42,7 +43,6 @@ _MATTERS = {
 }
 # The source is known by what is in it, which each stage adds.
 _EXCEPT = {"pairs": ("model.source", "model.reference_rope_theta", "corpus.weights", "pairs.batch")}
-_OF_OPSD = ("objective.top_k", "objective.distillation_weight")  # which decide nothing of another objective
 
 
 def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
@@ -54,7 +54,9 @@ def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
     flat = settings.flat(config)
     flat["corpus.weights"] = sorted(config.corpus.weight_of.items())
     matters = {key for key in flat if key in _MATTERS[stage] or f"{key.partition('.')[0]}.*" in _MATTERS[stage]}
-    without = (*_EXCEPT.get(stage, ()), *(() if config.objective.name == "opsd" else _OF_OPSD))
+    used = objective_of(config.objective.name).own
+    others = {f"objective.{key}" for record in OBJECTIVES.values() for key in record.own if key not in used}
+    without = {*_EXCEPT.get(stage, ()), *others}
     return {key: value for key, value in flat.items() if key in matters and key not in without}
 
 

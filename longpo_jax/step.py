@@ -22,7 +22,8 @@ from jax.sharding import NamedSharding
 
 from longpo_jax.config import LongPOConfig, ObjectiveConfig
 from longpo_jax.flops import flops_of, tokens_of
-from longpo_jax.loss import WEIGHTS, LogProbs, objective
+from longpo_jax.loss import WEIGHTS, objective
+from longpo_jax.objectives import LogProbs, objective_of
 from longpo_jax.remat import wrapping
 from longpo_jax.rows import Row, batched
 from longpo_jax.scores import Batch, row_divergences, row_log_probs
@@ -54,21 +55,22 @@ class Sample:
 
     id: str
     row: Row
-    short: Row | None  # of solopo: the same answers behind the excerpt
-    references: Mapping[str, float]  # log-probability sums: chosen, rejected; of solopo also long_chosen
-    teacher: Teacher | None = None  # of opsd: its distributions at the rejected answers' tokens
+    short: Row | None  # the same answers behind the excerpt, if the objective has such a row
+    references: Mapping[str, float]  # log-probability sums by name
+    teacher: Teacher | None = None  # its distributions at the rejected answers' tokens
 
 
 def losses(decoder: Decoder, batch: Batch, config: ObjectiveConfig, **how: Any) -> tuple[jax.Array, dict]:
     """(mean loss of the rows, mean metrics by name); `how` is as in `row_log_probs`, and `short_tail` of short rows."""
     tail, short_tail = how.pop("tail"), how.pop("short_tail")
     given = {key.removeprefix("reference_"): x for key, x in batch.items() if key.startswith("reference_")}
-    if config.name == "opsd":
+    wanted = objective_of(config.name)
+    if wanted.teacher:
         teacher = TopLogProbs(*(given[name] for name in TEACHER))
         policy, given = row_divergences(decoder, batch, teacher, tail=tail, nll=config.nll, **how), {}
     else:
         policy = row_log_probs(decoder, batch, tail=tail, nll=config.nll, **how)
-    if config.name == "solopo":
+    if wanted.short:
         long = policy
         short = {key.removeprefix("short_"): value for key, value in batch.items() if key.startswith("short_")}
         policy = row_log_probs(decoder, short, tail=short_tail, **how)
@@ -84,7 +86,7 @@ class Step:
         self.config, self.mesh, self.transform = config, decoder.mesh, transform
         train, compute = config.train, config.compute
         self.strategy = Strategy(train.attention_block, decoder.mesh, compute.kernel, compute.context)
-        self.tail = 0 if config.objective.name in ("sft", "solopo") else train.tail
+        self.tail = train.tail if objective_of(config.objective.name).forked else 0
         self.dtype = arithmetic(config.model.dtype)
         self._wrap = wrapping(train.remat, offload=train.offload, mesh=decoder.mesh)
         self.gradients = jax.jit(self._gradients, donate_argnames="total")

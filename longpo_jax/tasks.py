@@ -19,6 +19,7 @@ import seqio
 import tensorflow as tf
 
 from longpo_jax.config import LongPOConfig
+from longpo_jax.objectives import objective_of
 from longpo_jax.reference import OfRecords, check_references, sums_of
 from longpo_jax.rows import Row
 from longpo_jax.samples import Place, Rows
@@ -282,7 +283,7 @@ class Reader:
         objective, references = self._config.objective.name, self._references
         if isinstance(references, Teachers):
             return Sample(name, row, short, {}, references[name])
-        scores = {} if objective == "sft" else sums_of(references[name], objective, int(item["turn"]))
+        scores = sums_of(references[name], objective, int(item["turn"])) if objective_of(objective).sums else {}
         return Sample(name, row, short, scores)
 
     def _row(self, item: Mapping[str, Any], key: str, index: int) -> Row | None:

@@ -53,7 +53,7 @@ MAY_IMPORT = {
     "rapid_jax.chat_session": FACADE,
     "rapid_jax.chat_command": FACADE | ASKING | {"rapid_jax.chat_session"},
     "rapid_jax.cache_command": RETRIEVAL | SPECULATIVE | {"rapid_jax.config"},
-    "rapid_jax.serve": FACADE | {f"rapid_jax.{name}" for name in ("documents", "trace", "answer_options")},
+    "rapid_jax.serve": FACADE | {f"rapid_jax.{name}" for name in ("documents", "answer_options")},
     "rapid_jax.cli": RUNTIME
     | TOOLS
     | {f"rapid_jax.{name}_command" for name in ("answer", "chat", "cache")}

@@ -279,6 +279,8 @@ def test_rows_with_the_spread_and_without_are_drawn(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in (ROW, other)))
     draw(rows_of(path), tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "a.svg").read_bytes().startswith(b"<?xml")
+    assert (tmp_path / "a.csv").read_text().startswith("case,context,ms a token,low,high\n")
 
 
 def test_the_gap_to_another_token_is_of_the_logits_that_plain_decoding_chose_by(bench):

@@ -5,15 +5,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rapid_jax.evaluate.plotting import line, number_axis, panels, png, require, texts_as_they_are
+from rapid_jax.evaluate.plotting import Point, line, number_axis, panels, require, texts_as_they_are
 from rapid_jax.runtime.errors import InputError, printable
+from rapid_jax.runtime.figure_files import FigureFiles, figure_files
 from rapid_jax.runtime.files import replace_file
 from rapid_jax.runtime.json_input import MOST_BYTES, Fields, parse_object
 
 
 def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """Writes milliseconds a token against context, a line a case, and the floor of plain decoding, as PNG.
+    """Writes milliseconds a token against context, a line a case, and the floor of plain decoding.
 
+    A PNG, and beside it an SVG and a CSV of the numbers: `target` may end in any of the three, or in none.
     `rows` are those of `rapid bench --json`, batch 1. Raises InputError without matplotlib or without rows.
     """
     require()
@@ -23,13 +25,15 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
     if not rows:
         raise InputError("--plot: expected rows of batch 1 without copies, got none")
     with texts_as_they_are():
-        content = _drawn(rows)
-    with replace_file(target) as file:
-        file.write_bytes(content)
+        files = _drawn(rows)
+    name = target.stem if target.suffix in (".png", ".svg", ".csv") else target.name
+    for file, content in files.named(name).items():
+        with replace_file(target.with_name(file)) as temporary:
+            temporary.write_bytes(content)
 
 
-def _drawn(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The figure as PNG."""
+def _drawn(rows: Sequence[Mapping[str, Any]]) -> FigureFiles:
+    numbers: list[dict[str, Any]] = []
     figure, (panel,) = panels(1, 1, (7.0, 4.5))
     names = list(dict.fromkeys(row["name"] for row in rows))
     for index, name in enumerate(names):
@@ -38,8 +42,11 @@ def _drawn(rows: Sequence[Mapping[str, Any]]) -> bytes:
             best.setdefault(row["case"]["context"], row)
         points = [(at, row["ms_per_token"], row.get("ms_least"), row.get("ms_most")) for at, row in best.items()]
         line(panel, sorted(points), printable(name), index)
+        numbers += [_numbers(printable(name), point) for point in sorted(points)]
     floors = {row["case"]["context"]: row["floor_ms"] for row in rows if row["name"] == "plain" and row.get("floor_ms")}
-    line(panel, [(context, ms, None, None) for context, ms in sorted(floors.items())], "floor of plain", 6, thin=True)
+    floor = [(context, ms, None, None) for context, ms in sorted(floors.items())]
+    line(panel, floor, "floor of plain", 6, thin=True)
+    numbers += [_numbers("floor of plain", point) for point in floor]
     panel.set_yscale("log")
     low, high = min(row["ms_per_token"] for row in rows), max(row["ms_per_token"] for row in rows)
     ticks = [step * 10**power for power in range(-3, 6) for step in (1, 2, 5)]
@@ -49,7 +56,12 @@ def _drawn(rows: Sequence[Mapping[str, Any]]) -> bytes:
     number_axis(panel, [row["case"]["context"] for row in rows], "tokens of context", doubling=True)
     panel.set_ylabel("milliseconds a token")
     panel.legend(fontsize=8)
-    return png(figure)
+    return figure_files(figure, numbers)
+
+
+def _numbers(name: str, point: Point) -> dict[str, Any]:
+    context, middle, low, high = point
+    return {"case": name, "context": context, "ms a token": middle, "low": low, "high": high}
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

@@ -83,7 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action=Place, metavar="FILE", help="write every row there, a JSON object a line")
     parser.add_argument("--with", action=Place, many=True, default=[], dest="others", metavar="FILE",
                         help="rows measured elsewhere in the same form, for the figure")  # fmt: skip
-    parser.add_argument("--plot", action=Place, metavar="FILE.png", help="draw milliseconds a token against context")
+    parser.add_argument(
+        "--plot",
+        action=Place,
+        metavar="FILE.png",
+        help="draw milliseconds a token against context; an SVG and a CSV come beside it",
+    )
 
 
 def mesh_of(options: argparse.Namespace) -> MeshConfig:

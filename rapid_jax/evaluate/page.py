@@ -4,29 +4,22 @@
 Every text given is shown as it is: what it would mean in Markdown or HTML, or to a terminal, is escaped.
 """
 
-import base64
-import html
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rapid_jax.runtime.errors import printable
+from rapid_jax.runtime.templates import render
 
-_STYLE = (
-    "body{font:16px/1.5 sans-serif;margin:2em auto;padding:0 1em;max-width:75em;color:#1a1a1a}"
-    "table{border-collapse:collapse;margin:1em 0;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}"
-    "td,th{border:1px solid #ccc;padding:.3em .7em;text-align:right;white-space:nowrap}"
-    "td:first-child,th:first-child{text-align:left}th{background:#f2f2f2}tbody tr:nth-child(even){background:#fafafa}"
-    "pre{background:#f6f6f6;padding:.7em;white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0 1em}"
-    "img{max-width:100%}h2{border-bottom:1px solid #ccc;margin-top:2em}"
-)
 # Characters that Markdown may take for more than themselves; not a lone bracket, nor _ inside a word.
 _MEANING = re.compile(r"([\\`*<>|~$&]|(?<!\w)_|_(?!\w)|\](?=[\[(:]))")
 
 
 class Bold(str):
     """A text to be shown bold."""
+
+    bold = True  # templates ask for it
 
 
 @dataclass(frozen=True)
@@ -61,7 +54,7 @@ class Verbatim:
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG beside the page: in HTML it is part of it."""
+    """A PNG beside the page; HTML has it inside."""
 
     file: str
     caption: str
@@ -80,14 +73,15 @@ def markdown(blocks: Sequence[Block]) -> str:
     return "\n\n".join(_markdown(block) for block in blocks) + "\n"
 
 
-def page(blocks: Sequence[Block], pictures: Mapping[str, bytes]) -> str:
-    """The blocks as a whole HTML page with the pictures, by file name, inside."""
+def page(blocks: Sequence[Block], pictures: Mapping[str, str]) -> str:
+    """The blocks as a whole HTML page; `pictures` has an address for each file name, which may hold the picture."""
     title = next(block.text for block in blocks if isinstance(block, Heading))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
-        f"<style>{_STYLE}</style></head><body>\n"
-        + "\n".join(_html(block, pictures) for block in blocks)
-        + "\n</body></html>\n"
+    return render(
+        "rapid_jax",
+        "report.html",
+        title=title,
+        blocks=[(type(block).__name__, block) for block in blocks],
+        pictures=pictures,
     )
 
 
@@ -148,35 +142,7 @@ def _markdown(block: Block) -> str:
             return f"![{_escaped(block.caption)}]({block.file})\n\n{_escaped(block.caption)}"
 
 
-def _html(block: Block, pictures: Mapping[str, bytes]) -> str:
-    match block:
-        case Heading():
-            return f"<h{block.level}>{html.escape(block.text)}</h{block.level}>"
-        case Text():
-            return f"<p>{''.join(_marked(part) for part in block.parts)}</p>"
-        case Table():
-            head = "".join(f"<th>{_marked(cell)}</th>" for cell in block.head)
-            rows = ("".join(f"<td>{_marked(cell)}</td>" for cell in row) for row in block.rows)
-            body = "\n".join(f"<tr>{row}</tr>" for row in rows)
-            return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table>"
-        case Verbatim():
-            return f"<pre>\n{html.escape(block.text)}</pre>"  # HTML drops a line break right behind <pre>
-        case Picture():
-            encoded = base64.b64encode(pictures[block.file]).decode()
-            caption = html.escape(block.caption)
-            return (
-                f'<figure><img alt="{caption}" src="data:image/png;base64,{encoded}">'
-                f"<figcaption>{caption}</figcaption></figure>"
-            )
-
-
 def _escaped(part: str) -> str:
     """As Markdown, on one line."""
     shown = _MEANING.sub(r"\\\1", " ".join(part.split("\n")))
     return f"**{shown.strip()}**" if isinstance(part, Bold) and shown.strip() else shown
-
-
-def _marked(part: str) -> str:
-    """As HTML."""
-    shown = html.escape(part)
-    return f"<strong>{shown}</strong>" if isinstance(part, Bold) else shown

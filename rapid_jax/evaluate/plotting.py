@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the figures of a report look: panels, lines with error bars, axes of lengths, heat maps, PNG bytes.
+"""How the figures of a report look: panels, lines with error bars, axes of lengths, heat maps.
 
 Colours are those of Okabe and Ito, and cividis for heat: the colour-blind tell them apart, and so does grey print.
 """
 
 import contextlib
-import io
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rapid_jax.evaluate.results import named
+from rapid_jax.evaluate.statistics import Estimate
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.figure_files import FigureFiles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,11 +22,20 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A6D3B")
 _MARKERS = "osD^vPX*"
-_DPI, _PIXELS = 120, 16000  # and the longest side that an image may have
+SCORE = "score, %"  # an axis
 _STYLES = ("-", "--", ":")  # of the lines after the first eight, and the next
 
 # (x, middle, low, high); low and high are None where nothing is known about them.
 Point = tuple[float, float, float | None, float | None]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure by the name of its files, which end in .png, .svg and .csv."""
+
+    name: str
+    caption: str
+    files: FigureFiles
 
 
 def missing() -> str:
@@ -50,6 +61,8 @@ def panels(count: int, columns: int, size: tuple[float, float]) -> tuple["Figure
     lines = -(-count // columns)
     figure = Figure(figsize=(size[0] * columns + 1.8, size[1] * lines + 0.4), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for panel in axes:
+        panel.set_facecolor("none")  # a page may be dark
     for panel in axes[count:]:
         panel.set_axis_off()
     return figure, axes[:count]
@@ -86,6 +99,12 @@ def _errors(points: Sequence[Point]) -> list[list[float]]:
     return [below, above]
 
 
+def score_point(place: float, got: Estimate) -> Point:
+    """A score in % at a place."""
+    low, high = (None if end is None else 100 * end for end in (got.low, got.high))
+    return place, 100 * got.mean, low, high
+
+
 def beside(length: float, index: int, count: int) -> float:
     """A length moved a little by which of `count` lines it is on: error bars do not cover each other."""
     return length * 2 ** (0.05 * (index - (count - 1) / 2))
@@ -117,10 +136,10 @@ def from_zero(axes: Sequence["Axes"], most: float | None = None) -> None:
 def heat(panel: "Axes", cells: Mapping[tuple[int, int], float], height: int, width: int) -> Any:
     """Numbers from 0 to 100 by (row, column) as colours of one scale, and written; empty cells stay grey."""
     grid = [[cells.get((row, column), math.nan) for column in range(width)] for row in range(height)]
-    panel.set_facecolor("#e4e4e4")
+    panel.set_facecolor("#9a9a9a40")
     image = panel.imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
     for (row, column), number in cells.items():
-        colour = "black" if number > 50 else "white"
+        colour = "#111111" if number > 50 else "#ffffff"  # on a cell, whatever the page's ink
         panel.text(column, row, f"{number:.1f}", ha="center", va="center", color=colour, fontsize=8)
     return image
 
@@ -144,10 +163,3 @@ def texts_as_they_are() -> Iterator[None]:
         warnings.filterwarnings("ignore", "Glyph .* missing from", UserWarning)
         warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
         yield
-
-
-def png(figure: "Figure") -> bytes:
-    """The figure's bytes: equal figures give equal bytes."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=min(_DPI, _PIXELS / max(figure.get_size_inches())))
-    return buffer.getvalue()

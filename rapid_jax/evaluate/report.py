@@ -27,7 +27,7 @@ _SPLITS = 12  # a tag with more values than this is no split
 
 
 def report(folder: AnyPlace, out: AnyPlace | None = None) -> tuple[AnyPlace, str]:
-    """Writes report.md, report.html and the figures of an evaluation into `out`, by default its own folder.
+    """Writes report.md, report.html and figures (PNG, SVG, CSV) of an evaluation into `out`, by default its folder.
 
     The HTML page needs nothing else. Equal results give equal files; without matplotlib there are no figures. Returns
     (the page's path, a plain text of the scores); raises InputError where there are no results, or a file is in the
@@ -38,9 +38,9 @@ def report(folder: AnyPlace, out: AnyPlace | None = None) -> tuple[AnyPlace, str
     if place.exists() and not place.is_dir():
         raise InputError(f"{place}: expected a folder to write to, got a file")
     drawn = [] if plotting.missing() else figures.draw(results)
-    pictures = {figure.file: figure.png for figure in drawn}
     blocks = list(_blocks(results, drawn))
-    files = dict(pictures)
+    files = {name: content for figure in drawn for name, content in figure.files.named(figure.name).items()}
+    pictures = {f"{figure.name}.png": figure.files.uri for figure in drawn}
     files["report.md"] = markdown(blocks).encode("utf-8", "replace")
     files["report.html"] = page(blocks, pictures).encode("utf-8", "replace")
     for name, content in files.items():
@@ -56,15 +56,15 @@ def _printed(results: Results) -> str:
     return plain([*blocks, *_score_tables(results)])
 
 
-def _blocks(results: Results, drawn: Sequence[figures.Drawn]) -> Iterator[Block]:
+def _blocks(results: Results, drawn: Sequence[plotting.Drawn]) -> Iterator[Block]:
     yield Heading(f"Evaluation on {results.suite}", 1)
     yield from _about(results)
     yield from _scores(results)
-    yield from (Picture(figure.file, figure.caption) for figure in drawn if figure.file != "speed.png")
+    yield from (Picture(f"{figure.name}.png", figure.caption) for figure in drawn if figure.name != "speed")
     yield from _differences(results)
     yield from details.faults(results)
     yield from details.speed(results)
-    yield from (Picture(figure.file, figure.caption) for figure in drawn if figure.file == "speed.png")
+    yield from (Picture(f"{figure.name}.png", figure.caption) for figure in drawn if figure.name == "speed")
     yield from details.samples(results)
 
 

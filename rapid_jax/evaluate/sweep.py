@@ -18,6 +18,7 @@ from rapid_jax.evaluate.statistics import Estimate
 from rapid_jax.evaluate.summary import acceptances, cells_of, estimate, overall, speeds
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError, legible
+from rapid_jax.runtime.figure_files import FigureFiles, figure_files
 from rapid_jax.runtime.files import replace_file
 from rapid_jax.runtime.jobs import alone_in
 from rapid_jax.runtime.settings_values import shown
@@ -144,15 +145,17 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else round(100 * share, 2)
 
 
-def _drawn(sweep: SweepFile, found: Mapping[str, Results]) -> bytes:
+def _drawn(sweep: SweepFile, found: Mapping[str, Results]) -> FigureFiles:
     """Score, acceptance and speed of each point, a colour a mode."""
     labels = list(dict.fromkeys(label for results in found.values() for label in results.labels))
     names = list(found)
     with plotting.texts_as_they_are():
+        table: list[dict[str, Any]] = []
         figure, axes = plotting.panels(3, columns=3, size=(4.2, 1.2 + 0.4 * len(names)))
         for index, label in enumerate(labels):
             beside = 0.5 * ((index + 0.5) / len(labels) - 0.5)
             numbers = {name: _numbers(results, label) for name, results in found.items() if label in results.labels}
+            table += [{"point": name, "mode": label, **each} for name, each in numbers.items()]
             for panel, key in zip(axes, ("score", "acceptance", "tokens/s"), strict=True):
                 rows = []
                 for name, each in numbers.items():
@@ -167,4 +170,4 @@ def _drawn(sweep: SweepFile, found: Mapping[str, Results]) -> bytes:
             panel.set_ylim(len(names) - 0.5, -0.5)
             panel.grid(alpha=0.3)
         plotting.legend(figure, axes, labels)
-        return plotting.png(figure)
+        return figure_files(figure, table)

@@ -4,7 +4,8 @@
 RUN/settings/POINT.yaml    complete settings of each point, as the command for it reads them
 RUN/POINT                  what the command made
 RUN/logs/POINT.log         what it printed
-RUN/sweep.json, .md, .png  the table and the figure, of all points that are done
+RUN/sweep.json, .md        the table of all points that are done
+RUN/sweep.png, .svg, .csv  the figure, for screens and for papers, and the numbers in it
 """
 
 import argparse
@@ -20,6 +21,7 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.command_line import Place, say
 from rapid_jax.runtime.device_shares import shares_of
 from rapid_jax.runtime.errors import InputError, Unavailable
+from rapid_jax.runtime.figure_files import FigureFiles
 from rapid_jax.runtime.files import replace_file
 from rapid_jax.runtime.jobs import Job, keep_log, kept_log, logs_here, run_jobs
 from rapid_jax.runtime.settings_values import shown
@@ -130,8 +132,8 @@ def _keep_logs(folder: AnyPlace, tasks: Sequence[Task]) -> None:
             continue
 
 
-def write_table(sweep: SweepFile, rows: Sequence[Row], picture: bytes | None, about: str) -> AnyPlace:
-    """Writes sweep.json, sweep.md and, with a `picture`, sweep.png, and prints the table; returns its path."""
+def write_table(sweep: SweepFile, rows: Sequence[Row], picture: FigureFiles | None, about: str) -> AnyPlace:
+    """Writes sweep.json, sweep.md and the `picture` (PNG, SVG, CSV), and prints the table; returns its path."""
     by_name = {point.name: point for point in sweep.points}
     names = list(dict.fromkeys(name for row in rows for name in row.names))
     columns = list(dict.fromkeys(name for row in rows for name in row.numbers))
@@ -156,7 +158,7 @@ def write_table(sweep: SweepFile, rows: Sequence[Row], picture: bytes | None, ab
         changes = dict(by_name[row.point].changes)
         found["points"].append({"point": row.point, "settings": changes, **row.names, **row.numbers})
     files = {"sweep.json": json.dumps(found, indent=1, ensure_ascii=False).encode() + b"\n", "sweep.md": text.encode()}
-    for name, content in (files | ({} if picture is None else {"sweep.png": picture})).items():
+    for name, content in (files | ({} if picture is None else picture.named("sweep"))).items():
         with replace_file(sweep.run / name) as temporary:
             temporary.write_bytes(content)
     print(f"{markdown(head, lines)}\n{sweep.run / 'sweep.md'}")

@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from rapid_jax import __version__
+from rapid_jax.runtime.templates import style
 from rapid_jax.serve import replies, uploads
 from rapid_jax.serve.bodies import read_body
 from rapid_jax.serve.chat import chat
@@ -23,7 +24,6 @@ from rapid_jax.serve.fields import BODIES, ChatRequest, CompletionRequest, Docum
 from rapid_jax.serve.fields import DocumentChange as Change
 from rapid_jax.serve.guard import Guard
 from rapid_jax.serve.service import Service
-from rapid_jax.trace import STYLE
 
 _ASKED = (400, 401, 403, 404, 408, 413, 415, 429, 503)
 _READ = (401, 403, 404)
@@ -155,9 +155,9 @@ def _add_page(app: FastAPI) -> None:
         async def page() -> Response:
             return Response(content, media_type=kind)
 
+    css = style("rapid_jax", "theme.css", "trace.css").encode() + (folder / "page.css").read_bytes()
     for path, (name, kind) in _PAGE.items():
-        style = STYLE.encode() + (folder / "page.css").read_bytes()
-        serve(path, (folder / name).read_bytes() if name else style, kind)
+        serve(path, (folder / name).read_bytes() if name else css, kind)
 
 
 async def _of_http(http: HttpRequest, error: Exception) -> Response:

@@ -1,19 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report: known means, averages and differences, warnings, samples, figures, and pages that hold nothing live."""
 
+import base64
+import csv
 import re
 import struct
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
-from rapid_jax.evaluate import figures, ruler
+from rapid_jax.evaluate import ablation, figures, ruler
 from rapid_jax.evaluate.page import Bold, Heading, Table, Verbatim, markdown, page, plain, text
 from rapid_jax.evaluate.report import report
 from rapid_jax.evaluate.results import read
 from rapid_jax.evaluate.summary import percent
+from rapid_jax.runtime import figure_files
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.templates import style
 from tests.evaluate.synthetic import folder, grid, line
 
 
@@ -227,25 +232,26 @@ def test_all_figures_render_and_equal_results_give_equal_files(tmp_path: Path):
     out, again = tmp_path / "out", tmp_path / "again"
     report(run, out)
     report(run, again)
-    names = {"depths.png", "eta.png", "min_tokens.png", "scores.png", "speed.png", "tasks.png"}
-    assert {path.name for path in out.iterdir()} == {*names, "report.html", "report.md"}
+    names = {"depths", "eta", "min_tokens", "scores", "speed", "tasks"}
+    figures = {f"{name}.{kind}" for name in names for kind in ("png", "svg", "csv")}
+    assert {path.name for path in out.iterdir()} == {*figures, "report.html", "report.md"}
     for path in out.iterdir():
         assert path.read_bytes() == (again / path.name).read_bytes(), path.name
     for name in names:
-        width, height = size((out / name).read_bytes())
+        width, height = size((out / f"{name}.png").read_bytes())
         assert width > 500 and height > 250
-        assert f"]({name})" in written(out)
-    assert written(out, "report.html").count("data:image/png;base64,iVBOR") == len(names)
+        assert f"]({name}.png)" in written(out)
+    assert written(out, "report.html").count('src="data:image/svg+xml;base64,') == len(names)
     assert not list(run.glob("*.png"))
 
 
 def test_an_ablation_holds_the_configured_value_and_modes_apart(tmp_path: Path):
-    found = figures._series(read(everything(tmp_path)), "speculation.eta")
+    found = ablation._series(read(everything(tmp_path)), "speculation.eta")
     assert found == {"rapid": {5.0: "rapid-eta=5", 10.0: "rapid", 20.0: "rapid-eta=20"}}
-    found = figures._series(read(tmp_path), "retrieval.min_tokens")
+    found = ablation._series(read(tmp_path), "retrieval.min_tokens")
     assert found == {"rapid": {2048.0: "rapid-min_tokens=2048", 4096.0: "rapid"}}
     lines = {f"rapid-{name}": grid(f"rapid-{name}", some(5), settings=said) for name, said in APART.items()}
-    found = figures._series(read(folder(tmp_path, lines)), "speculation.eta")
+    found = ablation._series(read(folder(tmp_path, lines)), "speculation.eta")
     assert found["rapid-unrelated"] == {10.0: "rapid-unrelated", 40.0: "rapid-unrelated-eta=40"}
     assert "rapid-unrelated" not in found["rapid"].values()
 
@@ -336,3 +342,45 @@ def test_texts_mean_nothing_in_markdown_and_html():
 
 def test_no_minus_stands_before_a_zero():
     assert [percent(share) for share in (-1e-17, 0.0, -0.0004, 0.125, 1.0)] == ["0.0", "0.0", "0.0", "12.5", "100.0"]
+
+
+def numbers(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_numbers_of_every_figure_lie_beside_it(tmp_path: Path):
+    report(everything(tmp_path))
+    scores = {(row["mode"], row["length"]): row for row in numbers(tmp_path / "scores.csv")}
+    shown = row(written(tmp_path), "4K")[0]  # of the first mode, target: mean and ends
+    ends = [f"{float(scores['target', '4096'][name]):.1f}" for name in ("score", "low", "high")]
+    assert "{} [{}, {}]".format(*ends) == shown and len(scores) == 12
+    assert {row["task"] for row in numbers(tmp_path / "tasks.csv")} == {"one", "two"}
+    depths = [row for row in numbers(tmp_path / "depths.csv") if row["mode"] == "target" and row["length"] == "8192"]
+    # Of 21 samples the first 5 are right, and the depths go round: 2, 2 and 1 of 7.
+    assert {row["depth"]: row["score"] for row in depths} == {"0": "28.5714", "50": "28.5714", "100": "14.2857"}
+    eta = [row for row in numbers(tmp_path / "eta.csv") if row["panel"] == "rapid" and row["score"]]
+    assert sorted({float(row["eta"]) for row in eta}) == [5.0, 10.0, 20.0]
+    speed = {(row["what"], row["mode"], row["length"]): row["value"] for row in numbers(tmp_path / "speed.csv")}
+    assert speed["tokens/s, median", "target", "4096"] == "30" and speed["accepted drafts, %", "rapid", "8192"] == "75"
+
+
+def test_figures_are_vectors_that_are_legible_in_light_and_dark(tmp_path: Path):
+    report(everything(tmp_path))
+    page = written(tmp_path, "report.html")
+    inside = re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)
+    assert len(inside) == 6 and "prefers-color-scheme: dark" in page
+    for data in inside:
+        svg = base64.b64decode(data).decode()
+        root = ElementTree.fromstring(svg)
+        assert root.tag.endswith("svg") and root.get("fill") == "currentColor"
+        assert "prefers-color-scheme: dark" in svg and "stroke: #000000" not in svg and "stroke: currentColor" in svg
+    for name in ("scores", "depths"):
+        alone = (tmp_path / f"{name}.svg").read_text(encoding="utf-8")  # for papers: black on nothing
+        assert "currentColor" not in alone and "stroke: #000000" in alone
+        ElementTree.fromstring(alone)
+
+
+def test_a_figures_ink_in_the_dark_is_the_pages():
+    dark = re.findall(r"--ink: (#\w+)", style("rapid_jax", "theme.css"))[1]
+    assert dark == figure_files.DARK_INK

@@ -59,6 +59,7 @@ def test_points_are_evaluated_once_and_make_one_table(file, commands, tmp_path, 
     text = (tmp_path / "run/sweep.md").read_text()
     assert text.startswith("# Sweep over speculation.eta\n") and "![the points](sweep.png)" in text
     assert (tmp_path / "run/sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "run/sweep.csv").read_text().startswith("point,mode,score,low,high,")
     assert settings.load(RapidConfig, tmp_path / "run/eta=10/settings.yaml").speculation.eta == 10
     assert [words[0] for words in commands] == ["evaluate"] * 2
     commands.clear()

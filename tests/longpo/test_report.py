@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The report of one run or several: what is drawn, where it is written, and that it needs nothing else."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -56,6 +57,11 @@ def test_every_metric_has_its_curve(tmp_path, drawn, capsys):
     assert [label for label, *_ in drawn["rewards"]][1::2] == [f"{run} chosen", f"{run} rejected"]
     assert drawn["tokens/s"][0][1] == list(range(2, 41))  # the first update has no rate
     assert (run / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert b"<svg" in (run / "report.svg").read_bytes()
+    with open(run / "report.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["run"], row["step"], row["loss"]) for row in rows[:2]] == [(str(run), "1", "2"), (str(run), "2", "1")]
+    assert len(rows) == 40 and rows[0]["tokens_per_second"] == "" and rows[-1]["rewards/chosen"] == "0.8"
     assert capsys.readouterr().out == f"{run / 'report.html'}\n"
 
 
@@ -66,7 +72,7 @@ def test_the_page_needs_nothing_else_and_says_the_numbers(tmp_path):
     assert not re.search(r"(src|href)=\"(?!data:)|https?://|<script|@import", page)
     assert "a&lt;b&gt;" in page and "<b>" not in page
     assert "<td>40</td><td>2 to 0.05</td>" in page and "<td>0.4 to 0.4</td>" in page
-    assert 'src="data:image/png;base64,iVBOR' in page
+    assert 'src="data:image/svg+xml;base64,' in page
 
 
 def test_several_runs_and_all_rounds_are_in_one_picture(tmp_path, drawn):
@@ -77,7 +83,9 @@ def test_several_runs_and_all_rounds_are_in_one_picture(tmp_path, drawn):
     lines = [{k: v for k, v in json.loads(line).items() if "rewards" not in k} for line in text.splitlines()]
     (sft / "train" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     report([tmp_path / "rounds", sft / "train"], tmp_path / "out")
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.png"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"report.{kind}" for kind in ("csv", "html", "png", "svg")
+    ]
     names = [str(tmp_path / "rounds" / f"round-{number}") for number in (1, 2, 10)]
     assert [label for label, *_ in drawn["loss"]][1::2] == [*names, str(sft / "train")]
     assert [label for label, *_ in drawn["margins"]][1::2] == names

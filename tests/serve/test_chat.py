@@ -237,3 +237,17 @@ def test_the_models(client: openai.OpenAI):
     assert client.models.retrieve(NAME).owned_by == "rapid_jax"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("gpt-4")
+
+
+def test_a_prompt_of_an_evaluation_is_one_message_with_the_mode_beside_it(served: Running):
+    """What lm-evaluation-harness's local-chat-completions sends with --gen_kwargs mode=lossless,eta=10."""
+    prompt = f"Answer from the passages.\n\n{DOCUMENT}\n\nQuestion: where is it?\nAnswer:"
+    body = {"messages": [{"role": "user", "content": prompt}], "model": NAME, "max_tokens": 16, "temperature": 0.0}
+    with served.http() as http:
+        got = http.post("/v1/chat/completions", json=body | {"stop": [], "seed": 1234, "mode": "lossless", "eta": 10})
+    assert got.status_code == 200 and got.json()["choices"][0]["message"]["content"]
+    asked = served.engine.requests[-1]
+    assert isinstance(asked.prompt, Chat) and asked.prompt.document is None
+    assert [message["content"] for message in asked.prompt.messages] == [prompt]
+    assert (asked.speculation.mode, asked.speculation.eta, asked.sampling.temperature) == ("lossless", 10.0, 0.0)
+    assert (asked.sampling.max_new_tokens, asked.sampling.seed) == (16, 1234)

@@ -16,8 +16,8 @@ from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import Prompted, generate
+from rapid_jax.speculative.initial_state import Room
 from rapid_jax.speculative.prefill import Prefill, PrefillSettings
-from rapid_jax.speculative.start import Room
 
 ROUNDS = 32  # that the device runs before the host looks whether all answers have ended
 AROUND = 256  # tokens around an excerpt, or behind a document, that there is room for: programs are then of one size
@@ -115,7 +115,7 @@ class Generator:
         rows of all its questions read that one copy.
 
         With drafts, RAPID's drafter reads those, and `pairs.gamma` drafts are verified a round. That is lossless: the
-        law is exactly the target's, and greedy answers are the same. There is room for `head` tokens of a document and
+        rule is exactly the target's, and greedy answers are the same. There is room for `head` tokens of a document and
         `new` of an answer at least.
         """
         if not any(about.tails for about in asked):
@@ -175,7 +175,7 @@ class Generator:
         seeds: Sequence[int],
         room: Room,
     ) -> list[Answer]:
-        # Level 0 is off: a second program for every shape would have to be compiled. Nobody waits for first tokens.
+        # No prompt lookup: a second program for every shape would have to be compiled. Nobody waits for first tokens.
         mode = "target" if drafter is None else "lossless"
         gamma = self.config.pairs.gamma
         speculation = SpeculationConfig(mode=mode, gamma=gamma, lookup="off", rounds_per_read=ROUNDS)

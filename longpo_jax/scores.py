@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from longpo_jax.rows import REJECTED
+from rapid_jax.attention.attend import attend_fork
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_fork
 from rapid_jax.model.decoder import Decoder, Wrap
 from rapid_jax.model.logprobs import token_log_probs
 from rapid_jax.model.top_logprobs import TopLogProbs, reverse_kl, top_log_probs

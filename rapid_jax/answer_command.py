@@ -115,7 +115,7 @@ def _trace(options: argparse.Namespace, *, alone: bool) -> tuple[Path, ...]:
 def _answer_one(
     config: RapidConfig, task: Task, options: argparse.Namespace, trace: tuple[Path, ...], *, leads: bool
 ) -> None:
-    from rapid_jax.compare import baselines
+    from rapid_jax.baselines import baselines
     from rapid_jax.rapid import Rapid
     from rapid_jax.summary import tell_retrieved, tell_summary
     from rapid_jax.trace import write_trace
@@ -141,7 +141,7 @@ def _answer_one(
 
 def _report(answers: Sequence["Answer"], options: argparse.Namespace) -> None:
     """The JSON object, and the table where modes were compared."""
-    from rapid_jax.compare import row, table
+    from rapid_jax.baselines import row, table
 
     if options.json:
         compared = {"compare": [row(answer) for answer in answers]} if options.compare else {}

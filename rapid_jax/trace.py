@@ -18,7 +18,7 @@ from rapid_jax.runtime.templates import render
 from rapid_jax.speculative.state import Origin
 
 _KINDS = {
-    Origin.LOOKUP: ("lookup", "copied from text already read (level 0), then accepted"),
+    Origin.LOOKUP: ("lookup", "copied from text already read (prompt lookup), then accepted"),
     Origin.DRAFT: ("draft", "drawn by the drafter, accepted by the target"),
     Origin.CORRECTION: ("correction", "drawn in place of a rejected draft"),
     Origin.BONUS: ("bonus", "drawn from the target: after a full accept, or nothing was drafted"),

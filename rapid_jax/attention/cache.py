@@ -21,7 +21,8 @@ from jax.sharding import Mesh, NamedSharding, Sharding
 class KV:
     """Rotated keys and values of one layer, or of all with a leading layer axis.
 
-    Rounded to int8 (`attention/rounded.py`) they count in steps of each slot's own size, and values lie by dimension.
+    Quantised to int8 (`attention/quantized_kv.py`) they count in steps of each slot's own size, and values lie by
+    dimension.
     """
 
     k_BKSH: jax.Array

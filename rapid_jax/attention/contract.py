@@ -5,7 +5,7 @@ import chex
 import jax.numpy as jnp
 
 from rapid_jax.attention.kernels import Cotangent
-from rapid_jax.attention.partial import Rows, Slots
+from rapid_jax.attention.online_softmax import Rows, Slots
 from rapid_jax.runtime.contract import contract
 
 

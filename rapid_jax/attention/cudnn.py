@@ -29,7 +29,7 @@ from jax._src.cudnn import fused_attention_stablehlo as fused
 
 from rapid_jax.attention.contract import check_backward, check_contract
 from rapid_jax.attention.kernels import Cotangent, Gradients
-from rapid_jax.attention.partial import Partial, Rows, Slots, nothing_seen
+from rapid_jax.attention.online_softmax import Rows, Slots, SoftmaxState, nothing_seen
 from rapid_jax.attention.xla import Xla
 
 NEVER = 2**31 - 1  # a position that no row sees
@@ -47,16 +47,16 @@ class Cudnn:
 
     def forward(
         self, rows: Rows, slots: Slots, *, scale: float, runs: int = 0, used: jax.Array | None = None
-    ) -> Partial:
+    ) -> SoftmaxState:
         """Attention of the rows over the slots; what cuDNN attends is divided, and rounded to the queries' dtype."""
         check_contract("cudnn", rows, slots)
         if not _fits(rows, slots):
             return Xla(self.block).forward(rows, slots, scale=scale, used=used)
 
-        def attend(rows: Rows, runs: int) -> Partial:
+        def attend(rows: Rows, runs: int) -> SoftmaxState:
             kind, length_B = _kind(rows, slots)
 
-            def other() -> Partial:
+            def other() -> SoftmaxState:
                 if runs > 1:
                     return _joined(lax.map(lambda rows: attend(rows, 1), _split(rows, runs)))
                 return Xla(self.block).forward(rows, slots, scale=scale, used=used)
@@ -212,7 +212,7 @@ def _mask(q_BNTH: jax.Array, length_B: jax.Array, causal: bool) -> tuple[fused.M
 
 def _forward(
     rows: Rows, slots: Slots, length_B: jax.Array, scale: float, *, causal: bool, window: int | None = None
-) -> Partial:
+) -> SoftmaxState:
     q_BNTH = _laid_out(rows.q_BKRH, rows.group, causal)
     mask, queries_B, keys_B = _mask(q_BNTH, length_B, causal)
     results: Any = fused.dot_product_attention(
@@ -229,7 +229,7 @@ def _forward(
     )
     out_BKRH, log_sum_BKR = (_folded(x.astype(jnp.float32), rows.group, causal) for x in results)
     sees = _seeing(rows, length_B, causal)
-    return Partial(
+    return SoftmaxState(
         jnp.where(sees[..., None], out_BKRH, 0.0),
         jnp.where(sees, log_sum_BKR, -jnp.inf),
         jnp.broadcast_to(sees, log_sum_BKR.shape).astype(jnp.float32),

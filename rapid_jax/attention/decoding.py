@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from rapid_jax.attention.flash_decode import fits, flash_decoded
-from rapid_jax.attention.partial import (
-    Partial,
+from rapid_jax.attention.online_softmax import (
     Rows,
     Slots,
+    SoftmaxState,
     attend_block,
     attend_blockwise,
     attend_what_is_seen,
@@ -60,7 +60,7 @@ def by_blocks(rows: Rows, sides: StackSides, used: Used, scale: float, axis: str
     return finish(seen, rows.q_BKRH.dtype)
 
 
-def attend_stack(rows: Rows, stack: Stack, *, scale: float, block: int) -> Partial:
+def attend_stack(rows: Rows, stack: Stack, *, scale: float, block: int) -> SoftmaxState:
     """`attend_blockwise` over a layer in the stack of all: each block is read where it lies, rounded ones as int8.
 
     The layer taken out first would be a copy of it, written and read again. Blocks before all first positions of the
@@ -69,13 +69,13 @@ def attend_stack(rows: Rows, stack: Stack, *, scale: float, block: int) -> Parti
     size = stack.every.pos_BS.shape[1]
     whole, rest = divmod(size, min(block, size))
 
-    def add(seen: Partial, start: jax.Array | int, count: int) -> Partial:
+    def add(seen: SoftmaxState, start: jax.Array | int, count: int) -> SoftmaxState:
         part = stack.block(start, count)
         if rows.first_BR is None:
             return merge(seen, attend_block(rows, part, scale=scale))
         return attend_what_is_seen(seen, rows, part, scale=scale)
 
-    def step(index: jax.Array, seen: Partial) -> Partial:
+    def step(index: jax.Array, seen: SoftmaxState) -> SoftmaxState:
         return add(seen, index * min(block, size), min(block, size))
 
     seen = lax.fori_loop(0, whole, step, nothing_seen(rows))

@@ -3,8 +3,8 @@
 
 The keys are split over programs, for a few rows keep no more than one multiprocessor busy each (Flash-Decoding, Dao et
 al. 2023). Program (j, k, b) attends to share j of row b's prefix for kv head k; one program more has the tail. Each
-leaves an un-normalised `Partial`, and a sum over the shares ends it (`flash_finish.py`). Scores, softmax and sums are
-float32; softmax weights meet the values in the queries' dtype, or float16 where those are rounded.
+leaves an un-normalised `SoftmaxState`, and a sum over the shares ends it (`flash_finish.py`). Scores, softmax and sums
+are float32; softmax weights meet the values in the queries' dtype, or float16 where those are rounded.
 
 A prefix of one sequence under many is read once for all of them: their query rows are rows of one (`over_shared`).
 """
@@ -22,7 +22,7 @@ from jax.experimental.pallas import triton
 
 from rapid_jax.attention.contract import check_contract
 from rapid_jax.attention.flash_finish import Shares, finished, finished_over, summed
-from rapid_jax.attention.partial import Partial, Rows, Slots, finish, merge
+from rapid_jax.attention.online_softmax import Rows, Slots, SoftmaxState, finish, merge
 from rapid_jax.attention.shared_prefix import is_shared, over_shared
 from rapid_jax.runtime.contract import contract
 
@@ -65,7 +65,7 @@ def flash_decode(
     scale: float,
     shape: Shape | None = None,
     interpret: bool = False,
-) -> Partial:
+) -> SoftmaxState:
     """Attention of the rows over one or two sets of slots, un-normalised; slots of each from its `used` on are empty.
 
     The same as `attend_block` over them in one, but for rounding. The first set is shared out, the second is short. A
@@ -76,8 +76,8 @@ def flash_decode(
     if not any(is_shared(rows, side) for side in sides):
         return summed(_shares(rows, sides, used, **how))
 
-    def over(side: Slots, count: jax.Array) -> Partial:
-        def attend(rows: Rows) -> Partial:
+    def over(side: Slots, count: jax.Array) -> SoftmaxState:
+        def attend(rows: Rows) -> SoftmaxState:
             return summed(_shares(rows, (side,), (count,), **how))
 
         return over_shared(rows, side, attend, most=MOST_ROWS) if is_shared(rows, side) else attend(rows)
@@ -108,7 +108,7 @@ def flash_decoded(
     seen = flash_decode(rows, sides, used, **how) if shared else _shares(rows, sides, used, **how)
     if axis is not None:
         return finished_over(seen, axis, dtype, interpret=interpret)
-    return finish(seen, dtype) if isinstance(seen, Partial) else finished(seen, dtype, interpret=interpret)
+    return finish(seen, dtype) if isinstance(seen, SoftmaxState) else finished(seen, dtype, interpret=interpret)
 
 
 def _check(rows: Rows, sides: tuple[Slots, ...], used: tuple[jax.Array, ...]) -> None:

@@ -14,19 +14,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from rapid_jax.attention.partial import Partial, finish, log_sum
+from rapid_jax.attention.online_softmax import SoftmaxState, finish, log_sum
 
-# The fields of the shares' `Partial`s, all float32: [B, K, shares, R, H], [B, K, shares, R] and the same again.
+# The fields of the shares' `SoftmaxState`s, all float32: [B, K, shares, R, H], [B, K, shares, R] and the same again.
 Shares: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def summed(shares: Shares) -> Partial:
+def summed(shares: Shares) -> SoftmaxState:
     """The shares' sum."""
     out, peak, total = shares
     top_BKR = jnp.max(peak, axis=2)
     finite_BKR = jnp.where(top_BKR == -jnp.inf, 0.0, top_BKR)
     weight = jnp.exp(peak - finite_BKR[:, :, None])
-    return Partial(jnp.sum(out * weight[..., None], axis=2), top_BKR, jnp.sum(total * weight, axis=2))
+    return SoftmaxState(jnp.sum(out * weight[..., None], axis=2), top_BKR, jnp.sum(total * weight, axis=2))
 
 
 def finished(shares: Shares, dtype: Any, *, interpret: bool = False) -> jax.Array:
@@ -34,9 +34,9 @@ def finished(shares: Shares, dtype: Any, *, interpret: bool = False) -> jax.Arra
     return _finished(shares, dtype, with_log_sum=False, interpret=interpret)
 
 
-def finished_over(seen: Shares | Partial, axis: str, dtype: Any, *, interpret: bool = False) -> jax.Array:
+def finished_over(seen: Shares | SoftmaxState, axis: str, dtype: Any, *, interpret: bool = False) -> jax.Array:
     """What all devices along a mesh axis have seen, finished: [B, K, R, H], the same on each."""
-    if isinstance(seen, Partial):
+    if isinstance(seen, SoftmaxState):
         logs_BKRH = jnp.broadcast_to(log_sum(seen)[..., None], seen.out_BKRH.shape)
         own = jnp.concatenate([finish(seen, jnp.dtype("float32")), logs_BKRH], axis=-1)
     else:

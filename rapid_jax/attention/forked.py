@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rapid_jax.attention.kernels import Cotangent, Gradients, Kernel
-from rapid_jax.attention.partial import Partial, Rows, Slots, merge, rows_of
+from rapid_jax.attention.online_softmax import Rows, Slots, SoftmaxState, merge, rows_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Forked:
 
     def forward(
         self, rows: Rows, slots: Slots, *, scale: float, runs: int = 0, used: jax.Array | None = None
-    ) -> Partial:
+    ) -> SoftmaxState:
         """Attention of the rows over the slots; `used` is not for sequences that end in a tail."""
         if used is not None:
             raise ValueError("a forked sequence has no unused slots at its end")

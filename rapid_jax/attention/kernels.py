@@ -14,7 +14,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from rapid_jax.attention.config import KernelName
-from rapid_jax.attention.partial import Partial, Rows, Slots
+from rapid_jax.attention.online_softmax import Rows, Slots, SoftmaxState
 from rapid_jax.runtime.errors import InputError
 
 Gradients: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]  # of q_BKRH, k_BKSH, v_BKSH, float32
@@ -40,7 +40,7 @@ class Kernel(Protocol):
 
     def forward(
         self, rows: Rows, slots: Slots, *, scale: float, runs: int = 0, used: jax.Array | None = None
-    ) -> Partial:
+    ) -> SoftmaxState:
         """Attention of the rows over the slots; slots from `used` on, where given, are empty."""
         ...
 

@@ -30,7 +30,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from rapid_jax.attention.config import Over
 from rapid_jax.attention.kernels import Cotangent, Kernel
-from rapid_jax.attention.partial import Partial, Rows, Slots, block_of, finish, log_sum, merge, rows_of
+from rapid_jax.attention.online_softmax import Rows, Slots, SoftmaxState, block_of, finish, log_sum, merge, rows_of
 
 ATTENDED = "attended"  # by this name `jax.checkpoint` policies know what attention gives
 
@@ -79,8 +79,8 @@ def _beginning(rows: Rows, one: Slots, run: int) -> tuple[int, int]:
 
 
 def attend_before(
-    total: Partial, rows: Rows, two: Sequence[Slots], attend: Callable[[Rows, Slots], Partial]
-) -> Partial:
+    total: SoftmaxState, rows: Rows, two: Sequence[Slots], attend: Callable[[Rows, Slots], SoftmaxState]
+) -> SoftmaxState:
     """`total` with what the rows see of the slots `before` their runs: by the first rows of each alone."""
     for run, one in enumerate(two):
         start, size = _beginning(rows, one, run)
@@ -90,7 +90,7 @@ def attend_before(
     return total
 
 
-def attend_visitors(rows: Rows, home: Any, attend: Callable[[Rows, Any], Partial], hops: Hops) -> Partial:
+def attend_visitors(rows: Rows, home: Any, attend: Callable[[Rows, Any], SoftmaxState], hops: Hops) -> SoftmaxState:
     """The sum of `attend(rows, visitor)` over every device's `home`, a pytree of arrays."""
     count = 1 if hops.axis is None else lax.axis_size(hops.axis)
     if count == 1:
@@ -98,7 +98,7 @@ def attend_visitors(rows: Rows, home: Any, attend: Callable[[Rows, Any], Partial
     if hops.over == "all_gather":
         others = jax.tree.map(lambda x: lax.all_gather(x, hops.axis), home)
 
-        def visit(total: Partial | None, index) -> Partial:
+        def visit(total: SoftmaxState | None, index) -> SoftmaxState:
             partial = attend(rows, jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), others))
             return partial if total is None else merge(total, partial)
 
@@ -143,7 +143,7 @@ def _attention(rows: Rows, sets: tuple[Slots, ...], static: _Static) -> jax.Arra
 def _forward(rows: Rows, sets: tuple[Slots, ...], static: _Static):
     """Over the first set's slots of all devices, and over the others, which are here."""
 
-    def attend(rows: Rows, visitor: Slots) -> Partial:
+    def attend(rows: Rows, visitor: Slots) -> SoftmaxState:
         return static.kernel.forward(rows, visitor, scale=static.scale, runs=static.runs)
 
     slots, *more = sets
@@ -231,7 +231,7 @@ def _shifted(tree: Any, axis: str | None) -> Any:
     return jax.tree.map(lambda x: lax.ppermute(x, axis, [(i, (i + 1) % count) for i in range(count)]), tree)
 
 
-def merged_over(partial: Partial, axis: str) -> Partial:
+def merged_over(partial: SoftmaxState, axis: str) -> SoftmaxState:
     """The sum of every device's partial of the same rows: three small tensors are reduced, no key or value moves."""
     peak = lax.pmax(partial.max_BKR, axis)
     weight = jnp.exp(partial.max_BKR - jnp.where(peak == -jnp.inf, 0.0, peak))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from rapid_jax.attention.partial import Partial, Rows, Slots
+from rapid_jax.attention.online_softmax import Rows, Slots, SoftmaxState
 
 
 def is_shared(rows: Rows, slots: Slots) -> bool:
@@ -20,7 +20,7 @@ def is_shared(rows: Rows, slots: Slots) -> bool:
     return few < many
 
 
-def over_shared(rows: Rows, slots: Slots, attend: Callable[[Rows], Partial], *, most: int) -> Partial:
+def over_shared(rows: Rows, slots: Slots, attend: Callable[[Rows], SoftmaxState], *, most: int) -> SoftmaxState:
     """`attend`, which is over `slots`, for the rows that share them: slots are read once for all of their rows.
 
     The rows that have a sequence in common, as many as fit into `most`, are the rows of one: [B, K, R, H] with B = n m

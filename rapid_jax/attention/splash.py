@@ -27,10 +27,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from rapid_jax.attention.contract import check_backward, check_contract
 from rapid_jax.attention.kernels import Cotangent, Gradients
-from rapid_jax.attention.partial import (
-    Partial,
+from rapid_jax.attention.online_softmax import (
     Rows,
     Slots,
+    SoftmaxState,
     block_of,
     merge,
     nothing_seen,
@@ -63,7 +63,7 @@ class Splash:
 
     def forward(
         self, rows: Rows, slots: Slots, *, scale: float, runs: int = 0, used: jax.Array | None = None
-    ) -> Partial:
+    ) -> SoftmaxState:
         """Attention of the rows over the slots; `out_BKRH` is divided and rounded to the queries' dtype already."""
         check_contract("splash", rows, slots)
         plain = Xla(self.block)
@@ -72,8 +72,8 @@ class Splash:
         if rows.first_BR is not None and slots.pos_BS.shape[1] > WINDOWED:
             return self._forward_by_parts(rows, padded_slots(slots, WINDOWED), scale)
 
-        def attend(rows: Rows, slots: Slots) -> Partial:
-            def planned(plan: Plan) -> Partial:
+        def attend(rows: Rows, slots: Slots) -> SoftmaxState:
+            def planned(plan: Plan) -> SoftmaxState:
                 return _forward(rows, slots, plan, scale, self.interpret)
 
             return _either(rows, slots, runs, planned, lambda: plain.forward(rows, slots, scale=scale, used=used))
@@ -98,10 +98,10 @@ class Splash:
 
         return _each(attend, rows, slots, cotangent)
 
-    def _forward_by_parts(self, rows: Rows, slots: Slots, scale: float) -> Partial:
+    def _forward_by_parts(self, rows: Rows, slots: Slots, scale: float) -> SoftmaxState:
         """As many slots at a time as rows with a first slot can be told of; a part that no row sees is left out."""
 
-        def add(index: jax.Array, total: Partial) -> Partial:
+        def add(index: jax.Array, total: SoftmaxState) -> SoftmaxState:
             part = block_of(slots, index * WINDOWED, WINDOWED)
             more = partial(self.forward, rows, part, scale=scale, runs=1)
             return lax.cond(seen_by_some(rows, part), lambda: merge(total, more()), lambda: total)
@@ -139,7 +139,7 @@ def _either(rows: Rows, slots: Slots, runs: int, planned: Callable[[Plan], _Of],
     return lax.cond(holds, lambda: planned(plan), plain)
 
 
-def _forward(rows: Rows, slots: Slots, plan: Plan, scale: float, interpret: Any) -> Partial:
+def _forward(rows: Rows, slots: Slots, plan: Plan, scale: float, interpret: Any) -> SoftmaxState:
     bq, bkv = plan.block_r, plan.block_s
     R, slots = rows.pos_BR.shape[1], padded_slots(slots, bkv)
     out_KRH, (log_sum_KR,) = splash._splash_attention_forward(
@@ -158,7 +158,7 @@ def _forward(rows: Rows, slots: Slots, plan: Plan, scale: float, interpret: Any)
         interpret=interpret,
     )
     sees_R = plan.sees_R[:R]
-    return Partial(
+    return SoftmaxState(
         jnp.where(sees_R[:, None], out_KRH[:, :R].astype(jnp.float32), 0.0)[None],
         jnp.where(sees_R, log_sum_KR[:, :R], -jnp.inf)[None],
         jnp.broadcast_to(sees_R.astype(jnp.float32), (1, log_sum_KR.shape[0], R)),

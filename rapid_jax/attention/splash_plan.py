@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rapid_jax.attention.partial import Rows, Slots, block_of, padded_rows, padded_slots, visible
+from rapid_jax.attention.online_softmax import Rows, Slots, block_of, padded_rows, padded_slots, visible
 
 LANES = 128
 LARGEST = 1024  # rows and slots of a block: 2,048 do not fit the scoped VMEM

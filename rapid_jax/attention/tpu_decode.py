@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rapid_jax.attention.contract import check_contract
-from rapid_jax.attention.partial import Partial, Rows, Slots, finish
+from rapid_jax.attention.online_softmax import Rows, Slots, SoftmaxState, finish
 from rapid_jax.attention.tpu_decode_kernel import Given, attended
 from rapid_jax.attention.tpu_decode_state import LANES, NOWHERE, Cut
 from rapid_jax.runtime.contract import contract
@@ -120,7 +120,7 @@ def fits(rows: Rows, far: Side, near: Side) -> bool:
 
 def tpu_decode(
     rows: Rows, sides: tuple[Side, ...], used: tuple[jax.Array, ...], *, scale: float, interpret: Any = False
-) -> Partial:
+) -> SoftmaxState:
     """Attention of the rows over a prefix, a tail and, as a third side, the new tokens; un-normalised.
 
     The same as `attend_block` over them in one, but for rounding. `used` is int32, one number or, of a prefix, one a
@@ -135,7 +135,7 @@ def tpu_decode(
     peak = jnp.where(total > 0, peak * scale, -jnp.inf)
     top = jnp.max(peak, axis=2)
     weight = jnp.exp(peak - jnp.where(top == -jnp.inf, 0.0, top)[:, :, None])
-    whole = Partial(jnp.sum(out * weight[..., None], axis=2), top, jnp.sum(total * weight, axis=2))
+    whole = SoftmaxState(jnp.sum(out * weight[..., None], axis=2), top, jnp.sum(total * weight, axis=2))
     return jax.tree.map(partial(_unfolded, cut), whole)
 
 

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rapid_jax.attention.partial import Slots
+from rapid_jax.attention.online_softmax import Slots
 from rapid_jax.attention.tpu_decode_state import LANES, Cut, How, Seen
 
 

@@ -13,10 +13,10 @@ from jax import lax
 
 from rapid_jax.attention.contract import check_backward, check_contract
 from rapid_jax.attention.kernels import Cotangent, Gradients
-from rapid_jax.attention.partial import (
-    Partial,
+from rapid_jax.attention.online_softmax import (
     Rows,
     Slots,
+    SoftmaxState,
     attend_tiled,
     block_of,
     padded_rows,
@@ -35,7 +35,7 @@ class Xla:
 
     def forward(
         self, rows: Rows, slots: Slots, *, scale: float, runs: int = 0, used: jax.Array | None = None
-    ) -> Partial:
+    ) -> SoftmaxState:
         """Attention of the rows over the slots."""
         check_contract("xla", rows, slots)
         del runs

@@ -27,7 +27,7 @@ class Case:
     gamma: int | Literal["auto"] = 0
     documents: int | None = None  # that the prompts are about, equally many about each; None: one each
     shape: str | None = None  # of a drafter that is another model; None: the target's own weights draft
-    quoting: bool | None = None  # level 0 copies: from a text that holds the answer, from one that does not; None: off
+    quoting: bool | None = None  # prompt lookup: in a text that holds the answer, in one that does not; None: off
 
     @property
     def baseline(self) -> "Case":

@@ -100,11 +100,11 @@ def _attention(
 def _prefill(rows: Rows, config: ModelConfig, options: argparse.Namespace, contexts: tuple[int, ...], sizes: Sizes):
     from rapid_jax.bench.models import random_decoder
     from rapid_jax.bench.parts import prefill_seconds
-    from rapid_jax.model.fused import fused
+    from rapid_jax.model.fused import fuse
     from rapid_jax.runtime.mesh import make_meshes
 
     mesh = None if options.mesh is None else make_meshes(options.mesh, None)[0]
-    decoder = fused(random_decoder(config, _dtype(options), mesh=mesh), spent=True)
+    decoder = fuse(random_decoder(config, _dtype(options), mesh=mesh), spent=True)
     short = options.short or sizes.short
     drafter = prefill_seconds(decoder, short, sizes.chunk, options.repeats)
     for context in contexts:

@@ -18,12 +18,12 @@ from jax.sharding import Mesh
 
 from rapid_jax.attention.attended import BLOCK as BLOCK_OF_CHOICE
 from rapid_jax.attention.cache import Prefix
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.bench.cases import FIRST_DIAL, Case, Measured, Timing, plain_bytes
 from rapid_jax.bench.models import dialled, random_decoder, random_prefix
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.model.fused import fused, quantized
+from rapid_jax.model.fused import fuse, quantize
 from rapid_jax.model.quantized import BITS
 from rapid_jax.runtime.mesh import make_meshes, replicated
 from rapid_jax.runtime.mesh_config import MeshConfig
@@ -186,7 +186,7 @@ class Decoding:
         return self._held[name][1]
 
     def _base(self, config: ModelConfig) -> Decoder:
-        return fused(random_decoder(config, self.dtype, self.seed, self._mesh), spent=True)
+        return fuse(random_decoder(config, self.dtype, self.seed, self._mesh), spent=True)
 
     def _decoder(self) -> Decoder:
         base = self._hold("weights", None, lambda: self._base(self.config))
@@ -207,7 +207,7 @@ class Decoding:
             how: Any = {"dtype": self.dtype, "seed": seed, "mesh": self._mesh}
             config = self.config if name == "long" else self.small or self.config
             made = random_prefix(config, batch=batch, tokens=tokens, **how)
-            return rounded(made) if is_rounded else made
+            return quantize_kv(made) if is_rounded else made
 
         return self._hold(name, (batch, tokens, is_rounded), make)
 
@@ -227,7 +227,7 @@ class Decoding:
         decoder = self._drafting()
         if kind == "full":
             return decoder
-        return self._hold("copy", (kind, self.dial), lambda: quantized(decoder, BITS[kind]))
+        return self._hold("copy", (kind, self.dial), lambda: quantize(decoder, BITS[kind]))
 
     def _worst(self, case: Case, wanted: list[list[int]], found: list[list[list[int]]]) -> str:
         """What `_compared` says of the run that is least like plain decoding."""

@@ -17,7 +17,7 @@ from rapid_jax.bench.models import random_decoder, random_prefix
 from rapid_jax.bench.parts import seconds_of
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.model.fused import fused, quantized
+from rapid_jax.model.fused import fuse, quantize
 from rapid_jax.model.matrix import MODEL, Matrix, Place
 from rapid_jax.runtime.mesh import make_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
@@ -70,7 +70,7 @@ class Layer:
 def first_hour(config: ModelConfig, dtype: Any, repeats: int, add: Callable[[str, dict[str, Any]], None]) -> None:
     """Measures and prints each as soon as it is there; `add` is given (part, its numbers)."""
     config = replace(config, num_layers=min(config.num_layers, LAYERS))
-    decoder: Decoder = fused(random_decoder(config, dtype), spent=True)
+    decoder: Decoder = fuse(random_decoder(config, dtype), spent=True)
 
     def tell(item: Product | Sum | Layer) -> None:
         add(type(item).__name__.lower(), asdict(item))
@@ -79,7 +79,7 @@ def first_hour(config: ModelConfig, dtype: Any, repeats: int, add: Callable[[str
     if len(jax.devices()) > 1:
         tell(_sum(config, dtype, repeats))
     for weights in ("full", "int8"):
-        decoder = decoder if weights == "full" else quantized(decoder, 8)
+        decoder = decoder if weights == "full" else quantize(decoder, 8)
         blocks: Any = decoder.blocks
         wide = [block.gate_up if block.experts is None else block.qkv for block in blocks]
         product = _product(wide, config, dtype, weights, repeats)

@@ -14,7 +14,7 @@ from jax import lax
 
 from rapid_jax.attention.decoding import by_blocks, decode_of
 from rapid_jax.attention.kernels import platform_of
-from rapid_jax.attention.partial import Rows, Slots
+from rapid_jax.attention.online_softmax import Rows, Slots
 from rapid_jax.bench.cases import Timing
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder

@@ -10,10 +10,10 @@ from rapid_jax.engine.job import Job
 from rapid_jax.engine.tiers import Handle
 from rapid_jax.speculative.config import SpeculationConfig
 from rapid_jax.speculative.generate import generation_of
+from rapid_jax.speculative.initial_state import draft_room, gamma_bucket
 from rapid_jax.speculative.pace import Pace
 from rapid_jax.speculative.round_times import RoundTimes
 from rapid_jax.speculative.rounds import Rounds, Slots
-from rapid_jax.speculative.start import draft_room, gamma_bucket
 
 ROW_BUCKETS = (1, 2, 4, 8, 16)  # rows, of documents or of one, that programs are compiled for
 

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TypeAlias, TypeVar
 
 from rapid_jax.attention.cache import Prefix
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.drafter_room import DrafterRoom
 from rapid_jax.engine.errors import TooLarge
@@ -106,7 +106,7 @@ class Prefilling:
         try:
             prefix = yield from self.read(job, decoder, head, "prefill", found, name.room)
             if self.config.compute.kv != "full":
-                prefix = rounded(prefix)
+                prefix = quantize_kv(prefix)
         finally:
             self.prefixes.give_back(size)
         handle = self.prefixes.put(name, prefix)
@@ -211,7 +211,7 @@ class Prefilling:
         prefix = yield from self.read(job, decoder, tokens[:-DRAFTER_LACKS], label, room=room)
         is_copy = decoder.bits is not None and decoder is not self.models.target.decoder
         if is_copy:
-            prefix = rounded(prefix)
+            prefix = quantize_kv(prefix)
         return Prompted(decoder, [tokens], prefix, [len(tokens) - DRAFTER_LACKS])
 
     def _settings(self, *, coarse: bool, room: int) -> PrefillSettings:

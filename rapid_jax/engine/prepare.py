@@ -23,7 +23,7 @@ from rapid_jax.model.decoder import Decoder
 from rapid_jax.prompts import Reading
 from rapid_jax.runtime.compiling import timed
 from rapid_jax.speculative.generate import Prompted, start
-from rapid_jax.speculative.start import Room
+from rapid_jax.speculative.initial_state import Room
 
 COPIED_BYTES = 2**30  # of keys and values that are copied, so that rows about several documents run in one program
 Named: TypeAlias = tuple[Reading, Name | None]  # what the models read, and the name of what is kept of it
@@ -191,7 +191,7 @@ class Preparing:
                 room=room,
             )
             if self._few_programs:
-                # Greedy rows have the engine's own law: that is what a warm-up compiles.
+                # Greedy rows have the engine's own rule: that is what a warm-up compiles.
                 rounds.widen(transfers=drafter is not None and self._config.speculation.transfers_greedily)
         job.took("prefill", work)
         slots = rounds.slots if self._few_programs else None

@@ -155,7 +155,7 @@ def _document(engine: Engine, length: int) -> str:
 
 
 def _kinds(prompt: Prompt, config: RapidConfig) -> Iterator[tuple[str, Request]]:
-    """A request for each kind of law that rows may have (`Law.widened`)."""
+    """A request for each kind of rule that rows may have (`SamplingRule.widened`)."""
     greedy = replace(config.sampling, temperature=0.0, repetition_penalty=1.0)
     asked = Request.of(prompt, replace(config, sampling=greedy))
     yield "greedy", asked

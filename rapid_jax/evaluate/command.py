@@ -194,9 +194,9 @@ def report(options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> None:
     """Prints how two evaluations differ."""
-    from rapid_jax.evaluate.contrast import contrast
+    from rapid_jax.evaluate.compare import compare
 
-    print(contrast(options.one, options.other, options.out))
+    print(compare(options.one, options.other, options.out))
 
 
 def _write_report(folder: AnyPlace, out: AnyPlace | None) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
 
-from rapid_jax.evaluate import haystack, words
+from rapid_jax.evaluate import haystack, word_lists
 from rapid_jax.evaluate.data_files import tasks_of
 from rapid_jax.evaluate.haystack import Burial
 from rapid_jax.evaluate.ruler_hidden import stand
@@ -57,7 +57,7 @@ def _made(length: int, depth: float, number: int, seed: int, text: str, measure:
     )
     for attempt in range(haystack.ATTEMPTS):
         rng = random.Random(f"{seed}/{blank.id}/{attempt}")
-        key, value = words.key(rng), words.number(rng)
+        key, value = word_lists.key(rng), word_lists.number(rng)
         asked = replace(blank, question=f"What is the number of the house {key}?", answers=(value,))
         at = haystack.sentence_start(text, rng.randrange(len(text)))
         sample = _placed(asked, text, at, f"The number of the house {key} is {value}. ", depth, measure)

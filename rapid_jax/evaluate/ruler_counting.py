@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rapid_jax.evaluate import words
+from rapid_jax.evaluate import word_lists
 from rapid_jax.evaluate.haystack import fitted, needed_length
 from rapid_jax.evaluate.samples import Measure, Sample
 
@@ -30,7 +30,7 @@ def common_words(blank: Sample, rng: random.Random, text: str, measure: Measure)
     short = needed_length(blank) < SHORT
     shown_words, shown_times, shown_others = (20, 3, 1) if short else (40, 10, 3)
     times, others = (6, 1) if short else (30, 3)
-    drawn = words.countable(rng, [text])
+    drawn = word_lists.countable(rng, [text])
     example = list(itertools.islice(drawn, shown_words))
     common = list(itertools.islice(drawn, COMMON))
     if any(one in other for one, other in itertools.permutations(common, 2)):
@@ -61,7 +61,7 @@ def coded_words(blank: Sample, rng: random.Random, measure: Measure) -> Sample:
     a word or a few.
     """
     length = needed_length(blank)
-    drawn = words.distinct(rng, lambda rng: words.letters(rng, 6))
+    drawn = word_lists.distinct(rng, lambda rng: word_lists.letters(rng, 6))
     vocabulary = [NOISE_WORD, *itertools.islice(drawn, max(length // 50, 10))]
     order = rng.random()
     blank = replace(

@@ -11,7 +11,7 @@ import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from rapid_jax.evaluate import haystack, words
+from rapid_jax.evaluate import haystack, word_lists
 from rapid_jax.evaluate.haystack import NOISE, Burial, fitted, needed_length
 from rapid_jax.evaluate.samples import Measure, Sample
 
@@ -27,22 +27,22 @@ class Niah:
     keys: int = 1
     values: int = 1
     asked: int = 1
-    key: Callable[[random.Random], str] = words.key
-    value: Callable[[random.Random], str] = words.number
+    key: Callable[[random.Random], str] = word_lists.key
+    value: Callable[[random.Random], str] = word_lists.number
 
     @property
     def noun(self) -> str:
         """What a value is called."""
-        return "identifier" if self.value is words.identifier else "number"
+        return "identifier" if self.value is word_lists.identifier else "number"
 
 
 NIAH = {
     "niah_single_1": Niah("noise"),
     "niah_single_2": Niah("text"),
-    "niah_single_3": Niah("text", value=words.identifier),
+    "niah_single_3": Niah("text", value=word_lists.identifier),
     "niah_multikey_1": Niah("text", keys=4),
     "niah_multikey_2": Niah("needles"),
-    "niah_multikey_3": Niah("needles", key=words.identifier, value=words.identifier),
+    "niah_multikey_3": Niah("needles", key=word_lists.identifier, value=word_lists.identifier),
     "niah_multivalue": Niah("text", values=4),
     "niah_multiquery": Niah("text", keys=4, asked=4),
 }
@@ -51,8 +51,8 @@ NIAH = {
 def niah(blank: Sample, rng: random.Random, text: str, measure: Measure) -> Sample | None:
     """`blank` with document, question and answers of its task; None: draw again."""
     kind = NIAH[blank.task]
-    drawn = words.distinct(rng, kind.value)
-    keys = list(itertools.islice(words.distinct(rng, kind.key), kind.keys))
+    drawn = word_lists.distinct(rng, kind.value)
+    keys = list(itertools.islice(word_lists.distinct(rng, kind.key), kind.keys))
     values = {key: [next(drawn) for _ in range(kind.values)] for key in keys}
     asked = keys[: kind.asked]
     pairs = [(key, value) for key in keys for value in values[key]]
@@ -121,7 +121,7 @@ def variables(blank: Sample, rng: random.Random, measure: Measure) -> Sample | N
 
 def _chain(rng: random.Random, letters: int) -> tuple[str, list[str], list[str]]:
     """The value, the names of the variables, and the lines that set them."""
-    drawn = words.distinct(rng, lambda rng: words.letters(rng, letters, string.ascii_uppercase))
+    drawn = word_lists.distinct(rng, lambda rng: word_lists.letters(rng, letters, string.ascii_uppercase))
     names = [next(drawn) for _ in range(HOPS + 1)]
     value = str(rng.randint(10_000, 99_999))
     lines = [f"VAR {names[0]} = {value}\n"]
@@ -134,7 +134,7 @@ def _needle(noun: str, key: str, value: str) -> str:
 
 
 def _asking(noun: str, keys: Sequence[str], several: bool) -> dict[str, str]:
-    of = words.joined(keys)
+    of = word_lists.joined(keys)
     many = f"secret {noun}s of {of}" if several else f"secret {noun} of {of}"
     are = "are" if several else "is"
     return {
@@ -148,7 +148,7 @@ def _asking(noun: str, keys: Sequence[str], several: bool) -> dict[str, str]:
 def _among_needles(blank: Sample, rng: random.Random, kind: Niah, asked: tuple[str, str], measure: Measure) -> Sample:
     """One needle a line; `asked` among others of the same form, as many as the length holds."""
     depth = rng.choice(GRID)
-    keys, values = words.distinct(rng, kind.key), words.distinct(rng, kind.value)
+    keys, values = word_lists.distinct(rng, kind.key), word_lists.distinct(rng, kind.value)
     lines: list[str] = []
 
     def make(size: int) -> Sample:

@@ -28,7 +28,7 @@ from rapid_jax.runtime.errors import InputError
 LANES = 128  # columns of a tile
 
 
-def fused(decoder: Decoder, *, spent: bool = False) -> FusedDecoder:
+def fuse(decoder: Decoder, *, spent: bool = False) -> FusedDecoder:
     """The decoder as decoding reads it. `spent`: the given one's matrices are deleted as soon as they are joined.
 
     One layer is joined after the other, or all at once where they are one array.
@@ -42,7 +42,7 @@ def fused(decoder: Decoder, *, spent: bool = False) -> FusedDecoder:
     return FusedDecoder(decoder, blocks, _head(decoder, spent))
 
 
-def quantized(decoder: Decoder, bits: WeightBits) -> FusedDecoder:
+def quantize(decoder: Decoder, bits: WeightBits) -> FusedDecoder:
     """The decoder's copy in so many bits, on the same devices; the original stays as it is.
 
     Raises InputError for a decoder that is quantised already, and for 4 bits on a TPU or over devices.
@@ -51,7 +51,7 @@ def quantized(decoder: Decoder, bits: WeightBits) -> FusedDecoder:
         raise InputError("weights in 4 bits are for one device that is no TPU: expected 8 bits")
     if decoder.bits is not None:
         raise InputError("quantised weights: expected a decoder in full, got one that is quantised already")
-    whole = fused(decoder)
+    whole = fuse(decoder)
     if isinstance(whole.blocks, Block):
         blocks: Any = cast(FusedBlock, whole.blocks).in_bits(bits)
     else:

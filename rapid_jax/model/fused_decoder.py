@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec
 from rapid_jax.model.decoder import Attend, Block, Decoder, activated
 from rapid_jax.model.experts import Grouped
 from rapid_jax.model.matrix import MODEL, Matrix, Place, summed_over_model, times
-from rapid_jax.model.quantized import WeightBits, kernels_fit, restored
+from rapid_jax.model.quantized import WeightBits, dequantize, kernels_fit
 from rapid_jax.model.skinny import FixedPoint, fixed_point, skinny_matmul
 
 
@@ -235,7 +235,7 @@ class FusedDecoder(Decoder):
         if head is None or head.bits is None:
             return super().head if head is None else (head.values[...], "DV")
         assert head.scale is not None
-        weight_VD = restored(head.values[...], head.scale[...], head.bits)[:, : self.config.hidden_size]
+        weight_VD = dequantize(head.values[...], head.scale[...], head.bits)[:, : self.config.hidden_size]
         return weight_VD.astype(self.embed_VD[...].dtype), "VD"
 
     def final_norm(self, x_BTD: jax.Array | Pending) -> jax.Array:

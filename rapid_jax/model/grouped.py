@@ -18,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.megablox import gmm
 from rapid_jax.model import grouped_kernel
 from rapid_jax.model.einsum32 import einsum32
 from rapid_jax.model.grouped_kernel import Tiles
-from rapid_jax.model.quantized import WeightBits, restored
+from rapid_jax.model.quantized import WeightBits, dequantize
 from rapid_jax.runtime.contract import contract
 
 FEW_ROWS, MANY_ROWS = 16, 128  # of a tile
@@ -131,7 +131,7 @@ def _in_bits(x_PD, sizes_X, values, scale, how: Grouping, bits: WeightBits, dtyp
         return grouped_kernel.product(x_PD, tiles, values, scale, bits=bits, turned=True, dtype=dtype)
 
     def one(x_TD: jax.Array, expert: jax.Array) -> jax.Array:
-        weight_FD = restored(values[expert], scale[expert], bits)[:, : x_TD.shape[1]].astype(x_TD.dtype)
+        weight_FD = dequantize(values[expert], scale[expert], bits)[:, : x_TD.shape[1]].astype(x_TD.dtype)
         return einsum32("TD,FD->TF", x_TD, weight_FD)
 
     return _looped(x_PD, tiles, one, dtype)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from rapid_jax.model.config import ModelConfig, to_hf
 from rapid_jax.model.decoder import Decoder, Layout
-from rapid_jax.model.fused import fused, quantized
+from rapid_jax.model.fused import fuse, quantize
 from rapid_jax.model.gguf_io import GgufCheckpoint
 from rapid_jax.model.hf_io import HfCheckpoint
 from rapid_jax.model.placement import build
@@ -59,7 +59,7 @@ class LoadedModel:
 
     def with_weights(self, weights: Literal["int8", "int4"]) -> "LoadedModel":
         """The model with a rounded copy of its weights; this one stays as it is."""
-        return dataclasses.replace(self, decoder=quantized(self.decoder, BITS[weights]))
+        return dataclasses.replace(self, decoder=quantize(self.decoder, BITS[weights]))
 
     @cached_property
     def weights_hash(self) -> str:
@@ -110,7 +110,7 @@ def load_model(
         quiet=quiet,
     )
     if decodes:
-        decoder = fused(decoder, spent=True)
+        decoder = fuse(decoder, spent=True)
         gc.collect()  # arrays that a copy in few bits does not need must have no other owner: flax leaves cycles
     return LoadedModel(decoder, tokenizer, path, tuple(checkpoint.weight_files), generation)
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rapid_jax.attention.kernels import platform_of
 from rapid_jax.model.einsum32 import einsum32
-from rapid_jax.model.quantized import WeightBits, product, rounded
+from rapid_jax.model.quantized import WeightBits, product, quantize_weights
 from rapid_jax.runtime.axes import MeshAxes
 
 Split: TypeAlias = Literal["columns", "depth"]  # what of a matrix is split over the mesh's axis `model`
@@ -118,7 +118,7 @@ def in_bits(weight: Any, axes: str, bits: WeightBits, place: Place) -> Matrix:
     """The matrix whose array has the axes DJ or JD, or those of every layer, in few bits. The array stays as it is."""
     stack = (None,) * (weight.ndim - 2)
     shardings = tuple(place.sharding(*stack, *axes) for axes in _axes_in_bits(*place.spec, bits))
-    values, scale = made(partial(rounded_matrix, axes=axes, bits=bits, place=place), shardings, weight)
+    values, scale = made(partial(quantize_matrix, axes=axes, bits=bits, place=place), shardings, weight)
     return Matrix(values, scale, place=place, bits=bits)
 
 
@@ -137,14 +137,14 @@ def made(function: Any, shardings: Any, *arrays: Any) -> Any:
 
 
 @partial(jax.jit, static_argnames=("axes", "bits", "place"))
-def rounded_matrix(weight: jax.Array, axes: str, bits: WeightBits, place: Place) -> tuple[jax.Array, jax.Array]:
+def quantize_matrix(weight: jax.Array, axes: str, bits: WeightBits, place: Place) -> tuple[jax.Array, jax.Array]:
     """(values, scales) of a matrix, or of every layer's, whose array has the axes DJ or JD."""
 
     def local(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
         over = MODEL if place.split == "depth" and place.parts > 1 else None
 
         def one(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return rounded(matrix if axes == "DJ" else matrix.T, bits, over)
+            return quantize_weights(matrix if axes == "DJ" else matrix.T, bits, over)
 
         def each(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
             return one(weight) if weight.ndim == 2 else lax.map(each, weight)  # a layer or expert at a time in float32

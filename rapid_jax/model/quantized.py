@@ -25,7 +25,7 @@ FEW = 4 * MOST_ROWS  # rows: reading the rounded weights once for every `MOST_RO
 
 
 @partial(jax.jit, static_argnames=("bits", "over"))
-def rounded(weight_DN: jax.Array, bits: WeightBits, over: str | None = None) -> tuple[jax.Array, jax.Array]:
+def quantize_weights(weight_DN: jax.Array, bits: WeightBits, over: str | None = None) -> tuple[jax.Array, jax.Array]:
     """(int8 values, float32 scales) as `skinny_matmul` takes them, the depth D padded with zeros to whole groups.
 
     `over`: a mesh axis that the depth is split over, inside shard_map. A column's scale is that of all its parts.
@@ -44,7 +44,7 @@ def rounded(weight_DN: jax.Array, bits: WeightBits, over: str | None = None) -> 
     return ((halves[:, :, 0] & 15) | (halves[:, :, 1] << 4)).reshape(N, D // 2), scale_NG.T
 
 
-def restored(values: jax.Array, scale: jax.Array, bits: WeightBits) -> jax.Array:
+def dequantize(values: jax.Array, scale: jax.Array, bits: WeightBits) -> jax.Array:
     """The float32 [N, D] that `rounded` stored."""
     if bits == 8:
         return values.astype(jnp.float32) * scale[:, None]
@@ -75,7 +75,7 @@ def product(x: jax.Array, values: jax.Array, scale: jax.Array, bits: WeightBits)
 
 
 def _restoring(x: jax.Array, values: jax.Array, scale: jax.Array, *, bits: WeightBits) -> jax.Array:
-    weight_ND = restored(values, scale, bits).astype(x.dtype)[:, : x.shape[-1]]
+    weight_ND = dequantize(values, scale, bits).astype(x.dtype)[:, : x.shape[-1]]
     return einsum32("...D,ND->...N", x, weight_ND)
 
 

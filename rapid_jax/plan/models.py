@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rapid_jax.attention.cache import KV, Layers, Near, Prefix, Tail
-from rapid_jax.attention.rounded import rounded_array
+from rapid_jax.attention.quantized_kv import quantize_array
 from rapid_jax.config import RapidConfig
-from rapid_jax.model.fused import FusedDecoder, fused, quantized
+from rapid_jax.model.fused import FusedDecoder, fuse, quantize
 from rapid_jax.model.placement import abstract
 from rapid_jax.model.quantized import GROUP, WeightBits
 from rapid_jax.plan.architectures import Architecture
@@ -21,8 +21,8 @@ from rapid_jax.plan.cost import Pass, Work, work_of
 from rapid_jax.runtime.axes import PARAM, with_copied_kv
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative import prefill
+from rapid_jax.speculative.initial_state import RECENT, Sizes
 from rapid_jax.speculative.prefix_heads import layer_names
-from rapid_jax.speculative.start import RECENT, Sizes
 from rapid_jax.speculative.state import Side
 from rapid_jax.speculative.window_layout import WindowLayout
 
@@ -44,7 +44,7 @@ class PlannedModel:
 
     def rounded_to(self, bits: WeightBits, *, shared: bool) -> "PlannedModel":
         """Its copy in so many bits; if `shared`, without what the copy has of the original."""
-        copy = quantized(self.decoder, bits)
+        copy = quantize(self.decoder, bits)
         held = copy.matrices if shared else copy
         return replace(self, decoder=copy, held=held, bits=bits, rounds_prefix=True)
 
@@ -96,8 +96,8 @@ class PlannedModel:
 
     def _rounded(self, kv: KV) -> KV:
         """Shapes of one layer, or of the stack, as `rounded` leaves them."""
-        k_BKSH, k_scale_BKS = jax.eval_shape(partial(rounded_array, turned=False, mesh=self.mesh), kv.k_BKSH)
-        v_BKHS, v_scale_BKS = jax.eval_shape(partial(rounded_array, turned=True, mesh=self.mesh), kv.v_BKSH)
+        k_BKSH, k_scale_BKS = jax.eval_shape(partial(quantize_array, turned=False, mesh=self.mesh), kv.k_BKSH)
+        v_BKHS, v_scale_BKS = jax.eval_shape(partial(quantize_array, turned=True, mesh=self.mesh), kv.v_BKSH)
         found = KV(k_BKSH, v_BKHS, k_scale_BKS, v_scale_BKS)
         if self.mesh is None:
             return found
@@ -153,7 +153,7 @@ def planned(
     table = with_copied_kv(PARAM, sizes.replicate_kv)
     dtype = jnp.dtype("bfloat16" if config.models.dtype == "auto" else config.models.dtype)
     canonical = abstract(architecture.config, layout=config.models.layout, dtype=dtype, mesh=mesh, table=table)
-    decoder = fused(canonical)
+    decoder = fuse(canonical)
     layout = layout_of(config, sizes, prompt, coarse=retrieved)
     rounds = config.compute.kv != "full" and not retrieved
     return PlannedModel(decoder, decoder, decoder, mesh, sizes, dtype, prompt, layout, rounds_prefix=rounds)

@@ -12,10 +12,10 @@ from jax.sharding import NamedSharding
 
 from rapid_jax.attention.cache import KV, Prefix, Tail, each_layer
 from rapid_jax.attention.kernels import kernel_of
-from rapid_jax.attention.rounded import rounded_array
+from rapid_jax.attention.quantized_kv import quantize_array
 from rapid_jax.config import ATTENDED, RapidConfig
 from rapid_jax.model.decoder import Block
-from rapid_jax.model.matrix import rounded_matrix
+from rapid_jax.model.matrix import quantize_matrix
 from rapid_jax.model.quantized import BITS
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.cost import Pass, Work
@@ -24,13 +24,13 @@ from rapid_jax.plan.working import of_prefill, of_round, of_rounded_keys, of_rou
 from rapid_jax.retrieval.config import retrieved_tokens
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_mesh, make_meshes
-from rapid_jax.speculative import apart, prefill
+from rapid_jax.speculative import prefill, split_mesh
 from rapid_jax.speculative.draft import Draft
 from rapid_jax.speculative.generate import allowed_rows
+from rapid_jax.speculative.initial_state import Sizes, gamma_bucket, gammas_of, plan_of, start_state, text_slots
 from rapid_jax.speculative.loop import run_rounds_on_tpu
 from rapid_jax.speculative.own_sampling import resolve
-from rapid_jax.speculative.sampling import Knobs, Law
-from rapid_jax.speculative.start import Sizes, gamma_bucket, gammas_of, plan_of, start_state, text_slots
+from rapid_jax.speculative.sampling import SamplingParams, SamplingRule
 from rapid_jax.speculative.state import Plan, State
 
 QUESTION = 256  # tokens assumed for the question and the template's end, behind the document
@@ -158,8 +158,8 @@ def _rounded_weights(model: PlannedModel, name: str, others: list[Any]) -> Progr
         head = model.decoder.lm_head
         assert head is not None
         if full.lm_head is None:
-            return rounded_matrix.lower(full.embed_VD.get_value(), "JD", bits, head.place)
-        return rounded_matrix.lower(full.lm_head.values.get_value(), "DJ", bits, head.place)
+            return quantize_matrix.lower(full.embed_VD.get_value(), "JD", bits, head.place)
+        return quantize_matrix.lower(full.lm_head.values.get_value(), "DJ", bits, head.place)
 
     return Program(name, lower, resident, work, work, working=of_rounded_matrix(model))
 
@@ -178,7 +178,7 @@ def _rounded_prefix(model: PlannedModel, others: list[Any]) -> Program:
     resident = _by_kind(model.held, prefix, *others, other=())
 
     def lower():
-        return rounded_array.lower(keys, turned=False, mesh=model.mesh)
+        return quantize_array.lower(keys, turned=False, mesh=model.mesh)
 
     return Program("prefix rounding", lower, resident, one, every, len(arrays), working=of_rounded_keys(keys))
 
@@ -196,8 +196,8 @@ def _by_kind(*parts: Any, other: Any) -> dict[str, Any]:
 class _Rounds:
     """What the rounds of a run share."""
 
-    law: Law
-    knobs: Knobs
+    rule: SamplingRule
+    params: SamplingParams
     plan: Plan
     sizes: Sizes
     state: dict[str, Any]
@@ -209,16 +209,16 @@ def _rounds(config: RapidConfig, target: PlannedModel, drafter: PlannedModel | N
     models = [target] if drafter is None else [target, drafter]
     tokens, vocabulary = target.decoder.config.vocab_size, target.decoder.vocabulary
     gamma = 0 if drafter is None else gamma_bucket(max(gammas_of(speculation)))
-    law = Law.of(sampling, speculation, (tokens - 1,))
+    rule = SamplingRule.of(sampling, speculation, (tokens - 1,))
     plan = plan_of(speculation, block=config.compute.attention_block, vocabulary=vocabulary)
-    copying = speculation.lookup != "off" and (gamma > 0 or not law.has_q or speculation.effective_eta == 0)
+    copying = speculation.lookup != "off" and (gamma > 0 or not rule.has_q or speculation.effective_eta == 0)
     plan = replace(plan, gamma=gamma, copies=plan.copies * copying)
     sizes = Sizes.of(speculation, sampling)
-    seen = jax.ShapeDtypeStruct((1, vocabulary), bool) if law.penalty else None
+    seen = jax.ShapeDtypeStruct((1, vocabulary), bool) if rule.penalty else None
     state = start_state([0], sizes, sampling.max_new_tokens, (seen, seen if drafter is not None else None))  # type: ignore[arg-type]
     text = text_slots(sum(model.prompt for model in models) + 2, speculation.lookup_match)
-    knobs = Knobs.of(sampling, speculation, allowed_rows(range(tokens), vocabulary))
-    return _Rounds(law, knobs, plan, sizes, state, text)
+    params = SamplingParams.of(sampling, speculation, allowed_rows(range(tokens), vocabulary))
+    return _Rounds(rule, params, plan, sizes, state, text)
 
 
 def _passes(rounds: _Rounds, target: PlannedModel, drafter: PlannedModel | None) -> tuple[Work, Work]:
@@ -239,21 +239,21 @@ def _round(config: RapidConfig, target: PlannedModel, drafter: PlannedModel | No
     sides = target.side(), None if drafter is None else drafter.side()
     tails = target.tail(rounds.sizes, QUESTION), None if drafter is None else drafter.tail(rounds.sizes, 0)
     state = State(target_tail=tails[0], draft_tail=tails[1], **target.whole(rounds.state))
-    text, knobs = target.int32(1, rounds.text), target.whole(rounds.knobs)
+    text, params = target.int32(1, rounds.text), target.whole(rounds.params)
     drafted, verified = _passes(rounds, target, drafter)
 
     def lower():
         target_side, drafter_side = sides
         beside = None if drafter_side is None else drafter_side.beside(target_side)
-        arguments = (target_side, beside, text, state, knobs, target.int32())
-        return run_rounds_on_tpu.lower(*arguments, law=rounds.law, plan=rounds.plan)
+        arguments = (target_side, beside, text, state, params, target.int32())
+        return run_rounds_on_tpu.lower(*arguments, rule=rounds.rule, plan=rounds.plan)
 
     decoders = [target.held]
     if drafter is not None and drafter.held is not target.held:
         decoders.append(drafter.held)
     caches = [x for x in (*(side.prefix for side in sides if side is not None), *tails) if x is not None]
     rest = replace(state, target_tail=None, draft_tail=None)  # type: ignore[arg-type]
-    resident = _by_kind(*decoders, *caches, other=(text, rest, knobs))
+    resident = _by_kind(*decoders, *caches, other=(text, rest, params))
     work = drafted + verified
     working = of_round(rounds.plan)
     return Program("round", lower, resident, work, work, loops=(1, _draft_loop(rounds.plan)), working=working)
@@ -270,24 +270,24 @@ def _halves(config: RapidConfig, target: PlannedModel, drafter: PlannedModel) ->
     tail, near = drafter.tail(rounds.sizes, 0), target.tail(rounds.sizes, QUESTION)
     state = State(target_tail=near, draft_tail=None, **target.whole(rounds.state))
     outline = replace(state, target_tail=replace(near, layers=()), target_seen_BV=None)
-    known, knobs = drafter.whole(outline), rounds.knobs
+    known, params = drafter.whole(outline), rounds.params
     texts = [model.int32(1, rounds.text) for model in (target, drafter)]
-    side, law, plan = drafter.side(), rounds.law, rounds.plan
+    side, rule, plan = drafter.side(), rounds.rule, rounds.plan
     drafted, verified = _passes(rounds, target, drafter)
 
     def lower_draft():
-        arguments = (side, known, tail, texts[1], drafter.whole(knobs))
-        return apart._drafted_on_tpu.lower(*arguments, law=law, plan=plan)
+        arguments = (side, known, tail, texts[1], drafter.whole(params))
+        return split_mesh._drafted_on_tpu.lower(*arguments, rule=rule, plan=plan)
 
     def lower_verify():
-        shapes = jax.eval_shape(lambda: Draft.empty(1, plan.gamma, law, plan.vocabulary))
+        shapes = jax.eval_shape(lambda: Draft.empty(1, plan.gamma, rule, plan.vocabulary))
         draft = target.whole(shapes) if plan.gamma else None
-        arguments = (target.side(), state, draft, texts[0], target.whole(knobs))
-        return apart._verified_on_tpu.lower(*arguments, law=law, plan=plan)
+        arguments = (target.side(), state, draft, texts[0], target.whole(params))
+        return split_mesh._verified_on_tpu.lower(*arguments, rule=rule, plan=plan)
 
-    theirs = _by_kind(drafter.held, side.prefix, tail, other=(texts[1], known, drafter.whole(knobs)))
+    theirs = _by_kind(drafter.held, side.prefix, tail, other=(texts[1], known, drafter.whole(params)))
     rest = replace(state, target_tail=None)  # type: ignore[arg-type]
-    ours = _by_kind(target.held, target.read_prefix(), near, other=(texts[0], rest, target.whole(knobs)))
+    ours = _by_kind(target.held, target.read_prefix(), near, other=(texts[0], rest, target.whole(params)))
     return [
         Program("draft", lower_draft, theirs, drafted, drafted, loops=(_draft_loop(plan),)),
         Program("verify", lower_verify, ours, verified, verified),

@@ -20,8 +20,8 @@ from rapid_jax.plan.cost import Pass
 from rapid_jax.plan.models import PlannedModel
 from rapid_jax.plan.programs import models_of
 from rapid_jax.plan.topologies import Generation
+from rapid_jax.speculative.initial_state import gammas_of
 from rapid_jax.speculative.schedule import GAMMAS
-from rapid_jax.speculative.start import gammas_of
 
 SMALL_SECONDS = {"full": 35e-6, "rounded": 71e-6}  # of a layer in one pass, by its weights
 ACCEPTANCES = (0.9, 0.7, 0.5)  # chances that a draft is accepted

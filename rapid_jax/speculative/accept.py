@@ -5,7 +5,7 @@ p: the target's distribution, q: the drafter's, both after temperature and filte
 after the drafter's evidence is mixed in. G drafts a round, verified against G+1 rows of the target.
 
 With eta = 0 the emitted tokens follow p exactly. With eta > 0 they do not: for one drafted position, with
-m = min(q, p_hat) and R = sum max(p - m, 0), the law is  m + (1 - sum m) max(p - m, 0) / R.
+m = min(q, p_hat) and R = sum max(p - m, 0), the distribution is  m + (1 - sum m) max(p - m, 0) / R.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from rapid_jax.speculative.config import Guard
-from rapid_jax.speculative.sampling import GUARDS, Knobs, Law, Numbers, along, draw
+from rapid_jax.speculative.sampling import GUARDS, Numbers, SamplingParams, SamplingRule, along, draw
 from rapid_jax.speculative.vocabulary import at, best
 
 
@@ -75,8 +75,8 @@ def verify(
     log_q_BGV: jax.Array,
     length_B: jax.Array,
     z_BGV: jax.Array,
-    law: Law,
-    knobs: Knobs,
+    rule: SamplingRule,
+    params: SamplingParams,
 ) -> tuple[jax.Array, jax.Array]:
     """(n accepted [B], the token after them [B]), for G >= 1 drafts drawn from q.
 
@@ -88,45 +88,45 @@ def verify(
     """
     accept_keys_BG, token_keys_BG = keys
     best_BG = best(z_BGV)
-    if not law.has_q:
+    if not rule.has_q:
         return _agreed(drafts_BG, length_B, best_BG)
-    log_p_hat_BGV = enriched(z_BGV[:, :-1], log_q_BGV, law, knobs)
-    if law.transfer:
+    log_p_hat_BGV = enriched(z_BGV[:, :-1], log_q_BGV, rule, params)
+    if rule.transfer:
         is_drafted_BG = jnp.arange(drafts_BG.shape[1]) < length_B[:, None]
-        moved_BG = is_drafted_BG & (along(knobs.eta_B, best_BG) > 0)
+        moved_BG = is_drafted_BG & (along(params.eta_B, best_BG) > 0)
         best_BG = best_BG.at[:, :-1].set(jnp.where(moved_BG, best(log_p_hat_BGV), best_BG[:, :-1]))
     best_n_B, best_B = _agreed(drafts_BG, length_B, best_BG)
-    if law.greedy:
+    if rule.greedy:
         return best_n_B, best_B
     above_zero = partial(jax.random.uniform, minval=jnp.finfo(jnp.float32).tiny)
     log_r_BG = jnp.log(jax.vmap(jax.vmap(above_zero))(accept_keys_BG))
     n_B = leading_accepts(at(log_p_hat_BGV, drafts_BG) - at(log_q_BGV, drafts_BG), log_r_BG, length_B)
-    n_B = jnp.where(knobs.greedy_B, best_n_B, n_B)
+    n_B = jnp.where(params.greedy_B, best_n_B, n_B)
 
     p_BV = jax.nn.softmax(_row(z_BGV, n_B), axis=-1)
     rejected_B = jnp.minimum(n_B, drafts_BG.shape[1] - 1)
     q_BV, p_hat_BV = jnp.exp(_row(log_q_BGV, rejected_B)), jnp.exp(_row(log_p_hat_BGV, rejected_B))
-    exact_phat = along(knobs.exact_phat_B, p_BV) if law.exact_phat else False
+    exact_phat = along(params.exact_phat_B, p_BV) if rule.exact_phat else False
     left_BV = residual(p_BV, q_BV, p_hat_BV, exact_phat=exact_phat)
     final_BV = jnp.where((n_B < length_B)[:, None], left_BV, p_BV)
     token_keys_B1 = jnp.take_along_axis(token_keys_BG, n_B[:, None], axis=1)
-    token_B = draw(token_keys_B1, jnp.log(final_BV)[:, None], law, knobs)[:, 0]
-    return n_B, jnp.where(knobs.greedy_B, best_B, token_B)
+    token_B = draw(token_keys_B1, jnp.log(final_BV)[:, None], rule, params)[:, 0]
+    return n_B, jnp.where(params.greedy_B, best_B, token_B)
 
 
-def enriched(z_BGV: jax.Array, log_q_BGV: jax.Array, law: Law, knobs: Knobs) -> jax.Array:
+def enriched(z_BGV: jax.Array, log_q_BGV: jax.Array, rule: SamplingRule, params: SamplingParams) -> jax.Array:
     """log p_hat [B, G, V], each row by its own eta and guard; normalised where p_hat itself is what is sampled."""
 
     def by(guard: Guard) -> jax.Array:
-        eta, alpha = along(knobs.eta_B, z_BGV), along(knobs.alpha_B, z_BGV)
+        eta, alpha = along(params.eta_B, z_BGV), along(params.alpha_B, z_BGV)
         log_p_hat_BGV = augment(z_BGV, log_q_BGV, eta=eta, alpha=alpha, guard=guard)
-        if not (law.exact_phat and guard == "paper"):
+        if not (rule.exact_phat and guard == "paper"):
             return log_p_hat_BGV
-        return jnp.where(along(knobs.exact_phat_B, z_BGV), jax.nn.log_softmax(log_p_hat_BGV, axis=-1), log_p_hat_BGV)
+        return jnp.where(along(params.exact_phat_B, z_BGV), jax.nn.log_softmax(log_p_hat_BGV, axis=-1), log_p_hat_BGV)
 
-    if law.guard != "mixed":
-        return by(law.guard)
-    guard_B11 = along(knobs.guard_B, z_BGV)
+    if rule.guard != "mixed":
+        return by(rule.guard)
+    guard_B11 = along(params.guard_B, z_BGV)
     first, *others = GUARDS
     found = by(first)
     for guard in others:

@@ -21,8 +21,8 @@ from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import replicated
 from rapid_jax.speculative.draft import read_with_queries
+from rapid_jax.speculative.initial_state import RECENT
 from rapid_jax.speculative.prefill import serving
-from rapid_jax.speculative.start import RECENT
 from rapid_jax.speculative.state import Plan, Side, window
 
 

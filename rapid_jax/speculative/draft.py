@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draft tokens from the drafter's distribution q, one at a time or several where level 0 guessed them."""
+"""Draft tokens from the drafter's distribution q, one at a time or several where prompt lookup guessed them."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,22 +8,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from rapid_jax.attention.attend import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.attention.cache import KV, Tail
-from rapid_jax.attention.verbs import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.speculative.accept import leading_agreement
 from rapid_jax.speculative.lookup import framed, propose
 from rapid_jax.speculative.prefill import serving
 from rapid_jax.speculative.sampling import (
     Draw,
-    Knobs,
-    Law,
+    SamplingParams,
+    SamplingRule,
     along,
     draw,
     limited,
     position_keys,
     seen_after,
     seen_before_each,
-    warped,
+    warp,
 )
 from rapid_jax.speculative.state import Origin, Plan, Side, State, known_tokens, put, window
 from rapid_jax.speculative.vocabulary import at
@@ -37,21 +37,21 @@ class Draft:
     """Up to G drafted tokens a row, each drawn from the row of q that stands beside it."""
 
     tokens_BG: jax.Array  # int32
-    log_q_BGV: jax.Array  # float32; V is 1 and the values mean nothing under a law without q
+    log_q_BGV: jax.Array  # float32; V is 1 and the values mean nothing under a rule without q
     origin_BG: jax.Array  # int8
     length_B: jax.Array  # int32
-    copied_B: jax.Array  # int32, tokens that level 0 proposed
+    copied_B: jax.Array  # int32, tokens that prompt lookup proposed
     copied_accepted_B: jax.Array  # int32
     steps: jax.Array  # int32 scalar, forward passes
     faults_B: jax.Array  # int32, passes whose logits were not all numbers
 
     @classmethod
-    def empty(cls, batch: int, slots: int, law: Law, vocabulary: int) -> "Draft":
+    def empty(cls, batch: int, slots: int, rule: SamplingRule, vocabulary: int) -> "Draft":
         """Nothing drafted, room for `slots` tokens."""
         row = jnp.zeros(batch, jnp.int32)
         return cls(
             jnp.zeros((batch, slots), jnp.int32),
-            jnp.zeros((batch, slots, vocabulary if law.has_q else 1), jnp.float32),
+            jnp.zeros((batch, slots, vocabulary if rule.has_q else 1), jnp.float32),
             jnp.full((batch, slots), Origin.DRAFT, jnp.int8),
             row,
             row,
@@ -100,7 +100,7 @@ def _read(
     return logits, tail, queries
 
 
-def caught_up(side: Side, state: State, tail: Tail, plan: Plan) -> Tail:
+def catch_up(side: Side, state: State, tail: Tail, plan: Plan) -> Tail:
     """The drafter's tail with every token but the last two, as drafting wants it.
 
     Longer ones are rolled back. Shorter ones, after rounds without the drafter, read what they missed.
@@ -117,13 +117,13 @@ def caught_up(side: Side, state: State, tail: Tail, plan: Plan) -> Tail:
     return lax.while_loop(lambda tail: jnp.any(tail.length_B < wanted_B), step, tail) if plan.catch_up else tail
 
 
-def _unsure(z_BGV: jax.Array, tokens_BG: jax.Array, law: Law, knobs: Knobs) -> jax.Array:
+def _unsure(z_BGV: jax.Array, tokens_BG: jax.Array, rule: SamplingRule, params: SamplingParams) -> jax.Array:
     """bool [B, G]: tokens that the drafter gave less than the confidence asked for."""
-    if not law.confidence_stop:
+    if not rule.confidence_stop:
         return jnp.zeros(tokens_BG.shape, bool)
     q_BGV = jax.nn.softmax(z_BGV, axis=-1)
     q_BG = at(q_BGV, tokens_BG)
-    return q_BG < along(knobs.confidence_stop_B, q_BG)
+    return q_BG < along(params.confidence_stop_B, q_BG)
 
 
 def lacking(state: State) -> int:
@@ -132,7 +132,9 @@ def lacking(state: State) -> int:
     return 2 if state.queries_BGLNH is None else 1
 
 
-def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs, plan: Plan) -> tuple[Draft, Tail]:
+def draft_stepwise(
+    side: Side, state: State, tail: Tail, rule: SamplingRule, params: SamplingParams, plan: Plan
+) -> tuple[Draft, Tail]:
     """Drafts and the drafter's tail: gamma steps, or fewer once every row drew a stop token or an unsure one.
 
     The first step feeds the last tokens of the sequence, those that the tail lacks.
@@ -142,11 +144,11 @@ def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs,
     def step(index, carry, tokens_BT):
         draft, tail, seen_BV, open_B = carry
         logits, tail = read(side, tail, tokens_BT, plan, rows=1)
-        logits, finite_B = limited(logits, knobs, plan.vocabulary, side.decoder.config.vocab_size)
-        z_BGV = warped(logits, law, knobs, None if seen_BV is None else seen_BV[:, None])
-        token_B1 = draw(position_keys(state.key_B, Draw.DRAFT, state.count_B + index, 1), z_BGV, law, knobs)
+        logits, finite_B = limited(logits, params, plan.vocabulary, side.decoder.config.vocab_size)
+        z_BGV = warp(logits, rule, params, None if seen_BV is None else seen_BV[:, None])
+        token_B1 = draw(position_keys(state.key_B, Draw.DRAFT, state.count_B + index, 1), z_BGV, rule, params)
         log_q_BGV = draft.log_q_BGV
-        if law.has_q:
+        if rule.has_q:
             log_q_BGV = lax.dynamic_update_slice_in_dim(log_q_BGV, jax.nn.log_softmax(z_BGV, axis=-1), index, axis=1)
         draft = replace(
             draft,
@@ -156,14 +158,14 @@ def draft_stepwise(side: Side, state: State, tail: Tail, law: Law, knobs: Knobs,
             steps=draft.steps + 1,
             faults_B=draft.faults_B + (open_B & ~finite_B),
         )
-        open_B &= index + 1 < knobs.drafts_B
-        open_B &= ~(law.is_stop(token_B1) | _unsure(z_BGV, token_B1, law, knobs))[:, 0]
+        open_B &= index + 1 < params.drafts_B
+        open_B &= ~(rule.is_stop(token_B1) | _unsure(z_BGV, token_B1, rule, params))[:, 0]
         return draft, tail, seen_after(seen_BV, token_B1, jnp.ones(batch, jnp.int32)), open_B
 
-    draft = Draft.empty(batch, plan.gamma, law, plan.vocabulary)
+    draft = Draft.empty(batch, plan.gamma, rule, plan.vocabulary)
     lacks = lacking(state)
     last = window(known_tokens(side, state), side.recent_BR.shape[1] + state.count_B - lacks, lacks)
-    is_open_B = ~state.done_B & (knobs.drafts_B > 0)
+    is_open_B = ~state.done_B & (params.drafts_B > 0)
     carry = step(jnp.int32(0), (draft, tail, state.draft_seen_BV, is_open_B), last)
 
     def more(item):
@@ -193,7 +195,7 @@ def copies_for(known: jax.Array, end_B: jax.Array, reach: int, framed_BM: jax.Ar
 
 
 def draft_with_copies(
-    side: Side, state: State, tail: Tail, framed_BM: jax.Array, law: Law, knobs: Knobs, plan: Plan
+    side: Side, state: State, tail: Tail, framed_BM: jax.Array, rule: SamplingRule, params: SamplingParams, plan: Plan
 ) -> tuple[Draft, Tail]:
     """Drafts and the drafter's tail: each step also reads copied tokens and keeps those that it would have drawn.
 
@@ -202,7 +204,7 @@ def draft_with_copies(
     """
     batch, width = state.count_B.shape[0], plan.copies
     reach = side.recent_BR.shape[1]
-    room, most_B = plan.gamma + width + 1, jnp.minimum(knobs.drafts_B, plan.gamma)
+    room, most_B = plan.gamma + width + 1, jnp.minimum(params.drafts_B, plan.gamma)
     known = jnp.pad(known_tokens(side, state), ((0, 0), (0, room)))
     index = jnp.arange(width + 1)
 
@@ -213,17 +215,17 @@ def draft_with_copies(
         copied_BW, count_B, recent_BR = copies_for(sequence, reach + state.count_B + at_B, reach, framed_BM, plan)
         fed_BT = jnp.concatenate([recent_BR[:, -lacking(state) :], copied_BW], axis=1)
         logits, longer = read(side, tail, fed_BT, plan, rows=width + 1)
-        logits, finite_B = limited(logits, knobs, plan.vocabulary, side.decoder.config.vocab_size)
-        z_BGV = warped(logits, law, knobs, seen_before_each(seen_BV, copied_BW))
+        logits, finite_B = limited(logits, params, plan.vocabulary, side.decoder.config.vocab_size)
+        z_BGV = warp(logits, rule, params, seen_before_each(seen_BV, copied_BW))
         keys_BG = position_keys(state.key_B, Draw.DRAFT, state.count_B + at_B, width + 1)
-        drawn_BG = draw(keys_BG, z_BGV, law, knobs)
+        drawn_BG = draw(keys_BG, z_BGV, rule, params)
         n_B = leading_agreement(copied_BW, drawn_BG, count_B)
-        ends_BG = (law.is_stop(drawn_BG) | _unsure(z_BGV, drawn_BG, law, knobs)) & (index <= n_B[:, None])
+        ends_BG = (rule.is_stop(drawn_BG) | _unsure(z_BGV, drawn_BG, rule, params)) & (index <= n_B[:, None])
         ended_B = jnp.any(ends_BG, axis=1)
         taken_B = jnp.where(ended_B, jnp.argmax(ends_BG, axis=1), n_B) + 1
         taken_B = jnp.where(open_B, jnp.minimum(taken_B, most_B - at_B), 0)
         log_q_BGV = draft.log_q_BGV
-        if law.has_q:  # a closed row writes past its own drafts, where nothing is read
+        if rule.has_q:  # a closed row writes past its own drafts, where nothing is read
             log_q_BGV = put(log_q_BGV, jax.nn.log_softmax(z_BGV, axis=-1), at_B)
         origin_BG = jnp.where(index < n_B[:, None], Origin.LOOKUP, Origin.DRAFT).astype(jnp.int8)
         draft = Draft(
@@ -243,7 +245,7 @@ def draft_with_copies(
         return draft, tail, seen_after(seen_BV, drawn_BG, taken_B), still_B
 
     is_open_B = ~state.done_B & (most_B > 0)
-    start = (Draft.empty(batch, room, law, plan.vocabulary), tail, state.draft_seen_BV, is_open_B)
+    start = (Draft.empty(batch, room, rule, plan.vocabulary), tail, state.draft_seen_BV, is_open_B)
     draft, tail, _, _ = lax.while_loop(lambda item: jnp.any(item[3]), step, start)
     kept = {name: getattr(draft, name)[:, : plan.gamma] for name in ("tokens_BG", "log_q_BGV", "origin_BG")}
     return replace(draft, **kept), tail

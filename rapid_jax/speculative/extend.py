@@ -8,8 +8,8 @@ from functools import partial
 import jax
 import numpy as np
 
+from rapid_jax.attention.attend import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.attention.cache import KV, Prefix, Tail, each_layer
-from rapid_jax.attention.verbs import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.model.decoder import Block, Decoder, windowed
 from rapid_jax.model.rope import Rotation
 from rapid_jax.runtime.mesh import replicated

@@ -17,12 +17,12 @@ from rapid_jax.runtime.mesh import replicated
 from rapid_jax.speculative.attended import Choices, attended_side
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.extend import extend
+from rapid_jax.speculative.initial_state import EXTEND_WIDTH, RECENT, Room, Sizes, plan_of, start_state, text_slots
 from rapid_jax.speculative.pace import Pace
 from rapid_jax.speculative.prefill import new_tail
 from rapid_jax.speculative.round_times import RoundTimes
 from rapid_jax.speculative.rounds import Rounds
-from rapid_jax.speculative.sampling import Knobs, Law
-from rapid_jax.speculative.start import EXTEND_WIDTH, RECENT, Room, Sizes, plan_of, start_state, text_slots
+from rapid_jax.speculative.sampling import SamplingParams, SamplingRule
 from rapid_jax.speculative.state import Side, State
 
 
@@ -114,7 +114,7 @@ def generation_of(rounds: Rounds, gammas: dict[int, int], seconds: dict[str, flo
     lengths = host.count_B.tolist()
     tokens = [row[:length].tolist() for row, length in zip(host.emitted_BO, lengths, strict=True)]
     reasons = [
-        "stop" if row and row[-1] in rounds.law.stops else "interrupted" if cut else "length"
+        "stop" if row and row[-1] in rounds.rule.stops else "interrupted" if cut else "length"
         for row, cut in zip(tokens, rounds.interrupted, strict=True)
     ]
     return Generation(
@@ -176,10 +176,10 @@ def start(
     placed_state = replicated(target.decoder.mesh, host_state)
     state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state, queries_BGLNH=queries)
     text_BM = _text(texts or [[]] * batch, speculation.lookup_match, room.text)
-    law = Law.of(sampling, speculation, stops, logprobs=room.logprobs)
-    knobs = Knobs.of(sampling, speculation, allowed_rows(token_ids, vocabulary))
+    rule = SamplingRule.of(sampling, speculation, stops, logprobs=room.logprobs)
+    params = SamplingParams.of(sampling, speculation, allowed_rows(token_ids, vocabulary))
     sides = target_side, drafter_side
-    rounds = Rounds(sides, text_BM, state, law, knobs, plan, choices)
+    rounds = Rounds(sides, text_BM, state, rule, params, plan, choices)
     jax.block_until_ready((target_tail, draft_tail))
     return rounds
 
@@ -201,8 +201,8 @@ def generate(
 
     With a fixed gamma, row b's tokens depend on its own prompts and `seeds[b]` (default: the seed of the settings for
     every row), not on the rest of the batch. gamma = auto goes by the clock: the tokens need not be the same again
-    except at temperature 0 where they are the target's, and its rounds without drafts are the target's own law whatever
-    eta is. It starts from what is known of `times`, of calls with the same models.
+    except at temperature 0 where they are the target's, and its rounds without drafts sample from the target's own
+    distribution whatever eta is. It starts from what is known of `times`, of calls with the same models.
 
     Raises InputError where a model gives logits that are not numbers.
     """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Level 0: drafts copied from text that was already read, at no model step.
+"""Prompt lookup: drafts copied from text that was already read, at no model step.
 
 The text is what the document, the retrieved chunks and the answer so far hold, as token ids on the device. The longest
 match of the last few tokens wins; among equals the latest, so that the answer goes before the retrieved text and that

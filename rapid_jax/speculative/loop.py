@@ -2,8 +2,8 @@
 """The draft-verify round as one program, and rounds in a loop on the device.
 
 Round: gamma drafts from the drafter, one forward of gamma + 1 tokens through the target, accept, resample, roll both
-caches back by moving their lengths. The host starts several rounds at a time and reads tokens between. `apart.py` runs
-the two halves of a round on devices of their own.
+caches back by moving their lengths. The host starts several rounds at a time and reads tokens between. `split_mesh.py`
+runs the two halves of a round on devices of their own.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from rapid_jax.speculative.accept import leading_agreement, verify
 from rapid_jax.speculative.attended import latest
 from rapid_jax.speculative.draft import (
     Draft,
-    caught_up,
+    catch_up,
     copies_for,
     draft_stepwise,
     draft_with_copies,
@@ -30,14 +30,14 @@ from rapid_jax.speculative.draft import (
 from rapid_jax.speculative.lookup import framed
 from rapid_jax.speculative.sampling import (
     Draw,
-    Knobs,
-    Law,
+    SamplingParams,
+    SamplingRule,
     draw,
     limited,
     position_keys,
     seen_after,
     seen_before_each,
-    warped,
+    warp,
 )
 from rapid_jax.speculative.state import Logprobs, Origin, Plan, Side, State, known_tokens, put, window
 from rapid_jax.speculative.vocabulary import at, largest
@@ -51,10 +51,10 @@ def _run_rounds(
     drafter: Side | None,
     text_BM: jax.Array,
     state: State,
-    knobs: Knobs,
+    params: SamplingParams,
     rounds: jax.Array,
     *,
-    law: Law,
+    rule: SamplingRule,
     plan: Plan,
 ) -> State:
     """The state after `rounds` rounds, or fewer when every row is done. The given state is used up.
@@ -66,7 +66,7 @@ def _run_rounds(
 
     def one(item):
         index, state = item
-        return index + 1, one_round(target, drafter, framed_BM, state, knobs, law, plan)
+        return index + 1, one_round(target, drafter, framed_BM, state, params, rule, plan)
 
     def more(item):
         index, state = item
@@ -75,37 +75,49 @@ def _run_rounds(
     return lax.while_loop(more, one, (jnp.int32(0), state))[1]
 
 
-_jit = partial(jax.jit, static_argnames=("law", "plan"), donate_argnames="state")
+_jit = partial(jax.jit, static_argnames=("rule", "plan"), donate_argnames="state")
 run_rounds, run_rounds_on_tpu = _jit(_run_rounds), _jit(_run_rounds, compiler_options=dict(TPU_OPTIONS))
 
 
 def one_round(
-    target: Side, drafter: Side | None, framed_BM: jax.Array, state: State, knobs: Knobs, law: Law, plan: Plan
+    target: Side,
+    drafter: Side | None,
+    framed_BM: jax.Array,
+    state: State,
+    params: SamplingParams,
+    rule: SamplingRule,
+    plan: Plan,
 ) -> State:
     """The state after one round; each row that is not done has 1 to (drafts + 1) tokens more."""
     if plan.gamma == 0:
-        draft, draft_tail = copies_alone(target, state, framed_BM, law, plan), state.draft_tail
+        draft, draft_tail = copies_alone(target, state, framed_BM, rule, plan), state.draft_tail
     elif drafter is None:
         raise ValueError(f"gamma {plan.gamma} needs a drafter")
     elif state.draft_tail is None:  # what it writes beside the target's keys and values is dropped
-        (draft, _), draft_tail = drafted(drafter, state, state.target_tail, framed_BM, knobs, law, plan), None
+        (draft, _), draft_tail = drafted(drafter, state, state.target_tail, framed_BM, params, rule, plan), None
     else:
-        draft, draft_tail = drafted(drafter, state, state.draft_tail, framed_BM, knobs, law, plan)
-    return replace(verified(target, state, draft, knobs, law, plan), draft_tail=draft_tail)
+        draft, draft_tail = drafted(drafter, state, state.draft_tail, framed_BM, params, rule, plan)
+    return replace(verified(target, state, draft, params, rule, plan), draft_tail=draft_tail)
 
 
 def drafted(
-    drafter: Side, state: State, tail: Tail, framed_BM: jax.Array, knobs: Knobs, law: Law, plan: Plan
+    drafter: Side,
+    state: State,
+    tail: Tail,
+    framed_BM: jax.Array,
+    params: SamplingParams,
+    rule: SamplingRule,
+    plan: Plan,
 ) -> tuple[Draft, Tail]:
     """The drafter's half of a round: (drafts, its tail)."""
     if state.queries_BGLNH is None:
-        tail = caught_up(drafter, state, tail, plan)
+        tail = catch_up(drafter, state, tail, plan)
     if plan.copies:
-        return draft_with_copies(drafter, state, tail, framed_BM, law, knobs, plan)
-    return draft_stepwise(drafter, state, tail, law, knobs, plan)
+        return draft_with_copies(drafter, state, tail, framed_BM, rule, params, plan)
+    return draft_stepwise(drafter, state, tail, rule, params, plan)
 
 
-def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, plan: Plan) -> State:
+def verified(target: Side, state: State, draft: Draft, params: SamplingParams, rule: SamplingRule, plan: Plan) -> State:
     """The target's half of a round: the state, less the drafter's tail, with the accepted drafts and a token more."""
     last_B1 = window(known_tokens(target, state), target.recent_BR.shape[1] + state.count_B - 1, 1)
     fed_BT = jnp.concatenate([last_B1, draft.tokens_BG], axis=1)
@@ -115,30 +127,30 @@ def verified(target: Side, state: State, draft: Draft, knobs: Knobs, law: Law, p
         logits, target_tail = read(target, state.target_tail, fed_BT, plan, rows=T)
     else:
         logits, target_tail, fed_queries = read_with_queries(target, state.target_tail, fed_BT, plan, rows=T)
-    logits, finite_B = limited(logits, knobs, plan.vocabulary, target.decoder.config.vocab_size)
-    z_BGV = warped(logits, law, knobs, seen_before_each(state.target_seen_BV, draft.tokens_BG))
+    logits, finite_B = limited(logits, params, plan.vocabulary, target.decoder.config.vocab_size)
+    z_BGV = warp(logits, rule, params, seen_before_each(state.target_seen_BV, draft.tokens_BG))
     token_keys_BG = position_keys(state.key_B, Draw.TOKEN, state.count_B, T)
     if plan.gamma:
         accept_keys_BG = position_keys(state.key_B, Draw.ACCEPT, state.count_B, T - 1)
         keys = (accept_keys_BG, token_keys_BG)
-        n_B, token_B = verify(keys, draft.tokens_BG, draft.log_q_BGV, draft.length_B, z_BGV, law, knobs)
+        n_B, token_B = verify(keys, draft.tokens_BG, draft.log_q_BGV, draft.length_B, z_BGV, rule, params)
     else:
-        drawn_BG = draw(token_keys_BG, z_BGV, law, knobs)
+        drawn_BG = draw(token_keys_BG, z_BGV, rule, params)
         n_B = leading_agreement(draft.tokens_BG, drawn_BG, draft.length_B)
         token_B = jnp.take_along_axis(drawn_BG, n_B[:, None], axis=1)[:, 0]
     outline = replace(state, target_tail=replace(state.target_tail, layers=()), draft_tail=None)
     # Whole on every device: the host reads it, and of several hosts each reads its own copy.
     before_B = state.count_B
-    state = _committed(outline, draft, n_B, token_B, ~finite_B, logits, law, plan)
+    state = _committed(outline, draft, n_B, token_B, ~finite_B, logits, rule, plan)
     if fed_queries is not None and state.queries_BGLNH is not None:
         state = replace(state, queries_BGLNH=latest(state.queries_BGLNH, fed_queries, state.count_B - before_B))
     state = whole(target.decoder.mesh, state)
     return replace(state, target_tail=replace(state.target_tail, layers=target_tail.layers))
 
 
-def copies_alone(target: Side, state: State, framed_BM: jax.Array, law: Law, plan: Plan) -> Draft:
+def copies_alone(target: Side, state: State, framed_BM: jax.Array, rule: SamplingRule, plan: Plan) -> Draft:
     """Copied tokens as drafts for the target itself, from the `framed` text."""
-    draft = Draft.empty(state.count_B.shape[0], plan.copies, law, 1)
+    draft = Draft.empty(state.count_B.shape[0], plan.copies, rule, 1)
     if not plan.copies:
         return draft
     reach = target.recent_BR.shape[1]
@@ -154,7 +166,7 @@ def _committed(
     token_B: jax.Array,
     faulty_B: jax.Array,
     logits_BGV: jax.Array,
-    law: Law,
+    rule: SamplingRule,
     plan: Plan,
 ) -> State:
     """The state with the accepted drafts and the token after them, cut at a stop token and at the row's limit.
@@ -167,7 +179,7 @@ def _committed(
     fresh_BG = jnp.where(accepted, jnp.pad(draft.tokens_BG, ((0, 0), (0, 1))), token_B[:, None])
     last = jnp.where(n_B < draft.length_B, Origin.CORRECTION, Origin.BONUS).astype(jnp.int8)
     origin_BG = jnp.where(accepted, jnp.pad(draft.origin_BG, ((0, 0), (0, 1))), last[:, None])
-    is_stop = law.is_stop(fresh_BG) & (index <= n_B[:, None])
+    is_stop = rule.is_stop(fresh_BG) & (index <= n_B[:, None])
     stopped_B = jnp.any(is_stop, axis=1)
     taken_B = jnp.where(stopped_B, jnp.argmax(is_stop, axis=1), n_B) + 1
     room_B = state.limit_B - state.count_B

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
+from rapid_jax.attention.attend import attend_chunk
 from rapid_jax.attention.cache import KV, Layers, Near, Prefix, Tail, empty_layers
 from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.attention.groups import by_group, grouped, layer_at
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_chunk
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Block, Decoder, windowed
 from rapid_jax.model.rope import Rotation

@@ -16,12 +16,12 @@ from rapid_jax.attention.kernels import platform_of
 from rapid_jax.model.finite import why_not_finite
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import agreed, replicated
-from rapid_jax.speculative.apart import run_rounds_apart
 from rapid_jax.speculative.attended import Choices, choose
 from rapid_jax.speculative.loop import run_rounds, run_rounds_on_tpu
-from rapid_jax.speculative.rows import fitted, knobs_of_rows, knobs_with_row, outline, taken, with_room, written
-from rapid_jax.speculative.sampling import Knobs, Law
+from rapid_jax.speculative.rows import fitted, outline, params_of_rows, params_with_row, taken, with_room, written
+from rapid_jax.speculative.sampling import SamplingParams, SamplingRule
 from rapid_jax.speculative.schedule import AutoGamma, FixedGamma, Observation
+from rapid_jax.speculative.split_mesh import run_rounds_apart
 from rapid_jax.speculative.state import Counts, Logprobs, Plan, Side, State
 
 _LOOKS = 3  # at how long a call takes without rounds: one alone may meet a hiccup
@@ -52,25 +52,25 @@ class Rounds:
         sides: tuple[Side, Side | None],
         text_BM: np.ndarray,
         state: State,
-        law: Law,
-        knobs: Knobs,
+        rule: SamplingRule,
+        params: SamplingParams,
         plan: Plan,
         choices: Choices | None = None,
     ):
-        """`knobs` are arrays of the host; `choices`: when the drafter chooses anew what it reads of the target's."""
-        self.sides, self.state, self.law, self.plan, self.choices = sides, state, law, plan, choices
+        """`params` are arrays of the host; `choices`: when the drafter chooses anew what it reads of the target's."""
+        self.sides, self.state, self.rule, self.plan, self.choices = sides, state, rule, plan, choices
         self.meshes = [side.decoder.mesh for side in sides if side is not None]
         self.texts = [replicated(mesh, text_BM) for mesh in self.meshes]
         self.compile_seconds = 0.0
         self.interrupted = [False] * text_BM.shape[0]  # rows that the caller has stopped
         self._overheads: dict[Hashable, float] = {}  # by program: seconds of a call beside its rounds
-        self.set_knobs(knobs)
+        self.set_params(params)
         self.host = self._read()
 
-    def set_knobs(self, knobs: Knobs) -> None:
+    def set_params(self, params: SamplingParams) -> None:
         """From now on the rows are drawn so."""
-        self.host_knobs = knobs
-        self.knobs = [replicated(mesh, knobs) for mesh in self.meshes]
+        self.host_params = params
+        self.params = [replicated(mesh, params) for mesh in self.meshes]
 
     def _read(self) -> Progress:
         state = self.state
@@ -80,8 +80,8 @@ class Rounds:
     def _call(self, plan: Plan, rounds: int) -> None:
         target, drafter = self.sides
         if drafter is not None and self.meshes[0] != self.meshes[1]:
-            sides, texts, knobs = (target, drafter), tuple(self.texts), tuple(self.knobs)
-            self.state = run_rounds_apart(sides, texts, self.state, knobs, rounds, law=self.law, plan=plan)
+            sides, texts, params = (target, drafter), tuple(self.texts), tuple(self.params)
+            self.state = run_rounds_apart(sides, texts, self.state, params, rounds, rule=self.rule, plan=plan)
             return
         if self.choices is None or drafter is None or not plan.gamma:
             self._run(plan, rounds)
@@ -100,7 +100,9 @@ class Rounds:
         count = replicated(self.meshes[0], np.int32(rounds))
         program = run_rounds_on_tpu if platform_of(self.meshes[0]) == "tpu" else run_rounds
         beside = None if drafter is None else drafter.beside(target)
-        self.state = program(target, beside, self.texts[0], self.state, self.knobs[0], count, law=self.law, plan=plan)
+        self.state = program(
+            target, beside, self.texts[0], self.state, self.params[0], count, rule=self.rule, plan=plan
+        )
 
     def compile(self, plan: Plan) -> None:
         """Runs rounds of the plan that change nothing: none of them, or one with every row done."""
@@ -126,13 +128,13 @@ class Rounds:
 
     @property
     def may_copy(self) -> bool:
-        """Whether copies that no drafter reads may be verified against p itself: where that is every row's law."""
-        return bool(np.all(self.host_knobs.eta_B == 0))
+        """Whether copies that no drafter reads may be verified against p itself: where that is every row's rule."""
+        return bool(np.all(self.host_params.eta_B == 0))
 
     def advance(self, plan: Plan, rounds: int) -> Observation:
         """What `rounds` rounds of a plan did; a program new to these rows, and to as many, is first compiled, by rounds
         of it that change nothing."""
-        key = self.law, plan, len(self.interrupted), self.sides[0].prefix.pos_BS.shape
+        key = self.rule, plan, len(self.interrupted), self.sides[0].prefix.pos_BS.shape
         if key not in self._overheads:
             start = time.perf_counter()
             self.compile(plan)
@@ -174,9 +176,12 @@ class Rounds:
     # Rows that come and go.
 
     def widen(self, *, transfers: bool) -> None:
-        """From now on the rows have one of few programs, whatever they ask for; `transfers` as in `Law.widened`."""
-        self.law = self.law.widened(transfers=transfers)
-        if self.law.penalty:
+        """From now on the rows have one of few programs, whatever they ask for.
+
+        `transfers` as in `SamplingRule.widened`.
+        """
+        self.rule = self.rule.widened(transfers=transfers)
+        if self.rule.penalty:
             self.state = self._with_seen(self.state)
 
     def join(self, other: "Rounds", row: int, rows: int, document: tuple[int, int] | None = None) -> None:
@@ -185,7 +190,7 @@ class Rounds:
         Both have the same models. `document`, the place of the target's prefix and how many there are, puts that of
         `other` there: rows share the prefixes evenly, one behind the other. Without it theirs is there already.
         """
-        self.law = other.law = self.law.and_also(other.law)
+        self.rule = other.rule = self.rule.and_also(other.rule)
         (first, second), (their_first, their_second) = self._parts(), other._parts()
 
         def put(mine: dict[str, Any], theirs: dict[str, Any], mesh: Mesh | None, at: int, count: int):
@@ -205,7 +210,7 @@ class Rounds:
         self.interrupted[row] = False
         if self.choices is not None and other.choices is not None:
             self.choices = self.choices.with_row(other.choices, row, rows)
-        self.set_knobs(knobs_with_row(self.host_knobs, other.host_knobs, row, rows))
+        self.set_params(params_with_row(self.host_params, other.host_params, row, rows))
         self.host = self._read()
 
     @property
@@ -252,7 +257,7 @@ class Rounds:
             self.sides = replace(target, prefix=taken(target.prefix, documents)), drafter
         self.interrupted = [self.interrupted[row] or row in rows[:at] for at, row in enumerate(rows)]
         self.choices = None if self.choices is None else self.choices.of_rows(rows)
-        self.set_knobs(knobs_of_rows(self.host_knobs, list(rows)))
+        self.set_params(params_of_rows(self.host_params, list(rows)))
         self.host = self._read()
         self._set_done(self.ended())
 
@@ -260,9 +265,9 @@ class Rounds:
         """What the rows have on the target's devices, and on the drafter's; but for the target's prefixes."""
         target, drafter = self.sides
         state = replace(self.state, draft_tail=None)
-        if self.law.penalty:
+        if self.rule.penalty:
             state = self._with_seen(state)
-        if self.law.logprobs and state.logprobs is None:
+        if self.rule.logprobs and state.logprobs is None:
             none = Logprobs.none(*state.emitted_BO.shape)
             state = replace(state, logprobs=replicated(self.meshes[0], none))
         first = {"recent_BR": target.recent_BR, "prompt_B": target.prompt_B, "state": state, "text_BM": self.texts[0]}

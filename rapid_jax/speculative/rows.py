@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import Sharding
 
 from rapid_jax.attention.cache import KV, Near, Prefix, Tail, with_slots
-from rapid_jax.speculative.sampling import Knobs
+from rapid_jax.speculative.sampling import SamplingParams
 
 T = TypeVar("T")
 # What stands where no row has anything yet: an empty slot, no token, an answer that is complete. Else 0.
@@ -159,7 +159,7 @@ def taken(part: T, rows: Sequence[int]) -> T:
     return _taken(part, np.asarray(rows, np.int32))
 
 
-def knobs_with_row(knobs: Knobs, new: Knobs, row: int, rows: int) -> Knobs:
+def params_with_row(params: SamplingParams, new: SamplingParams, row: int, rows: int) -> SamplingParams:
     """The numbers of so many rows, those of one replaced by the first of `new`."""
 
     def put(old: np.ndarray, new: np.ndarray) -> np.ndarray:
@@ -168,11 +168,11 @@ def knobs_with_row(knobs: Knobs, new: Knobs, row: int, rows: int) -> Knobs:
         found[row] = new[0]
         return found
 
-    numbers = jax.tree.map(put, replace(knobs, allowed_V=None), replace(new, allowed_V=None))
-    return replace(numbers, allowed_V=knobs.allowed_V)
+    numbers = jax.tree.map(put, replace(params, allowed_V=None), replace(new, allowed_V=None))
+    return replace(numbers, allowed_V=params.allowed_V)
 
 
-def knobs_of_rows(knobs: Knobs, rows: list[int]) -> Knobs:
+def params_of_rows(params: SamplingParams, rows: list[int]) -> SamplingParams:
     """The numbers of those rows alone."""
-    numbers = jax.tree.map(lambda numbers: numbers[rows], replace(knobs, allowed_V=None))
-    return replace(numbers, allowed_V=knobs.allowed_V)
+    numbers = jax.tree.map(lambda numbers: numbers[rows], replace(params, allowed_V=None))
+    return replace(numbers, allowed_V=params.allowed_V)

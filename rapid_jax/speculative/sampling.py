@@ -15,10 +15,10 @@ from rapid_jax.speculative.vocabulary import best, kth_largest, nucleus
 
 
 @dataclass(frozen=True)
-class Law:
-    """The parts of the sampling law that shape the program; a change of any compiles anew.
+class SamplingRule:
+    """The parts of the sampling rule that shape the program; a change of any compiles anew.
 
-    A law holds for rows that ask for less: what a row leaves out is neutral in its `Knobs`.
+    A rule holds for rows that ask for less: what a row leaves out is neutral in its `SamplingParams`.
     """
 
     greedy: bool  # every row is
@@ -36,8 +36,8 @@ class Law:
     @classmethod
     def of(
         cls, sampling: SamplingConfig, speculation: SpeculationConfig, stops: Sequence[int], *, logprobs: bool = False
-    ) -> "Law":
-        """The law that these settings ask for. What a greedy law ignores is the same in every one."""
+    ) -> "SamplingRule":
+        """The rule that these settings ask for. What a greedy rule ignores is the same in every one."""
         sampled = sampling.temperature > 0
         transfer = not sampled and speculation.transfers_greedily
         return cls(
@@ -54,13 +54,13 @@ class Law:
             logprobs=logprobs,
         )
 
-    def and_also(self, other: "Law") -> "Law":
-        """A law for the rows of both; their stop tokens must be the same."""
+    def and_also(self, other: "SamplingRule") -> "SamplingRule":
+        """A rule for the rows of both; their stop tokens must be the same."""
         if self.stops != other.stops:
-            raise ValueError(f"expected laws with the same stop tokens, got {self.stops} and {other.stops}")
-        enriched = [law for law in (self, other) if law.has_q] or [self]
+            raise ValueError(f"expected rules with the same stop tokens, got {self.stops} and {other.stops}")
+        enriched = [rule for rule in (self, other) if rule.has_q] or [self]
         guard = enriched[0].guard if enriched[0].guard == enriched[-1].guard else "mixed"
-        return Law(
+        return SamplingRule(
             greedy=self.greedy and other.greedy,
             transfer=self.transfer or other.transfer,
             guard=guard,
@@ -79,16 +79,16 @@ class Law:
         """Whether some row's tokens depend on the drafter's distribution, not on what it drafted alone."""
         return not self.greedy or self.transfer
 
-    def widened(self, *, transfers: bool) -> "Law":
+    def widened(self, *, transfers: bool) -> "SamplingRule":
         """One of a few: greedy and no more, or all kinds of sampling at once, without log-probabilities or with.
 
-        Of greedy laws there is one alone, with transfer or without, as `transfers` says: rows without eta are right
+        Of greedy rules there is one alone, with transfer or without, as `transfers` says: rows without eta are right
         under either, and rows that the one without is too little for have all kinds.
         """
         is_plain = self.greedy and not (self.penalty or self.confidence_stop or self.logprobs)
         if is_plain and (transfers or not self.transfer):
             return replace(self, transfer=transfers, guard="mixed" if transfers else "none")
-        return Law(False, True, "mixed", True, True, True, True, True, True, self.stops, self.logprobs)
+        return SamplingRule(False, True, "mixed", True, True, True, True, True, True, self.stops, self.logprobs)
 
     def is_stop(self, tokens: jax.Array) -> jax.Array:
         """bool, of the tokens' shape."""
@@ -101,8 +101,8 @@ GUARDS: tuple[Guard, ...] = ("code", "paper", "none")  # as numbers
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Knobs:
-    """The numbers of the sampling law, one a row or one for all: data, which compiles nothing. float32 unless said."""
+class SamplingParams:
+    """The numbers of the sampling rule, one a row or one for all: data, which compiles nothing. float32 unless said."""
 
     greedy_B: Numbers  # bool
     temperature_B: Numbers
@@ -119,7 +119,7 @@ class Knobs:
     allowed_V: Any = None  # bool, ids that may be drawn; None: every one
 
     @classmethod
-    def of(cls, sampling: SamplingConfig, speculation: SpeculationConfig, allowed_V: Any = None) -> "Knobs":
+    def of(cls, sampling: SamplingConfig, speculation: SpeculationConfig, allowed_V: Any = None) -> "SamplingParams":
         """The numbers of these settings, one for all rows; arrays of the host. A greedy row is not filtered; it is
         divided by the transfer temperature, and has an eta, where the drafter moves it."""
         sampled = sampling.temperature > 0
@@ -151,7 +151,7 @@ def along(value_B: Numbers, rows: jax.Array) -> jax.Array:
     return jnp.reshape(value_B, (-1, *(1,) * (rows.ndim - 1)))
 
 
-def limited(logits_BTV: jax.Array, knobs: Knobs, vocabulary: int, own: int) -> tuple[jax.Array, jax.Array]:
+def limited(logits_BTV: jax.Array, params: SamplingParams, vocabulary: int, own: int) -> tuple[jax.Array, jax.Array]:
     """(logits [B, T, vocabulary], -inf where no token may be drawn; bool [B]: whether the others are all numbers).
 
     A model with fewer rows than `vocabulary` gives the ids that it lacks no chance; one with more loses them. The first
@@ -161,8 +161,8 @@ def limited(logits_BTV: jax.Array, knobs: Knobs, vocabulary: int, own: int) -> t
     finite_BTV = jnp.isfinite(logits_BTV)
     if logits_BTV.shape[-1] > own:
         finite_BTV |= jnp.arange(logits_BTV.shape[-1]) >= own
-    if knobs.allowed_V is not None:
-        allowed_V = knobs.allowed_V[: logits_BTV.shape[-1]]
+    if params.allowed_V is not None:
+        allowed_V = params.allowed_V[: logits_BTV.shape[-1]]
         finite_BTV |= ~allowed_V
         logits_BTV = jnp.where(allowed_V, logits_BTV, -jnp.inf)
     lacking = vocabulary - logits_BTV.shape[-1]
@@ -177,27 +177,27 @@ def penalized(logits_V: jax.Array, seen_V: jax.Array, penalty: jax.Array) -> jax
     return jnp.where(seen_V, lowered, logits_V)
 
 
-def warped(logits: jax.Array, law: Law, knobs: Knobs, seen: jax.Array | None) -> jax.Array:
+def warp(logits: jax.Array, rule: SamplingRule, params: SamplingParams, seen: jax.Array | None) -> jax.Array:
     """z / T over the last axis with every filtered token at -inf: softmax of it is the model's distribution.
 
-    The first axis is that of the knobs. Order: repetition penalty, temperature, top-k, top-p, min-p. The eta shift of
+    The first axis is that of the params. Order: repetition penalty, temperature, top-k, top-p, min-p. The eta shift of
     RAPID comes after all of them. Greedy rows only have the penalty, and the temperature of their transfer.
     """
     z = logits.astype(jnp.float32)
-    if law.penalty and seen is not None:
-        z = penalized(z, seen, along(knobs.penalty_B, z))
-    if not law.has_q:
+    if rule.penalty and seen is not None:
+        z = penalized(z, seen, along(params.penalty_B, z))
+    if not rule.has_q:
         return z
-    z = z / along(knobs.temperature_B, z)
-    if law.top_k:
-        top_k, V = along(knobs.top_k_B, z), z.shape[-1]
+    z = z / along(params.temperature_B, z)
+    if rule.top_k:
+        top_k, V = along(params.top_k_B, z), z.shape[-1]
         least = kth_largest(z, jnp.clip(top_k, 1, V))
         z = jnp.where((z < least) & (top_k > 0), -jnp.inf, z)
-    if law.nucleus:
-        outside = along(knobs.outside_B, z)
+    if rule.nucleus:
+        outside = along(params.outside_B, z)
         z = jnp.where(outside < 0, z, nucleus(z, outside))
-    if law.min_p:
-        z = jnp.where(z < jnp.max(z, axis=-1, keepdims=True) + jnp.log(along(knobs.min_p_B, z)), -jnp.inf, z)
+    if rule.min_p:
+        z = jnp.where(z < jnp.max(z, axis=-1, keepdims=True) + jnp.log(along(params.min_p_B, z)), -jnp.inf, z)
     return z
 
 
@@ -213,22 +213,22 @@ def position_keys(key_B: jax.Array, purpose: Draw, position_B: jax.Array, width:
     """Keys [B, width] for `width` positions of the answer from `position_B` on.
 
     Keyed by position, not by round: a draft that a rejection before it threw away is drawn again from the same number,
-    which no emitted token has depended on. So what is emitted does not depend on how rounds are cut, on level 0 or on
-    the rest of the batch, except for where bonus tokens fall.
+    which no emitted token has depended on. So what is emitted does not depend on how rounds are cut, on prompt lookup
+    or on the rest of the batch, except for where bonus tokens fall.
     """
     position_BW = position_B[:, None] + jnp.arange(width)
     stream_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(key_B, int(purpose))
     return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(stream_B, position_BW)
 
 
-def draw(keys_BG: jax.Array, z_BGV: jax.Array, law: Law, knobs: Knobs) -> jax.Array:
+def draw(keys_BG: jax.Array, z_BGV: jax.Array, rule: SamplingRule, params: SamplingParams) -> jax.Array:
     """int32 [B, G]: a token of softmax(z) at each position by its own key; the argmax in greedy rows."""
     best_BG = best(z_BGV)
-    if law.greedy:
+    if rule.greedy:
         return best_BG
     noise_BGV = jax.vmap(jax.vmap(lambda key: jax.random.gumbel(key, z_BGV.shape[-1:], jnp.float32)))(keys_BG)
     drawn_BG = best(noise_BGV + z_BGV)
-    return jnp.where(along(knobs.greedy_B, drawn_BG), best_BG, drawn_BG)
+    return jnp.where(along(params.greedy_B, drawn_BG), best_BG, drawn_BG)
 
 
 def seen_before_each(seen_BV: jax.Array | None, tokens_BG: jax.Array) -> jax.Array | None:

@@ -37,7 +37,7 @@ class Observation:
 
 @dataclass
 class CopyGate:
-    """Level 0 stays on while a pass that reads copies yields enough of them, and is tried again now and then."""
+    """Prompt lookup stays on while a pass that reads copies yields enough of them, and is tried again now and then."""
 
     least_gain: float = 0.5  # accepted copies a pass; what the wider pass must earn
     first_wait: int = 32  # emitted tokens before the next trial; doubled by each that fails
@@ -100,7 +100,7 @@ class AutoGamma:
     costs: Costs = field(default_factory=Costs)
     draft_share: float | None = None  # bytes that a drafter's pass reads, over those of the target's
     chance: Chance = field(default_factory=lambda: Chance.believed(BELIEF))
-    plain: float = 1.0  # tokens of a plain round lately; more than one where level 0 copies
+    plain: float = 1.0  # tokens of a plain round lately; more than one where prompt lookup copies
     missed: int = 0  # rounds of this answer since its last draft
     begun: bool = False  # something was drafted for this answer
 

@@ -29,13 +29,13 @@ class Plan:
     """The shape of a round; each is compiled once.
 
     gamma > 0, copies = 0   the drafter draws gamma tokens, the target verifies them: RAPID
-    gamma > 0, copies > 0   the same, and level 0 saves the drafter steps
-    gamma = 0, copies > 0   the target verifies copied tokens itself (greedy or lossless laws only)
+    gamma > 0, copies > 0   the same, and prompt lookup saves the drafter steps
+    gamma = 0, copies > 0   the target verifies copied tokens itself (greedy or lossless rules only)
     gamma = 0, copies = 0   plain decoding
     """
 
     gamma: int
-    copies: int  # tokens that level 0 proposes at once
+    copies: int  # tokens that prompt lookup proposes at once
     match: int  # tokens that must agree before it proposes any
     block: int  # cache slots attended at once
     vocabulary: int  # size of a distribution: the target's rows
@@ -69,7 +69,7 @@ class Counts:
     drafted_B: jax.Array  # drafts that the target verified
     accepted_B: jax.Array  # of those accepted
     rejected_B: jax.Array  # rounds that ended in a rejection
-    copied_B: jax.Array  # tokens that level 0 proposed
+    copied_B: jax.Array  # tokens that prompt lookup proposed
     copied_accepted_B: jax.Array  # of those accepted by the model that read them first
     draft_steps_B: jax.Array  # the drafter's forward passes while the row was answered
     round_B: jax.Array  # the target's

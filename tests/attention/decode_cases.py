@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rapid_jax.attention.partial import Rows, Slots
+from rapid_jax.attention.online_softmax import Rows, Slots
 from tests.reference import dense_attention, visible
 
 # What a quantised prefix costs: the weights are float16, off by half a step of this; values here are below 3.

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rapid_jax.attention.attend import attend_chunk, attend_prefix_tail, attend_self
 from rapid_jax.attention.cache import KV, Prefix, Tail, capacity, empty_layers, write
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_chunk, attend_prefix_tail, attend_self
 from tests.reference import dense_attention, visible
 
 N, K, H = 4, 2, 8

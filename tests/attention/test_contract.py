@@ -13,7 +13,7 @@ import pytest
 from rapid_jax.attention.cudnn import Cudnn
 from rapid_jax.attention.flash_decode import flash_decode, flash_decoded
 from rapid_jax.attention.kernels import Cotangent
-from rapid_jax.attention.partial import Rows, Slots
+from rapid_jax.attention.online_softmax import Rows, Slots
 from rapid_jax.attention.splash import Splash
 from rapid_jax.attention.tpu_decode import Stack, tpu_decode
 from rapid_jax.attention.xla import Xla

@@ -12,12 +12,12 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from rapid_jax.attention import flash_decode as flash_decode_module
+from rapid_jax.attention.attend import attend_prefix_tail
 from rapid_jax.attention.cache import KV, Prefix, Tail
 from rapid_jax.attention.decoding import by_blocks, by_kernel, decode_of
 from rapid_jax.attention.flash_decode import MOST_ROWS, Shape, fits, flash_decode, flash_decoded
-from rapid_jax.attention.partial import Partial, Rows, Slots, attend_block, finish, merge
+from rapid_jax.attention.online_softmax import Rows, Slots, SoftmaxState, attend_block, finish, merge
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_prefix_tail
 from rapid_jax.runtime.mesh import make_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
 from tests.attention.decode_cases import FLOAT16, Case, Made, Side, made, tagged, truth
@@ -65,7 +65,7 @@ PARTIAL = {
 
 
 @partial(jax.jit, static_argnames="scale")
-def algebra(rows: Rows, sides: tuple[Slots, ...], scale: float) -> Partial:
+def algebra(rows: Rows, sides: tuple[Slots, ...], scale: float) -> SoftmaxState:
     return reduce(merge, [attend_block(rows, side, scale=scale) for side in sides])
 
 

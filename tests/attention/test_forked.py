@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from longpo_jax.rows import arrangement
+from rapid_jax.attention.attend import attend_fork
 from rapid_jax.attention.forked import Forked
 from rapid_jax.attention.kernels import kernel_of
+from rapid_jax.attention.online_softmax import Slots, fold
 from rapid_jax.attention.order import inverse
-from rapid_jax.attention.partial import Slots, fold
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_fork
 from tests.attention.test_kernels import primitives
 from tests.attention.test_ring import gradients_of, mesh_of
 from tests.reference import dense_attention, visible

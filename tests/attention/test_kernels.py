@@ -13,7 +13,17 @@ from jax.experimental.pallas.tpu import InterpretParams
 
 from rapid_jax.attention import cudnn, splash, splash_plan
 from rapid_jax.attention.kernels import Cotangent, Kernel, kernel_of, platform_of
-from rapid_jax.attention.partial import Rows, Slots, finish, fold, log_sum, merge, padded_rows, padded_slots, unfold
+from rapid_jax.attention.online_softmax import (
+    Rows,
+    Slots,
+    finish,
+    fold,
+    log_sum,
+    merge,
+    padded_rows,
+    padded_slots,
+    unfold,
+)
 from rapid_jax.runtime.errors import InputError
 from tests.reference import dense_attention, dense_gradients, visible
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rapid_jax.attention.attend import attend_chunk, attend_prefix_tail, attend_self
 from rapid_jax.attention.cache import KV, Prefix, Tail
 from rapid_jax.attention.order import inverse, zigzag
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_chunk, attend_prefix_tail, attend_self
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import MeshConfig, make_mesh
 from tests.reference import dense_attention, visible

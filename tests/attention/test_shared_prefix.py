@@ -13,7 +13,7 @@ from absl.testing import parameterized
 
 from rapid_jax.attention.decoding import by_blocks
 from rapid_jax.attention.flash_decode import flash_decode
-from rapid_jax.attention.partial import attend_block, finish
+from rapid_jax.attention.online_softmax import attend_block, finish
 from rapid_jax.attention.shared_prefix import is_shared, over_shared
 from tests.attention.decode_cases import Case, Side, made, truth
 

@@ -15,10 +15,11 @@ from jax.experimental.pallas.tpu import InterpretParams
 from jax.sharding import PartitionSpec
 
 from rapid_jax.attention import decoding
+from rapid_jax.attention.attend import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.attention.cache import KV, Prefix, Tail
 from rapid_jax.attention.decoding import by_blocks, by_tpu_kernel, decode_of, takes_stack
-from rapid_jax.attention.partial import Partial, Rows, Slots, attend_blockwise, finish
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention.online_softmax import Rows, Slots, SoftmaxState, attend_blockwise, finish
+from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.tpu_decode import (
     BLOCKS,
@@ -31,9 +32,8 @@ from rapid_jax.attention.tpu_decode import (
     fits,
     tpu_decode,
 )
-from rapid_jax.attention.verbs import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
-from rapid_jax.speculative.start import Sizes
+from rapid_jax.speculative.initial_state import Sizes
 from tests.attention.decode_cases import Case, Made, Side, made, tagged, truth
 
 BLOCK = 300  # of the plain path
@@ -171,7 +171,7 @@ def test_a_partial_is_plain_attention_s():
     )
     want = attend_blockwise(given.rows, everything, scale=case.scale, block=1000)
     got = tpu_decode(given.rows, given.sides, given.used, scale=case.scale, interpret=INTERPRETED)
-    assert isinstance(got, Partial)
+    assert isinstance(got, SoftmaxState)
     np.testing.assert_allclose(got.max_BKR, want.max_BKR, atol=1e-5, rtol=0)
     np.testing.assert_allclose(got.sum_BKR, want.sum_BKR, rtol=1e-5)
     np.testing.assert_allclose(finish(got, jnp.float32), finish(want, jnp.float32), atol=1e-5, rtol=0)
@@ -284,7 +284,7 @@ def test_new_tokens_over_prefix_and_tail(monkeypatch, why):
 
     qkv = [jnp.asarray(np.float32(rng.normal(size=(B, G, heads, H)))) for heads in (N, K, K)]
     prefix = Prefix(random(1, slots), given.sides[0].pos_BS, given.used[0])
-    prefix = rounded(prefix) if why == "8 bits" else prefix
+    prefix = quantize_kv(prefix) if why == "8 bits" else prefix
     tail = Tail(random(B, 80), jnp.full(B, used, jnp.int32), jnp.asarray([62, 40][:B], jnp.int32))
     pos_BG = (tail.start_B + tail.length_B)[:, None] + jnp.arange(G)
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from rapid_jax.attention.flash_decode import Shape, flash_decode, shape_of
-from rapid_jax.attention.partial import Rows, Slots, finish
+from rapid_jax.attention.online_softmax import Rows, Slots, finish
 from tests.attention.decode_cases import error
 
 CUTS = {  # by rows of a kv head

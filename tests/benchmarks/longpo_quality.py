@@ -29,8 +29,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from longpo_jax.dialogue import Dialogue
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import LoadedModel, load_model
 from rapid_jax.model.logprobs import token_log_probs

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.order import inverse, zigzag
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.hf_names import weights

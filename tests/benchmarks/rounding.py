@@ -15,9 +15,9 @@ from pydoc_data.topics import topics
 import jax
 import jax.numpy as jnp
 
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention.attend import attend_self
+from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.load import load_model
 from rapid_jax.speculative.draft import read
 from rapid_jax.speculative.prefill import new_tail, prefill
@@ -47,7 +47,7 @@ def main() -> None:
     plan = Plan(0, 0, 1, 512, model.config.vocab_size)
     rest_BT = tokens_BT[:, cached:]
     logits = []
-    for change in (lambda prefix: prefix, rounded):
+    for change in (lambda prefix: prefix, quantize_kv):
         dtype = model.decoder.embed_VD[...].dtype
         prefix = change(prefill(model.decoder, [ids[:cached]], chunk=512, dtype=dtype))
         tail = new_tail(model.decoder, [cached], rest_BT.shape[1], dtype)

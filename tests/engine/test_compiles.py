@@ -328,4 +328,4 @@ def test_on_an_accelerator_a_round_of_every_program_is_run(config, engine, monke
         patch.setattr(warm_up_module, "_ask", lambda engine, request: None)
         patch.setattr(Rounds, "advance", seen)
         one.warm_up(lambda text: None)
-    assert len(found) == 2 * 2 * 3 and all(run == 1 for _, run in found), "plain and copying, of two sizes, three laws"
+    assert len(found) == 2 * 2 * 3 and all(run == 1 for _, run in found), "plain and copying, of two sizes, three rules"

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.engine import Engine
 from rapid_jax.engine.errors import Draining, QueueFull

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rapid_jax.attention.cache import Prefix
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.engine.prefixes import PrefixCache
 from rapid_jax.runtime.compiling import timed
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
@@ -391,7 +391,7 @@ def test_a_rounded_prefix_is_kept_whole_in_every_tier(tmp_path: Path, mesh, layo
     """On the devices, on the host, on disk and on the devices again: the same bits, in half the memory."""
     decoder, head = decoder_on(MESHES[mesh], layout), tokens(LENGTH)
     cache = cache_of(decoder, tmp_path, kv="int8", disk_gib=1.0)
-    prefix = rounded(prefix_of(decoder, head))
+    prefix = quantize_kv(prefix_of(decoder, head))
     cache.put(cache.name(head), prefix)
     assert cache.bytes()["device"] < 0.4 * cache.bytes_for(LENGTH)  # of float32, heads of 8: a quarter and an eighth
     assert cache.find(cache.name(changed(head, 3 * CHUNK, LENGTH))).prefix is None

@@ -13,7 +13,7 @@ from rapid_jax.engine.job import Job
 from rapid_jax.engine.lane import Lane, LaneKey, Prepared
 from rapid_jax.engine.sharing import Sharing, fits
 from rapid_jax.speculative.config import MOST_DRAFTS, SamplingConfig, SpeculationConfig
-from rapid_jax.speculative.start import Sizes, gamma_bucket
+from rapid_jax.speculative.initial_state import Sizes, gamma_bucket
 
 SMALL, MIDDLE, LARGE, WIDE = (64, 16, 64, 32), (128, 16, 128, 32), (256, 16, 256, 32), (64, 16, 64, 64)
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from rapid_jax.evaluate import figures
-from rapid_jax.evaluate.contrast import contrast
+from rapid_jax.evaluate.compare import compare
 from rapid_jax.evaluate.folder import check_same
 from rapid_jax.evaluate.report import report
 from rapid_jax.evaluate.results import read_suite
@@ -122,7 +122,7 @@ def check(run: Path, whole: Path, out: Path) -> bool:
     """Reports, compares and resumes; whether the folder was shown, and rightly, or was refused in one line."""
     described = read_suite(whole / "suite.json")
     shown = outcome(report, run, out)
-    others = outcome(contrast, whole, run), outcome(check_same, run, described)
+    others = outcome(compare, whole, run), outcome(check_same, run, described)
     if isinstance(shown, InputError):
         assert str(run) in str(shown)
         assert isinstance(others[0], InputError)

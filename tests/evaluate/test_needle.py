@@ -94,10 +94,10 @@ def test_equal_arguments_give_equal_samples():
 def test_a_number_that_the_text_has_is_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "text.txt").write_text("The number 1234567 is in the text. ", encoding="utf-8")
     drawn = iter(["1234567", "7654321"])
-    monkeypatch.setattr("rapid_jax.evaluate.words.number", lambda rng: next(drawn))
+    monkeypatch.setattr("rapid_jax.evaluate.word_lists.number", lambda rng: next(drawn))
     (sample,) = made(Counting(), lengths=(800,), samples=1, depths=(0.5,), text=tmp_path / "text.txt")
     assert sample.answers == ("7654321",)
-    monkeypatch.setattr("rapid_jax.evaluate.words.number", lambda rng: "1234567")
+    monkeypatch.setattr("rapid_jax.evaluate.word_lists.number", lambda rng: "1234567")
     with pytest.raises(
         InputError, match=f"needle/800/0.5/0: no text of exactly 800 tokens .* {haystack.ATTEMPTS} were"
     ):

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.order import zigzag
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 
 
 @dataclass(frozen=True)

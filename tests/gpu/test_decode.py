@@ -14,7 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from rapid_jax.attention.decoding import by_kernel
 from rapid_jax.attention.flash_decode import MOST_ROWS, fits, flash_decode, flash_decoded
-from rapid_jax.attention.partial import Slots, attend_block, finish, merge
+from rapid_jax.attention.online_softmax import Slots, attend_block, finish, merge
 from tests.attention.decode_cases import Case, Side, error, made, truth
 
 

@@ -12,7 +12,7 @@ from rapid_jax.model import grouped_kernel
 from rapid_jax.model.experts import Grouped, routed
 from rapid_jax.model.experts_config import Experts
 from rapid_jax.model.grouped import Grouping, grouped_product, tiles_of
-from rapid_jax.model.quantized import restored, rounded
+from rapid_jax.model.quantized import dequantize, quantize_weights
 
 SIZES = {"few": (3, 0, 40, 1, 0), "many": (300, 0, 129, 1, 700), "one": (0, 0, 0, 1, 0)}  # rows of each expert
 SHAPES = ((128, 64), (384, 96), (2048, 768), (768, 2048))  # depths and widths: Qwen3-30B-A3B's last
@@ -66,10 +66,10 @@ def test_products_and_their_gradients(depth, width, sizes, dtype):
 def test_products_of_few_bits(depth, width, sizes, dtype, bits):
     rows, sizes_X = sum(sizes), jnp.asarray(sizes, jnp.int32)
     how = Grouping.of("gpu", rows, len(sizes))
-    values, scale = jax.lax.map(partial(rounded, bits=bits), normal(1, len(sizes), depth, width))
+    values, scale = jax.lax.map(partial(quantize_weights, bits=bits), normal(1, len(sizes), depth, width))
     x_PD = normal(0, how.padded(rows), depth, dtype=dtype)
     got_PF = jax.jit(partial(grouped_product, how=how, bits=bits, dtype=jnp.float32))(x_PD, sizes_X, values, scale)
-    whole_XFD = jnp.stack([restored(values[x], scale[x], bits) for x in range(len(sizes))])
+    whole_XFD = jnp.stack([dequantize(values[x], scale[x], bits) for x in range(len(sizes))])
     close(got_PF[:rows], by_expert(sizes, x_PD, whole_XFD.swapaxes(1, 2)), EPS["float32"])
 
 

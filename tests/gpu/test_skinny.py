@@ -12,8 +12,8 @@ import pytest
 
 from rapid_jax.bench.models import random_decoder
 from rapid_jax.model.config import ModelConfig, Rope
-from rapid_jax.model.fused import quantized
-from rapid_jax.model.quantized import FEW, product, restored, rounded
+from rapid_jax.model.fused import quantize
+from rapid_jax.model.quantized import FEW, dequantize, product, quantize_weights
 from rapid_jax.model.skinny import MOST_ROWS, fixed_point, skinny_matmul
 from tests.model.skinny_cases import EPS, check_product, check_rows, fixed_rows, gate_and_up, matrix, normal, normed
 
@@ -63,9 +63,9 @@ def test_gated_products(rows, depth, width, bits, dtype, activation):
 def test_a_matrix_of_few_bits(depth, rows, bits):
     """By the kernel, by several readings of it, and restored: rows beyond, and a depth that is no whole group."""
     weight_DN, x_TD = normal(0, depth, 96), normal(1, rows, depth)
-    values, scale = rounded(weight_DN, bits)
+    values, scale = quantize_weights(weight_DN, bits)
     got_TN = jax.jit(partial(product, bits=bits))(x_TD, values, scale)
-    weight_ND = np.asarray(restored(values, scale, bits), np.float64)[:, :depth]
+    weight_ND = np.asarray(dequantize(values, scale, bits), np.float64)[:, :depth]
     want_TN = np.asarray(x_TD, np.float64) @ weight_ND.T
     assert np.linalg.norm(np.asarray(got_TN, np.float64) - want_TN) <= 2e-4 * np.linalg.norm(want_TN)
 
@@ -95,7 +95,7 @@ GEMMA = {"qk_norm": True, "post_norms": True, "norm_offset": 1.0, "activation": 
 def test_a_quantised_decoder(rows, bits, changed: dict[str, Any]):
     """The few rows of a step as kernels take them, against the same weights restored in float32."""
     full = random_decoder(replace(config(), **changed), jnp.dtype(jnp.float32), 0)
-    copy = quantized(full, bits)
+    copy = quantize(full, bits)
 
     def attend(q_BTNH, k_BTKH, v_BTKH, layer):  # every token by itself: the mean of the heads' values
         group = q_BTNH.shape[2] // v_BTKH.shape[2]

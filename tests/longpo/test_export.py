@@ -22,8 +22,8 @@ from longpo_jax.optimizer import transform_of
 from longpo_jax.stages import mark_done, summary_of
 from longpo_jax.step import Step
 from longpo_jax.train import policy_of
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import load_model
 from rapid_jax.runtime import settings

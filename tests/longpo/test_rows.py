@@ -15,8 +15,8 @@ from longpo_jax.dialogue import Branch
 from longpo_jax.rows import CHOSEN, PLACES, REJECTED, SHARED, Row, arrangement, batched, needed, packed
 from longpo_jax.scores import row_log_probs
 from longpo_jax.step import losses
+from rapid_jax.attention.attend import attend_fork, attend_self
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_fork, attend_self
 from rapid_jax.runtime.errors import InputError
 from tests.longpo import oracles
 

@@ -13,8 +13,8 @@ import torch
 import transformers
 from flax import nnx
 
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.decoder import Decoder
 
 SIZES: dict[str, Any] = {

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from rapid_jax.model.decoder import Decoder, Layout
-from rapid_jax.model.fused import fused, quantized
+from rapid_jax.model.fused import fuse, quantize
 from rapid_jax.model.hf_io import load_hf, save_hf
 from rapid_jax.runtime.mesh import make_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
@@ -209,8 +209,8 @@ def test_greedy_tokens_are_those_of_transformers_with_a_drafter_of_the_family(fa
         how = {"max_new_tokens": 12, "do_sample": False, "use_cache": False}  # its cache never forgets at window 1
         every = model.generate(ids, attention_mask=torch.ones_like(ids), **how)
     found = generate(
-        prompted(fused(target), [prompt], chunk=32),
-        prompted(quantized(drafter, 8), [prompt[60:]], chunk=32),
+        prompted(fuse(target), [prompt], chunk=32),
+        prompted(quantize(drafter, 8), [prompt[60:]], chunk=32),
         speculation=SpeculationConfig(mode="lossless", gamma=2, lookup="off"),
         sampling=SamplingConfig(temperature=0, max_new_tokens=12),
         stops=(),

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model import fused_decoder
 from rapid_jax.model.config import LayerKind, ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.experts_config import Experts
 from rapid_jax.model.finite import why_not_finite
-from rapid_jax.model.fused import FusedDecoder, fused, quantized
+from rapid_jax.model.fused import FusedDecoder, fuse, quantize
 from rapid_jax.model.fused_decoder import FusedBlock
 from rapid_jax.model.hf_names import weights
 from rapid_jax.model.placement import abstract, stored_arrays
-from rapid_jax.model.quantized import in_digits, restored, rounded
+from rapid_jax.model.quantized import dequantize, in_digits, quantize_weights
 from rapid_jax.runtime.axes import PARAM, with_copied_kv
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_mesh
@@ -110,7 +110,7 @@ def logits(decoder: Decoder) -> np.ndarray:
 def wanted(config: ModelConfig, bits: Any) -> np.ndarray:
     """On one device; in full by the checkpoint's own matrices."""
     decoder = decoder_of(config, "unrolled")
-    return logits(decoder if bits is None else quantized(decoder, bits))
+    return logits(decoder if bits is None else quantize(decoder, bits))
 
 
 def same(got: np.ndarray, want: np.ndarray) -> None:
@@ -128,9 +128,9 @@ def same(got: np.ndarray, want: np.ndarray) -> None:
 @pytest.mark.parametrize("layout", ["stacked", "unrolled"])
 def test_on_one_device(config: ModelConfig, layout: Layout):
     decoder = decoder_of(config, layout)
-    same(logits(fused(decoder)), wanted(config, None))
+    same(logits(fuse(decoder)), wanted(config, None))
     for bits in (8, 4):
-        same(logits(quantized(decoder, bits)), wanted(config, bits))
+        same(logits(quantize(decoder, bits)), wanted(config, bits))
     same(logits(decoder), wanted(config, None))  # it was left as it is
 
 
@@ -156,14 +156,14 @@ def test_an_expert_that_is_not_finite_is_named(layout: Layout):
     decoder: Any = decoder_of(EXPERTS, layout)
     block, place = (decoder.blocks, (1, 3)) if layout == "stacked" else (decoder.blocks[1], (3,))
     block.up_XDF[...] = block.up_XDF[...].at[place].set(jnp.inf)
-    for one in (decoder, fused(decoder)):
+    for one in (decoder, fuse(decoder)):
         assert why_not_finite(one).startswith("model.layers.1.mlp.experts.3.up_proj.weight holds")
 
 
 @pytest.mark.parametrize("config", [OTHER, GEMMA], ids=["of q and k", "around"])
 def test_norms_where_a_few_rows_run_in_kernels(config: ModelConfig, monkeypatch):
     """As on a GPU, by kernels that are interpreted here."""
-    copy = quantized(decoder_of(replace(config, hidden_size=128, intermediate_size=256, num_layers=2), "unrolled"), 8)
+    copy = quantize(decoder_of(replace(config, hidden_size=128, intermediate_size=256, num_layers=2), "unrolled"), 8)
     want = logits(copy)
     for name in ("fixed_point", "skinny_matmul"):
         monkeypatch.setattr(fused_decoder, name, partial(getattr(fused_decoder, name), interpret=True))
@@ -177,9 +177,9 @@ def lies_as_on_one_device(name: str, config: ModelConfig, layout: Layout) -> Non
     if config.num_kv_heads % mesh.model and not mesh.replicate_kv:
         mesh = replace(mesh, replicate_kv=True)
     decoder = decoder_of(config, layout, mesh)
-    whole = fused(decoder, spent=True)
+    whole = fuse(decoder, spent=True)
     same(logits(whole), wanted(config, None))
-    copy = quantized(whole, 8)
+    copy = quantize(whole, 8)
     same(logits(copy), wanted(config, 8))
     same(logits(whole), wanted(config, None))
     for one in (whole, copy):
@@ -192,26 +192,26 @@ def lies_as_on_one_device(name: str, config: ModelConfig, layout: Layout) -> Non
 def abstract_of(config: ModelConfig, layout: Layout, mesh: MeshConfig, bits: Any) -> FusedDecoder:
     on, table = make_mesh(mesh, jax.devices()[: mesh.devices]), with_copied_kv(PARAM, mesh.replicate_kv)
     decoder = abstract(config, layout=layout, dtype=jnp.dtype(jnp.float32), mesh=on, table=table)
-    return fused(decoder) if bits is None else quantized(decoder, bits)
+    return fuse(decoder) if bits is None else quantize(decoder, bits)
 
 
 @pytest.mark.parametrize("bits", [None, 8])
 def test_in_bfloat16_on_a_mesh(bits: Any):
     decoder = decoder_of(QWEN, "stacked", MeshConfig(fsdp=2, model=2), dtype=jnp.bfloat16)
-    got = logits(fused(decoder) if bits is None else quantized(decoder, bits))[:, :104]
+    got = logits(fuse(decoder) if bits is None else quantize(decoder, bits))[:, :104]
     assert np.linalg.norm(got - wanted(QWEN, bits)) < 0.03 * np.linalg.norm(wanted(QWEN, bits))
 
 
 def test_4_bits_are_not_split_over_devices():
     with pytest.raises(InputError, match="4 bits are for one device that is no TPU"):
-        quantized(abstract_of(QWEN, "stacked", MeshConfig(model=2), None), 4)
+        quantize(abstract_of(QWEN, "stacked", MeshConfig(model=2), None), 4)
     alone = decoder_of(QWEN, "stacked", MeshConfig())  # a mesh of one
-    same(logits(quantized(alone, 4)), wanted(QWEN, 4))
+    same(logits(quantize(alone, 4)), wanted(QWEN, 4))
 
 
 def test_the_head_of_a_mesh_is_whole_tiles():
     """Of every device: the compiler copies another one at each call."""
-    decoder = fused(decoder_of(QWEN, "stacked", MeshConfig(model=4)))
+    decoder = fuse(decoder_of(QWEN, "stacked", MeshConfig(model=4)))
     assert decoder.vocabulary == 512 and decoder.lm_head is not None
     assert decoder.lm_head.values[...].addressable_shards[0].data.shape == (64, 128)
     assert decoder.config.vocab_size == 104 and decoder.head[0].shape == (64, 512)
@@ -219,7 +219,7 @@ def test_the_head_of_a_mesh_is_whole_tiles():
 
 def test_the_ffn_of_a_mesh_is_whole_tiles():
     """Of every device, filled up with zeros: 96 columns of gate and of up come to 128."""
-    decoder: Any = fused(decoder_of(QWEN, "stacked", MeshConfig(model=2)))
+    decoder: Any = fuse(decoder_of(QWEN, "stacked", MeshConfig(model=2)))
     gate_up, down = (matrix.values[...] for matrix in (decoder.blocks.gate_up, decoder.blocks.down))
     assert gate_up.addressable_shards[0].data.shape == (2, 64, 256)
     assert down.addressable_shards[0].data.shape == (2, 128, 64)
@@ -230,22 +230,22 @@ def test_of_a_spent_decoder_no_matrix_is_left():
     for layout, mesh in (("stacked", None), ("unrolled", MeshConfig(model=2))):
         decoder = decoder_of(QWEN, layout, mesh)
         block: Any = decoder.blocks if layout == "stacked" else decoder.blocks[1]
-        whole = fused(decoder, spent=True)
+        whole = fuse(decoder, spent=True)
         for name in ("q_DNH", "k_DKH", "v_DKH", "o_NHD", "gate_DF", "up_DF"):
             assert getattr(block, name)[...].is_deleted(), name
         assert mesh is None or (block.down_FD[...].is_deleted() and decoder.head_DV[...].is_deleted())  # filled up
         same(logits(whole), wanted(QWEN, None))
-        assert fused(whole) is whole
+        assert fuse(whole) is whole
 
 
 def test_it_is_no_checkpoint():
     with pytest.raises(ValueError, match=r"expected a Decoder, whose arrays .* got a FusedDecoder"):
-        next(stored_arrays(quantized(decoder_of(LLAMA, "unrolled"), 8), np.dtype("float32")))
+        next(stored_arrays(quantize(decoder_of(LLAMA, "unrolled"), 8), np.dtype("float32")))
 
 
 def test_a_copy_of_a_copy_is_refused():
     with pytest.raises(InputError, match="got one that is quantised already"):
-        quantized(quantized(decoder_of(LLAMA, "unrolled"), 8), 4)
+        quantize(quantize(decoder_of(LLAMA, "unrolled"), 8), 4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -257,10 +257,10 @@ def test_rows_in_two_digits(shape: tuple[int, int, int], dtype: Any):
     w_DN = jnp.asarray(np.float32(rng.normal(size=(depth, width)) * rng.uniform(0.1, 3, width)))
     x_TD = np.float32(rng.normal(size=(rows, depth)) * rng.uniform(0.01, 100, (rows, 1)))
     x_TD[rows // 2] = 0
-    values_ND, scale_N = rounded(w_DN, 8)
+    values_ND, scale_N = quantize_weights(w_DN, 8)
     x_TD = jnp.asarray(x_TD, dtype)
     got_TN = np.asarray(in_digits(x_TD, values_ND, scale_N), np.float64)
-    weight_ND = np.asarray(restored(values_ND, scale_N, 8), np.float64)[:, :depth]
+    weight_ND = np.asarray(dequantize(values_ND, scale_N, 8), np.float64)[:, :depth]
     exact = np.asarray(x_TD, np.float64)
     steps_T = np.abs(exact).max(axis=1) / (127 * 128)
     worst_TN = 0.5 * steps_T[:, None] * np.abs(weight_ND).sum(axis=1)
@@ -273,5 +273,5 @@ def test_rows_in_two_digits(shape: tuple[int, int, int], dtype: Any):
 def test_what_is_no_number_stays_none(bad: float):
     x_TD = np.ones((2, 128), np.float32)
     x_TD[1, 5] = bad
-    out_TN = np.asarray(in_digits(jnp.asarray(x_TD), *rounded(jnp.ones((128, 8)), 8)))
+    out_TN = np.asarray(in_digits(jnp.asarray(x_TD), *quantize_weights(jnp.ones((128, 8)), 8)))
     assert np.all(np.isfinite(out_TN[0])) and not np.any(np.isfinite(out_TN[1]))

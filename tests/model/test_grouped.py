@@ -14,7 +14,7 @@ from rapid_jax.model import grouped_kernel
 from rapid_jax.model.experts import Grouped, mixture
 from rapid_jax.model.experts_config import Experts
 from rapid_jax.model.grouped import Grouping, _megablox_tiling, grouped_product, tiles_of
-from rapid_jax.model.quantized import WeightBits, restored, rounded
+from rapid_jax.model.quantized import WeightBits, dequantize, quantize_weights
 from rapid_jax.runtime.mesh import make_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
 
@@ -153,8 +153,8 @@ def test_megablox_takes_rows_that_no_expert_has():
 def test_experts_in_few_bits(bits: WeightBits):
     """What restored matrices say, by the loop and by the GPU's kernel."""
     sizes, deep, columns = (3, 0, 40, 1, 0), 128, 64
-    values, scale = jax.lax.map(lambda w: rounded(w, bits), drawn(X, deep, columns, seed=3))
-    whole_XFD = jnp.stack([restored(values[x], scale[x], bits) for x in range(X)])
+    values, scale = jax.lax.map(lambda w: quantize_weights(w, bits), drawn(X, deep, columns, seed=3))
+    whole_XFD = jnp.stack([dequantize(values[x], scale[x], bits) for x in range(X)])
     x_PD, sizes_X = drawn(80, deep, seed=4), jnp.asarray(sizes, jnp.int32)
     want = plainly(x_PD, sizes, whole_XFD.swapaxes(1, 2))
     how = Grouping("cpu", 16)

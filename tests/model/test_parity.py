@@ -8,8 +8,8 @@ import pytest
 import torch
 from flax import nnx
 
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.hf_io import load_hf
 from tests.model.conftest import FAMILIES, forward_of, our_logits, tokens_at, torch_logits
 

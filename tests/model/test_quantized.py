@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.bench.models import random_decoder
 from rapid_jax.model import fused_decoder
 from rapid_jax.model import quantized as quantized_module
 from rapid_jax.model.config import ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.model.fused import quantized
+from rapid_jax.model.fused import quantize
 from rapid_jax.model.fused_decoder import FusedBlock, Pending
 from rapid_jax.model.matrix import Matrix
 from rapid_jax.model.placement import build, stored_arrays
-from rapid_jax.model.quantized import kernels_fit, product, restored, rounded
+from rapid_jax.model.quantized import dequantize, kernels_fit, product, quantize_weights
 from rapid_jax.model.skinny import GROUP, fixed_point, skinny_matmul
 
 
@@ -41,9 +41,9 @@ def weights(depth: int, width: int, dtype=jnp.float32, seed: int = 0) -> jax.Arr
 @pytest.mark.parametrize("depth, dtype", [(256, jnp.float32), (200, jnp.bfloat16)])
 def test_8_bits_are_off_by_half_a_step_at_most(depth, dtype):
     w_DN = weights(depth, 24, dtype)
-    values, scale_N = rounded(w_DN, 8)
+    values, scale_N = quantize_weights(w_DN, 8)
     assert values.shape == (24, 256) and values.dtype == jnp.int8 and scale_N.dtype == jnp.float32
-    w_ND, got_ND = np.asarray(w_DN, np.float64).T, np.asarray(restored(values, scale_N, 8), np.float64)
+    w_ND, got_ND = np.asarray(w_DN, np.float64).T, np.asarray(dequantize(values, scale_N, 8), np.float64)
     largest_N = np.max(np.abs(w_ND), axis=1)
     np.testing.assert_allclose(scale_N, largest_N / 127, rtol=1e-6)
     assert np.all(np.abs(got_ND[:, :depth] - w_ND) <= 0.5001 * largest_N[:, None] / 127)
@@ -53,10 +53,10 @@ def test_8_bits_are_off_by_half_a_step_at_most(depth, dtype):
 @pytest.mark.parametrize("depth, dtype", [(256, jnp.float32), (200, jnp.bfloat16)])
 def test_4_bits_are_off_by_half_a_step_and_by_one_where_clipped(depth, dtype):
     w_DN = weights(depth, 24, dtype)
-    values, scale_GN = rounded(w_DN, 4)
+    values, scale_GN = quantize_weights(w_DN, 4)
     assert values.shape == (24, 128) and values.dtype == jnp.int8
     assert scale_GN.shape == (2, 24) and scale_GN.dtype == jnp.float32
-    got_ND = np.asarray(restored(values, scale_GN, 4), np.float64)
+    got_ND = np.asarray(dequantize(values, scale_GN, 4), np.float64)
     assert got_ND.shape == (24, 256)
     w_ND = np.pad(np.asarray(w_DN, np.float64).T, ((0, 0), (0, 256 - depth)))
     w_NGD, got_NGD = w_ND.reshape(24, 2, GROUP), got_ND.reshape(24, 2, GROUP)
@@ -76,8 +76,8 @@ def test_4_bits_are_off_by_half_a_step_and_by_one_where_clipped(depth, dtype):
 @pytest.mark.parametrize("shape", [(2, 3, 200), (256,)])
 def test_a_packed_matrix_times_rows(shape, bits):
     x = jnp.asarray(np.float32(np.random.default_rng(1).normal(size=shape)))
-    values, scale = rounded(weights(shape[-1], 96), bits)
-    weight_ND = np.asarray(restored(values, scale, bits), np.float64)[:, : shape[-1]]
+    values, scale = quantize_weights(weights(shape[-1], 96), bits)
+    weight_ND = np.asarray(dequantize(values, scale, bits), np.float64)[:, : shape[-1]]
     got, want = product(x, values, scale, bits), np.asarray(x, np.float64) @ weight_ND.T
     assert got.dtype == jnp.float32 and got.shape == (*shape[:-1], 96)
     np.testing.assert_allclose(got, want, atol=1e-6 * np.max(np.abs(want)))
@@ -140,7 +140,7 @@ def test_8_bits_say_nearly_the_same(config):
     decoder = decoder_of(config)
     before = jax.tree.map(np.asarray, nnx.state(decoder))
     want = logits(decoder)
-    copy = quantized(decoder, 8)
+    copy = quantize(decoder, 8)
     got = logits(copy)
     assert got.dtype == np.float32
     assert 1e-4 < relative(got, want) < 0.03
@@ -156,7 +156,7 @@ def in_full(copy: Any, decoder: Decoder) -> Decoder:
 
     def weight(matrix: Matrix) -> jax.Array:
         assert matrix.scale is not None and matrix.bits is not None
-        return restored(matrix.values[...], matrix.scale[...], matrix.bits).T
+        return dequantize(matrix.values[...], matrix.scale[...], matrix.bits).T
 
     for mine, theirs in zip(plain.blocks, copy.blocks, strict=True):
         q, k, v = jnp.split(weight(theirs.qkv), [4 * 32, 6 * 32], axis=1)
@@ -171,7 +171,7 @@ def in_full(copy: Any, decoder: Decoder) -> Decoder:
 
 def test_4_bits_say_what_their_weights_say():
     decoder = decoder_of(QWEN)
-    copy = quantized(decoder, 4)
+    copy = quantize(decoder, 4)
     got, full = logits(copy), logits(decoder)
     np.testing.assert_allclose(got, logits(in_full(copy, decoder)), atol=1e-4 * np.max(np.abs(got)))
     assert 0.02 < relative(got, full) < 0.4
@@ -238,7 +238,7 @@ def in_bfloat16(block: FusedBlock) -> FusedBlock:
 def test_a_block_s_fast_path_is_its_plain_one(request):
     """In bfloat16, after a block that left its last product in parts."""
     decoder = decoder_of(QWEN)
-    block = in_bfloat16(cast(Any, quantized(decoder, 4).blocks)[1])
+    block = in_bfloat16(cast(Any, quantize(decoder, 4).blocks)[1])
     x, parts = (np.random.default_rng(2).normal(size=shape) * 2 for shape in ((2, 3, 128), (3, 6, 128)))
     given = Pending(jnp.asarray(x.astype(jnp.bfloat16)), jnp.asarray(np.float32(parts)))
     np.testing.assert_allclose(np.float32(given.summed()), x + parts.sum(axis=0).reshape(x.shape), atol=0.1)
@@ -255,7 +255,7 @@ def test_a_block_s_fast_path_is_its_plain_one(request):
 def test_a_decoder_s_fast_path_is_its_plain_one(request, layout):
     """In one array of all layers too, where what a layer gives the next is summed."""
     decoder = decoder_of(QWEN)
-    copy = quantized(decoder if layout == "unrolled" else stacked(decoder), 8)
+    copy = quantize(decoder if layout == "unrolled" else stacked(decoder), 8)
     want = logits(copy)
     calls = request.getfixturevalue("calls")
     _logits.clear_cache()
@@ -273,11 +273,11 @@ def stacked(decoder: Decoder) -> Decoder:
 
 def test_a_packed_matrix_s_fast_path(calls):
     """The head, say: rows of any axes, at most 8 at a time."""
-    values, scale = rounded(weights(256, 96), 8)
+    values, scale = quantize_weights(weights(256, 96), 8)
     x = np.float32(np.random.default_rng(1).normal(size=(2, 5, 256)))
     got = product(jnp.asarray(x), values, scale, 8)
     assert calls == {"fixed_point": 2, "skinny_matmul": 2}
-    weight_ND = np.asarray(restored(values, scale, 8), np.float64)
+    weight_ND = np.asarray(dequantize(values, scale, 8), np.float64)
     assert got.shape == (2, 5, 96) and relative(got, np.asarray(x, np.float64) @ weight_ND.T) < 1e-4
 
 
@@ -285,7 +285,7 @@ def test_a_packed_matrix_s_fast_path(calls):
 def test_what_the_fast_path_is_for(config, time, fast, calls):
     """All of a block for 8 rows, its matrices for some more; of a hidden size of 96, the last matrix alone."""
     decoder = decoder_of(config)
-    block = cast(Any, quantized(decoder, 8).blocks)[0]
+    block = cast(Any, quantize(decoder, 8).blocks)[0]
     x_BTD = jax.ShapeDtypeStruct((2, time, config.hidden_size), jnp.float32)
     out_BTD, _ = jax.eval_shape(partial(run, decoder, block, rows=(2, time)), x_BTD)
     assert out_BTD.shape == x_BTD.shape and out_BTD.dtype == x_BTD.dtype
@@ -294,7 +294,7 @@ def test_what_the_fast_path_is_for(config, time, fast, calls):
 
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_copys_head_is_what_its_logits_are_made_by(bits):
-    copy = quantized(decoder_of(LLAMA), bits)
+    copy = quantize(decoder_of(LLAMA), bits)
     hidden_BTD = jax.random.normal(jax.random.key(3), (1, 2, LLAMA.hidden_size))
     weight, axes = copy.head
     wanted = np.einsum(f"BTD,{axes}->BTV", np.asarray(hidden_BTD, np.float64), np.asarray(weight, np.float64))

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.model.fused import quantized
+from rapid_jax.model.fused import quantize
 from rapid_jax.plan import command
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.report import dense_bytes
@@ -88,7 +88,7 @@ def test_a_copy_in_few_bits_is_what_a_run_holds():
     from rapid_jax.plan.programs import programs_of
 
     decoder = Weights.lively(64).decoder("unrolled")
-    copy = quantized(decoder, 8)
+    copy = quantize(decoder, 8)
     models = ModelsConfig(dtype="float32", drafter_weights="int8")
     config = RapidConfig(models=models, compute=ComputeConfig(prefill_chunk=64))
     architecture = Architecture(config_of(64), "the test")

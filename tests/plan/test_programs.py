@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rapid_jax.attention import rounded as rounded_module
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention import quantized_kv
+from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.config import ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.lane import Lane, LaneKey
 from rapid_jax.model.config import LayerKind
 from rapid_jax.model.experts_config import Experts
-from rapid_jax.model.fused import fused, quantized
+from rapid_jax.model.fused import fuse, quantize
 from rapid_jax.model.quantized import BITS
 from rapid_jax.plan import programs
 from rapid_jax.plan.architectures import Architecture, architecture_of
@@ -30,7 +30,7 @@ from rapid_jax.plan.report import tiled_bytes
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
-from rapid_jax.speculative import apart, generate, prefill
+from rapid_jax.speculative import generate, prefill, split_mesh
 from rapid_jax.speculative import rounds as rounds_module
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.round_times import RoundTimes
@@ -94,10 +94,10 @@ def run(config: RapidConfig, pattern: Sequence[LayerKind] = (LayerKind(),)) -> N
     """The prompts that a plan assumes, answered as a lane of the engine does."""
     rng = np.random.default_rng(0)
     weights, meshes = Weights.lively(VOCABULARY, pattern=pattern), make_meshes(config.mesh, config.drafter_mesh)
-    target = fused(weights.decoder(config.models.layout, mesh=meshes[0]))
-    drafter = target if config.drafter_mesh is None else fused(weights.decoder(config.models.layout, mesh=meshes[1]))
+    target = fuse(weights.decoder(config.models.layout, mesh=meshes[0]))
+    drafter = target if config.drafter_mesh is None else fuse(weights.decoder(config.models.layout, mesh=meshes[1]))
     if config.models.drafter_weights != "full":
-        drafter = quantized(drafter, BITS[config.models.drafter_weights])
+        drafter = quantize(drafter, BITS[config.models.drafter_weights])
 
     def prompted(decoder, length: int, cached: int, *, coarse: bool, rounds: bool) -> generate.Prompted:
         tokens = rng.integers(0, VOCABULARY, length).tolist()
@@ -105,7 +105,7 @@ def run(config: RapidConfig, pattern: Sequence[LayerKind] = (LayerKind(),)) -> N
         work = prefill.Prefill(decoder, [tokens[:cached]], settings, dtype=jnp.dtype("float32"))
         while work.left:
             work.step()
-        prefix = rounded(work.prefix) if rounds else work.prefix
+        prefix = quantize_kv(work.prefix) if rounds else work.prefix
         return generate.Prompted(decoder, [tokens], prefix, [cached])
 
     long, short = (
@@ -173,9 +173,9 @@ def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str, b
     monkeypatch.setattr(programs, "run_rounds_on_tpu", rounds)
     monkeypatch.setattr(prefill, "_chunk_stacked", stacked)
     monkeypatch.setattr(prefill, "_chunk_layer", layers)
-    rounding = Spy(rounded_module.rounded_array)
-    monkeypatch.setattr(rounded_module, "rounded_array", rounding)
-    monkeypatch.setattr(programs, "rounded_array", rounding)
+    rounding = Spy(quantized_kv.quantize_array)
+    monkeypatch.setattr(quantized_kv, "quantize_array", rounding)
+    monkeypatch.setattr(programs, "quantize_array", rounding)
     config = config_for(settings, MeshConfig(context=2, model=2), layout, bits=bits, kv=kv)
     run(config, pattern)
     names = ["prefill", "round"] if bits == "full" else ["drafter rounding", "prefill", "drafter prefill", "round"]
@@ -192,10 +192,10 @@ def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str, b
 @pytest.mark.parametrize("bits", ["full", "int8"])
 def test_the_halves_of_a_round_apart_are_those_that_run(monkeypatch, bits: str):
     """In full, and with a copy that drafts over keys and values in 8 bits, both prompts'."""
-    draft, verify = Spy(apart._drafted), Spy(apart._verified)
+    draft, verify = Spy(split_mesh._drafted), Spy(split_mesh._verified)
     for suffix in ("", "_on_tpu"):
-        monkeypatch.setattr(apart, f"_drafted{suffix}", draft)
-        monkeypatch.setattr(apart, f"_verified{suffix}", verify)
+        monkeypatch.setattr(split_mesh, f"_drafted{suffix}", draft)
+        monkeypatch.setattr(split_mesh, f"_verified{suffix}", verify)
     config = config_for("sampled", MeshConfig(context=2, model=2), drafter_mesh=MeshConfig(model=2), bits=bits, kv=bits)
     run(config)
     names = ["prefill", "drafter prefill", "draft", "verify"]

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention.attend import attend_self
+from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.config import ModelConfig, Rope
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.hf_names import EMBEDDING, HEAD, weights
@@ -129,4 +129,4 @@ def prompted(
     """The prompts, all but the last `keep` tokens of each in the prefix, `int8`: rounded."""
     heads = [prompt[: len(prompt) - keep] for prompt in prompts]
     prefix = prefill(decoder, heads, chunk=chunk, dtype=jnp.float32)
-    return Prompted(decoder, prompts, rounded(prefix) if int8 else prefix, [len(h) for h in heads])
+    return Prompted(decoder, prompts, quantize_kv(prefix) if int8 else prefix, [len(h) for h in heads])

@@ -14,7 +14,7 @@ import pytest
 
 from rapid_jax.speculative.accept import augment, leading_accepts, leading_agreement, residual, verify
 from rapid_jax.speculative.config import Guard, SamplingConfig, SpeculationConfig
-from rapid_jax.speculative.sampling import Draw, Knobs, Law, position_keys, warped
+from rapid_jax.speculative.sampling import Draw, SamplingParams, SamplingRule, position_keys, warp
 from tests.reference import one_step, softmax
 
 P = np.array([0.5, 0.3, 0.15, 0.05])
@@ -92,12 +92,12 @@ def test_worked_numbers_in_float64():
 
 def test_temperature_is_inside_the_shift():
     """Eq. 6 with z / T, Eq. 8 on the raw logits and the worked numbers agree; T -> 0 at fixed eta is greedy."""
-    law = Law.of(SamplingConfig(), SpeculationConfig(guard="none"), ())
+    rule = SamplingRule.of(SamplingConfig(), SpeculationConfig(guard="none"), ())
 
     def p_hat_at(temperature: float) -> np.ndarray:
-        knobs = Knobs.of(SamplingConfig(temperature=temperature), SpeculationConfig(eta=10.0))
-        z, log_q = (jax.nn.log_softmax(warped(jnp.float32(x), law, knobs, None)) for x in (Z3, ZQ3))
-        return np.exp(augment(z, log_q, eta=knobs.eta_B, alpha=knobs.alpha_B, guard="none"))
+        params = SamplingParams.of(SamplingConfig(temperature=temperature), SpeculationConfig(eta=10.0))
+        z, log_q = (jax.nn.log_softmax(warp(jnp.float32(x), rule, params, None)) for x in (Z3, ZQ3))
+        return np.exp(augment(z, log_q, eta=params.eta_B, alpha=params.alpha_B, guard="none"))
 
     np.testing.assert_allclose(p_hat_at(0.5), [0.000002, 0.999911, 0.000076, 0.000010], atol=1e-6)
     p, q = softmax(Z3 / 0.5), softmax(ZQ3 / 0.5)
@@ -271,7 +271,7 @@ def test_residual_is_what_p_has_over_the_smaller_of_q_and_p_hat():
 def test_greedy_accepts_the_argmax_and_nothing_else():
     plain = SpeculationConfig(mode="lossless")
     z = np.random.default_rng(4).normal(size=(3, 6))
-    law = Law.of(SamplingConfig(temperature=0), plain, ())
+    rule = SamplingRule.of(SamplingConfig(temperature=0), plain, ())
     best = z.argmax(axis=-1)
     drafts = np.array([[best[0], best[1]], [best[0], best[1] ^ 1], [best[0] ^ 1, best[1]]])
     keys = position_keys(jax.random.split(jax.random.key(0), 3), Draw.TOKEN, jnp.zeros(3, jnp.int32), 3)
@@ -282,8 +282,8 @@ def test_greedy_accepts_the_argmax_and_nothing_else():
         jnp.zeros((3, 2, 1)),
         jnp.full(3, 2),
         logits,
-        law,
-        Knobs.of(SamplingConfig(temperature=0), plain),
+        rule,
+        SamplingParams.of(SamplingConfig(temperature=0), plain),
     )
     assert n.tolist() == [2, 1, 0]
     assert token.tolist() == [best[2], best[1], best[0]]

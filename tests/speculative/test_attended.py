@@ -13,10 +13,10 @@ import pytest
 
 from rapid_jax.attention.attended import BLOCK, attended_prefix
 from rapid_jax.attention.cache import KV, Prefix
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.config import ModelsConfig, RapidConfig
-from rapid_jax.model.fused import fused, quantized
+from rapid_jax.model.fused import fuse, quantize
 from rapid_jax.model.layer_kinds import LayerKind
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_meshes
@@ -68,7 +68,7 @@ def test_the_blocks_that_weigh_most_are_chosen_for_each_layer_and_head(kind):
     if kind != "stacked":
         layers = tuple(KV(jnp.asarray(a), jnp.asarray(b)) for a, b in zip(k, v, strict=True))
     prefix = Prefix(layers, jnp.asarray(pos_BS), jnp.int32(S))
-    prefix = rounded(prefix) if kind == "int8" else prefix
+    prefix = quantize_kv(prefix) if kind == "int8" else prefix
     old = jax.tree.map(lambda x: jnp.full_like(x, 7), prefix.layers)
     slots = slice(0, count * BLOCK)
     trim = lambda x, axis: jnp.repeat(jnp.take(x, np.arange(count * BLOCK), axis=axis), B // D, axis=x.ndim - 4)  # noqa: E731
@@ -157,9 +157,9 @@ def test_rounds_without_drafts_may_lie_between(documents, monkeypatch):
 def test_greedy_answers_on_other_layouts_copies_and_meshes(documents, kind):
     layout = "stacked" if "stacked" in kind else "unrolled"
     mesh = make_meshes(MeshConfig(model=2), None)[0] if "model 2" in kind else None
-    target = fused(documents.weights.decoder(layout, mesh=mesh), spent=True)
+    target = fuse(documents.weights.decoder(layout, mesh=mesh), spent=True)
     how = {"rows": (0, 1), "target": target, "int8": "int8 cache" in kind}
-    got = documents.answers(drafter=quantized(target, 8) if "int8 weights" in kind else target, **how)
+    got = documents.answers(drafter=quantize(target, 8) if "int8 weights" in kind else target, **how)
     assert got.tokens == documents.plain(**how)
     assert 0 < sum(got.accepted) < sum(got.drafted)
 

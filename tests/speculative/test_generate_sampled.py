@@ -176,7 +176,7 @@ def test_what_does_not_fit_is_refused(questions):
 
 
 def test_without_a_drafter_the_target_answers_alone(questions):
-    """Also the law of mode target: the same numbers, position by position, as plain sampling of p."""
+    """Also the distribution of mode target: the same numbers, position by position, as plain sampling of p."""
     got = generate(
         prompted(questions.target, questions.prompts),
         None,

@@ -33,7 +33,7 @@ def truth(questions, row: int, eta: float, guard: Guard, temperature: float, gam
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_drafted_position_has_the_argmax_of_p_hat(questions, answer, case):
-    """Whatever level 0 copies, and alone or beside others."""
+    """Whatever prompt lookup copies, and alone or beside others."""
     mode, guard, eta, temperature, gamma = case
     want = [truth(questions, row, eta, guard, temperature, gamma) for row in range(3)]
     assert want != questions.until_stop()

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from rapid_jax.model.fused import quantized
+from rapid_jax.model.fused import quantize
 from rapid_jax.runtime.mesh import make_meshes
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
@@ -34,7 +34,7 @@ def on_one_device(questions, answer):
     """(plain decoding, drafts by 8 bits), both over 8 bits."""
     target = decoder_on(questions.weights, MeshConfig())
     plain = answer(PLAIN, GREEDY, rows=[0, 1], target=target, int8=True)
-    drafted = answer(LOSSLESS, GREEDY, rows=[0, 1], target=target, drafter=quantized(target, 8), int8=True)
+    drafted = answer(LOSSLESS, GREEDY, rows=[0, 1], target=target, drafter=quantize(target, 8), int8=True)
     return plain, drafted
 
 
@@ -48,7 +48,7 @@ def test_drafts_change_no_token(on_one_device):
 def test_every_mesh_and_layout_gives_the_tokens_of_one_device(questions, answer, on_one_device, place):
     config, layout = PLACES[place]
     target = decoder_on(questions.weights, config, layout)
-    got = answer(LOSSLESS, GREEDY, rows=[0, 1], target=target, drafter=quantized(target, 8), int8=True)
+    got = answer(LOSSLESS, GREEDY, rows=[0, 1], target=target, drafter=quantize(target, 8), int8=True)
     want = on_one_device[1]
     assert got.tokens == want.tokens
     assert (got.drafted, got.accepted, got.rounds) == (want.drafted, want.accepted, want.rounds)
@@ -57,7 +57,7 @@ def test_every_mesh_and_layout_gives_the_tokens_of_one_device(questions, answer,
 def test_a_drafter_on_devices_of_its_own(questions, answer, on_one_device):
     here, there = make_meshes(MeshConfig(context=2), MeshConfig(context=2, model=2))
     target = decoder_on(questions.weights, MeshConfig(), mesh=here)
-    drafter = quantized(decoder_on(questions.weights, MeshConfig(), mesh=there), 8)
+    drafter = quantize(decoder_on(questions.weights, MeshConfig(), mesh=there), 8)
     got = answer(LOSSLESS, GREEDY, rows=[0, 1], target=target, drafter=drafter, int8=True)
     want = on_one_device[1]
     assert got.tokens == want.tokens and (got.drafted, got.accepted) == (want.drafted, want.accepted)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Level 0 against a plain search."""
+"""Prompt lookup against a plain search."""
 
 import functools
 

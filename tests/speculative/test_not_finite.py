@@ -9,9 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.model.finite import why_not_finite
-from rapid_jax.model.fused import fused, quantized
+from rapid_jax.model.fused import fuse, quantize
 from rapid_jax.model.rope import Rope
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_mesh
@@ -74,7 +74,7 @@ def test_a_weight_that_is_not_finite_is_named(weights, name, made):
     key, value, at = CASES[name]
     mesh = make_mesh(MeshConfig(model=2), jax.devices()[:2]) if made == "on a mesh" else None
     decoder = spoilt(weights, key, value, at).decoder("unrolled" if mesh is None else "stacked", mesh=mesh)
-    message = said(prompted(decoder if made is None else fused(decoder), [PROMPT]))
+    message = said(prompted(decoder if made is None else fuse(decoder), [PROMPT]))
     assert (
         message == f"the target's logits are NaN or infinite, which gives no answer: {key} holds NaN or infinite values"
     )
@@ -95,7 +95,7 @@ def test_the_drafters_are_looked_at_too(weights, temperature, lookup):
 
 
 def test_a_quantised_copy_is_looked_at_too(weights):
-    copy = quantized(spoilt(weights, UP, float("inf")).decoder(), 8)
+    copy = quantize(spoilt(weights, UP, float("inf")).decoder(), 8)
     message = said(prompted(weights.decoder(), [PROMPT]), prompted(copy, [PROMPT]))
     assert message.startswith("the drafter's") and f"{UP} holds" in message
 
@@ -118,7 +118,7 @@ def test_keys_and_values_that_are_not_finite(weights, eight_bits):
     target = prompted(weights.decoder(), [PROMPT])
     layers = jax.tree.map(lambda array: array.at[0, 0, 2, 1].set(np.nan), target.prefix.layers)
     prefix = replace(target.prefix, layers=layers)
-    assert "the target's logits" in said(replace(target, prefix=rounded(prefix) if eight_bits else prefix))
+    assert "the target's logits" in said(replace(target, prefix=quantize_kv(prefix) if eight_bits else prefix))
 
 
 def test_a_row_that_no_token_has_may_hold_anything(weights):

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.cache import KV, capacity
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.chunk_layout import bucket

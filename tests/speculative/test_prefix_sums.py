@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rapid_jax.attention.cache import Prefix
-from rapid_jax.attention.rounded import rounded
+from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.runtime.array_store import Damaged
 from rapid_jax.speculative import prefix_arrays
 from rapid_jax.speculative.prefix_check import check_entry
@@ -105,8 +105,8 @@ def assert_found(store: PrefixStore, spare: Path) -> None:
 
 def test_scales_are_known_too_and_sums_of_the_host_are_those_of_a_device(tmp_path: Path):
     store = PrefixStore(tmp_path, LARGE, quiet=True)
-    store.save(key_of(), rounded(prefix_of("stacked")))
-    store.save(key_of(1), jax.tree.map(np.asarray, rounded(prefix_of("stacked"))))
+    store.save(key_of(), quantize_kv(prefix_of("stacked")))
+    store.save(key_of(1), jax.tree.map(np.asarray, quantize_kv(prefix_of("stacked"))))
     want = loaded(store)
     check_same(loaded(store, 1), want if want is not None else prefix_of("stacked"))
     check_entry(entry_of(store)), check_entry(entry_of(store, 1))

@@ -14,14 +14,14 @@ from rapid_jax.runtime.errors import InputError
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.sampling import (
     Draw,
-    Knobs,
-    Law,
+    SamplingParams,
+    SamplingRule,
     draw,
     penalized,
     position_keys,
     seen_after,
     seen_before_each,
-    warped,
+    warp,
 )
 from tests.reference import chi_square_p, softmax
 
@@ -44,10 +44,10 @@ def logits_and_history() -> tuple[np.ndarray, np.ndarray]:
 
 
 def ours(logits: np.ndarray, history: np.ndarray, config: SamplingConfig) -> np.ndarray:
-    law, knobs = Law.of(config, SpeculationConfig(), ()), Knobs.of(config, SpeculationConfig())
+    rule, params = SamplingRule.of(config, SpeculationConfig(), ()), SamplingParams.of(config, SpeculationConfig())
     seen = np.zeros(logits.shape, bool)
     np.put_along_axis(seen, history, True, axis=1)
-    return np.asarray(jax.jit(warped, static_argnums=1)(jnp.asarray(logits), law, knobs, jnp.asarray(seen)))
+    return np.asarray(jax.jit(warp, static_argnums=1)(jnp.asarray(logits), rule, params, jnp.asarray(seen)))
 
 
 def theirs(logits: np.ndarray, history: np.ndarray, config: SamplingConfig) -> np.ndarray:
@@ -125,39 +125,39 @@ def test_greedy_penalises_and_filters_nothing():
     config = SamplingConfig(temperature=0, top_k=3, top_p=0.5, min_p=0.3, repetition_penalty=1.5)
     got = ours(logits, history, config)
     np.testing.assert_allclose(got, theirs(logits, history, SamplingConfig(repetition_penalty=1.5)), rtol=1e-6)
-    law = Law.of(config, SpeculationConfig(), ())
+    rule = SamplingRule.of(config, SpeculationConfig(), ())
     keys = position_keys(jax.random.split(jax.random.key(0), 16), Draw.TOKEN, jnp.zeros(16, jnp.int32), 1)
-    drawn = draw(keys, jnp.asarray(got)[:, None], law, Knobs.of(config, SpeculationConfig()))
+    drawn = draw(keys, jnp.asarray(got)[:, None], rule, SamplingParams.of(config, SpeculationConfig()))
     np.testing.assert_array_equal(drawn[:, 0], got.argmax(axis=-1))
 
 
 def test_settings_that_greedy_ignores_compile_nothing_anew():
-    plain = Law.of(SamplingConfig(temperature=0), SpeculationConfig(transfer_temperature=None), (3, 1, 3))
+    plain = SamplingRule.of(SamplingConfig(temperature=0), SpeculationConfig(transfer_temperature=None), (3, 1, 3))
     other = SamplingConfig(temperature=0, top_k=3, top_p=0.5, min_p=0.3)
-    assert Law.of(other, SpeculationConfig(mode="lossless", guard="paper"), (1, 3)) == plain
-    moved = Law.of(other, SpeculationConfig(mode="phat"), (1, 3))
-    assert moved.transfer and moved == Law.of(other, SpeculationConfig(transfer_temperature=0.5), (1, 3))
+    assert SamplingRule.of(other, SpeculationConfig(mode="lossless", guard="paper"), (1, 3)) == plain
+    moved = SamplingRule.of(other, SpeculationConfig(mode="phat"), (1, 3))
+    assert moved.transfer and moved == SamplingRule.of(other, SpeculationConfig(transfer_temperature=0.5), (1, 3))
     assert plain.stops == (1, 3)
     rows = [SpeculationConfig(eta=0.0), SpeculationConfig(mode="phat"), SpeculationConfig(eta=3.0, guard="paper")]
-    laws = [Law.of(other, row, (1, 3)) for row in (*rows, SpeculationConfig(mode="lossless"))]
-    assert len({law.widened(transfers=True) for law in laws}) == 1
-    every = Law.of(SamplingConfig(), SpeculationConfig(), (1, 3)).widened(transfers=False)
-    assert {law.widened(transfers=False) for law in laws} == {plain, every}, "those that the drafter moves sample"
+    rules = [SamplingRule.of(other, row, (1, 3)) for row in (*rows, SpeculationConfig(mode="lossless"))]
+    assert len({rule.widened(transfers=True) for rule in rules}) == 1
+    every = SamplingRule.of(SamplingConfig(), SpeculationConfig(), (1, 3)).widened(transfers=False)
+    assert {rule.widened(transfers=False) for rule in rules} == {plain, every}, "those that the drafter moves sample"
     warm = [
-        Law.of(SamplingConfig(temperature=1, seed=0), SpeculationConfig(mode="rapid", eta=10), ()),
-        Law.of(SamplingConfig(temperature=0.1, seed=7), SpeculationConfig(mode="lossless", eta=0), ()),
-        Law.of(SamplingConfig(temperature=2, seed=1), SpeculationConfig(mode="rapid", eta=50), ()),
+        SamplingRule.of(SamplingConfig(temperature=1, seed=0), SpeculationConfig(mode="rapid", eta=10), ()),
+        SamplingRule.of(SamplingConfig(temperature=0.1, seed=7), SpeculationConfig(mode="lossless", eta=0), ()),
+        SamplingRule.of(SamplingConfig(temperature=2, seed=1), SpeculationConfig(mode="rapid", eta=50), ()),
     ]
     assert len(set(warm)) == 1
 
 
 def test_tokens_are_drawn_as_often_as_they_are_probable():
     z = np.array([1.0, -1.0, 0.5, -np.inf, 2.0])
-    law = Law.of(SamplingConfig(), SpeculationConfig(), ())
+    rule = SamplingRule.of(SamplingConfig(), SpeculationConfig(), ())
     keys = position_keys(jax.random.split(jax.random.key(1), 50_000), Draw.TOKEN, jnp.zeros(50_000, jnp.int32), 2)
-    knobs = Knobs.of(SamplingConfig(), SpeculationConfig())
+    params = SamplingParams.of(SamplingConfig(), SpeculationConfig())
     rows = jnp.broadcast_to(jnp.float32(z), (50_000, 2, 5))
-    tokens = np.asarray(jax.jit(draw, static_argnums=2)(keys, rows, law, knobs))
+    tokens = np.asarray(jax.jit(draw, static_argnums=2)(keys, rows, rule, params))
     assert chi_square_p(np.bincount(tokens.ravel(), minlength=5), softmax(z)) > 1e-4
     # The two positions are independent.
     assert chi_square_p(np.bincount(tokens @ [5, 1], minlength=25), np.outer(softmax(z), softmax(z))) > 1e-4
@@ -189,9 +189,9 @@ def test_what_was_seen_before_each_token_and_after_some():
 
 
 def test_stop_tokens():
-    law = Law.of(SamplingConfig(), SpeculationConfig(), (2, 7))
-    np.testing.assert_array_equal(law.is_stop(jnp.asarray([[1, 2], [7, 70]])), [[False, True], [True, False]])
-    assert not Law.of(SamplingConfig(), SpeculationConfig(), ()).is_stop(jnp.arange(5)).any()
+    rule = SamplingRule.of(SamplingConfig(), SpeculationConfig(), (2, 7))
+    np.testing.assert_array_equal(rule.is_stop(jnp.asarray([[1, 2], [7, 70]])), [[False, True], [True, False]])
+    assert not SamplingRule.of(SamplingConfig(), SpeculationConfig(), ()).is_stop(jnp.arange(5)).any()
 
 
 @pytest.mark.parametrize(

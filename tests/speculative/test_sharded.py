@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rapid_jax.model.fused import fused, quantized
+from rapid_jax.model.fused import fuse, quantize
 from rapid_jax.runtime.axes import PARAM, with_copied_kv
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_meshes
@@ -41,7 +41,7 @@ MESHES = {
 def decoder_on(weights: Weights, config: MeshConfig, layout="unrolled", mesh=None):
     mesh = make_meshes(config, None)[0] if mesh is None else mesh
     table = with_copied_kv(PARAM, config.replicate_kv)
-    return fused(weights.decoder(layout, mesh=mesh, table=table), spent=True)
+    return fuse(weights.decoder(layout, mesh=mesh, table=table), spent=True)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +94,7 @@ def test_a_drafter_in_8_bits_drafts_alike_on_every_mesh(questions, answer):
         (MESHES["model 4, kv heads copied"], "unrolled"),
     ):
         target = decoder_on(questions.weights, config, layout)
-        found.append(answer(speculation, sampling, rows=[0, 1], target=target, drafter=quantized(target, 8)))
+        found.append(answer(speculation, sampling, rows=[0, 1], target=target, drafter=quantize(target, 8)))
     assert [one.tokens for one in found] == [questions.until_stop()[:2]] * 3
     assert found[0].accepted == found[1].accepted == found[2].accepted and found[0].drafted == found[1].drafted
     assert 0 < sum(found[0].accepted) < sum(found[0].drafted)

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.engine.host_prefixes import HostMoves, device_bytes, head_bytes
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.layer_kinds import LayerKind

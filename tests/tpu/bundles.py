@@ -50,7 +50,7 @@ def compiled(topology: str, kv_heads: int, tokens: int, int8: bool, folder: str)
     import jax.numpy as jnp
     from jax.sharding import SingleDeviceSharding
 
-    from rapid_jax.attention.partial import Rows, Slots
+    from rapid_jax.attention.online_softmax import Rows, Slots
     from rapid_jax.attention.tpu_decode import Stack, cut_of, tpu_decoded
     from rapid_jax.plan.topologies import topology_of
 

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from rapid_jax.attention.attend import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.attention.cache import KV, Prefix, Tail
 from rapid_jax.attention.decoding import attend_stack
-from rapid_jax.attention.partial import Rows, Slots, finish
+from rapid_jax.attention.online_softmax import Rows, Slots, finish
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.tpu_decode import Stack
-from rapid_jax.attention.verbs import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.model.matrix import Place, in_bits
 from rapid_jax.plan.hlo import arrays_of, bytes_of, collectives, made, parse
 from rapid_jax.plan.topologies import topology_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rapid_jax.attention.cache import KV
-from rapid_jax.attention.rounded import rounded_array
+from rapid_jax.attention.quantized_kv import quantize_array
 from rapid_jax.cli import main
 from rapid_jax.config import RapidConfig
 from rapid_jax.plan import command
@@ -84,7 +84,7 @@ def test_a_prefix_is_rounded_where_it_lies_beside_a_quarter_of_it(name: str):
     model, _ = models_of(config, devices, target, None, config.models.max_context)
     layers = model.prefix().layers
     assert isinstance(layers, KV)
-    turned = rounded_array.lower(layers.v_BKSH, turned=True, mesh=model.mesh).compile()
+    turned = quantize_array.lower(layers.v_BKSH, turned=True, mesh=model.mesh).compile()
     assert collectives(turned.as_text()) == []
     memory = turned.memory_analysis()
     assert memory.peak_memory_in_bytes - memory.argument_size_in_bytes < 0.28 * cache

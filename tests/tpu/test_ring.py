@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
+from rapid_jax.attention.attend import attend_self
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from rapid_jax.plan.hlo import collectives, gathered_kv, schedule, totals, under_kernels
 from rapid_jax.plan.topologies import GIB, topology_of
 from rapid_jax.runtime.mesh import make_mesh

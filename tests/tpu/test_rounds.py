@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rounds of whole runs as the TPU compiler leaves them, at full depth: the layers are scanned.
 
-Four slices, and every law of sampling on each. Of copies on and off, drafters in full and in 8 bits, keys and values in
-full and in 8 bits each pair is met, also with every slice and with every law: `CASES`. By default five are compiled, in
-which each slice and each law is, and both values of the last three; with `--fuzz 2` all are.
+Four slices, and every rule of sampling on each. Of copies on and off, drafters in full and in 8 bits, keys and values
+in full and in 8 bits each pair is met, also with every slice and with every rule: `CASES`. By default five are
+compiled, in which each slice and each rule is, and both values of the last three; with `--fuzz 2` all are.
 """
 
 import math
@@ -21,7 +21,7 @@ from rapid_jax.plan.programs import Program, programs_of
 from rapid_jax.plan.report import Result, examined
 from rapid_jax.plan.topologies import GIB, topology_of
 from rapid_jax.runtime import settings
-from rapid_jax.speculative.start import gamma_bucket
+from rapid_jax.speculative.initial_state import gamma_bucket
 from tests.tpu import heads
 
 CONFIGS = heads.CONFIGS / "rapid"
@@ -44,13 +44,13 @@ FEW = 8  # rows that a row alone is filled up to before it meets weights in full
 @dataclass(frozen=True)
 class Case:
     name: str
-    law: str
+    rule: str
     copies: bool
     drafter: str
     kv: str
 
     def config(self) -> RapidConfig:
-        sampling = [f"sampling.{key}={value}" for key, value in LAWS[self.law].items()]
+        sampling = [f"sampling.{key}={value}" for key, value in LAWS[self.rule].items()]
         if self.name.startswith("llama31_70b"):  # else its tail is as long as a device's part of the drafter's prompt
             sampling.append("sampling.max_new_tokens=1536")
         rest = [f"speculation.lookup={'auto' if self.copies else 'off'}", f"models.drafter_weights={self.drafter}"]
@@ -58,22 +58,22 @@ class Case:
 
     def __str__(self) -> str:
         copies = "copies" if self.copies else "no copies"
-        return f"{self.name}, {self.law}, {copies}, drafter {self.drafter}, kv {self.kv}"
+        return f"{self.name}, {self.rule}, {copies}, drafter {self.drafter}, kv {self.kv}"
 
 
 def cases() -> list[Case]:
-    """A covering set: the last three of each follow from the parity of what slice and law are numbered by."""
+    """A covering set: the last three of each follow from the parity of what slice and rule are numbered by."""
     found = []
     for place, name in enumerate(SLICES):
-        for number, law in enumerate(LAWS):
+        for number, rule in enumerate(LAWS):
             high, low, late = number >> 1, number & 1, place >> 1
             odd = [late ^ low, late ^ high, late ^ low ^ high]
-            found.append(Case(name, law, not odd[0], ("int8", "full")[odd[1]], ("full", "int8")[odd[2]]))
+            found.append(Case(name, rule, not odd[0], ("int8", "full")[odd[1]], ("full", "int8")[odd[2]]))
     return found
 
 
 CASES = cases()
-FEWER = [CASES[at] for at in (0, 5, 10, 15)] + [CASES[2]]  # slice by slice another law; and a drafter in full
+FEWER = [CASES[at] for at in (0, 5, 10, 15)] + [CASES[2]]  # slice by slice another rule; and a drafter in full
 
 
 @cache
@@ -129,7 +129,7 @@ def most_bytes(case: Case, program: Program) -> int:
 
 def test_every_pair_of_settings_is_met():
     """And all eight of the last three; of those that are always compiled each value."""
-    fields = ("name", "law", "copies", "drafter", "kv")
+    fields = ("name", "rule", "copies", "drafter", "kv")
     sizes = {field: {getattr(case, field) for case in CASES} for field in fields}
     for first in fields:
         for second in fields:

@@ -18,7 +18,7 @@ from jax import lax
 from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, each_layer, write, write_layers
 from rapid_jax.attention.forked import Forked
 from rapid_jax.attention.groups import by_group, grouped, layer_at
-from rapid_jax.attention.partial import Slots, block_of, finish, fold, merge, unfold
+from rapid_jax.attention.online_softmax import Slots, block_of, finish, fold, merge, unfold
 from rapid_jax.attention.ring import attend_before, attend_visitors, before, fits_neighbours, ring_attention
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.attention.tpu_decode import Stack

@@ -19,7 +19,7 @@ from jax import lax
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Partial:
+class SoftmaxState:
     """Attention over some of the keys, before division by the softmax sum. All float32.
 
     A row that has seen no key has max -inf, sum 0 and out 0: the identity of `merge`.
@@ -81,10 +81,10 @@ def unfold(out_BKRH: jax.Array, time: int) -> jax.Array:
     return out_BKRH.reshape(B, K, time, R // time, H).swapaxes(1, 2).reshape(B, time, K * (R // time), H)
 
 
-def nothing_seen(rows: Rows) -> Partial:
+def nothing_seen(rows: Rows) -> SoftmaxState:
     """The identity of `merge`."""
     shape = rows.q_BKRH.shape
-    return Partial(
+    return SoftmaxState(
         jnp.zeros(shape, jnp.float32), jnp.full(shape[:-1], -jnp.inf, jnp.float32), jnp.zeros(shape[:-1], jnp.float32)
     )
 
@@ -100,7 +100,7 @@ def visible(rows: Rows, slots: Slots) -> jax.Array:
     return seen[:, None]
 
 
-def attend_block(rows: Rows, slots: Slots, *, scale: float, masked: bool = True) -> Partial:
+def attend_block(rows: Rows, slots: Slots, *, scale: float, masked: bool = True) -> SoftmaxState:
     """Attention of the rows over one block of slots, un-normalised: exp(scale q.k - max) v.
 
     `masked=False` is for a block of which every row sees every slot.
@@ -123,24 +123,24 @@ def attend_block(rows: Rows, slots: Slots, *, scale: float, masked: bool = True)
         weight *= slots.v_scale_BKS[:, :, None]
     weight = weight.astype(v_BKSH.dtype)
     out_BKRH = jnp.einsum("BKRS,BKSH->BKRH", weight, v_BKSH, precision=precision, preferred_element_type=jnp.float32)
-    return Partial(out_BKRH, peak * scale, total)
+    return SoftmaxState(out_BKRH, peak * scale, total)
 
 
-def merge(a: Partial, b: Partial) -> Partial:
+def merge(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
     """Attention over the keys of both. Associative and commutative up to rounding."""
     peak = jnp.maximum(a.max_BKR, b.max_BKR)
     finite = jnp.where(peak == -jnp.inf, 0.0, peak)
     wa, wb = jnp.exp(a.max_BKR - finite), jnp.exp(b.max_BKR - finite)
-    return Partial(a.out_BKRH * wa[..., None] + b.out_BKRH * wb[..., None], peak, a.sum_BKR * wa + b.sum_BKR * wb)
+    return SoftmaxState(a.out_BKRH * wa[..., None] + b.out_BKRH * wb[..., None], peak, a.sum_BKR * wa + b.sum_BKR * wb)
 
 
-def finish(partial: Partial, dtype: jnp.dtype) -> jax.Array:
+def finish(partial: SoftmaxState, dtype: jnp.dtype) -> jax.Array:
     """softmax(scores) @ values, [B, K, R, H]; a row that saw nothing is 0."""
     total = jnp.where(partial.sum_BKR == 0, 1.0, partial.sum_BKR)
     return (partial.out_BKRH / total[..., None]).astype(dtype)
 
 
-def log_sum(partial: Partial) -> jax.Array:
+def log_sum(partial: SoftmaxState) -> jax.Array:
     """float32 [B, K, R]: log of the softmax sum, -inf for a row that saw nothing."""
     return partial.max_BKR + jnp.log(partial.sum_BKR)
 
@@ -176,7 +176,7 @@ def seen_by_all(rows: Rows, slots: Slots) -> jax.Array:
     return every
 
 
-def attend_what_is_seen(partial: Partial, rows: Rows, slots: Slots, *, scale: float) -> Partial:
+def attend_what_is_seen(partial: SoftmaxState, rows: Rows, slots: Slots, *, scale: float) -> SoftmaxState:
     """`partial` with a block added: not visited if no row sees any of it, without a mask if every row sees it all."""
     some = seen_by_some(rows, slots)
     every = some & seen_by_all(rows, slots)
@@ -189,7 +189,7 @@ def attend_what_is_seen(partial: Partial, rows: Rows, slots: Slots, *, scale: fl
 
 def attend_blockwise(
     rows: Rows, slots: Slots, *, scale: float, block: int, used: jax.Array | None = None, skip: bool = False
-) -> Partial:
+) -> SoftmaxState:
     """`attend_block` over slots of any number, holding the scores of one block at a time.
 
     `used`, where given, says that slots from that index on are empty: their blocks are not visited. It makes the
@@ -203,7 +203,7 @@ def attend_blockwise(
     block = min(block, size)
     whole, rest = divmod(size, block)
 
-    def add(partial: Partial, start: jax.Array | int, count: int) -> Partial:
+    def add(partial: SoftmaxState, start: jax.Array | int, count: int) -> SoftmaxState:
         part = block_of(slots, start, count)
         if skip:
             return attend_what_is_seen(partial, rows, part, scale=scale)
@@ -221,7 +221,7 @@ def attend_blockwise(
 
 def attend_tiled(
     rows: Rows, slots: Slots, *, scale: float, tile: int, block: int, used: jax.Array | None = None
-) -> Partial:
+) -> SoftmaxState:
     """`attend_blockwise` of `tile` rows at a time, leaving out what nobody sees.
 
     For many rows: half of a sequence's blocks lie in the future of the rows that would look at them.
@@ -232,7 +232,7 @@ def attend_tiled(
     rows = padded_rows(rows, tile)
     count = rows.pos_BR.shape[1] // tile
 
-    def attend(index: jax.Array) -> Partial:
+    def attend(index: jax.Array) -> SoftmaxState:
         part = rows_of(rows, index * tile, tile)
         return attend_blockwise(part, slots, scale=scale, block=block, used=used, skip=True)
 

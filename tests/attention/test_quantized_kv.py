@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
+from rapid_jax.attention.attend import attend_prefix_tail
 from rapid_jax.attention.cache import KV, Prefix, Tail
-from rapid_jax.attention.rounded import rounded, rounded_array
+from rapid_jax.attention.quantized_kv import quantize_array, quantize_kv
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_prefix_tail
 from rapid_jax.plan.hlo import collectives
 from rapid_jax.runtime.mesh import MeshConfig, make_mesh
 
@@ -64,7 +64,7 @@ def test_every_element_is_off_by_half_a_step_at_most(stacked, dtype):
     layers = stack(*layers) if stacked else layers
     given = prefix_of(layers)
     before = jax.tree.map(lambda x: np.asarray(x, np.float64), layers)
-    got = rounded(given)
+    got = quantize_kv(given)
     assert isinstance(got.layers, KV) == stacked
     assert got.pos_BS is given.pos_BS and got.used is given.used
     pairs = [(got.layers, before)] if stacked else list(zip(got.layers, before, strict=True))
@@ -92,10 +92,10 @@ def test_each_device_rounds_its_own_part(mesh, stacked, dtype):
     lead = "L" if stacked else ""
     placed = jax.device_put(layers, NamedSharding(strategy.mesh, strategy.spec(f"kv_{lead}BKSH")))
     x = jax.tree.leaves(placed)[0]
-    programs = [rounded_array.lower(x, turned=turned, mesh=strategy.mesh).compile() for turned in (False, True)]
+    programs = [quantize_array.lower(x, turned=turned, mesh=strategy.mesh).compile() for turned in (False, True)]
     assert [collectives(program.as_text()) for program in programs] == [[], []]
-    got = rounded(prefix_of(placed))
-    chex.assert_trees_all_equal(got.layers, rounded(prefix_of(layers)).layers)
+    got = quantize_kv(prefix_of(placed))
+    chex.assert_trees_all_equal(got.layers, quantize_kv(prefix_of(layers)).layers)
     names = {"k_BKSH": "BKSH", "v_BKSH": "BKHS", "k_scale_BKS": "BKS", "v_scale_BKS": "BKS"}
     for kv in [got.layers] if stacked else got.layers:
         for field, letters in names.items():
@@ -106,15 +106,15 @@ def test_each_device_rounds_its_own_part(mesh, stacked, dtype):
 
 
 def test_a_rounded_prefix_stays_as_it_is():
-    prefix = rounded(prefix_of((layer_of(0),)))
-    assert rounded(prefix) is prefix and not prefix.layers[0].k_BKSH.is_deleted()
+    prefix = quantize_kv(prefix_of((layer_of(0),)))
+    assert quantize_kv(prefix) is prefix and not prefix.layers[0].k_BKSH.is_deleted()
 
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_the_given_arrays_are_deleted(stacked):
     layers = tuple(layer_of(seed) for seed in range(2))
     given = prefix_of(stack(*layers) if stacked else layers)
-    got = rounded(given)
+    got = quantize_kv(given)
     assert all(x.is_deleted() for x in jax.tree.leaves(given.layers))
     assert not any(x.is_deleted() for x in jax.tree.leaves((got, given.pos_BS, given.used)))
 
@@ -134,7 +134,7 @@ def attended(layer: KV, strategy: Strategy = PLAIN) -> tuple[jax.Array, KV]:
 def test_attention_reads_what_the_steps_stand_for(stacked):
     layers = tuple(layer_of(seed, spread=1.5) for seed in range(2))
     full_BGNH = np.asarray(attended(layers[1])[0])
-    prefix = rounded(prefix_of(stack(*layers) if stacked else layers))
+    prefix = quantize_kv(prefix_of(stack(*layers) if stacked else layers))
     layer = jax.tree.map(lambda x: x[1], prefix.layers) if stacked else prefix.layers[1]
     got_BGNH, tail = attended(layer)
     want_BGNH, want_tail = attended(KV(*(jnp.asarray(np.float32(x)) for x in in_full(layer))))
@@ -146,7 +146,7 @@ def test_attention_reads_what_the_steps_stand_for(stacked):
 
 def test_a_rounded_prefix_that_is_split_over_devices():
     """The scales lie as their slots and heads do."""
-    (layer,) = rounded(prefix_of((layer_of(0, spread=1.5),))).layers
+    (layer,) = quantize_kv(prefix_of((layer_of(0, spread=1.5),))).layers
     want_BGNH, _ = attended(layer)
     mesh = make_mesh(MeshConfig(context=2, model=2), jax.devices()[:4])
     got_BGNH, _ = attended(layer, Strategy(block=20, mesh=mesh))

@@ -10,7 +10,7 @@ import pytest
 
 from rapid_jax.speculative.accept import verify
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
-from rapid_jax.speculative.sampling import Draw, Knobs, Law, draw, position_keys
+from rapid_jax.speculative.sampling import Draw, SamplingParams, SamplingRule, draw, position_keys
 from tests.reference import chi_square_p, one_step, softmax
 
 MODES = {
@@ -23,15 +23,15 @@ VOCABULARY = 6
 
 
 @functools.partial(jax.jit, static_argnames=("law", "gamma"))
-def drawn_rounds(seed, z_GV, zq_GV, length, law, knobs, gamma):
+def drawn_rounds(seed, z_GV, zq_GV, length, law, params, gamma):
     """Many independent rounds with `gamma` drafts, the first `length` of which count: (drafts, n, token)."""
     keys = jax.random.split(jax.random.key(seed), DRAWS)
     log_q = jnp.broadcast_to(jax.nn.log_softmax(zq_GV), (DRAWS, gamma, VOCABULARY))
     at = jnp.zeros(DRAWS, jnp.int32)
-    drafts = draw(position_keys(keys, Draw.DRAFT, at, gamma), log_q, law, knobs)
+    drafts = draw(position_keys(keys, Draw.DRAFT, at, gamma), log_q, law, params)
     streams = (position_keys(keys, Draw.ACCEPT, at, gamma), position_keys(keys, Draw.TOKEN, at, gamma + 1))
     z = jnp.broadcast_to(z_GV, (DRAWS, gamma + 1, VOCABULARY))
-    return drafts, *verify(streams, drafts, log_q, jnp.full(DRAWS, length), z, law, knobs)
+    return drafts, *verify(streams, drafts, log_q, jnp.full(DRAWS, length), z, law, params)
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +47,11 @@ def test_verify_samples_its_law(rows, name):
     """Two drafts a round: where the first is rejected, where the second is, and the bonus, all at once."""
     z, zq = rows
     speculation = MODES[name]
-    law = Law.of(SamplingConfig(), speculation, ())
-    knobs = Knobs.of(SamplingConfig(), speculation)
-    drafts, n, token = (np.asarray(x) for x in drawn_rounds(7, jnp.float32(z), jnp.float32(zq), 2, law, knobs, gamma=2))
+    rule = SamplingRule.of(SamplingConfig(), speculation, ())
+    params = SamplingParams.of(SamplingConfig(), speculation)
+    drafts, n, token = (
+        np.asarray(x) for x in drawn_rounds(7, jnp.float32(z), jnp.float32(zq), 2, rule, params, gamma=2)
+    )
     eta, exact = speculation.effective_eta, speculation.mode == "phat"
     first, second = (
         one_step(z[i], softmax(zq[i]), eta=eta, guard=speculation.guard, exact_phat=exact) for i in range(2)
@@ -77,8 +79,10 @@ def test_a_wrong_law_is_noticed(rows):
     """The test above has teeth: the law of p where p_hat is sampled, and eta off by a tenth, are both refused."""
     z, zq = rows
     speculation = MODES["phat none"]
-    law, knobs = Law.of(SamplingConfig(), speculation, ()), Knobs.of(SamplingConfig(), speculation)
-    drafts, n, token = (np.asarray(x) for x in drawn_rounds(7, jnp.float32(z), jnp.float32(zq), 2, law, knobs, gamma=2))
+    rule, params = SamplingRule.of(SamplingConfig(), speculation, ()), SamplingParams.of(SamplingConfig(), speculation)
+    drafts, n, token = (
+        np.asarray(x) for x in drawn_rounds(7, jnp.float32(z), jnp.float32(zq), 2, rule, params, gamma=2)
+    )
     counts = np.bincount(np.where(n > 0, drafts[:, 0], token), minlength=VOCABULARY)
     assert chi_square_p(counts, softmax(z[0])) < 1e-6
     assert chi_square_p(counts, one_step(z[0], softmax(zq[0]), eta=2.2, guard="none", exact_phat=True).law) < 1e-4
@@ -87,8 +91,8 @@ def test_a_wrong_law_is_noticed(rows):
 def test_a_shorter_draft_ends_in_a_bonus_from_its_own_row(rows):
     z, zq = rows
     speculation = MODES["rapid code"]
-    law, knobs = Law.of(SamplingConfig(), speculation, ()), Knobs.of(SamplingConfig(), speculation)
-    _, n, token = (np.asarray(x) for x in drawn_rounds(3, jnp.float32(z), jnp.float32(zq), 1, law, knobs, gamma=2))
+    rule, params = SamplingRule.of(SamplingConfig(), speculation, ()), SamplingParams.of(SamplingConfig(), speculation)
+    _, n, token = (np.asarray(x) for x in drawn_rounds(3, jnp.float32(z), jnp.float32(zq), 1, law, params, gamma=2))
     first = one_step(z[0], softmax(zq[0]), eta=2.0, guard="code")
     assert chi_square_p(np.bincount(n, minlength=3), round_ends(first.acceptance, 0.0)) > 1e-4
     assert chi_square_p(np.bincount(token[n == 1], minlength=VOCABULARY), softmax(z[1])) > 1e-4

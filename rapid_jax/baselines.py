@@ -16,7 +16,7 @@ _HEADINGS = ("mode", "tokens/s", "acceptance", "tokens/round", "prefill s", "com
 def baselines(rapid: Rapid, document: str, question: str) -> Iterator[Answer]:
     """The answers of the modes that `rapid` was not configured for: same models, sampling and document prefill.
 
-    They decode a token at a time: level 0 is off, as it is in what the paper compares with.
+    They decode a token at a time: prompt lookup is off, as it is in what the paper compares with.
     """
     config = rapid.config
     for mode in BASELINES:

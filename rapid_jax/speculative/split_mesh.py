@@ -16,24 +16,26 @@ from rapid_jax.runtime.mesh import moved, whole
 from rapid_jax.speculative.draft import Draft
 from rapid_jax.speculative.lookup import framed
 from rapid_jax.speculative.loop import TPU_OPTIONS, copies_alone, drafted, verified
-from rapid_jax.speculative.sampling import Knobs, Law
+from rapid_jax.speculative.sampling import SamplingParams, SamplingRule
 from rapid_jax.speculative.state import Plan, Side, State
 
 
-def _draft(drafter: Side, state: State, tail: Tail, text_BM, knobs: Knobs, *, law: Law, plan: Plan):
+def _draft(drafter: Side, state: State, tail: Tail, text_BM, params: SamplingParams, *, rule: SamplingRule, plan: Plan):
     framed_BM = framed(text_BM, drafter.recent_BR.shape[1], plan.copies)
-    draft, tail = drafted(drafter, state, tail, framed_BM, knobs, law, plan)
+    draft, tail = drafted(drafter, state, tail, framed_BM, params, rule, plan)
     return whole(drafter.decoder.mesh, draft), tail
 
 
-def _verify(target: Side, state: State, draft: Draft | None, text_BM, knobs: Knobs, *, law: Law, plan: Plan) -> State:
+def _verify(
+    target: Side, state: State, draft: Draft | None, text_BM, params: SamplingParams, *, rule: SamplingRule, plan: Plan
+) -> State:
     if draft is None:
-        draft = copies_alone(target, state, framed(text_BM, target.recent_BR.shape[1], plan.copies), law, plan)
-    return verified(target, state, draft, knobs, law, plan)
+        draft = copies_alone(target, state, framed(text_BM, target.recent_BR.shape[1], plan.copies), rule, plan)
+    return verified(target, state, draft, params, rule, plan)
 
 
-_draft_jit = partial(jax.jit, _draft, static_argnames=("law", "plan"), donate_argnames="tail")
-_verify_jit = partial(jax.jit, _verify, static_argnames=("law", "plan"), donate_argnames="state")
+_draft_jit = partial(jax.jit, _draft, static_argnames=("rule", "plan"), donate_argnames="tail")
+_verify_jit = partial(jax.jit, _verify, static_argnames=("rule", "plan"), donate_argnames="state")
 _drafted, _drafted_on_tpu = _draft_jit(), _draft_jit(compiler_options=dict(TPU_OPTIONS))
 _verified, _verified_on_tpu = _verify_jit(), _verify_jit(compiler_options=dict(TPU_OPTIONS))
 
@@ -42,10 +44,10 @@ def run_rounds_apart(
     sides: tuple[Side, Side],
     texts: tuple[jax.Array, jax.Array],
     state: State,
-    knobs: tuple[Knobs, Knobs],
+    params: tuple[SamplingParams, SamplingParams],
     rounds: int,
     *,
-    law: Law,
+    rule: SamplingRule,
     plan: Plan,
 ) -> State:
     """`run_rounds` with the first of each pair on the target's devices and the second on the drafter's.
@@ -63,7 +65,7 @@ def run_rounds_apart(
             tail = replace(state.target_tail, layers=())
             outline = replace(state, target_tail=tail, target_seen_BV=None, logprobs=None)
             known = moved(outline, drafter.decoder.mesh)
-            draft, draft_tail = draft_half(drafter, known, draft_tail, texts[1], knobs[1], law=law, plan=plan)
+            draft, draft_tail = draft_half(drafter, known, draft_tail, texts[1], params[1], rule=rule, plan=plan)
             draft = moved(draft, target.decoder.mesh)
-        state = target_half(target, state, draft, texts[0], knobs[0], law=law, plan=plan)
+        state = target_half(target, state, draft, texts[0], params[0], rule=rule, plan=plan)
     return replace(state, draft_tail=draft_tail)

@@ -15,7 +15,7 @@ from rapid_jax.speculative.draft import CATCH_UP
 from rapid_jax.speculative.schedule import GAMMAS
 from rapid_jax.speculative.state import Counts, Logprobs, Plan
 
-RECENT = 8  # prompt tokens kept at hand: what a drafter re-reads, what level 0 matches
+RECENT = 8  # prompt tokens kept at hand: what a drafter re-reads, what prompt lookup matches
 EXTEND_WIDTH = 32  # prompt tokens after the prefix read at once
 GAMMA_BUCKETS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 24, 32, 48, 64)  # that rows of different gammas share
 
@@ -26,7 +26,7 @@ class Room:
 
     new: int = 0  # of an answer
     suffix: int = 0  # of a prompt, behind its prefix
-    text: int = 0  # that level 0 copies from
+    text: int = 0  # that prompt lookup copies from
     logprobs: bool = False  # log-probabilities of what is emitted, and of the most probable tokens
 
 
@@ -71,7 +71,7 @@ def draft_room(speculation: SpeculationConfig) -> int:
 
 
 def text_slots(longest: int, match: int) -> int:
-    """Slots of the text that level 0 copies from, whose longest row has `longest` tokens."""
+    """Slots of the text that prompt lookup copies from, whose longest row has `longest` tokens."""
     return coarse_bucket(longest + match, 512)
 
 

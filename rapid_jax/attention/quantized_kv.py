@@ -20,14 +20,14 @@ from rapid_jax.attention.cache import KV, Prefix, mesh_of
 from rapid_jax.attention.strategy import Strategy
 
 
-def rounded(prefix: Prefix) -> Prefix:
+def quantize_kv(prefix: Prefix) -> Prefix:
     """The prefix with int8 keys and values, on the same devices. A rounded one stays.
 
     The given one's are deleted, those of a layer (stacked: of all layers) at a time, keys before values: there is never
     more than a quarter of a layer, or of the stack, beside what there was.
     """
     if prefix.near is not None:
-        return prefix.with_groups(list(map(rounded, prefix.groups)))
+        return prefix.with_groups(list(map(quantize_kv, prefix.groups)))
     if jax.tree.leaves(prefix.layers)[0].dtype == jnp.int8:
         return prefix
     if isinstance(prefix.layers, KV):
@@ -37,15 +37,15 @@ def rounded(prefix: Prefix) -> Prefix:
 
 def _replaced(kv: KV) -> KV:
     mesh = mesh_of(kv)
-    k_BKSH, k_scale_BKS = jax.block_until_ready(rounded_array(kv.k_BKSH, turned=False, mesh=mesh))
+    k_BKSH, k_scale_BKS = jax.block_until_ready(quantize_array(kv.k_BKSH, turned=False, mesh=mesh))
     kv.k_BKSH.delete()
-    v_BKHS, v_scale_BKS = jax.block_until_ready(rounded_array(kv.v_BKSH, turned=True, mesh=mesh))
+    v_BKHS, v_scale_BKS = jax.block_until_ready(quantize_array(kv.v_BKSH, turned=True, mesh=mesh))
     kv.v_BKSH.delete()
     return KV(k_BKSH, v_BKHS, k_scale_BKS, v_scale_BKS)
 
 
 @partial(jax.jit, static_argnames=("turned", "mesh"))
-def rounded_array(x_BKSH: jax.Array, *, turned: bool, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
+def quantize_array(x_BKSH: jax.Array, *, turned: bool, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
     """(int8 values, float32 scales [B, K, S]) of keys or values, or of those of every layer; values are `turned`.
 
     A program of its own.

@@ -50,7 +50,7 @@ class _Compared:
         return [other for _, other in self.pairs]
 
 
-def contrast(one: AnyPlace, other: AnyPlace, out: AnyPlace | None = None) -> str:
+def compare(one: AnyPlace, other: AnyPlace, out: AnyPlace | None = None) -> str:
     """A plain text of how `other` differs from `one`: a table a label that both have, and the answers that changed.
 
     A sample is paired with the one of the same suite, id, question and right answers; its prompt may differ (another

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rapid_jax.attention.partial import (
-    Partial,
+from rapid_jax.attention.attend import attend_self
+from rapid_jax.attention.online_softmax import (
     Slots,
+    SoftmaxState,
     attend_block,
     attend_blockwise,
     finish,
@@ -23,7 +24,6 @@ from rapid_jax.attention.partial import (
     unfold,
 )
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.attention.verbs import attend_self
 from tests.reference import dense_attention, visible
 
 
@@ -184,7 +184,7 @@ def test_a_sequence_over_itself_in_tiles(time, branches):
         np.testing.assert_allclose(g, w, atol=1e-4, err_msg=name)
 
 
-def parts_of(a: Arrays, cuts: list[int]) -> list[Partial]:
+def parts_of(a: Arrays, cuts: list[int]) -> list[SoftmaxState]:
     rows = fold(a.q_BTNH, a.q_pos_BT, a.k_BSKH.shape[2], a.q_branch_BT)
     attend = jax.jit(attend_block, static_argnames="scale")
     return [attend(rows, slots_of(a, slice(start, stop)), scale=0.3) for start, stop in pairwise(cuts)]

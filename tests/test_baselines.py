@@ -3,7 +3,7 @@
 
 import pytest
 
-from rapid_jax.compare import table
+from rapid_jax.baselines import table
 from tests.test_answer import answer
 
 LONG = "The cat that sat on the mat was " + "very " * 30 + "happy.\n\n- a supercalifragilisticexpialidocious-long-word"

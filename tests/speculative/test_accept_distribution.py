@@ -92,7 +92,7 @@ def test_a_shorter_draft_ends_in_a_bonus_from_its_own_row(rows):
     z, zq = rows
     speculation = MODES["rapid code"]
     rule, params = SamplingRule.of(SamplingConfig(), speculation, ()), SamplingParams.of(SamplingConfig(), speculation)
-    _, n, token = (np.asarray(x) for x in drawn_rounds(3, jnp.float32(z), jnp.float32(zq), 1, law, params, gamma=2))
+    _, n, token = (np.asarray(x) for x in drawn_rounds(3, jnp.float32(z), jnp.float32(zq), 1, rule, params, gamma=2))
     first = one_step(z[0], softmax(zq[0]), eta=2.0, guard="code")
     assert chi_square_p(np.bincount(n, minlength=3), round_ends(first.acceptance, 0.0)) > 1e-4
     assert chi_square_p(np.bincount(token[n == 1], minlength=VOCABULARY), softmax(z[1])) > 1e-4

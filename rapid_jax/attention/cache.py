@@ -26,8 +26,8 @@ class KV:
     """
 
     k_BKSH: jax.Array
-    v_BKSH: jax.Array  # rounded: [B, K, H, S]
-    k_scale_BKS: jax.Array | None = None  # float32, rounded ones alone
+    v_BKSH: jax.Array  # quantised: [B, K, H, S]
+    k_scale_BKS: jax.Array | None = None  # float32, quantised ones alone
     v_scale_BKS: jax.Array | None = None
 
 

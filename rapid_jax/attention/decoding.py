@@ -61,7 +61,7 @@ def by_blocks(rows: Rows, sides: StackSides, used: Used, scale: float, axis: str
 
 
 def attend_stack(rows: Rows, stack: Stack, *, scale: float, block: int) -> SoftmaxState:
-    """`attend_blockwise` over a layer in the stack of all: each block is read where it lies, rounded ones as int8.
+    """`attend_blockwise` over a layer in the stack of all: each block is read where it lies, quantised ones as int8.
 
     The layer taken out first would be a copy of it, written and read again. Blocks before all first positions of the
     rows are left out.

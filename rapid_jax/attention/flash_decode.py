@@ -4,7 +4,7 @@
 The keys are split over programs, for a few rows keep no more than one multiprocessor busy each (Flash-Decoding, Dao et
 al. 2023). Program (j, k, b) attends to share j of row b's prefix for kv head k; one program more has the tail. Each
 leaves an un-normalised `SoftmaxState`, and a sum over the shares ends it (`flash_finish.py`). Scores, softmax and sums
-are float32; softmax weights meet the values in the queries' dtype, or float16 where those are rounded.
+are float32; softmax weights meet the values in the queries' dtype, or float16 where those are quantised.
 
 A prefix of one sequence under many is read once for all of them: their query rows are rows of one (`over_shared`).
 """
@@ -44,9 +44,9 @@ class Shape:
     programs: int  # of all kv heads and rows together: as many as run at once
 
 
-def shape_of(rows: int, rounded: bool) -> Shape:
-    """For so many rows of a kv head, a power of two, over a prefix that is rounded or not."""
-    return Shape(16, 128, 4, 2, 396) if rounded and rows <= 16 else Shape(64, 64, 4, 3, 264)
+def shape_of(rows: int, quantized: bool) -> Shape:
+    """For so many rows of a kv head, a power of two, over a prefix that is quantised or not."""
+    return Shape(16, 128, 4, 2, 396) if quantized and rows <= 16 else Shape(64, 64, 4, 3, 264)
 
 
 def fits(rows: Rows, slots: Slots) -> bool:
@@ -138,7 +138,7 @@ def _shares(
     """What each share, and the second set, has seen."""
     B, K, R, H = rows.q_BKRH.shape
     padded = max(16, pl.next_power_of_2(R))  # a matrix unit takes 16 rows
-    shape = shape or shape_of(padded, rounded=sides[0].k_scale_BKS is not None)
+    shape = shape or shape_of(padded, quantized=sides[0].k_scale_BKS is not None)
     padded = min(padded, shape.rows)
     parts = -(-R // padded)
     shares = max(1, shape.programs // (B * K * parts) - (len(sides) - 1))

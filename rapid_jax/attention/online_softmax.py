@@ -51,10 +51,10 @@ class Slots:
     """Keys and values with what decides who sees them."""
 
     k_BKSH: jax.Array
-    v_BKSH: jax.Array  # rounded: [B, K, H, S]
+    v_BKSH: jax.Array  # quantised: [B, K, H, S]
     pos_BS: jax.Array  # int32, -1 = empty
     branch_BS: jax.Array | None = None  # int32
-    k_scale_BKS: jax.Array | None = None  # float32, of rounded keys and values alone: what multiplies each slot's
+    k_scale_BKS: jax.Array | None = None  # float32, of quantised keys and values alone: what multiplies each slot's
     v_scale_BKS: jax.Array | None = None
 
 

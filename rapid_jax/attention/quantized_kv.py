@@ -21,7 +21,7 @@ from rapid_jax.attention.strategy import Strategy
 
 
 def quantize_kv(prefix: Prefix) -> Prefix:
-    """The prefix with int8 keys and values, on the same devices. A rounded one stays.
+    """The prefix with int8 keys and values, on the same devices. A quantised one stays.
 
     The given one's are deleted, those of a layer (stacked: of all layers) at a time, keys before values: there is never
     more than a quarter of a layer, or of the stack, beside what there was.

@@ -34,7 +34,7 @@ class How:
 
     cut: Cut
     scale: float
-    scaled: bool  # the prefix is rounded
+    scaled: bool  # the prefix is quantised
     turned: bool  # keys and values come as [H, S]: so XLA lays out heads that fill no line of lanes
     new: bool
     several: bool  # counts of used slots, one for each sequence of the prefix

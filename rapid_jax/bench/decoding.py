@@ -127,7 +127,7 @@ class Decoding:
         return found[self.dial]
 
     def release(self) -> None:
-        """Frees prompts and rounded copies."""
+        """Frees prompts and quantised copies."""
         for key in [key for key in self._held if not key.endswith("weights")]:
             del self._held[key]
         self._plain.clear()
@@ -200,16 +200,16 @@ class Decoding:
         return self._hold("small dialled", self.dial, lambda: dialled(base, self.dial))
 
     def _prefix(self, name: str, case: Case, tokens: int, seed: int) -> Prefix:
-        is_rounded = case.kv == "int8" if name == "long" else case.drafter != "full"
+        is_quantized = case.kv == "int8" if name == "long" else case.drafter != "full"
         batch = case.prefixes if name == "long" else case.batch
 
         def make() -> Prefix:
             how: Any = {"dtype": self.dtype, "seed": seed, "mesh": self._mesh}
             config = self.config if name == "long" else self.small or self.config
             made = random_prefix(config, batch=batch, tokens=tokens, **how)
-            return quantize_kv(made) if is_rounded else made
+            return quantize_kv(made) if is_quantized else made
 
-        return self._hold(name, (batch, tokens, is_rounded), make)
+        return self._hold(name, (batch, tokens, is_quantized), make)
 
     def _target(self, case: Case) -> Prompted:
         prefix = self._prefix("long", case, case.context, self.seed + 1)
@@ -240,7 +240,7 @@ class Decoding:
             if at is None:
                 continue
             if case.kv != "full":
-                return f"{at} of {len(one)}, rounded keys and values"
+                return f"{at} of {len(one)}, quantised keys and values"
             gap, tie = self._gap(case, row, one[:at], one[at], other[at])
             if gap > tie:
                 return f"no: token {at} of row {row} differs, by {gap:.3f} of the logits' deviation, a tie is {tie:.3f}"

@@ -57,7 +57,7 @@ class Models:
 
     @cached_property
     def drafter(self) -> LoadedModel:
-        """The model that drafts: another where one is configured, maybe in rounded weights."""
+        """The model that drafts: another where one is configured, maybe in quantised weights."""
         models, drafter, config = self.config.models, self.target, self.config
         if not models.has_one_checkpoint:
             drafter = self._load(models.drafter, self.meshes[1], config.drafter_mesh or config.mesh)

@@ -250,7 +250,7 @@ class PrefixCache:
 
     def _common(self, name: Name) -> Found:
         """The longest head that another document has in common, copied; from disk only if that is longer."""
-        # Nothing can be prefilled behind what was rounded, or where a window has left out what came before.
+        # Nothing can be prefilled behind what was quantised, or where a window has left out what came before.
         if self._compute.kv != "full" or any(self._decoder.config.window_of):
             return Found()
         chunk, found, tier = self._compute.prefill_chunk, None, None

@@ -274,7 +274,7 @@ class Decoder(nnx.Module):
 
     @property
     def bits(self) -> int | None:
-        """That weights were rounded to; None: in full."""
+        """That weights were quantised to; None: in full."""
         return None
 
     @property

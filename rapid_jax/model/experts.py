@@ -53,7 +53,7 @@ def mixture(
 ) -> jax.Array:
     """[B, T, D]: sum over a token's experts of weight * down(silu(gate h) * up h), in float32 until the end.
 
-    `gate` and `up` are [X, D, F], `down` is [X, F, D], or each in few bits as `rounded` gives it.
+    `gate` and `up` are [X, D, F], `down` is [X, F, D], or each in few bits as `quantize_weights` gives it.
     """
     platform = platform_of(mesh)
 

@@ -54,7 +54,8 @@ def grouped_product(
 ) -> jax.Array:
     """[P, F]: the first sizes_X[0] rows times the first expert's matrix, and so on; those behind the last are junk.
 
-    Summed in float32, returned in `dtype`. In full `values` are [X, D, F]; in few bits what `rounded` gives of each,
+    Summed in float32, returned in `dtype`. In full `values` are [X, D, F]; in few bits what
+    `quantize_weights` gives of each,
     with its `scale`. Gradients are those of x and, in full, of the values. `how` says how many rows there are behind
     the last (`Grouping.padded`). Raises ValueError, while tracing, for other shapes.
     """

@@ -58,12 +58,12 @@ class LoadedModel:
         return np.asarray([token_id for token_id in ids if self.tokenizer.token_of(token_id) is not None], np.int32)
 
     def with_weights(self, weights: Literal["int8", "int4"]) -> "LoadedModel":
-        """The model with a rounded copy of its weights; this one stays as it is."""
+        """The model with a quantised copy of its weights; this one stays as it is."""
         return dataclasses.replace(self, decoder=quantize(self.decoder, BITS[weights]))
 
     @cached_property
     def weights_hash(self) -> str:
-        """SHA-256 over the architecture, the weight files (`digest_file`) and what they were rounded to. Reads the
+        """SHA-256 over the architecture, the weight files (`digest_file`) and what they were quantised to. Reads the
         files when first asked for, but not those in a bucket.
         """
         config, bits = json.dumps(to_hf(self.config), sort_keys=True), self.decoder.bits

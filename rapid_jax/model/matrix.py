@@ -54,7 +54,7 @@ class Place:
 class Matrix(nnx.Module):
     """[D, J], or with a leading layer axis one for every layer; called with x [B, T, D] it gives [B, T, J].
 
-    In full `values` are [D, J]. In few bits they are what `rounded` gives, [J, D] or half of it, with `scale`.
+    In full `values` are [D, J]. In few bits they are what `quantize_weights` gives, [J, D] or half of it, with `scale`.
     """
 
     def __init__(self, values: Any, scale: Any = None, *, place: Place, bits: WeightBits | None = None):

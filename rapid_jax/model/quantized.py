@@ -21,7 +21,7 @@ from rapid_jax.model.skinny import GROUP, MOST_ROWS, STEPS, fixed_point, skinny_
 
 WeightBits: TypeAlias = Literal[8, 4]
 BITS: Mapping[str, WeightBits] = MappingProxyType({"int8": 8, "int4": 4})  # by the names of settings
-FEW = 4 * MOST_ROWS  # rows: reading the rounded weights once for every `MOST_ROWS` still beats restoring them
+FEW = 4 * MOST_ROWS  # rows: reading the quantised weights once for every `MOST_ROWS` still beats restoring them
 
 
 @partial(jax.jit, static_argnames=("bits", "over"))
@@ -45,7 +45,7 @@ def quantize_weights(weight_DN: jax.Array, bits: WeightBits, over: str | None = 
 
 
 def dequantize(values: jax.Array, scale: jax.Array, bits: WeightBits) -> jax.Array:
-    """The float32 [N, D] that `rounded` stored."""
+    """The float32 [N, D] that `quantize_weights` stored."""
     if bits == 8:
         return values.astype(jnp.float32) * scale[:, None]
     (groups, N), four = scale.shape, jnp.int8(4)
@@ -61,7 +61,7 @@ def kernels_fit(rows: int, depth: int, values: jax.Array) -> bool:
 
 
 def product(x: jax.Array, values: jax.Array, scale: jax.Array, bits: WeightBits) -> jax.Array:
-    """x [..., D] times the matrix [D, N] that `rounded` stored, float32 [..., N]."""
+    """x [..., D] times the matrix [D, N] that `quantize_weights` stored, float32 [..., N]."""
     rows = x.size // x.shape[-1]
     if jax.default_backend() == "gpu" and rows <= FEW and kernels_fit(1, x.shape[-1], values):
         x_TD = x.reshape(rows, x.shape[-1])

@@ -32,21 +32,21 @@ class PlannedModel:
     """A model on its devices with one prompt."""
 
     decoder: FusedDecoder
-    full: FusedDecoder  # the decoder, or what it is a rounded copy of
+    full: FusedDecoder  # the decoder, or what it is a quantised copy of
     held: Any  # what is in memory of its weights while it runs
     mesh: Mesh | None  # None: the one device of a GPU
     sizes: MeshConfig
     dtype: jnp.dtype
     prompt: int  # tokens in the prefix
     layout: prefill.ChunkLayout
-    bits: WeightBits | None = None  # of a rounded copy
-    rounds_prefix: bool = False
+    bits: WeightBits | None = None  # of a quantised copy
+    quantizes_prefix: bool = False
 
-    def rounded_to(self, bits: WeightBits, *, shared: bool) -> "PlannedModel":
+    def quantized_to(self, bits: WeightBits, *, shared: bool) -> "PlannedModel":
         """Its copy in so many bits; if `shared`, without what the copy has of the original."""
         copy = quantize(self.decoder, bits)
         held = copy.matrices if shared else copy
-        return replace(self, decoder=copy, held=held, bits=bits, rounds_prefix=True)
+        return replace(self, decoder=copy, held=held, bits=bits, quantizes_prefix=True)
 
     def whole(self, tree: Any) -> Any:
         """Shapes that are the same on every device."""
@@ -88,14 +88,14 @@ class PlannedModel:
         return prefix.with_groups(list(map(self._read, prefix.groups)))
 
     def _read(self, group: Prefix) -> Prefix:
-        if not self.rounds_prefix:
+        if not self.quantizes_prefix:
             return group
         if isinstance(group.layers, tuple):
-            return replace(group, layers=tuple(map(self._rounded, group.layers)))
-        return replace(group, layers=self._rounded(group.layers))
+            return replace(group, layers=tuple(map(self._quantized, group.layers)))
+        return replace(group, layers=self._quantized(group.layers))
 
-    def _rounded(self, kv: KV) -> KV:
-        """Shapes of one layer, or of the stack, as `rounded` leaves them."""
+    def _quantized(self, kv: KV) -> KV:
+        """Shapes of one layer, or of the stack, as `quantize_weights` leaves them."""
         k_BKSH, k_scale_BKS = jax.eval_shape(partial(quantize_array, turned=False, mesh=self.mesh), kv.k_BKSH)
         v_BKHS, v_scale_BKS = jax.eval_shape(partial(quantize_array, turned=True, mesh=self.mesh), kv.v_BKSH)
         found = KV(k_BKSH, v_BKHS, k_scale_BKS, v_scale_BKS)
@@ -119,7 +119,7 @@ class PlannedModel:
         """Of one device. `split_tokens`: of prefill, whose cache is in full."""
         config, item = self.decoder.config, jnp.dtype(self.dtype).itemsize
         weight = {None: item, 8: 1.0, 4: 0.5 + 4 / GROUP}[self.bits]
-        rounded = self.rounds_prefix and not split_tokens
+        rounded = self.quantizes_prefix and not split_tokens
         cached = 1 + 4 / config.head_dim if rounded else item
         return work_of(config, self.sizes, run, weight, cached, split_tokens=split_tokens)
 
@@ -149,11 +149,11 @@ def planned(
     retrieved: bool,
 ) -> PlannedModel:
     """The model as the settings have it loaded, with a prompt of a document or of `retrieved` text; that of a document
-    is rounded where the settings say so."""
+    is quantised where the settings say so."""
     table = with_copied_kv(PARAM, sizes.replicate_kv)
     dtype = jnp.dtype("bfloat16" if config.models.dtype == "auto" else config.models.dtype)
     canonical = abstract(architecture.config, layout=config.models.layout, dtype=dtype, mesh=mesh, table=table)
     decoder = fuse(canonical)
     layout = layout_of(config, sizes, prompt, coarse=retrieved)
     rounds = config.compute.kv != "full" and not retrieved
-    return PlannedModel(decoder, decoder, decoder, mesh, sizes, dtype, prompt, layout, rounds_prefix=rounds)
+    return PlannedModel(decoder, decoder, decoder, mesh, sizes, dtype, prompt, layout, quantizes_prefix=rounds)

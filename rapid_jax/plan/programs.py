@@ -20,7 +20,7 @@ from rapid_jax.model.quantized import BITS
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.cost import Pass, Work
 from rapid_jax.plan.models import PlannedModel, layout_of, own_bytes, planned
-from rapid_jax.plan.working import of_prefill, of_round, of_rounded_keys, of_rounded_matrix
+from rapid_jax.plan.working import of_prefill, of_round, of_quantized_keys, of_quantized_matrix
 from rapid_jax.retrieval.config import retrieved_tokens
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_mesh, make_meshes
@@ -63,13 +63,13 @@ def programs_of(
     together = theirs is not None and theirs.mesh == ours.mesh
     beside = [theirs.held] if own and together and theirs is not None else []
     found = [_prefill(config, ours, "prefill", beside)]
-    if ours.rounds_prefix:
-        found.append(_rounded_prefix(ours, beside))
+    if ours.quantizes_prefix:
+        found.append(_quantized_prefix(ours, beside))
     if theirs is not None and own and theirs.bits is not None:
         others = [ours.held] if together and ours.held is not theirs.full else []
-        found.insert(0, _rounded_weights(theirs, "drafter rounding", others))
+        found.insert(0, _quantized_weights(theirs, "drafter quantisation", others))
     if ours.bits is not None:
-        found.insert(0, _rounded_weights(ours, "rounding", []))
+        found.insert(0, _quantized_weights(ours, "quantisation", []))
     if own and theirs is not None:
         others = [ours.held, ours.read_prefix()] if together else []
         found.append(_prefill(config, theirs, "drafter prefill", others))
@@ -94,18 +94,18 @@ def models_of(
     long = short if mode == "retrieval" else max(context - config.sampling.max_new_tokens - QUESTION, 1)
     ours = planned(config, target, first, config.mesh, long, retrieved=mode == "retrieval")
     if config.models.target_weights == "int8":
-        rounds = ours.rounds_prefix
-        ours = replace(ours.rounded_to(8, shared=False), rounds_prefix=rounds)
+        rounds = ours.quantizes_prefix
+        ours = replace(ours.quantized_to(8, shared=False), quantizes_prefix=rounds)
     if mode in ("target", "retrieval"):
         return ours, None
     if drafter is None:
         layout = layout_of(config, config.mesh, short - 2, coarse=True)
-        theirs = replace(ours, prompt=short - 2, layout=layout, rounds_prefix=False)
+        theirs = replace(ours, prompt=short - 2, layout=layout, quantizes_prefix=False)
         bits = None if ours.bits is not None else bits  # the target's own copy
     else:
         sizes = config.drafter_mesh or config.mesh
         theirs = planned(config, drafter, second or first, sizes, short - 2, retrieved=True)
-    return ours, theirs if bits is None else theirs.rounded_to(bits, shared=drafter is None)
+    return ours, theirs if bits is None else theirs.quantized_to(bits, shared=drafter is None)
 
 
 def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[Any]) -> Program:
@@ -147,7 +147,7 @@ def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[A
     return Program(name, lower, resident, one, total, layout.chunks * parts, working=of_prefill(model))
 
 
-def _rounded_weights(model: PlannedModel, name: str, others: list[Any]) -> Program:
+def _quantized_weights(model: PlannedModel, name: str, others: list[Any]) -> Program:
     """A model's copy being made, its largest matrix last; the weights in full are still there."""
     bits, full = model.bits, model.full
     assert bits is not None
@@ -161,11 +161,11 @@ def _rounded_weights(model: PlannedModel, name: str, others: list[Any]) -> Progr
             return quantize_matrix.lower(full.embed_VD.get_value(), "JD", bits, head.place)
         return quantize_matrix.lower(full.lm_head.values.get_value(), "DJ", bits, head.place)
 
-    return Program(name, lower, resident, work, work, working=of_rounded_matrix(model))
+    return Program(name, lower, resident, work, work, working=of_quantized_matrix(model))
 
 
-def _rounded_prefix(model: PlannedModel, others: list[Any]) -> Program:
-    """The prompt's keys being rounded, then its values: those of one layer at a time, or all where they are one array.
+def _quantized_prefix(model: PlannedModel, others: list[Any]) -> Program:
+    """The prompt's keys being quantised, then its values: a layer's at a time, or all where they are one array.
 
     The first call, when all else is in full. On one device; a mesh's each round their own part.
     """
@@ -180,7 +180,7 @@ def _rounded_prefix(model: PlannedModel, others: list[Any]) -> Program:
     def lower():
         return quantize_array.lower(keys, turned=False, mesh=model.mesh)
 
-    return Program("prefix rounding", lower, resident, one, every, len(arrays), working=of_rounded_keys(keys))
+    return Program("prefix quantisation", lower, resident, one, every, len(arrays), working=of_quantized_keys(keys))
 
 
 def _by_kind(*parts: Any, other: Any) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from rapid_jax.plan.topologies import Generation
 from rapid_jax.speculative.initial_state import gammas_of
 from rapid_jax.speculative.schedule import GAMMAS
 
-SMALL_SECONDS = {"full": 35e-6, "rounded": 71e-6}  # of a layer in one pass, by its weights
+SMALL_SECONDS = {"full": 35e-6, "quantised": 71e-6}  # of a layer in one pass, by its weights
 ACCEPTANCES = (0.9, 0.7, 0.5)  # chances that a draft is accepted
 MOST_GAMMA = 16  # of those that are tried
 _TILE_ROWS = 8  # that rows are filled up to before chips sum them
@@ -119,7 +119,7 @@ def _pass(model: PlannedModel, tokens: int, chip: Generation) -> Range:
         item = jnp.dtype(model.dtype).itemsize
         rows = -(-tokens // _TILE_ROWS) * _TILE_ROWS
         seconds += 2 * config.num_layers * rows * config.hidden_size * item / chip.link_rate
-    return Range(seconds, seconds + config.num_layers * SMALL_SECONDS["full" if model.bits is None else "rounded"])
+    return Range(seconds, seconds + config.num_layers * SMALL_SECONDS["full" if model.bits is None else "quantised"])
 
 
 def said(prediction: Prediction) -> Iterator[str]:

@@ -20,7 +20,7 @@ def of_prefill(model: PlannedModel) -> int:
     the MLP's gate and up in float32 (or, of experts, what goes in and out of every one that a token goes to, and
     between), and attention's: q, k, v before and after their rotation, two outputs in float32
     (over the prefix, over the chunk), and scores and weights of one tile. cuDNN holds none, but the program has room
-    for the plain XLA that takes what cuDNN cannot. A rounded matrix is restored before it meets so many rows.
+    for the plain XLA that takes what cuDNN cannot. A quantised matrix is restored before it meets so many rows.
     """
     config, item, tokens = model.decoder.config, model.dtype.itemsize, model.layout.chunk
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -42,12 +42,12 @@ def of_round(plan: Plan) -> int:
     return 2 * tokens * plan.vocabulary * FLOAT32 * 4
 
 
-def of_rounded_matrix(model: PlannedModel) -> int:
+def of_quantized_matrix(model: PlannedModel) -> int:
     """The largest matrix, the head or gate and up, turned in float32."""
     config = model.decoder.config
     return FLOAT32 * max(config.vocab_size, 2 * config.intermediate_size) * config.hidden_size
 
 
-def of_rounded_keys(k_BKSH: jax.Array) -> int:
-    """The rounded keys with a scale a slot. Of values, as many, the full keys have left room to turn them in."""
+def of_quantized_keys(k_BKSH: jax.Array) -> int:
+    """The quantised keys with a scale a slot. Of values, as many, the full keys have left room to turn them in."""
     return k_BKSH.size + FLOAT32 * (k_BKSH.size // k_BKSH.shape[-1])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rounding costs on a real model: drafts that are lost by rounded weights, logits that move by a rounded prefix.
+"""What quantising costs on a real model: drafts lost by quantised weights, logits moved by a quantised prefix.
 
     python -m tests.benchmarks.rounding [--model smollm2] [--tokens 2048]
 

@@ -76,7 +76,7 @@ def test_what_does_not_fit_exits_with_3_and_says_what_to_change(four_devices, ca
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--program", "train"), "expected one of drafter rounding, prefill, drafter prefill, round, got train"),
+        (("--program", "train"), "expected one of drafter quantisation, prefill, drafter prefill, round, got train"),
         (("--drafter-shape", "llama-3.1-70b"), "models.drafter is same"),
         (("--context", "100"), "expected more than the 1024 tokens of the answer, got 100"),
         (

@@ -55,7 +55,7 @@ def plan(capsys):
 def test_the_longest_prompt_within_a_tenth_of_what_was_measured(plan):
     found, status = plan(*LONG)
     assert status == 0
-    assert list(found) == ["drafter rounding", "prefill", "drafter prefill", "round"]
+    assert list(found) == ["drafter quantisation", "prefill", "drafter prefill", "round"]
     for peak in (found["round"]["peak"], max(kinds["peak"] for kinds in found.values())):
         assert abs(peak - MEASURED) < 0.1 * MEASURED
     weights = found["round"]["weights"] / GIB
@@ -75,11 +75,11 @@ def test_four_bits_are_half_of_eight_and_scales(plan):
 
 def test_a_rounded_document_takes_half_only_after_prefill(plan):
     found, _ = plan("--set", "compute.kv=int8", "--set", "speculation.mode=target")
-    assert list(found) == ["prefill", "prefix rounding", "round"]
+    assert list(found) == ["prefill", "prefix quantisation", "round"]
     full = found["prefill"]["cache"]
-    assert found["prefix rounding"]["cache"] == full
+    assert found["prefix quantisation"]["cache"] == full
     assert found["round"]["cache"] == pytest.approx(full * (128 + 4) / 256, rel=0.03)  # and the tail
-    assert found["prefix rounding"]["temporaries"] < full / 32  # a layer at a time
+    assert found["prefix quantisation"]["temporaries"] < full / 32  # a layer at a time
 
 
 def test_a_copy_in_few_bits_is_what_a_run_holds():
@@ -103,8 +103,8 @@ def test_a_target_in_few_bits_drafts_for_itself(plan):
     """Weights are there once, and in full only while the copy is made."""
     full = plan("--set", "models.drafter_weights=full", "--program", "round")[0]["round"]["weights"]
     found = plan("--set", "models.target_weights=int8")[0]
-    assert list(found) == ["rounding", "prefill", "round"]
-    assert found["round"]["weights"] == found["prefill"]["weights"] < 0.6 * full < found["rounding"]["weights"]
+    assert list(found) == ["quantisation", "prefill", "round"]
+    assert found["round"]["weights"] == found["prefill"]["weights"] < 0.6 * full < found["quantisation"]["weights"]
 
 
 def held(decoder: Decoder, other: Decoder | None = None) -> int:

@@ -178,9 +178,9 @@ def test_what_is_planned_is_what_runs(monkeypatch, settings: str, layout: str, b
     monkeypatch.setattr(programs, "quantize_array", rounding)
     config = config_for(settings, MeshConfig(context=2, model=2), layout, bits=bits, kv=kv)
     run(config, pattern)
-    names = ["prefill", "round"] if bits == "full" else ["drafter rounding", "prefill", "drafter prefill", "round"]
+    names = ["prefill", "round"] if bits == "full" else ["drafter quantisation", "prefill", "drafter prefill", "round"]
     if kv != "full":
-        names.insert(names.index("prefill") + 1, "prefix rounding")
+        names.insert(names.index("prefill") + 1, "prefix quantisation")
     assert [program.name for program in planned(config, pattern)] == names
     prefills = stacked if layout == "stacked" else layers
     assert (len(rounds.planned), len(prefills.planned)) == (1, sum("prefill" in name for name in names))
@@ -200,7 +200,7 @@ def test_the_halves_of_a_round_apart_are_those_that_run(monkeypatch, bits: str):
     run(config)
     names = ["prefill", "drafter prefill", "draft", "verify"]
     if bits == "int8":
-        names = ["drafter rounding", "prefill", "prefix rounding", *names[1:]]
+        names = ["drafter quantisation", "prefill", "prefix quantisation", *names[1:]]
     found = planned(config)
     assert [program.name for program in found] == names
     documents = [x for program in found if program.name == "verify" for x in program.resident["cache"]]

@@ -36,14 +36,14 @@ def by_hand(tokens: int, prompt: int, item: int = 2, kv: float = 2) -> float:
     ("gamma", "weights", "kv"), [(3, "full", "full"), (10, "full", "full"), (3, "int8", "full"), (5, "int8", "int8")]
 )
 def test_a_speed_is_bytes_and_sums_over_chips(gamma, weights, kv):
-    """A copy in 8 bits reads its prompt in 8 bits, too; rounded keys and values are a byte, and 4 for each 128."""
+    """A copy in 8 bits reads its prompt in 8 bits, too; quantised keys and values are a byte, and 4 for each 128."""
     found = prediction(f"speculation.gamma={gamma}", f"models.drafter_weights={weights}", f"compute.kv={kv}")
     assert found is not None
     long, short = 131072 - 1024 - 256, 5632 + 256 - 2  # 1/24 of the prompt in chunks of 512, and the question
     item, cached = {"full": (2, 2), "int8": (1, 1 + 4 / 128)}[weights]
     document = {"full": 2, "int8": 1 + 4 / 128}[kv]
     plain = by_hand(1, long, kv=document)
-    ours, theirs = (32 * SMALL_SECONDS[each] for each in ("full", "full" if weights == "full" else "rounded"))
+    ours, theirs = (32 * SMALL_SECONDS[each] for each in ("full", "full" if weights == "full" else "quantised"))
     assert found.plain.least == pytest.approx(plain, rel=0.01)
     assert found.plain.most == pytest.approx(plain + ours, rel=0.01)
     for speed, acceptance in zip(found.given, ACCEPTANCES, strict=True):

@@ -69,7 +69,7 @@ def questions() -> Questions:
 def answer(questions: Questions) -> Callable[..., Generation]:
     """`answer(speculation, sampling)`: the three questions answered; every part may be replaced.
 
-    `int8`: over rounded keys and values of all prompts.
+    `int8`: over quantised keys and values of all prompts.
     """
 
     def run(

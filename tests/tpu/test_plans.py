@@ -72,7 +72,7 @@ def test_a_prefill_fits_and_no_key_or_value_is_gathered(name: str, topology: str
 @pytest.mark.parametrize("name", ["llama31_8b_512k_v5p_4x4x4", "llama31_70b_128k_v5p_4x4x4"])
 def test_a_prefix_is_rounded_where_it_lies_beside_a_quarter_of_it(name: str):
     """The keys of all layers at once; the 70B's kv heads are copied to the devices."""
-    result, _ = planned(name, "v5p:4x4x4", "prefix rounding", "compute.kv=int8")
+    result, _ = planned(name, "v5p:4x4x4", "prefix quantisation", "compute.kv=int8")
     assert result.text and result.fits and result.collectives == {}
     cache, made = result.bytes_per_chip["cache"], result.bytes_per_chip["activations"]
     assert 0.25 * cache < made < 0.26 * cache + 2**20

@@ -54,10 +54,9 @@ def grouped_product(
 ) -> jax.Array:
     """[P, F]: the first sizes_X[0] rows times the first expert's matrix, and so on; those behind the last are junk.
 
-    Summed in float32, returned in `dtype`. In full `values` are [X, D, F]; in few bits what
-    `quantize_weights` gives of each,
-    with its `scale`. Gradients are those of x and, in full, of the values. `how` says how many rows there are behind
-    the last (`Grouping.padded`). Raises ValueError, while tracing, for other shapes.
+    Summed in float32, returned in `dtype`. In full `values` are [X, D, F]; in few bits what `quantize_weights` gives of
+    each, with its `scale`. Gradients are those of x and, in full, of the values. `how` says how many rows there are
+    behind the last (`Grouping.padded`). Raises ValueError, while tracing, for other shapes.
     """
     with contract("grouped_product"):
         chex.assert_rank([x_PD, sizes_X, values], [2, 1, 3])

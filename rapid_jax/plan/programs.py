@@ -20,7 +20,7 @@ from rapid_jax.model.quantized import BITS
 from rapid_jax.plan.architectures import Architecture
 from rapid_jax.plan.cost import Pass, Work
 from rapid_jax.plan.models import PlannedModel, layout_of, own_bytes, planned
-from rapid_jax.plan.working import of_prefill, of_round, of_quantized_keys, of_quantized_matrix
+from rapid_jax.plan.working import of_prefill, of_quantized_keys, of_quantized_matrix, of_round
 from rapid_jax.retrieval.config import retrieved_tokens
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.mesh import make_mesh, make_meshes

@@ -10,7 +10,6 @@ A folder that has no such list, or whose files are not as it says, is not used. 
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 
@@ -40,15 +39,6 @@ class Found:
     def step(self) -> int:
         """Updates made when it was written."""
         return self.note.whole("step")
-
-
-def check_place(folder: AnyPlace) -> None:
-    """Raises InputError where Orbax (0.12) writes no checkpoints: in a bucket of S3."""
-    if not isinstance(folder, Path) and folder.scheme == "s3":
-        raise InputError(
-            f"run: expected a folder here or in gs:// to train in, got {folder}: Orbax writes no checkpoints to S3 "
-            "(pairs and reference are written there)"
-        )
 
 
 def newest(folder: AnyPlace) -> Found | None:

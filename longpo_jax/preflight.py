@@ -23,7 +23,7 @@ from longpo_jax.room import (
 )
 from longpo_jax.round import folder_of, rounds_of
 from longpo_jax.share_findings import add_shares
-from longpo_jax.stages import STAGES, has_ended, stage_in, summary_of
+from longpo_jax.stages import STAGES, check_place, has_ended, stage_in, summary_of
 from rapid_jax.plan.architectures import SHAPES, Architecture, architecture_of
 from rapid_jax.plan.topologies import FRACTION, GENERATIONS, GIB, GPUS, chips_of, generation_of
 from rapid_jax.runtime import settings
@@ -176,7 +176,6 @@ def _round(
     shares: Sequence[Share],
 ) -> int:
     """The lines of one round; the bytes that it writes. `done` is None where its folder cannot be read."""
-    from longpo_jax.checkpoint_files import check_place
     from longpo_jax.checks import check_rows
 
     found.try_(f"{before}rows", lambda: check_rows(config))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from longpo_jax.config import LongPOConfig
-from longpo_jax.stages import STAGES, has_ended, stage_in
+from longpo_jax.stages import STAGES, check_place, has_ended, stage_in
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import check_shared
 from rapid_jax.runtime.command_line import say
@@ -140,7 +140,6 @@ def _check_link(place: AnyPlace) -> None:
 def _check(config: LongPOConfig, folder: AnyPlace, source: str) -> None:
     """Of a round that is not done."""
     if not has_ended(folder / STAGES[-1]):
-        from longpo_jax.checkpoint_files import check_place
         from longpo_jax.checks import check_round
 
         check_place(folder)

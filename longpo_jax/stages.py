@@ -6,6 +6,7 @@ A stage that is done with the same inputs is skipped; one that is done with othe
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from longpo_jax.config import LongPOConfig
@@ -43,6 +44,15 @@ _MATTERS = {
 }
 # The source is known by what is in it, which each stage adds.
 _EXCEPT = {"pairs": ("model.source", "model.reference_rope_theta", "corpus.weights", "pairs.batch")}
+
+
+def check_place(folder: AnyPlace) -> None:
+    """Raises InputError where Orbax (0.12) writes no checkpoints: in a bucket of S3."""
+    if not isinstance(folder, Path) and folder.scheme == "s3":
+        raise InputError(
+            f"run: expected a folder here or in gs:// to train in, got {folder}: Orbax writes no checkpoints to S3 "
+            "(pairs and reference are written there)"
+        )
 
 
 def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:

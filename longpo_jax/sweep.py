@@ -15,7 +15,7 @@ from typing import Any
 from longpo_jax.config import LongPOConfig
 from longpo_jax.metrics import read_metrics
 from longpo_jax.report import drawn
-from longpo_jax.stages import STAGES, has_ended, inputs_of
+from longpo_jax.stages import STAGES, check_place, has_ended, inputs_of
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.jobs import alone_in
 from rapid_jax.runtime.links import make_link
@@ -30,6 +30,7 @@ _COLUMNS = ("loss", "nll", "kl", "preference", "rewards/margins", "rewards/accur
 def run(options: argparse.Namespace) -> int:
     """Runs the sweep, or goes on with it, and writes its table and figure; 0, or 1 where a point failed."""
     sweep = read_sweep(options.sweep)
+    check_place(sweep.run)
     configs = settings_of(sweep, LongPOConfig, ("run", "rounds"))
     configs = {name: _in_folder(config, sweep.run / name) for name, config in configs.items()}
     each = max(mesh.devices for config in configs.values() for mesh in (config.mesh, config.generation.mesh))

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from longpo_jax.checkpoint_files import Found, check_place, newest
+from longpo_jax.checkpoint_files import Found, newest
 from longpo_jax.checkpoints import Checkpoints, named, restore
 from longpo_jax.config import LongPOConfig
 from longpo_jax.emergency import EmergencyCopies
@@ -28,7 +28,7 @@ from longpo_jax.reference import OfRecords, read_references, reference_inputs
 from longpo_jax.shortfall import lost, warning
 from longpo_jax.signals import Signals
 from longpo_jax.soundness import finite_each
-from longpo_jax.stages import has_ended, inputs_of, is_to_skip, mark_done, stage_in, summary_of
+from longpo_jax.stages import check_place, has_ended, inputs_of, is_to_skip, mark_done, stage_in, summary_of
 from longpo_jax.step import TOLD, Sample, Step, TrainState
 from rapid_jax.model.identity import identity_of
 from rapid_jax.model.load import LoadedModel, load_model, open_checkpoint

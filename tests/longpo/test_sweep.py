@@ -127,6 +127,17 @@ def test_a_sweep_in_a_bucket_is_that_on_a_disk(file, stages, tmp_path, bucket, m
     assert "lease.json" not in {place.name for place in run.iterdir()}
 
 
+def test_a_sweep_in_s3_is_refused_before_anything_starts(file, stages, s3_bucket, capfd):
+    sweep = file("lists: {optimizer.learning_rate: [1.0e-5, 2.0e-5]}", "s3://models/swept")
+    for more in ([], ["--print"]):
+        assert main(["sweep", sweep, *more]) == 2
+        said = capfd.readouterr().err.splitlines()
+        assert len(said) == 1 and said[0].startswith(
+            "longpo: run: expected a folder here or in gs:// to train in, got s3://models/swept: "
+        )
+    assert not stages and s3_bucket.list_objects_v2(Bucket="models", Prefix="swept")["KeyCount"] == 0
+
+
 def test_settings_of_the_pairs_make_pairs_of_their_own(file, stages):
     assert main(["sweep", file("points: [{seed: 1}, {seed: 2, train.epochs: 2}, {seed: 2}]"), "--quiet"]) == 0
     made = [stage for command, stage in stages if not command]

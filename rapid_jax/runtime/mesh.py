@@ -99,6 +99,16 @@ def moved(tree: Any, mesh: Mesh | None) -> Any:
     return replicated(mesh, jax.tree.map(_here, tree))
 
 
+def on_host(tree: Any) -> Any:
+    """The arrays, whole, as arrays of the host; where processes hold parts of them all processes call this together."""
+
+    def gathered(x: Any) -> Any:
+        there = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        return x if there else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(gathered, tree))
+
+
 def agreed(number: float) -> float:
     """The first process's number, on every process: what a clock says must not decide differently on two hosts."""
     if jax.process_count() == 1:

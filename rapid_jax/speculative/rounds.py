@@ -15,7 +15,7 @@ from rapid_jax.attention.cache import capacity
 from rapid_jax.attention.kernels import platform_of
 from rapid_jax.model.finite import why_not_finite
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.mesh import agreed, replicated
+from rapid_jax.runtime.mesh import agreed, on_host, replicated
 from rapid_jax.speculative.attended import Choices, choose
 from rapid_jax.speculative.loop import run_rounds, run_rounds_on_tpu
 from rapid_jax.speculative.rows import fitted, outline, params_of_rows, params_with_row, taken, with_room, written
@@ -75,7 +75,7 @@ class Rounds:
     def _read(self) -> Progress:
         state = self.state
         asked = (state.emitted_BO, state.origin_BO, state.count_B, state.done_B, state.counts, state.logprobs)
-        return Progress(*jax.device_get(asked))
+        return Progress(*on_host(asked))
 
     def _call(self, plan: Plan, rounds: int) -> None:
         target, drafter = self.sides

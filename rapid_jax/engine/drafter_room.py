@@ -27,7 +27,7 @@ class DrafterRoom:
     def bytes_for(self, tokens: int, settings: PrefillSettings) -> int:
         """That a request takes whose prompt for the drafter has so many tokens."""
         place = Place(tokens, settings.layout(self._decoder, tokens), *windows_of(self._decoder.config))
-        return _GROWN * head_bytes(self._decoder, place, everywhere=True)
+        return _GROWN * head_bytes(self._decoder, place, everywhere=True, filling=True)
 
     def take(self, job: Job, size: int) -> bool:
         """Whether the request has its room from now on until it ends; one that has some asks for no more."""

@@ -31,8 +31,11 @@ def device_bytes(prefix: Prefix) -> int:
     return sum(map(size, jax.tree.leaves(prefix)))
 
 
-def head_bytes(decoder: Decoder, place: Place, *, everywhere: bool = False) -> int:
-    """As `device_bytes`, of a head in full precision that would lie so; or of `everywhere`, all processes' devices."""
+def head_bytes(decoder: Decoder, place: Place, *, everywhere: bool = False, filling: bool = False) -> int:
+    """As `device_bytes`, of a head in full precision that would lie so; or of `everywhere`, all processes' devices.
+
+    `filling`: while it is prefilled, when layers with a window have the chunks that it reaches, too.
+    """
     config, strategy = decoder.config, serving(decoder, block=1)
 
     def on_devices(name: str, shape: tuple[int, ...], dtype: jnp.dtype) -> int:
@@ -47,7 +50,8 @@ def head_bytes(decoder: Decoder, place: Place, *, everywhere: bool = False) -> i
     for layers, part in ((config.num_layers - near, place), (near, place.near)):
         if part is not None:
             slots, int32 = part.layout.slots, jnp.dtype("int32")
-            kv = (1, strategy.kv_heads(config.num_kv_heads), slots, config.head_dim)
+            held = slots + (place.slots_before if filling and part is not place else 0)
+            kv = (1, strategy.kv_heads(config.num_kv_heads), held, config.head_dim)
             total += 2 * layers * on_devices("kv_BKSH", kv, decoder.embed_VD[...].dtype)
             total += on_devices("pos_BS", (1, slots), int32) + on_devices("", (), int32)
     return total

@@ -89,7 +89,7 @@ class PrefixCache:
 
     def bytes_for(self, tokens: int) -> int:
         """Of the devices' memory that `prefill` takes for a head with room for so many tokens, in full precision."""
-        return head_bytes(self._decoder, self._place(tokens, tokens))
+        return head_bytes(self._decoder, self._place(tokens, tokens), filling=True)
 
     def fits(self, tokens: int) -> bool:
         """Whether the devices have room for so many tokens with nothing else there."""

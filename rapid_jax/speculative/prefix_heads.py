@@ -55,6 +55,13 @@ class Place:
         kept = WindowLayout(self.window, self.layout)
         return Place(self.tokens - kept.first_kept(self.tokens), kept.kept)
 
+    @property
+    def slots_before(self) -> int:
+        """Beside those of `near`, while prefill computes a chunk: of the chunks before it that a window reaches."""
+        if self.window is None or (kept := WindowLayout(self.window, self.layout)).is_whole:
+            return 0
+        return kept.before.slots
+
     def positions(self) -> np.ndarray:
         """int32 [1, slots]: the position of each slot, -1 for an empty one."""
         return self.layout.slotted(self.layout.chunked([range(self.tokens)], -1), -1)

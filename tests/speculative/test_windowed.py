@@ -230,6 +230,8 @@ def test_bytes_are_reckoned_as_they_are_and_moves_keep_them(layout):
     made = prefill(decoder, [PROMPTS[0]], chunk=16, dtype=FLOAT32)
     place = Place.of(len(PROMPTS[0]), len(PROMPTS[0]), 16, 1, *windows_of(decoder.config))
     assert device_bytes(made) == head_bytes(decoder, place)
+    beside = head_bytes(decoder, place, filling=True) - device_bytes(made)  # two chunks of 16 in three layers
+    assert beside == 3 * 2 * 32 * 2 * 8 * 4
     everything = device_bytes(prefill(full_decoder(layout), [PROMPTS[0]], chunk=16, dtype=FLOAT32))
     assert device_bytes(made) < 0.6 * everything
     moves = HostMoves(decoder)

@@ -291,11 +291,8 @@ class Rounds:
     def _with_seen(self, state: State) -> State:
         """With room for what a repetition penalty is of."""
         shape = state.done_B.shape[0], self.plan.vocabulary
-        missing = [
-            name
-            for name, side in zip(("target_seen_BV", "draft_seen_BV"), self.sides, strict=True)
-            if side is not None and getattr(state, name) is None
-        ]
+        named = zip(("target_seen_BV", "draft_seen_BV"), self.sides, strict=True)
+        missing = [name for name, side in named if side is not None and getattr(state, name) is None]
         return replace(state, **{name: replicated(self.meshes[0], np.zeros(shape, bool)) for name in missing})
 
 

@@ -6,7 +6,8 @@ Killed at random moments, and with four processes: python -m tests.benchmarks.bu
 
 from tests.longpo.tiny_round import ended, in_bucket, on_disk, prepared, started
 
-SHORT = ("train.max_steps=1", "train.epochs=1", "generation.mesh.model=2")
+# Each process answers rows of its own, which the other cannot see: a data axis.
+SHORT = ("train.max_steps=1", "train.epochs=1", "generation.mesh.model=1", "generation.mesh.data=2")
 
 
 def test_a_round_of_two_processes_in_a_bucket_has_the_bytes_of_one_process_on_a_disk(bucket, tmp_path):

@@ -2,17 +2,23 @@
 """Documents of a model whose layers have a window: kept in three tiers, asked about side by side, never begun."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 
 from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
 from rapid_jax.engine.engine import Engine
-from rapid_jax.engine.request import Question, Request
+from rapid_jax.engine.models import Models
+from rapid_jax.engine.request import Done, Question, Request
+from rapid_jax.engine.service import RunningEngine
+from rapid_jax.engine.warm_up import WarmUp
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.speculative import window_layout
 from rapid_jax.speculative.config import SamplingSettings, SpeculationConfig
 from rapid_jax.speculative.window_layout import WindowLayout
+from tests.compiled import compiled
 from tests.engine.test_engine import Heard
 from tests.retrieval import encoders
 from tests.tiny_models import save_decoder, words
@@ -74,3 +80,17 @@ def test_a_document_comes_back_from_disk(config: RapidConfig):
     heard = Heard(fresh, requests(config)[1])
     fresh.run([heard.ticket])
     assert heard.tokens == first[1] and heard.last.answer.prefix_reused  # type: ignore[union-attr]
+
+
+def test_after_a_warm_up_documents_of_other_lengths_compile_nothing(config: RapidConfig):
+    config = replace(
+        config, speculation=replace(config.speculation, mode="target"), cache=replace(config.cache, prefixes=False)
+    )
+    engine = RunningEngine(config, Models(config, quiet=True), warm=WarmUp((220,)))  # as words(90) has
+    jax.clear_caches()  # of this process: programs of the same shapes would not be compiled
+    engine.warm_up(lambda text: None)
+    for seed, length in enumerate((90, 70, 45)):
+        with compiled() as found:
+            heard = Heard(engine, Request.of(Question(words(length, seed=seed), "w12 w34?"), config))
+            engine.run([heard.ticket])
+        assert isinstance(heard.last, Done) and found == []

@@ -229,7 +229,7 @@ class Prefill:
 
     def wait(self) -> None:
         """Until what is under way is done."""
-        jax.block_until_ready([group.layers for group in self._groups])
+        jax.block_until_ready([group.pending for group in self._groups])
 
     @property
     def prefix(self) -> Prefix:

@@ -34,6 +34,7 @@ class Group:
         self.layers, self._kept, self._layout = list(layers), list(kept), layout
         self._lengths, self._strategy = prompts, strategy
         self._chunks = layout.chunks if isinstance(layout, WindowLayout) else layout
+        self._moves_on = isinstance(layout, WindowLayout) and layout.before != layout.chunks
         rows = [range(length) for length in prompts]
         self._positions = self._chunks.chunked(rows, -1)
         if not isinstance(layout, WindowLayout):
@@ -43,26 +44,28 @@ class Group:
         """What the layers attend to while chunk `index` is computed: (positions of slots, how many are used)."""
         layout, chunk, mesh = self._layout, self._chunks.chunk, self._strategy.mesh
         if not isinstance(layout, WindowLayout):
-            self._used, self._is_full, self._sources = index * chunk, False, None
-            return self._every_BS, replicated(mesh, np.int32(self._used))
+            self._used, self._sources = replicated(mesh, np.int32(index * chunk)), None
+            return self._every_BS, self._used
         first = layout.first_before(index)
-        self._used = (index - first) * chunk
-        self._is_full = self._used + chunk > layout.before.slots
-        far = self._slotted(layout.before, first, index), replicated(mesh, np.int32(self._used))
+        self._used = replicated(mesh, np.int32((index - first) * chunk))
         from_BS, ends_B = layout.sources(self._lengths, index)
-        self._sources = replicated(mesh, (from_BS, ends_B)) if self._kept and ends_B.any() else None
-        return far
+        # With the first chunk also where no prompt ends: then all programs have run.
+        takes = self._kept and (ends_B.any() or index == 0)
+        self._sources = replicated(mesh, (from_BS, ends_B)) if takes else None
+        return self._slotted(layout.before, first, index), self._used
 
     def add(self, place: int, chunk: KV) -> None:
         """Takes in what layer `place` of the group, or its stack, has of the chunk."""
         kv, strategy = self.layers[place], self._strategy
         if self._sources is not None:
             self._kept[place] = _with_last(self._kept[place], kv, chunk, *self._sources, strategy=strategy)
-        if self._is_full:
-            self.layers[place] = _moved_on(kv, chunk, strategy=strategy)
-        else:
-            used = replicated(strategy.mesh, np.int32(self._used))
-            self.layers[place] = _written(kv, chunk, used, strategy=strategy)
+        fill = _moved_on if self._moves_on else _written
+        self.layers[place] = fill(kv, chunk, self._used, strategy=strategy)
+
+    @property
+    def pending(self) -> list[KV]:
+        """All that may still be under way."""
+        return self.layers + self._kept
 
     def prefix(self, *, stacked: bool) -> Prefix:
         """Everything, after the last chunk."""
@@ -99,17 +102,20 @@ def _written(kv: KV, chunk: KV, used: jax.Array, *, strategy: Strategy) -> KV:
 
 
 @partial(jax.jit, donate_argnames="kv", static_argnames="strategy")
-def _moved_on(kv: KV, chunk: KV, *, strategy: Strategy) -> KV:
-    """The chunks that a window reaches with the newest in the place of the oldest: each device has its part of them."""
+def _moved_on(kv: KV, chunk: KV, used: jax.Array, *, strategy: Strategy) -> KV:
+    """As `_written`, of the chunks that a window reaches: where all slots are used the oldest chunk goes."""
 
-    def move(old_BKSH, new_BKSH):
-        axis, size = old_BKSH.ndim - 2, new_BKSH.shape[-2]
-        rest = jax.lax.slice_in_dim(old_BKSH, size, None, axis=axis)
-        return (jnp.concatenate([rest, new_BKSH.astype(old_BKSH.dtype)], axis=axis),)
+    def move(old_BKSH, new_BKSH, used):
+        axis, at = old_BKSH.ndim - 2, used // strategy.context
+        slots, size = old_BKSH.shape[axis], new_BKSH.shape[axis]
+        new_BKSH = new_BKSH.astype(old_BKSH.dtype)
+        both = jnp.concatenate([old_BKSH, jnp.zeros_like(new_BKSH)], axis=axis)
+        both = jax.lax.dynamic_update_slice_in_dim(both, new_BKSH, at, axis=axis)
+        return (jax.lax.dynamic_slice_in_dim(both, jnp.maximum(at + size - slots, 0), slots, axis=axis),)
 
     name = f"kv_{'L' * (kv.k_BKSH.ndim - 4)}BKSH"
-    move = strategy.per_device(move, (name, name), (name,))
-    return KV(move(kv.k_BKSH, chunk.k_BKSH)[0], move(kv.v_BKSH, chunk.v_BKSH)[0])
+    move = strategy.per_device(move, (name, name, ""), (name,))
+    return KV(move(kv.k_BKSH, chunk.k_BKSH, used)[0], move(kv.v_BKSH, chunk.v_BKSH, used)[0])
 
 
 @partial(jax.jit, donate_argnames="kept", static_argnames="strategy")

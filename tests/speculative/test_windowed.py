@@ -19,12 +19,13 @@ from rapid_jax.speculative import window_layout
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.extend import extend
 from rapid_jax.speculative.generate import generate
-from rapid_jax.speculative.prefill import new_tail, prefill, windows_of
+from rapid_jax.speculative.prefill import Prefill, PrefillSettings, new_tail, prefill, windows_of
 from rapid_jax.speculative.prefix_check import check_entry
 from rapid_jax.speculative.prefix_heads import Place
 from rapid_jax.speculative.prefix_store import PrefixStore
 from rapid_jax.speculative.rows import with_room, with_same_slots, written
 from rapid_jax.speculative.window_layout import WindowLayout
+from tests.compiled import compiled
 from tests.reference import greedy
 from tests.speculative.models import PADDED, Weights, next_logits, prompted
 from tests.speculative.test_prefill import prompts_of, rows_of
@@ -255,3 +256,16 @@ def test_rows_of_documents_of_other_lengths_join(layout):
             axis = int(layout == "stacked")
             for a, b in zip(jax.tree.leaves(one.layers), jax.tree.leaves(other.layers), strict=True):
                 np.testing.assert_array_equal(np.take(np.asarray(a), row, axis), np.take(np.asarray(b), 0, axis))
+
+
+@pytest.mark.parametrize("layout", ["unrolled", "stacked"])
+def test_the_first_chunk_runs_all_programs(layout):
+    """What warm-ups rely on: of scores, and of pairs."""
+    decoder = weights_of("mixed", 21).decoder(layout)
+    jax.clear_caches()  # of this process: programs of the same shapes would not be compiled
+    work = Prefill(decoder, prompts_of(90, 41), PrefillSettings(CHUNK), dtype=FLOAT32)
+    work.step()
+    with compiled() as found:
+        while work.left:
+            work.step()
+    assert found == []

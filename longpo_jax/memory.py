@@ -20,6 +20,8 @@ from rapid_jax.model.placement import abstract
 from rapid_jax.plan.models import own_bytes
 from rapid_jax.runtime.axes import with_copied_kv
 from rapid_jax.runtime.mesh_config import AXES, MeshConfig
+from rapid_jax.speculative.chunk_layout import ChunkLayout
+from rapid_jax.speculative.window_layout import WindowLayout
 
 
 def abstract_mesh(first: MeshConfig, second: MeshConfig | None = None) -> tuple[AbstractMesh, None]:
@@ -61,8 +63,17 @@ def of_generation(config: LongPOConfig, model: ModelConfig) -> Mapping[str, int]
     item = jnp.dtype(config.model.dtype).itemsize
     heads = -(-model.num_kv_heads // mesh.model)
     slots = -(-min(config.corpus.max_tokens + config.pairs.max_new_tokens, config.pairs.max_context) // mesh.context)
-    cache = 2 * model.num_layers * heads * model.head_dim * item * slots * config.pairs.documents
+    kept = sum(min(slots, _slots_of(window, slots, mesh.context)) for window in model.window_of)
+    cache = 2 * heads * model.head_dim * item * kept * config.pairs.documents
     return {"weights": own_bytes(_decoder(config, model, "generation.mesh", config.model.dtype)), "cache": cache}
+
+
+def _slots_of(window: int | None, slots: int, context: int) -> int:
+    """Of so many slots that a device has of a prompt, those that a layer with this window keeps."""
+    if window is None:
+        return slots
+    everything = slots * context
+    return WindowLayout(window, ChunkLayout(everything, 1, everything, context)).kept.slots // context
 
 
 def _decoder(config: LongPOConfig, model: ModelConfig, name: str, dtype: str) -> Any:

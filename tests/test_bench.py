@@ -17,7 +17,9 @@ from rapid_jax.bench.figure import draw, rows_of
 from rapid_jax.bench.models import dialled, random_decoder, random_prefix
 from rapid_jax.bench.options import case_of, shape_of
 from rapid_jax.cli import main
+from rapid_jax.model.layer_kinds import LayerKind
 from rapid_jax.runtime.errors import InputError
+from rapid_jax.runtime.mesh import make_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
 
 SMALL = ["bench", "--layers", "1", "--contexts", "64", "--short", "32", "--tokens", "24"]
@@ -194,6 +196,13 @@ def test_random_models_say_the_next_id_and_the_dial_touches_attention_alone():
     prefix = random_prefix(config, batch=2, tokens=8, dtype=jnp.dtype("float32"))
     assert prefix.layers[0].k_BKSH.shape == (2, 2, 8, 32) and int(prefix.used) == 8
     assert len(jax.tree.leaves(prefix.layers)) == 2
+    # As many tokens as context divides, of which a window keeps all.
+    mesh, windowed = (
+        make_mesh(MeshConfig(context=4), jax.devices()[:4]),
+        replace(config, pattern=(LayerKind(window=9),)),
+    )
+    near = random_prefix(windowed, batch=2, tokens=12, dtype=jnp.dtype("float32"), mesh=mesh).near
+    assert near is not None and sorted(np.asarray(near.prefix.pos_BS[1])) == list(range(12))
 
 
 @pytest.mark.parametrize(

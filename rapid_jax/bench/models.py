@@ -111,9 +111,12 @@ def random_prefix(
 
     window, near_at = windows_of(config)
     full = [layer for layer in range(config.num_layers) if layer not in near_at]
-    found = of(full, np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens)), tokens)
+    pos_BS = np.broadcast_to(np.arange(tokens, dtype=np.int32), (batch, tokens))
+    found = of(full, pos_BS, tokens)
     if window is None:
         return found
     layout = WindowLayout(window, ChunkLayout(tokens, 1, tokens, strategy.context))
-    near = of(near_at, layout.positions([tokens] * batch), tokens - layout.first_kept(tokens))
+    if not layout.is_whole:
+        pos_BS = layout.positions([tokens] * batch)
+    near = of(near_at, pos_BS, tokens - layout.first_kept(tokens))
     return replace(found, near=Near(near, near_at, window))

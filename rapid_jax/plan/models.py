@@ -82,6 +82,13 @@ class PlannedModel:
         near = of(len(near_at), (kept.before if filling else kept.kept).slots)
         return replace(full, near=Near(near, near_at, window))
 
+    def kept_beside(self) -> Prefix | None:
+        """What stays of layers with a window, where it lies apart from what is there of them while a prompt is read."""
+        window, near = prefill.windows_of(self.decoder.config)[0], self.prefix().near
+        if window is None or near is None or WindowLayout(window, self.layout).is_whole:
+            return None
+        return near.prefix
+
     def read_prefix(self) -> Prefix:
         """The prompt's keys and values as rounds read them."""
         prefix = self.prefix()

@@ -113,7 +113,7 @@ def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[A
     layout, compute = model.layout, config.compute
     block = min(layout.chunk, prefill.LARGEST_BLOCK)
     strategy = prefill.serving(model.decoder, block, compute.kernel, compute.context)
-    prefix, near = model.prefix(filling=True), model.prefix().near
+    prefix, kept = model.prefix(filling=True), model.kept_beside()
     tokens_BT, used = model.int32(1, layout.chunk, name="tokens_BT"), model.int32()
     passes = [Pass(layout.chunk, index * layout.chunk, 0) for index in range(layout.chunks)]
     works = [model.work(run, split_tokens=True) for run in passes]
@@ -140,8 +140,9 @@ def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[A
         layer: Any = model.decoder.blocks[at]  # type: ignore[index]
         return prefill._chunk_layer.lower(layer, *arguments, strategy=strategy, window=windows[at])
 
-    kept = [] if near is None or near == prefix.near else [near.prefix]  # there already while a prompt is read
-    resident = _by_kind(model.held, prefix, *kept, *others, other=(tokens_BT, tokens_BT, used))
+    resident = _by_kind(
+        model.held, prefix, *([] if kept is None else [kept]), *others, other=(tokens_BT, tokens_BT, used)
+    )
     one = Work(works[-1].flops / parts, works[-1].hbm_bytes / parts)
     total = Work(math.fsum(work.flops for work in works), math.fsum(work.hbm_bytes for work in works))
     return Program(name, lower, resident, one, total, layout.chunks * parts, working=of_prefill(model))

@@ -79,7 +79,9 @@ def stored_groups(prefix: Prefix) -> dict[str, Prefix]:
 def _from_first(pos_BS: jax.Array | np.ndarray, first: int) -> Any:
     if isinstance(pos_BS, np.ndarray):
         return np.where(pos_BS < 0, -1, pos_BS - first)
-    return _shifted(pos_BS, first)
+    # Each device its own part: this may be a thread that runs no program on several.
+    parts = [_shifted(shard.data, first) for shard in pos_BS.addressable_shards]
+    return jax.make_array_from_single_device_arrays(pos_BS.shape, pos_BS.sharding, parts)
 
 
 @jax.jit

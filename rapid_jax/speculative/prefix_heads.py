@@ -26,13 +26,14 @@ from rapid_jax.speculative.window_layout import WindowLayout
 class Place:
     """The first `tokens` of one prompt in the slots of a layout, which may have room for more.
 
-    `window` is of the layers `near_at`, which keep the last of them.
+    `window` is of the layers `near_at`, which keep the last of them. Of what is stored they are those from `first` on.
     """
 
     tokens: int
     layout: ChunkLayout
     window: int | None = None
     near_at: tuple[int, ...] = ()
+    first: int = 0
 
     @classmethod
     def of(
@@ -55,6 +56,19 @@ class Place:
         kept = WindowLayout(self.window, self.layout)
         return Place(self.tokens - kept.first_kept(self.tokens), kept.kept)
 
+    def near_of(self, stored: int) -> "Place | None":
+        """As `near`, where the last `stored` tokens are to be had: as many of those as there is room for.
+
+        How many were stored followed from the mesh and the room of who did it. None: fewer than a later token sees.
+        """
+        if self.window is None:
+            return None
+        kept = WindowLayout(self.window, self.layout)
+        if stored < min(self.tokens, kept.reach):
+            return None
+        tokens = min(stored, kept.kept.slots)
+        return Place(tokens, kept.kept, first=stored - tokens)
+
     @property
     def slots_before(self) -> int:
         """Beside those of `near`, while prefill computes a chunk: of the chunks before it that a window reaches."""
@@ -65,6 +79,11 @@ class Place:
     def positions(self) -> np.ndarray:
         """int32 [1, slots]: the position of each slot, -1 for an empty one."""
         return self.layout.slotted(self.layout.chunked([range(self.tokens)], -1), -1)
+
+    def stored_positions(self) -> np.ndarray:
+        """int32 [slots]: where what is stored has what each slot is to hold, -1 for an empty one."""
+        slots = self.positions()[0]
+        return np.where(slots < 0, -1, slots + self.first).astype(np.int32)
 
     def moved(self, array: np.ndarray, axis: int) -> np.ndarray:
         """The head of what lies along `axis` in slots of the same chunks, in this layout's slots."""
@@ -83,8 +102,8 @@ class Place:
             raise ValueError(f"a head ends with a chunk of {self.layout.chunk} tokens, got {self.tokens}")
         return self.tokens // self.layout.devices
 
-    def prefix(self, layers: Layers, mesh: Mesh | None, near: Layers = ()) -> Prefix:
-        """The prefix of layers that have their keys and values so, those with a window apart."""
+    def prefix(self, layers: Layers, mesh: Mesh | None, near: Layers = (), near_place: "Place | None" = None) -> Prefix:
+        """The prefix of layers that have their keys and values so; those with a window apart, in their own place."""
         spec = Strategy(block=1, mesh=mesh, batch=("data",)).spec("pos_BS")
 
         def of(layers: Layers, place: Place, first: int) -> Prefix:
@@ -92,10 +111,11 @@ class Place:
             pos_BS = np.where(slots < 0, -1, slots + first).astype(np.int32)
             return Prefix(layers, placed(mesh, spec, pos_BS), replicated(mesh, np.int32(place.tokens)))
 
-        found, kept = of(layers, self, 0), self.near
-        if kept is None or self.window is None:
+        found = of(layers, self, 0)
+        if near_place is None or self.window is None:
             return found
-        return replace(found, near=Near(of(near, kept, self.tokens - kept.tokens), self.near_at, self.window))
+        kept = of(near, near_place, self.tokens - near_place.tokens)
+        return replace(found, near=Near(kept, self.near_at, self.window))
 
 
 def head_of(decoder: Decoder, prefix: Prefix, place: Place) -> Prefix:

@@ -84,7 +84,7 @@ class _Reader:
         self._shardings: dict[str, NamedSharding | None] = {}
         self._wanted: dict[str, dict[tuple, _Wanted]] = {}
         self._compared: list[tuple[int, jax.Array]] = []  # (layer, whether it is what was written)
-        self._pos_S = pos_S = place.positions()[0]
+        self._pos_S = pos_S = place.stored_positions()
         letters_of_each = {name: letters for name, (letters, _) in layer_names(kv).items()} | {SUMS: SUMS}
         for name, letters in letters_of_each.items():
             k_axis, s_axis = self._axes[name]

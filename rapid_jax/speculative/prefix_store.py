@@ -230,11 +230,16 @@ class PrefixStore:
         entry = self.place / key
         if place.tokens > manifest.tokens:
             raise Damaged(f"{entry}: expected at least {place.tokens} tokens, got {manifest.tokens}")
-        folder, groups = entry / manifest.inside, manifest.groups
-        places = {before: at for before, at in (("", place), (NEAR, place.near)) if before in groups}
-        near = places.get(NEAR, place)
-        if near is None or (near is not place and near.tokens != manifest.near_tokens):
-            raise Damaged(f"{entry}: expected other tokens of layers with a window, got {manifest.near_tokens}")
+        folder, groups, near = entry / manifest.inside, manifest.groups, None
+        if (place.window is None) != (NEAR not in groups):
+            raise Damaged(f"{entry}: expected layers with a window where the model has some, got {list(groups)}")
+        if place.window is not None:
+            if place.tokens != manifest.tokens:
+                raise ValueError(
+                    f"expected all {manifest.tokens} tokens where layers have a window, got {place.tokens}"
+                )
+            if (near := place.near_of(manifest.near_tokens)) is None:
+                raise Damaged(f"{entry}: expected all that a window sees, got its last {manifest.near_tokens} tokens")
         count, quiet = sum(arrays["k_BKSH"].shape[0] for _, arrays in groups.values()), self._quiet or not leads()
         with (
             progress("reading the document's cache", count, "layers", quiet=quiet) as report,
@@ -243,12 +248,12 @@ class PrefixStore:
             shares = self._mesh is not None  # another mesh, with larger parts, may have written it
             found: dict[str, Layers] = {}
             for before, (_, arrays) in groups.items():
-                at, own = places[before], key_of(key, before)
+                at, own = near if before == NEAR else place, key_of(key, before)
                 assert at is not None
                 sources = {name: opened(folder / f"{before}{name}", array, shares=shares)
                            for name, array in arrays.items()}  # fmt: skip
                 found[before] = read(sources, arrays, at, layout, self._mesh, moves, own, lambda: report.advance(1))
-        return place.prefix(found.get("", ()), self._mesh, found.get(NEAR, ()))
+        return place.prefix(found.get("", ()), self._mesh, found.get(NEAR, ()), near)
 
     def _copies(self, prefix: Prefix) -> int:
         held = jax.tree.leaves(prefix.groups[0].layers)[0].shape[-3]

@@ -10,12 +10,13 @@ import pytest
 
 from longpo_jax import corpus_estimate, preflight, room
 from longpo_jax.cli import main
-from longpo_jax.config import LongPOConfig
+from longpo_jax.config import LongPOConfig, PolicyConfig
 from longpo_jax.corpus_estimate import estimate
-from longpo_jax.memory import of_training
+from longpo_jax.memory import of_generation, of_training
 from longpo_jax.room import bytes_on_disk, most_checkpoints
 from longpo_jax.shares import Shares
 from longpo_jax.stages import STAGES, inputs_of, mark_done
+from rapid_jax.model.layer_kinds import LayerKind
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.plan.architectures import architecture_of
 from rapid_jax.runtime import settings
@@ -283,3 +284,14 @@ def test_a_slice_that_is_not_there_is_counted_as_its_plan_says(capfd, monkeypatc
     assert "mesh: expected 16 devices, got 4 (v5p:2x2x1)" in err and "at least 11." in out
     assert main(["check", str(MISTRAL), "--topology", "v5q"]) == 2
     assert "--topology v5q: expected GENERATION:SHAPE" in capfd.readouterr().err
+
+
+def test_a_window_is_what_its_layers_keep_in_generation():
+    """Of Gemma-3-12B 8 layers of 48 keep all, the others 1,024 tokens."""
+    config = dataclasses.replace(LongPOConfig(), model=PolicyConfig(dtype="bfloat16"))
+    gemma = architecture_of("", "gemma-3-12b").config
+    kept, full = (
+        of_generation(config, each)["cache"] for each in (gemma, dataclasses.replace(gemma, pattern=(LayerKind(),)))
+    )
+    slots = min(config.corpus.max_tokens + config.pairs.max_new_tokens, config.pairs.max_context)
+    assert kept / full == pytest.approx((8 + 40 * 1024 / slots) / 48)

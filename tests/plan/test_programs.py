@@ -16,6 +16,7 @@ import pytest
 from rapid_jax.attention import quantized_kv
 from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.config import ComputeConfig, ModelsConfig, RapidConfig
+from rapid_jax.engine.host_prefixes import head_bytes
 from rapid_jax.engine.lane import Lane, LaneKey
 from rapid_jax.model.config import LayerKind
 from rapid_jax.model.experts_config import Experts
@@ -33,6 +34,7 @@ from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative import generate, prefill, split_mesh
 from rapid_jax.speculative import rounds as rounds_module
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
+from rapid_jax.speculative.prefix_heads import Place
 from rapid_jax.speculative.round_times import RoundTimes
 from rapid_jax.speculative.state import Plan
 from tests.speculative.models import Weights, config_of
@@ -218,6 +220,20 @@ def test_modes_without_a_drafter(mode, names):
     found = programs_of(config, tuple(jax.devices()), Architecture(config_of(VOCABULARY), "the test"), None, CONTEXT)
     assert [program.name for program in found] == names
     assert found[-1].lower().as_text()
+
+
+@pytest.mark.parametrize("window", [100, 129, 600])
+def test_what_prefill_holds_is_planned(window):
+    """Also where a window keeps as many slots as it reaches while a prompt is read; what keeps all lies there once."""
+    config = config_for("greedy", MeshConfig())
+    config = replace(config, compute=replace(config.compute, prefill_chunk=64))
+    pattern = LayerKind(window=window), LayerKind()
+    found = next(program for program in planned(config, pattern) if program.name == "prefill")
+    decoder = fuse(Weights.lively(VOCABULARY, pattern=pattern).decoder("stacked"))
+    place = Place.of(LONG, LONG, 64, 1, *prefill.windows_of(decoder.config))
+    arrays = [group.layers for prefix in found.resident["cache"] for group in prefix.groups]
+    positions = 2 * 4 + 4 * (place.layout.slots + place.near.layout.slots)  # type: ignore[union-attr]
+    assert own_bytes(arrays) == head_bytes(decoder, place, filling=True) - positions
 
 
 def test_layers_with_a_window_keep_their_window():

@@ -115,8 +115,8 @@ class Generator:
         rows of all its questions read that one copy.
 
         With drafts, RAPID's drafter reads those, and `pairs.gamma` drafts are verified a round. That is lossless: the
-        rule is exactly the target's, and greedy answers are the same. There is room for `head` tokens of a document and
-        `new` of an answer at least.
+        distribution is exactly the target's, and greedy answers are the same. There is room for `head` tokens of a
+        document and `new` of an answer at least.
         """
         if not any(about.tails for about in asked):
             return [[] for _ in asked]

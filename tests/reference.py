@@ -84,7 +84,7 @@ class OneStep:
     p_hat: np.ndarray
     kept: np.ndarray  # m: probability that a token is drafted and accepted
     residual: np.ndarray  # distribution of the token after a rejection, or p where a rejection cannot happen
-    law: np.ndarray  # of the emitted token
+    distribution: np.ndarray  # of the emitted token
 
     @property
     def acceptance(self) -> float:
@@ -106,7 +106,7 @@ def one_step(z, q, *, eta: float, guard: str, alpha: float = 0.1, exact_phat: bo
     return OneStep(p, p_hat, m, residual, m + (1 - m.sum()) * residual)
 
 
-def sequence_law(
+def sequence_distribution(
     rows: Callable[[tuple[int, ...]], OneStep],
     q_rows: Callable[[tuple[int, ...]], np.ndarray],
     *,
@@ -115,16 +115,16 @@ def sequence_law(
     gamma: int,
     confidence_stop: float = 0.0,
 ) -> np.ndarray:
-    """The exact law of the first `length` tokens of rounds of `gamma` drafts, [vocabulary] * length.
+    """The exact distribution of the first `length` tokens of rounds of `gamma` drafts, [vocabulary] * length.
 
     `open` drafts are left in the round: an accepted draft goes on, a rejection starts the next round, and with none
     left comes the bonus from p and then the next round.
     """
-    law = np.zeros((vocabulary,) * length)
+    distribution = np.zeros((vocabulary,) * length)
 
     def walk(said: tuple[int, ...], left: int, chance: float) -> None:
         if len(said) == length:
-            law[said] += chance
+            distribution[said] += chance
             return
         step, q = rows(said), q_rows(said)
         for token in range(vocabulary):
@@ -136,20 +136,21 @@ def sequence_law(
             walk((*said, token), gamma, chance * (1 - step.acceptance) * step.residual[token])
 
     walk((), gamma, 1.0)
-    return law
+    return distribution
 
 
 def all_sequences(vocabulary: int, length: int) -> np.ndarray:
-    """Every sequence, [vocabulary ** length, length], in the order of `ndarray.ravel` of a law."""
+    """Every sequence, [vocabulary ** length, length], in the order of `ndarray.ravel` of a distribution."""
     return np.array(list(product(range(vocabulary), repeat=length)), np.int32)
 
 
-def chi_square_p(counts: np.ndarray, law: np.ndarray) -> float:
-    """The chance of counts at least this far from the law; 0 where something impossible happened.
+def chi_square_p(counts: np.ndarray, distribution: np.ndarray) -> float:
+    """The chance of counts at least this far from the distribution; 0 where something impossible happened.
 
     Outcomes expected fewer than 5 times are counted as one.
     """
-    counts, expected = np.ravel(counts).astype(np.float64), np.ravel(law) / np.sum(law) * np.sum(counts)
+    counts = np.ravel(counts).astype(np.float64)
+    expected = np.ravel(distribution) / np.sum(distribution) * np.sum(counts)
     if np.any(counts[expected < 1e-9 * counts.sum()] > 0):
         return 0.0
     rare = expected < 5

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RULER's tasks of counting: common words (cwe) and coded words of a Zeta law (fwe).
+"""RULER's tasks of counting: common words (cwe) and coded words of a Zeta distribution (fwe).
 
-How often words stand, how many are asked and the law are those of the benchmark (arXiv 2404.06654 and its code,
-Apache-2.0); the words are ours.
+How often words stand, how many are asked and the distribution are those of the benchmark (arXiv 2404.06654 and its
+code, Apache-2.0); the words are ours.
 """
 
 import itertools

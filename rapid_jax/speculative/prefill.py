@@ -169,25 +169,25 @@ class Prefill:
         self._window, self._near_at = windows_of(decoder.config)
         if begun is not None and self._window is not None:
             raise ValueError("expected a prompt from its beginning where layers have a window, got one that is begun")
-        self._groups = self._made([len(prompt) for prompt in prompts], dtype, begun)
+        self._groups = self._made(dtype, begun)
         self._index = known // layout.chunk
 
-    def _made(self, lengths: list[int], dtype: jnp.dtype, begun: Prefix | None) -> list[Group]:
+    def _made(self, dtype: jnp.dtype, begun: Prefix | None) -> list[Group]:
         """Layers without a window, of which there may be none, then those with one where there are any."""
-        decoder, batch = self._decoder, len(lengths)
+        decoder, positions, strategy = self._decoder, self._positions, self._strategy
 
         def empty(layers: int, slots: int) -> list[KV]:
-            made = empty_cache(decoder, batch, slots, dtype, letter="S", layers=layers)
+            made = empty_cache(decoder, positions.shape[1], slots, dtype, letter="S", layers=layers)
             return [made] if isinstance(made, KV) else list(made)
 
         near = len(self._near_at)
         full = decoder.config.num_layers - near
         held = (empty(full, self._layout.slots) if full else []) if begun is None else begun.layers
-        groups = [Group([held] if isinstance(held, KV) else held, self._layout, lengths, self._strategy)]
+        groups = [Group([held] if isinstance(held, KV) else held, self._layout, positions, strategy)]
         if self._window is not None:
             window = WindowLayout(self._window, self._layout)
             kept = [] if window.is_whole else empty(near, window.kept.slots)
-            groups.append(Group(empty(near, window.before.slots), window, lengths, self._strategy, kept))
+            groups.append(Group(empty(near, window.before.slots), window, positions, strategy, kept))
         return groups
 
     @property

@@ -20,23 +20,23 @@ class Group:
     """Layers of one window, or of none, being filled a chunk at a time.
 
     `layers` are theirs with the slots of `layout`, or a list of their stack alone; `kept`, of a window whose slots do
-    not all stay, has those of the finished prompt. All are used up.
+    not all stay, has those of the finished prompt. All are used up. `positions` are those of the prompts' chunks, -1
+    where there is none.
     """
 
     def __init__(
         self,
         layers: Sequence[KV],
         layout: ChunkLayout | WindowLayout,
-        prompts: Sequence[int],
+        positions: np.ndarray,
         strategy: Strategy,
         kept: Sequence[KV] = (),
     ):
         self.layers, self._kept, self._layout = list(layers), list(kept), layout
-        self._lengths, self._strategy = prompts, strategy
+        self._positions, self._strategy = positions, strategy
+        self._lengths = [int(length) for length in positions.max(axis=(0, 2)) + 1]
         self._chunks = layout.chunks if isinstance(layout, WindowLayout) else layout
         self._moves_on = isinstance(layout, WindowLayout) and layout.before != layout.chunks
-        rows = [range(length) for length in prompts]
-        self._positions = self._chunks.chunked(rows, -1)
         if not isinstance(layout, WindowLayout):
             self._every_BS = self._slotted(layout, 0, len(self._positions))
 
@@ -48,10 +48,10 @@ class Group:
             return self._every_BS, self._used
         first = layout.first_before(index)
         self._used = replicated(mesh, np.int32((index - first) * chunk))
-        from_BS, ends_B = layout.sources(self._lengths, index)
+        ends_B = np.array([(length - 1) // chunk == index for length in self._lengths])
         # With the first chunk also where no prompt ends: then all programs have run.
         takes = self._kept and (ends_B.any() or index == 0)
-        self._sources = replicated(mesh, (from_BS, ends_B)) if takes else None
+        self._sources = replicated(mesh, (layout.sources(self._lengths, index), ends_B)) if takes else None
         return self._slotted(layout.before, first, index), self._used
 
     def add(self, place: int, chunk: KV) -> None:

@@ -67,19 +67,15 @@ class WindowLayout:
         slots = self.kept.slotted(self.kept.chunked(rows, -1), -1)
         return np.where(slots < 0, -1, slots + np.asarray(starts, np.int32)[:, None]).astype(np.int32)
 
-    def sources(self, lengths: Sequence[int], index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Where the slots that stay come from while chunk `index` is computed, its slots lying behind those before it.
-
-        (int32 [B, slots], bool [B]: the prompts that end in this chunk; the others' slots mean nothing).
-        """
+    def sources(self, lengths: Sequence[int], index: int) -> np.ndarray:
+        """int32 [B, slots]: where the slots that stay of prompts that end in chunk `index` come from while it is
+        computed, its slots lying behind those before it. Those of other prompts mean nothing."""
         chunk, devices, before = self.chunks.chunk, self.chunks.devices, self.before
         pos_BS = np.maximum(self.positions(lengths), 0)
         which, place = pos_BS // chunk, self._place[pos_BS % chunk]
         share = chunk // devices
         far = place // share * (before.slots // devices) + (which - self.first_before(index)) * share + place % share
-        from_BS = np.where(which == index, before.slots + place, np.clip(far, 0, before.slots - 1))
-        ends = [index * chunk < length <= (index + 1) * chunk for length in lengths]
-        return from_BS.astype(np.int32), np.asarray(ends)
+        return np.where(which == index, before.slots + place, np.clip(far, 0, before.slots - 1)).astype(np.int32)
 
     @cached_property
     def _place(self) -> np.ndarray:

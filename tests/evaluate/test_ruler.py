@@ -141,7 +141,7 @@ def test_common_words_stand_as_often_as_the_benchmark_has_it(length: int, times:
     assert not {word for word in sample.answers if re.search(rf"\b{word}\b", example)}
 
 
-def test_coded_words_follow_the_law():
+def test_coded_words_follow_the_distribution():
     (sample,) = made(Counting(), tasks=("fwe",), lengths=(20_000,), samples=1)
     counts = [count for _, count in Counter(sample.document.split()).most_common(6)]
     assert sample.document.split().count("...") == counts[0]

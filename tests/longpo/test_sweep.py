@@ -128,14 +128,14 @@ def test_a_sweep_in_a_bucket_is_that_on_a_disk(file, stages, tmp_path, bucket, m
 
 
 def test_a_sweep_in_s3_is_refused_before_anything_starts(file, stages, s3_bucket, capfd):
-    sweep = file("lists: {optimizer.learning_rate: [1.0e-5, 2.0e-5]}", "s3://models/swept")
+    sweep = file("lists: {optimizer.learning_rate: [1.0e-5, 2.0e-5]}", "s3://models/a refused sweep")
     for more in ([], ["--print"]):
         assert main(["sweep", sweep, *more]) == 2
         said = capfd.readouterr().err.splitlines()
         assert len(said) == 1 and said[0].startswith(
-            "longpo: run: expected a folder here or in gs:// to train in, got s3://models/swept: "
+            "longpo: run: expected a folder here or in gs:// to train in, got s3://models/a refused sweep: "
         )
-    assert not stages and s3_bucket.list_objects_v2(Bucket="models", Prefix="swept")["KeyCount"] == 0
+    assert not stages and s3_bucket.list_objects_v2(Bucket="models", Prefix="a refused sweep")["KeyCount"] == 0
 
 
 def test_settings_of_the_pairs_make_pairs_of_their_own(file, stages):
@@ -210,13 +210,13 @@ def test_bad_sweeps_are_one_line(file, capfd, monkeypatch):
     assert "sweep: expected one process, got several: --print has the commands" in capfd.readouterr().err
 
 
-def test_two_rates_on_a_tiny_model_killed_and_resumed(file, tmp_path):
+def test_three_rates_on_a_tiny_model_killed_and_resumed(file, tmp_path):
     """The real stages but for the pairs, which random weights cannot make. The second is killed in its round."""
     save_decoder(tmp_path / "model")
     with open(tmp_path / "base.yaml", "a") as base:
         base.write("objective: {name: sft}\n")  # the smallest program
     command = [sys.executable, "-m", "tests.longpo.sweep_program", "sweep"]
-    command.append(file("lists: {optimizer.learning_rate: [1.0e-3, 2.0e-3]}"))
+    command.append(file("lists: {optimizer.learning_rate: [1.0e-3, 2.0e-3, 4.0e-3]}"))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_NUM_CPU_DEVICES": "1"}
     run = tmp_path / "run"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -236,6 +236,6 @@ def test_two_rates_on_a_tiny_model_killed_and_resumed(file, tmp_path):
     assert sum(line == f"pairs {line.split()[1]}" for line in made) == 2  # the command, and the stage that it runs
     assert sum(line == "round learning_rate=0.001" for line in made) == 1
     points = json.loads((run / "sweep.json").read_text())["points"]
-    assert [point["settings"]["optimizer.learning_rate"] for point in points] == [1e-3, 2e-3]
-    assert len({point["nll"] for point in points}) == 2 and {point["updates"] for point in points} == {2}
+    assert [point["settings"]["optimizer.learning_rate"] for point in points] == [1e-3, 2e-3, 4e-3]
+    assert len({point["nll"] for point in points}) == 3 and {point["updates"] for point in points} == {2}
     assert (run / "sweep.png").is_file() and "done already" in done.stderr

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RAPID's rule against worked numbers, against its exact law in float64, and as a distribution.
+"""RAPID's rule against worked numbers, and the distribution of what it samples against the exact one in float64.
 
 The numbers are the published rule worked by hand and by the released code: p and q over four tokens, what the drafter's
-evidence makes of p, what is accepted, what follows a rejection, and the law of the emitted token.
+evidence makes of p, what is accepted, what follows a rejection, and the distribution of the emitted token.
 """
 
 import functools
@@ -19,7 +19,7 @@ from tests.reference import one_step, softmax
 
 P = np.array([0.5, 0.3, 0.15, 0.05])
 Q1, Q2 = np.array([0.1, 0.7, 0.15, 0.05]), np.array([0.05, 0.9, 0.03, 0.02])
-# q, eta, guard, p_hat, acceptance, residual, law of the token, distance of the law from p
+# q, eta, guard, p_hat, acceptance, residual, distribution of the token, distance of the distribution from p
 ORACLES = [
     (Q1, 0, "none", [0.5, 0.3, 0.15, 0.05], 0.6, [1, 0, 0, 0], [0.5, 0.3, 0.15, 0.05], 0),
     (Q1, 1, "none", [0.341058, 0.455423, 0.152640, 0.050880], 0.755423, [1, 0, 0, 0],
@@ -54,7 +54,7 @@ Z3, ZQ3 = np.array([2.0, 1, 0, -1]), np.array([1.0, 2, 0, -1])
 
 @functools.partial(jax.jit, static_argnames=("guard", "exact_phat"))
 def rule(z_V, q_V, eta, guard: Guard = "none", exact_phat: bool = False):
-    """(p_hat, residual normalised, law of the token, acceptance) by the functions under test."""
+    """(p_hat, residual normalised, distribution of the token, acceptance) by the functions under test."""
     p_hat_V = jnp.exp(augment(z_V, jnp.log(q_V), eta=eta, alpha=jnp.asarray(0.1, z_V.dtype), guard=guard))
     p_V = jax.nn.softmax(z_V)
     kept_V = q_V * jnp.minimum(1.0, jnp.where(q_V > 0, p_hat_V / jnp.where(q_V > 0, q_V, 1.0), 1.0))
@@ -69,23 +69,23 @@ def in_float32(z, q, eta, **switches):
 
 @pytest.mark.parametrize("oracle", ORACLES, ids=lambda o: f"q={o[0][1]} eta={o[1]} {o[2]}")
 def test_worked_numbers(oracle):
-    q, eta, guard, p_hat, acceptance, left, law, distance = oracle
+    q, eta, guard, p_hat, acceptance, left, distribution, distance = oracle
     # 2e-6: the numbers are rounded to 5e-7, and float32 rounds eta (q - p), which the exponential takes in whole.
-    got_p_hat, got_left, got_law, got_acceptance = in_float32(np.log(P), q, eta, guard=guard)
+    got_p_hat, got_left, got_distribution, got_acceptance = in_float32(np.log(P), q, eta, guard=guard)
     np.testing.assert_allclose(got_p_hat, p_hat, atol=2e-6)
     np.testing.assert_allclose(got_acceptance, acceptance, atol=2e-6)
-    np.testing.assert_allclose(got_law, law, atol=2e-6)
-    np.testing.assert_allclose(0.5 * np.abs(got_law - P).sum(), distance, atol=2e-6)
+    np.testing.assert_allclose(got_distribution, distribution, atol=2e-6)
+    np.testing.assert_allclose(0.5 * np.abs(got_distribution - P).sum(), distance, atol=2e-6)
     if left is not None:  # the residual divides by what is left, 0.1 to 0.4 here
         np.testing.assert_allclose(got_left, left, atol=1e-5)
 
 
 def test_worked_numbers_in_float64():
     with jax.enable_x64(True):
-        for q, eta, guard, p_hat, acceptance, left, law, _ in ORACLES:
+        for q, eta, guard, p_hat, acceptance, left, distribution, _ in ORACLES:
             got = rule(jnp.asarray(np.log(P)), jnp.asarray(q), jnp.asarray(float(eta)), guard=guard)
             assert got[0].dtype == jnp.float64
-            for mine, want in zip(got, (p_hat, left, law, acceptance), strict=True):
+            for mine, want in zip(got, (p_hat, left, distribution, acceptance), strict=True):
                 if want is not None:
                     np.testing.assert_allclose(mine, want, atol=6e-7)
 
@@ -125,13 +125,13 @@ def test_a_filtered_token_stays_impossible_without_nan():
     # The code guard leaves token 0 in place, which the drafter rules out; the paper guard puts it back to p.
     first_two = {"none": [0.011857, 0.988143], "code": [0.317001, 0.682999], "paper": [0.731059, 0.988143]}
     for guard, want in first_two.items():
-        p_hat, left, law, acceptance = in_float32(z, q, 5, guard=guard)
-        assert all(np.all(np.isfinite(x)) for x in (p_hat, left, law)), guard
+        p_hat, left, distribution, acceptance = in_float32(z, q, 5, guard=guard)
+        assert all(np.all(np.isfinite(x)) for x in (p_hat, left, distribution)), guard
         assert p_hat[2] == p_hat[3] == 0, guard
         np.testing.assert_allclose(p_hat[:2], want, atol=2e-6)
         np.testing.assert_allclose(acceptance, 0.622459, atol=2e-6)
         np.testing.assert_allclose(left, [1, 0, 0, 0], atol=2e-6)
-        np.testing.assert_allclose(law, [0.377541, 0.622459, 0, 0], atol=2e-6)
+        np.testing.assert_allclose(distribution, [0.377541, 0.622459, 0, 0], atol=2e-6)
 
 
 def test_the_shift_is_a_step_down_the_distillation_loss():
@@ -207,18 +207,18 @@ def random_pairs(count: int, vocabulary: int = 8):
 
 
 @pytest.mark.parametrize("guard", ["code", "paper", "none"])
-def test_law_of_one_drafted_position(guard):
+def test_distribution_of_one_drafted_position(guard):
     for z, q, eta in random_pairs(60):
         want = one_step(z, q, eta=eta, guard=guard)
-        p_hat, _, law, acceptance = in_float32(z, q, eta, guard=guard)
+        p_hat, _, distribution, acceptance = in_float32(z, q, eta, guard=guard)
         np.testing.assert_allclose(p_hat, want.p_hat, atol=5e-6)
         np.testing.assert_allclose(acceptance, want.acceptance, atol=5e-6)
-        np.testing.assert_allclose(law, want.law, atol=2e-5)
-        # The law is as far from p as the accepted mass exceeds it: 0 when eta is, and only then in general.
-        distance, excess = 0.5 * np.abs(want.law - want.p).sum(), np.maximum(want.kept - want.p, 0).sum()
+        np.testing.assert_allclose(distribution, want.distribution, atol=2e-5)
+        # The distribution is as far from p as the accepted mass exceeds it: 0 when eta is, and only then in general.
+        distance, excess = 0.5 * np.abs(want.distribution - want.p).sum(), np.maximum(want.kept - want.p, 0).sum()
         assert distance == pytest.approx(excess, abs=1e-12)
         if eta == 0:
-            np.testing.assert_allclose(want.law, want.p, atol=1e-12)
+            np.testing.assert_allclose(want.distribution, want.p, atol=1e-12)
         elif guard == "none" and 0.5 * np.abs(q - want.p).sum() > 1e-6:
             assert excess > 0  # RAPID is not lossless
 

@@ -189,12 +189,12 @@ def test_answers_follow_the_targets_distribution():
     said = all_sequences(vocabulary, length)
     logits = logits_of(target, np.concatenate([np.tile(prompt, (len(said), 1)), said], axis=1))[:, len(prompt) - 1 :]
     p = np.stack([[softmax(z) for z in row] for row in logits[:, :length].astype(np.float64) / 0.9])
-    law = np.zeros((vocabulary,) * length)
-    law[tuple(said.T)] = np.prod(np.take_along_axis(p, said[..., None], axis=2)[..., 0], axis=1)
-    counts = np.zeros_like(law)
+    distribution = np.zeros((vocabulary,) * length)
+    distribution[tuple(said.T)] = np.prod(np.take_along_axis(p, said[..., None], axis=2)[..., 0], axis=1)
+    counts = np.zeros_like(distribution)
     np.add.at(counts, tuple(np.asarray(got.tokens).T), 1)
     assert 0.2 < sum(got.accepted) / sum(got.drafted) < 0.99
-    assert law.sum() == pytest.approx(1) and chi_square_p(counts, law) > 1e-4
+    assert distribution.sum() == pytest.approx(1) and chi_square_p(counts, distribution) > 1e-4
 
 
 def test_each_row_chooses_after_rounds_of_its_own():

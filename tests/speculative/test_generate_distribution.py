@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whole short answers as a distribution: thousands of seeds as rows, against the law by enumeration.
+"""The distribution of whole short answers: thousands of seeds as rows, against the one by enumeration.
 
-Target and drafter are different models with different prompts over five tokens; the law is that of rounds in which
-drafts are accepted, corrected and followed by a bonus, in float64.
+Target and drafter are different models with different prompts over five tokens; the distribution is that of rounds in
+which drafts are accepted, corrected and followed by a bonus, in float64.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import pytest
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.generate import generate
-from tests.reference import all_sequences, chi_square_p, one_step, sequence_law, softmax
+from tests.reference import all_sequences, chi_square_p, one_step, sequence_distribution, softmax
 from tests.speculative.models import Weights, logits_of, prompted
 
 VOCABULARY, LENGTH, ROWS = 5, 3, 3072
@@ -38,7 +38,7 @@ class Pair:
         logits = np.pad(logits, ((0, 0), (0, 0), (0, lacking)), constant_values=-np.inf)[..., self.ids]
         return {tuple(row[:n].tolist()): z[n] for row, z in zip(said, logits, strict=True) for n in range(LENGTH)}
 
-    def law(self, speculation: SpeculationConfig) -> np.ndarray:
+    def distribution(self, speculation: SpeculationConfig) -> np.ndarray:
         def step(said):
             return one_step(
                 self.z[said],
@@ -48,7 +48,7 @@ class Pair:
                 exact_phat=speculation.mode == "phat",
             )
 
-        return sequence_law(
+        return sequence_distribution(
             cache(step),
             lambda said: softmax(self.zq[said]),
             vocabulary=VOCABULARY,
@@ -57,11 +57,11 @@ class Pair:
             confidence_stop=speculation.confidence_stop,
         )
 
-    def target_law(self) -> np.ndarray:
-        law = np.zeros((VOCABULARY,) * LENGTH)
+    def target_distribution(self) -> np.ndarray:
+        distribution = np.zeros((VOCABULARY,) * LENGTH)
         for said in all_sequences(VOCABULARY, LENGTH).tolist():
-            law[tuple(said)] = np.prod([softmax(self.z[tuple(said[:n])])[said[n]] for n in range(LENGTH)])
-        return law
+            distribution[tuple(said)] = np.prod([softmax(self.z[tuple(said[:n])])[said[n]] for n in range(LENGTH)])
+        return distribution
 
     def counts(self, speculation: SpeculationConfig, seed: int = 0) -> np.ndarray:
         got = generate(
@@ -95,7 +95,7 @@ def speculation_of(mode: str, **more) -> SpeculationConfig:
     return SpeculationConfig(mode=mode, **settings | more)  # pyright: ignore[reportArgumentType]
 
 
-LAWS = {
+SPECULATIONS = {
     "lossless": speculation_of("lossless"),
     "lossless with copies": speculation_of("lossless", lookup="on"),
     "lossless by copies alone": speculation_of("lossless", lookup="on", gamma=0),
@@ -107,23 +107,25 @@ LAWS = {
 }
 
 
-@pytest.mark.parametrize("name", LAWS)
-def test_answers_follow_their_law(pair, name):
-    speculation = LAWS[name]
-    law = pair.law(speculation)
-    assert law.sum() == pytest.approx(1, abs=1e-12)
+@pytest.mark.parametrize("name", SPECULATIONS)
+def test_answers_follow_their_distribution(pair, name):
+    speculation = SPECULATIONS[name]
+    distribution = pair.distribution(speculation)
+    assert distribution.sum() == pytest.approx(1, abs=1e-12)
     if speculation.mode == "lossless":
-        np.testing.assert_allclose(law, pair.target_law(), atol=1e-12)
-    assert chi_square_p(pair.counts(speculation), law) > 1e-4
+        np.testing.assert_allclose(distribution, pair.target_distribution(), atol=1e-12)
+    assert chi_square_p(pair.counts(speculation), distribution) > 1e-4
 
 
 def test_the_laws_differ_and_the_test_would_notice(pair):
-    """With eta above 0 the law is not the target's: what is drawn under one is refused by the other."""
-    rapid, phat, short = (pair.law(LAWS[name]) for name in ("rapid", "phat", "rapid with short drafts"))
-    target = pair.target_law()
+    """With eta above 0 the distribution is not the target's: what is drawn under one is refused by the other."""
+    rapid, phat, short = (
+        pair.distribution(SPECULATIONS[name]) for name in ("rapid", "phat", "rapid with short drafts")
+    )
+    target = pair.target_distribution()
     assert min(np.abs(a - b).sum() for a, b in ((rapid, target), (phat, target), (rapid, phat))) > 0.05
     assert np.abs(rapid - short).sum() > 0.01
-    counts = pair.counts(LAWS["rapid"])
+    counts = pair.counts(SPECULATIONS["rapid"])
     assert chi_square_p(counts, target) < 1e-6
     assert chi_square_p(counts, phat) < 1e-6
 
@@ -133,8 +135,8 @@ def test_answers_are_of_the_tokenizers_ids_whatever_rows_the_models_have(name):
     """Five tokens with holes between them, eight rows of the target, six of the drafter, which lacks the last token."""
     target, drafter = (Weights.lively(rows, sharpness=1.2, seed=5).decoder() for rows in (8, 6))
     pair = Pair(target, drafter, [0, 1, 2, 4, 6])
-    law = pair.law(LAWS[name])
+    distribution = pair.distribution(SPECULATIONS[name])
     if name == "lossless":
-        np.testing.assert_allclose(law, pair.target_law(), atol=1e-12)
-    assert law[4].sum() > 0.03, "the token that the drafter lacks was meant to occur"
-    assert chi_square_p(pair.counts(LAWS[name]), law) > 1e-4
+        np.testing.assert_allclose(distribution, pair.target_distribution(), atol=1e-12)
+    assert distribution[4].sum() > 0.03, "the token that the drafter lacks was meant to occur"
+    assert chi_square_p(pair.counts(SPECULATIONS[name]), distribution) > 1e-4

@@ -31,7 +31,7 @@ SLICES = {
     "llama31_8b_128k_v6e_4x4": "v6e:4x4",
     "llama31_70b_128k_v5p_4x4x4": "v5p:4x4x4",  # kv heads copied
 }
-LAWS = {
+RULES = {
     "top-k": {"temperature": 0.1, "top_k": 50, "top_p": 1.0},
     "top-p": {"temperature": 0.7, "top_k": 0, "top_p": 0.9},
     "greedy": {"temperature": 0.0},
@@ -50,7 +50,7 @@ class Case:
     kv: str
 
     def config(self) -> RapidConfig:
-        sampling = [f"sampling.{key}={value}" for key, value in LAWS[self.rule].items()]
+        sampling = [f"sampling.{key}={value}" for key, value in RULES[self.rule].items()]
         if self.name.startswith("llama31_70b"):  # else its tail is as long as a device's part of the drafter's prompt
             sampling.append("sampling.max_new_tokens=1536")
         rest = [f"speculation.lookup={'auto' if self.copies else 'off'}", f"models.drafter_weights={self.drafter}"]
@@ -65,7 +65,7 @@ def cases() -> list[Case]:
     """A covering set: the last three of each follow from the parity of what slice and rule are numbered by."""
     found = []
     for place, name in enumerate(SLICES):
-        for number, rule in enumerate(LAWS):
+        for number, rule in enumerate(RULES):
             high, low, late = number >> 1, number & 1, place >> 1
             odd = [late ^ low, late ^ high, late ^ low ^ high]
             found.append(Case(name, rule, not odd[0], ("int8", "full")[odd[1]], ("full", "int8")[odd[2]]))

@@ -87,10 +87,10 @@ def load_model(
 
     dtype "auto" is float32 on CPUs, which have no bfloat16 arithmetic, and bfloat16 elsewhere. `rope_theta` replaces
     the checkpoint's base: LongPO's policy and its reference differ in it. On a mesh each device gets its part of every
-    array, as `table` says, and a process reads of a folder's arrays the rows that its devices hold (`build` says which
-    are whole), of a GGUF file all; `replicate_kv` keeps the kv projections whole on every model device, for more of
-    those than kv heads. `decodes`: the decoder's matrices are as decoding reads them (`fused`), no longer as the
-    checkpoint has them.
+    array, as `table` says. Of a folder's matrices each of several processes reads its share of the rows and the devices
+    exchange the rest (`build`), of a GGUF file each reads all. `replicate_kv` keeps the kv projections whole on every
+    model device, for more of those than kv heads. `decodes`: the decoder's matrices are as decoding reads them
+    (`fused`), no longer as the checkpoint has them.
     """
     checkpoint, tokenizer = open_checkpoint(source)
     config = checkpoint.config

@@ -2,10 +2,11 @@
 """Checkpoint arrays into a Decoder on its devices, and out of one again, one array at a time.
 
 An array goes to the devices in the checkpoint's own order of axes, each device receiving its part only, and is turned
-there: transposing a large array in host memory is several times slower than reading it.
+there: transposing a large array in host memory is several times slower than reading it. Hosts of a slice read every
+matrix once between them: their devices exchange it faster than a disk or a bucket gives it to each.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache, partial
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.config import ModelConfig
@@ -51,9 +52,10 @@ def build(
 
     Peak memory is the model and about one array. `read` must return arrays of the checkpoint's shapes; `table` says
     which mesh axis each letter is split over. With `read_rows`, which gives these rows of an array's first axis, a mesh
-    asks for each row once that a device of this process holds, and for no other. An array that is split along another
-    axis (o_proj and down_proj over "model") is asked for by whole rows: a row's part is a few KB, and to skip the rest
-    saves no disk and no network file system a byte.
+    of one process asks for each row once that a device holds, and for no other. Of a mesh of several processes each
+    asks for its share of the rows, a matrix in as many as there are devices, and the devices exchange what they are to
+    hold: whichever axis a matrix is split along and however many devices hold the same of it, all processes together
+    ask for it once. Vectors, and matrices whose rows cannot be shared evenly, are asked for as by one process.
     """
     graph, leaves = _outline(config, layout, dtype, mesh)
     filled: dict[Path, jax.Array] = {}
@@ -159,12 +161,42 @@ class _Source:
         flat = self._weight.stored_shape[0] // count  # rows of the file in one of these: a head has several
         return self._read_rows(self._weight.key, range(first * flat, last * flat)).reshape(last - first, *inner)
 
+    def shared(self, mesh: Mesh) -> jax.Array | None:
+        """The array as it is stored, of whose rows each device of `mesh` has as many; None where it is not shared."""
+        shape = self._weight.stored_shape
+        one_process = len({device.process_index for device in mesh.devices.flat}) == 1
+        if self._read_rows is None or one_process or len(shape) < 2 or shape[0] % mesh.size:
+            return None
+        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        own = sharding.addressable_devices_indices_map(shape).values()
+        ranges = _joined(index[0].indices(shape[0])[:2] for index in own)
+        held = {rows: self._read_rows(self._weight.key, rows) for rows in ranges}
+
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(shape[0])
+            rows = next(rows for rows in ranges if first in rows)
+            return held[rows][first - rows.start : last - rows.start]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+
+def _joined(bounds: Iterable[tuple[int, int]]) -> list[range]:
+    """Ranges that follow one another as one."""
+    found: list[range] = []
+    for first, last in sorted(bounds):
+        if found and found[-1].stop == first:
+            first = found.pop().start
+        found.append(range(first, last))
+    return found
+
 
 def _placed(weight: Weight, source: _Source, mesh: Mesh | None, table: Table) -> jax.Array:
     shape = weight.unflattened_shape
     sharding = _sharding(mesh, weight.name, weight.stored_axes, shape, table)
-    if sharding is None:
+    if mesh is None or sharding is None:
         return jax.device_put(source.whole())
+    if (shared := source.shared(mesh)) is not None:
+        return _exchanged(shared, shape, sharding)
     rows = source.rows()  # several devices may hold the same rows, or other columns of them
 
     def part(index: Any) -> np.ndarray:
@@ -195,6 +227,11 @@ def _lying(
 
 def _laid(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
     return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _exchanged(stored: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    return _laid(stored.reshape(shape), sharding)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))

@@ -31,6 +31,7 @@ from rapid_jax.model.top_logprobs import TopLogProbs
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields
+from rapid_jax.runtime.storage import working_place
 from tests.tiny_models import CHATML, save_decoder, words
 
 OPSD = ("objective.name=opsd", "objective.top_k=5")
@@ -300,7 +301,14 @@ def test_a_process_that_does_not_lead_writes_nothing(model, run):
     assert not (run / "reference").exists()
 
 
-def test_an_interrupted_run_goes_on(model, run, monkeypatch):
+@pytest.mark.parametrize("scheme", ["disk", "gs", "s3"])
+def test_an_interrupted_run_goes_on(scheme, model, tmp_path, monkeypatch, request):
+    """To the scores of one that nothing interrupted, on a disk and in a bucket of each kind."""
+    run = tmp_path
+    if scheme != "disk":
+        request.getfixturevalue({"gs": "bucket", "s3": "s3_bucket"}[scheme])
+        run = working_place(f"{scheme}://models/interrupted reference", "run")
+    written(run, records())
     monkeypatch.setattr(reference, "_TOGETHER", 1)
     calls, plain_scores = [], Scorer.scores
 
@@ -316,10 +324,9 @@ def test_an_interrupted_run_goes_on(model, run, monkeypatch):
     run_reference(config(model), run, quiet=True)
     assert calls == [["d0"], ["d1"], ["d2"], ["d2"]]
     monkeypatch.undo()
-    found = kept(config(model), run)
-    again = written(run / "again", records())
+    again = written(tmp_path / "again", records())
     run_reference(config(model), again, quiet=True)
-    assert found == kept(config(model), again)
+    assert kept(config(model), run) == kept(config(model), again)
 
 
 def test_nothing_is_scored_for_sft(model, run):

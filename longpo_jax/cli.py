@@ -71,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="any setting, section.key=value"
         )
-        if name == "pairs":
+        if name in ("pairs", "reference"):
             said = "only share I of N, from 0/N; any/N: all that no other run makes, until all are done"
             command.add_argument("--share", metavar="I/N", help=said)
         if name == "export":
@@ -135,7 +135,7 @@ def _run(options: argparse.Namespace) -> None:
         elif options.command == "export" and options.push is not None:
             _push(options.push, config, **told)
         elif asked:
-            run_share(config, folder_of(config), asked, **told)
+            run_share(options.command, config, folder_of(config), asked, **told)
         else:
             run_stage(options.command, config, folder_of(config), **told)
 

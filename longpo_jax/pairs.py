@@ -6,13 +6,9 @@ document (rejected). The model that is taught says all of it; that the excerpt's
 One run makes all of them, or several hosts make a share each (shares.py).
 """
 
-import contextlib
-import secrets
-import time
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import zip_longest
-from typing import Final
 
 import jax
 
@@ -20,13 +16,14 @@ from longpo_jax.beside import beside
 from longpo_jax.config import LongPOConfig
 from longpo_jax.documents import Corpus, read_corpus
 from longpo_jax.generator import Generator
-from longpo_jax.journal import Writer
+from longpo_jax.journal import Writer, is_begun, written
 from longpo_jax.objectives import objective_of
 from longpo_jax.pair_counts import summary_line, summary_of
 from longpo_jax.pair_maker import PairMaker
+from longpo_jax.share_loop import make_shares
 from longpo_jax.shares import Shares, documents_of
 from longpo_jax.shortfall import lost, warning
-from longpo_jax.stages import has_ended, inputs_of, is_to_skip, stage_in
+from longpo_jax.stages import inputs_of, is_to_skip, stage_in
 from rapid_jax.runtime.agreement import check_agreed
 from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
@@ -36,8 +33,6 @@ from rapid_jax.runtime.progress import progress
 from rapid_jax.runtime.share import Share
 from rapid_jax.runtime.storage import AnyPlace
 
-_LOOK_S: Final = 5.0  # between two looks at shares that others make
-
 
 def run_pairs(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
     """Makes the records of `folder`/pairs (records.py) and marks the stage done; goes on where it was interrupted.
@@ -46,14 +41,16 @@ def run_pairs(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, qui
     `leads` reads and writes the folder. Raises InputError for what cannot be used, if not one pair is left, and if not
     all shares are done.
     """
-    job, shares = _Job(config, folder, leads=leads, quiet=quiet), Shares(folder)
+    job, shares = _Job(config, folder, leads=leads, quiet=quiet), Shares(folder, "pairs", is_begun)
     if job.is_done():
         if leads:
             shares.remove()
         return
     if agreed(leads and shares.begun() is not None):
         if leads:
-            with shares.joined(job.folder, job.inputs, shard_pairs=config.pairs.shard_pairs) as (writer, dropped):
+            with shares.to_join(job.folder, job.inputs) as (places, dropped):
+                writer = Writer(job.folder, job.inputs, shard_pairs=config.pairs.shard_pairs)
+                _join(writer, places, job.folder)
                 job.finish(writer, dropped)
             shares.remove()
         return
@@ -66,51 +63,30 @@ def run_pairs(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, qui
 def run_share(
     config: LongPOConfig, folder: AnyPlace, asked: Sequence[Share], *, leads: bool = True, quiet: bool = False
 ) -> bool:
-    """Makes the share that is asked for or, of several, one after the other that no other run makes or has made, until
-    all are done: those of runs that end meanwhile, too. Whether all shares are now done, to be joined by `run_pairs`.
+    """Makes the shares that are asked for, as `make_shares`. Whether all are now done, to be joined by `run_pairs`.
 
     Raises InputError for what cannot be used, and if another run makes the one that is asked for.
     """
-    job, shares = _Job(config, folder, leads=leads, quiet=quiet), Shares(folder)
+    job, shares = _Job(config, folder, leads=leads, quiet=quiet), Shares(folder, "pairs", is_begun)
     if job.is_done():
         return True
     count, batch = asked[0].count, config.pairs.batch
     inputs = {**job.inputs, "pairs.batch": batch, "shares": count}
     if leads:
         shares.check(inputs, job.folder)  # the documents take a while
-    documents, start = job.corpus.documents, int(agreed(secrets.randbelow(len(asked))))
+    documents = job.corpus.documents
     inputs["documents"] = documents.digest
     if leads:
         shares.begin(inputs, job.corpus.dropped)
-    waiting = ""
-    while True:
-        made = False
-        for share in (*asked[start:], *asked[:start]):
-            with contextlib.ExitStack() as stack:
-                if agreed(leads and shares.take(stack, share, inputs, job.folder, alone=len(asked) == 1)):
-                    place, part = shares.place(share), documents_of(share, len(documents), batch)
-                    own = shares.inputs_of(share, inputs)
-                    writer = Writer(place, own, shard_pairs=config.pairs.shard_pairs) if leads else None
-                    job.make(writer, place, part)
-                    if writer is not None:
-                        writer.finish({"documents": len(writer.finished)})
-                    made = True
-        missing = shares.missing(count) if leads else []
-        missing = [] if leads and has_ended(job.folder) else missing  # in this order: what is joined is taken away
-        some = bool(agreed(leads and bool(missing)))
-        if not some or len(asked) == 1:
-            return not some
-        if not made:  # else a share whose run has ended since may be taken
-            waiting = _wait_for(missing, waiting, quiet=quiet or not leads)
 
+    def make(share: Share) -> None:
+        place, own = shares.place(share), shares.inputs_of(share, inputs)
+        writer = Writer(place, own, shard_pairs=config.pairs.shard_pairs) if leads else None
+        job.make(writer, place, documents_of(share, len(documents), batch))
+        if writer is not None:
+            writer.finish({"documents": len(writer.finished)})
 
-def _wait_for(missing: Sequence[Share], said: str, *, quiet: bool) -> str:
-    """Waits a while for shares that other runs make. Says which, if that was not `said`; what was."""
-    names = ", ".join(f"{share.index}/{share.count}" for share in missing)
-    if names != said and not quiet:
-        say(f"pairs: waiting for {names}, which other runs make: a share whose run ends is taken over")
-    time.sleep(_LOOK_S)
-    return names
+    return make_shares(shares, asked, inputs, job.folder, make, leads=leads, quiet=quiet)
 
 
 class _Job:
@@ -164,6 +140,17 @@ class _Job:
         rows = summary["turns" if objective_of(config.objective.name).row == "turn" else "pairs"] * config.train.epochs
         if (few := warning(config, rows, summary)) is not None:
             say(f"longpo: {few}")
+
+
+def _join(writer: Writer, places: Sequence[AnyPlace], folder: AnyPlace) -> None:
+    """Adds what all shares have in their order, as one run writes it; goes on where that was interrupted."""
+    there = iter(tuple(writer.finished))
+    for place in places:
+        for id, record, counts in written(place):
+            if (finished := next(there, None)) is None:
+                writer.hold(id, record, counts)
+            elif finished != id:
+                raise InputError(f"{folder}: expected the document {id}, got {finished}: delete it")
 
 
 def _resumed(writer: Writer, ids: Sequence[str], folder: AnyPlace) -> int:

@@ -6,11 +6,14 @@ behind its excerpt, with the reference's own rope theta. So no second model is i
 
 Which answers are scored, behind what, is in an objective's record (objectives.py): sums, or a teacher (teacher.py).
 
-    RUN/reference/scores-00000.jsonl    {"id": ..., "chosen": [...], ...}, a line a record of pairs-00000.jsonl
+    RUN/reference/scores-00000.jsonl    {"id": ..., "chosen": [...], ...}, a line a record, of the first 32
+
+One run scores all records, or several hosts a share each (shares.py), whose files are those of one run.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 from itertools import islice
 from typing import Any, TypeAlias
 
@@ -19,7 +22,10 @@ import numpy as np
 from longpo_jax.config import LongPOConfig
 from longpo_jax.objectives import objective_of
 from longpo_jax.records import digest_of, read_records
+from longpo_jax.score_files import TOGETHER, References, ScoreFiles, digests_in, files_in, is_begun, scores_in
 from longpo_jax.scorer import Scorer
+from longpo_jax.share_loop import make_shares
+from longpo_jax.shares import Shares, documents_of
 from longpo_jax.stages import (
     check_same_model,
     inputs_of,
@@ -33,43 +39,112 @@ from longpo_jax.stages import (
 from longpo_jax.teacher import Teachers
 from rapid_jax.model.identity import identity_of
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.files import digest, replace_file, sha256_of
+from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.mesh import agreed
 from rapid_jax.runtime.progress import progress
-from rapid_jax.runtime.sealed import place_of, sealed, unsealed
-from rapid_jax.runtime.storage import AnyPlace, bytes_of
+from rapid_jax.runtime.share import Share
+from rapid_jax.runtime.storage import AnyPlace
 
-References: TypeAlias = Mapping[str, Sequence[float]]  # by name, an item a turn (dpo: one item)
 OfRecords: TypeAlias = Mapping[str, References] | Teachers  # by the record's id
-
-_OWNER = "inputs.txt"  # beside the scores: a digest of the inputs that they are of
-_TOGETHER = 32  # records between two writes
 
 
 def run_reference(config: LongPOConfig, folder: AnyPlace, *, leads: bool = True, quiet: bool = False) -> None:
     """Scores the records of `folder`/pairs into `folder`/reference; goes on where it was interrupted.
 
-    Every process computes, the one that `leads` writes.
+    Where that was begun in shares, those are joined. Every process computes, the one that `leads` writes. Raises
+    InputError for pairs that cannot be used, and if not all shares are done.
     """
-    place, pairs = stage_in(folder, "reference"), stage_in(folder, "pairs")
-    inputs = reference_inputs(config, folder)
-    if is_to_skip(place, inputs, leads=leads):
-        return
-    ids = [record.id for record in read_records(pairs)]  # a damaged one is told before the first is scored
-    count = len(ids)
-    objective = objective_of(config.objective.name)
-    if objective.needs_reference:
-        key = digest(json.dumps(inputs, sort_keys=True))
-        done = _Scores(place, key, ids, objective.of_reference, leads=leads)
-        first = int(agreed(done.count))
-        scorer = Scorer(config, quiet=quiet) if first < count else None
-        records = islice(read_records(pairs), first, None)
-        with progress("reference", count - first, "documents", quiet=quiet or not leads) as report:
-            while scorer is not None and (part := list(islice(records, _TOGETHER))):
-                done.add(scorer.scores(part))
-                report.advance(len(part))
+    job, shares = _Job(config, folder, leads=leads, quiet=quiet), Shares(folder, "reference", is_begun)
+    if job.is_done():
+        if leads:
+            shares.remove()
+    elif agreed(leads and shares.begun() is not None):
+        if leads:
+            with shares.to_join(job.folder, job.inputs) as (places, _):
+                job.join(places)
+                job.finish()
+            shares.remove()
+    else:
+        if job.scores:
+            job.make(job.folder, range(len(job.ids)))
+        if leads:
+            job.finish()
+
+
+def run_share(
+    config: LongPOConfig, folder: AnyPlace, asked: Sequence[Share], *, leads: bool = True, quiet: bool = False
+) -> bool:
+    """Scores the shares that are asked for, as `make_shares`. Whether all are now done, to be joined by
+    `run_reference`; also where the objective has no reference, and there is nothing to do.
+
+    Raises InputError for pairs that cannot be used, and if another run makes the one that is asked for.
+    """
+    job, shares = _Job(config, folder, leads=leads, quiet=quiet), Shares(folder, "reference", is_begun)
+    if job.is_done() or not job.scores:
+        return True
+    inputs = {**job.inputs, "shares": asked[0].count}
     if leads:
-        mark_done(place, inputs, {"records": count, "files": _digests(place)})
+        shares.check(inputs, job.folder)
+        shares.begin(inputs, {})
+
+    def make(share: Share) -> None:
+        part, place = documents_of(share, len(job.ids), TOGETHER), shares.place(share)
+        job.make(place, part)
+        if leads:
+            mark_done(place, shares.inputs_of(share, inputs), {"records": len(part), "files": digests_in(place)})
+
+    return make_shares(shares, asked, inputs, job.folder, make, leads=leads, quiet=quiet)
+
+
+class _Job:
+    """The scores of a run: what decides them, the records, and how these become files."""
+
+    def __init__(self, config: LongPOConfig, folder: AnyPlace, *, leads: bool, quiet: bool):
+        self.folder, self._pairs = stage_in(folder, "reference"), stage_in(folder, "pairs")
+        self.inputs = reference_inputs(config, folder)
+        self.scores = objective_of(config.objective.name).needs_reference  # whether there are any
+        self._config, self._leads, self._quiet = config, leads, quiet
+        self._key = digest(json.dumps(self.inputs, sort_keys=True))
+
+    def is_done(self) -> bool:
+        """Whether they are all there."""
+        return is_to_skip(self.folder, self.inputs, leads=self._leads)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Of all records: a damaged one is told before the first is scored."""
+        return [record.id for record in read_records(self._pairs)]
+
+    @cached_property
+    def _scorer(self) -> Scorer:
+        return Scorer(self._config, quiet=self._quiet)
+
+    def make(self, place: AnyPlace, part: range) -> None:
+        """Scores these records, whole files of them, into `place`; goes on where that was interrupted."""
+        done = ScoreFiles(place, self._key, self.ids, self._names, part, leads=self._leads)
+        first = int(agreed(done.next))
+        scorer = self._scorer if first < part.stop else None
+        records = islice(read_records(self._pairs), first, part.stop)
+        with progress("reference", part.stop - first, "documents", quiet=self._quiet or not self._leads) as report:
+            while scorer is not None and (batch := list(islice(records, TOGETHER))):
+                done.add(scorer.scores(batch))
+                report.advance(len(batch))
+
+    def join(self, places: Sequence[AnyPlace]) -> None:
+        """Takes in the files of all shares, which follow one another."""
+        every = ScoreFiles(self.folder, self._key, self.ids, self._names, range(len(self.ids)), leads=True)
+        for path in (path for place in places for path in files_in(place)):
+            every.take(path)
+        if every.next != len(self.ids):
+            raise InputError(f"{self.folder}: expected scores of {len(self.ids)} records, got {every.next}")
+
+    @property
+    def _names(self) -> Sequence[str]:
+        return objective_of(self._config.objective.name).of_reference
+
+    def finish(self) -> None:
+        """Marks the stage done."""
+        mark_done(self.folder, self.inputs, {"records": len(self.ids), "files": digests_in(self.folder)})
 
 
 def reference_inputs(config: LongPOConfig, folder: AnyPlace) -> dict[str, Any]:
@@ -88,14 +163,14 @@ def read_references(place: AnyPlace, inputs: Mapping[str, Any]) -> OfRecords:
     """The scores of each record by its id. Raises InputError if there are none, or they are of other inputs."""
     if not is_done(place, inputs):
         raise InputError(f"{place}: expected the reference's log-probabilities, got none: run `longpo reference` first")
-    if _digests(place) != summary_of(place).get("files"):
+    if digests_in(place) != summary_of(place).get("files"):
         raise InputError(
             f"{place}: expected the files that were written, got others: delete {place} to make them again"
         )
     objective = objective_of(inputs["objective.name"])
     if objective.teacher:
-        return Teachers(_files(place), inputs["objective.top_k"])
-    return {id: scores for path in _files(place) for id, scores in _scores_in(path, objective.of_reference)}
+        return Teachers(files_in(place), inputs["objective.top_k"])
+    return {id: scores for path in files_in(place) for id, scores in scores_in(path, objective.of_reference)}
 
 
 def check_references(references: OfRecords, turns: Mapping[str, int], objective: str) -> None:
@@ -120,64 +195,3 @@ def sums_of(scores: References, objective: str, turn: int) -> dict[str, float]:
     if objective_of(objective).row == "turn":
         return {name: values[turn] for name, values in scores.items()}
     return {name: float(np.sum(np.asarray(values, np.float64))) for name, values in scores.items()}
-
-
-def _files(place: AnyPlace) -> list[AnyPlace]:
-    return sorted(place.glob("scores-*.jsonl"), key=lambda path: path.name) if place.is_dir() else []
-
-
-def _digests(place: AnyPlace) -> dict[str, str]:
-    return {path.name: sha256_of(path) for path in _files(place)}
-
-
-def _scores_in(path: AnyPlace, names: Sequence[str]) -> Iterator[tuple[str, References]]:
-    """(id, scores) of each line. Raises InputError, naming the line, for one that is not what was written there."""
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        values = unsealed(line, place_of(path, number), f"{path}:{number}")
-        yield values.text("id"), {name: values.numbers(name) for name in names}
-
-
-class _Scores:
-    """The scores on disk, in files that are written whole; each is of the same inputs.
-
-    `ids` are those of all records, in their order. Raises InputError for files that are not of the first of them.
-    """
-
-    def __init__(self, place: AnyPlace, key: str, ids: Sequence[str], names: Sequence[str], *, leads: bool):
-        self._place, self._key, self._leads = place, key, leads
-        self.count = 0
-        self._files = 0
-        self._new = True
-        if leads and bytes_of(place / _OWNER) == key.encode():
-            self._new = False
-            for path in _files(place):
-                found = [id for id, _ in _scores_in(path, names)]
-                if path != self._path(self._files) or found != ids[self.count : self.count + _TOGETHER]:
-                    raise InputError(
-                        f"{path}: expected the scores of {_TOGETHER} records from number {self.count + 1} on, got "
-                        f"others: delete {place} to make them again"
-                    )
-                self.count += len(found)
-                self._files += 1
-
-    def _begin(self) -> None:
-        """Nothing is there but what these inputs make."""
-        for path in _files(self._place):
-            path.unlink()
-        with replace_file(self._place / _OWNER) as temporary:
-            temporary.write_text(self._key)
-        self._new = False
-
-    def _path(self, index: int) -> AnyPlace:
-        return self._place / f"scores-{index:05d}.jsonl"
-
-    def add(self, scores: Sequence[Mapping[str, Any]]) -> None:
-        """Of the next records."""
-        if self._leads:
-            if self._new:
-                self._begin()
-            path = self._path(self._files)
-            with replace_file(path) as temporary:
-                lines = (sealed(score, place_of(path, number)) for number, score in enumerate(scores, start=1))
-                temporary.write_bytes(b"".join(lines))
-        self._files += 1

@@ -75,18 +75,28 @@ def _run_alone(stage: str, config: LongPOConfig, folder: AnyPlace, *, leads: boo
 
 
 def run_share(
-    config: LongPOConfig, folder: AnyPlace, asked: Sequence[Share], *, leads: bool = True, quiet: bool = False
+    stage: str,
+    config: LongPOConfig,
+    folder: AnyPlace,
+    asked: Sequence[Share],
+    *,
+    leads: bool = True,
+    quiet: bool = False,
 ) -> None:
-    """A share of the pairs of the round in `folder` or, of several, all that no other run makes or has made.
+    """A share of the pairs or the reference of the round in `folder` or, of several, all that no other run makes or has
+    made.
 
     Whoever finds all shares done joins them, as the next `run_stage` does. Where several are asked for they are all
     done and joined when this returns: it waits for other runs, and takes over what those that end leave. Raises
     InputError as `run_stage`, and if another run makes the one share that is asked for.
     """
-    from longpo_jax.pairs import run_share as make
     from rapid_jax.runtime.mesh import agreed
 
-    _check_link(folder / "pairs")
+    if stage == "pairs":
+        from longpo_jax.pairs import run_share as make
+    else:
+        from longpo_jax.reference import run_share as make
+    _check_link(folder / stage)
     if leads:
         folder.mkdir(parents=True, exist_ok=True)
     check_shared(folder, "run folder")
@@ -94,18 +104,18 @@ def run_share(
         all_done = make(config, folder, asked, leads=leads, quiet=quiet)
     if not all_done:
         if not quiet:
-            say(f"pairs: not all {asked[0].count} shares are done: this run has no more to do")
+            say(f"{stage}: not all {asked[0].count} shares are done: this run has no more to do")
         return
     said = quiet or not leads
     while True:
         with contextlib.ExitStack() as stack:
-            if agreed(leads and is_entered(stack, working_in(folder, "pairs"))):
-                _run_alone("pairs", config, folder, leads=leads, quiet=quiet)
+            if agreed(leads and is_entered(stack, working_in(folder, stage))):
+                _run_alone(stage, config, folder, leads=leads, quiet=quiet)
                 return
         if not said:
-            end = "the next `longpo pairs` does" if len(asked) == 1 else "this run waits for that"
+            end = f"the next `longpo {stage}` does" if len(asked) == 1 else "this run waits for that"
             say(f"{folder}: another run is at work there: it joins the shares, or {end}")
-        if len(asked) == 1 or agreed(leads and has_ended(stage_in(folder, "pairs"))):
+        if len(asked) == 1 or agreed(leads and has_ended(stage_in(folder, stage))):
             return
         said = True
         time.sleep(_LOOK_S)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from longpo_jax.config import LongPOConfig
 from longpo_jax.findings import Findings
+from longpo_jax.journal import is_begun
 from longpo_jax.round import folder_of
 from longpo_jax.shares import Shares, documents_of
 from longpo_jax.stages import inputs_of, stage_in
@@ -19,7 +20,7 @@ def add_shares(
     Raises InputError where the shares that were begun are others, or one run has begun the pairs.
     """
     folder, batch = folder_of(config), config.pairs.batch
-    shares, is_there = Shares(folder), folder.is_dir()
+    shares, is_there = Shares(folder, "pairs", is_begun), folder.is_dir()
     if asked:
         count, first = asked[0].count, asked[0]
         inputs = inputs_of(config, "pairs") | {"pairs.batch": batch, "shares": count}

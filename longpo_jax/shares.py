@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pairs that several hosts make, a share each, in RUN/pairs-shares: until all are there and are joined in RUN/pairs.
+"""A stage that several hosts make, a share each, in RUN/pairs-shares or RUN/reference-shares: until all are there and
+are joined in RUN/pairs or RUN/reference.
 
     begun.json             what all shares are made with, how many there are among it; of whoever was first
-    0-of-3/                what a stage of pairs has: the records, the journal, done.json when they are all there
+    0-of-3/                what the stage has, of a part of the documents: done.json when it is all there
     0-of-3/lock            held by the run that makes the share; in a bucket lease.json
 
-A share is made of whole groups of documents that follow each other, so that its answers are those of one run.
+A share is made of whole groups of documents that follow each other, so that what it makes is that of one run.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from longpo_jax.journal import Writer, is_begun, written
 from longpo_jax.stages import check_inputs, has_ended, is_done
 from rapid_jax.runtime.errors import Busy, InputError
 from rapid_jax.runtime.files import remove_folder
@@ -22,21 +22,24 @@ from rapid_jax.runtime.sealed import sealed, unsealed
 from rapid_jax.runtime.share import Share
 from rapid_jax.runtime.storage import AnyPlace, bytes_of
 
-_FOLDER, _BEGUN, _LOCK = "pairs-shares", "begun.json", "lock"
+_BEGUN, _LOCK = "begun.json", "lock"
 
 
 def documents_of(share: Share, documents: int, batch: int) -> range:
-    """Which of the documents, that are answered in groups of `batch`, a share has."""
+    """Which of the documents, that are worked on in groups of `batch`, a share has."""
     groups = -(-documents // batch)
     first, end = (groups * at // share.count for at in (share.index, share.index + 1))
     return range(min(first * batch, documents), min(end * batch, documents))
 
 
 class Shares:
-    """Those of the round in `folder`. One process of a run has them, and looks at what is there each time."""
+    """Those of a stage of the round in `folder`. One process of a run has them, and looks at what is there each time.
 
-    def __init__(self, folder: AnyPlace):
-        self._folder = folder / _FOLDER
+    `is_begun` says of the folder of a stage whether one run has begun it.
+    """
+
+    def __init__(self, folder: AnyPlace, stage: str, is_begun: Callable[[AnyPlace], bool]):
+        self._folder, self._stage, self._is_begun = folder / f"{stage}-shares", stage, is_begun
 
     def place(self, share: Share) -> AnyPlace:
         """Where a share is made."""
@@ -53,20 +56,20 @@ class Shares:
 
     def check(self, inputs: Mapping[str, Any], stage: AnyPlace) -> None:
         """Raises InputError where shares were begun with others than these inputs, which need not be all there are, and
-        where pairs were begun in the folder of the stage itself.
+        where one run has begun the stage, whose folder is `stage`.
         """
         begun = self.begun()
         if begun is not None:
             made = begun.fields("inputs")
             check_inputs(self._folder, inputs, {key: made[key] for key in made if key in inputs})
-        elif is_begun(stage):
+        elif self._is_begun(stage):
             raise InputError(
-                f"{stage}: expected no pairs there that one run has begun, got some: go on without --share, or delete "
-                f"{stage} to make them in shares"
+                f"{stage}: expected nothing there that one run has begun, got some: go on without --share, or delete "
+                f"{stage} to make it in shares"
             )
 
     def begin(self, inputs: Mapping[str, Any], dropped: Mapping[str, int]) -> None:
-        """Says what all shares are made with, and what was left out of the corpus. Raises InputError for others."""
+        """Says what all shares are made with, and what was left out of the documents. Raises InputError for others."""
         value = {"inputs": dict(inputs), "corpus_dropped": dict(dropped)}
         begun = self._read(written_once(self._folder / _BEGUN, sealed(value, _BEGUN, indent=1)))
         check_inputs(self._folder, inputs, begun.fields("inputs"))
@@ -108,13 +111,11 @@ class Shares:
         return [share for share in (Share(index, count) for index in range(count)) if not has_ended(self.place(share))]
 
     @contextlib.contextmanager
-    def joined(
-        self, stage: AnyPlace, inputs: Mapping[str, Any], *, shard_pairs: int
-    ) -> Iterator[tuple[Writer, dict[str, int]]]:
-        """(all documents of all shares in their order as one run writes them, what was left out of the corpus).
+    def to_join(self, stage: AnyPlace, inputs: Mapping[str, Any]) -> Iterator[tuple[list[AnyPlace], dict[str, int]]]:
+        """(the folders of all shares in their order, what was left out of the documents).
 
-        Goes on where it was interrupted; no other run does it until the context is left. Raises InputError if the
-        shares are of other inputs, or not all done.
+        No other run joins them until the context is left. Raises InputError if the shares are of other inputs, or not
+        all done.
         """
         self.check(inputs, stage)
         with alone_in_logs(self._folder, [_LOCK], LEASE):
@@ -124,19 +125,13 @@ class Shares:
             count = made.whole("shares", least=1)
             if left := self.missing(count):
                 raise InputError(
-                    f"{self._folder}: expected {count} shares that are done, got {count - len(left)}: `longpo pairs "
-                    f"--share any/{count}` makes the others; or delete {self._folder} to start again"
+                    f"{self._folder}: expected {count} shares that are done, got {count - len(left)}: `longpo "
+                    f"{self._stage} --share any/{count}` makes the others; or delete {self._folder} to start again"
                 )
-            writer = Writer(stage, inputs, shard_pairs=shard_pairs)
-            there = iter(tuple(writer.finished))
-            for share in (Share(index, count) for index in range(count)):
-                is_done(place := self.place(share), self.inputs_of(share, dict(made)))
-                for id, record, counts in written(place):
-                    if (finished := next(there, None)) is None:
-                        writer.hold(id, record, counts)
-                    elif finished != id:
-                        raise InputError(f"{stage}: expected the document {id}, got {finished}: delete it")
-            yield writer, {name: dropped.whole(name) for name in dropped}
+            shares = [Share(index, count) for index in range(count)]
+            for share in shares:
+                is_done(self.place(share), self.inputs_of(share, dict(made)))
+            yield [self.place(share) for share in shares], {name: dropped.whole(name) for name in dropped}
 
     def remove(self) -> None:
         """Takes all of them away, if there are any: they were joined."""

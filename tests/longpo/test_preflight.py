@@ -12,6 +12,7 @@ from longpo_jax import corpus_estimate, preflight, room
 from longpo_jax.cli import main
 from longpo_jax.config import LongPOConfig, PolicyConfig
 from longpo_jax.corpus_estimate import estimate
+from longpo_jax.journal import is_begun
 from longpo_jax.memory import of_generation, of_training
 from longpo_jax.room import bytes_on_disk, most_checkpoints
 from longpo_jax.shares import Shares
@@ -139,7 +140,7 @@ def test_a_share_says_what_it_is_of_and_which_are_done(check, tmp_path):
     config = settings.load(LongPOConfig, tmp_path / "run.yaml", ["pairs.batch=2"])
     inputs = inputs_of(config, "pairs") | {"pairs.batch": 2, "shares": 3}
     (tmp_path / "run" / "pairs-shares").mkdir(parents=True)
-    shares = Shares(tmp_path / "run")
+    shares = Shares(tmp_path / "run", "pairs", is_begun)
     shares.begin(inputs, {})
     mark_done(shares.place(Share(1, 3)), {}, {})
     _, table, _ = check(pairs__batch=2)

@@ -13,12 +13,13 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from longpo_jax import reference
+from longpo_jax import reference, score_files
 from longpo_jax.config import LongPOConfig
 from longpo_jax.dialogue import Dialogue
 from longpo_jax.journal import Writer
 from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.reference import read_references, reference_inputs, run_reference
+from longpo_jax.round import run_share
 from longpo_jax.rows import batched
 from longpo_jax.samples import policy_parts
 from longpo_jax.scorer import Scorer
@@ -31,6 +32,7 @@ from rapid_jax.model.top_logprobs import TopLogProbs
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.json_input import Fields
+from rapid_jax.runtime.share import shares_of
 from rapid_jax.runtime.storage import working_place
 from tests.tiny_models import CHATML, save_decoder, words
 
@@ -309,7 +311,8 @@ def test_an_interrupted_run_goes_on(scheme, model, tmp_path, monkeypatch, reques
         request.getfixturevalue({"gs": "bucket", "s3": "s3_bucket"}[scheme])
         run = working_place(f"{scheme}://models/interrupted reference", "run")
     written(run, records())
-    monkeypatch.setattr(reference, "_TOGETHER", 1)
+    monkeypatch.setattr(reference, "TOGETHER", 1)
+    monkeypatch.setattr(score_files, "TOGETHER", 1)
     calls, plain_scores = [], Scorer.scores
 
     def scores(self, made):
@@ -332,3 +335,73 @@ def test_an_interrupted_run_goes_on(scheme, model, tmp_path, monkeypatch, reques
 def test_nothing_is_scored_for_sft(model, run):
     run_reference(config(model, "objective.name=sft"), run, quiet=True)
     assert kept(config(model, "objective.name=sft"), run) == {}
+
+
+@pytest.fixture
+def shared(model, tmp_path, monkeypatch):
+    """(a function that makes shares in a folder of its own, what one host makes); records are scored one at a time."""
+    for module in (reference, score_files):
+        monkeypatch.setattr(module, "TOGETHER", 1)
+    monkeypatch.setattr("longpo_jax.share_loop._LOOK_S", 0.02)
+
+    def share(folder, text: str, *overrides: str) -> None:
+        run_share("reference", config(model, *overrides), folder, shares_of(text), quiet=True)
+
+    one = written(tmp_path / "one", records())
+    run_reference(config(model), one, quiet=True)
+    return share, files_of(one)
+
+
+def files_of(run) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "reference").iterdir()}
+
+
+@pytest.mark.parametrize("scheme", ["disk", "gs", "s3"])
+@pytest.mark.parametrize("given", [["1/2", "0/2"], ["2/5", "any/5"]])
+def test_shares_of_several_hosts_are_joined_to_the_bytes_of_one(given, scheme, shared, tmp_path, request):
+    """Fewer and more shares than files of scores."""
+    share, expected = shared
+    run = tmp_path
+    if scheme != "disk":
+        request.getfixturevalue({"gs": "bucket", "s3": "s3_bucket"}[scheme])
+        run = working_place(f"{scheme}://models/reference in {len(given[-1])} shares", "run")
+    written(run, records())
+    for text in given:
+        assert not (run / "reference").exists()
+        share(run, text)
+    assert files_of(run) == expected and not (run / "reference-shares").exists()
+
+
+def test_a_share_that_was_killed_is_taken_over_and_another_work_there_is_refused(shared, run, model, monkeypatch):
+    share, expected = shared
+    calls, plain_scores = [], Scorer.scores
+
+    def scores(self, made):
+        calls.append([record.id for record in made])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return plain_scores(self, made)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "scores", scores)
+        with pytest.raises(KeyboardInterrupt):
+            share(run, "1/2")
+        with pytest.raises(
+            InputError, match="expected 2 shares that are done, got 0: `longpo reference --share any/2`"
+        ):
+            run_reference(config(model), run, quiet=True)
+        with pytest.raises(InputError, match="was made with shares = 2, expected shares = 3"):
+            share(run, "0/3")
+        with pytest.raises(InputError, match=r"was made with model.reference_rope_theta = null"):
+            share(run, "0/2", "model.reference_rope_theta=9.0")
+        share(run, "any/2")
+    assert sorted(calls) == [["d0"], ["d1"], ["d2"], ["d2"]] and files_of(run) == expected
+    with pytest.raises(InputError, match="expected nothing there that one run has begun"):
+        (run / "reference" / "done.json").unlink()
+        share(run, "0/2")
+
+
+def test_where_nothing_is_to_be_scored_a_share_is_the_whole_stage(shared, run, model):
+    share, _ = shared
+    share(run, "any/2", "objective.name=sft")
+    assert kept(config(model, "objective.name=sft"), run) == {} and not (run / "reference-shares").exists()

@@ -43,7 +43,7 @@ def engine(config, monkeypatch) -> Engine:
     """Stands in for the model of every host; a tiny model's questions are made of its words."""
     engine = Engine(tokenizer_of(Path(config.model.source)))
     monkeypatch.setattr("longpo_jax.pairs.Generator", lambda config, quiet: engine)
-    monkeypatch.setattr("longpo_jax.pairs._LOOK_S", 0.02)
+    monkeypatch.setattr("longpo_jax.share_loop._LOOK_S", 0.02)
     monkeypatch.setattr("longpo_jax.round._LOOK_S", 0.02)
     monkeypatch.setattr("rapid_jax.runtime.append_log.os.fsync", lambda descriptor: None)
     monkeypatch.setattr("longpo_jax.instruct.parsed", lambda text, config: [f"w{len(text)} w{i}?" for i in range(9)])
@@ -74,7 +74,7 @@ def files_in(folder: AnyPlace) -> dict[str, bytes]:
 
 
 def share(config: LongPOConfig, folder: AnyPlace, text: str) -> None:
-    run_share(config, folder, shares_of(text), quiet=True)
+    run_share("pairs", config, folder, shares_of(text), quiet=True)
 
 
 @contextlib.contextmanager
@@ -121,7 +121,7 @@ def test_one_of_three_hosts_is_killed_and_its_share_is_taken_over(config, one, e
     place = folder / "pairs-shares" / "2-of-3"
     place.mkdir(parents=True, exist_ok=True)
     with alone_in_logs(place, ["lock"], LEASE):  # the third is at work
-        waits = threading.Thread(target=run_share, args=(config, folder, shares_of("any/3")))
+        waits = threading.Thread(target=run_share, args=("pairs", config, folder, shares_of("any/3")))
         waits.start()
         said = ""
         while "pairs: waiting for " not in said:
@@ -221,7 +221,7 @@ def test_files_that_changed_between_hosts_are_refused(config, tmp_path):
 def test_pairs_that_one_host_has_begun_are_not_made_in_shares(config, one, tmp_path):
     with dying("add", 3):
         run_stage("pairs", config, tmp_path / "run", quiet=True)
-    with pytest.raises(InputError, match=r"run/pairs: expected no pairs there that one run has begun"):
+    with pytest.raises(InputError, match=r"run/pairs: expected nothing there that one run has begun"):
         share(config, tmp_path / "run", "0/3")
     run_stage("pairs", config, tmp_path / "run", quiet=True)
     assert files_in(tmp_path / "run") == one

@@ -219,8 +219,9 @@ def _load_bert(folder: AnyPlace, config: EncoderConfig, dtype: jnp.dtype) -> Enc
         stored = safetensors_file.read(found[theirs], range(1) if name == "type_E" else None)
         arrays[name] = stored.reshape(shapes[name].shape).astype(shapes[name].dtype)
     arrays["layers"] = {name: _stacked(found, name, like) for name, like in shapes["layers"].items()}
-    dense = [load_dense(folder, dense) for dense in config.dense]
-    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, arrays | {"dense": dict(enumerate(dense))}))
+    if config.dense:
+        arrays["dense"] = dict(enumerate(load_dense(folder, dense) for dense in config.dense))
+    nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, arrays))
     return nnx.merge(graph, state)
 
 

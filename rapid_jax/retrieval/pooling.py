@@ -89,7 +89,7 @@ def pooled(hidden_BTE: jax.Array, mask_BT: jax.Array, pooling: Pooling) -> jax.A
 def unit_vectors(
     hidden_BTE: jax.Array, mask_BT: jax.Array, pooling: Pooling, dense: Sequence[Linear] = ()
 ) -> jax.Array:
-    """float32 [B, E]: the hidden states pooled, through the linear layers, over the norm. A row without tokens: zeros."""
+    """float32 [B, E]: the hidden states pooled, through the linear layers, over the norm. No tokens: zeros."""
     vector_BE = pooled(hidden_BTE, mask_BT, pooling)
     for layer in dense:
         vector_BE = layer(vector_BE)

@@ -96,7 +96,7 @@ def fill_dense(layers: Any, folder: AnyPlace, every: tuple[Dense, ...]) -> None:
 
 
 def _read_modules(file: AnyPlace) -> list[Fields]:
-    """Model, pooling, linear layers in their order, and the norm if it is named; the model lies in the folder itself."""
+    """Model (in the folder itself), pooling, linear layers in their order, and the norm if it is named."""
     modules = list(Fields({"modules": read_json(file)}, str(file)).each("modules"))
     kinds = [_kind(module) for module in modules]
     behind = kinds[2:-1] if kinds[-1:] == ["Normalize"] else kinds[2:]

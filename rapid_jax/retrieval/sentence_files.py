@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rapid_jax.model import safetensors_file
+from rapid_jax.model.backend import check_unicode
 from rapid_jax.model.checkpoint_folder import folder_tensors
 from rapid_jax.retrieval.pooling import Dense, DenseActivation, Linear, Pooling, Prompts
 from rapid_jax.runtime.errors import InputError
@@ -163,7 +164,9 @@ def _read_prompts(folder: AnyPlace) -> Prompts:
             raise stated.error("default_prompt_name", f"null or one of the prompts, {shown(sorted(prompts))}")
         usual = prompts.text(default)
     document = next((prompts.text(name) for name in _DOCUMENT_NAMES if name in prompts), usual)
-    return Prompts(prompts.text("query", usual), document)
+    for prompt in (query := prompts.text("query", usual), document):
+        check_unicode(prompt, f"{stated.source}: prompts")
+    return Prompts(query, document)
 
 
 def _read_model_file(folder: AnyPlace) -> tuple[int | None, bool]:

@@ -14,7 +14,7 @@ from transformers import Gemma3TextConfig, Gemma3TextModel, Qwen3Config, Qwen3Mo
 
 Kind = Literal["qwen3", "gemma3"]
 KINDS: tuple[Kind, ...] = ("qwen3", "gemma3")
-WORDS = [*"the harbour candle garden boats leave at night when tide turns and bells ring over water".split(), "a"]
+WORDS = ["the", "harbour", "candle", "garden", "boats", "leave", "at", "night", "when", "tide", "bells", "ring", "a"]
 PROMPTS = {
     "qwen3": {"query": "Instruct: Given a web search query, retrieve passages\nQuery:", "document": ""},
     "gemma3": {"query": "task: search result | query: ", "document": "title: none | text: "},

@@ -236,7 +236,7 @@ def test_tokens_that_no_text_has_may_lie_beyond_the_table(tmp_path):
         ("config.json", {"quantization_config": {"bits": 4}}, "quantization_config must be null"),
         ("config.json", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention must be true or false"),
         ("config.json", {"hidden_size": 36}, "in_features must be 36.*got 32"),
-        ("config.json", {"intermediate_size": 50}, r"has shape \[48, 32\], expected \[50, 32\]"),
+        ("config.json", {"intermediate_size": 50}, r"has shape \[32, 48\], expected \[32, 50\]"),
         ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "expected pooling by mean, by cls or by the last"),
         ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt must be true"),
         (
@@ -279,7 +279,7 @@ def test_a_decoder_that_states_no_pooling_is_refused(tmp_path):
 def test_missing_files_are_named(tmp_path):
     folder = save(tmp_path / "a", "gemma3")
     (folder / "3_Dense/model.safetensors").unlink()
-    with pytest.raises(InputError, match="3_Dense: expected model.safetensors"):
+    with pytest.raises(InputError, match=r"3_Dense: expected model\.safetensors"):
         Embedder(folder)
     folder = save(tmp_path / "b", "qwen3")
     tensors = load_file(folder / "model.safetensors")

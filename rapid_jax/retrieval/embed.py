@@ -170,8 +170,10 @@ class Embedder:
     def _windows(self, texts: Sequence[str], most: int | None, prompt: str) -> tuple[list[_Window], np.ndarray]:
         if self.config.lower_case:
             prompt, texts = prompt.lower(), [text.lower() for text in texts]
+        # White space around a text is the layout of what it was cut from; encoders were trained without.
+        prompt, texts = prompt.lstrip(), [text.strip() for text in texts]
         longest = min(most or self.config.max_tokens, self.config.max_tokens)
-        encodings = encodings_of(self._tokenizer, [prompt + text for text in texts], places=bool(prompt))
+        encodings = encodings_of(self._tokenizer, [(prompt + text).rstrip() for text in texts], places=bool(prompt))
         cut = [self._cut(encoding, longest, len(prompt)) for encoding in encodings]
         owners_W = np.repeat(np.arange(len(cut), dtype=np.int32), [len(pieces) for pieces in cut])
         return [piece for pieces in cut for piece in pieces], owners_W

@@ -119,5 +119,5 @@ def reference_of_ids(kind: Kind, ids: list[int]) -> np.ndarray:
 
 
 def reference(kind: Kind, text: str, prompt: Literal["query", "document"]) -> np.ndarray:
-    """The vector of a text that is one input, behind its prompt."""
-    return reference_of_ids(kind, tokenizer(kind).encode(PROMPTS[kind][prompt] + text).ids)
+    """The vector of a text that is one input, behind its prompt and without white space around it."""
+    return reference_of_ids(kind, tokenizer(kind).encode((PROMPTS[kind][prompt] + text.strip()).strip()).ids)

@@ -55,7 +55,7 @@ def restate(path, **changes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_queries_and_documents_of_different_lengths_match_torch(embedders, kind):
     texts = [sentence(count, seed=count) for count in (1, 12, 3, 20, 7, 12)]
-    texts += ["", "\u00e9t\u00e9 42!" if kind == "qwen3" else "x 42!", " leading space"]
+    texts += ["", "\u00e9t\u00e9 42!" if kind == "qwen3" else "x 42!", "  space \n around\n\n"]
     for prompt, are_queries in (("query", True), ("document", False)):
         vectors_NE = embedders[kind].embed(texts, are_queries=are_queries)
         assert vectors_NE.shape == (len(texts), 24 if kind == "gemma3" else 32) and vectors_NE.dtype == np.float32

@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoders that pool, against transformers and torch: vectors, prompts, windows, retrieval, and what is refused."""
-
-import json
-import re
+"""Decoders that pool, against transformers and torch: vectors, prompts, windows, retrieval."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
 
-from rapid_jax.model.config import from_hf
-from rapid_jax.model.hf_io import HfCheckpoint
+from rapid_jax.config import CacheConfig, ComputeConfig, ModelsConfig, RapidConfig
+from rapid_jax.rapid import Rapid
 from rapid_jax.retrieval.config import RetrievalConfig
 from rapid_jax.retrieval.embed import Embedder
-from rapid_jax.retrieval.encoder_io import fingerprint, load_encoder, read_config, weight_files
+from rapid_jax.retrieval.encoder_io import load_encoder, read_config
 from rapid_jax.retrieval.pooled_decoder import attend_texts
 from rapid_jax.retrieval.retriever import Retriever
-from rapid_jax.runtime.errors import InputError
+from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from tests.retrieval.encoders import vectors_of
 from tests.retrieval.pooled_decoders import (
     KINDS,
@@ -30,6 +26,7 @@ from tests.retrieval.pooled_decoders import (
     save,
     tokenizer,
 )
+from tests.tiny_models import save_decoder
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -46,10 +43,6 @@ def embedders(folders):
 
 def sentence(count: int, seed: int = 0) -> str:
     return " ".join(np.random.default_rng(seed).choice(WORDS, count))
-
-
-def restate(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,142 +146,23 @@ def test_retrieval_finds_what_the_encoder_finds_nearest(embedders, kind, word_sp
     np.testing.assert_allclose(selection.scores, [scores[i] for i in sorted(best)], atol=1e-5)
 
 
-def test_names_with_and_without_their_prefix_and_a_head_are_the_same_encoder(tmp_path):
-    folder = save(tmp_path, "qwen3")
-    before = Embedder(folder).embed(["boats at night"])
-    tensors = {f"model.{name}": tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(tensors | {"lm_head.weight": np.ones((400, 32), np.float32)}, folder / "model.safetensors")
-    restate(folder / "config.json", tie_word_embeddings=False, architectures=["Qwen3ForCausalLM"])
-    np.testing.assert_array_equal(Embedder(folder).embed(["boats at night"]), before)
-
-
-def test_the_fingerprint_follows_prompts_and_linear_layers(tmp_path):
-    folder = save(tmp_path, "gemma3")
-    prints = [fingerprint(folder, read_config(folder), FLOAT32)]
-    prints.append(fingerprint(folder, read_config(folder), jnp.dtype("bfloat16")))
-    assert [path.parent.name for path in weight_files(folder)][1:] == ["2_Dense", "3_Dense"]
-    weight = load_file(folder / "3_Dense/model.safetensors")["linear.weight"]
-    save_file({"linear.weight": weight * 2}, folder / "3_Dense/model.safetensors")
-    prints.append(fingerprint(folder, read_config(folder), FLOAT32))
-    restate(folder / "config_sentence_transformers.json", prompts=PROMPTS["qwen3"])
-    prints.append(fingerprint(folder, read_config(folder), FLOAT32))
-    assert len(set(prints)) == 4
-
-
-def test_a_bidirectional_model_encodes_and_does_not_generate(folders):
-    given = json.loads((folders["gemma3"] / "config.json").read_text())
-    encoder = from_hf(given, encodes=True)
-    assert encoder.bidirectional and encoder.window_of == (6, 6, None, 6)
-    with pytest.raises(InputError, match="use_bidirectional_attention must be null or false"):
-        from_hf(given | {"architectures": ["Gemma3ForCausalLM"]})
-    with pytest.raises(InputError, match="architectures must be"):
-        HfCheckpoint(folders["qwen3"])
-
-
-def test_prompts_are_found_by_the_names_that_sentence_transformers_knows(tmp_path):
-    folder = save(tmp_path, "qwen3")
-    file = folder / "config_sentence_transformers.json"
-    for prompts, default, expected in (
-        ({"query": "q: ", "passage": "p: ", "corpus": "c: "}, None, ("q: ", "p: ")),
-        ({"document": "d: ", "passage": "p: "}, None, ("", "d: ")),
-        ({"query": "q: ", "other": "o: "}, "other", ("q: ", "o: ")),
-        ({}, None, ("", "")),
-    ):
-        restate(file, prompts=prompts, default_prompt_name=default)
-        found = read_config(folder).prompts
-        assert (found.query, found.document) == expected
-    file.unlink()
-    assert read_config(folder).prompts.query == ""
-
-
-def test_tokens_that_no_text_has_may_lie_beyond_the_table(tmp_path):
-    """EmbeddingGemma's tokenizer has a token of images behind the last row."""
-    folder = save(tmp_path, "gemma3")
-    settings = json.loads((folder / "tokenizer.json").read_text())
-    beyond = {"content": "<image>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    made = tokenizer("gemma3").get_vocab_size()
-    for special in (True, False):
-        token = beyond | {"id": made, "special": special}
-        (folder / "tokenizer.json").write_text(
-            json.dumps(settings | {"added_tokens": [*settings["added_tokens"], token]})
-        )
-        restate(folder / "config.json", vocab_size=made)
-        tensors = load_file(folder / "model.safetensors")
-        save_file(
-            tensors | {"embed_tokens.weight": tensors["embed_tokens.weight"][:made]}, folder / "model.safetensors"
-        )
-        if special:
-            np.testing.assert_allclose(
-                Embedder(folder).embed(["boats <image>"])[0],
-                reference("gemma3", "boats <image>", "document"),
-                atol=1e-5,
-            )
-        else:
-            with pytest.raises(InputError, match=f"expected token ids below the {made} rows"):
-                Embedder(folder)
-
-
-@pytest.mark.parametrize(
-    ("file", "changes", "message"),
-    [
-        ("config.json", {"is_causal": False}, "is_causal must be true"),
-        ("config.json", {"architectures": ["Gemma3ForSequenceClassification"]}, "architectures must be"),
-        ("config.json", {"quantization_config": {"bits": 4}}, "quantization_config must be null"),
-        ("config.json", {"use_bidirectional_attention": "all"}, "use_bidirectional_attention must be true or false"),
-        ("config.json", {"hidden_size": 36}, "in_features must be 36.*got 32"),
-        ("config.json", {"intermediate_size": 50}, r"has shape \[32, 48\], expected \[32, 50\]"),
-        ("1_Pooling/config.json", {"pooling_mode_max_tokens": True}, "expected pooling by mean, by cls or by the last"),
-        ("1_Pooling/config.json", {"include_prompt": False}, "include_prompt must be true"),
-        (
-            "2_Dense/config.json",
-            {"activation_function": "torch.nn.modules.activation.GELU"},
-            "activation_function must",
-        ),
-        ("2_Dense/config.json", {"out_features": 81}, "3_Dense/config.json: in_features must be 81"),
-        ("3_Dense/config.json", {"out_features": 25}, r"linear.weight has shape \[24, 80\], expected \[25, 80\]"),
-        ("3_Dense/config.json", {"bias": True}, "expected the tensors linear.weight, linear.bias"),
-        ("3_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name must be"),
-        ("config_sentence_transformers.json", {"prompts": {"query": 3}}, "prompts.query must be"),
-        ("config_sentence_transformers.json", {"prompts": {"query": "\ud800"}}, "prompts: expected valid Unicode"),
-        (
-            "config_sentence_transformers.json",
-            {"default_prompt_name": "x"},
-            "default_prompt_name must be null or one of",
-        ),
-        ("config_sentence_transformers.json", {"prompts": {"document": "a b " * 80}}, "hold no text beside its prompt"),
-    ],
-)
-def test_folders_that_are_no_such_encoder_are_refused_in_one_line(tmp_path, file, changes, message):
-    folder = save(tmp_path, "gemma3")
-    restate(folder / file, **changes)
-    with pytest.raises(InputError, match=message) as error:
-        Embedder(folder)
-    assert "\n" not in str(error.value)
-
-
-def test_a_decoder_that_states_no_pooling_is_refused(tmp_path):
-    folder = save(tmp_path, "qwen3")
-    (folder / "modules.json").unlink()
-    assert read_config(folder).pooling == "last"
-    (folder / "1_Pooling/config.json").unlink()
-    with pytest.raises(InputError, match=re.escape("expected modules.json or 1_Pooling/config.json")):
-        read_config(folder)
-    assert read_config(folder, "mean").pooling == "mean"
-
-
-def test_missing_files_are_named(tmp_path):
-    folder = save(tmp_path / "a", "gemma3")
-    (folder / "3_Dense/model.safetensors").unlink()
-    with pytest.raises(InputError, match=r"3_Dense: expected model\.safetensors"):
-        Embedder(folder)
-    folder = save(tmp_path / "b", "qwen3")
-    tensors = load_file(folder / "model.safetensors")
-    save_file({name: t for name, t in tensors.items() if "layers.2.mlp.up" not in name}, folder / "model.safetensors")
-    with pytest.raises(InputError, match=r"tensor model\.layers\.2\.mlp\.up_proj\.weight is missing"):
-        Embedder(folder)
-
-
 def test_every_parameter_name_ends_in_its_axes(folders):
     encoder = load_encoder(folders["gemma3"], read_config(folders["gemma3"]), FLOAT32)
     for path, parameter in nnx.to_flat_state(nnx.state(encoder.dense, nnx.Param)):
         assert parameter[...].ndim == len(str(path[-1]).rsplit("_", 1)[1]), path
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_question_is_answered_with_what_it_retrieves(folders, kind, tmp_path):
+    config = RapidConfig(
+        models=ModelsConfig(target=str(save_decoder(tmp_path / "model")), encoder=str(folders[kind])),
+        retrieval=RetrievalConfig(chunk_tokens=32, min_tokens=64),
+        speculation=SpeculationConfig(gamma=2),
+        sampling=SamplingConfig(temperature=0.0, max_new_tokens=4),
+        compute=ComputeConfig(prefill_chunk=128),
+        cache=CacheConfig(folder=str(tmp_path / "cache"), prefixes=False),
+    )
+    document = "\n\n".join(f"{sentence(14, seed)}." for seed in range(8))
+    answer = Rapid(config, quiet=True).answer(document, "when do the boats leave?")
+    assert len(answer.token_ids) == 4 and answer.draft_tokens < answer.target_tokens
+    assert 0 < answer.selection.kept < answer.selection.considered

@@ -28,6 +28,7 @@ class LaneKey:
     lookup: tuple[str, int, int]
     rounds_per_read: int
     attended: tuple[int, int]  # tokens that a drafter of that kind reads, and rounds between two choices of them
+    has_drafter: bool  # at a gamma of 0 too, where it has read its prompt for nothing
     slots: Slots | None = None  # that each row has room for; None: what its rows ask for
 
     @classmethod
@@ -37,7 +38,7 @@ class LaneKey:
         auto = drafts > 0 and speculation.gamma == "auto"
         lookup = speculation.lookup, speculation.lookup_width, speculation.lookup_match
         attended = speculation.attended_tokens, speculation.attended_rounds
-        return cls(document, drafts, auto, lookup, speculation.rounds_per_read, attended, slots)
+        return cls(document, drafts, auto, lookup, speculation.rounds_per_read, attended, speculation.drafts, slots)
 
 
 @dataclass(frozen=True)
@@ -130,8 +131,9 @@ class Lane:
         for job in running:
             job.seconds["decode"] += decoding / len(running)
             job.seconds["compile"] += compiling / len(running)
+            asked = job.config.speculation.gamma  # auto also of one that drafts nothing
             for gamma, count in self.pace.gammas.items():
-                own = gamma if self.key.auto else min(gamma, int(job.config.speculation.gamma or 0))
+                own = gamma if asked == "auto" else min(gamma, int(asked))
                 run = count - before.get(gamma, 0)
                 if run:
                     job.gammas[own] = job.gammas.get(own, 0) + run

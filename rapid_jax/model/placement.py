@@ -163,14 +163,14 @@ class _Source:
 
     def shared(self, mesh: Mesh) -> jax.Array | None:
         """The array as it is stored, of whose rows each device of `mesh` has as many; None where it is not shared."""
-        shape = self._weight.stored_shape
+        shape, read = self._weight.stored_shape, self._read_rows
         one_process = len({device.process_index for device in mesh.devices.flat}) == 1
-        if self._read_rows is None or one_process or len(shape) < 2 or shape[0] % mesh.size:
+        if read is None or one_process or len(shape) < 2 or shape[0] % mesh.size:
             return None
         sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         own = sharding.addressable_devices_indices_map(shape).values()
-        ranges = _joined(index[0].indices(shape[0])[:2] for index in own)
-        held = {rows: self._read_rows(self._weight.key, rows) for rows in ranges}
+        ranges = _joined(index[0].indices(shape[0])[:2] for index in own if index is not None)
+        held = {rows: read(self._weight.key, rows) for rows in ranges}
 
         def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(shape[0])

@@ -178,6 +178,20 @@ def test_sizes_side_by_side_have_the_tokens_that_they_have_alone(config, engine,
     assert len(engine.sharing.pairs) == (seen == "new") and engine.is_idle
 
 
+def test_those_that_draft_nothing_have_the_tokens_that_they_have_alone(config, engine):
+    """At a gamma of 0 there is a drafter all the same, in mode target none whatever the gamma."""
+    engine = Engine(config, engine.models, quiet=True)
+    asked = []
+    for mode, gamma in (("lossless", 0), ("target", "auto")):
+        speculation = replace(config.speculation, mode=mode, gamma=gamma)
+        asked.append(replace(request(config, 2), speculation=speculation))
+    together = [Heard(engine, one) for one in asked]
+    engine.run([heard.ticket for heard in together])
+    alone = Heard(engine, asked[1])
+    engine.run([alone.ticket])
+    assert [heard.tokens for heard in together] == [alone.tokens] * 2
+
+
 def test_cancelled_before_it_began_or_while_its_prompt_is_read(engine, config, alone):
     waiting, running = (Heard(engine, request(config, number)) for number in (1, 0))
     waiting.ticket.cancel()

@@ -25,7 +25,7 @@ class ModelsConfig:
     # the target attends to instead of retrieved text; else as target.
     drafter: str = "same"
     drafter_weights: Literal["full", "int8", "int4"] = "full"  # int8, int4: a quantised copy of the weights drafts
-    encoder: str = "minilm"  # embeds chunks: a Hugging Face folder, or the name minilm
+    encoder: str = "minilm"  # embeds chunks: a Hugging Face folder (BERT, a decoder that pools), or minilm
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: float32 on a CPU, else bfloat16
     # Of the layers: unrolled, one array each, decodes faster on CPUs and GPUs; stacked, all in one, compiles faster.
     layout: Literal["unrolled", "stacked"] = "unrolled"

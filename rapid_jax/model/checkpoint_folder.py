@@ -67,6 +67,15 @@ def text_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]
     return kept, len(tensors) - len(kept)
 
 
+def encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a decoder without its head, by their names in a model that has one.
+
+    transformers leaves `model.` out of the names where it saves a model without a head.
+    """
+    inner = {key: tensor for key, tensor in tensors.items() if not key.startswith("lm_head.")}
+    return {key if key.startswith("model.") else f"model.{key}": tensor for key, tensor in inner.items()}
+
+
 def _indexed(folder: AnyPlace) -> dict[str, Tensor]:
     path = folder / INDEX
     weight_map: Fields = read_object(path, _MOST_CONFIG_BYTES).fields("weight_map")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from rapid_jax.model.config_checks import check_token_ids, family_of, refuse_unsupported, text_part
+from rapid_jax.model.config_checks import check_token_ids, family_of, refuse_unsupported, sees_both_ways, text_part
 from rapid_jax.model.experts_config import KEYS as EXPERT_KEYS
 from rapid_jax.model.experts_config import Experts
 from rapid_jax.model.families import TRAITS, Activation, Family, Traits
@@ -67,6 +67,7 @@ class ModelConfig:
     post_norms: bool = False  # what attention and the MLP give is normalised, too, before it is added
     norm_offset: float = 0.0  # not 0: norms multiply by their weight and this, in float32
     embedding_scale: float = 1.0  # of the first layer's input, rounded to its dtype
+    bidirectional: bool = False  # of an encoder: tokens see those behind them, and windows both sides
     query_pre_attn_scalar: int | None = None  # scores are divided by its root; None: by that of head_dim
     experts: Experts | None = None  # of the layers whose kind says so
     pattern: tuple[LayerKind, ...] = (LayerKind(),)  # of the first layers; the others repeat it
@@ -113,18 +114,20 @@ class ModelConfig:
         return json.loads(self.carried)
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+def from_hf(config: Mapping[str, Any], *, encodes: bool = False) -> ModelConfig:
     """The architecture that a Hugging Face config.json describes, as transformers reads it.
 
     Both spellings of rope are read: `rope_theta` with `rope_scaling`, and transformers 5's `rope_parameters`. Raises
     InputError naming the file and the key when a value is of another type or size than a model can have, and when the
     config asks for something that would change a number and is not implemented. `Fields` bring the name of their file.
+    A model that `encodes` has no head, so its embedding counts as tied, and its tokens may see those behind them.
     """
     fields = text_part(config if isinstance(config, Fields) else Fields(config, "config.json"))
-    family = family_of(fields)
+    family = family_of(fields, encodes=encodes)
     traits = TRAITS[family]
     fields = fields.over(traits.defaults)
     refuse_unsupported(traits, fields)
+    bidirectional = sees_both_ways(traits, fields, encodes=encodes)
     check_token_ids(fields)
     heads, hidden, layers = (_size(fields, key) for key in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     stated = fields.get("head_dim") is not None
@@ -151,7 +154,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         norm_eps=fields.number("rms_norm_eps", above=0.0, most=_MOST_EPS),
         rope=read_rope(fields, max_positions, head_dim, traits),
         max_positions=max_positions,
-        tie_embeddings=fields.truth("tie_word_embeddings", traits.tied),
+        tie_embeddings=fields.truth("tie_word_embeddings", traits.tied) or encodes,
         qkv_bias=traits.qkv_bias,
         qk_norm=traits.qk_norm,
         joined=traits.joined,
@@ -159,11 +162,12 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
         post_norms=traits.post_norms,
         norm_offset=traits.norm_offset,
         embedding_scale=hidden**0.5 if traits.scaled_embedding else 1.0,
+        bidirectional=bidirectional,
         query_pre_attn_scalar=_query_scalar(fields, traits),
         experts=None if traits.mixture is None else traits.mixture.experts(fields),
         carried=json.dumps({key: fields[key] for key in sorted(fields) if key not in _STATED}, sort_keys=True),
     )
-    return replace(read, pattern=read_pattern(fields, traits, layers, read.context_size))
+    return replace(read, pattern=read_pattern(fields, traits, layers, read.context_size, bidirectional))
 
 
 def to_hf(config: ModelConfig) -> dict[str, Any]:

@@ -33,15 +33,19 @@ def text_part(config: Fields) -> Fields:
     return Fields({"model_type": family, **part, **outer}, config.source, "text_config.")
 
 
-def family_of(config: Fields) -> Family:
-    """By model_type and architectures; an InputError says what keeps another one from being read."""
+def family_of(config: Fields, *, encodes: bool = False) -> Family:
+    """By model_type and architectures; an InputError says what keeps another one from being read.
+
+    Of a model that `encodes`, the architecture may be the one without a head, too.
+    """
     family: Any = config.text("model_type")
     if family not in TRAITS:
         expected = f"one of {', '.join(TRAITS)}: "
         reason = lacking(family)
         raise config.error("model_type", expected + (f"{reason} is not supported" if reason else "others are not"))
-    if any(name != TRAITS[family].architecture for name in config.texts("architectures", [])):
-        raise config.error("architectures", f"[{TRAITS[family].architecture!r}]: others are not supported")
+    known = (TRAITS[family].architecture, *(TRAITS[family].without_head if encodes else ()))
+    if any(name not in known for name in config.texts("architectures", [])):
+        raise config.error("architectures", f"[{' or '.join(map(repr, known))}]: others are not supported")
     return family
 
 
@@ -57,6 +61,16 @@ def refuse_unsupported(traits: Traits, config: Fields) -> None:
     for key, meaning in _SWITCHED.items():
         if (key in traits.biases or key == "use_mrope") and config.truth(key, False):
             raise config.error(key, f"false: {meaning} is not supported")
+
+
+def sees_both_ways(traits: Traits, config: Fields, *, encodes: bool) -> bool:
+    """Whether tokens see those behind them. Raises InputError where they would and the model is none that encodes."""
+    key = "use_bidirectional_attention"
+    if not config.get(key) or not (traits.bidirectional or encodes):
+        return False
+    if not (traits.bidirectional and encodes):
+        raise config.error(key, "null or false: others are not supported")
+    return config.truth(key)
 
 
 def check_token_ids(config: Fields) -> None:

@@ -39,10 +39,17 @@ class Traits:
     post_norms: bool = False  # what attention and the MLP give is normalised, too, before it is added
     norm_offset: float = 0.0  # norms multiply by their weight and this, in float32
     scaled_embedding: bool = False  # by the root of hidden_size
+    bidirectional: bool = False  # use_bidirectional_attention may say that tokens see those behind them: encoders alone
     local_theta: float | None = None  # rope_local_base_freq where it is left out; None: all layers have one base
     refused: tuple[str, ...] = ()  # keys that change a number wherever they are neither null nor false
     defaults: Mapping[str, int | float] = field(default_factory=dict)  # of sizes that such a config.json may leave out
     mixture: Mixture | None = None  # its layers have experts in the place of an MLP
+
+    @property
+    def without_head(self) -> tuple[str, ...]:
+        """What transformers calls the architecture where it makes no logits."""
+        stem = self.architecture.removesuffix("ForCausalLM")
+        return f"{stem}Model", f"{stem}TextModel"
 
 
 # transformers' own: the first checkpoints with a vision tower state what differs from its 4B.
@@ -119,7 +126,8 @@ TRAITS: Final[Mapping[Family, Traits]] = MappingProxyType(
             norm_offset=1.0,
             scaled_embedding=True,
             local_theta=1e4,
-            refused=("final_logit_softcapping", "attn_logit_softcapping", "use_bidirectional_attention"),
+            bidirectional=True,
+            refused=("final_logit_softcapping", "attn_logit_softcapping"),
             defaults=_GEMMA3,
         ),
     }

@@ -15,7 +15,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rapid_jax.model import safetensors_file
-from rapid_jax.model.checkpoint_folder import INDEX, SINGLE, folder_tensors, read_folder_config, text_tensors
+from rapid_jax.model.checkpoint_folder import (
+    INDEX,
+    SINGLE,
+    encoder_tensors,
+    folder_tensors,
+    read_folder_config,
+    text_tensors,
+)
 from rapid_jax.model.config import ModelConfig, from_hf, to_hf
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.model.families import TEXT_PARTS
@@ -34,16 +41,21 @@ _SHARD_BYTES = 5_000_000_000  # the hub's and transformers' usual limit
 
 
 class HfCheckpoint:
-    """A checkpoint folder whose tensors were found to be all there, of the right shapes and not cut short."""
+    """A checkpoint folder whose tensors were found to be all there, of the right shapes and not cut short.
 
-    def __init__(self, folder: AnyPlace):
+    Of a model that `encodes` it is the decoder without its head (`from_hf`).
+    """
+
+    def __init__(self, folder: AnyPlace, *, encodes: bool = False):
         self.folder = folder
         stated = read_folder_config(folder)
-        self.config = from_hf(stated)
+        self.config = from_hf(stated, encodes=encodes)
         self._tensors = folder_tensors(folder)
         if stated["model_type"] in TEXT_PARTS:
             self._tensors, others = text_tensors(self._tensors)
             _log.warning("%s: the vision tower (%d tensors) is left out: the model reads text alone", folder, others)
+        if encodes:
+            self._tensors = encoder_tensors(self._tensors)
         if self.config.tie_embeddings and EMBEDDING not in self._tensors and HEAD in self._tensors:
             self._tensors[EMBEDDING] = self._tensors[HEAD]  # of two names of one array a file need have one only
         _check_complete(folder, self.config, self._tensors)

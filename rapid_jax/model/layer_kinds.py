@@ -17,17 +17,22 @@ class LayerKind:
     """What a layer may have otherwise than its neighbours."""
 
     rotated: bool = True  # q and k are turned by their positions; else attention sees their order alone
-    window: int | None = None  # a query at position p sees p - window + 1 to p; None: 0 to p
+    # A query at position p sees p - window + 1 to p, in a bidirectional encoder to p + window - 1; None: no bound.
+    window: int | None = None
     rope: Rope | None = None  # how q and k are turned; None: as the config says
     experts: bool = False  # in the place of its MLP
 
 
-def read_pattern(config: Fields, traits: Traits, layers: int, context: int) -> tuple[LayerKind, ...]:
+def read_pattern(
+    config: Fields, traits: Traits, layers: int, context: int, bidirectional: bool = False
+) -> tuple[LayerKind, ...]:
     """The shortest pattern that the layers repeat; a window as long as the `context` never closes, and is none."""
     rotated = _rotated(config, traits, layers)
     sliding = _sliding(config, traits, rotated)
     # transformers' values where the keys are absent; where sliding_window is null no window closes.
     window = traits.window if "sliding_window" not in config else config.whole("sliding_window", None, least=1)
+    if window is not None and bidirectional:
+        window = window // 2 + 1  # there sliding_window is how far a token sees on both sides together
     local = window if window is not None and window < context else None
     rope = read_local_rope(config, traits)
     sparse = (False,) * layers if traits.mixture is None else traits.mixture.layers(config, layers)

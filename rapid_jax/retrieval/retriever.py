@@ -42,8 +42,10 @@ class TextEmbedder(Protocol):
         """Equal for equal vectors of equal texts."""
         ...
 
-    def embed(self, texts: Sequence[str], progress_label: str | None = None) -> np.ndarray:
-        """Unit vectors [n, E] in float32, one a text."""
+    def embed(
+        self, texts: Sequence[str], progress_label: str | None = None, *, are_queries: bool = False
+    ) -> np.ndarray:
+        """Unit vectors [n, E] in float32, one a text, as of documents or of queries."""
         ...
 
     def embed_windows(
@@ -145,7 +147,7 @@ class Retriever:
         config = self.config
         prepared = self._prepare(document, token_spans, whose)
         count, chunks = chunk_count(length_tokens, config), prepared.chunks
-        query_1E = self.embedder.embed([query])
+        query_1E = self.embedder.embed([query], are_queries=True)
         if config.policy == "paper":
             threshold = PAPER_THRESHOLD if config.threshold is None else config.threshold
             found = prepared.scores(query_1E, count, config)

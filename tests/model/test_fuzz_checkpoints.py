@@ -101,6 +101,7 @@ def meaning_to_transformers(given: dict[str, Any]) -> dict[str, Any] | None:
         "post_norms": False,
         "norm_offset": 0.0,
         "embedding_scale": 1.0,
+        "bidirectional": False,
         "query_pre_attn_scalar": None,
         "experts": None,
         "rotated": [bool(one) for one in getattr(theirs, "no_rope_layers", [1] * layers)[:layers]],

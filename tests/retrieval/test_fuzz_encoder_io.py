@@ -13,6 +13,7 @@ import transformers
 from rapid_jax.retrieval.encoder import EncoderConfig
 from rapid_jax.retrieval.encoder_io import load_encoder, read_config
 from tests.json_mutations import VALUES, amiss, mutations
+from tests.retrieval import pooled_decoders
 from tests.retrieval.encoders import save
 
 ADDED = ("position_embedding_type", "is_decoder", "quantization_config", "type_vocab_size", "hidden_act")
@@ -94,4 +95,22 @@ def test_files_of_sentence_transformers_with_each_value_replaced(tmp_path):
     newer = {"embedding_dimension": 32, "pooling_mode": "cls", "include_prompt": True}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps(newer))
     wrong += wrong_of(folder, "1_Pooling/config.json", [])
+    assert not wrong, "\n".join(wrong[:20])
+
+
+def test_files_of_a_decoder_that_pools_with_each_value_replaced(tmp_path):
+    """Refused in one line, or read and loaded: prompts and lengths may well be others."""
+    folder, wrong = pooled_decoders.save(tmp_path, "gemma3"), []
+
+    def check(file: Path, case: Any) -> None:
+        file.write_text(json.dumps(case))
+        config = read_config(folder)
+        if file.parent != folder:  # of linear layers and the pooling, which the weights must fit
+            load_encoder(folder, config, jnp.dtype("float32"))
+
+    for name in ("modules.json", "config_sentence_transformers.json", "1_Pooling/config.json", "3_Dense/config.json"):
+        file, before = folder / name, (folder / name).read_text()
+        cases = [*mutations(json.loads(before)), *((f"all of it = {value!r}", value) for value in VALUES)]
+        wrong += [said for what, case in cases if (said := amiss(what, partial(check, file, case)))]
+        file.write_text(before)
     assert not wrong, "\n".join(wrong[:20])

@@ -29,7 +29,7 @@ class WordCounter:
     def __init__(self):
         self.calls: list[list[str]] = []
 
-    def embed(self, texts, progress_label=None):
+    def embed(self, texts, progress_label=None, *, are_queries=False):
         self.calls.append(list(texts))
         vectors_NE = np.full((len(texts), 512), 1e-3, np.float32)
         for row, text in enumerate(texts):

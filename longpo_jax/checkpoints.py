@@ -40,7 +40,7 @@ def restore_weights(found: Found, target: Decoder) -> Decoder:
     Raises InputError if they are those of another model.
     """
     graph, state = nnx.split(target, nnx.Param)
-    return nnx.merge(graph, _restored(found, {"weights": state})["weights"])
+    return nnx.merge(graph, _restore(found, {"weights": state})["weights"])
 
 
 def restore(found: Found, target: TrainState) -> TrainState:
@@ -57,7 +57,7 @@ def restore(found: Found, target: TrainState) -> TrainState:
     }
     for leaf in jax.tree.leaves(trees):
         leaf.delete()
-    got = _restored(found, shapes)
+    got = _restore(found, shapes)
     step = placed(target.weights.mesh, jax.P(), np.int32(found.step))
     return TrainState(step, nnx.merge(graph, got["weights"]), got["moments"])
 
@@ -170,12 +170,12 @@ def _unsaved(step: int) -> str:
     return f"step {step} could not be saved, earlier checkpoints stay"
 
 
-def _restored(found: Found, trees: Mapping[str, Any]) -> dict[str, Any]:
+def _restore(found: Found, trees: Mapping[str, Any]) -> dict[str, Any]:
     """The trees with the arrays of the checkpoint's items in the place of shapes."""
-    return {item: _restored_item(found, item, tree) for item, tree in trees.items()}
+    return {item: _restore_item(found, item, tree) for item, tree in trees.items()}
 
 
-def _restored_item(found: Found, item: str, tree: Any) -> Any:
+def _restore_item(found: Found, item: str, tree: Any) -> Any:
     stored, wanted = found.note.fields("arrays").fields(item), named(tree)
     kinds = _kinds(wanted)
     for name in (*wanted, *stored):

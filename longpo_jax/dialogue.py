@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from longpo_jax.records import Answer
-from rapid_jax.model.chat import mark_of, parted
+from rapid_jax.model.chat import mark_of, split_at_marks
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
 
@@ -40,15 +40,15 @@ class Dialogue:
         answers = [mark_of(f"answer{index}") for index in range(len(instructions))]
         self._marks = [_CONTEXT, *questions, *answers]
         marked = [f"{_CONTEXT}\n\n{questions[0]}", *questions[1:]]
-        before, gap, end = parted(self._rendered(marked[:1], []), (_CONTEXT, questions[0]))
+        before, gap, end = split_at_marks(self._render(marked[:1], []), (_CONTEXT, questions[0]))
         self.before = tokenizer.encode_template(before, first=True)  # up to the context
         self.first = self._quoted_in(gap, instructions[0], end)  # up to the first answer
         self.between = []  # from behind each answer to the next one
         for index in range(1, len(instructions)):
-            text = self._rendered(marked[: index + 1], answers[:index])
-            _, head, end = parted(text, (answers[index - 1], questions[index]))
+            text = self._render(marked[: index + 1], answers[:index])
+            _, head, end = split_at_marks(text, (answers[index - 1], questions[index]))
             self.between.append(self._quoted_in(head, instructions[index], end))
-        _, closing = parted(self._rendered(marked, answers), answers[-1:])
+        _, closing = split_at_marks(self._render(marked, answers), answers[-1:])
         self.between.append(self._ended(tokenizer.encode_template(closing)))
 
     def shared(self, context: str) -> list[int]:
@@ -74,7 +74,7 @@ class Dialogue:
         quoted = self._tokenizer.encode_quoted(instruction, follows=not before.endswith(" "))
         return self._tokenizer.encode_template(before) + quoted + self._tokenizer.encode_template(after)
 
-    def _rendered(self, users: Sequence[str], answers: Sequence[str]) -> str:
+    def _render(self, users: Sequence[str], answers: Sequence[str]) -> str:
         messages = []
         for index, user in enumerate(users):
             messages.append({"role": "user", "content": user})

@@ -141,7 +141,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, seed: int, *, quiet:
             else:
                 yield id, domain, text
 
-    for group in _counted(usable(), tokenizer, config.max_tokens):
+    for group in _count(usable(), tokenizer, config.max_tokens):
         counts = [tokens for *_, tokens in group]
         least, most = min(least, *counts), max(most, *counts)
         for document, kind in _documents(group, parts, tokenizer, config):
@@ -153,7 +153,7 @@ def read_corpus(config: CorpusConfig, tokenizer: Tokenizer, seed: int, *, quiet:
     return Corpus(store.documents(), dict(dropped))
 
 
-def _counted(
+def _count(
     texts: Iterable[tuple[str, str, str]], tokenizer: Tokenizer, most: int
 ) -> Iterator[list[tuple[str, str, str, int]]]:
     """Groups of texts with the tokens of each; those of a group are counted at once, by all processors.

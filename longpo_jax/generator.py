@@ -94,8 +94,8 @@ class Generator:
         most = self.config.pairs.batch
         for start in range(0, len(by_length), most):
             batch = by_length[start : start + most]
-            rows = self._filled(batch, most)
-            prefix = self._prefilled(self.short, [prompts[row][:-1] for row in rows], self._room)
+            rows = self._fill(batch, most)
+            prefix = self._prefill(self.short, [prompts[row][:-1] for row in rows], self._room)
             cached = [len(prompts[row]) - 1 for row in rows]
             prompted = Prompted(self.short, [prompts[row] for row in rows], prefix, cached)
             said = self._generated(prompted, None, sampling, [seeds[row] for row in rows], Room(new=new))
@@ -121,18 +121,18 @@ class Generator:
         if not any(about.tails for about in asked):
             return [[] for _ in asked]
         places = [at for at, about in enumerate(asked) if about.tails]
-        documents = self._filled(places)
+        documents = self._fill(places)
         most = max(self.config.excerpts.per_document, *(len(about.tails) for about in asked))
         each = 1 << (most - 1).bit_length()  # rows of a document, whatever it has: they are nearly free
         rows = [(at, min(row, len(asked[at].tails) - 1)) for at in documents for row in range(each)]
         decoder, heads = self.model.decoder, [asked[at].head for at in documents]
-        prefix = self._prefilled(decoder, heads, head)
+        prefix = self._prefill(decoder, heads, head)
         prompts = [asked[at].head + asked[at].tails[row] for at, row in rows]
         target, drafter = Prompted(decoder, prompts, prefix, [len(asked[at].head) for at, _ in rows]), None
         if asked[places[0]].drafts is not None:
             short = [(asked[at].drafts or [])[row] for at, row in rows]
             lacking = [prompt[:-2] for prompt in short]
-            prefix = self._prefilled(self.short, lacking, self._room)
+            prefix = self._prefill(self.short, lacking, self._room)
             drafter = Prompted(self.short, short, prefix, list(map(len, lacking)))
         room, own = Room(new=new, suffix=AROUND), [seeds[at][row] for at, row in rows]
         said = self._generated(target, drafter, sampling, own, room)
@@ -144,7 +144,7 @@ class Generator:
         """Tokens of a short prompt that there is room for."""
         return self.config.excerpts.max_tokens + AROUND
 
-    def _filled(self, rows: Sequence[int], most: int | None = None) -> list[int]:
+    def _fill(self, rows: Sequence[int], most: int | None = None) -> list[int]:
         """The rows, the last one repeated up to a power of two, or to `most` or a fourth, a sixteenth ... of that.
 
         Programs are so compiled for few sizes only. On a mesh up to what `data` divides.
@@ -156,7 +156,7 @@ class Generator:
                 size //= 4
         return [*rows, *[rows[-1]] * (-(-size // data) * data - len(rows))]
 
-    def _prefilled(self, decoder: Decoder, prompts: Sequence[list[int]], room: int = 0) -> Prefix:
+    def _prefill(self, decoder: Decoder, prompts: Sequence[list[int]], room: int = 0) -> Prefix:
         """The keys and values of prompts, in few sizes: every size compiles programs of its own. There is `room` for as
         many tokens at least.
         """

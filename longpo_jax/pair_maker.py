@@ -113,7 +113,7 @@ class PairMaker:
         for place in range(start, len(group)):
             while group[place].questions and place not in found:
                 part, records = next(read)
-                found.update(zip(part, self._finished([group[each] for each in part], records), strict=True))
+                found.update(zip(part, self._finish([group[each] for each in part], records), strict=True))
             yield found[place] if place in found else self._with_turns(group[place], self._record(group[place]), ())
 
     def _begun(self, document: Document) -> _Work:
@@ -187,7 +187,7 @@ class PairMaker:
             found.append((record, before + self._generator.tokenizer.encode_quoted(record.context)))
         return found
 
-    def _finished(self, group: Sequence[_Work], read: Sequence[tuple[Record, list[int]]]) -> list[Record | None]:
+    def _finish(self, group: Sequence[_Work], read: Sequence[tuple[Record, list[int]]]) -> list[Record | None]:
         """The records of documents whose long answers are generated at once; None for one without a turn of use."""
         rejected = self._rejected(group, [head for _, head in read])
         return [

@@ -120,7 +120,7 @@ class _Job:
     def make(self, writer: Writer | None, folder: AnyPlace, part: range) -> None:
         """Adds to the writer, if there is one, those of a part of the documents, whole groups, that it has not yet."""
         documents, maker = self.corpus.documents[: part.stop], self._maker
-        finished = int(agreed(0 if writer is None else _resumed(writer, documents.ids[part.start :], folder)))
+        finished = int(agreed(0 if writer is None else _resume(writer, documents.ids[part.start :], folder)))
         quiet = self._quiet or not self._leads
         with progress("pairs", len(part) - finished, "documents", quiet=quiet) as report:
             for document, record, counts in maker.made(documents, part.start + finished):
@@ -153,7 +153,7 @@ def _join(writer: Writer, places: Sequence[AnyPlace], folder: AnyPlace) -> None:
                 raise InputError(f"{folder}: expected the document {id}, got {finished}: delete it")
 
 
-def _resumed(writer: Writer, ids: Sequence[str], folder: AnyPlace) -> int:
+def _resume(writer: Writer, ids: Sequence[str], folder: AnyPlace) -> int:
     """How many documents are finished. They must be the first ones of these."""
     for count, (finished, found) in enumerate(zip_longest(writer.finished, ids), start=1):
         if finished is None:

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the plan; 0 if every program fits, else 3."""
-    from rapid_jax.plan.report import advice, examined, table
+    from rapid_jax.plan.report import advice, examine, table
 
     config = _longest(settings.load(LongPOConfig, options.config, options.set), options.length)
     topology = topology_of(options.topology)
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     for program in programs_of(config, topology, model):
         if options.program not in (None, program.name):
             continue
-        result = examined(program, topology)
+        result = examine(program, topology)
         fitting &= result.fits
         print(json.dumps(result.to_json()) if options.json else table([result]), flush=True)
         if not result.fits:
@@ -119,7 +119,7 @@ def _full_row(config: LongPOConfig) -> dict[str, Any]:
     import numpy as np
 
     from longpo_jax.dialogue import Branch
-    from longpo_jax.rows import batched, packed
+    from longpo_jax.rows import batch_rows, packed
     from rapid_jax.speculative.chunk_layout import bucket
 
     train, wanted, devices = config.train, objective_of(config.objective.name), config.mesh.context
@@ -129,7 +129,7 @@ def _full_row(config: LongPOConfig) -> dict[str, Any]:
         branch = Branch([0] * answers, [1] * answers)
         shared, tail = [0] * (trunk - answers + 1), train.tail if forked else 0
         row = packed(shared, branch, branch if forked else None, trunk=trunk, tail=tail)
-        return dict(batched([row], trunk=trunk, devices=devices))
+        return dict(batch_rows([row], trunk=trunk, devices=devices))
 
     row = arrays(train.lengths[-1], forked=wanted.forked)
     if wanted.short:

@@ -176,11 +176,11 @@ def read_records(folder: AnyPlace) -> Iterator[Record]:
     Raises InputError if the run is not finished, naming file and line for a line that is not what was written there or
     no record of this schema, and in the end if some are missing.
     """
-    for _, record in located(folder):
+    for _, record in records_with_places(folder):
         yield record
 
 
-def located(folder: AnyPlace) -> Iterator[tuple[Line, Record]]:
+def records_with_places(folder: AnyPlace) -> Iterator[tuple[Line, Record]]:
     """As `read_records`, each with its place."""
     done, ids, seals = Fields(summary_of(folder), str(folder), "summary of done.json: "), set(), []
     expected, records = done.whole("pairs"), done.text("records")

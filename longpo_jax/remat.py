@@ -24,9 +24,9 @@ def wrapping(remat: Remat, *, offload: bool, mesh: Mesh | None) -> Wrap:
     def wrap(layer):
         def laid(x_BTD, item):
             weights, rest = item
-            x_BTD = checkpoint_name(_constrained(x_BTD, mesh, "x_BTD"), LAYER)
-            x_BTD, kept = layer(x_BTD, (_gathered(weights, mesh), rest))
-            return _constrained(x_BTD, mesh, "x_BTD"), kept
+            x_BTD = checkpoint_name(_constrain(x_BTD, mesh, "x_BTD"), LAYER)
+            x_BTD, kept = layer(x_BTD, (_gather(weights, mesh), rest))
+            return _constrain(x_BTD, mesh, "x_BTD"), kept
 
         if remat == "none":
             return laid
@@ -45,13 +45,13 @@ def wrapping(remat: Remat, *, offload: bool, mesh: Mesh | None) -> Wrap:
     return wrap
 
 
-def _constrained(x: jax.Array, mesh: Mesh | None, name: str) -> jax.Array:
+def _constrain(x: jax.Array, mesh: Mesh | None, name: str) -> jax.Array:
     if mesh is None:
         return x
     return lax.with_sharding_constraint(x, NamedSharding(mesh, Strategy(block=1, mesh=mesh).spec(name)))
 
 
-def _gathered(weights: Any, mesh: Mesh | None) -> Any:
+def _gather(weights: Any, mesh: Mesh | None) -> Any:
     """A layer's weights split over `model` alone."""
     if mesh is None:
         return weights
@@ -64,20 +64,20 @@ def _gathered(weights: Any, mesh: Mesh | None) -> Any:
     def gather(path, x):
         name = _name(path)
         places = (NamedSharding(mesh, spec_of(name, each)) for each in (table, home))
-        return _gathered_whole(x, *places)
+        return _gather_whole(x, *places)
 
     return jax.tree.map_with_path(gather, weights)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered_whole(x: jax.Array, where: NamedSharding, home: NamedSharding) -> jax.Array:
+def _gather_whole(x: jax.Array, where: NamedSharding, home: NamedSharding) -> jax.Array:
     """`x` as `where` says; its gradient is brought home at once, so that no device ever holds the whole of it."""
     del home
     return lax.with_sharding_constraint(x, where)
 
 
-_gathered_whole.defvjp(
-    lambda x, where, home: (_gathered_whole(x, where, home), None),
+_gather_whole.defvjp(
+    lambda x, where, home: (_gather_whole(x, where, home), None),
     lambda where, home, _, gradient: (lax.with_sharding_constraint(gradient, home),),
 )
 

@@ -96,7 +96,7 @@ def drawn(runs: Mapping[str, list[dict[str, Any]]]) -> FigureFiles:
                 label = f"{run} {key.rpartition('/')[2]}" if len(keys) > 1 else run
                 dot, size, alpha = ("o", 7, 1.0) if len(points) == 1 else (".", 3, 0.3)  # one has no line to it
                 panel.plot(steps, values, dot, color=f"C{index}", alpha=alpha, markersize=size)
-                panel.plot(steps, _smoothed(values), style, color=f"C{index}", label=label)
+                panel.plot(steps, _smooth(values), style, color=f"C{index}", label=label)
         panel.set_facecolor("none")  # a page may be dark
         panel.legend(fontsize=7, facecolor="none")
     figure.tight_layout()
@@ -117,7 +117,7 @@ def _points(lines: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, flo
     return [(line["step"], line[key]) for line in lines if line.get(key) is not None]
 
 
-def _smoothed(values: Sequence[float]) -> list[float]:
+def _smooth(values: Sequence[float]) -> list[float]:
     """The mean of each value and those about it."""
     reach = len(values) // (2 * _SMOOTHED)
     windows = (values[max(0, index - reach) : index + reach + 1] for index in range(len(values)))

@@ -72,7 +72,7 @@ def packed(shared: Sequence[int], chosen: Branch, rejected: Branch | None, *, tr
     return Row(row["tokens"], row["targets"], pos, row["branch"], row["turn"], len(shared) - 2, tail)
 
 
-def batched(rows: Sequence[Row], *, trunk: int, devices: int) -> Mapping[str, np.ndarray]:
+def batch_rows(rows: Sequence[Row], *, trunk: int, devices: int) -> Mapping[str, np.ndarray]:
     """The arrays of PLACES, [B, T], and `reach_B`, for `devices` along the context axis.
 
     Trunks are padded to `trunk` places. Split into `devices` equal parts, each part holds its share of the trunk in

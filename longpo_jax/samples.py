@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from longpo_jax.config import LongPOConfig
 from longpo_jax.dialogue import Branch, Dialogue
 from longpo_jax.objectives import Name, objective_of
-from longpo_jax.records import Line, Record, Turn, located
+from longpo_jax.records import Line, Record, Turn, records_with_places
 from longpo_jax.rows import Row, needed, packed
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
@@ -103,7 +103,7 @@ class Rows:
         self.turns: dict[str, int] = {}  # how many each record has, by its id
         self.too_long: Counter[str] = Counter()  # rows left out, by domain
         objective, train = config.objective.name, config.train
-        for line, record in located(pairs):
+        for line, record in records_with_places(pairs):
             self.turns[record.id] = len(record.turns)
             for turn in rows_of(record, objective):
                 trunk, tail = places_of(tokenizer, record, objective, turn)

@@ -13,7 +13,7 @@ from longpo_jax.config import LongPOConfig
 from longpo_jax.objectives import objective_of
 from longpo_jax.records import Record
 from longpo_jax.remat import wrapping
-from longpo_jax.rows import Row, batched
+from longpo_jax.rows import Row, batch_rows
 from longpo_jax.samples import Parts, all_turns, one_turn, taught_turn
 from longpo_jax.scores import row_log_probs, row_top
 from longpo_jax.teacher import Teacher, check_top_k, joined
@@ -34,7 +34,7 @@ class Scorer:
     """The reference, loaded. Raises InputError for a teacher whose `objective.top_k` the vocabulary does not have."""
 
     def __init__(self, config: LongPOConfig, *, quiet: bool = False):
-        model = self._model = self._loaded(config, quiet)
+        model = self._model = self._load(config, quiet)
         mesh = model.decoder.mesh
         train, compute = config.train, config.compute
         self._objective, self._tokenizer = objective_of(config.objective.name), model.tokenizer
@@ -50,7 +50,7 @@ class Scorer:
         self._call = jax.jit(lambda *given, **how: whole(mesh, call(*given, **how)), static_argnames="tail")
 
     @staticmethod
-    def _loaded(config: LongPOConfig, quiet: bool) -> LoadedModel:
+    def _load(config: LongPOConfig, quiet: bool) -> LoadedModel:
         return load_model(
             config.model.source,
             layout="stacked",
@@ -88,7 +88,7 @@ class Scorer:
 
     def teachers(self, parts: Sequence[Parts]) -> list[Teacher]:
         """Of each, made by `samples.taught_turn`, the distributions at its answer's tokens."""
-        return self._together(parts, self._distributed)
+        return self._together(parts, self._distribute)
 
     def _asked(self, record: Record) -> Iterator[tuple[tuple[str, ...], Parts]]:
         """(names of the sums of the chosen and the rejected branch, tokens)."""
@@ -130,7 +130,7 @@ class Scorer:
         _, out = self._read(parts)
         return [(float(c), float(r)) for c, r in zip(out["chosen_B"], out["rejected_B"], strict=True)]
 
-    def _distributed(self, parts: list[Parts]) -> list[Teacher]:
+    def _distribute(self, parts: list[Parts]) -> list[Teacher]:
         rows, out = self._read(parts)
         places = inverse(zigzag(rows[0].tail, self._strategy.context))
         arrays = [np.asarray(x)[:, places] for x in (out.ids_BTJ, out.log_probs_BTJ, out.rest_BT)]
@@ -148,7 +148,7 @@ class Scorer:
         trunk, tail = (max(part.size[axis] for part in parts) for axis in (0, 1))
         trunk, tail = bucket(trunk, least), bucket(tail, least) if tail else 0
         rows = [part.packed(trunk, tail) for part in parts]
-        arrays = batched(rows, trunk=trunk, devices=devices)
+        arrays = batch_rows(rows, trunk=trunk, devices=devices)
         spec, mesh = self._strategy.spec, self._strategy.mesh
         batch = {name: placed(mesh, spec(name), array) for name, array in arrays.items()}
         return rows, jax.device_get(self._call(self._model.decoder, batch, tail=tail))

@@ -39,7 +39,7 @@ def row_log_probs(
     "response" over its answer tokens. Places without a token never count. `tail` places of the row are its tail.
     """
     hidden_BTD = _hidden(decoder, batch, strategy, tail, wrap)
-    answers_BT, trunk_BT, nll_BT = _counted(batch, nll)
+    answers_BT, trunk_BT, nll_BT = _count(batch, nll)
     counts_BT = answers_BT if nll is None else answers_BT | nll_BT
     weight, axes = decoder.head
     log_prob_BT: jax.Array = token_log_probs(  # type: ignore[assignment]
@@ -70,7 +70,7 @@ def row_top(
     They are of use where an answer's token is predicted; other places may hold anything.
     """
     hidden_BTD = _hidden(decoder, batch, strategy, tail, wrap)
-    answers_BT = _tail_of(_counted(batch, None)[0], strategy, tail)
+    answers_BT = _tail_of(_count(batch, None)[0], strategy, tail)
     weight, axes = decoder.head
     how = axes, logits_chunk, strategy.mesh
     return top_log_probs(_tail_of(hidden_BTD, strategy, tail), weight, answers_BT, *how, k=k)
@@ -93,7 +93,7 @@ def row_divergences(
     others than its k tokens; nll_B as in `row_log_probs`.
     """
     hidden_BTD = _hidden(decoder, batch, strategy, tail, wrap)
-    answers_BT, _, nll_BT = _counted(batch, nll)
+    answers_BT, _, nll_BT = _count(batch, nll)
     weight, axes = decoder.head
     how = axes, logits_chunk, strategy.mesh
     learnt_BT = _tail_of(answers_BT, strategy, tail)
@@ -116,7 +116,7 @@ def _hidden(decoder: Decoder, batch: Batch, strategy: Strategy, tail: int, wrap:
     return decoder.hidden(batch["tokens_BT"], batch["pos_BT"], attend, wrap=wrap)[0]
 
 
-def _counted(batch: Batch, nll: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _count(batch: Batch, nll: str | None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Which places predict a token of an answer, which hold one of the trunk, which of these count in the NLL."""
     filled_BT = batch["pos_BT"] >= 0
     answers_BT = (batch["turn_BT"] > 0) & filled_BT

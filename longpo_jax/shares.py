@@ -17,7 +17,7 @@ from longpo_jax.stages import check_inputs, has_ended, is_done
 from rapid_jax.runtime.errors import Busy, InputError
 from rapid_jax.runtime.files import remove_folder
 from rapid_jax.runtime.json_input import Fields
-from rapid_jax.runtime.run_folder import LEASE, alone_in_logs, is_entered, written_once
+from rapid_jax.runtime.run_folder import LEASE, alone_in_logs, is_entered, write_once
 from rapid_jax.runtime.sealed import sealed, unsealed
 from rapid_jax.runtime.share import Share
 from rapid_jax.runtime.storage import AnyPlace, bytes_of
@@ -71,7 +71,7 @@ class Shares:
     def begin(self, inputs: Mapping[str, Any], dropped: Mapping[str, int]) -> None:
         """Says what all shares are made with, and what was left out of the documents. Raises InputError for others."""
         value = {"inputs": dict(inputs), "corpus_dropped": dict(dropped)}
-        begun = self._read(written_once(self._folder / _BEGUN, sealed(value, _BEGUN, indent=1)))
+        begun = self._read(write_once(self._folder / _BEGUN, sealed(value, _BEGUN, indent=1)))
         check_inputs(self._folder, inputs, begun.fields("inputs"))
 
     def take(

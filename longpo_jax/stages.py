@@ -15,7 +15,7 @@ from rapid_jax.runtime import settings
 from rapid_jax.runtime.agreement import READING_S, check_agreed, left_out
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, replace_file
-from rapid_jax.runtime.links import followed
+from rapid_jax.runtime.links import follow_link
 from rapid_jax.runtime.sealed import sealed, unsealed
 from rapid_jax.runtime.storage import AnyPlace, bytes_of
 
@@ -72,7 +72,7 @@ def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
 
 def stage_in(folder: AnyPlace, stage: str) -> AnyPlace:
     """Where `stage` of the round in `folder` is: in a folder of that name, or where a sweep has made it for several."""
-    return followed(folder / stage)
+    return follow_link(folder / stage)
 
 
 def is_done(folder: AnyPlace, inputs: Mapping[str, Any]) -> bool:

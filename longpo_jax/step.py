@@ -25,10 +25,10 @@ from longpo_jax.flops import flops_of, tokens_of
 from longpo_jax.loss import WEIGHTS, objective
 from longpo_jax.objectives import LogProbs, objective_of
 from longpo_jax.remat import wrapping
-from longpo_jax.rows import Row, batched
+from longpo_jax.rows import Row, batch_rows
 from longpo_jax.scores import Batch, row_divergences, row_log_probs
 from longpo_jax.soundness import all_finite
-from longpo_jax.teacher import TEACHER, Teacher, batched_teachers
+from longpo_jax.teacher import TEACHER, Teacher, batch_teachers
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import arithmetic
@@ -90,7 +90,7 @@ class Step:
         self.dtype = arithmetic(config.model.dtype)
         self._wrap = wrapping(train.remat, offload=train.offload, mesh=decoder.mesh)
         self.gradients = jax.jit(self._gradients, donate_argnames="total")
-        self.updated = jax.jit(self._updated, donate_argnames="state")
+        self.updated = jax.jit(self._update, donate_argnames="state")
         self.metrics = _metrics(config.objective.name)  # their names
         self.tokens = jax.jit(tokens_of)
         self.flops = jax.jit(partial(flops_of, decoder.config, config.objective.nll))
@@ -146,16 +146,16 @@ class Step:
             raise ValueError("a process places a microbatch of which it holds no row")
         full = [spare if sample is None else sample for sample in samples]
         devices = self.strategy.context
-        arrays = dict(batched([sample.row for sample in full], trunk=trunk, devices=devices))
+        arrays = dict(batch_rows([sample.row for sample in full], trunk=trunk, devices=devices))
         if short:
-            of_short = batched([s.short for s in full if s.short], trunk=short, devices=devices)
+            of_short = batch_rows([s.short for s in full if s.short], trunk=short, devices=devices)
             arrays |= {f"short_{name}": array for name, array in of_short.items()}
         for name in full[0].references:
             values = np.asarray([sample.references[name] for sample in full], np.float32)
             arrays[f"reference_{name}_B"] = values
         taught = [(sample.teacher, sample.row) for sample in full if sample.teacher is not None]
         if taught:
-            of_teacher = batched_teachers(*zip(*taught, strict=True), devices=devices)
+            of_teacher = batch_teachers(*zip(*taught, strict=True), devices=devices)
             arrays |= {f"reference_{name}": array for name, array in of_teacher.items()}
         return {name: placed(self.mesh, self.strategy.spec(name), array) for name, array in arrays.items()}
 
@@ -197,7 +197,7 @@ class Step:
         sums = jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, gradient)
         return sums, {name: metric_sums[name] + value for name, value in metrics.items()}, count + 1
 
-    def _updated(self, state: TrainState, total: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    def _update(self, state: TrainState, total: Any) -> tuple[TrainState, dict[str, jax.Array]]:
         sums, metrics, count = total
         gradient = jax.tree.map(lambda x: x / count, sums)
         norm = optax.tree.norm(gradient)

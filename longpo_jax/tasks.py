@@ -182,8 +182,8 @@ class PackedRows(seqio.FeatureConverter):
                 self.refused = error
                 return nothing
             reach = np.asarray([row.reach, -1 if short is None else short.reach], np.int32)
-            stacked = empty if short is None else _stacked(short)
-            return record.id.encode(), _stacked(row), stacked, reach, np.int32(at.turn)
+            stacked = empty if short is None else _stack(short)
+            return record.id.encode(), _stack(row), stacked, reach, np.int32(at.turn)
 
         def convert(item):
             types = (tf.string, tf.int32, tf.int32, tf.int32, tf.int32)
@@ -220,7 +220,7 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _stacked(row: Row) -> np.ndarray:
+def _stack(row: Row) -> np.ndarray:
     return np.stack([getattr(row, f"{field}_T") for field in _FIELDS])
 
 

@@ -106,8 +106,8 @@ class Teachers(Mapping[str, Teacher]):
                 )
 
 
-def batched_teachers(teachers: Sequence[Teacher], rows: Sequence[Row], *, devices: int) -> Mapping[str, np.ndarray]:
-    """The arrays of TEACHER [B, tail, ...] at the places of the rows' tails, in the order of `rows.batched`.
+def batch_teachers(teachers: Sequence[Teacher], rows: Sequence[Row], *, devices: int) -> Mapping[str, np.ndarray]:
+    """The arrays of TEACHER [B, tail, ...] at the places of the rows' tails, in the order of `rows.batch_rows`.
 
     Raises InputError for a teacher of other answers than the row's.
     """

@@ -63,7 +63,7 @@ def texts_of(
 
 def _texts(path: AnyPlace, key: str, most: int, advance: Callable[[int], None]) -> Iterator[tuple[int, str | None]]:
     """The texts of a file, each with its index; None for one of more than `most` bytes."""
-    data = _in_utf8(_unpacked(path, _blocks(path, advance)))
+    data = _in_utf8(_unpack(path, _blocks(path, advance)))
     if suffix_of(path) == LINES:
         for index, line in _lines(data, most):
             yield index, None if line is None else _of_line(f"{path}, line {index + 1}", line, key)
@@ -162,14 +162,14 @@ def _in_utf8(data: Iterator[bytes]) -> Iterator[bytes]:
         yield b"\xff"
 
 
-def _unpacked(path: AnyPlace, blocks: Iterator[bytes]) -> Iterator[bytes]:
+def _unpack(path: AnyPlace, blocks: Iterator[bytes]) -> Iterator[bytes]:
     """The bytes without their compression, in pieces of some MiB at most. InputError if they are damaged."""
     suffix = PurePath(path.name).suffix.lower()
     if suffix not in PACKED:
         yield from blocks
         return
     packed = unpacked = 0
-    pieces = _gunzipped(path, blocks) if suffix == ".gz" else _unzstd(path, blocks)
+    pieces = _gunzip(path, blocks) if suffix == ".gz" else _unzstd(path, blocks)
     try:
         for size, piece in pieces:
             packed, unpacked = packed + size, unpacked + len(piece)
@@ -183,7 +183,7 @@ def _unpacked(path: AnyPlace, blocks: Iterator[bytes]) -> Iterator[bytes]:
         raise InputError(f"{path}: cannot be unpacked: {reason}") from error
 
 
-def _gunzipped(path: AnyPlace, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+def _gunzip(path: AnyPlace, blocks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """(packed bytes that were used, what was in them): members one behind the other, and zeros behind the last."""
     stream: Any = None
     for block in blocks:

@@ -163,7 +163,7 @@ class _Loop:
             say(f"train: {longer} of {longer + len(reader)} rows are longer than train.lengths or train.tail: left out")
         step = Step(config, self._model.decoder, transform_of(config.optimizer, steps))
         state = step.start(self._model.decoder)
-        state, note = self._resumed(state, found)
+        state, note = self._resume(state, found)
         self._begin(state, note)
         first = int(state.step)
         reader.start_at(0 if note is None else note.whole("position"), self.held)
@@ -187,7 +187,7 @@ class _Loop:
         made = {"steps": steps, "rows": steps * train.rows_per_step, "too_long": dict(reader.rows.too_long)}
         return made | {"last": read_metrics(self._place)[-1] if leads else {}}
 
-    def _resumed(self, state: TrainState, found: Found | None) -> tuple[TrainState, Fields | None]:
+    def _resume(self, state: TrainState, found: Found | None) -> tuple[TrainState, Fields | None]:
         """(the state to go on from, the note beside it): of the newest checkpoint, or of copies that are newer."""
         after = 0 if found is None else found.step
         if (copied := self._copies.restore(state, after=after)) is not None:
@@ -231,7 +231,7 @@ class _Loop:
                 raise InputError(self._not_finite(found, index, ids))
             if not found["weights_finite"]:
                 checkpoints.wait()
-                raise InputError(self._overflowed(found, index, saved, float(np.asarray(rate(index)))))
+                raise InputError(self._overflow(found, index, saved, float(np.asarray(rate(index)))))
             line = {"step": index + 1, "rows": (index + 1) * train.rows_per_step}
             line |= {"learning_rate": float(np.asarray(rate(index)))}
             line |= {name: value for name, value in found.items() if name not in TOLD} | clock.read(index + 1)
@@ -282,7 +282,7 @@ class _Loop:
             f"{found['grad_norm']} from the documents {', '.join(_of_all(ids))}; no weight was touched, they {held}"
         )
 
-    def _overflowed(self, found: dict[str, float], index: int, saved: int, rate: float) -> str:
+    def _overflow(self, found: dict[str, float], index: int, saved: int, rate: float) -> str:
         held = f"in {self._place / 'checkpoints' / str(saved)}" if saved else "the model's own"
         return (
             f"update {index + 1}: expected finite weights, got NaN or infinite ones at a learning rate of {rate:g} "

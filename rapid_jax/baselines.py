@@ -41,7 +41,7 @@ def table(answers: Sequence[Answer], width: int) -> str:
     lines = [_HEADINGS, *(_cells(answer) for answer in answers)]
     sizes = [max(len(line[column]) for line in lines) for column in range(len(_HEADINGS))]
     figures = [_aligned(line, sizes) for line in lines]
-    texts = [f"\n{answer.mode}:\n{_wrapped(answer.text, width)}" for answer in answers]
+    texts = [f"\n{answer.mode}:\n{_wrap(answer.text, width)}" for answer in answers]
     return "\n".join(figures + texts)
 
 
@@ -66,7 +66,7 @@ def _aligned(cells: Sequence[str], sizes: Sequence[int]) -> str:
     return "  ".join([mode.ljust(sizes[0]), *figures])
 
 
-def _wrapped(text: str, width: int) -> str:
+def _wrap(text: str, width: int) -> str:
     """The text's own lines, broken between words where they are too long, and set in by two."""
     room = max(width - 2, 20)
     lines = (textwrap.wrap(line, room, break_long_words=False, break_on_hyphens=False) for line in text.splitlines())

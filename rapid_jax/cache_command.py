@@ -92,7 +92,7 @@ def _list(options: argparse.Namespace) -> None:
     found = {kind: cache.entries(kind) for kind in KINDS}
     bounded = sum(entry.bytes for kind in BOUNDED for entry in found[kind])
     if options.json:
-        kinds = {kind: _counted(each) for kind, each in found.items()}
+        kinds = {kind: _count(each) for kind, each in found.items()}
         print(json.dumps(cache.said | {"kinds": kinds, "bytes": bounded, "bound_bytes": cache.bound}))
         return
     rows = [
@@ -237,7 +237,7 @@ _CHECKS: dict[str, Callable[[Path], None]] = {
 }
 
 
-def _counted(found: Sequence[AnyEntry]) -> dict[str, Any]:
+def _count(found: Sequence[AnyEntry]) -> dict[str, Any]:
     used = max((entry.used for entry in found), default=None)
     return {"entries": len(found), "bytes": sum(entry.bytes for entry in found), "last_used": used}
 

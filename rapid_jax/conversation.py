@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from rapid_jax.model.backend import check_unicode
-from rapid_jax.model.chat import mark_of, parted
+from rapid_jax.model.chat import mark_of, split_at_marks
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.errors import InputError
 
@@ -98,14 +98,14 @@ def conversation(
         for piece in pieces:
             if isinstance(piece, Quoted):
                 check_unicode(piece.text, "a message")
-    marked, words = _marked(messages)
+    marked, words = _mark(messages)
     marks = [mark for mark, _ in words]
 
     def render(contents: Sequence[str]) -> str:
         filled = [{"role": role, "content": text} for (role, _), text in zip(messages, contents, strict=True)]
         return tokenizer.chat(filled, now=now, thinking=thinking)
 
-    parts = parted(render(marked), marks) if marks else [render(marked)]
+    parts = split_at_marks(render(marked), marks) if marks else [render(marked)]
     stripped = _stripped(messages, marked, marks, parts, render)
     texts = [
         None if piece is None else _strip(piece.text, *edges) for (_, piece), edges in zip(words, stripped, strict=True)
@@ -114,7 +114,7 @@ def conversation(
 
     def rendered(document: str) -> tuple[str, str]:
         own = [document if piece is None else piece.text for _, piece in words]
-        contents = [_filled(text, dict(zip(marks, own, strict=True))) for text in marked]
+        contents = [_fill(text, dict(zip(marks, own, strict=True))) for text in marked]
         given = [_strip(document, *stripped[place]) if text is None else text for text in texts]
         return render(contents), "".join(text for pair in zip(parts, [*given, ""], strict=True) for text in pair)
 
@@ -134,7 +134,7 @@ def conversation(
     return Frame(tokenizer, before, tokens(place + 1, len(parts)), stripped[place], rendered)
 
 
-def _marked(messages: Sequence[Message]) -> tuple[list[str], list[tuple[str, Quoted | None]]]:
+def _mark(messages: Sequence[Message]) -> tuple[list[str], list[tuple[str, Quoted | None]]]:
     """(contents with marks for words, each mark with its words; None is the document)."""
     contents, words = [], []
     for _, pieces in messages:
@@ -149,7 +149,7 @@ def _marked(messages: Sequence[Message]) -> tuple[list[str], list[tuple[str, Quo
     return contents, words
 
 
-def _filled(text: str, words: Mapping[str, str]) -> str:
+def _fill(text: str, words: Mapping[str, str]) -> str:
     """The content with its words; those of one are not looked through for the marks of others."""
     pieces = re.split("(" + "|".join(map(re.escape, words)) + ")", text) if words else [text]
     return "".join(words.get(piece, piece) for piece in pieces)
@@ -176,7 +176,7 @@ def _stripped(
         spaced = [isinstance(piece, Document) or piece.text != piece.text.strip() for piece in own]
         if (edges[0] and spaced[0]) or (edges[1] and spaced[-1]):
             contents = [_SPACE + text + _SPACE if index == at else text for index, text in enumerate(marked)]
-            bare = parted(render(contents), marks)
+            bare = split_at_marks(render(contents), marks)
             left, right = edges[0] and bare[first] == parts[first], edges[1] and bare[last + 1] == parts[last + 1]
             found[first] = left, found[first][1]
             found[last] = found[last][0], right

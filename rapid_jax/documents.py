@@ -61,9 +61,9 @@ def text_of(data: bytes, name: str, suffix: str) -> str:
     if data[:64].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"%PDF-") or suffix == ".pdf":
         text = _pdf_text(data, name)
     elif suffix in (".html", ".htm", ".xhtml") or begins_as_html(_head(data)):
-        text = html_text(_decoded(data, name, _html_encoding(_CHARSET.search(data[:4096]))))
+        text = html_text(_decode(data, name, _html_encoding(_CHARSET.search(data[:4096]))))
     else:
-        text = _decoded(data, name, "utf-8")
+        text = _decode(data, name, "utf-8")
     if "\0" in text:
         raise InputError(f"{name}: expected text, got a binary file (byte 0 at character {text.index(chr(0))})")
     if len(text) > _MOST_CHARACTERS:
@@ -95,7 +95,7 @@ def _head(data: bytes) -> str:
     return data[len(mark) : _HEAD].decode(encoding or "utf-8", "replace")
 
 
-def _decoded(data: bytes, name: str, otherwise: str) -> str:
+def _decode(data: bytes, name: str, otherwise: str) -> str:
     """The text of the bytes in the encoding of their byte order mark, or in `otherwise` if they have none."""
     mark, marked = byte_order_mark(data)
     body, encoding = data[len(mark) :], marked or otherwise

@@ -56,7 +56,7 @@ def html_text(markup: str) -> str:
     closes_itself = "<?xml" in head or "www.w3.org/1999/xhtml" in head  # <script src="x"/> is whole in XHTML alone
     at = 0
     while found := _MARKUP.search(markup, at):
-        page.text(_unescaped(markup[at : found.start()]))
+        page.text(_unescape(markup[at : found.start()]))
         name = (found["name"] or "").lower()
         if found["comment"]:
             close = _COMMENT_END.search(markup, found.start() + 2)
@@ -72,7 +72,7 @@ def html_text(markup: str) -> str:
             if name in _ENDS and not (closes_itself and markup[at - 2] == "/"):
                 begin, at = at, _content_end(markup, at, name)
                 page.content(name, markup[begin:at])
-    page.text(_unescaped(markup[at:]))
+    page.text(_unescape(markup[at:]))
     return page.finish()
 
 
@@ -95,7 +95,7 @@ def _content_end(markup: str, at: int, name: str) -> int:
     return close.start() if close else len(markup)
 
 
-def _unescaped(text: str) -> str:
+def _unescape(text: str) -> str:
     if "&" not in text:
         return text
     # html.unescape reads numbers of any length, and Python refuses decimal ones beyond 4,300 digits.
@@ -133,7 +133,7 @@ class _Page:
         if name in _UNREAD:
             return
         self._verbatim += name != "title"
-        self.text(raw if _VERBATIM[name] else _unescaped(raw))
+        self.text(raw if _VERBATIM[name] else _unescape(raw))
         self._verbatim -= name != "title"
 
     def text(self, text: str) -> None:

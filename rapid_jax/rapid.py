@@ -67,7 +67,7 @@ class Rapid:
 
     def load(self, settings: RapidConfig | None = None) -> None:
         """Loads what answers need and is not loaded yet."""
-        self.models.load(self._checked(settings).speculation)
+        self.models.load(self._check(settings).speculation)
 
     def answer(
         self,
@@ -79,7 +79,7 @@ class Rapid:
         on_retrieved: Callable[[Selection], None] | None = None,
     ) -> Answer:
         """The answer to one question; `on_text` gets it piece by piece, `on_retrieved` the chunks before that."""
-        config, start = self._checked(settings), time.perf_counter()
+        config, start = self._check(settings), time.perf_counter()
         self.load(config)
         loaded = time.perf_counter()
         if on_text is not None:  # every round is told at once
@@ -103,7 +103,7 @@ class Rapid:
         Its keys and values are kept, and where anything is retrieved its chunks and their index; in mode retrieval,
         whose target reads no document, the chunks alone. Raises InputError for a document that the models cannot read.
         """
-        config = self._checked(settings)
+        config = self._check(settings)
         self.load(config)
         reading = self.engine.prefill(Request.of(Question(document, "?"), config))
         self.engine.prefixes.save()
@@ -123,7 +123,7 @@ class Rapid:
         Raises InputError for what cannot be answered. Whoever leaves the iterator takes the request back. `until` is
         asked between pieces of the work: once it holds the iterator ends, without Done. What was prefilled is kept.
         """
-        config = self._checked(settings)
+        config = self._check(settings)
         self.load(config)
         events: deque[Event] = deque()
         ticket = self.engine.submit(Request.of(prompt, config, logprobs=logprobs), events.append, streams=streams)
@@ -186,7 +186,7 @@ class Rapid:
         pieces of the work. Raises InputError for the first that cannot be answered; the others are then taken back.
         With `on_error` it is told of each such prompt instead, the others go on, and the list has their answers alone.
         """
-        config = self._checked(settings)
+        config = self._check(settings)
         if seeds is not None and len(seeds) != len(prompts):
             raise ValueError(f"expected a seed for each of {len(prompts)} prompts, got {len(seeds)}")
         self.load(config)
@@ -226,12 +226,12 @@ class Rapid:
 
     def read(self, prompt: Prompt | tuple[str, str], *, settings: RapidConfig | None = None) -> Reading:
         """The prompts that the models get."""
-        config = self._checked(settings)
+        config = self._check(settings)
         self.load(config)
         prompt = Question(*prompt) if isinstance(prompt, tuple) else prompt
         return read(self.models, config, Request.of(prompt, config))
 
-    def _checked(self, settings: RapidConfig | None) -> RapidConfig:
+    def _check(self, settings: RapidConfig | None) -> RapidConfig:
         if settings is None:
             return self.config
         own = self.config

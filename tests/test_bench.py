@@ -14,7 +14,7 @@ from rapid_jax.bench import command, decoding
 from rapid_jax.bench.cases import Case, plain_bytes
 from rapid_jax.bench.decoding import Decoding
 from rapid_jax.bench.figure import draw, rows_of
-from rapid_jax.bench.models import dialled, random_decoder, random_prefix
+from rapid_jax.bench.models import random_decoder, random_prefix, scale_attention_outputs
 from rapid_jax.bench.options import case_of, shape_of
 from rapid_jax.cli import main
 from rapid_jax.model.layer_kinds import LayerKind
@@ -180,7 +180,7 @@ def test_over_a_mesh_the_command_decodes_what_plain_decoding_does(capsys):
 def test_random_models_say_the_next_id_and_the_dial_touches_attention_alone():
     config = shape_of("small", 1)
     decoder = random_decoder(config, jnp.dtype("float32"))
-    silent = dialled(decoder, 0.0)
+    silent = scale_attention_outputs(decoder, 0.0)
     assert not np.any(np.asarray(silent.blocks[0].o_NHD[...]))
     np.testing.assert_array_equal(silent.blocks[0].gate_DF[...], decoder.blocks[0].gate_DF[...])
     head = np.asarray(decoder.head_DV[...])
@@ -190,7 +190,7 @@ def test_random_models_say_the_next_id_and_the_dial_touches_attention_alone():
     around = replace(config, post_norms=True, norm_offset=1.0, tie_embeddings=True, embedding_scale=8.0)
     normed = random_decoder(around, jnp.dtype("float32"))
     assert not np.any(np.asarray(normed.blocks[0].attention_post_norm_D[...]))
-    quiet = dialled(normed, 0.25).blocks[0]
+    quiet = scale_attention_outputs(normed, 0.25).blocks[0]
     np.testing.assert_array_equal(quiet.attention_post_norm_D[...], np.full(config.hidden_size, -0.75))
     assert not np.any(np.asarray(quiet.mlp_post_norm_D[...]))
     prefix = random_prefix(config, batch=2, tokens=8, dtype=jnp.dtype("float32"))
@@ -296,7 +296,7 @@ def test_the_gap_to_another_token_is_of_the_logits_that_plain_decoding_chose_by(
     """And reading the text by pieces of another width moves them by no more than rounding."""
     bench.dial = 0.5
     case = Case(64, batch=2)
-    said = bench._decoded(case).tokens[1]
+    said = bench._decode(case).tokens[1]
     for at in (0, 7, 8, 20):
         logits = [bench._logits(case, 1, said[:at], width) for width in decoding.WIDTHS]
         assert [int(z_V.argmax()) for z_V in logits] == [said[at]] * 2

@@ -37,7 +37,7 @@ def attended_prefix(prefix: Prefix, chosen: Prefix, q_BGLNH: jax.Array, due_B: j
 
         def of_layer(item):
             q_BGNH, far, near = item
-            new = _gathered(far, _best_slots(q_BGNH, far, pos_DS, count))
+            new = _gather(far, _best_slots(q_BGNH, far, pos_DS, count))
             return jax.tree.map(lambda new, old: jnp.where(_beside(due_B, old), new, old), new, near)
 
         if stacked:
@@ -100,7 +100,7 @@ def _best_slots(q_BGNH: jax.Array, far: KV, pos_DS: jax.Array, count: int) -> ja
     return jnp.minimum(jnp.moveaxis(slots, 0, 2).reshape(D, K, B // D, count * BLOCK), S - 1)
 
 
-def _gathered(far: KV, at_DKES: jax.Array) -> KV:
+def _gather(far: KV, at_DKES: jax.Array) -> KV:
     """Those slots of a layer, a sequence a row."""
     D, K, E, S = at_DKES.shape
 

@@ -193,7 +193,7 @@ def _laid_out(x: jax.Array, group: int, causal: bool) -> jax.Array:
     )
 
 
-def _folded(x: jax.Array, group: int, causal: bool) -> jax.Array:
+def _fold(x: jax.Array, group: int, causal: bool) -> jax.Array:
     """The inverse of `_laid_out`."""
     if not causal or group == 1:
         return x
@@ -227,7 +227,7 @@ def _forward(
         sliding_window_length=window,
         return_residual=True,
     )
-    out_BKRH, log_sum_BKR = (_folded(x.astype(jnp.float32), rows.group, causal) for x in results)
+    out_BKRH, log_sum_BKR = (_fold(x.astype(jnp.float32), rows.group, causal) for x in results)
     sees = _seeing(rows, length_B, causal)
     return SoftmaxState(
         jnp.where(sees[..., None], out_BKRH, 0.0),
@@ -271,5 +271,5 @@ def _backward(
     else:
         dq, dk, dv, *_ = rule(*options, True, False, (*inputs, log_sum, out), d_out)
     seen = (jnp.arange(slots.pos_BS.shape[1]) < length_B[:, None])[:, None, :, None]
-    dq, dk, dv = _folded(dq, rows.group, causal).astype(jnp.float32), dk.astype(jnp.float32), dv.astype(jnp.float32)
+    dq, dk, dv = _fold(dq, rows.group, causal).astype(jnp.float32), dk.astype(jnp.float32), dv.astype(jnp.float32)
     return jnp.where(sees[..., None], dq, 0.0), jnp.where(seen, dk, 0.0), jnp.where(seen, dv, 0.0)

@@ -28,7 +28,7 @@ from rapid_jax.attention.online_softmax import (
     merge,
     nothing_seen,
 )
-from rapid_jax.attention.ring import merged_over
+from rapid_jax.attention.ring import merge_over
 from rapid_jax.attention.shared_prefix import is_shared, over_shared
 from rapid_jax.attention.tpu_decode import Stack, tpu_decode, tpu_decoded
 from rapid_jax.attention.tpu_decode import fits as tpu_fits
@@ -53,7 +53,7 @@ def by_blocks(rows: Rows, sides: StackSides, used: Used, scale: float, axis: str
         slots, attend = far, partial(attend_blockwise, slots=far, scale=scale, block=block, skip=skip)
     seen = over_shared(rows, slots, attend, most=rows.pos_BR.size) if is_shared(rows, slots) else attend(rows)
     if axis is not None:
-        seen = merged_over(seen, axis)
+        seen = merge_over(seen, axis)
     for side in others:
         near = side.one() if isinstance(side, Stack) else side
         seen = merge(seen, attend_blockwise(rows, near, scale=scale, block=block))
@@ -106,7 +106,7 @@ def by_tpu_kernel(
     first = lax.axis_index(axis) == 0
     used = used[0], *(jnp.where(first, count, 0) for count in used[1:])
     seen = tpu_decode(rows, sides, used, scale=scale, interpret=interpret)
-    return finish(merged_over(seen, axis), rows.q_BKRH.dtype)
+    return finish(merge_over(seen, axis), rows.q_BKRH.dtype)
 
 
 def takes_stack(kernel: str, platform: str) -> bool:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from rapid_jax.attention.contract import check_contract
-from rapid_jax.attention.flash_finish import Shares, finished, finished_over, summed
+from rapid_jax.attention.flash_finish import Shares, finish_over, finished, summed
 from rapid_jax.attention.online_softmax import Rows, Slots, SoftmaxState, finish, merge
 from rapid_jax.attention.shared_prefix import is_shared, over_shared
 from rapid_jax.runtime.contract import contract
@@ -107,7 +107,7 @@ def flash_decoded(
     dtype, shared = rows.q_BKRH.dtype, any(is_shared(rows, side) for side in sides)
     seen = flash_decode(rows, sides, used, **how) if shared else _shares(rows, sides, used, **how)
     if axis is not None:
-        return finished_over(seen, axis, dtype, interpret=interpret)
+        return finish_over(seen, axis, dtype, interpret=interpret)
     return finish(seen, dtype) if isinstance(seen, SoftmaxState) else finished(seen, dtype, interpret=interpret)
 
 

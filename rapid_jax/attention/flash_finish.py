@@ -31,16 +31,16 @@ def summed(shares: Shares) -> SoftmaxState:
 
 def finished(shares: Shares, dtype: Any, *, interpret: bool = False) -> jax.Array:
     """The shares' sum, finished: [B, K, R, H], 0 for a row that saw nothing."""
-    return _finished(shares, dtype, with_log_sum=False, interpret=interpret)
+    return _finish(shares, dtype, with_log_sum=False, interpret=interpret)
 
 
-def finished_over(seen: Shares | SoftmaxState, axis: str, dtype: Any, *, interpret: bool = False) -> jax.Array:
+def finish_over(seen: Shares | SoftmaxState, axis: str, dtype: Any, *, interpret: bool = False) -> jax.Array:
     """What all devices along a mesh axis have seen, finished: [B, K, R, H], the same on each."""
     if isinstance(seen, SoftmaxState):
         logs_BKRH = jnp.broadcast_to(log_sum(seen)[..., None], seen.out_BKRH.shape)
         own = jnp.concatenate([finish(seen, jnp.dtype("float32")), logs_BKRH], axis=-1)
     else:
-        own = _finished(seen, jnp.float32, with_log_sum=True, interpret=interpret)
+        own = _finish(seen, jnp.float32, with_log_sum=True, interpret=interpret)
     every = lax.all_gather(own, axis)
     # Device by device, elementwise: one kernel.
     outs, logs = zip(*(jnp.split(every[device], 2, axis=-1) for device in range(every.shape[0])), strict=True)
@@ -51,7 +51,7 @@ def finished_over(seen: Shares | SoftmaxState, axis: str, dtype: Any, *, interpr
     return (out / jnp.where(total == 0, 1.0, total)).astype(dtype)
 
 
-def _finished(shares: Shares, dtype: Any, *, with_log_sum: bool, interpret: bool) -> jax.Array:
+def _finish(shares: Shares, dtype: Any, *, with_log_sum: bool, interpret: bool) -> jax.Array:
     """`with_log_sum`: [B, K, R, 2 H], the log of the softmax sum H times behind the output."""
     B, K, count, R, H = shares[0].shape
     padded = pl.next_power_of_2(count)

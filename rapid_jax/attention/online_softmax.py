@@ -229,7 +229,7 @@ def attend_tiled(
     R, block = rows.pos_BR.shape[1], min(block, slots.pos_BS.shape[1])
     if tile >= R:
         return attend_blockwise(rows, slots, scale=scale, block=block, used=used, skip=True)
-    rows = padded_rows(rows, tile)
+    rows = pad_rows(rows, tile)
     count = rows.pos_BR.shape[1] // tile
 
     def attend(index: jax.Array) -> SoftmaxState:
@@ -248,7 +248,7 @@ def rows_of(rows: Rows, start: jax.Array | int, size: int) -> Rows:
     return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, axis=min(2, x.ndim - 1)), rows)
 
 
-def padded_rows(rows: Rows, multiple: int) -> Rows:
+def pad_rows(rows: Rows, multiple: int) -> Rows:
     """The rows, and rows that see nothing up to a multiple of `multiple`."""
     extra = -rows.pos_BR.shape[1] % multiple
     if not extra:
@@ -263,7 +263,7 @@ def padded_rows(rows: Rows, multiple: int) -> Rows:
     )
 
 
-def padded_slots(slots: Slots, multiple: int) -> Slots:
+def pad_slots(slots: Slots, multiple: int) -> Slots:
     """The slots, and empty ones up to a multiple of `multiple`."""
     extra = -slots.pos_BS.shape[1] % multiple
     if not extra:

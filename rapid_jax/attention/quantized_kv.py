@@ -31,11 +31,11 @@ def quantize_kv(prefix: Prefix) -> Prefix:
     if jax.tree.leaves(prefix.layers)[0].dtype == jnp.int8:
         return prefix
     if isinstance(prefix.layers, KV):
-        return replace(prefix, layers=_replaced(prefix.layers))
-    return replace(prefix, layers=tuple(map(_replaced, prefix.layers)))
+        return replace(prefix, layers=_replace(prefix.layers))
+    return replace(prefix, layers=tuple(map(_replace, prefix.layers)))
 
 
-def _replaced(kv: KV) -> KV:
+def _replace(kv: KV) -> KV:
     mesh = mesh_of(kv)
     k_BKSH, k_scale_BKS = jax.block_until_ready(quantize_array(kv.k_BKSH, turned=False, mesh=mesh))
     kv.k_BKSH.delete()

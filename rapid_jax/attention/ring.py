@@ -199,7 +199,7 @@ def _gradients_of_visitors(home: Slots, gradients: Callable[[Slots], Any], hops:
     first, (dq, dkv) = _while_shifting(home, lambda: packed(home), hops.axis)
     (last, dq, dkv), _ = lax.scan(hop, (first, dq, dkv), length=count - 2)
     dkv, (more_q, more_kv) = _while_shifting(dkv, lambda: packed(last), hops.axis)
-    dk, dv = _shifted(dkv + more_kv, hops.axis)  # home
+    dk, dv = _shift(dkv + more_kv, hops.axis)  # home
     return dq + more_q, dk, dv
 
 
@@ -222,16 +222,16 @@ def _while_shifting(tree: Any, compute: Callable[[], Any], axis: str | None) -> 
     The barrier holds back what uses either. Without it XLA's scheduler hides the transfer behind the cheap sums that
     follow the kernels, and no part of it behind the kernels.
     """
-    return lax.optimization_barrier((_shifted(tree, axis), compute()))
+    return lax.optimization_barrier((_shift(tree, axis), compute()))
 
 
-def _shifted(tree: Any, axis: str | None) -> Any:
+def _shift(tree: Any, axis: str | None) -> Any:
     """What the device before this one has."""
     count = lax.axis_size(axis)
     return jax.tree.map(lambda x: lax.ppermute(x, axis, [(i, (i + 1) % count) for i in range(count)]), tree)
 
 
-def merged_over(partial: SoftmaxState, axis: str) -> SoftmaxState:
+def merge_over(partial: SoftmaxState, axis: str) -> SoftmaxState:
     """The sum of every device's partial of the same rows: three small tensors are reduced, no key or value moves."""
     peak = lax.pmax(partial.max_BKR, axis)
     weight = jnp.exp(partial.max_BKR - jnp.where(peak == -jnp.inf, 0.0, peak))

@@ -34,8 +34,8 @@ from rapid_jax.attention.online_softmax import (
     block_of,
     merge,
     nothing_seen,
-    padded_rows,
-    padded_slots,
+    pad_rows,
+    pad_slots,
     seen_by_some,
 )
 from rapid_jax.attention.splash_plan import (
@@ -70,7 +70,7 @@ class Splash:
         if not fits(rows, slots, runs):
             return plain.forward(rows, slots, scale=scale, runs=runs, used=used)
         if rows.first_BR is not None and slots.pos_BS.shape[1] > WINDOWED:
-            return self._forward_by_parts(rows, padded_slots(slots, WINDOWED), scale)
+            return self._forward_by_parts(rows, pad_slots(slots, WINDOWED), scale)
 
         def attend(rows: Rows, slots: Slots) -> SoftmaxState:
             def planned(plan: Plan) -> SoftmaxState:
@@ -87,7 +87,7 @@ class Splash:
         if not fits(rows, slots, runs):
             return plain.backward(rows, slots, cotangent, scale=scale, runs=runs)
         if rows.first_BR is not None and slots.pos_BS.shape[1] > WINDOWED:
-            dq, dk, dv = self._backward_by_parts(rows, padded_slots(slots, WINDOWED), cotangent, scale)
+            dq, dk, dv = self._backward_by_parts(rows, pad_slots(slots, WINDOWED), cotangent, scale)
             return dq, dk[:, :, : slots.pos_BS.shape[1]], dv[:, :, : slots.pos_BS.shape[1]]
 
         def attend(rows: Rows, slots: Slots, cotangent: Cotangent) -> Gradients:
@@ -141,10 +141,10 @@ def _either(rows: Rows, slots: Slots, runs: int, planned: Callable[[Plan], _Of],
 
 def _forward(rows: Rows, slots: Slots, plan: Plan, scale: float, interpret: Any) -> SoftmaxState:
     bq, bkv = plan.block_r, plan.block_s
-    R, slots = rows.pos_BR.shape[1], padded_slots(slots, bkv)
+    R, slots = rows.pos_BR.shape[1], pad_slots(slots, bkv)
     out_KRH, (log_sum_KR,) = splash._splash_attention_forward(
         _mask(plan, _next_needed(plan.visit_rs, wrap=1)),
-        _scaled(padded_rows(rows, bq).q_BKRH[0], scale),
+        _scale(pad_rows(rows, bq).q_BKRH[0], scale),
         slots.k_BKSH[0],
         slots.v_BKSH[0],
         _segments(plan),
@@ -167,10 +167,10 @@ def _forward(rows: Rows, slots: Slots, plan: Plan, scale: float, interpret: Any)
 
 def _backward(rows: Rows, slots: Slots, cotangent: Cotangent, plan: Plan, scale: float, interpret: Any) -> Gradients:
     bq, bkv, R, S = plan.block_r, plan.block_s, rows.pos_BR.shape[1], slots.pos_BS.shape[1]
-    rows, slots = padded_rows(rows, bq), padded_slots(slots, bkv)
+    rows, slots = pad_rows(rows, bq), pad_slots(slots, bkv)
     extra = ((0, 0), (0, plan.limit_R.shape[0] - R))
     arrays = (
-        _scaled(rows.q_BKRH[0], scale),
+        _scale(rows.q_BKRH[0], scale),
         slots.k_BKSH[0],
         slots.v_BKSH[0],
         _segments(plan),
@@ -193,7 +193,7 @@ def _backward(rows: Rows, slots: Slots, cotangent: Cotangent, plan: Plan, scale:
     return dq[:, :, :R] * scale, dk[:, :, :S], dv[:, :, :S]
 
 
-def _scaled(q_KRH: jax.Array, scale: float) -> jax.Array:
+def _scale(q_KRH: jax.Array, scale: float) -> jax.Array:
     """The kernels know no scale. Rounded once more, by both passes alike; exact where the scale is a power of two."""
     return (q_KRH.astype(jnp.float32) * scale).astype(q_KRH.dtype)
 

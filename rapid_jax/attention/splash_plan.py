@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rapid_jax.attention.online_softmax import Rows, Slots, block_of, padded_rows, padded_slots, visible
+from rapid_jax.attention.online_softmax import Rows, Slots, block_of, pad_rows, pad_slots, visible
 
 LANES = 128
 LARGEST = 1024  # rows and slots of a block: 2,048 do not fit the scoped VMEM
@@ -78,7 +78,7 @@ def promised_plan(rows: Rows, slots: Slots) -> Plan:
     """Where rows and slots ascend, and the empty slots are last."""
     S = slots.pos_BS.shape[1]
     bq, bkv = blocks_of(rows.pos_BR.shape[1], S)
-    limit_R, first_R = _promised_limits(rows, slots, bq)
+    limit_R, first_R = _limits_of_promise(rows, slots, bq)
     starts_s = jnp.arange(0, S, bkv)
     visit_rs = jnp.max(limit_R.reshape(-1, bq), axis=1)[:, None] >= starts_s
     if first_R is None:
@@ -91,8 +91,8 @@ def promised_plan(rows: Rows, slots: Slots) -> Plan:
 def plan_of(rows: Rows, slots: Slots) -> tuple[Plan, jax.Array]:
     """(A plan, whether it is right: bool) where nothing is promised."""
     bq, bkv = blocks_of(rows.pos_BR.shape[1], slots.pos_BS.shape[1], tagged=tagged(rows, slots))
-    whole = padded_slots(slots, bkv)
-    visit_rs, holds = visits(padded_rows(rows, bq), whole, bq, bkv)
+    whole = pad_slots(slots, bkv)
+    visit_rs, holds = visits(pad_rows(rows, bq), whole, bq, bkv)
     return Plan(_limits(rows, slots, bq, bkv), visit_rs, bq, bkv, (whole.pos_BS[0] >= 0).astype(jnp.int32)), holds
 
 
@@ -101,7 +101,7 @@ def _span(first: jax.Array, last: jax.Array) -> jax.Array:
     return (last + 1) << 16 | first
 
 
-def _promised_limits(rows: Rows, slots: Slots, bq: int) -> tuple[jax.Array, jax.Array | None]:
+def _limits_of_promise(rows: Rows, slots: Slots, bq: int) -> tuple[jax.Array, jax.Array | None]:
     """`_limits` where the slots ascend and the empty ones are last: as many as are not later than the row.
 
     Of rows with a first position also the first slot that they see: as many slots as are earlier.
@@ -124,7 +124,7 @@ def _limits(rows: Rows, slots: Slots, bq: int, bkv: int) -> jax.Array:
     R = rows.pos_BR.shape[1]
     group = rows.group if R % rows.group == 0 else 1  # rows of one query position see the same
     tags = None if rows.branch_BR is None else rows.branch_BR[:, ::group]
-    times, slots = replace(rows, pos_BR=rows.pos_BR[:, ::group], branch_BR=tags), padded_slots(slots, bkv)
+    times, slots = replace(rows, pos_BR=rows.pos_BR[:, ::group], branch_BR=tags), pad_slots(slots, bkv)
 
     def later(limit_T: jax.Array, start: jax.Array):
         seen_TS = visible(times, block_of(slots, start, bkv))[0, 0]

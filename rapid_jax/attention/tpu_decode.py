@@ -129,28 +129,28 @@ def tpu_decode(
     runs of rows. `interpret` may be Pallas's InterpretParams. Raises ValueError, while tracing, for shapes that do not
     go together.
     """
-    cut = _checked(rows, sides, used)
+    cut = _check(rows, sides, used)
     out, stats = attended(_given(rows, sides, used, cut), cut, scale, interpret, finished=False)
     peak, total = stats[..., 0], stats[..., 1]
     peak = jnp.where(total > 0, peak * scale, -jnp.inf)
     top = jnp.max(peak, axis=2)
     weight = jnp.exp(peak - jnp.where(top == -jnp.inf, 0.0, top)[:, :, None])
     whole = SoftmaxState(jnp.sum(out * weight[..., None], axis=2), top, jnp.sum(total * weight, axis=2))
-    return jax.tree.map(partial(_unfolded, cut), whole)
+    return jax.tree.map(partial(_unfold, cut), whole)
 
 
 def tpu_decoded(
     rows: Rows, sides: tuple[Side, ...], used: tuple[jax.Array, ...], *, scale: float, interpret: Any = False
 ) -> jax.Array:
     """`tpu_decode`, finished: [B, K, R, H] in the queries' dtype, 0 for a row that saw nothing."""
-    cut = _checked(rows, sides, used)
+    cut = _check(rows, sides, used)
     if cut.shares > 1:
         return finish(tpu_decode(rows, sides, used, scale=scale, interpret=interpret), rows.q_BKRH.dtype)
     (out,) = attended(_given(rows, sides, used, cut), cut, scale, interpret, finished=True)
-    return _unfolded(cut, out[:, :, 0])
+    return _unfold(cut, out[:, :, 0])
 
 
-def _checked(rows: Rows, sides: tuple[Side, ...], used: tuple[jax.Array, ...]) -> Cut:
+def _check(rows: Rows, sides: tuple[Side, ...], used: tuple[jax.Array, ...]) -> Cut:
     name = "tpu_decode"
     with contract(name):
         assert 2 <= len(sides) <= 3, f"expected a prefix, a tail and perhaps new tokens, got {len(sides)} sides"
@@ -214,7 +214,7 @@ def _lead(slots: Slots) -> Stack:
     return Stack(_each(replace(slots, branch_BS=None), lambda x: x[None]), jnp.int32(0))
 
 
-def _unfolded(cut: Cut, x: jax.Array) -> jax.Array:
+def _unfold(cut: Cut, x: jax.Array) -> jax.Array:
     """[programs, K, rows, ...] as [B, K, R, ...]."""
     if cut.each == 1:
         return x

@@ -19,8 +19,8 @@ from rapid_jax.attention.online_softmax import (
     SoftmaxState,
     attend_tiled,
     block_of,
-    padded_rows,
-    padded_slots,
+    pad_rows,
+    pad_slots,
     rows_of,
     seen_by_some,
     visible,
@@ -47,7 +47,7 @@ class Xla:
         del runs
         S, R = slots.pos_BS.shape[1], rows.pos_BR.shape[1]
         block, tile = min(S, self.block), min(R, self.block * rows.group)
-        slots, rows, cotangent = padded_slots(slots, block), padded_rows(rows, tile), _padded(cotangent, tile)
+        slots, rows, cotangent = pad_slots(slots, block), pad_rows(rows, tile), _pad(cotangent, tile)
 
         def of_block(dq_BKRH, index):
             part = block_of(slots, index * block, block)
@@ -96,7 +96,7 @@ def attend_block_backward(rows: Rows, slots: Slots, cotangent: Cotangent, *, sca
     )
 
 
-def _padded(cotangent: Cotangent, multiple: int) -> Cotangent:
+def _pad(cotangent: Cotangent, multiple: int) -> Cotangent:
     extra = -cotangent.delta_BKR.shape[2] % multiple
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, extra), (0, 0))[: x.ndim]), cotangent)
 

@@ -20,7 +20,7 @@ from rapid_jax.attention.attended import BLOCK as BLOCK_OF_CHOICE
 from rapid_jax.attention.cache import Prefix
 from rapid_jax.attention.quantized_kv import quantize_kv
 from rapid_jax.bench.cases import FIRST_DIAL, Case, Measured, Timing, plain_bytes
-from rapid_jax.bench.models import dialled, random_decoder, random_prefix
+from rapid_jax.bench.models import random_decoder, random_prefix, scale_attention_outputs
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.fused import fuse, quantize
@@ -72,8 +72,8 @@ class Decoding:
         A gamma of auto knows from the first time how long its rounds take, as in a server that has answered before.
         """
         baseline = None if case == case.baseline else self._baseline(case)
-        compile_seconds = self._decoded(case).compile_seconds
-        runs = sorted((self._decoded(case) for _ in range(self.timings)), key=lambda run: run.decode_seconds)
+        compile_seconds = self._decode(case).compile_seconds
+        runs = sorted((self._decode(case) for _ in range(self.timings)), key=lambda run: run.decode_seconds)
         middle = runs[(len(runs) - 1) // 2]
         made = sum(map(len, middle.tokens))
         ms = Timing.of([run.decode_seconds for run in runs], 1e3 * case.batch / made)
@@ -137,14 +137,14 @@ class Decoding:
         return None if self.over is None else make_meshes(self.over, None)[0]
 
     def _acceptance(self, case: Case) -> float:
-        return _acceptance(self._decoded(case)) or 0.0
+        return _acceptance(self._decode(case)) or 0.0
 
     def _baseline(self, case: Case) -> tuple[float, list[list[int]]]:
         if case.baseline not in self._plain:
             self.measure(case.baseline)
         return self._plain[case.baseline]
 
-    def _decoded(self, case: Case) -> Generation:
+    def _decode(self, case: Case) -> Generation:
         target = self._target(case)
         drafter = None if case.drafter == "none" else self._drafter(case)
         speculation = SpeculationConfig(
@@ -190,14 +190,14 @@ class Decoding:
 
     def _decoder(self) -> Decoder:
         base = self._hold("weights", None, lambda: self._base(self.config))
-        return self._hold("dialled", self.dial, lambda: dialled(base, self.dial))
+        return self._hold("scale_attention_outputs", self.dial, lambda: scale_attention_outputs(base, self.dial))
 
     def _drafting(self) -> Decoder:
         """What drafts, in full."""
         if (small := self.small) is None:
             return self._decoder()
         base = self._hold("small weights", None, lambda: self._base(small))
-        return self._hold("small dialled", self.dial, lambda: dialled(base, self.dial))
+        return self._hold("small dialled", self.dial, lambda: scale_attention_outputs(base, self.dial))
 
     def _prefix(self, name: str, case: Case, tokens: int, seed: int) -> Prefix:
         is_quantized = case.kv == "int8" if name == "long" else case.drafter != "full"

@@ -25,14 +25,14 @@ def draw(rows: Sequence[Mapping[str, Any]], target: Path) -> None:
     if not rows:
         raise InputError("--plot: expected rows of batch 1 without copies, got none")
     with texts_as_they_are():
-        files = _drawn(rows)
+        files = _draw(rows)
     name = target.stem if target.suffix in (".png", ".svg", ".csv") else target.name
     for file, content in files.named(name).items():
         with replace_file(target.with_name(file)) as temporary:
             temporary.write_bytes(content)
 
 
-def _drawn(rows: Sequence[Mapping[str, Any]]) -> FigureFiles:
+def _draw(rows: Sequence[Mapping[str, Any]]) -> FigureFiles:
     numbers: list[dict[str, Any]] = []
     figure, (panel,) = panels(1, 1, (7.0, 4.5))
     names = list(dict.fromkeys(row["name"] for row in rows))

@@ -33,11 +33,11 @@ SIGNAL = 1.35  # the vote for the next id, in units of the largest of as many ra
 
 
 def _normal(key: jax.Array, like: jax.ShapeDtypeStruct, std: float) -> jax.Array:
-    return _filled(key, like.shape, like.dtype, like.sharding, std)
+    return _fill(key, like.shape, like.dtype, like.sharding, std)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _filled(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding | None, std: float):
+def _fill(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, sharding: Sharding | None, std: float):
     return _lying((jax.random.normal(key, shape, jnp.float32) * std).astype(dtype), sharding)
 
 
@@ -76,7 +76,7 @@ def _head(key: jax.Array, shape: tuple[int, int], dtype: jnp.dtype, sharding: Sh
     return _lying((jnp.roll(embedding_VD, 1, axis=0).T * shape[0] ** -0.5).astype(dtype), sharding)
 
 
-def dialled(decoder: Decoder, dial: float) -> Decoder:
+def scale_attention_outputs(decoder: Decoder, dial: float) -> Decoder:
     """The decoder with every layer's attention output scaled; all other arrays are its own."""
     graph, state = nnx.split(decoder)
     offset = decoder.config.norm_offset

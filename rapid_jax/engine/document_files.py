@@ -67,7 +67,7 @@ class DocumentFiles:
             if match is None:
                 continue
             try:
-                found[match[1]] = _parsed(path.read_bytes(), match[1], str(path))
+                found[match[1]] = _parse(path.read_bytes(), match[1], str(path))
             except OSError as error:
                 _log.warning("document in %s cannot be read and is left out: %s", path, error)
             except ValueError as error:  # InputError, or text that is no UTF-8
@@ -107,7 +107,7 @@ def _bytes_of(document: Document) -> bytes:
     return digest(body).encode() + b"\n" + body
 
 
-def _parsed(data: bytes, id: str, source: str) -> Document:
+def _parse(data: bytes, id: str, source: str) -> Document:
     """The document of a file's bytes. Raises InputError for what `_bytes_of` did not write."""
     checksum, _, body = data.partition(b"\n")
     if checksum != digest(body).encode():

@@ -93,7 +93,7 @@ class DocumentLibrary:
         Then a name that is given replaces the old one, a pin stays, and it expires as is said now. Raises InputError
         for a text that cannot be used or a bound that is reached, TooLarge for one that it alone is beyond.
         """
-        size = _checked(text)
+        size = _check(text)
         if expires_in is not None and not 0 < expires_in <= _LONGEST_S:
             raise InputError(f"expires_in: expected a number of seconds > 0 and <= 1e9, got {shown(expires_in)}")
         id = document_id(text, owner, public)
@@ -239,7 +239,7 @@ class DocumentLibrary:
         )
 
 
-def _checked(text: str) -> int:
+def _check(text: str) -> int:
     """The text's size in UTF-8. Raises InputError for one that is empty or no Unicode."""
     if not text.strip():
         raise InputError("document: expected a text with something in it, got an empty one")

@@ -20,7 +20,7 @@ import numpy as np
 from rapid_jax.attention.kernels import kernel_of, platform_of
 from rapid_jax.config import CacheConfig, ComputeConfig
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.runtime.agreement import all_told, leads, told, unshared
+from rapid_jax.runtime.agreement import all_told, leads, told, why_not_shared
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest
 from rapid_jax.runtime.storage import AnyPlace
@@ -74,7 +74,7 @@ def store_for(decoder: Decoder, cache: CacheConfig, place: AnyPlace, *, quiet: b
     if not most:
         return None
     store = place / "prefixes"
-    if refusal := unshared(store, "cache.folder", _LOOKING_S):
+    if refusal := why_not_shared(store, "cache.folder", _LOOKING_S):
         if leads():
             _log.warning("keys and values of documents are not stored: %s", refusal)
         return None

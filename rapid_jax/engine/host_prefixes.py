@@ -158,7 +158,7 @@ class HostMoves:
                 return jax.device_put(array)
             return jax.make_array_from_callback(array.shape, sharding, lambda part: array[part])
 
-        return self._timed(lambda: jax.tree.map(put, kept.prefix, kept.shardings))
+        return self._time(lambda: jax.tree.map(put, kept.prefix, kept.shardings))
 
     def head(self, kept: HostPrefix, place: Place) -> Prefix:
         """The first tokens of a prefix in full precision, in slots of their own."""
@@ -171,11 +171,11 @@ class HostMoves:
                 moved[field] = jax.device_put(array) if mesh is None else placed(mesh, self._strategy.spec(name), array)
             return KV(**moved)
 
-        return self._timed(
+        return self._time(
             lambda: place.prefix(tuple(map(put, layers)) if isinstance(layers, tuple) else put(layers), mesh)
         )
 
-    def _timed(self, move: Callable[[], Prefix]) -> Prefix:
+    def _time(self, move: Callable[[], Prefix]) -> Prefix:
         start = time.perf_counter()
         prefix = jax.block_until_ready(move())
         self.seconds += time.perf_counter() - start

@@ -23,7 +23,7 @@ class PartedChat:
     question: str
 
 
-def parted_chat(
+def split_chat(
     chat: Chat, prompts: PromptsConfig, chunk_tokens: int, counts: Callable[[Sequence[str]], list[int]]
 ) -> PartedChat:
     """The messages of a chat as prompts are made of them.

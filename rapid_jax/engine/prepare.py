@@ -97,7 +97,7 @@ class Preparing:
             tokens = reading.short.tokens
             prefix = yield from self._prefilling.read(job, model.decoder, tokens[:-TARGET_LACKS], "prefill")
             target = Prompted(model.decoder, [tokens], prefix, [len(tokens) - TARGET_LACKS])
-            return self._prepared(job, target, None, tokens, None)
+            return self._prepare(job, target, None, tokens, None)
         drafter = None
         if speculation.drafts and self._prefilling.is_apart:
             assert reading.short is not None  # on devices of its own the drafter reads while the target does
@@ -135,16 +135,16 @@ class Preparing:
         try:
             target = Prompted(self._models.target.decoder, [reading.long.tokens], prefix, [len(head)])
             if not config.speculation.drafts:
-                return self._prepared(job, target, None, head, handle)
+                return self._prepare(job, target, None, head, handle)
             if config.models.drafter == ATTENDED:
-                return self._prepared(job, target, self._models.drafter.decoder, head, handle)
+                return self._prepare(job, target, self._models.drafter.decoder, head, handle)
             assert reading.short is not None
             short, slots = reading.short.tokens, prefix.slots
             room = room_of_retrieved(slots, config.retrieval) if self._few_programs else 0
             if drafter is None:
                 reads = self._prefilling.drafter_apart if self._prefilling.is_apart else self._prefilling.drafter
                 drafter = yield from reads(job, short, room=room)
-            return self._prepared(job, target, drafter, head + short, handle, room)
+            return self._prepare(job, target, drafter, head + short, handle, room)
         except BaseException:  # closed too, where the request is taken back
             if handle is not None:
                 self._prefixes.release(handle)
@@ -162,7 +162,7 @@ class Preparing:
                 self._prefixes.release(handle)
         return reading
 
-    def _prepared(
+    def _prepare(
         self,
         job: Job,
         target: Prompted,

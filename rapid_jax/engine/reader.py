@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from rapid_jax.config import RapidConfig
 from rapid_jax.conversation import Frame, Prompt, conversation
-from rapid_jax.engine.messages import parted_chat
+from rapid_jax.engine.messages import split_chat
 from rapid_jax.engine.models import Models
 from rapid_jax.engine.request import Chat, Question, Request, Tokens
 from rapid_jax.model.load import LoadedModel
@@ -47,7 +47,7 @@ def _of_chat(
 ) -> Reading:
     tokenizer = models.target.tokenizer
     encoder = models.encoded.of(request.owner, tokenizer)
-    found = parted_chat(chat, config.prompts, config.retrieval.chunk_tokens, encoder.counts)
+    found = split_chat(chat, config.prompts, config.retrieval.chunk_tokens, encoder.counts)
     thinking = config.prompts.enable_thinking
     if found.document is None:
         plain = conversation(tokenizer, found.long, thinking=thinking)

@@ -36,7 +36,7 @@ def scores(model: LoadedModel, config: RapidConfig, ids: Sequence[int], top: int
     work = _prefill(model, config, ids)
     found: dict[int, TokenLogprobs] = {}
     while work.left:
-        positions, (own, best, best_ids) = _scored_chunk(work, model.decoder, ids)
+        positions, (own, best, best_ids) = _score_chunk(work, model.decoder, ids)
         for place, position in enumerate(positions[0].tolist()):
             if 0 <= position < len(ids) - 1:
                 pairs = zip(best_ids[place, :top].tolist(), best[place, :top].tolist(), strict=True)
@@ -47,7 +47,7 @@ def scores(model: LoadedModel, config: RapidConfig, ids: Sequence[int], top: int
 
 def compile_scores(model: LoadedModel, config: RapidConfig, ids: Sequence[int]) -> None:
     """Makes all programs of the scores of so many tokens, by their first chunk alone."""
-    _scored_chunk(_prefill(model, config, ids), model.decoder, ids)
+    _score_chunk(_prefill(model, config, ids), model.decoder, ids)
 
 
 def _prefill(model: LoadedModel, config: RapidConfig, ids: Sequence[int]) -> Prefill:
@@ -58,7 +58,7 @@ def _prefill(model: LoadedModel, config: RapidConfig, ids: Sequence[int]) -> Pre
     return Prefill(decoder, [ids], settings, dtype=decoder.embed_VD[...].dtype)
 
 
-def _scored_chunk(work: Prefill, decoder: Decoder, ids: Sequence[int]) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+def _score_chunk(work: Prefill, decoder: Decoder, ids: Sequence[int]) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
     """(positions [1, T] of the next chunk, -1 where there is none; what `_scored` gives of it)."""
     hidden_BTD, positions = work.step()
     following = np.asarray([*ids, 0], np.int32)[np.clip(positions + 1, 0, len(ids))]

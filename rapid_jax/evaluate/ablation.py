@@ -32,7 +32,7 @@ def figure(results: Results, setting: str) -> plotting.Drawn | None:
     scored, accepted = axes[:: 1 + drafts], axes[1::2] if drafts else []
     numbers = []
     for panel, (title, values) in zip(scored, series.items(), strict=True):
-        numbers += [{"panel": title, name: row.pop("value"), **row} for row in _ablated_scores(panel, results, values)]
+        numbers += [{"panel": title, name: row.pop("value"), **row} for row in _draw_scores(panel, results, values)]
         panel.set(title=title, ylabel=plotting.SCORE)
     for panel, (title, values) in zip(accepted, series.items(), strict=bool(accepted)):
         for index, length in enumerate(results.lengths):
@@ -51,7 +51,7 @@ def figure(results: Results, setting: str) -> plotting.Drawn | None:
     return plotting.Drawn(setting.rpartition(".")[2], caption, figure_files(drawing, numbers))
 
 
-def _ablated_scores(panel: "Axes", results: Results, values: Mapping[float, str]) -> list[dict[str, Any]]:
+def _draw_scores(panel: "Axes", results: Results, values: Mapping[float, str]) -> list[dict[str, Any]]:
     """Draws a line a length, and dashed the score of the first label, where that is of another mode.
 
     Returns the numbers of the lines.

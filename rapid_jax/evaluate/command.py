@@ -108,7 +108,7 @@ def evaluate(options: argparse.Namespace) -> None:
         from rapid_jax.runtime.agreement import check_agreed
 
         quiet = options.quiet or not run.leads
-        samples, described = _prepared(options, suite_options, config, modes, explicit, quiet=quiet)
+        samples, described = _prepare(options, suite_options, config, modes, explicit, quiet=quiet)
         check_agreed({"samples": described["digest"]})
         if run.leads:
             check_same(folder, described)
@@ -121,7 +121,7 @@ def evaluate(options: argparse.Namespace) -> None:
             _write_report(folder, None)
 
 
-def _prepared(
+def _prepare(
     options: argparse.Namespace,
     suite_options: SuiteOptions,
     config: RapidConfig,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-from rapid_jax.evaluate.details import NAMED, shown_value
+from rapid_jax.evaluate.details import NAMED, value_text
 from rapid_jax.evaluate.page import Block, Bold, Heading, Table, Verbatim, markdown, plain, text
 from rapid_jax.evaluate.results import Outcome, Results, named, read
 from rapid_jax.evaluate.summary import (
@@ -14,11 +14,11 @@ from rapid_jax.evaluate.summary import (
     Cell,
     Row,
     difference,
+    difference_text,
     estimate,
     overall,
     percent,
     rows,
-    shown_difference,
 )
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file
@@ -124,7 +124,7 @@ def _blocks(results: Sequence[Results], names: Sequence[str], compared: Sequence
     whole = _different(*(found.settings for found in results))
     for item in compared:
         blocks.append(Heading(item.label))
-        blocks.append(text(_counted(item)))
+        blocks.append(text(_count(item)))
         here = _different(*(found.settings_of(item.label) for found in results))
         if here != whole:
             blocks.append(text(f"In this mode not the same is set: {_said(here) or 'nothing'}."))
@@ -169,14 +169,14 @@ def _parted(one: str, other: str) -> int:
 
 
 def _value(settings: Mapping[str, Any], name: str) -> str:
-    return shown_value(settings[name]) if name in settings else "-"
+    return value_text(settings[name]) if name in settings else "-"
 
 
 def _said(different: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(f"{name} {' and '.join(values)}" for name, values in different.items())
 
 
-def _counted(item: _Compared) -> str:
+def _count(item: _Compared) -> str:
     told = [f"{len(item.pairs):,} samples compared"]
     if item.left_out:
         told.append(f"{item.left_out:,} that only one of them has left out")
@@ -207,7 +207,7 @@ def _line(name: str, row: Row, item: _Compared) -> list[str]:
         return [name, "0", "-", "-", "-", "-"]
     verdict = Bold(gained.verdict) if gained.clear else gained.verdict
     scores = [percent(got.mean) if got else "-" for got in means]
-    return [name, f"{gained.scores:,}", *scores, shown_difference(gained), verdict]
+    return [name, f"{gained.scores:,}", *scores, difference_text(gained), verdict]
 
 
 def _changed(item: _Compared, names: Sequence[str]) -> list[Block]:

@@ -28,7 +28,7 @@ _FAULTS: Mapping[str, tuple[Callable[[Outcome], bool], str]] = {
 }
 
 
-def shown_value(value: Any) -> str:
+def value_text(value: Any) -> str:
     """A setting's value, as settings are written."""
     return value if isinstance(value, str) else json.dumps(value)
 

@@ -122,17 +122,17 @@ def _sample(task: str, item: Mapping[str, str], templates: Templates) -> Sample:
         suite=SUITE,
         task=task,
         document=item["context"],
-        question=_filled(template[start:end], item),
+        question=_fill(template[start:end], item),
         answers=(item["answer"],),
         metric="choice",
         max_new_tokens=ANSWER_TOKENS if task == DIRECT else REASONING_TOKENS,
         template=template[:start].replace("$DOC$", "{document}") + "{question}" + template[end:],
         tags={name: item[name] for name in (*_SPLITS, "domain")},
-        then=None if task == DIRECT else _filled(templates.concluded, item),
+        then=None if task == DIRECT else _fill(templates.concluded, item),
     )
 
 
-def _filled(template: str, item: Mapping[str, str]) -> str:
+def _fill(template: str, item: Mapping[str, str]) -> str:
     """The template with a question's texts in it, {answer} for $COT$. Markers that these texts spell out stay text."""
     values = {
         "Q": item["question"],

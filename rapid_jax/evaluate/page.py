@@ -127,22 +127,22 @@ def _columns(said: str) -> int:
 def _markdown(block: Block) -> str:
     match block:
         case Heading():
-            return f"{'#' * block.level} {_escaped(block.text)}"
+            return f"{'#' * block.level} {_escape(block.text)}"
         case Text():
-            return "".join(_escaped(part) for part in block.parts)
+            return "".join(_escape(part) for part in block.parts)
         case Table():
             rule = ["---", *["---:"] * (len(block.head) - 1)]
-            lines = [[_escaped(cell) for cell in row] for row in (block.head, *block.rows)]
+            lines = [[_escape(cell) for cell in row] for row in (block.head, *block.rows)]
             return "\n".join(f"| {' | '.join(line)} |" for line in (lines[0], rule, *lines[1:]))
         case Verbatim():
             longest = max((len(run) for run in re.findall("`+", block.text)), default=0)
             fence = "`" * max(3, longest + 1)
             return f"{fence}text\n{block.text}\n{fence}"
         case Picture():
-            return f"![{_escaped(block.caption)}]({block.file})\n\n{_escaped(block.caption)}"
+            return f"![{_escape(block.caption)}]({block.file})\n\n{_escape(block.caption)}"
 
 
-def _escaped(part: str) -> str:
+def _escape(part: str) -> str:
     """As Markdown, on one line."""
     shown = _MEANING.sub(r"\\\1", " ".join(part.split("\n")))
     return f"**{shown.strip()}**" if isinstance(part, Bold) and shown.strip() else shown

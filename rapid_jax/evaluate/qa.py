@@ -74,7 +74,7 @@ def samples(options: SuiteOptions, measure: Measure) -> Iterable[Sample]:
     if not options.lengths:
         raise InputError(f"suite {SUITE}: expected --lengths, which passages are put together to, got none")
     haystack.positive("lengths", options.lengths)
-    usable = [at for at, question in enumerate(questions) if _answered(question)]
+    usable = [at for at, question in enumerate(questions) if _answer(question)]
     if not usable:
         raise InputError(f"{path}: expected passages that hold an answer to their question, got none")
     wanted = SAMPLES if options.samples is None else options.samples
@@ -144,7 +144,7 @@ def _holds(text: str, answers: Sequence[str]) -> bool:
     return any(scoring.holds(text, answer) for answer in answers)
 
 
-def _answered(question: Question) -> bool:
+def _answer(question: Question) -> bool:
     return _holds(scoring.normalised(question.passage), question.answers)
 
 

@@ -12,12 +12,12 @@ from rapid_jax.evaluate.summary import (
     Row,
     cells_of,
     difference,
+    difference_text,
     estimate,
     overall,
     pooled,
     rows,
     shown,
-    shown_difference,
 )
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import replace_file
@@ -46,12 +46,12 @@ def report(folder: AnyPlace, out: AnyPlace | None = None) -> tuple[AnyPlace, str
     for name, content in files.items():
         with replace_file(place / name) as temporary:
             temporary.write_bytes(content)
-    return place / "report.html", _printed(results)
+    return place / "report.html", _print(results)
 
 
-def _printed(results: Results) -> str:
+def _print(results: Results) -> str:
     """The scores as text for a terminal, with what a reader must know of them."""
-    blocks = [Heading(f"{results.suite}, scores in %", 1), text(f"{_finished(results)} {NEEDED}")]
+    blocks = [Heading(f"{results.suite}, scores in %", 1), text(f"{_finish(results)} {NEEDED}")]
     blocks += [text(f"Warning: {warning}") for warning in details.warnings(results)]
     return plain([*blocks, *_score_tables(results)])
 
@@ -68,14 +68,14 @@ def _blocks(results: Results, drawn: Sequence[plotting.Drawn]) -> Iterator[Block
     yield from details.samples(results)
 
 
-def _finished(results: Results) -> str:
+def _finish(results: Results) -> str:
     counts = [f"{label} ({len(outcomes):,})" for label, outcomes in results.by_label.items()]
     whole = "" if results.samples is None else f" of {results.samples:,}"
     return f"Samples finished{whole}: {', '.join(counts)}."
 
 
 def _about(results: Results) -> Iterator[Block]:
-    yield text(_finished(results))
+    yield text(_finish(results))
     yield text(f"Lengths: {', '.join(map(named, results.lengths))}.")
     if results.options:
         options = (f"{name} {json.dumps(value)}" for name, value in results.options.items() if value not in (None, []))
@@ -84,7 +84,7 @@ def _about(results: Results) -> Iterator[Block]:
         yield text(f"Templates: {results.templates}")
     settings = [(name, results.settings[name]) for name in details.NAMED if name in results.settings]
     if settings:
-        said = ", ".join(f"{name} {details.shown_value(value)}" for name, value in settings)
+        said = ", ".join(f"{name} {details.value_text(value)}" for name, value in settings)
         yield text(f"Settings, where a mode's name does not say otherwise: {said}.")
     yield text(f"Scores are in %, brackets are 95 % bootstrap intervals. {NEEDED}")
     if plotting.missing():
@@ -114,7 +114,7 @@ def _differences(results: Results) -> Iterator[Block]:
         got = difference(row, results.by_label[label], results.by_label[first])
         if got is None:
             return "-"
-        said = f"{got.verdict} {shown_difference(got)}"
+        said = f"{got.verdict} {difference_text(got)}"
         return Bold(said) if got.clear else said
 
     yield Heading(f"Differences from {first}")

@@ -77,7 +77,7 @@ def _made(
                 if questions is not None:
                     sample = ruler_qa.asked(blank, rng, known[task], questions[number], measure)
                 else:
-                    sample = _drawn(blank, rng, text, measure)
+                    sample = _draw(blank, rng, text, measure)
                 if sample is not None:
                     yield sample
                     break
@@ -85,7 +85,7 @@ def _made(
                 raise haystack.not_found(blank)
 
 
-def _drawn(blank: Sample, rng: random.Random, text: str, measure: Measure) -> Sample | None:
+def _draw(blank: Sample, rng: random.Random, text: str, measure: Measure) -> Sample | None:
     """One try at a sample of a task without data."""
     if blank.task in NIAH:
         return ruler_hidden.niah(blank, rng, text, measure)

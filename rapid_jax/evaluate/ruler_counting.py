@@ -76,15 +76,15 @@ def coded_words(blank: Sample, rng: random.Random, measure: Measure) -> Sample:
     def make(size: int) -> Sample:
         counts = [int((size + _LEAST_CODED) / (rank**2 * ZETA_2)) for rank in range(1, len(vocabulary) + 1)]
         coded = [word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)]
-        return replace(blank, document=" ".join(_shuffled(coded, order)))
+        return replace(blank, document=" ".join(_shuffle(coded, order)))
 
     return fitted(make, measure, length, most=2 * length)
 
 
-def _shuffled(entries: Sequence[str], order: float) -> list[str]:
+def _shuffle(entries: Sequence[str], order: float) -> list[str]:
     """The entries in an order that follows from `order` alone."""
     return random.Random(order).sample(entries, len(entries))
 
 
 def _numbered(entries: Sequence[str], order: float) -> str:
-    return " ".join(f"{place}. {word}" for place, word in enumerate(_shuffled(entries, order), 1))
+    return " ".join(f"{place}. {word}" for place, word in enumerate(_shuffle(entries, order), 1))

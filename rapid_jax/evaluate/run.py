@@ -78,7 +78,7 @@ def evaluate(
     computes, the one that `leads` writes.
     """
     share = share or Share()  # which samples are this run's: number % count == index
-    mine = _ordered([sample for number, sample in enumerate(samples) if number % share.count == share.index])
+    mine = _order([sample for number, sample in enumerate(samples) if number % share.count == share.index])
     with contextlib.ExitStack() as stack:
         files = stack.enter_context(open_answers(folder, [mode.label for mode in modes], share, leads=leads))
         there = finished(folder, samples[0].suite) if samples else {}
@@ -98,7 +98,7 @@ def evaluate(
                 sampling = replace(mode.config.sampling, max_new_tokens=mode.limit or todo[0].max_new_tokens)
                 config = replace(mode.config, sampling=sampling)
                 others = _others(mine, todo) if mode.unrelated else None
-                files[mode.label].add(_answered(rapid, config, todo, mode, others))
+                files[mode.label].add(_answer(rapid, config, todo, mode, others))
                 report.advance(len(todo))
         for file in files.values():
             file.finish()
@@ -111,7 +111,7 @@ def _dated(rapid: Rapid, config: RapidConfig) -> None:
         model.tokenizer.now = NOW
 
 
-def _ordered(samples: Sequence[Sample]) -> list[Sample]:
+def _order(samples: Sequence[Sample]) -> list[Sample]:
     """Those of a task and length together; where a task has no lengths, by the size of the document."""
     first: dict[tuple, int] = {}
     for sample in samples:
@@ -141,7 +141,7 @@ def _others(samples: Sequence[Sample], group: Sequence[Sample]) -> list[str]:
     return found
 
 
-def _answered(
+def _answer(
     rapid: Rapid, config: RapidConfig, samples: Sequence[Sample], mode: LabelledMode, others: Sequence[str] | None
 ) -> list[dict[str, Any]]:
     """The lines of samples that are answered together; what is retrieved comes from `others`, if there are any."""

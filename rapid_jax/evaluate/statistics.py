@@ -73,7 +73,7 @@ def estimate(
     """
     if resamples < 1 or not 0 < level < 1:
         raise InputError(f"expected resamples >= 1 and a level between 0 and 1, got {resamples} and {level}")
-    weights, values = _checked(cells)
+    weights, values = _check(cells)
     # The least and the most that a draw can be.
     mean, least, most = (float(weights @ [of(scores) for scores in values]) for of in (_mean, np.min, np.max))
     strata = _strata(cells)
@@ -105,7 +105,7 @@ def _unseen(strata: Sequence[_Stratum], level: float, reaches: Sequence[float]) 
     return whole * (1 - ((1 - level) / 2) ** (1 / min(counts))) if counts else 0.0
 
 
-def _checked(cells: Sequence[Cell]) -> tuple[np.ndarray, list[np.ndarray]]:
+def _check(cells: Sequence[Cell]) -> tuple[np.ndarray, list[np.ndarray]]:
     """The weights and the scores of the cells."""
     if not cells:
         raise InputError("expected the scores of at least one task, got none")

@@ -118,7 +118,7 @@ def shown(got: Estimate | None) -> str:
     return f"{percent(got.mean)} [{percent(got.low)}, {percent(got.high)}]"
 
 
-def shown_difference(got: Estimate | None) -> str:
+def difference_text(got: Estimate | None) -> str:
     """A difference as +2.5 [+0.4, +4.6], or +2.5 alone where there are too few questions for an interval."""
     if not got:
         return "-"

@@ -113,7 +113,7 @@ def _write(sweep: SweepFile) -> None:
     ]
     about = "Scores in %, with the ends of their 95 % intervals; acceptance in % and tokens a second are medians."
     draws = bool(found) and not plotting.missing()
-    write_table(sweep, rows, _drawn(sweep, found) if draws else None, about)
+    write_table(sweep, rows, _draw(sweep, found) if draws else None, about)
 
 
 def _numbers(results: Results, label: str) -> dict[str, float | None]:
@@ -145,7 +145,7 @@ def _percent(share: float | None) -> float | None:
     return None if share is None else round(100 * share, 2)
 
 
-def _drawn(sweep: SweepFile, found: Mapping[str, Results]) -> FigureFiles:
+def _draw(sweep: SweepFile, found: Mapping[str, Results]) -> FigureFiles:
     """Score, acceptance and speed of each point, a colour a mode."""
     labels = list(dict.fromkeys(label for results in found.values() for label in results.labels))
     names = list(found)

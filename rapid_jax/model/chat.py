@@ -77,7 +77,7 @@ def mark_of(name: str) -> str:
     return f"\N{REFERENCE MARK}Of {name}:\n\n  <b> & 'c'\\ \"D\"\N{REFERENCE MARK}"
 
 
-def parted(text: str, marks: Sequence[str]) -> list[str]:
+def split_at_marks(text: str, marks: Sequence[str]) -> list[str]:
     """A rendered prompt parted at marks that its messages held, which are where other words are put in.
 
     Raises InputError unless the template wrote each of them as it was, once, and in their order.

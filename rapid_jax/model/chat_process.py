@@ -36,13 +36,13 @@ def main() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # its signal ends the process, whatever is running
-        answer = _answered(environment, template_of, request)
+        answer = _answer(environment, template_of, request)
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(answer + "\n")
         sys.stdout.flush()
 
 
-def _answered(environment: "jinja2.Environment", template_of: Callable, request: dict[str, Any]) -> str:
+def _answer(environment: "jinja2.Environment", template_of: Callable, request: dict[str, Any]) -> str:
     """A line of JSON: the text or the literals, or an error and whether it came of reading or of rendering."""
     stage = "read"
     try:

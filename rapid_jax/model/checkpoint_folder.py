@@ -29,7 +29,7 @@ def read_folder_config(folder: AnyPlace) -> Fields:
             f"{folder}: holds a PEFT adapter ({_ADAPTER}); merge it into its base model (merge_and_unload), save that"
         )
     if not (folder / _CONFIG).is_file():
-        raise InputError(f"{folder / _CONFIG}: no such file; {_described(folder)}")
+        raise InputError(f"{folder / _CONFIG}: no such file; {_describe(folder)}")
     return read_object(folder / _CONFIG, _MOST_CONFIG_BYTES)
 
 
@@ -41,7 +41,7 @@ def folder_tensors(folder: AnyPlace) -> dict[str, Tensor]:
     if (folder / SINGLE).is_file():
         return safetensors_file.tensors_in(folder / SINGLE)
     if (folder / INDEX).is_file():
-        return _indexed(folder)
+        return _read_index(folder)
     shards = _names(folder.glob("*.safetensors"))
     if shards:
         raise InputError(f"{folder}: expected {SINGLE}, or {INDEX} beside the files that it names; found {shards}")
@@ -50,7 +50,7 @@ def folder_tensors(folder: AnyPlace) -> dict[str, Tensor]:
         raise InputError(
             f"{folder}: pickled weights ({pickled}) are not read: they can run code; save the model as safetensors"
         )
-    raise InputError(f"{folder}: expected {SINGLE} or {INDEX}; {_described(folder)}")
+    raise InputError(f"{folder}: expected {SINGLE} or {INDEX}; {_describe(folder)}")
 
 
 def text_tensors(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], int]:
@@ -76,7 +76,7 @@ def encoder_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key if key.startswith("model.") else f"model.{key}": tensor for key, tensor in inner.items()}
 
 
-def _indexed(folder: AnyPlace) -> dict[str, Tensor]:
+def _read_index(folder: AnyPlace) -> dict[str, Tensor]:
     path = folder / INDEX
     weight_map: Fields = read_object(path, _MOST_CONFIG_BYTES).fields("weight_map")
     places = {key: weight_map.text(key) for key in weight_map}
@@ -93,7 +93,7 @@ def _indexed(folder: AnyPlace) -> dict[str, Tensor]:
     return {key: files[name][key] for key, name in places.items()}
 
 
-def _described(folder: AnyPlace) -> str:
+def _describe(folder: AnyPlace) -> str:
     """What is there instead, and what to do about it, for the end of an error's line."""
     if gguf := [path for path in folder.iterdir() if path.suffix.lower() == ".gguf"]:
         return f"name the GGUF file itself: {folder}/{_names(gguf)}"

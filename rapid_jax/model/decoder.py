@@ -61,7 +61,7 @@ def rms_norm(x: jax.Array, weight_D: jax.Array, eps: float, offset: float = 0.0)
     return weight_D * normed.astype(x.dtype)
 
 
-def activated(gate: jax.Array, activation: Activation) -> jax.Array:
+def activate(gate: jax.Array, activation: Activation) -> jax.Array:
     """The MLP's gate after its activation, in its dtype: silu as it is, gelu (its tanh form) computed in float32."""
     if activation == "silu":
         return jax.nn.silu(gate)
@@ -121,7 +121,7 @@ class Block(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array, cos: jax.Array, sin: jax.Array, attend: Attend, layer: Any):
         """(x after this layer, what `attend` kept)."""
-        q_BTNH, k_BTKH, v_BTKH = self.projected(self.normed(x_BTD, self.attention_norm_D))
+        q_BTNH, k_BTKH, v_BTKH = self.project_qkv(self.normed(x_BTD, self.attention_norm_D))
         attended_BTNH, kept = attend(*self.compared(q_BTNH, k_BTKH, cos, sin), v_BTKH, layer)
         x_BTD = x_BTD + self.normed(self.attention_output(attended_BTNH), self.attention_post_norm_D)
         return x_BTD + self.normed(self.mlp(self.normed(x_BTD, self.mlp_norm_D)), self.mlp_post_norm_D), kept
@@ -130,7 +130,7 @@ class Block(nnx.Module):
         """x after one of the layer's norms; as it is where the model has none there."""
         return x if norm is None else rms_norm(x, norm[...], self.norm_eps, self.norm_offset)
 
-    def projected(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project_qkv(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(q_BTNH, k_BTKH, v_BTKH), neither normalised nor rotated."""
         return (
             _project("BTD,DNH->BTNH", h_BTD, self.q_DNH[...], self.q_bias_NH),
@@ -155,7 +155,7 @@ class Block(nnx.Module):
         if self.experts is not None:
             return self.routed(h_BTD, *(Grouped(w[...]) for w in (self.gate_XDF, self.up_XDF, self.down_XFD)))
         gated = _project("BTD,DF->BTF", h_BTD, self.gate_DF[...])
-        gated = activated(gated, self.activation) * _project("BTD,DF->BTF", h_BTD, self.up_DF[...])
+        gated = activate(gated, self.activation) * _project("BTD,DF->BTF", h_BTD, self.up_DF[...])
         return _project("BTF,FD->BTD", gated, self.down_FD[...])
 
     def routed(self, h_BTD: jax.Array, *matrices: Grouped, bits: WeightBits | None = None) -> jax.Array:

@@ -81,7 +81,7 @@ def _fused_block(decoder: Decoder, block: Block, *, spent: bool) -> FusedBlock:
     lead = stack if block.experts is None else (*stack, None)
     narrow = down.shape[-2] // parts % lanes
     if narrow:
-        deepened = partial(_deepened, lanes=lanes, place=depth)
+        deepened = partial(_deepen, lanes=lanes, place=depth)
         down = _made(deepened, depth.sharding(*lead, *depth.spec), down, spent=spent)
     if block.experts is None:
         mlp = (Matrix(_made(partial(join, lanes=lanes), beside, gate, up, spent=spent), place=columns),)
@@ -115,7 +115,7 @@ def _head(decoder: Decoder, spent: bool) -> Matrix | None:
     place = Place(decoder.mesh, other=_split(head, 0))
     lanes = 1 if place.parts == 1 else place.parts * LANES
     if head.shape[1] % lanes:
-        head = _made(partial(_filled, axis=1, lanes=lanes), place.sharding(*place.spec), head, spent=spent)
+        head = _made(partial(_fill, axis=1, lanes=lanes), place.sharding(*place.spec), head, spent=spent)
     return Matrix(head, place=place)
 
 
@@ -148,7 +148,7 @@ def _side_by_side(*parts: jax.Array, lead: int, place: Place, copied: bool = Fal
 
     def local(*parts: jax.Array) -> jax.Array:
         flat = (part.reshape(*part.shape[:lead], -1) for part in parts)
-        return jnp.concatenate([_filled(part, axis=lead, lanes=lanes) for part in flat], axis=lead)
+        return jnp.concatenate([_fill(part, axis=lead, lanes=lanes) for part in flat], axis=lead)
 
     own = PartitionSpec(*(None,) * lead, MODEL)
     given = tuple(PartitionSpec() if copied and at else own for at in range(len(parts)))
@@ -156,15 +156,15 @@ def _side_by_side(*parts: jax.Array, lead: int, place: Place, copied: bool = Fal
 
 
 @partial(jax.jit, static_argnames=("lanes", "place"))
-def _deepened(down_FD: jax.Array, lanes: int, place: Place) -> jax.Array:
+def _deepen(down_FD: jax.Array, lanes: int, place: Place) -> jax.Array:
     """With zeros for the columns that gate and up were filled up with."""
     axis = down_FD.ndim - 2
     own = PartitionSpec(*(None,) * axis, MODEL)
-    return place.per_device(partial(_filled, axis=axis, lanes=lanes), (own,), own)(down_FD)
+    return place.per_device(partial(_fill, axis=axis, lanes=lanes), (own,), own)(down_FD)
 
 
 @partial(jax.jit, static_argnames=("axis", "lanes"))
-def _filled(array: jax.Array, axis: int, lanes: int) -> jax.Array:
+def _fill(array: jax.Array, axis: int, lanes: int) -> jax.Array:
     """An axis with zeros up to a multiple of `lanes`."""
     lacking = [(0, 0)] * array.ndim
     lacking[axis] = (0, -array.shape[axis] % lanes)

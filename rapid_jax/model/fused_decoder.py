@@ -11,9 +11,9 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from rapid_jax.model.decoder import Attend, Block, Decoder, activated
+from rapid_jax.model.decoder import Attend, Block, Decoder, activate
 from rapid_jax.model.experts import Grouped
-from rapid_jax.model.matrix import MODEL, Matrix, Place, summed_over_model, times
+from rapid_jax.model.matrix import MODEL, Matrix, Place, sum_over_model, times
 from rapid_jax.model.quantized import WeightBits, dequantize, kernels_fit
 from rapid_jax.model.skinny import FixedPoint, fixed_point, skinny_matmul
 
@@ -131,7 +131,7 @@ class FusedBlock(Block):
         """All of them; of a mixture the last three are of every expert."""
         return self.qkv, self.out, *self._mlp
 
-    def projected(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def project_qkv(self, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(q_BTNH, k_BTKH, v_BTKH), neither normalised nor rotated."""
         return self._heads(self.qkv(h_BTD))
 
@@ -147,7 +147,7 @@ class FusedBlock(Block):
 
         def gated(both_BTJ: jax.Array) -> jax.Array:
             gate_BTF, up_BTF = jnp.split(both_BTJ, 2, axis=-1)
-            return activated(gate_BTF, self.activation) * up_BTF
+            return activate(gate_BTF, self.activation) * up_BTF
 
         own = PartitionSpec(None, None, MODEL)
         return self.down(self.how.place.per_device(gated, (own,), own)(self.gate_up(h_BTD)))
@@ -223,7 +223,7 @@ class FusedDecoder(Decoder):
             at_BT = tokens_BT - lax.axis_index(MODEL) * embed_VD.shape[0]
             own_BT = (at_BT >= 0) & (at_BT < embed_VD.shape[0])
             x_BTD = jnp.where(own_BT[..., None], embed_VD[jnp.where(own_BT, at_BT, 0)], 0)
-            return summed_over_model(x_BTD, x_BTD.dtype, self.mesh)
+            return sum_over_model(x_BTD, x_BTD.dtype, self.mesh)
 
         given = PartitionSpec(MODEL, None), PartitionSpec()
         return self.scaled(place.per_device(local, given, PartitionSpec())(self.embed_VD[...], tokens_BT))

@@ -93,7 +93,7 @@ def _full(x_PD: jax.Array, sizes_X: jax.Array, values_XDF: jax.Array, how: Group
     tiles = tiles_of(sizes_X, x_PD.shape[0] - how.tile, how.tile)
     if how.platform == "gpu" and grouped_kernel.fits(*values_XDF.shape[1:]):
         return grouped_kernel.product(x_PD, tiles, values_XDF, dtype=dtype)
-    return _looped(x_PD, tiles, lambda x_TD, expert: einsum32("TD,DF->TF", x_TD, values_XDF[expert]), dtype)
+    return _loop_over_tiles(x_PD, tiles, lambda x_TD, expert: einsum32("TD,DF->TF", x_TD, values_XDF[expert]), dtype)
 
 
 def _full_forward(x_PD, sizes_X, values_XDF, how, dtype):
@@ -117,8 +117,8 @@ def _full_backward(how, dtype, kept, gradient_PF):
     def one(gradient_TF: jax.Array, expert: jax.Array) -> jax.Array:
         return einsum32("TF,DF->TD", gradient_TF, values_XDF[expert])
 
-    dx_PD = _looped(gradient_PF, tiles, one, x_PD.dtype)
-    return dx_PD, None, _summed_outer(x_PD, gradient_PF, tiles, values_XDF.shape).astype(values_XDF.dtype)
+    dx_PD = _loop_over_tiles(gradient_PF, tiles, one, x_PD.dtype)
+    return dx_PD, None, _sum_outer(x_PD, gradient_PF, tiles, values_XDF.shape).astype(values_XDF.dtype)
 
 
 _full.defvjp(_full_forward, _full_backward)
@@ -134,10 +134,10 @@ def _in_bits(x_PD, sizes_X, values, scale, how: Grouping, bits: WeightBits, dtyp
         weight_FD = dequantize(values[expert], scale[expert], bits)[:, : x_TD.shape[1]].astype(x_TD.dtype)
         return einsum32("TD,FD->TF", x_TD, weight_FD)
 
-    return _looped(x_PD, tiles, one, dtype)
+    return _loop_over_tiles(x_PD, tiles, one, dtype)
 
 
-def _looped(x_PD: jax.Array, tiles: Tiles, one, dtype: jnp.dtype) -> jax.Array:
+def _loop_over_tiles(x_PD: jax.Array, tiles: Tiles, one, dtype: jnp.dtype) -> jax.Array:
     """Each tile's rows by `one(rows, expert)`. A tile's junk is overwritten by the next one, which begins there."""
     columns = jax.eval_shape(one, x_PD[: tiles.tile], tiles.used).shape[1]
 
@@ -149,7 +149,7 @@ def _looped(x_PD: jax.Array, tiles: Tiles, one, dtype: jnp.dtype) -> jax.Array:
     return lax.fori_loop(0, tiles.used, body, jnp.zeros((x_PD.shape[0], columns), dtype))
 
 
-def _summed_outer(x_PD: jax.Array, gradient_PF: jax.Array, tiles: Tiles, shape: tuple[int, ...]) -> jax.Array:
+def _sum_outer(x_PD: jax.Array, gradient_PF: jax.Array, tiles: Tiles, shape: tuple[int, ...]) -> jax.Array:
     """float32 [X, D, F]: of each expert's rows the sum of x times the gradient."""
 
     def body(n: jax.Array, total_XDF: jax.Array) -> jax.Array:

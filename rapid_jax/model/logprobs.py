@@ -64,7 +64,7 @@ def by_chunks(
         none = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return None, lax.cond(jnp.any(counts), lambda: made(*given), lambda: none)
 
-    chunks = tuple(_chunked(x, chunk, parts) for x in (counts_BT, hidden_BTD, *items))
+    chunks = tuple(_into_chunks(x, chunk, parts) for x in (counts_BT, hidden_BTD, *items))
     _, found = lax.scan(of_chunk, None, chunks)
     return jax.tree.map(lambda x: _whole(x, counts_BT.shape[1]), found)
 
@@ -107,7 +107,7 @@ def gradients_by_chunks(
 
         return lax.cond(jnp.any(counts), made, lambda: (d_weight, jnp.zeros_like(hidden)))
 
-    chunks = tuple(_chunked(x, chunk, parts) for x in (counts_BT, hidden_BTD, *items))
+    chunks = tuple(_into_chunks(x, chunk, parts) for x in (counts_BT, hidden_BTD, *items))
     # Every device adds to a sum of its own: one sum over devices after the loop, not one a chunk.
     d_weight = own(jnp.zeros((counts_BT.shape[0], parts, *weight.shape), jnp.float32))
     d_weight, d_hidden = lax.scan(of_chunk, d_weight, chunks)
@@ -124,7 +124,7 @@ def _logits(hidden_BPCD: jax.Array, weight: jax.Array, axes: str) -> jax.Array:
     return jnp.einsum(spec, hidden_BPCD, weight, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _chunked(x: jax.Array, chunk: int, parts: int) -> jax.Array:
+def _into_chunks(x: jax.Array, chunk: int, parts: int) -> jax.Array:
     """[B, T, ...] -> [chunks, B, parts, chunk, ...], each part padded to whole chunks with zeros."""
     B, T = x.shape[:2]
     x = x.reshape(B, parts, T // parts, *x.shape[2:])
@@ -133,7 +133,7 @@ def _chunked(x: jax.Array, chunk: int, parts: int) -> jax.Array:
 
 
 def _whole(x: jax.Array, time: int) -> jax.Array:
-    """The inverse of `_chunked`."""
+    """The inverse of `_into_chunks`."""
     count, B, parts, chunk = x.shape[:4]
     x = jnp.moveaxis(x, 0, 2).reshape(B, parts, count * chunk, *x.shape[4:])
     return x[:, :, : time // parts].reshape(B, time, *x.shape[3:])

@@ -68,7 +68,7 @@ class Matrix(nnx.Module):
         return self.values.shape[-1 if self.bits is None else -2]
 
     def __call__(self, x_BTD: jax.Array, dtype: Any = None) -> jax.Array:
-        """Summed in float32 on a device, in `dtype` or else x's. Sums over devices are `summed_over_model`."""
+        """Summed in float32 on a device, in `dtype` or else x's. Sums over devices are `sum_over_model`."""
         dtype = dtype or x_BTD.dtype
         if self.bits is None:
             return times(x_BTD, self.values[...], "DJ").astype(dtype)
@@ -79,7 +79,7 @@ class Matrix(nnx.Module):
             out_BTJ = product(x_BTD, values, scale, bits)
             if split == "columns" or parts == 1:  # XLA refuses a sum over an axis of one device
                 return out_BTJ.astype(dtype)
-            return summed_over_model(out_BTJ, dtype, mesh)
+            return sum_over_model(out_BTJ, dtype, mesh)
 
         along = PartitionSpec(None, None, MODEL)
         x, result = (PartitionSpec(), along) if split == "columns" else (along, PartitionSpec())
@@ -91,7 +91,7 @@ class Matrix(nnx.Module):
         return in_bits(self.values.get_value(), "DJ", bits, self.place)
 
 
-def summed_over_model(x: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
+def sum_over_model(x: jax.Array, dtype: Any, mesh: Mesh | None) -> jax.Array:
     """Inside shard_map, the sum of all devices' along `model`, in that dtype: in float32 on CPUs, which cannot add
     bfloat16.
     """

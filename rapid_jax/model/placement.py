@@ -78,11 +78,11 @@ def build(
             else:
                 sharding = _sharding(mesh, weight.name, weight.axes, weight.shape, table)
                 placed = _placed(weight, source, mesh, table)
-                filled[path] = _turned(placed, weight.to_ours, dtype, sharding)
+                filled[path] = _transpose(placed, weight.to_ours, dtype, sharding)
             # Dispatch is asynchronous: without the wait, every array would be read before the first is turned.
             filled[path].block_until_ready()
             report.advance(1)
-    return _merged(graph, leaves, filled)
+    return _merge(graph, leaves, filled)
 
 
 def abstract(
@@ -94,7 +94,7 @@ def abstract(
     for weight in weights(config):
         shape, sharding = _lying(config, weight, layout, mesh, table)
         shapes[weight.path(layout)] = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    return _merged(graph, leaves, shapes)
+    return _merge(graph, leaves, shapes)
 
 
 def _outline(config: ModelConfig, layout: Layout, dtype: jnp.dtype, mesh: Mesh | None) -> tuple[Any, dict[Any, Any]]:
@@ -104,7 +104,7 @@ def _outline(config: ModelConfig, layout: Layout, dtype: jnp.dtype, mesh: Mesh |
     return graph, dict(nnx.to_flat_state(empty))
 
 
-def _merged(graph: Any, leaves: dict[Any, Any], filled: Mapping[Path, Any]) -> Decoder:
+def _merge(graph: Any, leaves: dict[Any, Any], filled: Mapping[Path, Any]) -> Decoder:
     if filled.keys() != leaves.keys():
         raise ValueError(f"parameters without a checkpoint key: {sorted(map(str, filled.keys() ^ leaves.keys()))}")
     state = nnx.from_flat_state([(path, leaf.replace(filled[path])) for path, leaf in leaves.items()])
@@ -125,7 +125,7 @@ def stored_arrays(decoder: Decoder, dtype: np.dtype) -> Iterator[tuple[Weight, n
         if place := weight.place(decoder.layout):
             array = _stored_row(parameter, place, weight.to_stored, dtype)
         else:
-            array = _turned(parameter, weight.to_stored, dtype, None)
+            array = _transpose(parameter, weight.to_stored, dtype, None)
         if array.is_fully_addressable:
             host = np.asarray(array)
         else:
@@ -196,7 +196,7 @@ def _placed(weight: Weight, source: _Source, mesh: Mesh | None, table: Table) ->
     if mesh is None or sharding is None:
         return jax.device_put(source.whole())
     if (shared := source.shared(mesh)) is not None:
-        return _exchanged(shared, shape, sharding)
+        return _exchange(shared, shape, sharding)
     rows = source.rows()  # several devices may hold the same rows, or other columns of them
 
     def part(index: Any) -> np.ndarray:
@@ -230,7 +230,7 @@ def _laid(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _exchanged(stored: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+def _exchange(stored: jax.Array, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
     return _laid(stored.reshape(shape), sharding)
 
 
@@ -240,7 +240,7 @@ def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding | N
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3))
-def _turned(
+def _transpose(
     array: jax.Array, permutation: tuple[int, ...], dtype: jnp.dtype, sharding: NamedSharding | None
 ) -> jax.Array:
     return _laid(jnp.transpose(array, permutation).astype(dtype), sharding)

@@ -54,13 +54,13 @@ class Quoting:
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each text; all processors count."""
-        return [len(found) for found in self._encoded(texts)]
+        return [len(found) for found in self._encode(texts)]
 
     def spans(self, texts: Sequence[str]) -> list[list[tuple[int, int]]]:
         """Of each text, the characters that its tokens stand for; by all processors."""
-        return [found.offsets for found in self._encoded(texts, places=True)]
+        return [found.offsets for found in self._encode(texts, places=True)]
 
-    def _encoded(self, texts: Sequence[str], *, places: bool = False) -> Iterator[tokenizers.Encoding]:
+    def _encode(self, texts: Sequence[str], *, places: bool = False) -> Iterator[tokenizers.Encoding]:
         for text, found in zip(texts, encodings_of(self._plain, texts, places=places), strict=True):
             yield found if self._harmless(text, found.ids) else self.encode(text)
 

@@ -33,7 +33,7 @@ def inverse_frequencies(rope: Rope, rotary_dim: int, context: int = 0) -> tuple[
         return _longrope(rope, wavelength_over_2pi, context)
     inv_freq = np.float32(1) / wavelength_over_2pi
     if rope.scaling == "linear":
-        inv_freq = inv_freq / np.float32(_required(rope, "factor"))
+        inv_freq = inv_freq / np.float32(_require(rope, "factor"))
     if rope.scaling == "llama3":
         inv_freq = _llama3(rope, inv_freq)
     return inv_freq, 1.0
@@ -43,9 +43,9 @@ def _llama3(rope: Rope, inv_freq: np.ndarray) -> np.ndarray:
     """Llama 3.1's rule: wavelengths beyond original / low_freq_factor are stretched by `factor`, those below
     original / high_freq_factor are kept, and between the two the frequencies are interpolated.
     """
-    factor = np.float32(_required(rope, "factor"))
-    low, high = _required(rope, "low_freq_factor"), _required(rope, "high_freq_factor")
-    original = _required(rope, "original_max_positions")
+    factor = np.float32(_require(rope, "factor"))
+    low, high = _require(rope, "low_freq_factor"), _require(rope, "high_freq_factor")
+    original = _require(rope, "original_max_positions")
     wavelength = np.float32(1) / inv_freq * np.float32(2 * math.pi)
     kept = np.float32(1) / wavelength * np.float32(original)
     kept = (kept - np.float32(low)) / np.float32(high - low)
@@ -59,12 +59,12 @@ def _yarn(rope: Rope, wavelength_over_2pi: np.ndarray, head_dim: int) -> tuple[n
     that turns less than beta_slow times is stretched by `factor`, with a ramp between; cos and sin are multiplied by
     0.1 ln(factor) + 1.
     """
-    factor, original = _required(rope, "factor"), _required(rope, "original_max_positions")
+    factor, original = _require(rope, "factor"), _require(rope, "original_max_positions")
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    first, last = dimension(_required(rope, "beta_fast")), dimension(_required(rope, "beta_slow"))
+    first, last = dimension(_require(rope, "beta_fast")), dimension(_require(rope, "beta_slow"))
     if rope.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, head_dim - 1)
@@ -85,7 +85,7 @@ def _longrope(rope: Rope, wavelength_over_2pi: np.ndarray, context: int) -> tupl
     one text differ by the set that they were made with, or are made anew. Here it is the whole context of a model,
     and keys stay as they are. cos and sin are multiplied by sqrt(1 + ln(factor) / ln(original context)).
     """
-    original, factor = _required(rope, "original_max_positions"), _required(rope, "factor")
+    original, factor = _require(rope, "original_max_positions"), _require(rope, "factor")
     factors = rope.long_factor if context > original else rope.short_factor
     attention_factor = rope.attention_factor
     if attention_factor is None:
@@ -104,7 +104,7 @@ def _attention_factor(rope: Rope, factor: float) -> float:
     return temperature(1.0)
 
 
-def _required(rope: Rope, name: str) -> float:
+def _require(rope: Rope, name: str) -> float:
     value = getattr(rope, name)
     if value is None:
         raise ValueError(f"Rope.{name} is needed for {rope.scaling} scaling")

@@ -108,7 +108,7 @@ class Tokenizer:
         ids = encoding_of(self._backend, text).ids
         if add_special_tokens and (not self._opening or ids[: len(self._opening)] != self._opening):
             ids = encoding_of(self._backend, text, add_special_tokens=True).ids
-        return self._checked(ids)
+        return self._check(ids)
 
     def encode_quoted(self, text: str, *, follows: bool = False) -> list[int]:
         """Token ids of somebody else's words: none is special, ends an answer or is one that the template writes.
@@ -117,7 +117,7 @@ class Tokenizer:
         the tokenizer has no other token for a part of the words.
         """
         quoting = self._quoting_unspaced if follows and self._adds_space else self._quoting
-        return self._checked(quoting.encode(text).ids)
+        return self._check(quoting.encode(text).ids)
 
     def counts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of `encode_quoted` of each text; all processors count."""
@@ -150,13 +150,13 @@ class Tokenizer:
         encoding = encoding_of(self._backend, text)
         ids = encoding.ids
         if first:
-            return self._checked(ids if not set(ids).isdisjoint(self._opening) else self._opening + ids)
+            return self._check(ids if not set(ids).isdisjoint(self._opening) else self._opening + ids)
         if self._adds_space:
             special = (index for index, token in enumerate(ids) if token in self.special_ids)
             at = next(special, len(ids))  # behind a special token it adds one in joined text, too
             end = encoding.offsets[at][0] if at < len(ids) else len(text)
             ids = encoding_of(self._unspaced, text[:end]).ids + ids[at:]
-        return self._checked(ids)
+        return self._check(ids)
 
     def chat(
         self,
@@ -186,7 +186,7 @@ class Tokenizer:
         """Ids that `decode` leaves out."""
         return detokenize.special_ids(self._backend)
 
-    def _checked(self, ids: list[int]) -> list[int]:
+    def _check(self, ids: list[int]) -> list[int]:
         if self._rows is not None and ids and (most := max(ids)) >= self._rows:
             raise InputError(
                 f"the prompt holds token {shown(self.token_of(most))}, id {most}: expected ids below {self._rows}, the "
@@ -229,12 +229,12 @@ class Tokenizer:
             text = "\0".join(self._template.literals())
             written = {id for id, token in added.items() if token.content in text}
             for roles in _ROLES:
-                written |= self._rendered([{"role": role, "content": "x"} for role in roles])
+                written |= self._render([{"role": role, "content": "x"} for role in roles])
             plain = {id for id, token in added.items() if token.content.isspace()}
             written = {id for id in written - plain if id in added or _MARKER.fullmatch(self.token_of(id) or "")}
         return frozenset(written)
 
-    def _rendered(self, messages: Messages) -> set[int]:
+    def _render(self, messages: Messages) -> set[int]:
         try:
             ends = (self._template.render(messages, end, _NOW) for end in (True, False))
             return {id for text in ends for id in encoding_of(self._backend, text).ids}
@@ -272,12 +272,12 @@ def check_same_vocabulary(target: Tokenizer, drafter: Tokenizer, source: str) ->
         unused = (None, f"[PAD{token_id}]")
         if ours != theirs and not (ours in unused and theirs in unused):
             raise InputError(
-                f"the drafter must have the target's vocabulary: expected token {token_id} to be {_quoted(ours)}, "
-                f"got {_quoted(theirs)} in {source}"
+                f"the drafter must have the target's vocabulary: expected token {token_id} to be {_quote(ours)}, "
+                f"got {_quote(theirs)} in {source}"
             )
 
 
-def _quoted(token: str | None) -> str:
+def _quote(token: str | None) -> str:
     return "none" if token is None else repr(token)
 
 

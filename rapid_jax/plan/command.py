@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the plan; 0 if every program fits, else 3."""
-    from rapid_jax.plan.report import examined, table
+    from rapid_jax.plan.report import examine, table
     from rapid_jax.plan.speed import predicted, said
 
     config = settings.load(RapidConfig, options.config, options.set)
@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> int:
         _introduce(config, models, topology, context)
     fitting = True
     for program in _programs(config, topology, models, context, options.program):
-        result = examined(program, topology)
+        result = examine(program, topology)
         fitting &= result.fits
         print(json.dumps(result.to_json()) if options.json else table([result]), flush=True)
         if not result.fits:

@@ -42,7 +42,7 @@ class PlannedModel:
     bits: WeightBits | None = None  # of a quantised copy
     quantizes_prefix: bool = False
 
-    def quantized_to(self, bits: WeightBits, *, shared: bool) -> "PlannedModel":
+    def quantize_to(self, bits: WeightBits, *, shared: bool) -> "PlannedModel":
         """Its copy in so many bits; if `shared`, without what the copy has of the original."""
         copy = quantize(self.decoder, bits)
         held = copy.matrices if shared else copy

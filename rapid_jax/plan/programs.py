@@ -95,7 +95,7 @@ def models_of(
     ours = planned(config, target, first, config.mesh, long, retrieved=mode == "retrieval")
     if config.models.target_weights == "int8":
         rounds = ours.quantizes_prefix
-        ours = replace(ours.quantized_to(8, shared=False), quantizes_prefix=rounds)
+        ours = replace(ours.quantize_to(8, shared=False), quantizes_prefix=rounds)
     if mode in ("target", "retrieval"):
         return ours, None
     if drafter is None:
@@ -105,7 +105,7 @@ def models_of(
     else:
         sizes = config.drafter_mesh or config.mesh
         theirs = planned(config, drafter, second or first, sizes, short - 2, retrieved=True)
-    return ours, theirs if bits is None else theirs.quantized_to(bits, shared=drafter is None)
+    return ours, theirs if bits is None else theirs.quantize_to(bits, shared=drafter is None)
 
 
 def _prefill(config: RapidConfig, model: PlannedModel, name: str, others: list[Any]) -> Program:

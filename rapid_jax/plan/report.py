@@ -47,7 +47,7 @@ class Result:
         return {name: value for name, value in vars(self).items() if name != "text"}
 
 
-def examined(program: Program, topology: Topology) -> Result:
+def examine(program: Program, topology: Topology) -> Result:
     """Compiles the program for the topology. One that the compiler finds too large is a result, too.
 
     For a GPU nothing is compiled: what stays is counted, and working memory is what the program's rule says.
@@ -55,7 +55,7 @@ def examined(program: Program, topology: Topology) -> Result:
     chip = topology.generation
     counted = chip.platform == "gpu"
     start = time.perf_counter()
-    made, added, text, found = (0, program.working, "", []) if counted else _compiled(program, chip)
+    made, added, text, found = (0, program.working, "", []) if counted else _compile_and_read(program, chip)
     seconds = None if counted else time.perf_counter() - start
     size = dense_bytes if counted else tiled_bytes
     kinds = {name: size(program.resident.get(name, ())) for name in ("weights", "optimizer", "cache", "other")}
@@ -86,7 +86,7 @@ def examined(program: Program, topology: Topology) -> Result:
     )
 
 
-def _compiled(program: Program, chip: Generation) -> tuple[int, int, str, list[Collective]]:
+def _compile_and_read(program: Program, chip: Generation) -> tuple[int, int, str, list[Collective]]:
     """(Bytes of new results, bytes beyond the arguments at the peak, the program's text, its collectives)."""
     try:
         compiled = program.lower().compile()
@@ -107,10 +107,10 @@ def dense_bytes(tree: Any) -> int:
 
 def tiled_bytes(tree: Any) -> int:
     """Bytes of a device's parts of all arrays, as they lie in tiles: the last axis is filled up to whole lanes."""
-    return sum(map(_tiled, jax.tree.leaves(tree)))
+    return sum(map(_tile, jax.tree.leaves(tree)))
 
 
-def _tiled(array: Any) -> int:
+def _tile(array: Any) -> int:
     sharding = getattr(array, "sharding", None)
     shape = array.shape if sharding is None else sharding.shard_shape(array.shape)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):

@@ -61,12 +61,12 @@ class _Layout:
         clean_P = np.cumsum(opened - closed) == 0
         places = np.arange(size + 1)
         self._clean_at_or_before_P = np.maximum.accumulate(np.where(clean_P, places, 0))
-        self._cuts = [self._snapped([m.end() for m in pattern.finditer(document)]) for pattern in _SEPARATORS]
+        self._cuts = [self._snap([m.end() for m in pattern.finditer(document)]) for pattern in _SEPARATORS]
         self._cuts.append(places[clean_P])
         self._counts = [self.tokens_before_P[cuts] for cuts in self._cuts]
         self.levels = len(self._cuts)
 
-    def _snapped(self, places: list[int]) -> np.ndarray:
+    def _snap(self, places: list[int]) -> np.ndarray:
         """The places, each moved back to the nearest one that tears no token.
 
         Where the space before a word belongs to the word's token (byte-level BPE, SentencePiece) the cut thereby moves
@@ -106,7 +106,7 @@ def _ends(layout: _Layout, start: int, end: int, limit: int, level: int) -> list
     return ends
 
 
-def _merged(layout: _Layout, ends: list[int], limit: int) -> list[int]:
+def _merge(layout: _Layout, ends: list[int], limit: int) -> list[int]:
     """The ends with neighbours joined wherever both fit in one chunk, so the rest of a long paragraph is not alone."""
     merged: list[int] = []
     start = 0
@@ -130,7 +130,7 @@ def split(document: str, token_spans: TokenSpans, chunk_tokens: int) -> list[Chu
     if not document.strip():
         raise InputError("retrieval: expected a document with text in it, got an empty one")
     layout = _Layout(document, token_spans(document))
-    ends = _merged(layout, _ends(layout, 0, len(document), chunk_tokens, 0), chunk_tokens)
+    ends = _merge(layout, _ends(layout, 0, len(document), chunk_tokens, 0), chunk_tokens)
     return [
         Chunk(start, end, document[start:end], layout.tokens(start, end))
         for start, end in zip([0, *ends[:-1]], ends, strict=True)

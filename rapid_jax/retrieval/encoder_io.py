@@ -189,7 +189,7 @@ def _found(folder: AnyPlace, shapes: Mapping[str, Any]) -> dict[str, Tensor]:
     return found
 
 
-def _stacked(found: Mapping[str, Tensor], name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
+def _stack(found: Mapping[str, Tensor], name: str, like: jax.ShapeDtypeStruct) -> np.ndarray:
     stacked = np.empty(like.shape, like.dtype)
     for layer in range(like.shape[0]):
         stored = safetensors_file.read(found[f"encoder.layer.{layer}.{_LAYER_TENSORS[name][0]}"])
@@ -218,7 +218,7 @@ def _load_bert(folder: AnyPlace, config: EncoderConfig, dtype: jnp.dtype) -> Enc
     for name, theirs in _EMBEDDING_TENSORS.items():
         stored = safetensors_file.read(found[theirs], range(1) if name == "type_E" else None)
         arrays[name] = stored.reshape(shapes[name].shape).astype(shapes[name].dtype)
-    arrays["layers"] = {name: _stacked(found, name, like) for name, like in shapes["layers"].items()}
+    arrays["layers"] = {name: _stack(found, name, like) for name, like in shapes["layers"].items()}
     if config.dense:
         arrays["dense"] = dict(enumerate(load_dense(folder, dense) for dense in config.dense))
     nnx.replace_by_pure_dict(state, jax.tree.map(jnp.asarray, arrays))

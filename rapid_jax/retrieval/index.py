@@ -58,7 +58,7 @@ def _load_scann() -> ModuleType:
     return scann_ops_pybind
 
 
-def _checked(vectors: np.ndarray, what: str) -> np.ndarray:
+def _check(vectors: np.ndarray, what: str) -> np.ndarray:
     """The vectors as a contiguous float32 matrix. A NaN inside ScaNN's tree would end the process, not raise."""
     matrix = np.ascontiguousarray(vectors, np.float32)
     if matrix.ndim != 2 or matrix.shape[1] < 1:
@@ -125,7 +125,7 @@ class Index:
         `ids` name the rows (default 0 .. n-1). No rows at all is an index that finds nothing. A tree has at most as
         many leaves as rows; below 16 rows it is exact, whatever the config says.
         """
-        vectors_NE = _checked(vectors_NE, "vectors")
+        vectors_NE = _check(vectors_NE, "vectors")
         count, dim = vectors_NE.shape
         names = np.arange(count, dtype=np.int64) if ids is None else np.asarray(ids, np.int64)
         if names.shape != (count,) or len(np.unique(names)) != count:
@@ -148,7 +148,7 @@ class Index:
         searched again in all of them, so there is never an empty place in the result.
         """
         config = config or RetrievalConfig()
-        queries_QE = _checked(queries_QE, "queries")
+        queries_QE = _check(queries_QE, "queries")
         if queries_QE.shape[1] != self.dim:
             raise InputError(f"index: expected queries of {self.dim} dimensions, got {queries_QE.shape[1]}")
         if k < 1:

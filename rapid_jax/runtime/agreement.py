@@ -37,7 +37,7 @@ def check_agreed(fields: Mapping[str, object], *, patience: float | None = None)
 
     All processes must call it. A value is compared by what `repr` makes of it.
     """
-    verdict = _settled(json.dumps({name: _brief(value) for name, value in fields.items()}), _difference, patience)
+    verdict = _settle(json.dumps({name: _brief(value) for name, value in fields.items()}), _difference, patience)
     if verdict:
         raise Disagreement(verdict)
 
@@ -63,12 +63,12 @@ def all_told(value: Any, *, patience: float | None = None) -> list[Any]:
 
 def check_shared(folder: AnyPlace, what: str) -> None:
     """Raises InputError, on every process, unless `folder`, which process 0 has made, is one folder for all of them."""
-    verdict = unshared(folder, what, _LOOKING_S)
+    verdict = why_not_shared(folder, what, _LOOKING_S)
     if verdict:
         raise Disagreement(verdict)
 
 
-def unshared(folder: AnyPlace, what: str, patience: float) -> str:
+def why_not_shared(folder: AnyPlace, what: str, patience: float) -> str:
     """Why `folder`, which process 0 has made, is not one for all processes; the same on each. Empty where it is.
 
     A file of process 0 must be seen within `patience` seconds.
@@ -85,11 +85,11 @@ def unshared(folder: AnyPlace, what: str, patience: float) -> str:
             except (OSError, InputError) as error:
                 why = error.strerror if isinstance(error, OSError) else error
                 said = f"{what}: {folder}: cannot be written: {why}"
-        said = _settled(said, lambda every: every[0], None)
+        said = _settle(said, lambda every: every[0], None)
         if said.startswith(f"{what}: "):
             return said
         here = json.dumps({"folder": full_name(folder), "seen": _appears(folder / Path(said).name, patience)})
-        return _settled(here, lambda every: _unshared(every, what, patience), None)
+        return _settle(here, lambda every: _why_not_shared(every, what, patience), None)
     finally:
         if leads():
             with contextlib.suppress(OSError, InputError):
@@ -172,7 +172,7 @@ def _appears(path: AnyPlace, patience: float) -> bool:
         time.sleep(0.1)
 
 
-def _unshared(every: Sequence[str], what: str, patience: float) -> str:
+def _why_not_shared(every: Sequence[str], what: str, patience: float) -> str:
     found = [parse_object(text, f"process {index}") for index, text in enumerate(every)]
     for index, fields in enumerate(found):
         if not fields.truth("seen"):
@@ -209,22 +209,22 @@ def _is_first() -> bool:
 
 def _heard(value: Any, judge: Callable[[Sequence[str]], str], patience: float | None) -> Any:
     try:
-        return parse_json(_settled(json.dumps(value), judge, patience), "process 0")
+        return parse_json(_settle(json.dumps(value), judge, patience), "process 0")
     except Late as error:
         if patience is None:
             raise
         raise Again(str(error)) from error
 
 
-def _settled(mine: str, judge: Callable[[Sequence[str]], str], patience: float | None) -> str:
+def _settle(mine: str, judge: Callable[[Sequence[str]], str], patience: float | None) -> str:
     """What `judge` makes of the texts of all processes, in their order."""
     run = running()
     if not are_several():
         return judge([mine])
-    return judge(_gathered(mine)) if run is None else run.settle(mine, judge, patience=patience)
+    return judge(_gather(mine)) if run is None else run.settle(mine, judge, patience=patience)
 
 
-def _gathered(mine: str) -> list[str]:
+def _gather(mine: str) -> list[str]:
     """The texts of all processes through JAX, which a program of the user's has started."""
     import jax
     import numpy as np

@@ -194,11 +194,11 @@ def open_log(place: AnyPlace, *, ahead: int) -> Iterator[BinaryIO]:
         with open(place, "rb") as file:
             yield file
         return
-    with _opened(place, ahead) as file:
+    with _open(place, ahead) as file:
         yield file
 
 
-def _opened(place: BucketPlace, ahead: int) -> BinaryIO:
+def _open(place: BucketPlace, ahead: int) -> BinaryIO:
     for last in (False,) * (_LOOKS - 1) + (True,):
         log = PartsLog(place)
         try:

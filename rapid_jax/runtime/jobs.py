@@ -57,12 +57,12 @@ def alone_in(folder: AnyPlace) -> Iterator[int]:
     """
     logs = logs_here(folder)
     with contextlib.ExitStack() as stack:
-        own, held = (stack.enter_context(_opened(each)) for each in (logs.parent, logs))
-        if not _locked(own):
+        own, held = (stack.enter_context(_open(each)) for each in (logs.parent, logs))
+        if not _lock(own):
             raise InputError(f"{folder}: expected no other sweep there, got one that is at work")
-        if not _locked(held):
+        if not _lock(held):
             say(f"waiting for what a sweep that was killed has left at work in {folder}")
-        while not _locked(held):
+        while not _lock(held):
             time.sleep(0.2)
         if not isinstance(folder, Path):
             stack.enter_context(Lease(folder / LEASE))
@@ -109,7 +109,7 @@ def keep_log(folder: AnyPlace, name: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
+def _open(folder: Path) -> Iterator[int]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -218,7 +218,7 @@ def _last_line(log: Path, module: str) -> str:
     return legible(lines[-1].removeprefix(f"{module.removesuffix('_jax')}: ")) if lines else "it printed nothing"
 
 
-def _locked(held: int) -> bool:
+def _lock(held: int) -> bool:
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

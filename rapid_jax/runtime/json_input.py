@@ -121,7 +121,7 @@ class Fields(Mapping[str, Any]):
     def whole(self, key: str, default: Any = _REQUIRED, *, least: int = 0, most: int = MOST_WHOLE) -> Any:
         """A whole number from `least` to `most`; truth values and 2.0 are none."""
         limits = f"from {least} to {most}" if most < MOST_WHOLE else f"of at least {least}"
-        return self._checked(key, default, f"a whole number {limits}", lambda value: _is_whole(value, least, most))
+        return self._check(key, default, f"a whole number {limits}", lambda value: _is_whole(value, least, most))
 
     def number(
         self,
@@ -142,48 +142,46 @@ class Fields(Mapping[str, Any]):
                 return False
             return value > above and least <= value <= most
 
-        value = self._checked(key, default, " ".join(["a number", " and ".join(limits)]).rstrip(), right)
+        value = self._check(key, default, " ".join(["a number", " and ".join(limits)]).rstrip(), right)
         return float(value) if right(value) else value
 
     def truth(self, key: str, default: Any = _REQUIRED) -> Any:
         """true or false."""
-        return self._checked(key, default, "true or false", lambda value: isinstance(value, bool))
+        return self._check(key, default, "true or false", lambda value: isinstance(value, bool))
 
     def text(self, key: str, default: Any = _REQUIRED) -> Any:
         """A string."""
-        return self._checked(key, default, "a string", lambda value: isinstance(value, str))
+        return self._check(key, default, "a string", lambda value: isinstance(value, str))
 
     def texts(self, key: str, default: Any = _REQUIRED) -> Any:
         """A list of strings."""
-        return self._checked(key, default, "a list of strings", lambda value: _all(value, lambda x: isinstance(x, str)))
+        return self._check(key, default, "a list of strings", lambda value: _all(value, lambda x: isinstance(x, str)))
 
     def wholes(self, key: str, default: Any = _REQUIRED, *, least: int = 0, most: int = MOST_WHOLE) -> Any:
         """A list of whole numbers, each from `least` to `most`."""
         expected = f"a list of whole numbers of at least {least}"
-        return self._checked(key, default, expected, lambda value: _all(value, lambda x: _is_whole(x, least, most)))
+        return self._check(key, default, expected, lambda value: _all(value, lambda x: _is_whole(x, least, most)))
 
     def numbers(self, key: str, default: Any = _REQUIRED, *, most: float = 1e30) -> Any:
         """A list of finite numbers from -most to most, as floats."""
-        found = self._checked(
-            key, default, "a list of numbers", lambda value: _all(value, lambda x: _is_number(x, most))
-        )
+        found = self._check(key, default, "a list of numbers", lambda value: _all(value, lambda x: _is_number(x, most)))
         return found if found is default else [float(value) for value in found]
 
     def fields(self, key: str, default: Any = _REQUIRED) -> Any:
         """An object, as `Fields` of its own."""
-        value = self._checked(key, default, "an object", lambda value: isinstance(value, dict))
+        value = self._check(key, default, "an object", lambda value: isinstance(value, dict))
         return Fields(value, self.source, f"{self._path}{key}.") if isinstance(value, dict) else value
 
     def each(self, key: str, default: Any = _REQUIRED) -> Any:
         """A list of objects, as a list of `Fields`."""
-        values = self._checked(
+        values = self._check(
             key, default, "a list of objects", lambda value: _all(value, lambda x: isinstance(x, dict))
         )
         if values is default:
             return values
         return [Fields(value, self.source, f"{self._path}{key}[{index}].") for index, value in enumerate(values)]
 
-    def _checked(self, key: str, default: Any, expected: str, right: Any) -> Any:
+    def _check(self, key: str, default: Any, expected: str, right: Any) -> Any:
         value = self._values.get(key)
         if value is None and default is not _REQUIRED:
             return default

@@ -53,7 +53,7 @@ def target_of(name: AnyPlace) -> AnyPlace | None:
     return working_place(f"{name.scheme}://{name.bucket}/{key}", str(place))
 
 
-def followed(name: AnyPlace) -> AnyPlace:
+def follow_link(name: AnyPlace) -> AnyPlace:
     """The folder of that name, or the one that a link of that name leads to; where a path leads the system finds."""
     return name if isinstance(name, Path) else target_of(name) or name
 

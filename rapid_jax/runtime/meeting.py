@@ -91,10 +91,10 @@ def met(seat: Seat, patience: float) -> dict[int, socket.socket]:
     except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name that is empty or too long
         reason = error.strerror if isinstance(error, OSError) else "not a name of a host"
         raise InputError(f"{ADDRESS}: no host {seat.host!a:.200}: {reason}") from error
-    return _gathered(seat, patience) if seat.index == 0 else _joined(seat, patience)
+    return _gather(seat, patience) if seat.index == 0 else _joined(seat, patience)
 
 
-def _gathered(seat: Seat, patience: float) -> dict[int, socket.socket]:
+def _gather(seat: Seat, patience: float) -> dict[int, socket.socket]:
     """The first process: waits for all the others, then lets them go on at once."""
     deadline = time.monotonic() + patience
     with _listening(seat) as server, _Door(seat, server) as door:

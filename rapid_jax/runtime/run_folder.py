@@ -89,7 +89,7 @@ def is_entered(stack: contextlib.ExitStack, work: contextlib.AbstractContextMana
     return True
 
 
-def written_once(place: AnyPlace, data: bytes) -> bytes:
+def write_once(place: AnyPlace, data: bytes) -> bytes:
     """The bytes of a file that several runs may write at once: the data, unless another was first."""
     if not isinstance(place, Path):
         with contextlib.suppress(bucket_writes.Taken):

@@ -46,7 +46,7 @@ def object_at(bucket: str, name: str, *, within: float | None = None) -> Object 
         found = call(f"s3://{bucket}/{name}", "head_object", within=within, Bucket=bucket, Key=name)
     except FileNotFoundError:
         return None
-    return _described(name, found["ContentLength"], found["ETag"])
+    return _describe(name, found["ContentLength"], found["ETag"])
 
 
 def listed(bucket: str, folder: str, *, deep: bool = False) -> tuple[list[Object], list[str]]:
@@ -64,7 +64,7 @@ def listed(bucket: str, folder: str, *, deep: bool = False) -> tuple[list[Object
             raise InputError(f"s3://{bucket}: no such bucket") from None
         for item in page.get("Contents", []):
             if item["Key"] != folder:
-                objects.append(_described(item["Key"], item["Size"], item["ETag"]))
+                objects.append(_describe(item["Key"], item["Size"], item["ETag"]))
         folders += [item["Prefix"] for item in page.get("CommonPrefixes", [])]
         if not page.get("IsTruncated"):
             return objects, folders
@@ -105,7 +105,7 @@ def _range(bucket: str, found: Object, first: int, last: int) -> bytes:
     raise InputError(f"{place}: expected {last - first} bytes from byte {first} on, got {len(data)}")
 
 
-def _described(name: str, size: int, tag: str) -> Object:
+def _describe(name: str, size: int, tag: str) -> Object:
     """A tag is of the bytes and of how they were uploaded: equal for equal bytes that were uploaded in one way."""
     return Object(name, size, tag, "", tag.strip('"'))
 

@@ -61,7 +61,7 @@ def read_documents(given: str | list[str] | None, documents: Documents, owner: s
     return Read(parts, public=all(documents.info(one, owner=owner).public for one in ids))
 
 
-def cited(selection: Selection, read: Read | None) -> list[dict[str, Any]]:
+def citations_of(selection: Selection, read: Read | None) -> list[dict[str, Any]]:
     """The citations of an answer; without a document of the request's, places are in the long message."""
     if read is not None:
         return read.citations(selection)

@@ -26,9 +26,9 @@ async def read_body(http: HttpRequest, kind: type[T], service: Service) -> T:
         raise ApiError(415, f"expected Content-Type: application/json, got {got[:60]!a}", code="content_type")
     data = await http.body()
     if len(data) <= _SOON:
-        return _parsed(data, kind)
-    return await service.aside(_parsed, data, kind)
+        return _parse(data, kind)
+    return await service.aside(_parse, data, kind)
 
 
-def _parsed(data: bytes, kind: type[T]) -> T:
+def _parse(data: bytes, kind: type[T]) -> T:
     return kind.model_validate(parse_json(data, _WHAT, max(len(data), 1)))

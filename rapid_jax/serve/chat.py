@@ -13,7 +13,7 @@ from fastapi.responses import Response
 from rapid_jax.answer import Answer
 from rapid_jax.engine.request import Done, Piece, Retrieved, TokenLogprobs
 from rapid_jax.retrieval.select import Selection
-from rapid_jax.serve.asked import Read, chat_requests, cited, read_documents
+from rapid_jax.serve.asked import Read, chat_requests, citations_of, read_documents
 from rapid_jax.serve.bodies import read_body
 from rapid_jax.serve.fields import ChatRequest
 from rapid_jax.serve.runs import Runs
@@ -145,7 +145,7 @@ class ChatReply:
 
     def _citations(self, choice: Choice) -> list[dict[str, Any]]:
         selection = choice.selection or (choice.answer and choice.answer.selection)
-        return cited(selection, self._read) if selection else []
+        return citations_of(selection, self._read) if selection else []
 
     def _rapid(self, choice: Choice, answer: Answer) -> dict[str, Any]:
         """How the answer came about."""

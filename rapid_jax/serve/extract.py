@@ -21,7 +21,7 @@ _NAME: Final = "the file"
 _SUFFIXES: Final = (".pdf", ".html", ".htm", ".xhtml")
 
 
-async def extracted(file: Any, filename: str) -> str:
+async def extract_text(file: Any, filename: str) -> str:
     """The text of an open file; of its name only the ending is used. Raises InputError where there is no text."""
     suffix = next((one for one in _SUFFIXES if filename.lower().endswith(one)), ".txt")
     paths = os.pathsep.join(path for path in sys.path if path)

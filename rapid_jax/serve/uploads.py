@@ -10,7 +10,7 @@ from rapid_jax.engine.errors import TooLarge
 from rapid_jax.runtime.errors import printable
 from rapid_jax.serve.bodies import kind_of, read_body
 from rapid_jax.serve.errors import ApiError, bad
-from rapid_jax.serve.extract import extracted
+from rapid_jax.serve.extract import extract_text
 from rapid_jax.serve.fields import DocumentChange, DocumentOptions, DocumentRequest
 from rapid_jax.serve.interface import DocumentInfo
 from rapid_jax.serve.runs import unless_gone
@@ -26,7 +26,7 @@ async def add(http: HttpRequest, service: Service) -> dict[str, Any]:
     owner = service.owner(http.headers.get("authorization"))
     service.check_taking()
     if kind_of(http) == "multipart/form-data":
-        text, options = await _uploaded(http, service)
+        text, options = await _read_upload(http, service)
     else:
         body = await read_body(http, DocumentRequest, service)
         text, options = body.text, body
@@ -84,7 +84,7 @@ def document_json(info: DocumentInfo) -> dict[str, Any]:
     }
 
 
-async def _uploaded(http: HttpRequest, service: Service) -> tuple[str, DocumentOptions]:
+async def _read_upload(http: HttpRequest, service: Service) -> tuple[str, DocumentOptions]:
     """The text of the file in a form, and the form's other fields; the file is on disk without a name meanwhile."""
     async with http.form(max_files=1, max_fields=_FIELDS, max_part_size=_MOST) as form:
         options = _options(form)
@@ -102,7 +102,7 @@ async def _uploaded(http: HttpRequest, service: Service) -> tuple[str, DocumentO
 
 async def _read(file: BinaryIO, filename: str, service: Service) -> str:
     async with service.uploads:
-        return await extracted(file, filename)
+        return await extract_text(file, filename)
 
 
 def _options(form: FormData) -> DocumentOptions:

@@ -89,13 +89,13 @@ def verify(
     accept_keys_BG, token_keys_BG = keys
     best_BG = best(z_BGV)
     if not rule.has_q:
-        return _agreed(drafts_BG, length_B, best_BG)
+        return _accept_greedy(drafts_BG, length_B, best_BG)
     log_p_hat_BGV = enriched(z_BGV[:, :-1], log_q_BGV, rule, params)
     if rule.transfer:
         is_drafted_BG = jnp.arange(drafts_BG.shape[1]) < length_B[:, None]
         moved_BG = is_drafted_BG & (along(params.eta_B, best_BG) > 0)
         best_BG = best_BG.at[:, :-1].set(jnp.where(moved_BG, best(log_p_hat_BGV), best_BG[:, :-1]))
-    best_n_B, best_B = _agreed(drafts_BG, length_B, best_BG)
+    best_n_B, best_B = _accept_greedy(drafts_BG, length_B, best_BG)
     if rule.greedy:
         return best_n_B, best_B
     above_zero = partial(jax.random.uniform, minval=jnp.finfo(jnp.float32).tiny)
@@ -134,7 +134,7 @@ def enriched(z_BGV: jax.Array, log_q_BGV: jax.Array, rule: SamplingRule, params:
     return found
 
 
-def _agreed(drafts_BG: jax.Array, length_B: jax.Array, best_BG: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _accept_greedy(drafts_BG: jax.Array, length_B: jax.Array, best_BG: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(drafts that are the best token of their place, up to the first that is not; the best one after them)."""
     n_B = leading_agreement(drafts_BG, best_BG, length_B)
     return n_B, jnp.take_along_axis(best_BG, n_B[:, None], axis=1)[:, 0]

@@ -13,7 +13,7 @@ from rapid_jax.attention.cache import KV, Prefix, Tail, each_layer
 from rapid_jax.model.decoder import Block, Decoder, windowed
 from rapid_jax.model.rope import Rotation
 from rapid_jax.runtime.mesh import replicated
-from rapid_jax.speculative.prefill import embedded, serving
+from rapid_jax.speculative.prefill import embed_chunk, serving
 
 
 @partial(jax.jit, donate_argnames=("x_BTD", "near"), static_argnames=("strategy", "window"))
@@ -53,7 +53,7 @@ def extend(
             outline = replace(tail, layers=())
             layers = _tail_stacked(decoder, tokens_BG, prefix, outline, tail.layers, pos_BG, strategy=strategy)
         else:
-            x_BTD, rotations = embedded(decoder, tokens_BG, pos_BG)
+            x_BTD, rotations = embed_chunk(decoder, tokens_BG, pos_BG)
             done, full = [], replace(prefix, layers=(), near=None)
             near = full if prefix.near is None else replace(prefix.near.prefix, layers=())
             caches = zip(each_layer(prefix), each_layer(tail), strict=True)

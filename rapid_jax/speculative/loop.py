@@ -141,7 +141,7 @@ def verified(target: Side, state: State, draft: Draft, params: SamplingParams, r
     outline = replace(state, target_tail=replace(state.target_tail, layers=()), draft_tail=None)
     # Whole on every device: the host reads it, and of several hosts each reads its own copy.
     before_B = state.count_B
-    state = _committed(outline, draft, n_B, token_B, ~finite_B, logits, rule, plan)
+    state = _commit(outline, draft, n_B, token_B, ~finite_B, logits, rule, plan)
     if fed_queries is not None and state.queries_BGLNH is not None:
         state = replace(state, queries_BGLNH=latest(state.queries_BGLNH, fed_queries, state.count_B - before_B))
     state = whole(target.decoder.mesh, state)
@@ -159,7 +159,7 @@ def copies_alone(target: Side, state: State, framed_BM: jax.Array, rule: Samplin
     return replace(draft, tokens_BG=copied_BW, origin_BG=origin_BG, length_B=count_B, copied_B=count_B)
 
 
-def _committed(
+def _commit(
     state: State,
     draft: Draft,
     n_B: jax.Array,

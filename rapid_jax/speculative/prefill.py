@@ -107,7 +107,7 @@ def _chunk_stacked(
 
 
 @jax.jit
-def embedded(decoder: Decoder, tokens_BT: jax.Array, pos_BT: jax.Array) -> tuple[jax.Array, tuple[Rotation, ...]]:
+def embed_chunk(decoder: Decoder, tokens_BT: jax.Array, pos_BT: jax.Array) -> tuple[jax.Array, tuple[Rotation, ...]]:
     """(the first layer's input, what queries and keys of each kind of layers are turned by)."""
     return decoder.embed(tokens_BT), decoder.rotations(pos_BT)
 
@@ -213,7 +213,7 @@ class Prefill:
             for group, chunk in zip(groups, chunks, strict=True):
                 group.add(0, chunk)
         else:
-            x_BTD, rotations = embedded(decoder, tokens_BT, pos_BT)
+            x_BTD, rotations = embed_chunk(decoder, tokens_BT, pos_BT)
             kinds, added = decoder.config.kinds, [0] * len(self._groups)
             for layer, kind in zip(decoder.blocks, decoder.config.kind_of, strict=True):
                 window = kinds[kind].window

@@ -59,7 +59,7 @@ class Group:
         kv, strategy = self.layers[place], self._strategy
         if self._sources is not None:
             self._kept[place] = _with_last(self._kept[place], kv, chunk, *self._sources, strategy=strategy)
-        fill = _moved_on if self._moves_on else _written
+        fill = _move_on if self._moves_on else _written
         self.layers[place] = fill(kv, chunk, self._used, strategy=strategy)
 
     @property
@@ -102,7 +102,7 @@ def _written(kv: KV, chunk: KV, used: jax.Array, *, strategy: Strategy) -> KV:
 
 
 @partial(jax.jit, donate_argnames="kv", static_argnames="strategy")
-def _moved_on(kv: KV, chunk: KV, used: jax.Array, *, strategy: Strategy) -> KV:
+def _move_on(kv: KV, chunk: KV, used: jax.Array, *, strategy: Strategy) -> KV:
     """As `_written`, of the chunks that a window reaches: where all slots are used the oldest chunk goes."""
 
     def move(old_BKSH, new_BKSH, used):

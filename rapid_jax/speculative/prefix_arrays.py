@@ -80,12 +80,12 @@ def _from_first(pos_BS: jax.Array | np.ndarray, first: int) -> Any:
     if isinstance(pos_BS, np.ndarray):
         return np.where(pos_BS < 0, -1, pos_BS - first)
     # Each device its own part: this may be a thread that runs no program on several.
-    parts = [_shifted(shard.data, first) for shard in pos_BS.addressable_shards]
+    parts = [_shift(shard.data, first) for shard in pos_BS.addressable_shards]
     return jax.make_array_from_single_device_arrays(pos_BS.shape, pos_BS.sharding, parts)
 
 
 @jax.jit
-def _shifted(pos_BS: jax.Array, first: int) -> jax.Array:
+def _shift(pos_BS: jax.Array, first: int) -> jax.Array:
     return jnp.where(pos_BS < 0, -1, pos_BS - first)
 
 

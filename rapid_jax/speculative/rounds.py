@@ -140,10 +140,10 @@ class Rounds:
             self.compile(plan)
             # Asked for by gamma auto alone; where the halves are apart the host starts every round by itself.
             is_told = plan.catch_up and len(set(self.meshes)) == 1
-            self._overheads[key] = min(self._timed(plan, 0)[0] for _ in range(_LOOKS)) if is_told else 0.0
+            self._overheads[key] = min(self._time(plan, 0)[0] for _ in range(_LOOKS)) if is_told else 0.0
             self.compile_seconds += time.perf_counter() - start
         before = self.host
-        seconds, self.host = self._timed(plan, rounds)
+        seconds, self.host = self._time(plan, rounds)
         own = jax.tree.map(np.subtract, self.host.counts, before.counts)
         total = jax.tree.map(lambda delta: int(np.sum(delta)), own)
         self._check_finite(total.target_faults_B, total.draft_faults_B)
@@ -160,7 +160,7 @@ class Rounds:
             emitted=int(np.sum(self.host.count_B - before.count_B)),
         )
 
-    def _timed(self, plan: Plan, rounds: int) -> tuple[float, Progress]:
+    def _time(self, plan: Plan, rounds: int) -> tuple[float, Progress]:
         """(seconds, what the host knows then) of a call and of reading what it did."""
         start = time.perf_counter()
         self._call(plan, rounds)

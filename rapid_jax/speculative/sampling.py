@@ -171,7 +171,7 @@ def limited(logits_BTV: jax.Array, params: SamplingParams, vocabulary: int, own:
     return logits_BTV, jnp.all(finite_BTV, axis=(1, 2))
 
 
-def penalized(logits_V: jax.Array, seen_V: jax.Array, penalty: jax.Array) -> jax.Array:
+def penalize(logits_V: jax.Array, seen_V: jax.Array, penalty: jax.Array) -> jax.Array:
     """Logits of seen tokens divided by the penalty if positive, multiplied if negative (CTRL, arXiv 1909.05858)."""
     lowered = jnp.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
     return jnp.where(seen_V, lowered, logits_V)
@@ -185,7 +185,7 @@ def warp(logits: jax.Array, rule: SamplingRule, params: SamplingParams, seen: ja
     """
     z = logits.astype(jnp.float32)
     if rule.penalty and seen is not None:
-        z = penalized(z, seen, along(params.penalty_B, z))
+        z = penalize(z, seen, along(params.penalty_B, z))
     if not rule.has_q:
         return z
     z = z / along(params.temperature_B, z)

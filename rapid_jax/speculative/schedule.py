@@ -121,10 +121,10 @@ class AutoGamma:
         measured = self.costs.seconds(gamma)
         if measured is not None and (gamma == 0 or self.costs.is_sure(gamma)):
             return measured
-        found = self._extrapolated(gamma)
+        found = self._extrapolate(gamma)
         return found if measured is None else min(measured, found or measured)
 
-    def _extrapolated(self, gamma: int) -> float | None:
+    def _extrapolate(self, gamma: int) -> float | None:
         """On the line through the two drafting gammas nearest to it; of one alone with half its price a draft, since
         the first draft costs more than the next ones."""
         plain, costs = self.costs.seconds(0), self.costs

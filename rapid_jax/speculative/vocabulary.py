@@ -46,7 +46,7 @@ def largest(z_V: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 def kth_largest(z_V: jax.Array, k: jax.Array) -> jax.Array:
     """The k-th largest number of the last axis, equal ones counted each, with that axis as 1. k is 1 to its size."""
-    key_V = _ordered(z_V)
+    key_V = _order(z_V)
     below = _edge(key_V, jnp.ones_like(z_V), (z_V.shape[-1] - k).astype(jnp.float32))
     return _number(below)
 
@@ -57,7 +57,7 @@ def nucleus(z_V: jax.Array, outside: jax.Array) -> jax.Array:
     Of equal tokens those of lower ids go first, as in transformers; the most probable one always stays.
     """
     p_V, bound = jax.nn.softmax(z_V, axis=-1), jnp.maximum(outside, 0)
-    key_V = _ordered(z_V)
+    key_V = _order(z_V)
     edge = _number(jnp.minimum(_edge(key_V, p_V, bound), jnp.max(key_V, axis=-1, keepdims=True)))
     at_edge_V = z_V == edge
     equal = jnp.sum(at_edge_V, axis=-1, keepdims=True)
@@ -75,14 +75,14 @@ def nucleus(z_V: jax.Array, outside: jax.Array) -> jax.Array:
     return lax.cond(jnp.any(out > 0), some_stay, lambda z_V: jnp.where(z_V < edge, -jnp.inf, z_V), z_V)
 
 
-def _ordered(z_V: jax.Array) -> jax.Array:
+def _order(z_V: jax.Array) -> jax.Array:
     """uint32 in the order of the float32 numbers; equal where they are."""
     bits_V = lax.bitcast_convert_type(jnp.where(z_V == 0, 0.0, z_V), jnp.uint32)  # of -0 those of 0
     return jnp.where(bits_V >> 31 == 1, ~bits_V, bits_V | jnp.uint32(1 << 31))
 
 
 def _number(key: jax.Array) -> jax.Array:
-    """The float32 number of an `_ordered` key."""
+    """The float32 number of an `_order` key."""
     return lax.bitcast_convert_type(jnp.where(key >> 31 == 1, key & jnp.uint32((1 << 31) - 1), ~key), jnp.float32)
 
 

@@ -20,8 +20,8 @@ from rapid_jax.attention.online_softmax import (
     fold,
     log_sum,
     merge,
-    padded_rows,
-    padded_slots,
+    pad_rows,
+    pad_slots,
     unfold,
 )
 from rapid_jax.runtime.errors import InputError
@@ -251,7 +251,7 @@ def test_splash_knows_which_positions_its_kernels_can_be_told(case, holds):
     rows, slots = case.rows(q), case.slots(k, v)[0]
     sizes = splash_plan.blocks_of(rows.pos_BR.shape[1], slots.pos_BS.shape[1], tagged=case.q_branch is not None)
     visits = jax.jit(partial(splash_plan.visits, bq=sizes[0], bkv=sizes[1]))
-    assert visits(padded_rows(rows, sizes[0]), padded_slots(slots, sizes[1]))[1] == holds
+    assert visits(pad_rows(rows, sizes[0]), pad_slots(slots, sizes[1]))[1] == holds
 
 
 @pytest.mark.parametrize(

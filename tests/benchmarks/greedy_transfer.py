@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rapid_jax.evaluate.results import ANSWERS, SUITE, Outcome, named, read
-from rapid_jax.evaluate.summary import Row, acceptances, difference, estimate, overall, shown, shown_difference
+from rapid_jax.evaluate.summary import Row, acceptances, difference, difference_text, estimate, overall, shown
 
 SAMPLED = "temperature=0.3"  # behind a mode's name: drawn, not greedy
 GREEDY = "rapid:eta=10,rapid:eta=20"  # phat's greedy answers are the same to the letter
@@ -161,7 +161,7 @@ def tables(out: Path, suite: str) -> Iterator[str]:
 def compared(row: Row, by_label: dict[str, list[Outcome]], label: str, other: str) -> str:
     """The label less the other, over the samples that both have."""
     there = other in by_label and other != label
-    return shown_difference(difference(row, by_label[label], by_label[other])) if there else ""
+    return difference_text(difference(row, by_label[label], by_label[other])) if there else ""
 
 
 def as_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -38,10 +38,10 @@ def main() -> None:
     config = shape_of("llama-3.1-8b", options.layers)
     bench = Decoding(config, jnp.dtype("bfloat16"), 8192, options.tokens, 1, dial=options.dial, over=over)
     case = replace(case_of(options.case), context=options.context)
-    bench._decoded(case)
+    bench._decode(case)
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
-            made = bench._decoded(case)
+            made = bench._decode(case)
         (trace,) = Path(folder).rglob("*.xplane.pb")
         data = jax.profiler.ProfileData.from_file(str(trace))
     steps = made.draft_steps or made.target_steps

@@ -34,8 +34,8 @@ def engine(tmp_path: Path) -> RunningEngine:
 
 def test_rounds_go_on_between_the_chunks_of_a_prompt_that_is_scored(engine: RunningEngine, monkeypatch):
     happened: list[str] = []
-    scored, step = scoring._scored_chunk, engine.step
-    monkeypatch.setattr(scoring, "_scored_chunk", lambda *work: (happened.append("chunk"), scored(*work))[1])
+    scored, step = scoring._score_chunk, engine.step
+    monkeypatch.setattr(scoring, "_score_chunk", lambda *work: (happened.append("chunk"), scored(*work))[1])
     monkeypatch.setattr(engine, "step", lambda: (happened.append("step"), step())[1])
     events: list[Event] = []
     engine.submit(Request.of(Tokens(IDS[:20]), engine.config), events.append)

@@ -14,7 +14,7 @@ from longpo_jax.checkpoints import Checkpoints, restore
 from longpo_jax.config import LongPOConfig
 from longpo_jax.journal import Writer
 from longpo_jax.metrics import FILE, Metrics, read_metrics
-from longpo_jax.records import Answer, Record, Turn, located, read_records
+from longpo_jax.records import Answer, Record, Turn, read_records, records_with_places
 from longpo_jax.sources import files_of
 from longpo_jax.stages import identity_of, inputs_of, is_done, mark_done
 from rapid_jax.runtime import bucket_writes
@@ -61,7 +61,7 @@ def test_pairs_in_a_bucket_have_the_bytes_of_those_on_a_disk(folder, tmp_path):
     assert identity_of(folder / "pairs") == identity_of(tmp_path / "pairs") and is_done(folder / "pairs", INPUTS)
     records = list(read_records(folder / "pairs"))
     assert records == list(read_records(tmp_path / "pairs"))
-    assert [line.record() for line, _ in located(folder / "pairs")] == records
+    assert [line.record() for line, _ in records_with_places(folder / "pairs")] == records
 
 
 @pytest.mark.parametrize("moment", [0, 1, 2, 3, 7, 10, 11, 12, 15, 20, 22])

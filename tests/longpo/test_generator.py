@@ -115,8 +115,8 @@ def test_questions_about_one_document_share_its_one_copy(folder, generator, ques
     """As transformers answers each whole prompt; the document is read once, in one row."""
     head, tails, _ = questions
     read = []
-    prefilled = generator._prefilled
-    monkeypatch.setattr(generator, "_prefilled", lambda *given: read.append(given[1]) or prefilled(*given))
+    prefilled = generator._prefill
+    monkeypatch.setattr(generator, "_prefill", lambda *given: read.append(given[1]) or prefilled(*given))
     answers = about(generator, head, tails, GREEDY, SEEDS)
     assert read == [[head]]
     expected = [plain_greedy(folder, generator, head + tail) for tail in tails]

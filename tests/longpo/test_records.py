@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from longpo_jax.journal import Writer
-from longpo_jax.records import Answer, Record, Turn, digest_of, located, read_records, shards_of
+from longpo_jax.records import Answer, Record, Turn, digest_of, read_records, records_with_places, shards_of
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.sealed import sealed
 
@@ -297,7 +297,7 @@ def test_records_of_another_run_are_noticed(whole: Path, tmp_path: Path):
 
 
 def test_a_record_is_read_again_from_its_place(whole: Path):
-    places = [line for line, _ in located(whole)]
+    places = [line for line, _ in records_with_places(whole)]
     assert [line.record() for line in places] == list(read_records(whole))
     path = whole / "pairs-00000.jsonl"
     data = path.read_bytes()

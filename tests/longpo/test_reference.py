@@ -20,11 +20,11 @@ from longpo_jax.journal import Writer
 from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.reference import read_references, reference_inputs, run_reference
 from longpo_jax.round import run_share
-from longpo_jax.rows import batched
+from longpo_jax.rows import batch_rows
 from longpo_jax.samples import policy_parts
 from longpo_jax.scorer import Scorer
 from longpo_jax.scores import row_divergences
-from longpo_jax.teacher import TEACHER, Teacher, batched_teachers, bytes_per_token
+from longpo_jax.teacher import TEACHER, Teacher, batch_teachers, bytes_per_token
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model import chat
 from rapid_jax.model.load import open_checkpoint
@@ -131,7 +131,7 @@ def test_where_the_document_is_the_excerpt_the_teacher_teaches_nothing(model):
     found = []
     for read in (same, replace(same, document="w9 " + same.document)):
         row = policy_parts(tokenizer, read, "opsd", 0).packed(512, 64)
-        batch = {**batched([row], trunk=512, devices=1)} | {**batched_teachers([teacher], [row], devices=1)}
+        batch = {**batch_rows([row], trunk=512, devices=1)} | {**batch_teachers([teacher], [row], devices=1)}
         found.append(float(of(batch)["kl_B"][0]))
     assert abs(found[0]) < 1e-5 < 1e-3 < found[1]
 
@@ -228,7 +228,7 @@ def test_teachers_are_kept_bit_for_bit_and_bound_to_what_made_them(model, run):
         found.check(dict.fromkeys(found, 3))
     row = policy_parts(open_checkpoint(model)[1], replace(records(1)[0], turns=records(1)[0].turns[:1]), "opsd", 0)
     with pytest.raises(InputError, match=r"expected a teacher of answers of \(5, 0\) tokens, got \(5, 5\)"):
-        batched_teachers([found["d0"]], [row.packed(512, 64)], devices=1)
+        batch_teachers([found["d0"]], [row.packed(512, 64)], devices=1)
     data = bytearray(path.read_bytes())
     data[data.index(b'"ids": "') + 9] ^= 1
     path.write_bytes(data)

@@ -160,7 +160,7 @@ def test_a_run_of_one_update_is_drawn(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("count", [1, 3, 41, 200])
 def test_smoothing_keeps_constants_and_lengths(count):
-    assert module._smoothed([2.5] * count) == [2.5] * count
+    assert module._smooth([2.5] * count) == [2.5] * count
     ramp = [float(value) for value in range(count)]
     middle = count // 2
-    assert module._smoothed(ramp)[middle] == pytest.approx(ramp[middle])
+    assert module._smooth(ramp)[middle] == pytest.approx(ramp[middle])

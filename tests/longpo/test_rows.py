@@ -12,7 +12,7 @@ from flax import nnx
 
 from longpo_jax.config import ObjectiveConfig
 from longpo_jax.dialogue import Branch
-from longpo_jax.rows import CHOSEN, PLACES, REJECTED, SHARED, Row, arrangement, batched, needed, packed
+from longpo_jax.rows import CHOSEN, PLACES, REJECTED, SHARED, Row, arrangement, batch_rows, needed, packed
 from longpo_jax.scores import row_log_probs
 from longpo_jax.step import losses
 from rapid_jax.attention.attend import attend_fork, attend_self
@@ -86,7 +86,7 @@ def test_every_token_is_kept_next_to_its_target_on_any_number_of_devices(devices
         packed(BEFORE, FIRST, SECOND, trunk=16, tail=16),
         packed(BEFORE * 7, FIRST, SECOND, trunk=32, tail=16),
     ]
-    batch = batched(rows, trunk=48, devices=devices)
+    batch = batch_rows(rows, trunk=48, devices=devices)
     assert {batch[name].shape for name in PLACES} == {(2, 64)}
     assert {array.dtype for array in batch.values()} == {np.dtype(np.int32)}
     np.testing.assert_array_equal(batch["reach_B"], [1, 19])
@@ -108,7 +108,7 @@ def decoder():
 
 
 def batch_of(row: Row, **references: float):
-    batch = batched([row], trunk=row.trunk, devices=1)
+    batch = batch_rows([row], trunk=row.trunk, devices=1)
     return {**batch} | {f"reference_{name}_B": np.array([value], np.float32) for name, value in references.items()}
 
 
@@ -220,8 +220,8 @@ def test_the_rows_of_a_batch_do_not_touch(decoder):
         how = {"strategy": STRATEGY, "tail": 16, "logits_chunk": 16, "nll": "full"}
         return row_log_probs(nnx.merge(graph, state), batch, **how)
 
-    both = of(state, batched(rows, trunk=64, devices=1))
+    both = of(state, batch_rows(rows, trunk=64, devices=1))
     for b, row in enumerate(rows):
-        alone = of(state, jax.tree.map(jnp.asarray, batched([row, row], trunk=64, devices=1)))
+        alone = of(state, jax.tree.map(jnp.asarray, batch_rows([row, row], trunk=64, devices=1)))
         for name, value in both.items():
             np.testing.assert_allclose(value[b], alone[name][0], rtol=1e-6, err_msg=name)

@@ -16,7 +16,7 @@ from longpo_jax.records import Answer, Record, Turn
 from longpo_jax.rows import CHOSEN, REJECTED
 from longpo_jax.samples import Rows, places_of, policy_parts
 from longpo_jax.tasks import Reader, Vocabulary
-from longpo_jax.teacher import TEACHER, Teacher, Teachers, batched_teachers
+from longpo_jax.teacher import TEACHER, Teacher, Teachers, batch_teachers
 from rapid_jax.model.load import open_checkpoint
 from rapid_jax.runtime import settings
 from rapid_jax.runtime.errors import InputError
@@ -176,7 +176,7 @@ def test_opsd_has_the_rows_of_longpo_each_with_its_teacher(pairs, tokenizer, tmp
             index = int(sample.id)
             parts = policy_parts(tokenizer, record(index, tokenizer), "longpo", 0)
             np.testing.assert_array_equal(sample.row.tokens_T, parts.packed(sample.row.trunk, 64).tokens_T)
-            batch = batched_teachers([sample.teacher] * 2, [sample.row] * 2, devices=1)
+            batch = batch_teachers([sample.teacher] * 2, [sample.row] * 2, devices=1)
             at = np.flatnonzero(sample.row.turn_T[sample.row.trunk :] > 0)
             assert {name: x.shape for name, x in batch.items()} == dict(
                 zip(TEACHER, [*[(2, 64, 4)] * 2, (2, 64)], strict=True)

@@ -8,7 +8,7 @@ import transformers
 
 from longpo_jax.dialogue import Dialogue
 from rapid_jax.model import chat
-from rapid_jax.model.chat import ChatTemplate, parted
+from rapid_jax.model.chat import ChatTemplate, split_at_marks
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.prompts import frame, message
 from rapid_jax.runtime.errors import InputError
@@ -95,13 +95,13 @@ def test_models_that_may_think_are_told_not_to():
 
 
 def test_parted_needs_every_mark_once_and_in_order():
-    assert parted("a<1>b<2>c", ["<1>", "<2>"]) == ["a", "b", "c"]
+    assert split_at_marks("a<1>b<2>c", ["<1>", "<2>"]) == ["a", "b", "c"]
     for text in ("a<1>b", "a<2>b<1>", ""):
         with pytest.raises(InputError, match="dropped or changed a message"):
-            parted(text, ["<1>", "<2>"])
+            split_at_marks(text, ["<1>", "<2>"])
     for text in ("a<1>b<2>c<1>", "<2><1><2>"):
         with pytest.raises(InputError, match="wrote a message 2 times"):
-            parted(text, ["<1>", "<2>"])
+            split_at_marks(text, ["<1>", "<2>"])
 
 
 TWICE = "{% for m in messages %}{{ m.content }}|{{ m.content }}{% endfor %}"

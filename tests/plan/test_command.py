@@ -12,7 +12,7 @@ import pytest
 from rapid_jax.plan import command, report
 from rapid_jax.plan.cost import Work
 from rapid_jax.plan.programs import Program
-from rapid_jax.plan.report import advice, examined, table
+from rapid_jax.plan.report import advice, examine, table
 from rapid_jax.plan.topologies import GENERATIONS, GIB, Topology
 from rapid_jax.runtime.errors import InputError
 
@@ -98,7 +98,7 @@ def result_of(chip=GENERATIONS["v5p"], **resident):
         return jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((8, 128), "float32"))
 
     program = Program("round", lower, resident, Work(chip.flops, chip.hbm_rate * 2), Work(chip.flops, chip.hbm_rate))
-    return examined(program, Topology("v5p:2x2x1", chip, tuple(jax.devices()[:4])))
+    return examine(program, Topology("v5p:2x2x1", chip, tuple(jax.devices()[:4])))
 
 
 def test_what_a_program_does_not_take_counts_too():
@@ -124,6 +124,6 @@ def test_a_program_too_large_for_the_compiler_is_a_result(monkeypatch):
         )
 
     program = Program("round", lower, {}, Work(), Work())
-    result = examined(program, Topology("v5p:2x2x1", GENERATIONS["v5p"], tuple(jax.devices()[:4])))
+    result = examine(program, Topology("v5p:2x2x1", GENERATIONS["v5p"], tuple(jax.devices()[:4])))
     assert (result.fits, result.text, result.bytes_per_chip["temporaries"]) == (False, "", 400 * GIB)
     assert report.advice(result, "mesh").startswith("round needs 304.26 GiB")

@@ -20,7 +20,7 @@ from rapid_jax.runtime.errors import Again, InputError, Unavailable
 from rapid_jax.runtime.files import replace_file
 from rapid_jax.runtime.jobs import Job, alone_in, keep_log, logs_here, run_jobs
 from rapid_jax.runtime.lease import Lease
-from rapid_jax.runtime.links import followed, make_link, target_of
+from rapid_jax.runtime.links import follow_link, make_link, target_of
 from rapid_jax.runtime.run_folder import LEASE
 from rapid_jax.runtime.storage import working_place
 from rapid_jax.runtime.sweep import Task, perform
@@ -145,13 +145,13 @@ def test_a_log_that_is_refused_ends_no_job_and_comes_later(bucket, tmp_path, mon
 def test_a_link_leads_where_it_says(bucket, tmp_path):
     for root in (tmp_path, working_place("gs://models/links", "run")):
         name, target = root / "point" / "pairs", root / "shared" / "x" / "pairs"
-        assert followed(name) == name and target_of(name) is None
+        assert follow_link(name) == name and target_of(name) is None
         for _ in range(2):
             make_link(name, target)
         assert target_of(name) == target and not target.exists()
         with replace_file(target / "done.json") as file:
             file.write_text("{}")
-        assert (followed(name) / "done.json").is_file()
+        assert (follow_link(name) / "done.json").is_file()
         with replace_file(root / "other" / "pairs" / "x") as file:
             file.write_text("x")
         for there in (name, root / "other" / "pairs"):

@@ -14,8 +14,8 @@ from rapid_jax.runtime.bucket_writes import ABSENT, Taken, write
 from rapid_jax.runtime.errors import Busy, InputError, Unavailable
 from rapid_jax.runtime.files import new_folder, replace_file
 from rapid_jax.runtime.lease import Lease
-from rapid_jax.runtime.links import followed, make_link
-from rapid_jax.runtime.run_folder import LEASE, working_in, written_once
+from rapid_jax.runtime.links import follow_link, make_link
+from rapid_jax.runtime.run_folder import LEASE, working_in, write_once
 from rapid_jax.runtime.storage import bytes_of, files_below, working_place
 from rapid_jax.speculative import prefix_bucket
 from rapid_jax.speculative.prefix_store import PrefixStore
@@ -134,9 +134,9 @@ def test_files_and_folders_count_when_they_are_whole(folder, monkeypatch):
             with file(name) as here:
                 here.write_text(name)
     assert files_below(folder / "out") == {"a": 1, "config.json": 11}
-    assert written_once(folder / "once", b"1") == written_once(folder / "once", b"2") == b"1"
+    assert write_once(folder / "once", b"1") == write_once(folder / "once", b"2") == b"1"
     make_link(folder / "run" / "pairs", folder / "shared")
-    assert followed(folder / "run" / "pairs") == folder / "shared"
+    assert follow_link(folder / "run" / "pairs") == folder / "shared"
 
 
 def test_documents_keys_and_values_are_kept(folder, monkeypatch, caplog):

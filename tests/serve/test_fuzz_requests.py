@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from rapid_jax.config import RapidConfig
 from rapid_jax.engine.request import Request
 from rapid_jax.serve.asked import chat_requests, read_documents
-from rapid_jax.serve.bodies import _parsed
+from rapid_jax.serve.bodies import _parse
 from rapid_jax.serve.completions import prompt_ids
 from rapid_jax.serve.errors import api_error_of
 from rapid_jax.serve.fields import ChatRequest, CompletionRequest, DocumentRequest, TokenizeRequest
@@ -52,7 +52,7 @@ def outcome(service: Service, kind: type[BaseModel], value: Any) -> list[Request
     """What the engine would be asked, or the status of the refusal. Raises whatever would be an error 500."""
     try:
         with no_hang():
-            body = _parsed(json.dumps(value).encode(), kind)
+            body = _parse(json.dumps(value).encode(), kind)
             if isinstance(body, ChatRequest):
                 read = read_documents(body.document, service.engine.documents, "")
                 return chat_requests(body, read, service.defaults, "")

@@ -148,7 +148,7 @@ def test_a_second_question_compiles_nothing(questions, answer):
         run_rounds,
         prefill_module._chunk_layer,
         extend_module._tail_layer,
-        prefill_module.embedded,
+        prefill_module.embed_chunk,
     ]
     before = [function._cache_size() for function in functions]
     with compiled() as programs:

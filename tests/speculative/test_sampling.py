@@ -17,7 +17,7 @@ from rapid_jax.speculative.sampling import (
     SamplingParams,
     SamplingRule,
     draw,
-    penalized,
+    penalize,
     position_keys,
     seen_after,
     seen_before_each,
@@ -116,7 +116,7 @@ def test_order_is_penalty_temperature_filters():
 
 
 def test_a_penalty_lowers_seen_logits_of_either_sign():
-    got = penalized(jnp.asarray([2.0, -2.0, 0.0, 2.0]), jnp.asarray([True, True, True, False]), jnp.float32(2))
+    got = penalize(jnp.asarray([2.0, -2.0, 0.0, 2.0]), jnp.asarray([True, True, True, False]), jnp.float32(2))
     np.testing.assert_array_equal(got, [1.0, -4.0, 0.0, 2.0])
 
 

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rapid_jax.runtime.mesh import MeshConfig, make_mesh
 from rapid_jax.speculative import vocabulary
-from rapid_jax.speculative.vocabulary import _edge_by, _ordered, at, best, kth_largest, largest, nucleus
+from rapid_jax.speculative.vocabulary import _edge_by, _order, at, best, kth_largest, largest, nucleus
 
 SIZES = [1, 2, 64, 1000]
 
@@ -115,7 +115,7 @@ def test_the_number_at_an_index(size):
 @pytest.mark.parametrize("many", [2, 4, 8])
 def test_however_many_bits_are_found_at_once_the_edge_is_the_same(many):
     z = rows("many equal", 1000)
-    key, weight = _ordered(jnp.asarray(z)), jnp.ones_like(z)
+    key, weight = _order(jnp.asarray(z)), jnp.ones_like(z)
     for bound in (0.0, 10.0, 999.0):
         whole = np.full((2, 3, 1), bound, np.float32)
         np.testing.assert_array_equal(_edge_by(many, key, weight, whole), _edge_by(1, key, weight, whole))

@@ -83,9 +83,9 @@ def test_the_head_of_a_longer_one_is_refused(tmp_path):
 
 
 def test_storing_runs_no_program_on_several_devices(tmp_path, monkeypatch):
-    seen, shifted = [], prefix_arrays._shifted
+    seen, shifted = [], prefix_arrays._shift
     monkeypatch.setattr(
-        prefix_arrays, "_shifted", lambda x, first: seen.append(x.sharding.device_set) or shifted(x, first)
+        prefix_arrays, "_shift", lambda x, first: seen.append(x.sharding.device_set) or shifted(x, first)
     )
     stored(tmp_path, prompts_of(70)[0], "context=4", 0)
     assert seen and all(len(devices) == 1 for devices in seen)

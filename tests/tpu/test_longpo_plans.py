@@ -10,7 +10,7 @@ from longpo_jax import plan
 from longpo_jax.config import LongPOConfig
 from rapid_jax.plan.architectures import architecture_of
 from rapid_jax.plan.hlo import collectives, gathered_kv
-from rapid_jax.plan.report import examined
+from rapid_jax.plan.report import examine
 from rapid_jax.plan.topologies import GIB, topology_of
 from rapid_jax.runtime import settings
 from tests.tpu import heads
@@ -23,7 +23,7 @@ def test_the_gradients_of_mistral_s_first_round():
     """At full depth, since the layers are scanned; a quarter of the slice and of the length compiles in less time."""
     path, slice_ = CONFIGS / "mistral_7b_128k_v5p_2x2x4.yaml", topology_of("v5p:2x2x1")
     config = settings.load(LongPOConfig, path, ["mesh.context=4", "train.lengths=[32768]"])
-    result = examined(plan.programs_of(config, slice_, architecture_of(config.model.source))[0], slice_)
+    result = examine(plan.programs_of(config, slice_, architecture_of(config.model.source))[0], slice_)
     assert result.text
     assert result.fits
     share = config.train.lengths[-1] // config.mesh.context
@@ -38,7 +38,7 @@ def test_the_gradients_of_mistral_s_first_round():
 def test_the_update_of_mistral_s_first_round_is_as_its_head_says():
     path, slice_ = CONFIGS / "mistral_7b_128k_v5p_2x2x4.yaml", topology_of("v5p:2x2x4")
     config = settings.load(LongPOConfig, path)
-    update = examined(plan.programs_of(config, slice_, architecture_of(config.model.source))[1], slice_)
+    update = examine(plan.programs_of(config, slice_, architecture_of(config.model.source))[1], slice_)
     assert update.bytes_per_chip["peak"] / GIB == pytest.approx(heads.programs_of(path)["update"], rel=0.02)
     assert "all-gather" not in update.collectives  # moments lie where their weights do
 

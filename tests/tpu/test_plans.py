@@ -15,7 +15,7 @@ from rapid_jax.plan import command
 from rapid_jax.plan.architectures import architecture_of
 from rapid_jax.plan.hlo import collectives, gathered_kv, schedule, under_kernels
 from rapid_jax.plan.programs import models_of, programs_of
-from rapid_jax.plan.report import Result, examined
+from rapid_jax.plan.report import Result, examine
 from rapid_jax.plan.speed import predicted
 from rapid_jax.plan.topologies import GIB, topology_of
 from rapid_jax.runtime import settings
@@ -32,7 +32,7 @@ def planned(name: str, topology: str, program: str, *overrides: str) -> tuple[Re
     assert context is not None
     programs = programs_of(config, devices.devices, architecture_of(config.models.target), None, context)
     (found,) = [item for item in programs if item.name == program]
-    return examined(found, devices), context // config.mesh.context
+    return examine(found, devices), context // config.mesh.context
 
 
 # The most GiB that a chip may need: what was planned, and a tenth. The last is compiled with `--fuzz 2`: it is of the

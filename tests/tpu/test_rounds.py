@@ -18,7 +18,7 @@ from rapid_jax.config import RapidConfig
 from rapid_jax.plan.architectures import architecture_of
 from rapid_jax.plan.hlo import collectives, copied, gathered_kv, largest_copy, made, widest_sort
 from rapid_jax.plan.programs import Program, programs_of
-from rapid_jax.plan.report import Result, examined
+from rapid_jax.plan.report import Result, examine
 from rapid_jax.plan.topologies import GIB, topology_of
 from rapid_jax.runtime import settings
 from rapid_jax.speculative.initial_state import gamma_bucket
@@ -83,7 +83,7 @@ def compiled(case: Case) -> tuple[Program, Result]:
     target = architecture_of(config.models.target)
     programs = programs_of(config, slice_.devices, target, None, config.models.max_context)
     (program,) = [program for program in programs if program.name == "round"]
-    return program, examined(program, slice_)
+    return program, examine(program, slice_)
 
 
 def held(program: Program) -> set[tuple[int, ...]]:

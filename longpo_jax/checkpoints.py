@@ -27,7 +27,7 @@ from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.buckets import failures, prepare_libraries
 from rapid_jax.runtime.errors import InputError, Unavailable
 from rapid_jax.runtime.files import remove_folder
-from rapid_jax.runtime.mesh import agreed, placed
+from rapid_jax.runtime.mesh import agreed, put_on_mesh
 from rapid_jax.runtime.storage import AnyPlace, bytes_free, library_path
 from rapid_jax.runtime.value_sums import array_sums
 
@@ -58,7 +58,7 @@ def restore(found: Found, target: TrainState) -> TrainState:
     for leaf in jax.tree.leaves(trees):
         leaf.delete()
     got = _restore(found, shapes)
-    step = placed(target.weights.mesh, jax.P(), np.int32(found.step))
+    step = put_on_mesh(target.weights.mesh, jax.P(), np.int32(found.step))
     return TrainState(step, nnx.merge(graph, got["weights"]), got["moments"])
 
 

@@ -35,7 +35,7 @@ from rapid_jax.runtime.command_line import say
 from rapid_jax.runtime.errors import InputError
 from rapid_jax.runtime.files import digest, remove_folder, replace_folder
 from rapid_jax.runtime.json_input import Fields
-from rapid_jax.runtime.mesh import placed
+from rapid_jax.runtime.mesh import put_on_mesh
 from rapid_jax.runtime.sealed import sealed, unsealed
 from rapid_jax.runtime.storage import AnyPlace, full_name, local_path
 from rapid_jax.runtime.value_sums import host_sum
@@ -198,5 +198,5 @@ def _with_values(target: TrainState, values: Mapping[str, np.ndarray], step: int
             leaves.append(jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts, dtype=x.dtype))
         return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
-    number = placed(target.weights.mesh, jax.P(), np.int32(step))
+    number = put_on_mesh(target.weights.mesh, jax.P(), np.int32(step))
     return TrainState(number, nnx.merge(graph, filled("weights", weights)), filled("moments", target.moments))

@@ -23,7 +23,7 @@ from rapid_jax.model.load import LoadedModel, load_model
 from rapid_jax.model.tokenizer import Tokenizer
 from rapid_jax.runtime.axes import TRAINED
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.mesh import make_meshes, placed, whole
+from rapid_jax.runtime.mesh import make_meshes, put_on_mesh, whole
 from rapid_jax.speculative.chunk_layout import bucket
 
 _Found = TypeVar("_Found")
@@ -150,5 +150,5 @@ class Scorer:
         rows = [part.packed(trunk, tail) for part in parts]
         arrays = batch_rows(rows, trunk=trunk, devices=devices)
         spec, mesh = self._strategy.spec, self._strategy.mesh
-        batch = {name: placed(mesh, spec(name), array) for name, array in arrays.items()}
+        batch = {name: put_on_mesh(mesh, spec(name), array) for name, array in arrays.items()}
         return rows, jax.device_get(self._call(self._model.decoder, batch, tail=tail))

@@ -34,7 +34,7 @@ from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import arithmetic
 from rapid_jax.model.top_logprobs import TopLogProbs
 from rapid_jax.runtime.axes import PARAM, spec_of
-from rapid_jax.runtime.mesh import placed
+from rapid_jax.runtime.mesh import put_on_mesh
 
 TOLD = ("finite", "weights_finite")  # of an update, besides its metrics; truth values
 
@@ -100,7 +100,7 @@ class Step:
         weights = nnx.state(decoder, nnx.Param)
         places = None if self.mesh is None else jax.tree.map(lambda x: x.sharding, self.moments(decoder))
         moments = jax.jit(self.transform.init, out_shardings=places)(weights)
-        return TrainState(placed(self.mesh, jax.P(), np.int32(0)), decoder, moments)
+        return TrainState(put_on_mesh(self.mesh, jax.P(), np.int32(0)), decoder, moments)
 
     def moments(self, decoder: Decoder) -> optax.OptState:
         """The shapes of what the optimizer keeps of these weights or shapes, each lying as its weight does."""
@@ -157,7 +157,7 @@ class Step:
         if taught:
             of_teacher = batch_teachers(*zip(*taught, strict=True), devices=devices)
             arrays |= {f"reference_{name}": array for name, array in of_teacher.items()}
-        return {name: placed(self.mesh, self.strategy.spec(name), array) for name, array in arrays.items()}
+        return {name: put_on_mesh(self.mesh, self.strategy.spec(name), array) for name, array in arrays.items()}
 
     def accumulate(self, state: TrainState, total: Any, batch: Batch) -> Any:
         """`total` (None before the first microbatch of an update) with this one's gradient and metrics added."""

@@ -25,7 +25,7 @@ from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.fused import fuse, quantize
 from rapid_jax.model.quantized import BITS
-from rapid_jax.runtime.mesh import make_meshes, replicated
+from rapid_jax.runtime.mesh import make_meshes, replicate
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.draft import read
@@ -265,11 +265,11 @@ class Decoding:
         tail = new_tail(decoder, [case.context] * case.batch, self.tokens + max(WIDTHS), self.dtype)
         tail = extend(decoder, prefix, tail, [fed[:last]] * case.batch, width=width, block_size=BLOCK)
         none_B = np.zeros(case.batch, np.int32)
-        side = Side(decoder, prefix, *replicated(decoder.mesh, (none_B[:, None], none_B)))
+        side = Side(decoder, prefix, *replicate(decoder.mesh, (none_B[:, None], none_B)))
         piece_BT = np.zeros((case.batch, width), np.int32)
         piece_BT[:, : len(fed) - last] = fed[last:]
         plan = Plan(0, 0, 1, BLOCK, self.config.vocab_size)
-        logits_BTV, _ = _read(side, tail, replicated(decoder.mesh, piece_BT), plan=plan, rows=width)
+        logits_BTV, _ = _read(side, tail, replicate(decoder.mesh, piece_BT), plan=plan, rows=width)
         return np.asarray(logits_BTV[row, len(fed) - 1 - last], np.float64)
 
 

@@ -24,7 +24,7 @@ from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.placement import abstract
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.mesh import placed, replicated
+from rapid_jax.runtime.mesh import put_on_mesh, replicate
 from rapid_jax.speculative.chunk_layout import ChunkLayout
 from rapid_jax.speculative.prefill import windows_of
 from rapid_jax.speculative.window_layout import WindowLayout
@@ -107,7 +107,7 @@ def random_prefix(
         shape = (batch, strategy.kv_heads(config.num_kv_heads), pos_BS.shape[1], config.head_dim)
         like = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         made = tuple(KV(*(_normal(key, like, 1.0) for key in keys[layer])) for layer in layers)
-        return Prefix(made, placed(mesh, strategy.spec("pos_BS"), pos_BS), replicated(mesh, np.int32(used)))
+        return Prefix(made, put_on_mesh(mesh, strategy.spec("pos_BS"), pos_BS), replicate(mesh, np.int32(used)))
 
     window, near_at = windows_of(config)
     full = [layer for layer in range(config.num_layers) if layer not in near_at]

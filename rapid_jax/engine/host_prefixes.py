@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, Sharding
 from rapid_jax.attention.cache import KV, Prefix
 from rapid_jax.attention.kernels import platform_of
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.runtime.mesh import placed
+from rapid_jax.runtime.mesh import put_on_mesh
 from rapid_jax.speculative.prefill import serving
 from rapid_jax.speculative.prefix_heads import Place, layer_names
 
@@ -168,7 +168,8 @@ class HostMoves:
             moved = {}
             for field, (name, axis) in layer_names(kv).items():
                 array = place.moved(getattr(kv, field), axis)
-                moved[field] = jax.device_put(array) if mesh is None else placed(mesh, self._strategy.spec(name), array)
+                spec = self._strategy.spec(name)
+                moved[field] = jax.device_put(array) if mesh is None else put_on_mesh(mesh, spec, array)
             return KV(**moved)
 
         return self._time(

@@ -16,7 +16,7 @@ from rapid_jax.engine.rooms import room_of_short
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.model.load import LoadedModel
 from rapid_jax.prompts import check_ids
-from rapid_jax.runtime.mesh import replicated
+from rapid_jax.runtime.mesh import replicate
 from rapid_jax.speculative.prefill import Prefill, PrefillSettings
 from rapid_jax.speculative.state import MOST_LOGPROBS
 from rapid_jax.speculative.vocabulary import at, largest
@@ -62,7 +62,7 @@ def _score_chunk(work: Prefill, decoder: Decoder, ids: Sequence[int]) -> tuple[n
     """(positions [1, T] of the next chunk, -1 where there is none; what `_scored` gives of it)."""
     hidden_BTD, positions = work.step()
     following = np.asarray([*ids, 0], np.int32)[np.clip(positions + 1, 0, len(ids))]
-    next_BT = replicated(decoder.mesh, following)
+    next_BT = replicate(decoder.mesh, following)
     return positions, jax.device_get(_scored(decoder, hidden_BTD, next_BT, most=MOST_LOGPROBS))
 
 

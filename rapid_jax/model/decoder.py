@@ -38,7 +38,7 @@ Wrap: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 NO_WINDOW = 2**30  # positions: more than any sequence has, and a difference of two is an int32
 
 
-def windowed(attend: Attend, window: int | jax.Array | None) -> Attend:
+def with_window(attend: Attend, window: int | jax.Array | None) -> Attend:
     """`attend` for a layer with this window, or with none."""
     return attend if window is None else partial(attend, window=window)
 
@@ -245,7 +245,7 @@ class Decoder(nnx.Module):
 
             def one_layer(x_BTD, item):
                 weights, (kind, window, layer) = item
-                seeing = windowed(attend, window_of[0] if window is None else window)
+                seeing = with_window(attend, window_of[0] if window is None else window)
                 return nnx.merge(graph, weights)(x_BTD, *chosen(rotations, kind), seeing, layer)
 
             windows = None  # where all layers have the same, it is known while tracing
@@ -257,7 +257,7 @@ class Decoder(nnx.Module):
             collected = []
             for index, block in enumerate(self.blocks):
                 layer = None if layers is None else layers[index]
-                seeing = windowed(attend, window_of[index])
+                seeing = with_window(attend, window_of[index])
                 x_BTD, item = block(x_BTD, *rotations[kind_of[index]], seeing, layer)
                 collected.append(item)
             kept = tuple(collected)

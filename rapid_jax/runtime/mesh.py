@@ -65,7 +65,7 @@ def make_meshes(
     return target, target if second is None else make_mesh(second, shares[1])
 
 
-def placed(mesh: Mesh | None, spec: PartitionSpec, tree: Any) -> Any:
+def put_on_mesh(mesh: Mesh | None, spec: PartitionSpec, tree: Any) -> Any:
     """The arrays of a tree, the same on every host, on the mesh as `spec` says; None: on the default device."""
 
     def place(array):
@@ -79,9 +79,9 @@ def placed(mesh: Mesh | None, spec: PartitionSpec, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
-def replicated(mesh: Mesh | None, tree: Any) -> Any:
+def replicate(mesh: Mesh | None, tree: Any) -> Any:
     """The arrays of a tree, whole on every device of the mesh; None: on the default device."""
-    return placed(mesh, PartitionSpec(), tree)
+    return put_on_mesh(mesh, PartitionSpec(), tree)
 
 
 def whole(mesh: Mesh | None, tree: Any) -> Any:
@@ -96,7 +96,7 @@ def moved(tree: Any, mesh: Mesh | None) -> Any:
     """
     if mesh is None or jax.process_count() == 1:
         return jax.device_put(tree, jax.devices()[0] if mesh is None else NamedSharding(mesh, PartitionSpec()))
-    return replicated(mesh, jax.tree.map(_here, tree))
+    return replicate(mesh, jax.tree.map(_here, tree))
 
 
 def on_host(tree: Any) -> Any:

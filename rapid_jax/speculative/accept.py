@@ -90,7 +90,7 @@ def verify(
     best_BG = best(z_BGV)
     if not rule.has_q:
         return _accept_greedy(drafts_BG, length_B, best_BG)
-    log_p_hat_BGV = enriched(z_BGV[:, :-1], log_q_BGV, rule, params)
+    log_p_hat_BGV = enrich(z_BGV[:, :-1], log_q_BGV, rule, params)
     if rule.transfer:
         is_drafted_BG = jnp.arange(drafts_BG.shape[1]) < length_B[:, None]
         moved_BG = is_drafted_BG & (along(params.eta_B, best_BG) > 0)
@@ -114,7 +114,7 @@ def verify(
     return n_B, jnp.where(params.greedy_B, best_B, token_B)
 
 
-def enriched(z_BGV: jax.Array, log_q_BGV: jax.Array, rule: SamplingRule, params: SamplingParams) -> jax.Array:
+def enrich(z_BGV: jax.Array, log_q_BGV: jax.Array, rule: SamplingRule, params: SamplingParams) -> jax.Array:
     """log p_hat [B, G, V], each row by its own eta and guard; normalised where p_hat itself is what is sampled."""
 
     def by(guard: Guard) -> jax.Array:

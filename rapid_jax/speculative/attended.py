@@ -19,7 +19,7 @@ from rapid_jax.attention.cache import KV, Layers, Prefix, Tail, mesh_of
 from rapid_jax.model.config import ModelConfig
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.mesh import replicated
+from rapid_jax.runtime.mesh import replicate
 from rapid_jax.speculative.draft import read_with_queries
 from rapid_jax.speculative.initial_state import RECENT
 from rapid_jax.speculative.prefill import serving
@@ -76,7 +76,7 @@ def _empty(prefix: Prefix, rows: int, slots: int) -> Prefix:
         return KV(zeros(kv.k_BKSH, -2), zeros(kv.v_BKSH, -1), zeros(kv.k_scale_BKS, -1), zeros(kv.v_scale_BKS, -1))
 
     layers: Layers = of(prefix.layers) if isinstance(prefix.layers, KV) else tuple(map(of, prefix.layers))
-    return Prefix(layers, *replicated(mesh, (np.full((rows, slots), -1, np.int32), np.int32(0))))
+    return Prefix(layers, *replicate(mesh, (np.full((rows, slots), -1, np.int32), np.int32(0))))
 
 
 @partial(jax.jit, static_argnames="block", donate_argnames="chosen")

@@ -10,9 +10,9 @@ import numpy as np
 
 from rapid_jax.attention.attend import attend_prefix_tail, layers_of, with_kept
 from rapid_jax.attention.cache import KV, Prefix, Tail, each_layer
-from rapid_jax.model.decoder import Block, Decoder, windowed
+from rapid_jax.model.decoder import Block, Decoder, with_window
 from rapid_jax.model.rope import Rotation
-from rapid_jax.runtime.mesh import replicated
+from rapid_jax.runtime.mesh import replicate
 from rapid_jax.speculative.prefill import embed_chunk, serving
 
 
@@ -21,7 +21,7 @@ def _tail_layer(
     block: Block, x_BTD, turn: Rotation, far: KV, near: KV, prefix: Prefix, tail: Tail, pos_BG, *, strategy, window
 ):
     attend = attend_prefix_tail(prefix, replace(tail, layers=(near,)), pos_BG, strategy)
-    return block(x_BTD, *turn, windowed(attend, window), (far, near))
+    return block(x_BTD, *turn, with_window(attend, window), (far, near))
 
 
 @partial(jax.jit, donate_argnames="layers", static_argnames="strategy")
@@ -48,7 +48,7 @@ def extend(
     start_B, first_B = (np.asarray(rows) for rows in (tail.start_B, tail.length_B))
     for start in range(0, tokens.shape[1], width):
         pos_BG = (start_B + first_B + np.minimum(lengths_B, start))[:, None] + np.arange(width, dtype=np.int32)
-        tokens_BG, pos_BG = replicated(decoder.mesh, (tokens[:, start : start + width], pos_BG))
+        tokens_BG, pos_BG = replicate(decoder.mesh, (tokens[:, start : start + width], pos_BG))
         if isinstance(decoder.blocks, Block):
             outline = replace(tail, layers=())
             layers = _tail_stacked(decoder, tokens_BG, prefix, outline, tail.layers, pos_BG, strategy=strategy)
@@ -66,5 +66,5 @@ def extend(
                 done.append(own)
             layers = tuple(done)
         length_B = first_B + np.minimum(lengths_B, start + width)
-        tail = Tail(layers, tail.start_B, replicated(decoder.mesh, length_B.astype(np.int32)))
+        tail = Tail(layers, tail.start_B, replicate(decoder.mesh, length_B.astype(np.int32)))
     return tail

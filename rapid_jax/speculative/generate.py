@@ -13,7 +13,7 @@ from rapid_jax.attention.cache import Prefix, Tail
 from rapid_jax.model.decoder import Decoder
 from rapid_jax.runtime.compiling import forget_programs, timed
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.mesh import replicated
+from rapid_jax.runtime.mesh import replicate
 from rapid_jax.speculative.attended import Choices, attended_side
 from rapid_jax.speculative.config import SamplingConfig, SpeculationConfig
 from rapid_jax.speculative.extend import extend
@@ -79,7 +79,7 @@ def _side(prompted: Prompted, *, uncached: int, sizes: Sizes, block: int) -> tup
         last = list(prompt[-RECENT:])
         recent[row, RECENT - len(last) :] = last
     lengths = np.asarray([len(prompt) for prompt in prompted.prompts], np.int32)
-    return Side(prompted.decoder, prompted.prefix, *replicated(prompted.decoder.mesh, (recent, lengths))), tail
+    return Side(prompted.decoder, prompted.prefix, *replicate(prompted.decoder.mesh, (recent, lengths))), tail
 
 
 def _text(texts: Sequence[Sequence[int]], match: int, room: int) -> np.ndarray:
@@ -173,7 +173,7 @@ def start(
     seen = _seen(target, vocabulary, sampling), _seen(drafter, vocabulary, sampling)
     seeds = seeds or [sampling.seed] * batch
     host_state = start_state(seeds, sizes, sampling.max_new_tokens, seen, logprobs=room.logprobs)
-    placed_state = replicated(target.decoder.mesh, host_state)
+    placed_state = replicate(target.decoder.mesh, host_state)
     state = State(target_tail=target_tail, draft_tail=draft_tail, **placed_state, queries_BGLNH=queries)
     text_BM = _text(texts or [[]] * batch, speculation.lookup_match, room.text)
     rule = SamplingRule.of(sampling, speculation, stops, logprobs=room.logprobs)

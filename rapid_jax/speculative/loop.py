@@ -94,13 +94,13 @@ def one_round(
     elif drafter is None:
         raise ValueError(f"gamma {plan.gamma} needs a drafter")
     elif state.draft_tail is None:  # what it writes beside the target's keys and values is dropped
-        (draft, _), draft_tail = drafted(drafter, state, state.target_tail, framed_BM, params, rule, plan), None
+        (draft, _), draft_tail = draft_tokens(drafter, state, state.target_tail, framed_BM, params, rule, plan), None
     else:
-        draft, draft_tail = drafted(drafter, state, state.draft_tail, framed_BM, params, rule, plan)
-    return replace(verified(target, state, draft, params, rule, plan), draft_tail=draft_tail)
+        draft, draft_tail = draft_tokens(drafter, state, state.draft_tail, framed_BM, params, rule, plan)
+    return replace(verify_draft(target, state, draft, params, rule, plan), draft_tail=draft_tail)
 
 
-def drafted(
+def draft_tokens(
     drafter: Side,
     state: State,
     tail: Tail,
@@ -117,7 +117,9 @@ def drafted(
     return draft_stepwise(drafter, state, tail, rule, params, plan)
 
 
-def verified(target: Side, state: State, draft: Draft, params: SamplingParams, rule: SamplingRule, plan: Plan) -> State:
+def verify_draft(
+    target: Side, state: State, draft: Draft, params: SamplingParams, rule: SamplingRule, plan: Plan
+) -> State:
     """The target's half of a round: the state, less the drafter's tail, with the accepted drafts and a token more."""
     last_B1 = window(known_tokens(target, state), target.recent_BR.shape[1] + state.count_B - 1, 1)
     fed_BT = jnp.concatenate([last_B1, draft.tokens_BG], axis=1)

@@ -21,10 +21,10 @@ from rapid_jax.attention.config import KernelName, Over
 from rapid_jax.attention.groups import by_group, grouped, layer_at
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.config import ModelConfig
-from rapid_jax.model.decoder import Block, Decoder, windowed
+from rapid_jax.model.decoder import Block, Decoder, with_window
 from rapid_jax.model.rope import Rotation
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.mesh import placed, replicated
+from rapid_jax.runtime.mesh import put_on_mesh, replicate
 from rapid_jax.runtime.progress import Progress
 from rapid_jax.speculative.chunk_layout import ChunkLayout
 from rapid_jax.speculative.prefill_groups import Group
@@ -70,7 +70,7 @@ def new_tail(decoder: Decoder, start_B: Sequence[int], slots: int, dtype: jnp.dt
     """An empty tail whose slot 0 is at position `start_B` of each row."""
     layers = empty_cache(decoder, len(start_B), slots, dtype, letter="G")
     rows = np.asarray(start_B, np.int32), np.zeros(len(start_B), np.int32)
-    return Tail(layers, *replicated(decoder.mesh, rows))
+    return Tail(layers, *replicate(decoder.mesh, rows))
 
 
 def _so_far(pos_BS: jax.Array, used: jax.Array, strategy: Strategy) -> Prefix:
@@ -83,7 +83,7 @@ def _so_far(pos_BS: jax.Array, used: jax.Array, strategy: Strategy) -> Prefix:
 @partial(jax.jit, static_argnames=("strategy", "window"))
 def _chunk_layer(block: Block, x_BTD, turn: Rotation, kv: KV, pos_BS, used, pos_BT, *, strategy, window: int | None):
     attend = attend_chunk(pos_BT, _so_far(pos_BS, used, strategy), strategy)
-    return block(x_BTD, *turn, windowed(attend, window), kv)
+    return block(x_BTD, *turn, with_window(attend, window), kv)
 
 
 @partial(jax.jit, static_argnames=("strategy", "at", "window"))
@@ -202,7 +202,7 @@ class Prefill:
         """
         decoder, strategy, index = self._decoder, self._strategy, self._index
         new = self._tokens[index], self._positions[index]
-        tokens_BT, pos_BT = placed(decoder.mesh, strategy.spec("tokens_BT"), new)
+        tokens_BT, pos_BT = put_on_mesh(decoder.mesh, strategy.spec("tokens_BT"), new)
         fars = [group.begin(index) for group in self._groups]
         if isinstance(decoder.blocks, Block):
             groups = [group for group in self._groups if group.layers]

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from rapid_jax.attention.cache import KV, Layers, Prefix
 from rapid_jax.attention.strategy import Strategy
-from rapid_jax.runtime.mesh import placed, replicated
+from rapid_jax.runtime.mesh import put_on_mesh, replicate
 from rapid_jax.speculative.chunk_layout import ChunkLayout
 from rapid_jax.speculative.window_layout import WindowLayout
 
@@ -44,14 +44,14 @@ class Group:
         """What the layers attend to while chunk `index` is computed: (positions of slots, how many are used)."""
         layout, chunk, mesh = self._layout, self._chunks.chunk, self._strategy.mesh
         if not isinstance(layout, WindowLayout):
-            self._used, self._sources = replicated(mesh, np.int32(index * chunk)), None
+            self._used, self._sources = replicate(mesh, np.int32(index * chunk)), None
             return self._every_BS, self._used
         first = layout.first_before(index)
-        self._used = replicated(mesh, np.int32((index - first) * chunk))
+        self._used = replicate(mesh, np.int32((index - first) * chunk))
         ends_B = np.array([(length - 1) // chunk == index for length in self._lengths])
         # With the first chunk also where no prompt ends: then all programs have run.
         takes = self._kept and (ends_B.any() or index == 0)
-        self._sources = replicated(mesh, (layout.sources(self._lengths, index), ends_B)) if takes else None
+        self._sources = replicate(mesh, (layout.sources(self._lengths, index), ends_B)) if takes else None
         return self._slotted(layout.before, first, index), self._used
 
     def add(self, place: int, chunk: KV) -> None:
@@ -74,16 +74,16 @@ class Group:
         layers: Layers = held[0] if stacked and held else tuple(held)
         if isinstance(layout, WindowLayout):
             used -= layout.first_kept(used)
-            pos_BS = placed(self._strategy.mesh, self._strategy.spec("pos_BS"), layout.positions(self._lengths))
+            pos_BS = put_on_mesh(self._strategy.mesh, self._strategy.spec("pos_BS"), layout.positions(self._lengths))
         else:
             pos_BS = self._every_BS
-        return Prefix(layers, pos_BS, replicated(self._strategy.mesh, np.int32(used)))
+        return Prefix(layers, pos_BS, replicate(self._strategy.mesh, np.int32(used)))
 
     def _slotted(self, layout: ChunkLayout, first: int, last: int) -> jax.Array:
         """The positions of these chunks in the layout's slots."""
         chunks = ChunkLayout(layout.chunk, last - first, layout.slots, layout.devices)
         slots = chunks.slotted(self._positions[first:last], -1)
-        return placed(self._strategy.mesh, self._strategy.spec("pos_BS"), slots)
+        return put_on_mesh(self._strategy.mesh, self._strategy.spec("pos_BS"), slots)
 
 
 # A program of its own: on a CPU the layer's program takes a third longer when its cache is donated to it.

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from rapid_jax.attention.cache import KV, Layers, Near, Prefix
 from rapid_jax.attention.strategy import Strategy
 from rapid_jax.model.decoder import Decoder
-from rapid_jax.runtime.mesh import placed, replicated
+from rapid_jax.runtime.mesh import put_on_mesh, replicate
 from rapid_jax.speculative.chunk_layout import ChunkLayout
 from rapid_jax.speculative.prefill import empty_cache, serving
 from rapid_jax.speculative.window_layout import WindowLayout
@@ -109,7 +109,7 @@ class Place:
         def of(layers: Layers, place: Place, first: int) -> Prefix:
             slots = place.positions()
             pos_BS = np.where(slots < 0, -1, slots + first).astype(np.int32)
-            return Prefix(layers, placed(mesh, spec, pos_BS), replicated(mesh, np.int32(place.tokens)))
+            return Prefix(layers, put_on_mesh(mesh, spec, pos_BS), replicate(mesh, np.int32(place.tokens)))
 
         found = of(layers, self, 0)
         if near_place is None or self.window is None:
@@ -127,7 +127,7 @@ def head_of(decoder: Decoder, prefix: Prefix, place: Place) -> Prefix:
     kv = prefix.layers[0] if isinstance(prefix.layers, tuple) else prefix.layers
     layers = empty_cache(decoder, 1, place.layout.slots, kv.k_BKSH.dtype, letter="S")
     for start in range(0, place.tokens, chunk):
-        at = replicated(decoder.mesh, np.int32(start))
+        at = replicate(decoder.mesh, np.int32(start))
         piece = _piece(prefix.layers, at, chunk=chunk, strategy=strategy)
         layers = _with_piece(layers, piece, at, strategy=strategy)
     return place.prefix(layers, decoder.mesh)

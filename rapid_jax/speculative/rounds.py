@@ -15,7 +15,7 @@ from rapid_jax.attention.cache import capacity
 from rapid_jax.attention.kernels import platform_of
 from rapid_jax.model.finite import why_not_finite
 from rapid_jax.runtime.errors import InputError
-from rapid_jax.runtime.mesh import agreed, on_host, replicated
+from rapid_jax.runtime.mesh import agreed, on_host, replicate
 from rapid_jax.speculative.attended import Choices, choose
 from rapid_jax.speculative.loop import run_rounds, run_rounds_on_tpu
 from rapid_jax.speculative.rows import fitted, outline, params_of_rows, params_with_row, taken, with_room, written
@@ -60,7 +60,7 @@ class Rounds:
         """`params` are arrays of the host; `choices`: when the drafter chooses anew what it reads of the target's."""
         self.sides, self.state, self.rule, self.plan, self.choices = sides, state, rule, plan, choices
         self.meshes = [side.decoder.mesh for side in sides if side is not None]
-        self.texts = [replicated(mesh, text_BM) for mesh in self.meshes]
+        self.texts = [replicate(mesh, text_BM) for mesh in self.meshes]
         self.compile_seconds = 0.0
         self.interrupted = [False] * text_BM.shape[0]  # rows that the caller has stopped
         self._overheads: dict[Hashable, float] = {}  # by program: seconds of a call beside its rounds
@@ -70,7 +70,7 @@ class Rounds:
     def set_params(self, params: SamplingParams) -> None:
         """From now on the rows are drawn so."""
         self.host_params = params
-        self.params = [replicated(mesh, params) for mesh in self.meshes]
+        self.params = [replicate(mesh, params) for mesh in self.meshes]
 
     def _read(self) -> Progress:
         state = self.state
@@ -88,7 +88,7 @@ class Rounds:
             return
         for due_B, part in self.choices.calls(rounds) or [(np.zeros(len(self.interrupted), bool), 0)]:
             if due_B.any() or not rounds:
-                due_B = replicated(self.meshes[0], due_B)
+                due_B = replicate(self.meshes[0], due_B)
                 prefix = choose(target, drafter.prefix, self.state.queries_BGLNH, due_B, block=plan.block)
                 drafter = replace(drafter, prefix=prefix)
                 self.sides = target, drafter
@@ -97,7 +97,7 @@ class Rounds:
     def _run(self, plan: Plan, rounds: int) -> None:
         """So many rounds on devices that both sides share."""
         target, drafter = self.sides
-        count = replicated(self.meshes[0], np.int32(rounds))
+        count = replicate(self.meshes[0], np.int32(rounds))
         program = run_rounds_on_tpu if platform_of(self.meshes[0]) == "tpu" else run_rounds
         beside = None if drafter is None else drafter.beside(target)
         self.state = program(
@@ -124,7 +124,7 @@ class Rounds:
         self._set_done(self.ended())
 
     def _set_done(self, done: Sequence[bool]) -> None:
-        self.state = replace(self.state, done_B=replicated(self.meshes[0], np.asarray(done)))
+        self.state = replace(self.state, done_B=replicate(self.meshes[0], np.asarray(done)))
 
     @property
     def may_copy(self) -> bool:
@@ -269,7 +269,7 @@ class Rounds:
             state = self._with_seen(state)
         if self.rule.logprobs and state.logprobs is None:
             none = Logprobs.none(*state.emitted_BO.shape)
-            state = replace(state, logprobs=replicated(self.meshes[0], none))
+            state = replace(state, logprobs=replicate(self.meshes[0], none))
         first = {"recent_BR": target.recent_BR, "prompt_B": target.prompt_B, "state": state, "text_BM": self.texts[0]}
         if drafter is None:
             return first, None
@@ -293,7 +293,7 @@ class Rounds:
         shape = state.done_B.shape[0], self.plan.vocabulary
         named = zip(("target_seen_BV", "draft_seen_BV"), self.sides, strict=True)
         missing = [name for name, side in named if side is not None and getattr(state, name) is None]
-        return replace(state, **{name: replicated(self.meshes[0], np.zeros(shape, bool)) for name in missing})
+        return replace(state, **{name: replicate(self.meshes[0], np.zeros(shape, bool)) for name in missing})
 
 
 def _context(mesh: Mesh | None) -> int:

@@ -15,14 +15,14 @@ from rapid_jax.attention.kernels import platform_of
 from rapid_jax.runtime.mesh import moved, whole
 from rapid_jax.speculative.draft import Draft
 from rapid_jax.speculative.lookup import framed
-from rapid_jax.speculative.loop import TPU_OPTIONS, copies_alone, drafted, verified
+from rapid_jax.speculative.loop import TPU_OPTIONS, copies_alone, draft_tokens, verify_draft
 from rapid_jax.speculative.sampling import SamplingParams, SamplingRule
 from rapid_jax.speculative.state import Plan, Side, State
 
 
 def _draft(drafter: Side, state: State, tail: Tail, text_BM, params: SamplingParams, *, rule: SamplingRule, plan: Plan):
     framed_BM = framed(text_BM, drafter.recent_BR.shape[1], plan.copies)
-    draft, tail = drafted(drafter, state, tail, framed_BM, params, rule, plan)
+    draft, tail = draft_tokens(drafter, state, tail, framed_BM, params, rule, plan)
     return whole(drafter.decoder.mesh, draft), tail
 
 
@@ -31,13 +31,13 @@ def _verify(
 ) -> State:
     if draft is None:
         draft = copies_alone(target, state, framed(text_BM, target.recent_BR.shape[1], plan.copies), rule, plan)
-    return verified(target, state, draft, params, rule, plan)
+    return verify_draft(target, state, draft, params, rule, plan)
 
 
 _draft_jit = partial(jax.jit, _draft, static_argnames=("rule", "plan"), donate_argnames="tail")
 _verify_jit = partial(jax.jit, _verify, static_argnames=("rule", "plan"), donate_argnames="state")
-_drafted, _drafted_on_tpu = _draft_jit(), _draft_jit(compiler_options=dict(TPU_OPTIONS))
-_verified, _verified_on_tpu = _verify_jit(), _verify_jit(compiler_options=dict(TPU_OPTIONS))
+_drafted, _draft_on_tpu = _draft_jit(), _draft_jit(compiler_options=dict(TPU_OPTIONS))
+_verified, _verify_on_tpu = _verify_jit(), _verify_jit(compiler_options=dict(TPU_OPTIONS))
 
 
 def run_rounds_apart(
@@ -56,7 +56,7 @@ def run_rounds_apart(
     """
     target, drafter = sides
     tpu = platform_of(target.decoder.mesh) == "tpu"
-    draft_half, target_half = (_drafted_on_tpu, _verified_on_tpu) if tpu else (_drafted, _verified)
+    draft_half, target_half = (_draft_on_tpu, _verify_on_tpu) if tpu else (_drafted, _verified)
     draft_tail = state.draft_tail
     state = replace(state, draft_tail=None)
     for _ in range(rounds):

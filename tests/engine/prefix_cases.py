@@ -12,7 +12,7 @@ from rapid_jax.config import CacheConfig, ComputeConfig
 from rapid_jax.engine.prefixes import PrefixCache
 from rapid_jax.model.decoder import Decoder, Layout
 from rapid_jax.runtime.axes import PARAM
-from rapid_jax.runtime.mesh import make_meshes, placed
+from rapid_jax.runtime.mesh import make_meshes, put_on_mesh
 from rapid_jax.runtime.mesh_config import MeshConfig
 from rapid_jax.speculative.prefill import serving
 from rapid_jax.speculative.prefix_heads import Place
@@ -64,8 +64,8 @@ def prefix_of(decoder: Decoder, head: Sequence[int]) -> Prefix:
         each.append(KV(*(np.repeat(spread(place, array), copies, axis=1) for array in pair)))
     if decoder.layout == "stacked":
         stack = jax.tree.map(lambda *arrays: np.stack(arrays), *each)
-        return place.prefix(placed(decoder.mesh, strategy.spec("kv_LBKSH"), stack), decoder.mesh)
-    return place.prefix(tuple(placed(decoder.mesh, strategy.spec("kv_BKSH"), each)), decoder.mesh)
+        return place.prefix(put_on_mesh(decoder.mesh, strategy.spec("kv_LBKSH"), stack), decoder.mesh)
+    return place.prefix(tuple(put_on_mesh(decoder.mesh, strategy.spec("kv_BKSH"), each)), decoder.mesh)
 
 
 def cache_of(decoder: Decoder, folder: Path, *, kv: str = "full", aside: bool = False, **settings) -> PrefixCache:

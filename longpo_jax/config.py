@@ -87,6 +87,7 @@ class InstructConfig:
 
     questions: int = 4  # asked for; one of them is drawn
     at_least: int = 4  # found in the model's words, else the excerpt is dropped
+    begins: str = ""  # what its words are made to begin with: "1:" for a small model that would rather talk of the text
     temperature: float = 0.7  # of the questions; 0 = greedy
     top_p: float = 0.9  # 1 = off
     max_new_tokens: int = 1024  # of all questions about an excerpt

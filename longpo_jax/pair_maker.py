@@ -130,10 +130,11 @@ class PairMaker:
         config, tokenizer = self._config, self._generator.tokenizer
         asked = [(work, at, _seed(work.seed, at)) for work in group for at in range(len(work.excerpts))]
         request = Dialogue(tokenizer, [instruct.request(config.instruct)])
-        prompts = [request.around(work.words[at]) for work, at, _ in asked]
+        begun = tokenizer.encode_template(config.instruct.begins) if config.instruct.begins else []
+        prompts = [request.around(work.words[at]) + begun for work, at, _ in asked]
         said = self._generator.answers(prompts, self._asking, [_seed(seed, "ask") for *_, seed in asked])
         for (work, at, seed), answer in zip(asked, said, strict=True):
-            questions = instruct.parsed(answer.text, config.instruct)
+            questions = instruct.parsed(config.instruct.begins + answer.text, config.instruct)
             if len(questions) < config.instruct.at_least:
                 cut_off = (
                     "" if answer.finished else ", cut off"

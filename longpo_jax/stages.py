@@ -43,6 +43,8 @@ _MATTERS = {
     "export": ("model.rope_theta", "train.lengths"),
 }
 # The source is known by what is in it, which each stage adds.
+# Settings that came later, with the value that was in force before: it is not among the inputs, so what was made stays.
+_LATER: dict[str, Any] = {"instruct.begins": ""}
 _EXCEPT = {"pairs": ("model.source", "model.reference_rope_theta", "corpus.weights", "pairs.batch")}
 
 
@@ -66,7 +68,7 @@ def inputs_of(config: LongPOConfig, stage: str) -> dict[str, Any]:
     matters = {key for key in flat if key in _MATTERS[stage] or f"{key.partition('.')[0]}.*" in _MATTERS[stage]}
     used = objective_of(config.objective.name).own
     others = {f"objective.{key}" for record in OBJECTIVES.values() for key in record.own if key not in used}
-    without = {*_EXCEPT.get(stage, ()), *others}
+    without = {*_EXCEPT.get(stage, ()), *others, *(key for key, value in _LATER.items() if flat[key] == value)}
     return {key: value for key, value in flat.items() if key in matters and key not in without}
 
 

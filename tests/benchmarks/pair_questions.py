@@ -5,9 +5,9 @@ python -m tests.benchmarks.pair_questions --config configs/longpo/smollm2_cpu.ya
 python -m tests.benchmarks.pair_questions --config configs/longpo/smollm2_cpu.yaml --said said.jsonl
 
 The first asks as `longpo round` does, with the config's model, corpus and sampling (`--set` changes them), and keeps
-what was said, a line an excerpt; with `--begins TEXT` the model's words are made to begin so, which `longpo round` does
-not do. The second reads a kept file again, without a model: before and after a change of what is read as a question.
-`--show` prints, of excerpts without a question (--all: of each), the words and what was read from them.
+what was said, a line an excerpt. The second reads a kept file again, without a model: before and after a change of what
+is read as a question. `--show` prints, of excerpts without a question (--all: of each), the words and what was read
+from them.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
     if options.said:
         said = [json.loads(line) for line in options.said.read_text(encoding="utf-8").splitlines()]
     else:
-        said = asked(config, options.excerpts, options.begins)
+        said = asked(config, options.excerpts)
     if options.out:
         options.out.write_text("".join(json.dumps(one, ensure_ascii=False) + "\n" for one in said), encoding="utf-8")
     read = [instruct.parsed(one["text"], config.instruct) for one in said]
@@ -48,8 +48,8 @@ def main() -> None:
     print(told(read, config.instruct))
 
 
-def asked(config: LongPOConfig, count: int, begins: str) -> list[dict]:
-    """What the model says about the first excerpts of the corpus, its words made to begin so."""
+def asked(config: LongPOConfig, count: int) -> list[dict]:
+    """What the model says about the first excerpts of the corpus."""
     generator = Generator(config, quiet=True)
     tokenizer, ask = generator.tokenizer, config.instruct
     documents = read_corpus(config.corpus, tokenizer, config.seed, quiet=True).documents
@@ -60,9 +60,9 @@ def asked(config: LongPOConfig, count: int, begins: str) -> list[dict]:
     )
     excerpts = list(islice(cut, count))
     request = Dialogue(tokenizer, [instruct.request(ask)])
+    begun = tokenizer.encode_template(ask.begins) if ask.begins else []
     prompts = [
-        request.around(tokenizer.encode_quoted(document.text[excerpt.start : excerpt.end]))
-        + (tokenizer.encode_template(begins) if begins else [])
+        request.around(tokenizer.encode_quoted(document.text[excerpt.start : excerpt.end])) + begun
         for document, excerpt in excerpts
     ]
     sampling = SamplingConfig(temperature=ask.temperature, top_p=ask.top_p, max_new_tokens=ask.max_new_tokens)
@@ -73,7 +73,7 @@ def asked(config: LongPOConfig, count: int, begins: str) -> list[dict]:
             "id": f"{document.id}:{excerpt.start}-{excerpt.end}",
             "tokens": excerpt.tokens,
             "finished": answer.finished,
-            "text": begins + answer.text,
+            "text": ask.begins + answer.text,
         }
         for (document, excerpt), answer in zip(excerpts, answers, strict=True)
     ]
@@ -98,7 +98,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--excerpts", type=int, default=60, metavar="N")
     parser.add_argument("--said", type=Path, metavar="FILE", help="of an earlier --out: no model is asked")
     parser.add_argument("--out", type=Path, metavar="FILE")
-    parser.add_argument("--begins", default="", metavar="TEXT")
     parser.add_argument("--show", action="store_true")
     parser.add_argument("--all", action="store_true")
     return parser.parse_args()

@@ -20,7 +20,7 @@ from longpo_jax.config import (
 )
 from longpo_jax.dialogue import Dialogue
 from longpo_jax.excerpts import excerpts_of, middle_of
-from longpo_jax.instruct import OPENERS, request
+from longpo_jax.instruct import OPENERS, parsed, request
 from longpo_jax.journal import Writer
 from longpo_jax.pairs import run_pairs
 from longpo_jax.records import Answer, Record, read_records
@@ -107,6 +107,9 @@ class Engine:
         return [Answer(text, len(text.split()), rng.random() < 0.5) for text, rng in zip(texts, drawn, strict=True)]
 
 
+QUESTIONS = "Why of w1?\n2: What of w2?"
+
+
 @pytest.fixture
 def engine(tokenizer, monkeypatch) -> Engine:
     engine = Engine(tokenizer)
@@ -188,6 +191,29 @@ def test_chosen_is_asked_of_the_excerpt_and_rejected_of_the_whole_document(confi
             assert single.shared(excerpt) in short
             assert single.shared(record.document) in long
     assert engine.drafts == [None] * len(engine.drafts)
+
+
+def test_questions_are_read_from_words_that_were_made_to_begin_so(config, engine, tokenizer, tmp_path, monkeypatch):
+    """What stands in the prompt counts as the model's: the answer alone would be one question."""
+    asking, begun, plain = (
+        replace(config.instruct, begins="1: ", at_least=2),
+        tokenizer.encode_template("1: "),
+        engine._say,
+    )
+
+    def say(prompts, *given):
+        others = zip(prompts, plain(prompts, *given), strict=True)
+        return [replace(said, text=QUESTIONS) if prompt[-len(begun) :] == begun else said for prompt, said in others]
+
+    monkeypatch.setattr(engine, "_say", say)
+    monkeypatch.setattr("longpo_jax.instruct.parsed", parsed)
+    records, _ = made(replace(config, instruct=asking), tmp_path)
+    asked = [prompt for kind, prompts in engine.calls if kind == "answers" for prompt in prompts]
+    for record in records:
+        for turn in record.turns:
+            prompt = Dialogue(tokenizer, [request(asking)]).shared(record.excerpt_of(turn))
+            assert prompt + begun in asked and prompt not in asked
+    assert {turn.question for record in records for turn in record.turns} == {"Why of w1?", "What of w2?"}
 
 
 def test_an_interrupted_run_goes_on_to_the_same_files(config, engine, tmp_path):

@@ -57,6 +57,11 @@ def test_settings_of_self_distillation_decide_nothing_of_other_objectives():
         assert distilled.keys() - plain.keys() == keys and not plain.keys() - distilled.keys()
 
 
+def test_a_setting_that_came_later_decides_nothing_at_the_value_that_was_in_force_before():
+    plain, begun = (inputs_of(defaults(LongPOConfig, given), "pairs") for given in ([], ["instruct.begins='1:'"]))
+    assert "instruct.begins" not in plain and begun == plain | {"instruct.begins": "1:"}
+
+
 def test_a_file_that_is_no_note_of_ours_is_refused(tmp_path: Path):
     (tmp_path / "done.json").write_text('{"schema": 1')
     with pytest.raises(InputError, match=r"done.json: expected a whole line, got one that is cut off: delete it"):

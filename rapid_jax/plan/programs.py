@@ -278,13 +278,13 @@ def _halves(config: RapidConfig, target: PlannedModel, drafter: PlannedModel) ->
 
     def lower_draft():
         arguments = (side, known, tail, texts[1], drafter.whole(params))
-        return split_mesh._draft_on_tpu.lower(*arguments, rule=rule, plan=plan)
+        return split_mesh._drafted_on_tpu.lower(*arguments, rule=rule, plan=plan)
 
     def lower_verify():
         shapes = jax.eval_shape(lambda: Draft.empty(1, plan.gamma, rule, plan.vocabulary))
         draft = target.whole(shapes) if plan.gamma else None
         arguments = (target.side(), state, draft, texts[0], target.whole(params))
-        return split_mesh._verify_on_tpu.lower(*arguments, rule=rule, plan=plan)
+        return split_mesh._verified_on_tpu.lower(*arguments, rule=rule, plan=plan)
 
     theirs = _by_kind(drafter.held, side.prefix, tail, other=(texts[1], known, drafter.whole(params)))
     rest = replace(state, target_tail=None)  # type: ignore[arg-type]

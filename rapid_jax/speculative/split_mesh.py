@@ -36,8 +36,8 @@ def _verify(
 
 _draft_jit = partial(jax.jit, _draft, static_argnames=("rule", "plan"), donate_argnames="tail")
 _verify_jit = partial(jax.jit, _verify, static_argnames=("rule", "plan"), donate_argnames="state")
-_drafted, _draft_on_tpu = _draft_jit(), _draft_jit(compiler_options=dict(TPU_OPTIONS))
-_verified, _verify_on_tpu = _verify_jit(), _verify_jit(compiler_options=dict(TPU_OPTIONS))
+_drafted, _drafted_on_tpu = _draft_jit(), _draft_jit(compiler_options=dict(TPU_OPTIONS))
+_verified, _verified_on_tpu = _verify_jit(), _verify_jit(compiler_options=dict(TPU_OPTIONS))
 
 
 def run_rounds_apart(
@@ -56,7 +56,7 @@ def run_rounds_apart(
     """
     target, drafter = sides
     tpu = platform_of(target.decoder.mesh) == "tpu"
-    draft_half, target_half = (_draft_on_tpu, _verify_on_tpu) if tpu else (_drafted, _verified)
+    draft_half, target_half = (_drafted_on_tpu, _verified_on_tpu) if tpu else (_drafted, _verified)
     draft_tail = state.draft_tail
     state = replace(state, draft_tail=None)
     for _ in range(rounds):

@@ -95,6 +95,7 @@ class InstructConfig:
     def __post_init__(self):
         asked = self.at_least, self.questions
         require(1 <= asked[0] <= asked[1] <= 16, f"expected 1 <= at_least <= questions <= 16, got {asked}")
+        require(len(self.begins) <= 100, f"begins: expected at most 100 characters, got {len(self.begins)}")
         require(self.max_new_tokens >= 1, f"max_new_tokens: expected at least 1, got {self.max_new_tokens}")
         require_sampling(self.temperature, self.top_p)
 

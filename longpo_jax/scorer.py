@@ -88,7 +88,7 @@ class Scorer:
 
     def teachers(self, parts: Sequence[Parts]) -> list[Teacher]:
         """Of each, made by `samples.taught_turn`, the distributions at its answer's tokens."""
-        return self._together(parts, self._distribute)
+        return self._together(parts, self._teachers_of)
 
     def _asked(self, record: Record) -> Iterator[tuple[tuple[str, ...], Parts]]:
         """(names of the sums of the chosen and the rejected branch, tokens)."""
@@ -130,7 +130,7 @@ class Scorer:
         _, out = self._read(parts)
         return [(float(c), float(r)) for c, r in zip(out["chosen_B"], out["rejected_B"], strict=True)]
 
-    def _distribute(self, parts: list[Parts]) -> list[Teacher]:
+    def _teachers_of(self, parts: list[Parts]) -> list[Teacher]:
         rows, out = self._read(parts)
         places = inverse(zigzag(rows[0].tail, self._strategy.context))
         arrays = [np.asarray(x)[:, places] for x in (out.ids_BTJ, out.log_probs_BTJ, out.rest_BT)]

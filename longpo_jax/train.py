@@ -231,7 +231,7 @@ class _Loop:
                 raise InputError(self._not_finite(found, index, ids))
             if not found["weights_finite"]:
                 checkpoints.wait()
-                raise InputError(self._overflow(found, index, saved, float(np.asarray(rate(index)))))
+                raise InputError(self._overflow_message(found, index, saved, float(np.asarray(rate(index)))))
             line = {"step": index + 1, "rows": (index + 1) * train.rows_per_step}
             line |= {"learning_rate": float(np.asarray(rate(index)))}
             line |= {name: value for name, value in found.items() if name not in TOLD} | clock.read(index + 1)
@@ -282,7 +282,7 @@ class _Loop:
             f"{found['grad_norm']} from the documents {', '.join(_of_all(ids))}; no weight was touched, they {held}"
         )
 
-    def _overflow(self, found: dict[str, float], index: int, saved: int, rate: float) -> str:
+    def _overflow_message(self, found: dict[str, float], index: int, saved: int, rate: float) -> str:
         held = f"in {self._place / 'checkpoints' / str(saved)}" if saved else "the model's own"
         return (
             f"update {index + 1}: expected finite weights, got NaN or infinite ones at a learning rate of {rate:g} "

@@ -78,7 +78,7 @@ def promised_plan(rows: Rows, slots: Slots) -> Plan:
     """Where rows and slots ascend, and the empty slots are last."""
     S = slots.pos_BS.shape[1]
     bq, bkv = blocks_of(rows.pos_BR.shape[1], S)
-    limit_R, first_R = _limits_of_promise(rows, slots, bq)
+    limit_R, first_R = _ascending_limits(rows, slots, bq)
     starts_s = jnp.arange(0, S, bkv)
     visit_rs = jnp.max(limit_R.reshape(-1, bq), axis=1)[:, None] >= starts_s
     if first_R is None:
@@ -101,7 +101,7 @@ def _span(first: jax.Array, last: jax.Array) -> jax.Array:
     return (last + 1) << 16 | first
 
 
-def _limits_of_promise(rows: Rows, slots: Slots, bq: int) -> tuple[jax.Array, jax.Array | None]:
+def _ascending_limits(rows: Rows, slots: Slots, bq: int) -> tuple[jax.Array, jax.Array | None]:
     """`_limits` where the slots ascend and the empty ones are last: as many as are not later than the row.
 
     Of rows with a first position also the first slot that they see: as many slots as are earlier.

@@ -124,7 +124,7 @@ def _blocks(results: Sequence[Results], names: Sequence[str], compared: Sequence
     whole = _different(*(found.settings for found in results))
     for item in compared:
         blocks.append(Heading(item.label))
-        blocks.append(text(_count(item)))
+        blocks.append(text(_count_text(item)))
         here = _different(*(found.settings_of(item.label) for found in results))
         if here != whole:
             blocks.append(text(f"In this mode not the same is set: {_said(here) or 'nothing'}."))
@@ -176,7 +176,7 @@ def _said(different: Mapping[str, Sequence[str]]) -> str:
     return "; ".join(f"{name} {' and '.join(values)}" for name, values in different.items())
 
 
-def _count(item: _Compared) -> str:
+def _count_text(item: _Compared) -> str:
     told = [f"{len(item.pairs):,} samples compared"]
     if item.left_out:
         told.append(f"{item.left_out:,} that only one of them has left out")

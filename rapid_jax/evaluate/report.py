@@ -46,12 +46,12 @@ def report(folder: AnyPlace, out: AnyPlace | None = None) -> tuple[AnyPlace, str
     for name, content in files.items():
         with replace_file(place / name) as temporary:
             temporary.write_bytes(content)
-    return place / "report.html", _print(results)
+    return place / "report.html", _as_text(results)
 
 
-def _print(results: Results) -> str:
+def _as_text(results: Results) -> str:
     """The scores as text for a terminal, with what a reader must know of them."""
-    blocks = [Heading(f"{results.suite}, scores in %", 1), text(f"{_finish(results)} {NEEDED}")]
+    blocks = [Heading(f"{results.suite}, scores in %", 1), text(f"{_samples_line(results)} {NEEDED}")]
     blocks += [text(f"Warning: {warning}") for warning in details.warnings(results)]
     return plain([*blocks, *_score_tables(results)])
 
@@ -68,14 +68,14 @@ def _blocks(results: Results, drawn: Sequence[plotting.Drawn]) -> Iterator[Block
     yield from details.samples(results)
 
 
-def _finish(results: Results) -> str:
+def _samples_line(results: Results) -> str:
     counts = [f"{label} ({len(outcomes):,})" for label, outcomes in results.by_label.items()]
     whole = "" if results.samples is None else f" of {results.samples:,}"
     return f"Samples finished{whole}: {', '.join(counts)}."
 
 
 def _about(results: Results) -> Iterator[Block]:
-    yield text(_finish(results))
+    yield text(_samples_line(results))
     yield text(f"Lengths: {', '.join(map(named, results.lengths))}.")
     if results.options:
         options = (f"{name} {json.dumps(value)}" for name, value in results.options.items() if value not in (None, []))

@@ -77,7 +77,7 @@ def read(folder: AnyPlace) -> Results:
     by_label, torn = _by_label(folder, suite["suite"])
     if not by_label:
         raise InputError(f"{folder}: expected the answers of an evaluation, got no finished sample in {ANSWERS}")
-    labels = sorted(by_label, key=_sort_for_show)
+    labels = sorted(by_label, key=_display_order)
     return Results(
         folder=folder,
         suite=suite["suite"],
@@ -140,7 +140,7 @@ def named(length: int | None) -> str:
     return str(length)
 
 
-def _sort_for_show(label: str) -> tuple:
+def _display_order(label: str) -> tuple:
     """Sorts modes by MODES, then labels of one mode by name with numbers as numbers: eta=5 before eta=10."""
     mode = mode_of(label)
     place = MODES.index(mode) if mode in MODES else len(MODES)

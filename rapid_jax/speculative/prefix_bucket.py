@@ -112,7 +112,7 @@ class PrefixBucket:
         inside = secrets.token_hex(8)
         name = f"{key}/{inside}"
         with self.asking():
-            if self._finish(key):
+            if self._is_finished(key):
                 raise InputError(f"{self.place / key}: another process has written it")
         self._index.change(lambda index: index.unfinished.update({name: time.time()}))
         self._renewed[name] = time.monotonic()
@@ -213,7 +213,7 @@ class PrefixBucket:
                 if time.time() - since > _ABANDONED_S:
                     self._delete(name)
 
-    def _finish(self, key: str) -> bool:
+    def _is_finished(self, key: str) -> bool:
         """Whether there is an entry; one whose writer was killed before the index had it is entered.
 
         A manifest that nobody is about to enter, and whose arrays are gone, goes: it would have each writer fail.

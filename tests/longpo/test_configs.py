@@ -55,6 +55,7 @@ def test_a_file_is_complete_and_reads_back(path: Path, tmp_path: Path):
         ("corpus.min_tokens=0", "corpus: expected 1 <= min_tokens <= max_tokens, got 0 and 131072"),
         ("corpus.documents=0", "corpus: documents: expected at least 1, got 0"),
         ("excerpts.min_tokens=40000", "excerpts: expected 1 <= min_tokens <= max_tokens, got 40000 and 30000"),
+        (f"instruct.begins={'x' * 101}", "instruct: begins: expected at most 100 characters, got 101"),
         ("instruct.at_least=5", "instruct: expected 1 <= at_least <= questions <= 16, got (5, 4)"),
         ("instruct.temperature=-1", "instruct: temperature: expected a number >= 0, 0 or 1e-4 to 1e4, got -1.0"),
         ("instruct.top_p=0", "instruct: top_p: expected above 0 and at most 1, got 0.0"),

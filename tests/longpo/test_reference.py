@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen reference: sums of log-probabilities against transformers, and a cache that knows what made it."""
 
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -36,6 +37,7 @@ from rapid_jax.runtime.share import shares_of
 from rapid_jax.runtime.storage import working_place
 from tests.tiny_models import CHATML, save_decoder, words
 
+_COUNT = itertools.count()
 OPSD = ("objective.name=opsd", "objective.top_k=5")
 
 
@@ -303,16 +305,20 @@ def test_a_process_that_does_not_lead_writes_nothing(model, run):
     assert not (run / "reference").exists()
 
 
-@pytest.mark.parametrize("scheme", ["disk", "gs", "s3"])
-def test_an_interrupted_run_goes_on(scheme, model, tmp_path, monkeypatch, request):
-    """To the scores of one that nothing interrupted, on a disk and in a bucket of each kind."""
-    run = tmp_path
-    if scheme != "disk":
-        request.getfixturevalue({"gs": "bucket", "s3": "s3_bucket"}[scheme])
-        run = working_place(f"{scheme}://models/interrupted reference", "run")
-    written(run, records())
-    monkeypatch.setattr(reference, "TOGETHER", 1)
-    monkeypatch.setattr(score_files, "TOGETHER", 1)
+@pytest.fixture(params=["disk", "gs", "s3"])
+def anywhere(request, tmp_path):
+    """The folder of a run with its pairs on a disk, and in a bucket of each kind."""
+    if request.param == "disk":
+        return written(tmp_path, records())
+    request.getfixturevalue({"gs": "bucket", "s3": "s3_bucket"}[request.param])
+    return written(working_place(f"{request.param}://models/reference {next(_COUNT)}", "run"), records())
+
+
+def test_an_interrupted_run_goes_on(anywhere, model, tmp_path, monkeypatch):
+    """To the scores of one that nothing interrupted."""
+    run = anywhere
+    for module in (reference, score_files):
+        monkeypatch.setattr(module, "TOGETHER", 1)
     calls, plain_scores = [], Scorer.scores
 
     def scores(self, made):
@@ -356,16 +362,10 @@ def files_of(run) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (run / "reference").iterdir()}
 
 
-@pytest.mark.parametrize("scheme", ["disk", "gs", "s3"])
 @pytest.mark.parametrize("given", [["1/2", "0/2"], ["2/5", "any/5"]])
-def test_shares_of_several_hosts_are_joined_to_the_bytes_of_one(given, scheme, shared, tmp_path, request):
+def test_shares_of_several_hosts_are_joined_to_the_bytes_of_one(given, shared, anywhere):
     """Fewer and more shares than files of scores."""
-    share, expected = shared
-    run = tmp_path
-    if scheme != "disk":
-        request.getfixturevalue({"gs": "bucket", "s3": "s3_bucket"}[scheme])
-        run = working_place(f"{scheme}://models/reference in {len(given[-1])} shares", "run")
-    written(run, records())
+    (share, expected), run = shared, anywhere
     for text in given:
         assert not (run / "reference").exists()
         share(run, text)
